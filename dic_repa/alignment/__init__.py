@@ -1,0 +1,7 @@
+"""Aligning a denoiser's hidden state to the tokens of a frozen vision encoder."""
+
+from dic_repa.alignment.aligned import AlignedDenoiser, AlignedOutput, Alignment
+from dic_repa.alignment.heads import heads, register_head
+from dic_repa.alignment.losses import manifold_loss, token_loss
+
+__all__ = ["AlignedDenoiser", "AlignedOutput", "Alignment", "heads", "manifold_loss", "register_head", "token_loss"]

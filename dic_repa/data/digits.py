@@ -1,0 +1,61 @@
+"""The embedded digits: 10,000 real MNIST images, so that everything runs with no download.
+
+The file is shuffled, so the split is by position: the first 8,000 are for training (of the denoiser, of the encoder and of
+the classifier that judges), the last 2,000 are held out and seen by none of the three.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from dic_repa.errors import unknown_name
+
+NUM_CLASSES = 10
+TRAIN_COUNT = 8000
+_SPLITS = {"train": slice(0, TRAIN_COUNT), "held-out": slice(TRAIN_COUNT, None)}
+
+
+def load_digits(split: str = "train") -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64, of the split 'train' or 'held-out'."""
+    if split not in _SPLITS:
+        raise unknown_name("split", split, _SPLITS)
+    with resources.files("dic_repa.data").joinpath("assets/mnist_10k.npz").open("rb") as file:
+        arrays = np.load(file, allow_pickle=False)
+        images, labels = arrays["images"][_SPLITS[split]], arrays["labels"][_SPLITS[split]]
+    return torch.from_numpy(images).unsqueeze(1).float() / 255, torch.from_numpy(labels).long()
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] to (B, C, size, size), antialiased and clamped to [0, 1]."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp_(0, 1)
+
+
+class Digits(Dataset):
+    """The digits as training samples.
+
+    A sample is a dict: `x`, the denoiser's data, (1, size, size) in [-1, 1]; `image`, what an encoder sees, (1, 28, 28) in
+    [0, 1]; `label`, an int64 scalar.
+    """
+
+    num_classes = NUM_CLASSES
+    class_names = tuple(str(digit) for digit in range(10))
+    channels = 1
+
+    def __init__(self, split: str = "train", size: int = 16):
+        self.size = size
+        self.images, self.labels = load_digits(split)
+        self.x = resize(self.images, size) * 2 - 1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "image": self.images[index], "label": self.labels[index]}

@@ -1,0 +1,7 @@
+"""Denoisers: modules with `forward(x, t, y)` and `num_classes`."""
+
+from dic_repa.models.authors import load_authors_checkpoint
+from dic_repa.models.cost import Cost, forward_on_meta, measure_cost
+from dic_repa.models.dic import PRESETS, DiC
+
+__all__ = ["PRESETS", "Cost", "DiC", "forward_on_meta", "load_authors_checkpoint", "measure_cost"]

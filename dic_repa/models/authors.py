@@ -1,0 +1,81 @@
+"""Checkpoints in the key layout of the DiC authors' public code.
+
+Nothing but tensors is needed: width, depths, classes and channels are read off their names and shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from dic_repa.errors import UserError
+from dic_repa.models.dic import DiC
+from dic_repa.models.pretrained import load_tensors, load_weights
+
+# Ours to theirs. Their decoder stages are numbered in running order (0 is level 1), ours by level.
+_BLOCK = {
+    "norm1": "conv.norm0",
+    "conv1": "conv.conv0",
+    "modulation": "conv.affine.1",
+    "norm2": "conv.norm1",
+    "conv2": "conv.conv1",
+    "shortcut": "conv.skip",
+}
+_RULES = [
+    (r"stem\.(.*)", r"x_embedder.proj.\1"),
+    (r"condition\.(\d)\.time1\.(.*)", r"t_embedder_ls.\1.mlp.0.\2"),
+    (r"condition\.(\d)\.time2\.(.*)", r"t_embedder_ls.\1.mlp.2.\2"),
+    (r"condition\.(\d)\.label\.(.*)", r"y_embedder_ls.\1.embedding_table.\2"),
+    (r"enc\.(\d)\.(\d+)\.(\w+)\.(.*)", lambda m: f"enc_blocks.{m[1]}.{m[2]}.{_BLOCK[m[3]]}.{m[4]}"),
+    (r"mid\.(\d+)\.(\w+)\.(.*)", lambda m: f"lat_blocks.0.{m[1]}.{_BLOCK[m[2]]}.{m[3]}"),
+    (r"dec\.(\d)\.(\d+)\.(\w+)\.(.*)", lambda m: f"dec_blocks.{1 - int(m[1])}.{m[2]}.{_BLOCK[m[3]]}.{m[4]}"),
+    (r"down\.(\d)\.conv\.(.*)", r"downs.\1.body.0.\2"),
+    (r"up\.(\d)\.conv\.(.*)", lambda m: f"ups.{1 - int(m[1])}.body.0.{m[2]}"),
+    (r"output\.conv1\.(.*)", r"output.\1"),
+    (r"output\.modulation\.(.*)", r"final_layer.adaLN_modulation.1.\1"),
+    (r"output\.conv2\.(.*)", r"final_layer.out_proj.\1"),
+]
+
+
+def authors_key(key: str) -> str:
+    """The authors' name of one of DiC's parameters."""
+    for pattern, theirs in _RULES:
+        if match := re.fullmatch(pattern, key):
+            return theirs(match) if callable(theirs) else match.expand(theirs)
+    raise KeyError(key)
+
+
+def load_authors_checkpoint(source: str | Path | dict[str, Tensor], **overrides) -> DiC:
+    """A DiC of the authors' checkpoint: a file (safetensors, or torch's with `ema` or `model` inside) or a state dict.
+
+    The configuration is inferred from the tensors; `overrides` are other arguments of `DiC`. Returned in eval mode.
+    """
+    state = load_tensors(source) if not isinstance(source, dict) else source
+    name = "the state dict" if isinstance(source, dict) else str(source)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    model = DiC(**{**_infer_config(state, name), **overrides})
+    ours = {authors_key(key): key for key in model.state_dict()}
+    load_weights(model, {ours.get(key, key): value for key, value in state.items()}, name)
+    return model.eval()
+
+
+def _infer_config(state: dict[str, Tensor], name: str) -> dict:
+    def depth(stage: str) -> int:
+        return len({m[1] for key in state if (m := re.match(rf"{re.escape(stage)}\.(\d+)\.", key))})
+
+    try:
+        width, in_channels = state["x_embedder.proj.weight"].shape[:2]
+        out_channels = state["final_layer.out_proj.weight"].shape[0]
+        rows = state["y_embedder_ls.0.embedding_table.weight"].shape[0]
+    except KeyError as missing:
+        raise UserError(f"{name} is not a checkpoint of the DiC authors' code: it has no {missing.args[0]}") from None
+    stages = ("enc_blocks.0", "enc_blocks.1", "lat_blocks.0", "dec_blocks.0", "dec_blocks.1")
+    return {
+        "width": width,
+        "depths": tuple(depth(stage) for stage in stages),
+        "in_channels": in_channels,
+        "num_classes": rows - 1,
+        "learn_sigma": out_channels == 2 * in_channels,
+    }

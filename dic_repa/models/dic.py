@@ -1,0 +1,261 @@
+"""DiC, the diffusion U-Net of 3x3 convolutions (arXiv 2501.00603).
+
+Three levels of C, 2C and 4C channels; an encoder stage at levels 0 and 1, the middle stage at level 2, a decoder stage at
+levels 1 and 0. Notable: the skips are *sparse*, one in three blocks; each level has a condition embedding of its own width;
+and the modulation stands between a block's two convolutions.
+
+Any submodule's name is a tap for the alignment: `mid.3` is the fourth block of the middle stage, `enc.0.2` and `dec.1.0` are
+blocks of the encoder and decoder stages, numbered by level.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dic_repa.errors import UserError, unknown_name
+from dic_repa.models.pretrained import Pretrained
+
+PRESETS = {
+    "DiC-S": {"width": 96, "depths": (6, 6, 5, 6, 6)},
+    "DiC-B": {"width": 192, "depths": (6, 6, 5, 6, 6)},
+    "DiC-XL": {"width": 384, "depths": (7, 7, 8, 7, 7)},
+    "DiC-H": {"width": 384, "depths": (14, 14, 10, 14, 14)},
+}
+SKIP_STRIDE = 3
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of min(32, channels / 4) groups, or of the next fewer that divide the channels evenly."""
+    groups = next(g for g in range(max(1, min(32, channels // 4)), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of t (B,) as (B, width), float32: cosines in the first half, sines in the second."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Condition(nn.Module):
+    """SiLU(c) of one level: c is the sum of a timestep embedding and a row of a label table, both as wide as the level.
+
+    The activation is part of it because every use of c begins with it.
+    """
+
+    def __init__(self, width: int, num_classes: int, time_scale: float):
+        super().__init__()
+        self.time_scale = time_scale
+        self.time1 = nn.Linear(256, width)
+        self.time2 = nn.Linear(width, width)
+        self.label = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        embedding = timestep_embedding(t * self.time_scale).to(self.time1.weight.dtype)
+        return F.silu(self.time2(F.silu(self.time1(embedding))) + self.label(y))
+
+
+class Block(nn.Module):
+    """GroupNorm, GELU, conv; GroupNorm, modulate, GELU, conv; gate; plus the input.
+
+    x (B, in_channels, H, W) and c (B, condition width) to (B, channels, H, W).
+    """
+
+    def __init__(self, in_channels: int, channels: int, condition_width: int):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.modulation = nn.Linear(condition_width, 3 * channels)
+        self.norm2 = group_norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        # Checkpointing sits inside the module's call so that a tap's forward hook fires once, not again in the recomputation.
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, c, use_reentrant=False)
+        return self._forward(x, c)
+
+    def _forward(self, x: Tensor, c: Tensor) -> Tensor:
+        gate, scale, shift = self.modulation(c)[:, :, None, None].chunk(3, dim=1)
+        h = self.conv1(F.gelu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(F.gelu(h))
+        return self.shortcut(x) + gate * h
+
+
+class Downsample(nn.Module):
+    """Halve height and width, double the channels: a 3x3 conv to half the channels, then pixel-unshuffle."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(self.conv(x), 2)
+
+
+class Upsample(nn.Module):
+    """Double height and width, halve the channels: a 3x3 conv to twice the channels, then pixel-shuffle."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels * 2, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x), 2)
+
+
+class Output(nn.Module):
+    """A 3x3 conv, LayerNorm over the channels, modulation, and a 3x3 conv to the output's channels."""
+
+    def __init__(self, width: int, out_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.conv2 = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(x).permute(0, 2, 3, 1)  # no copy in channels_last
+        h = F.layer_norm(h, h.shape[-1:], eps=1e-6).permute(0, 3, 1, 2)
+        return self.conv2(h * (1 + scale) + shift)
+
+
+class DiC(Pretrained, nn.Module):
+    """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,) and y (B,) int64.
+
+    H and W are any multiples of 4. `y == num_classes` is the null class. The output has `in_channels` channels, twice as
+    many with `learn_sigma` (the second half is the variance of a DDPM-trained model).
+
+    Args:
+        width: C, the channels of level 0; even.
+        depths: blocks of the stages (encoder 0, encoder 1, middle, decoder 1, decoder 0).
+        time_scale: multiplies t before its embedding; 1 takes t as it is, as SiT and REPA do.
+        zero_gates: start each block as the identity. The authors' code means to, but does not: theirs is the default.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depths: tuple[int, int, int, int, int],
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        learn_sigma: bool = False,
+        time_scale: float = 1.0,
+        zero_gates: bool = False,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if len(depths) != 5 or min(depths) < 1:
+            raise UserError(f"depths are five numbers of at least 1 (encoder, encoder, middle, decoder, decoder), not {depths}")
+        if width < 2 or width % 2:
+            raise UserError(f"width must be an even number of at least 2, not {width}")
+        self.config = {
+            "width": width,
+            "depths": list(depths),
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "learn_sigma": learn_sigma,
+            "time_scale": time_scale,
+        }
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        widths = (width, 2 * width, 4 * width)
+        encoder_depths, middle_depth, decoder_depths = depths[:2], depths[2], depths[:2:-1]  # decoder's by level too
+
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.condition = nn.ModuleList(Condition(w, num_classes, time_scale) for w in widths)
+        self.enc = nn.ModuleList(
+            nn.ModuleList(Block(w, w, w) for _ in range(depth)) for w, depth in zip(widths, encoder_depths)
+        )
+        self.down = nn.ModuleList(Downsample(w) for w in widths[:2])
+        self.mid = nn.ModuleList(Block(widths[2], widths[2], widths[2]) for _ in range(middle_depth))
+        self.up = nn.ModuleList(Upsample(w) for w in widths[1:])
+        self.dec = nn.ModuleList()
+        for w, depth, encoder_depth in zip(widths, decoder_depths, encoder_depths):
+            skips = len(pushing_blocks(encoder_depth))
+            takes = popping_blocks(depth)
+            if len(takes) > skips:
+                raise UserError(f"a decoder stage of {depth} blocks needs {len(takes)} skips, its encoder stage gives {skips}")
+            self.dec.append(nn.ModuleList(Block(2 * w if j in takes else w, w, w) for j in range(depth)))
+        self.output = Output(width, self.out_channels)
+
+        self.reset_parameters(zero_gates)
+        self.set_gradient_checkpointing(gradient_checkpointing)
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_preset(cls, name: str, in_channels: int = 4, num_classes: int = 1000, **overrides) -> DiC:
+        """One of the paper's sizes: DiC-S, DiC-B, DiC-XL, DiC-H. `overrides` are any of the constructor's arguments."""
+        if name not in PRESETS:
+            raise unknown_name("preset", name, PRESETS)
+        return cls(**{**PRESETS[name], "in_channels": in_channels, "num_classes": num_classes, **overrides})
+
+    def reset_parameters(self, zero_gates: bool = False) -> None:
+        """The authors' initial values (Xavier uniform; N(0, 0.02^2) for the embeddings; a zero output)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.stem.weight.flatten(1))  # the stem as the linear layer of a patch embedding
+        for condition in self.condition:
+            for layer in (condition.time1, condition.time2, condition.label):
+                nn.init.normal_(layer.weight, std=0.02)
+        for layer in (self.output.modulation, self.output.conv2):
+            nn.init.zeros_(layer.weight)
+        if zero_gates:
+            for block in self.blocks():
+                nn.init.zeros_(block.modulation.weight[: block.conv2.out_channels])
+
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order in which they run."""
+        return [*self.enc[0], *self.enc[1], *self.mid, *self.dec[1], *self.dec[0]]
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Trade a second forward pass of each block for the memory of its activations."""
+        for block in self.blocks():
+            block.gradient_checkpointing = enabled
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if x.shape[-2] % 4 or x.shape[-1] % 4:
+            raise UserError(f"DiC takes heights and widths divisible by 4, not {x.shape[-2]}x{x.shape[-1]}")
+        c = [condition(t, y) for condition in self.condition]
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        skips = []
+        for level in (0, 1):
+            pushing = pushing_blocks(len(self.enc[level]))
+            for j, block in enumerate(self.enc[level]):
+                x = block(x, c[level])
+                if j in pushing:
+                    skips.append(x)
+            x = self.down[level](x)
+        for block in self.mid:
+            x = block(x, c[2])
+        for level in (1, 0):
+            x = self.up[level](x)
+            popping = popping_blocks(len(self.dec[level]))
+            for j, block in enumerate(self.dec[level]):
+                if j in popping:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = block(x, c[level])
+        return self.output(x, c[0])
+
+
+def pushing_blocks(depth: int) -> set[int]:
+    """The blocks of an encoder stage whose output becomes a skip: every third, counted back from the last."""
+    return {j for j in range(depth) if (depth - 1 - j) % SKIP_STRIDE == 0}
+
+
+def popping_blocks(depth: int) -> set[int]:
+    """The blocks of a decoder stage that take the newest skip: every third, counted from the first."""
+    return {j for j in range(depth) if j % SKIP_STRIDE == 0}
