@@ -1,11 +1,11 @@
 """A name-to-factory table: what timm does for models, for encoders, heads, solvers, data sets and metrics.
 
-    heads = Registry("head")
+heads = Registry("head")
 
-    @heads.register("linear")
-    class LinearHead(nn.Module): ...
+@heads.register("linear")
+class LinearHead(nn.Module): ...
 
-    heads.get("linaer")  # UserError: unknown head 'linaer'; did you mean linear?
+heads.get("linaer")  # UserError: unknown head 'linaer'; did you mean linear?
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`AlignedDenoiser`: a denoiser and its alignments as one module, so that DDP and FSDP see the heads' parameters.
 
-The hidden state is read through a forward hook on a submodule named by its path (the *tap*), so that a denoiser needs no
-change to be aligned. Encoders are frozen and stay outside: they are neither saved nor wrapped.
+The hidden state is read through a forward hook on a submodule named by its path (the *tap*), so that a denoiser needs
+no change to be aligned. Encoders are frozen and stay outside: they are neither saved nor wrapped.
 """
 
 from __future__ import annotations

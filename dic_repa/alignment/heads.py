@@ -1,7 +1,8 @@
 """Heads: they project a tapped feature map to the width and the token grid of an encoder.
 
-A head is made as `head(channels, embed_dim, grid, **options)` and called as `head(feature (B, C, h, w), t (B,))`; it returns
-tokens (B, N, embed_dim) in row-major order, N = grid[0] * grid[1]. `register_head` files one of your own under a name.
+A head is made as `head(channels, embed_dim, grid, **options)` and called as `head(feature (B, C, h, w), t (B,))`; it
+returns tokens (B, N, embed_dim) in row-major order, N = grid[0] * grid[1]. `register_head` files one of your own
+under a name.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ register_head = heads.register
 class MLPHead(nn.Module):
     """U-REPA's head: an MLP on each token of the U-Net's grid, *then* bilinear upsampling to the encoder's grid.
 
-    Linear, SiLU, linear, SiLU, linear. The MLP first and the upsampling after gave FID 5.72 in the paper, the other order
-    6.36; it is also the cheaper one, as the MLP sees a quarter of the tokens.
+    Linear, SiLU, linear, SiLU, linear. The MLP first and the upsampling after gave FID 5.72 in the paper, the other
+    order 6.36; it is also the cheaper one, as the MLP sees a quarter of the tokens.
     """
 
     def __init__(self, channels: int, embed_dim: int, grid: tuple[int, int], hidden: int = 2048):

@@ -22,8 +22,8 @@ def token_loss(projection: Tensor, target: Tensor) -> Tensor:
 def manifold_loss(projection: Tensor, target: Tensor) -> Tensor:
     """How far the similarities between an image's tokens are from those between its targets.
 
-    `1/N^2 sum_ij (cos(y_i, y_j) - cos(h_i, h_j))^2` for projection h and target y, both (B, N, D), which may differ in D;
-    returns (B,), float32.
+    `1/N^2 sum_ij (cos(y_i, y_j) - cos(h_i, h_j))^2` for projection h and target y, both (B, N, D), which may differ
+    in D; returns (B,), float32.
     """
     with torch.autocast(projection.device.type, enabled=False):
         h, y = F.normalize(projection.float(), dim=-1), F.normalize(target.float(), dim=-1)

@@ -17,7 +17,7 @@ WINOGRAD_GAIN = 2.25  # F(2x2, 3x3): 16 multiplications where the plain 3x3 conv
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image at one step: parameters, MACs of the convolutions and linears, and those with Winograd's algorithm."""
+    """For one image at one step: parameters, MACs of convolutions and linears, and the same with Winograd's algorithm."""
 
     parameters: int
     macs: int
@@ -27,9 +27,9 @@ class Cost:
 def measure_cost(model: nn.Module, height: int, width: int | None = None) -> Cost:
     """The cost of `model` for one image of `height` x `width` (in latent pixels). The model stays as it is.
 
-    "With Winograd" divides by 2.25 the MACs of the 3x3 convolutions inside DiC's blocks, as the paper does; stem, resampling
-    and output stay whole. It also counts two operations for each output of a GroupNorm: the paper's Winograd figures
-    (57.2, 228.7, 97.2, 388.4 GMACs) contain them, though its plain figures round the same without.
+    "With Winograd" divides by 2.25 the MACs of the 3x3 convolutions inside DiC's blocks, as the paper does; stem,
+    resampling and output stay whole. It also counts two operations for each output of a GroupNorm: the paper's
+    Winograd figures (57.2, 228.7, 97.2, 388.4 GMACs) contain them, though its plain figures round the same without.
     """
     inside_blocks = {
         conv for block in model.modules() if isinstance(block, Block) for conv in block.modules() if is_conv3x3(conv)

@@ -1,11 +1,11 @@
 """DiC, the diffusion U-Net of 3x3 convolutions (arXiv 2501.00603).
 
-Three levels of C, 2C and 4C channels; an encoder stage at levels 0 and 1, the middle stage at level 2, a decoder stage at
-levels 1 and 0. Notable: the skips are *sparse*, one in three blocks; each level has a condition embedding of its own width;
-and the modulation stands between a block's two convolutions.
+Three levels of C, 2C and 4C channels; an encoder stage at levels 0 and 1, the middle stage at level 2, a decoder
+stage at levels 1 and 0. Notable: the skips are *sparse*, one in three blocks; each level has a condition embedding of
+its own width; and the modulation stands between a block's two convolutions.
 
-Any submodule's name is a tap for the alignment: `mid.3` is the fourth block of the middle stage, `enc.0.2` and `dec.1.0` are
-blocks of the encoder and decoder stages, numbered by level.
+Any submodule's name is a tap for the alignment: `mid.3` is the fourth block of the middle stage, `enc.0.2` and
+`dec.1.0` are blocks of the encoder and decoder stages, numbered by level.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        # Checkpointing sits inside the module's call so that a tap's forward hook fires once, not again in the recomputation.
+        # Checkpointing sits inside the module's call so that a tap's forward hook fires once, not again in the
+        # recomputation.
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(self._forward, x, c, use_reentrant=False)
         return self._forward(x, c)
@@ -130,10 +131,11 @@ class Output(nn.Module):
 
 
 class DiC(Pretrained, nn.Module):
-    """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,) and y (B,) int64.
+    """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,) and y (B,)
+    int64.
 
-    H and W are any multiples of 4. `y == num_classes` is the null class. The output has `in_channels` channels, twice as
-    many with `learn_sigma` (the second half is the variance of a DDPM-trained model).
+    H and W are any multiples of 4. `y == num_classes` is the null class. The output has `in_channels` channels, twice
+    as many with `learn_sigma` (the second half is the variance of a DDPM-trained model).
 
     Args:
         width: C, the channels of level 0; even.
@@ -156,7 +158,9 @@ class DiC(Pretrained, nn.Module):
     ):
         super().__init__()
         if len(depths) != 5 or min(depths) < 1:
-            raise UserError(f"depths are five numbers of at least 1 (encoder, encoder, middle, decoder, decoder), not {depths}")
+            raise UserError(
+                f"depths are five numbers of at least 1 (encoder, encoder, middle, decoder, decoder), not {depths}"
+            )
         if width < 2 or width % 2:
             raise UserError(f"width must be an even number of at least 2, not {width}")
         self.config = {
@@ -185,7 +189,9 @@ class DiC(Pretrained, nn.Module):
             skips = len(pushing_blocks(encoder_depth))
             takes = popping_blocks(depth)
             if len(takes) > skips:
-                raise UserError(f"a decoder stage of {depth} blocks needs {len(takes)} skips, its encoder stage gives {skips}")
+                raise UserError(
+                    f"a decoder stage of {depth} blocks needs {len(takes)} skips, its encoder stage gives {skips}"
+                )
             self.dec.append(nn.ModuleList(Block(2 * w if j in takes else w, w, w) for j in range(depth)))
         self.output = Output(width, self.out_channels)
 

@@ -65,7 +65,7 @@ def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:
 
     try:
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
-    except Exception as error:  # the hub's client raises a dozen kinds, from a refused connection to a missing repository
+    except Exception as error:  # the hub's client raises a dozen kinds, from no connection to no such repository
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"no folder {name}, and not to be had from the hub ({type(error).__name__}: {reason}); "
@@ -81,8 +81,8 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[st
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a torch file that holds nothing but tensors (never unpickled).
 
-    A training checkpoint's inner dict (`ema`, `model` or `state_dict`) is found. A missing, truncated or unsafe file is a
-    UserError.
+    A training checkpoint's inner dict (`ema`, `model` or `state_dict`) is found. A missing, truncated or unsafe file
+    is a UserError.
     """
     path = Path(path)
     if not path.is_file():
@@ -106,7 +106,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load `state` into `module`; a UserError names the keys that are missing or left over, and the shapes that differ."""
+    """Load `state` into `module`; a UserError names the keys missing or left over, and the shapes that differ."""
     own = module.state_dict()
     problems = [f"{k} is missing" for k in own if k not in state]
     problems += [f"{k} is left over" for k in state if k not in own]
