@@ -1,0 +1,61 @@
+"""What a solver integrates: a velocity field with time as a float and its evaluations counted.
+
+Any callable (x (B, ...), t (B,)) -> velocity will do. It may carry attributes that tell a solver more:
+
+    path                 the path that it belongs to (the default of a sampler's `path`)
+    time_range           (t_min, t_max), outside which it may not be evaluated
+    breakpoints          times at which it jumps; adaptive solvers are split there
+    begin_step(t, s)     called where a step from time t to time s starts; s is None where the solver chooses it,
+                         and both are None where the integration has ended
+    evaluations          how many network evaluations the last call made (1 where there is no such attribute)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dic_repa.paths import LinearPath, Path
+
+VelocityFn = Callable[[Tensor, Tensor], Tensor]
+
+
+class Field:
+    """`velocity_fn` as solvers call it: `field(x, t)` with a float t. `nfe` counts network evaluations per sample."""
+
+    def __init__(self, velocity_fn: VelocityFn, path: Path | None = None):
+        self.velocity_fn = velocity_fn
+        self.path = path or getattr(velocity_fn, "path", None) or LinearPath()
+        self.breakpoints: tuple[float, ...] = tuple(getattr(velocity_fn, "breakpoints", ()))
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        v = self.velocity_fn(x, x.new_full((len(x),), t))
+        self.nfe += getattr(self.velocity_fn, "evaluations", 1)
+        return v.to(x.dtype)
+
+    def begin_step(self, t: float | None, s: float | None) -> None:
+        announce = getattr(self.velocity_fn, "begin_step", None)
+        if announce is not None:
+            announce(t, s)
+
+    def time_range(self, *targets: str) -> tuple[float, float]:
+        """Where the velocity is finite and can be converted to each of the `targets`."""
+        ranges = [self.path.safe_interval("velocity", target) for target in ("velocity", *targets)]
+        ranges.append(getattr(self.velocity_fn, "time_range", (0.0, 1.0)))
+        return max(low for low, _ in ranges), min(high for _, high in ranges)
+
+    def convert(self, v: Tensor, x: Tensor, t: float, target: str) -> Tensor:
+        """The velocity `v` at (x, t) as `target`: 'score', 'noise' or 'data'."""
+        return self.path.convert(v, x, x.new_full((len(x),), t), "velocity", target)
+
+    def data(self, x: Tensor, t: float) -> Tensor:
+        """The data prediction at (x, t)."""
+        return self.convert(self(x, t), x, t, "data")
+
+
+def as_state(noise: Tensor) -> Tensor:
+    """A solver's state: `noise` in its own dtype, float32 where that is less."""
+    return noise.to(torch.promote_types(noise.dtype, torch.float32))
