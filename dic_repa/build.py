@@ -1,0 +1,83 @@
+"""From a recipe's sections to the things they name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import torch
+from torch import nn
+
+from dic_repa.alignment import Alignment
+from dic_repa.data import datasets
+create_encoder = None
+from dic_repa.errors import UserError, unknown_name
+from dic_repa.models import PRESETS, DiC
+from dic_repa.objectives import create_objective
+from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
+
+
+def import_plugins(recipe: Recipe) -> None:
+    """Import the modules that the recipe names, which register encoders, heads or data sets of the user's own.
+
+    They are looked for in the current folder too, as `python -m` does.
+    """
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in recipe.plugins:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name.partition(".")[0] and error.name != name:
+                raise  # the plugin was found, and misses something of its own
+            raise UserError(f"plugin '{name}' was not found; run from the folder of {name}.py or install it") from None
+
+
+def build_dataset(section: DataSection, split: str = "train"):
+    """The data set: samples are dicts of `x`, `image` and `label`; it has `num_classes`, `channels`, `class_names`."""
+    return datasets.get(section.name)(split=split, size=section.size)
+
+
+def build_denoiser(section: ModelSection, channels: int, num_classes: int) -> nn.Module:
+    """The denoiser for data of that many `channels` and classes."""
+    options = section.model_dump(exclude={"name"}, exclude_none=True)
+    if section.name == "DiC":
+        if section.width is None or section.depths is None:
+            raise UserError(f"model DiC needs width and depths; or name a preset: {', '.join(PRESETS)}")
+        return DiC(in_channels=channels, num_classes=num_classes, **options)
+    if section.name not in PRESETS:
+        raise unknown_name("model", section.name, ["DiC", *PRESETS])
+    return DiC.from_preset(section.name, in_channels=channels, num_classes=num_classes, **options)
+
+
+def build_objective(section: ObjectiveSection):
+    """The objective; a UserError if it does not take the options."""
+    try:
+        return create_objective(section.name, **section.options)
+    except TypeError as error:
+        raise UserError(f"objective '{section.name}' does not take these options: {error}") from None
+
+
+def build_encoder(section: AlignmentSection, device: torch.device):
+    """The frozen encoder of an alignment, on `device`."""
+    try:
+        return create_encoder(section.encoder, **section.encoder_options).to(device)
+    except TypeError as error:
+        raise UserError(f"encoder '{section.encoder}' does not take these options: {error}") from None
+
+
+def build_alignment(section: AlignmentSection, encoder, denoiser: nn.Module, data) -> Alignment:
+    """The head and losses between the denoiser's tap and the encoder, for the sizes that `data` has."""
+    sample = data[0]
+    return Alignment.build(
+        denoiser,
+        section.tap,
+        encoder.embed_dim,
+        encoder.token_grid(tuple(sample["image"].shape[-2:])),
+        size=tuple(sample["x"].shape[-2:]),
+        head=section.head,
+        weight=section.weight,
+        manifold_weight=section.manifold_weight,
+        **section.head_options,
+    )

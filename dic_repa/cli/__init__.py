@@ -1,0 +1,77 @@
+"""The command line. Each verb is a module of this package, imported when it is called, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from dic_repa import __version__
+from dic_repa.errors import UserError, unknown_name
+
+VERBS = {
+    "train": "Train a recipe; sample and judge at the end.",
+    "sample": "Sample images from a run or a checkpoint.",
+    "evaluate": "Judge the samples of one run or of several.",
+    "info": "Parameters and MACs of a model or a recipe.",
+    "recipes": "List the recipes, or show one.",
+}
+
+
+class LazyGroup(click.Group):
+    """Finds a verb's module only when it is called; the summaries above serve the overview."""
+
+    def list_commands(self, _context):
+        return list(VERBS)
+
+    def get_command(self, _context, name):
+        return import_module(f"dic_repa.cli.{name}").command if name in VERBS else None
+
+    def resolve_command(self, context, args):
+        if args and args[0] not in VERBS:
+            raise unknown_name("verb", args[0], VERBS)
+        return super().resolve_command(context, args)
+
+    def format_commands(self, _context, formatter):
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="dic-repa")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool):
+    """Train DiC with U-REPA, sample from it, and measure the samples.
+
+    \b
+    Examples:
+      dic-repa train digits-urepa                   minutes on a laptop: train, sample, judge
+      dic-repa sample runs/digits-urepa --recipe digits-cfg
+      dic-repa evaluate runs/digits-urepa runs/digits-baseline
+      dic-repa recipes show digits-urepa
+      dic-repa info DiC-XL
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, with 2 after a mistake that the user can mend, with 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments  # anywhere on the line, since one adds it to a command that has just failed
+    try:
+        sys.exit(cli.main([a for a in arguments if a != "--debug"], prog_name="dic-repa", standalone_mode=False) or 0)
+    except (UserError, click.ClickException, OSError) as error:
+        if debug:
+            raise
+        click.echo(f"error: {_message(error)}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, click.ClickException):
+        return error.format_message().replace("\n", " ")
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)

@@ -1,0 +1,79 @@
+"""`dic-repa evaluate`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from itertools import groupby
+from pathlib import Path
+
+import click
+
+from dic_repa.recipe import load_recipe
+
+
+@click.command("evaluate")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
+@click.option("--num", type=int, help="How many samples.")
+@click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before.")
+def command(runs: tuple[Path, ...], recipe: str | None, num: int | None, again: bool):
+    """Judge the samples of RUNS (run folders): sample from the averaged weights, measure, print a table.
+
+    Runs that differ in nothing but the seed are also summed up as mean and standard deviation. The samples' picture and the
+    scores are kept in RUN/evaluation.
+
+    \b
+    Examples:
+      dic-repa evaluate runs/digits-urepa
+      dic-repa evaluate runs/digits-urepa --recipe digits-cfg
+      dic-repa evaluate runs/urepa-* runs/baseline-*
+    """
+    evaluate_and_show(list(runs), recipe, num, again)
+
+
+def evaluate_and_show(runs: list[Path], recipe: str | None = None, num: int | None = None, again: bool = False) -> None:
+    """Evaluate each run with a progress bar, then print the table and, for a single run, where its picture is."""
+    from dic_repa.cli.sample import sample_settings
+    from dic_repa.evaluation.runs import evaluate_run
+    from dic_repa.training.run_folder import RunFolder
+
+    given = load_recipe(recipe).sample if recipe else None
+    judgements = []
+    for run in runs:
+        settings = sample_settings(given or RunFolder.open(run).recipe().sample, num=num)
+        with click.progressbar(length=settings.num, label=f"sampling {run}", show_pos=True) as bar:
+            judgements.append(evaluate_run(run, settings, again, bar.update))
+    _print_table(judgements)
+    if len(judgements) == 1:
+        click.echo(f"samples: {judgements[0].picture}")
+
+
+def _print_table(judgements) -> None:
+    from dic_repa.evaluation.runs import describe_sampling
+
+    rows = [("run", "step", "samples", "recognised", "Fréchet distance")]
+    for j in judgements:
+        recognised, frechet = f"{j.scores['recognised']:.1%}", f"{j.scores['frechet']:.2f}"
+        rows.append((str(j.run), str(j.step), describe_sampling(j.sample), recognised, frechet))
+    for _, group in groupby(judgements, key=_without_seed):
+        group = list(group)
+        if len(group) > 1:
+            name = os.path.commonprefix([str(j.run) for j in group]) + "*"
+            recognised = [100 * j.scores["recognised"] for j in group]
+            frechet = [j.scores["frechet"] for j in group]
+            rows.append((f"{name} ({len(group)} seeds)", "", "", _spread(recognised, 1) + " %", _spread(frechet, 2)))
+    reference = judgements[0].scores["reference"]
+    rows.append(("real digits", "", "", f"{reference['recognised']:.1%}", f"{reference['frechet']:.2f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _without_seed(judgement) -> dict:
+    return judgement.recipe.model_dump(exclude={"description": True, "train": {"seed"}, "sample": True})
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"

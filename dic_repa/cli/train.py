@@ -1,0 +1,68 @@
+"""`dic-repa train`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+
+import click
+
+from dic_repa.recipe import load_training_recipe
+
+
+@click.command("train")
+@click.argument("recipe")
+@click.option("--run", "path", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/RECIPE]")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
+@click.option("--overwrite", is_flag=True, help="Remove a run of that name and begin anew.")
+def command(recipe: str, path: Path | None, overrides: tuple[str, ...], resume: bool, overwrite: bool):
+    """Train RECIPE (a name from `dic-repa recipes`, or a YAML file) into a run folder.
+
+    Samples from the averaged weights and judges them at the end, where the recipe has an `evaluate` section. Ctrl-C is
+    safe: the newest checkpoint stays whole, and the command to go on is printed.
+
+    \b
+    Examples:
+      dic-repa train digits-urepa
+      dic-repa train digits-urepa --run runs/quick --set train.steps=200
+      dic-repa train digits-urepa --resume
+      accelerate launch -m dic_repa train digits-urepa        on all GPUs of this machine
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    settings = load_training_recipe(recipe, overrides)
+    path = path or Path("runs") / Path(recipe).stem
+
+    from dic_repa.training import train
+
+    begin = time.perf_counter()
+    try:
+        run = train(settings, path, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(interrupted_message(path), err=True)
+        raise
+    if os.environ.get("RANK", "0") != "0":
+        return
+    click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
+    if settings.evaluate:
+        from dic_repa.cli.evaluate import evaluate_and_show
+
+        evaluate_and_show([run.path])
+        click.echo(f"loss curves: {run.curves_file}")
+
+
+def interrupted_message(path: Path) -> str:
+    """What is safe, and how to go on."""
+    from dic_repa.training.run_folder import RunFolder, checkpoint_step
+
+    run = RunFolder(path)
+    newest = run.newest_checkpoint()
+    if not run.recipe_file.is_file():
+        return "interrupted before the run began"
+    safe = f"the checkpoint of step {checkpoint_step(newest)} is whole" if newest else "there is no checkpoint yet"
+    again = shlex.join(["dic-repa", "train", str(run.recipe_file), "--run", str(path), "--resume"])
+    return f"interrupted; {safe}. To go on:\n  {again}"

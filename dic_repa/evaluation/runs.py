@@ -1,0 +1,78 @@
+"""Judging a run: sample from its averaged weights, measure, and keep both beside the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dic_repa.data import datasets
+from dic_repa.errors import UserError
+from dic_repa.evaluation import metrics
+from dic_repa.generation import balanced_labels, generate_from, load_checkpoint, save_grid
+from dic_repa.recipe import Recipe, SampleSection
+from dic_repa.training.run_folder import RunFolder, checkpoint_step
+
+
+@dataclass
+class Judgement:
+    """What a run's samples scored, and where the record and the picture of them are."""
+
+    run: Path
+    step: int
+    sample: SampleSection
+    recipe: Recipe
+    scores: dict
+    record: Path
+    picture: Path
+
+
+def evaluate_run(
+    path: str | Path, sample: SampleSection | None = None, again: bool = False, progress: Callable[[int], None] = int
+) -> Judgement:
+    """Sample as `sample` says (by default as the run's recipe says) and judge by the recipe's metric.
+
+    The result is kept in RUN/evaluation and read from there next time, unless `again`. `progress` is told of each batch.
+    """
+    run = RunFolder.open(path)
+    newest = run.newest_checkpoint()
+    if newest is None:
+        raise UserError(f"{path} has no checkpoint yet")
+    recipe = run.recipe()
+    if recipe.evaluate is None:
+        raise UserError(f"the recipe of {path} has no `evaluate` section, which says how to judge its samples")
+    sample = sample or recipe.sample
+    step = checkpoint_step(newest)
+    stem = run.path / "evaluation" / f"step_{step:08d}-{describe_sampling(sample).replace(' ', '-')}"
+    judged = Judgement(run.path, step, sample, recipe, {}, stem.with_suffix(".json"), stem.with_suffix(".png"))
+
+    wanted = {"step": step, "metric": recipe.evaluate.metric, "sample": sample.model_dump(mode="json")}
+    if judged.record.is_file() and not again:
+        record = json.loads(judged.record.read_text())
+        if {key: record.get(key) for key in wanted} == wanted:
+            judged.scores = record["scores"]
+            return judged
+
+    checkpoint = load_checkpoint(newest, "cuda" if torch.cuda.is_available() else "cpu")
+    labels = balanced_labels(sample.num, range(checkpoint.denoiser.num_classes))
+    batches = []
+    for batch in generate_from(checkpoint, sample, labels):
+        batches.append((batch * 255).round() / 255)  # what is judged is what a PNG file keeps
+        progress(len(batch))
+    images = torch.cat(batches)
+    judged.scores = metrics.get(recipe.evaluate.metric)(images, labels)
+    judged.record.parent.mkdir(exist_ok=True)
+    save_grid(images, judged.picture, labels, datasets.get(recipe.data.name).class_names, columns=12)
+    judged.record.write_text(json.dumps({**wanted, "scores": judged.scores}, indent=2) + "\n")
+    return judged
+
+
+def describe_sampling(sample: SampleSection) -> str:
+    """'500 heun 20', or '500 heun 20 cfg 1.8 0.0 0.7' with guidance: short enough for a file's name."""
+    words = [sample.num, sample.solver, sample.steps]
+    if sample.guidance:
+        words += ["cfg", sample.guidance.scale, *sample.guidance.interval]
+    return " ".join(str(word) for word in words)

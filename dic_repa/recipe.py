@@ -1,0 +1,291 @@
+"""The typed schema of a recipe, and nothing that it builds.
+
+A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are merged,
+anything else is replaced. `load_recipe` finds a file or one of the recipes that come with the package, applies `--set`
+overrides and validates; every mistake is one line that names the key and what it takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dic_repa.errors import UserError, did_you_mean, unknown_name
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Time = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, and so is a string where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    name: str = Field("DiC", description="a preset (DiC-S, DiC-B, DiC-XL, DiC-H) or DiC with width and depths")
+    width: int | None = Field(None, ge=2, description="channels of the first level")
+    depths: tuple[Count, Count, Count, Count, Count] | None = Field(
+        None, description="blocks of the stages: encoder, encoder, middle, decoder, decoder"
+    )
+    learn_sigma: bool = Field(False, description="twice the output channels; the second half is a variance")
+    time_scale: float = Field(1.0, gt=0, description="multiplies t before its embedding")
+    zero_gates: bool = Field(False, description="start each block as the identity")
+
+
+class DataSection(Section):
+    name: str = Field("digits", description="the data set")
+    size: int = Field(16, ge=4, description="height and width of the denoiser's data")
+    workers: int = Field(0, ge=0, description="loader processes of each training process")
+
+
+class ObjectiveSection(Section):
+    name: str = Field("flow-matching", description="what is trained for")
+    options: dict[str, Any] = Field(default_factory=dict, description="its arguments: path, time, prediction, ...")
+
+
+class AlignmentSection(Section):
+    encoder: str = Field(description="the frozen encoder whose tokens are the targets")
+    encoder_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the encoder")
+    tap: str = Field("mid.0", description="the submodule of the denoiser whose output is aligned")
+    head: str = Field("mlp", description="projects the tapped feature map to the encoder's tokens")
+    head_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the head")
+    weight: float = Field(0.5, ge=0, description="lambda, of the whole alignment loss")
+    manifold_weight: float = Field(3.0, ge=0, description="w, of the manifold term against the token term")
+
+
+class TrainSection(Section):
+    steps: Count = Field(400_000, description="optimizer steps")
+    batch_size: Count = Field(256, description="images of one step, over all processes")
+    micro_batch: Count | None = Field(None, description="images of one pass of one process; null: all of its share")
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
+    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: no clipping")
+    ema_decay: Probability = Field(0.9999, description="of the averaged weights that are sampled from")
+    label_dropout: Probability = Field(0.1, description="share of labels replaced by the null class")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision of the denoiser; no: float32")
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
+    compile: bool = Field(False, description="torch.compile the denoiser with its heads")
+    seed: int = Field(0, ge=0)
+    log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
+    sample_every: int = Field(10_000, ge=0, description="steps between grids of samples; 0: none")
+    checkpoint_every: Count = Field(10_000, description="steps between checkpoints; the last step has one too")
+    keep_checkpoints: Count = Field(2, description="how many of the newest stay")
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self):
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class GuidanceSection(Section):
+    scale: float = Field(1.65, ge=0, description="1: none; above: towards the class")
+    interval: tuple[Time, Time] = Field((0.0, 0.7), description="the times in which guidance acts (0 data, 1 noise)")
+
+    @model_validator(mode="after")
+    def _interval_is_upright(self):
+        if self.interval[0] >= self.interval[1]:
+            raise ValueError(f"interval must rise, not {list(self.interval)}")
+        return self
+
+
+class SampleSection(Section):
+    solver: str = Field("heun", description="see `dic-repa sample --help`")
+    steps: Count = Field(50)
+    guidance: GuidanceSection | None = Field(None, description="null: none")
+    num: Count = Field(50_000, description="how many images")
+    batch_size: Count = Field(64)
+    seed: int = Field(0, ge=0)
+
+
+class EvaluateSection(Section):
+    metric: str = Field("digits", description="who judges the samples")
+
+
+class Recipe(Section):
+    """All that determines a training run, the samples at its end and how they are judged."""
+
+    description: str = ""
+    plugins: list[str] = Field(default_factory=list, description="modules to import first: they register your own parts")
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    alignments: list[AlignmentSection] = Field(default_factory=list, description="empty: the plain baseline")
+    train: TrainSection = Field(default_factory=TrainSection)
+    sample: SampleSection = Field(default_factory=SampleSection)
+    evaluate: EvaluateSection | None = Field(None, description="null: no judgement at the end of the run")
+
+
+class SamplingRecipe(Section):
+    """How to sample from a finished run: a recipe with a `sample` section and no model."""
+
+    description: str = ""
+    sample: SampleSection
+
+
+def list_recipes() -> dict[str, str]:
+    """The recipes that come with the package: name to description."""
+    files = sorted(resources.files("dic_repa.recipes").iterdir(), key=lambda file: file.name)
+    return {f.name[:-5]: _parse(f.read_text(), f.name).get("description", "") for f in files if f.name.endswith(".yaml")}
+
+
+def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | SamplingRecipe:
+    """The recipe of that name or file with `overrides` ('train.steps=200', values in YAML) applied, validated.
+
+    A UserError names the near recipes or keys, or the key and what it takes.
+    """
+    raw = _resolve(name_or_path, seen=())
+    for override in overrides:
+        _override(raw, override)
+    return validate(raw, name_or_path)
+
+
+def load_training_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """`load_recipe`, where only a recipe that can be trained will do."""
+    recipe = load_recipe(name_or_path, overrides)
+    if isinstance(recipe, SamplingRecipe):
+        raise UserError(
+            f"{name_or_path} is a sampling recipe; use it on a finished run: dic-repa sample RUN --recipe {name_or_path}"
+        )
+    return recipe
+
+
+def validate(raw: dict, source: str | Path = "recipe") -> Recipe | SamplingRecipe:
+    """The recipe of a plain dict; a UserError lists what is wrong with it in one line."""
+    schema = SamplingRecipe if "sample" in raw and not set(raw) - {"description", "sample"} else Recipe
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(schema, e) for e in error.errors())) from None
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """A recipe as YAML, all defaults included, in the schema's order."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+
+
+def _resolve(name_or_path: str | Path, seen: tuple[str, ...]) -> dict:
+    text, label = _read(name_or_path)
+    if label in seen:
+        raise UserError(f"recipes name each other as their base: {' -> '.join([*seen, label])}")
+    raw = _parse(text, label)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
+    beside = Path(label).parent / base
+    return _merge(_resolve(beside if beside.is_file() else base, (*seen, label)), raw)
+
+
+def _read(name_or_path: str | Path) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"there is no recipe file {path}")
+        return path.read_text(), str(path)
+    file = resources.files("dic_repa.recipes") / f"{name_or_path}.yaml"
+    if "/" in str(name_or_path) or not file.is_file():
+        names = [f.name[:-5] for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")]
+        raise unknown_name("recipe", str(name_or_path), names)
+    return file.read_text(), str(name_or_path)
+
+
+def _parse(text: str, label: str) -> dict:
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"{label} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{label} is not a recipe: it must be a mapping of keys to values")
+    return raw
+
+
+def _merge(base: dict, top: dict) -> dict:
+    merged = copy.deepcopy(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def _override(raw: dict, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set takes key=value, such as train.steps=200, not '{override}'")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {dotted}: '{text}' is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = dotted.split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}  # a section that the recipe leaves to its defaults
+        node = _child(node, part, dotted)
+    if isinstance(node, list):
+        _child(node, last, dotted)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"--set {dotted}: '{'.'.join(parents)}' has no keys of its own")
+
+
+def _number(text: str) -> Any:
+    # YAML 1.1 takes 1e-3 for a string, for want of a dot.
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _child(node: Any, part: str, dotted: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"--set {dotted}: there are {len(node)} entries, numbered from 0; '{part}' is not one of them")
+        return node[int(part)]
+    if isinstance(node, dict):
+        return node[part]
+    raise UserError(f"--set {dotted}: '{part}' is not inside a section")
+
+
+def _explain(schema: type[BaseModel], error: dict) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        fields = _fields_at(schema, error["loc"][:-1])
+        return f"unknown key '{location}'{did_you_mean(str(error['loc'][-1]), fields)}"
+    if error["type"] == "missing":
+        return f"{location} is missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if error["type"] == "value_error":
+        return f"{location}: {message}" if location else message
+    return f"{location} {message}, not {error['input']!r}"
+
+
+def _fields_at(schema: type[BaseModel], location: tuple) -> list[str]:
+    """The keys of the section at `location`, which may pass through lists and optional sections."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = schema.model_fields[part].annotation
+        while not isinstance(annotation, type) or isinstance(annotation, types.GenericAlias):
+            inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+            annotation = inner[0]
+        schema = annotation
+    return list(schema.model_fields)

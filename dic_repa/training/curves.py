@@ -1,0 +1,56 @@
+"""The picture of the loss curves, of one run or of several side by side."""
+
+from __future__ import annotations
+
+import json
+
+from dic_repa.training.run_folder import RunFolder
+
+_PANELS = {
+    "denoising": ("denoising loss", 1.0),
+    "token": ("similarity to the encoder", -1.0),
+    "manifold": ("manifold loss", 1.0),
+}
+
+
+def read_metrics(run: RunFolder) -> list[dict]:
+    """The lines of metrics.jsonl; one that was cut short by a kill is left out."""
+    records = []
+    for line in run.metrics_file.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def save_curves(runs: list[RunFolder], path=None) -> None:
+    """Plot the runs' curves into `path`, by default into the first run's curves.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = {run.path.name: read_metrics(run) for run in runs}
+    names = {name for lines in records.values() for line in lines for name in line}
+    panels = [panel for panel in _PANELS if any(name.split(".")[-1] == panel for name in names)]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels):
+        title, sign = _PANELS[panel]
+        for run, lines in records.items():
+            for series in sorted(n for n in names if n.split(".")[-1] == panel):
+                points = [(line["step"], sign * line[series]) for line in lines if series in line]
+                if points:
+                    label = run if series.count(".") < 2 else f"{run} [{series.split('.')[1]}]"
+                    axis.plot(*zip(*points), label=label, linewidth=1.4)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    if panels[0] == "denoising":
+        axes[0][0].set_yscale("log")
+    if len(runs) > 1:
+        axes[0][0].legend(fontsize=8)
+    figure.savefig(path or runs[0].curves_file, dpi=130)
+    plt.close(figure)

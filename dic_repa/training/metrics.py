@@ -1,0 +1,109 @@
+"""What a run tells while it goes on: a progress bar, metrics.jsonl, and at the end a picture of the curves.
+
+Sums stay on the device between two log steps, so that logging costs one synchronisation each time and none in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from dic_repa.recipe import TrainSection
+from dic_repa.training.run_folder import RunFolder
+
+
+class MetricLog:
+    """Averages of the losses over the steps since the last log step, over all processes; written by the main one.
+
+    A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (their terms,
+    unweighted); gradient_norm (before clipping, of the last step); learning_rate; images_per_second; seconds.
+    """
+
+    def __init__(self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, environment: dict):
+        self.run, self.accelerator, self.settings, self.start = run, accelerator, settings, start
+        self.environment = environment
+        self.sums: dict[str, Tensor] = {}
+        self.images, self.pause = 0, 0.0
+
+    def __enter__(self) -> MetricLog:
+        if self.accelerator.is_main_process:
+            sessions = []  # one entry for each time that the run was started or resumed
+            if self.run.environment_file.is_file():
+                sessions = json.loads(self.run.environment_file.read_text())
+            self.run.environment_file.write_text(json.dumps([*sessions, self.environment], indent=2) + "\n")
+        self.bar = tqdm(
+            total=self.settings.steps,
+            initial=self.start,
+            unit="step",
+            desc=self.run.path.name,
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
+        )
+        self.since = time.perf_counter()
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self.bar.close()
+        if self.accelerator.is_main_process and self.run.metrics_file.is_file():
+            from dic_repa.training.curves import save_curves
+
+            save_curves([self.run])
+
+    def add(self, loss: Tensor, denoising: Tensor, terms: list[tuple[Tensor, dict[str, Tensor]]], weight: float) -> None:
+        """Count one pass's losses, which are `weight` of a step."""
+        values = {"loss": loss, "denoising": denoising}
+        for i, (_, parts) in enumerate(terms):
+            values |= {f"alignment.{i}.{name}": value for name, value in parts.items()}
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach() * weight
+
+    def step(self, step: int, norm: Tensor, learning_rate: float, images: int) -> None:
+        """End a step; at a log step, average, write and show."""
+        self.bar.update()
+        self.images += images
+        if step % self.settings.log_every and step != self.settings.steps:
+            return
+        count = self.images / images
+        means = torch.stack([value.float() for value in self.sums.values()]) / count
+        means = self.accelerator.reduce(means, "mean").tolist()
+        seconds = time.perf_counter() - self.since - self.pause
+        record = {
+            "step": step,
+            **dict(zip(self.sums, means)),
+            "gradient_norm": float(norm),
+            "learning_rate": learning_rate,
+            "images_per_second": round(self.images / seconds, 2),
+            "seconds": round(seconds, 3),
+        }
+        self.sums, self.images, self.pause, self.since = {}, 0, 0.0, time.perf_counter()
+        if self.accelerator.is_main_process:
+            self._write(record)
+
+    def _write(self, record: dict) -> None:
+        with self.run.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        shown = {"loss": f"{record['loss']:.3f}"}
+        tokens = [value for name, value in record.items() if name.endswith(".token")]
+        if tokens:
+            shown["similarity"] = f"{-sum(tokens) / len(tokens):.3f}"
+        shown["img/s"] = f"{record['images_per_second']:.0f}"
+        self.bar.set_postfix(shown)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here does not count against images per second."""
+        begin = time.perf_counter()
+        yield
+        self.pause += time.perf_counter() - begin

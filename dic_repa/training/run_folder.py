@@ -1,0 +1,170 @@
+"""A run's folder: the recipe that ran, where and with what it ran, its metrics, pictures and checkpoints.
+
+    recipe.yaml         the recipe, resolved            metrics.jsonl   one line per log step
+    environment.json    versions, git state, machine    samples/        grids of samples over training
+    checkpoints/        step_00001000/, ...             curves.png      the loss curves
+
+A checkpoint is a folder that is written aside and renamed, so one that bears its name is whole.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from dic_repa.errors import UserError
+from dic_repa.recipe import Recipe, SamplingRecipe, to_yaml, validate
+
+# Changing these keeps the trajectory of the weights, so a resumed run may.
+_HARMLESS = {
+    "description",
+    "sample",
+    "evaluate",
+    "train.steps",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.micro_batch",
+    "train.gradient_checkpointing",
+    "train.compile",
+    "data.workers",
+}
+_PACKAGES = ("dic-repa", "torch", "torchvision", "accelerate", "timm", "torchdiffeq", "safetensors", "pydantic", "numpy")
+
+
+class RunFolder:
+    """Paths inside a run's folder, and its checkpoints."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.curves_file = self.path / "curves.png"
+        self.samples = self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run; a UserError where `path` is none."""
+        run = cls(path)
+        if not run.recipe_file.is_file():
+            what = "has no recipe.yaml" if run.path.is_dir() else "does not exist"
+            raise UserError(f"{path} is not a run: it {what}")
+        return run
+
+    def create(self, recipe: Recipe, overwrite: bool = False) -> None:
+        """Make the folder for a new run; one that exists is refused unless `overwrite`, which removes only runs."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not overwrite:
+                raise UserError(f"{self.path} exists; pass --resume to go on with it, or --overwrite to begin anew")
+            if not self.recipe_file.is_file():
+                raise UserError(f"{self.path} is not a run, so it is not overwritten; choose another folder with --run")
+            shutil.rmtree(self.path)
+        for folder in (self.path, self.samples, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.recipe_file.write_text(to_yaml(recipe))
+
+    def resume(self, recipe: Recipe) -> None:
+        """Make an existing run ready to go on; a UserError if `recipe` would change what the run computes."""
+        if not self.path.exists():
+            raise UserError(f"there is no run at {self.path} to resume; leave --resume out to begin one")
+        before = RunFolder.open(self.path).recipe()
+        if changed := changed_keys(before.model_dump(mode="json"), recipe.model_dump(mode="json")):
+            raise UserError(
+                f"{self.path} was begun with another recipe, so it cannot go on with this one; "
+                f"these keys differ: {', '.join(changed)}"
+            )
+        self.recipe_file.write_text(to_yaml(recipe))
+        newest = self.newest_checkpoint()
+        self._cut_metrics(checkpoint_step(newest) if newest else 0)
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was begun with."""
+        recipe = validate(yaml.safe_load(self.recipe_file.read_text()), self.recipe_file)
+        if isinstance(recipe, SamplingRecipe):
+            raise UserError(f"{self.recipe_file} is not the recipe of a training run")
+        return recipe
+
+    def newest_checkpoint(self) -> Path | None:
+        """The whole checkpoint with the most steps."""
+        return max(self.checkpoints.glob("step_[0-9]*"), key=checkpoint_step, default=None)
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}"
+
+    def drop_old_checkpoints(self, keep: int) -> None:
+        """Keep the `keep` newest checkpoints, and remove what an interrupted write left behind."""
+        ordered = sorted(self.checkpoints.glob("step_[0-9]*"), key=checkpoint_step)
+        for folder in [*ordered[:-keep], *self.checkpoints.glob(".writing-*")]:
+            shutil.rmtree(folder)
+
+    def _cut_metrics(self, step: int) -> None:
+        # The steps after the checkpoint are about to be done again, and a kill may have cut the last line short.
+        if not self.metrics_file.is_file():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                break
+        aside = self.metrics_file.with_suffix(".writing")
+        aside.write_text("".join(kept))
+        os.replace(aside, self.metrics_file)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The number of steps behind a checkpoint folder's weights."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def changed_keys(before: dict, after: dict, prefix: str = "") -> list[str]:
+    """The dotted keys in which two recipes differ, except those that leave the weights' trajectory as it is."""
+    changed = []
+    for key in {**before, **after}:
+        dotted = prefix + key
+        old, new = before.get(key), after.get(key)
+        if dotted in _HARMLESS or old == new:
+            continue
+        both = isinstance(old, dict) and isinstance(new, dict)
+        changed += changed_keys(old, new, dotted + ".") if both else [dotted]
+    return changed
+
+
+def describe_environment(device: str, processes: int) -> dict:
+    """What a run was made with: command, versions, git state of the package's source, machine."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": versions,
+        "git": _git_state(),
+        "machine": {"platform": platform.platform(), "device": device, "cpus": os.cpu_count(), "processes": processes},
+    }
+
+
+def _git_state() -> dict | None:
+    def git(*arguments: str) -> str:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()}
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed from a wheel, or git is not there

@@ -1,0 +1,1 @@
+"""The recipes that come with the package; `dic-repa recipes` lists them."""
