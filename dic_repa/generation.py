@@ -16,6 +16,7 @@ from dic_repa.errors import UserError
 from dic_repa.models import DiC
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import Guidance, initial_noise, sample_ode, sample_sde
+
 SDE_SOLVERS = {"euler_maruyama"}
 from dic_repa.training.run_folder import RunFolder
 
@@ -60,8 +61,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """Samples of the classes `labels` (N,) in batches: images (B, C, H, W) in [0, 1], on the CPU, in order.
 
-    Sample i depends on (settings.seed, i, labels[i]) alone. `shape` is the (C, H, W) of the denoiser's data. A UserError
-    names a label that is out of range.
+    Sample i depends on (settings.seed, i, labels[i]) alone. `shape` is the (C, H, W) of the denoiser's data. A
+    UserError names a label that is out of range.
     """
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > denoiser.num_classes:
@@ -118,7 +119,8 @@ def save_grid(
 ) -> None:
     """Images (N, C, H, W) in [0, 1] as one picture, a row for each class, its name in front.
 
-    At most `columns` of each class are shown; small images are enlarged by a whole number until the grid is about `height`.
+    At most `columns` of each class are shown; small images are enlarged by a whole number until the grid is about
+    `height`.
     """
     rows = [(int(label), images[labels == label][:columns]) for label in labels.unique()]
     size = images.shape[-1]

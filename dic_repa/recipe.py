@@ -1,8 +1,8 @@
 """The typed schema of a recipe, and nothing that it builds.
 
-A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are merged,
-anything else is replaced. `load_recipe` finds a file or one of the recipes that come with the package, applies `--set`
-overrides and validates; every mistake is one line that names the key and what it takes.
+A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
+merged, anything else is replaced. `load_recipe` finds a file or one of the recipes that come with the package,
+applies `--set` overrides and validates; every mistake is one line that names the key and what it takes.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class Recipe(Section):
     """All that determines a training run, the samples at its end and how they are judged."""
 
     description: str = ""
-    plugins: list[str] = Field(default_factory=list, description="modules to import first: they register your own parts")
+    plugins: list[str] = Field(
+        default_factory=list, description="modules to import first: they register your own parts"
+    )
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
@@ -137,7 +139,9 @@ class SamplingRecipe(Section):
 def list_recipes() -> dict[str, str]:
     """The recipes that come with the package: name to description."""
     files = sorted(resources.files("dic_repa.recipes").iterdir(), key=lambda file: file.name)
-    return {f.name[:-5]: _parse(f.read_text(), f.name).get("description", "") for f in files if f.name.endswith(".yaml")}
+    return {
+        f.name[:-5]: _parse(f.read_text(), f.name).get("description", "") for f in files if f.name.endswith(".yaml")
+    }
 
 
 def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | SamplingRecipe:
@@ -258,7 +262,9 @@ def _number(text: str) -> Any:
 def _child(node: Any, part: str, dotted: str) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
-            raise UserError(f"--set {dotted}: there are {len(node)} entries, numbered from 0; '{part}' is not one of them")
+            raise UserError(
+                f"--set {dotted}: there are {len(node)} entries, numbered from 0; '{part}' is not one of them"
+            )
         return node[int(part)]
     if isinstance(node, dict):
         return node[part]

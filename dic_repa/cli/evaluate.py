@@ -20,8 +20,8 @@ from dic_repa.recipe import load_recipe
 def command(runs: tuple[Path, ...], recipe: str | None, num: int | None, again: bool):
     """Judge the samples of RUNS (run folders): sample from the averaged weights, measure, print a table.
 
-    Runs that differ in nothing but the seed are also summed up as mean and standard deviation. The samples' picture and the
-    scores are kept in RUN/evaluation.
+    Runs that differ in nothing but the seed are also summed up as mean and standard deviation. The samples' picture
+    and the scores are kept in RUN/evaluation.
 
     \b
     Examples:

@@ -16,10 +16,11 @@ from dic_repa.recipe import load_training_recipe
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of a recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, unrounded.")
 def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str, ...], as_json: bool):
-    """Parameters and multiply-accumulates (MACs; papers call them FLOPs) of presets or recipes; of all presets by default.
+    """Parameters and multiply-accumulates (MACs; papers call them FLOPs) of presets or recipes; of all presets by
+    default.
 
-    A preset is counted with 4 input and 8 output channels and 1000 classes, a recipe with what it says. "Winograd" is what
-    is left when the blocks' 3x3 convolutions take 2.25 times fewer multiplications.
+    A preset is counted with 4 input and 8 output channels and 1000 classes, a recipe with what it says. "Winograd" is
+    what is left when the blocks' 3x3 convolutions take 2.25 times fewer multiplications.
 
     \b
     Examples:

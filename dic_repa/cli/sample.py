@@ -27,8 +27,8 @@ from dic_repa.recipe import SampleSection, load_recipe, validate
 def command(checkpoint: Path, out: Path | None, recipe: str | None, classes: str | None, overwrite: bool, **options):
     """Sample from CHECKPOINT: a run's folder, one of its checkpoints, or an inference checkpoint.
 
-    Writes 000000.png, 000001.png, ..., grid.png and samples.json, which has each image's label and all settings. An image
-    depends on the seed, its index and its class alone, whatever the batch size.
+    Writes 000000.png, 000001.png, ..., grid.png and samples.json, which has each image's label and all settings. An
+    image depends on the seed, its index and its class alone, whatever the batch size.
 
     \b
     Examples:

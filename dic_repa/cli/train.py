@@ -15,7 +15,9 @@ from dic_repa.recipe import load_training_recipe
 @click.command("train")
 @click.argument("recipe")
 @click.option("--run", "path", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/RECIPE]")
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable.")
+@click.option(
+    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
 @click.option("--overwrite", is_flag=True, help="Remove a run of that name and begin anew.")
 def command(recipe: str, path: Path | None, overrides: tuple[str, ...], resume: bool, overwrite: bool):

@@ -1,8 +1,8 @@
 """What a training run needs to go on as if it had not stopped: weights, their average, the optimizer's state, the step.
 
-    model.safetensors   the denoiser and the heads          ema/            config.json, model.safetensors, recipe.yaml:
-    optimizer.pt        plain tensors, never unpickled                      all that sampling needs, `DiC.from_pretrained`
-    state.json          the step
+model.safetensors   the denoiser and the heads          ema/            config.json, model.safetensors, recipe.yaml:
+optimizer.pt        plain tensors, never unpickled                      all that sampling needs, `DiC.from_pretrained`
+state.json          the step
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from dic_repa.errors import UserError
@@ -44,9 +45,16 @@ def save_checkpoint(
         for file in aside.rglob("*"):
             _flush(file)
         _flush(aside)
-    except BaseException:
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have names of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        raise
+        newest = max(folder.parent.glob("step_*"), default=None)
+        kept = f"{newest.name} is whole" if newest else "there is none before it"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint {folder} could not be written ({reason}); {kept}") from None
     if folder.exists():  # a run that was resumed from an older checkpoint comes by here again
         shutil.rmtree(folder)
     os.replace(aside, folder)
@@ -63,7 +71,9 @@ def load_checkpoint(
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         step = json.loads((folder / "state.json").read_text())["step"]
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
-        raise UserError(f"{folder} is damaged ({type(error).__name__}); remove it to resume from the one before") from None
+        raise UserError(
+            f"{folder} is damaged ({type(error).__name__}); remove it to resume from the one before"
+        ) from None
     optimizer.load_state_dict(content["optimizer"])
     if content["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(content["scaler"])

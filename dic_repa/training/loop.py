@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from dic_repa.alignment import AlignedDenoiser
+from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.build import (
     build_alignment,
     build_dataset,
@@ -27,91 +27,125 @@ from dic_repa.training.checkpoint import load_checkpoint, save_checkpoint
 from dic_repa.training.ema import EMA
 from dic_repa.training.metrics import MetricLog
 from dic_repa.training.randomness import data_order, process_rows, step_generator
-from dic_repa.training.run_folder import RunFolder, describe_environment
+from dic_repa.training.run_folder import RunFolder
+
+
+@dataclass
+class Parts:
+    """All that a recipe names, built; `model` is the denoiser with its heads, wrapped for the processes."""
+
+    data: Dataset
+    objective: object
+    encoders: list
+    denoiser: nn.Module
+    alignments: list[Alignment]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
 
 
 def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False) -> RunFolder:
     """Train what `recipe` says into the run folder `path`, and return it.
 
-    The folder must be new, unless `resume` goes on from its newest checkpoint or `overwrite` removes it. Runs in as many
-    processes as it was launched in (`accelerate launch`, `torchrun`), with the same result.
+    The folder must be new, unless `resume` goes on from its newest checkpoint or `overwrite` removes it. Runs in as
+    many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result.
     """
-    settings = recipe.train
+    settings, run = recipe.train, RunFolder(path)
     accelerator = Accelerator(mixed_precision=settings.precision)
-    micro_batches = check_batch(settings, accelerator.num_processes)
-    import_plugins(recipe)
-
-    set_seed(settings.seed)  # of the initial weights
-    data = build_dataset(recipe.data)
-    objective = build_objective(recipe.objective)
-    denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
-    denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
-    encoders = [build_encoder(section, accelerator.device) for section in recipe.alignments]
-    sections = zip(recipe.alignments, encoders)
-    alignments = [build_alignment(section, encoder, denoiser, data) for section, encoder in sections]
-    ema = EMA(denoiser.to(accelerator.device), settings.ema_decay)
-    model = AlignedDenoiser(denoiser, alignments).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
-    )
-    if settings.compile:
-        model.compile()
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    run = RunFolder(path)
+    passes = check_batch(settings, accelerator.num_processes)
+    parts = build_parts(recipe, accelerator)
+    model, optimizer, ema = parts.model, parts.optimizer, parts.ema
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             run.resume(recipe) if resume else run.create(recipe, overwrite)
         checkpoint = run.newest_checkpoint()
     start = load_checkpoint(checkpoint, accelerator, model, ema, optimizer) if checkpoint else 0
-    environment = describe_environment(str(accelerator.device), accelerator.num_processes)
-    log = MetricLog(run, accelerator, settings, start, environment)
 
-    with log:
-        for step, batch in zip(range(start, settings.steps), batches(data, recipe, accelerator, start)):
-            # Drawn for the global batch, then sliced: the same numbers whatever the number of processes.
-            generator = step_generator(settings.seed, step, accelerator.device)
-            rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
-            t, noise = objective.draw((settings.batch_size, *batch["x"].shape[1:]), generator)
-            dropped = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
-            t, noise, dropped = t[rows], noise[rows], dropped[rows] < settings.label_dropout
-            y = batch["label"].masked_fill(dropped, data.num_classes)
-            with torch.no_grad():
-                targets = [encoder(batch["image"]) for encoder in encoders]
-
-            for micro in torch.arange(len(y)).chunk(micro_batches):
-                part = slice(int(micro[0]), int(micro[-1]) + 1)
-                last = part.stop == len(y)
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    noisy = objective.corrupt(batch["x"][part], t[part], noise[part])
-                    out = model(noisy.x_t, noisy.t, y[part])
-                    denoising = objective.loss(out.prediction, noisy)
-                    terms = [
-                        alignment.loss(projection, target[part], noisy.t)
-                        for alignment, projection, target in zip(alignments, out.projections, targets)
+    with MetricLog(run, accelerator, settings, start) as log:
+        for step, batch in zip(range(start, settings.steps), batches(parts.data, recipe, accelerator, start)):
+            for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes)):
+                with nullcontext() if k == passes - 1 else accelerator.no_sync(model):
+                    noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
+                    out = model(noisy.x_t, noisy.t, inputs.y)
+                    denoising = parts.objective.loss(out.prediction, noisy)
+                    aligned = [
+                        alignment.loss(projection, target, noisy.t)
+                        for alignment, projection, target in zip(parts.alignments, out.projections, inputs.targets)
                     ]
-                    loss = denoising + sum(aligned for aligned, _ in terms)
-                    accelerator.backward(loss / micro_batches)
-                log.add(loss, denoising, terms, weight=1 / micro_batches)
+                    loss = denoising + sum(aligned_loss for aligned_loss, _ in aligned)
+                    accelerator.backward(loss / passes)
+                log.add(loss, denoising, [terms for _, terms in aligned], share=1 / passes)
 
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clip or float("inf"))
             learning_rate = set_learning_rate(optimizer, settings, step)
             optimizer.step()
             optimizer.zero_grad()
-            ema.update(denoiser)
+            ema.update(parts.denoiser)
             log.step(step + 1, norm, learning_rate, images=settings.batch_size)
 
             if accelerator.is_main_process:
-                if due(step + 1, settings.checkpoint_every, settings.steps):
-                    with log.paused():
+                with log.paused():
+                    if due(step + 1, settings.checkpoint_every, settings.steps):
                         folder = run.checkpoint_path(step + 1)
                         save_checkpoint(folder, step + 1, accelerator, model, ema, optimizer, recipe)
                         run.drop_old_checkpoints(settings.keep_checkpoints)
-                if settings.sample_every and due(step + 1, settings.sample_every, settings.steps):
-                    with log.paused():
-                        save_progress_grid(run, step + 1, ema, objective, recipe, data)
+                    if settings.sample_every and due(step + 1, settings.sample_every, settings.steps):
+                        save_progress_grid(run, step + 1, parts, recipe)
     accelerator.wait_for_everyone()
     return run
+
+
+def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
+    """Everything on the device, with initial weights that depend on the seed alone."""
+    settings, device = recipe.train, accelerator.device
+    import_plugins(recipe)
+    torch.manual_seed(settings.seed)
+    data = build_dataset(recipe.data)
+    denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
+    denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
+    encoders = [build_encoder(section, device) for section in recipe.alignments]
+    alignments = [
+        build_alignment(section, encoder, denoiser, data) for section, encoder in zip(recipe.alignments, encoders)
+    ]
+    ema = EMA(denoiser.to(device), settings.ema_decay)
+    model = AlignedDenoiser(denoiser, alignments).to(device)
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, weight_decay=decay)
+    if settings.compile:
+        model.compile()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return Parts(data, build_objective(recipe.objective), encoders, denoiser, alignments, model, optimizer, ema)
+
+
+@dataclass
+class Inputs:
+    """What one pass takes: data, labels with some dropped, times, noise, and the encoders' tokens."""
+
+    x: Tensor
+    y: Tensor
+    t: Tensor
+    noise: Tensor
+    targets: list[Tensor]
+
+
+def step_inputs(
+    parts: Parts, batch: dict[str, Tensor], settings: TrainSection, step: int, accelerator: Accelerator, passes: int
+) -> Iterator[Inputs]:
+    """The step's inputs of this process, split into its passes.
+
+    Times, noise and dropped labels are drawn for the global batch and then sliced: the same numbers whatever the number
+    of processes and passes.
+    """
+    generator = step_generator(settings.seed, step, accelerator.device)
+    t, noise = parts.objective.draw((settings.batch_size, *batch["x"].shape[1:]), generator)
+    uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
+    rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
+    y = batch["label"].masked_fill(uniform[rows] < settings.label_dropout, parts.data.num_classes)
+    with torch.no_grad():
+        targets = [encoder(batch["image"]) for encoder in parts.encoders]
+    split = [tensor.chunk(passes) for tensor in (batch["x"], y, t[rows], noise[rows], *targets)]
+    for x, y, t, noise, *targets in zip(*split):
+        yield Inputs(x, y, t, noise, targets)
 
 
 def check_batch(settings: TrainSection, processes: int) -> int:
@@ -155,12 +189,11 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def save_progress_grid(run: RunFolder, step: int, ema: EMA, objective, recipe: Recipe, data) -> None:
+def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe) -> None:
     """A grid of samples of the averaged weights: a few of each of the first ten classes, the same noise every time."""
     from dic_repa.generation import generate, save_grid
 
-    classes = range(min(10, data.num_classes))
-    labels = torch.tensor([c for c in classes for _ in range(6)])
-    settings = recipe.sample.model_copy(update={"num": len(labels)})
-    images = torch.cat(list(generate(ema.model, objective, settings, tuple(data[0]["x"].shape), labels)))
-    save_grid(images, run.samples / f"step_{step:08d}.png", labels, data.class_names, columns=6)
+    data, columns = parts.data, 6
+    labels = torch.arange(min(10, data.num_classes)).repeat_interleave(columns)
+    images = generate(parts.ema.model, parts.objective, recipe.sample, tuple(data[0]["x"].shape), labels)
+    save_grid(torch.cat(list(images)), run.samples / f"step_{step:08d}.png", labels, data.class_names, columns)

@@ -18,28 +18,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dic_repa.recipe import TrainSection
-from dic_repa.training.run_folder import RunFolder
+from dic_repa.training.run_folder import RunFolder, describe_environment
 
 
 class MetricLog:
     """Averages of the losses over the steps since the last log step, over all processes; written by the main one.
 
-    A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (their terms,
-    unweighted); gradient_norm (before clipping, of the last step); learning_rate; images_per_second; seconds.
+    A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (their
+    terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate; images_per_second; seconds.
     """
 
-    def __init__(self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, environment: dict):
+    def __init__(self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int):
         self.run, self.accelerator, self.settings, self.start = run, accelerator, settings, start
-        self.environment = environment
         self.sums: dict[str, Tensor] = {}
         self.images, self.pause = 0, 0.0
 
     def __enter__(self) -> MetricLog:
         if self.accelerator.is_main_process:
+            environment = describe_environment(str(self.accelerator.device), self.accelerator.num_processes)
             sessions = []  # one entry for each time that the run was started or resumed
             if self.run.environment_file.is_file():
                 sessions = json.loads(self.run.environment_file.read_text())
-            self.run.environment_file.write_text(json.dumps([*sessions, self.environment], indent=2) + "\n")
+            self.run.environment_file.write_text(json.dumps([*sessions, environment], indent=2) + "\n")
         self.bar = tqdm(
             total=self.settings.steps,
             initial=self.start,
@@ -59,13 +59,13 @@ class MetricLog:
 
             save_curves([self.run])
 
-    def add(self, loss: Tensor, denoising: Tensor, terms: list[tuple[Tensor, dict[str, Tensor]]], weight: float) -> None:
-        """Count one pass's losses, which are `weight` of a step."""
+    def add(self, loss: Tensor, denoising: Tensor, terms: list[dict[str, Tensor]], share: float) -> None:
+        """Count the losses of one pass, which is that `share` of a step."""
         values = {"loss": loss, "denoising": denoising}
-        for i, (_, parts) in enumerate(terms):
+        for i, parts in enumerate(terms):
             values |= {f"alignment.{i}.{name}": value for name, value in parts.items()}
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach() * weight
+            self.sums[name] = self.sums.get(name, 0) + value.detach() * share
 
     def step(self, step: int, norm: Tensor, learning_rate: float, images: int) -> None:
         """End a step; at a log step, average, write and show."""

@@ -1,7 +1,7 @@
 """All randomness of a training step comes from (seed, step), drawn for the global batch and then sliced.
 
-So nothing random is saved in a checkpoint, a resumed run equals an uninterrupted one, and the number of processes changes
-nothing.
+So nothing random is saved in a checkpoint, a resumed run equals an uninterrupted one, and the number of processes
+changes nothing.
 """
 
 from __future__ import annotations

@@ -38,7 +38,17 @@ _HARMLESS = {
     "train.compile",
     "data.workers",
 }
-_PACKAGES = ("dic-repa", "torch", "torchvision", "accelerate", "timm", "torchdiffeq", "safetensors", "pydantic", "numpy")
+_PACKAGES = (
+    "dic-repa",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "timm",
+    "torchdiffeq",
+    "safetensors",
+    "pydantic",
+    "numpy",
+)
 
 
 class RunFolder:

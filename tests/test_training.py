@@ -1,0 +1,199 @@
+"""The training loop's promises: resume, processes and micro-batches change nothing; a fault costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+from dic_repa.errors import UserError
+from dic_repa.models import DiC
+from dic_repa.recipe import load_recipe
+from dic_repa.training.ema import EMA
+from dic_repa.training.loop import check_batch
+from dic_repa.training.randomness import data_order, process_rows, step_generator
+from dic_repa.training.run_folder import RunFolder, changed_keys
+
+ALIGNED = [*TINY, "--set=evaluate=null", "--set=train.steps=8", "--set=train.checkpoint_every=4"]
+
+
+def weights(run, step=8):
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "ema" / "model.safetensors")}
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def test_data_order_is_one_stream_of_permutations():
+    stream = data_order(seed=3, count=10, batch_size=4)
+    seen = [index for _ in range(5) for index in next(stream)]
+    assert sorted(seen[:10]) == list(range(10))
+    assert sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    resumed = data_order(seed=3, count=10, batch_size=4, start_step=3)
+    assert next(resumed) == seen[12:16]
+    assert next(data_order(seed=4, count=10, batch_size=4)) != seen[:4]
+    assert sorted(next(data_order(seed=0, count=3, batch_size=6))) == [0, 0, 1, 1, 2, 2]
+
+
+def test_randomness_depends_on_seed_and_step_alone():
+    def draw(seed, step):
+        return torch.rand(4, generator=step_generator(seed, step))
+
+    torch.testing.assert_close(draw(0, 5), draw(0, 5), rtol=0, atol=0)
+    assert not torch.equal(draw(0, 5), draw(0, 6))
+    assert not torch.equal(draw(0, 5), draw(1, 5))
+    rows = [list(range(12))[process_rows(12, process, 3)] for process in range(3)]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_ema_is_the_recurrence():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    ema = EMA(model, 0.9)
+    expected = model.weight.detach().clone()
+    for _ in range(5):
+        torch.nn.init.normal_(model.weight)
+        ema.update(model)
+        expected = 0.9 * expected + 0.1 * model.weight.detach()
+    torch.testing.assert_close(ema.model.weight, expected)
+    assert not ema.model.weight.requires_grad
+
+
+def test_batch_that_does_not_divide_is_refused():
+    settings = load_recipe("digits-urepa", ["train.micro_batch=16"]).train
+    assert check_batch(settings, 2) == 2
+    with pytest.raises(UserError, match="batch_size 64 does not divide among 3 processes"):
+        check_batch(settings, 3)
+    with pytest.raises(UserError, match="micro_batch 16 does not divide the 8 images"):
+        check_batch(settings, 8)
+
+
+def test_resume_refuses_a_recipe_that_changes_the_run():
+    before, after = load_recipe("digits-urepa"), load_recipe("digits-urepa", ["train.steps=9", "sample.steps=3"])
+    assert changed_keys(before.model_dump(), after.model_dump()) == []
+    after = load_recipe("digits-urepa", ["train.seed=9", "model.width=8"])
+    assert changed_keys(before.model_dump(), after.model_dump()) == ["model.width", "train.seed"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """An uninterrupted run of eight aligned steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder, "whole").communicate(timeout=300)
+    return folder / "whole"
+
+
+def start(folder, name, *arguments, **environment):
+    command = [sys.executable, "-m", "dic_repa", "train", "digits-urepa", "--run", name, *ALIGNED, *arguments]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_run_folder_has_all_that_ran(whole_run):
+    recipe = load_recipe(whole_run / "recipe.yaml")
+    assert recipe.train.steps == 8
+    session = json.loads((whole_run / "environment.json").read_text())[0]
+    assert session["packages"]["torch"]
+    assert "git" in session
+    assert [record["step"] for record in metrics(whole_run)] == [2, 4, 6, 8]
+    assert {"loss", "denoising", "alignment.0.token", "alignment.0.manifold"} <= set(metrics(whole_run)[0])
+    assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
+    assert (whole_run / "curves.png").stat().st_size > 5000
+    denoiser = DiC.from_pretrained(whole_run / "checkpoints/step_00000008/ema")
+    assert denoiser.config["width"] == 8
+
+
+def test_loss_is_what_it_says(whole_run):
+    section = load_recipe("digits-urepa").alignments[0]
+    for record in metrics(whole_run):
+        aligned = record["alignment.0.token"] + section.manifold_weight * record["alignment.0.manifold"]
+        assert record["loss"] == pytest.approx(record["denoising"] + section.weight * aligned, rel=1e-5)
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, whole_run):
+    process = start(tmp_path, "killed")
+    newest = tmp_path / "killed/checkpoints/step_00000004"
+    deadline = time.time() + 200
+    while not newest.exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/checkpoints/step_00000008").exists()
+    # What a kill in the middle of a write leaves behind must not matter either.
+    (tmp_path / "killed/checkpoints/.writing-step_00000008").mkdir()
+    with (tmp_path / "killed/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 99}\n{"step": 8, "lo')
+    resumed = start(tmp_path, "killed", "--resume")
+    assert resumed.wait(timeout=300) == 0, resumed.stderr.read()
+    assert_same(weights(tmp_path / "killed"), weights(whole_run), rtol=0, atol=0)
+    records = metrics(tmp_path / "killed")
+    assert [r["loss"] for r in records] == [r["loss"] for r in metrics(whole_run)]
+    assert not list((tmp_path / "killed/checkpoints").glob(".writing-*"))
+    assert len(json.loads((tmp_path / "killed/environment.json").read_text())) == 2
+
+
+def test_two_processes_and_micro_batches_follow_the_same_trajectory(dic_repa, tmp_path, whole_run):
+    dic_repa("train", "digits-urepa", "--run", "two", *ALIGNED, "--set=train.micro_batch=2", processes=2)
+    for two, one in zip(metrics(tmp_path / "two"), metrics(whole_run)):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert_same(weights(tmp_path / "two"), weights(whole_run), rtol=1e-3, atol=1e-4)
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
+    process = start(tmp_path, "stopped", "--set=train.steps=100000")
+    newest = tmp_path / "stopped/checkpoints/step_00000004"
+    while not newest.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    command = stderr.splitlines()[-1].split()
+    assert command == "dic-repa train stopped/recipe.yaml --run stopped --resume".split()
+    assert "is whole. To go on:" in stderr
+    step = int(RunFolder(tmp_path / "stopped").newest_checkpoint().name[5:])
+    done = subprocess.run(
+        [sys.executable, "-m", "dic_repa", *command[1:], f"--set=train.steps={step + 2}"],
+        cwd=tmp_path, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_full_disk_costs_no_checkpoint(tmp_path):
+    """A file-size limit stands in for the full disk: writing the second, larger checkpoint fails half-way."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
+    limited += "from dic_repa.cli import main; main()"
+    command = ["train", "digits-urepa", "--run", "full", *ALIGNED, "--set=evaluate=null"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    plenty, little = str(10**9), str(50_000)
+    run = [sys.executable, "-c", limited]
+    done = subprocess.run([*run, plenty, *command, "--set=train.steps=4"], **options)
+    assert done.returncode == 0, done.stderr
+    before = weights(tmp_path / "full", 4)
+    done = subprocess.run([*run, little, *command, "--resume"], **options)
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "step_00000008" in error
+    assert "step_00000004 is whole" in error
+    assert_same(weights(tmp_path / "full", 4), before, rtol=0, atol=0)
+    assert [p.name for p in (tmp_path / "full/checkpoints").iterdir()] == ["step_00000004"]
