@@ -1,0 +1,11 @@
+"""Frozen vision encoders, whose tokens a denoiser's hidden state is aligned with.
+
+encoder = create_encoder("digits-vit")
+tokens = encoder(images)                          # (B, 1 or 3, H, W) in [0, 1] -> (B, h * w, encoder.embed_dim)
+h, w = encoder.token_grid(images.shape[-2:])
+"""
+
+from dic_repa.encoders import digits, timm_vit  # noqa: F401  file their encoders
+from dic_repa.encoders.base import Encoder, create_encoder, list_encoders, register_encoder
+
+__all__ = ["Encoder", "create_encoder", "list_encoders", "register_encoder"]

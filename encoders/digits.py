@@ -1,0 +1,87 @@
+"""`digits-vit`: the embedded teacher of the digit recipes, a stand-in for DINOv2 that fits in the package.
+
+A convolutional stem to 7x7 tokens, then three transformer blocks. `train_digits_vit` trained its weights, with digit classes read
+from the mean of the tokens, and each patch's pixels from its own token so that the tokens of an image stay apart.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from os import PathLike
+
+from timm.layers import HybridEmbed
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dic_repa.encoders.base import register_encoder
+from dic_repa.encoders.checkpoints import load_weights, read_weights
+from dic_repa.encoders.vit import FrozenViT
+from dic_repa.errors import UserError
+
+IMAGE_SIZE = 28
+MEAN, STD = (0.13,), (0.31,)
+
+
+def build_digits_vit(
+    embed_dim: int = 96, depth: int = 3, num_heads: int = 3, stem_width: int = 24
+) -> VisionTransformer:
+    """The network without weights: (B, 1, 28, 28), normalised, to 49 tokens."""
+
+    def conv(channels_in: int, channels_out: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.GELU(),
+        )
+
+    def embed(patch_size, **options) -> HybridEmbed:
+        # Convolutions instead of a linear patch embedding: with 8,000 images it took the held-out accuracy from 94 to 98 %.
+        stem = nn.Sequential(conv(1, stem_width), conv(stem_width, 2 * stem_width))
+        return HybridEmbed(stem, patch_size=1, **options)
+
+    return VisionTransformer(
+        img_size=IMAGE_SIZE,
+        in_chans=1,
+        num_classes=0,
+        embed_layer=embed,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=2,
+        class_token=False,
+        global_pool="avg",
+        fc_norm=False,
+    )
+
+
+@register_encoder("digits-vit")
+class DigitsViT(FrozenViT):
+    """Digits (B, 1 or 3, H, W), of any size, to 7x7 tokens of width 96.
+
+    `weights`: a file that `python -m dic_repa.encoders.train_digits_vit --out` wrote, instead of the weights in the package.
+    Raises UserError when they cannot be read or do not fit.
+    """
+
+    def __init__(self, weights: str | PathLike | None = None, layer: int = -1):
+        path = weights or resources.files("dic_repa.encoders").joinpath("weights/digits_vit.safetensors")
+        state, metadata = read_weights(path)
+        try:
+            config = json.loads(metadata["config"])
+        except KeyError:
+            raise UserError(
+                f"'{path}' has no config among its metadata; write it with train_digits_vit --out"
+            ) from None
+        model = build_digits_vit(**config)
+        load_weights(model, state, path)
+        super().__init__(model, MEAN, STD, layer)
+
+    def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(7, 7), whatever the size of the images (H, W): they are resized to 28x28."""
+        return self.model.patch_embed.grid_size
+
+    def resize(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
+            return images
+        return F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)

@@ -1,0 +1,103 @@
+"""`timm:<model name>`: any of timm's vision transformers, with its patch tokens and at any image size."""
+
+from __future__ import annotations
+
+import sys
+from os import PathLike
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from dic_repa.encoders.base import register_encoder
+from dic_repa.encoders.checkpoints import load_weights, read_weights
+from dic_repa.encoders.vit import FrozenViT, resize_bicubic
+from dic_repa.errors import UserError, unknown_name
+
+
+@register_encoder("timm:")
+class TimmViT(FrozenViT):
+    """Images (B, 1 or 3, H, W) to the patch tokens of a timm ViT, without its class and register tokens.
+
+    `pixels_per_token`: the stride of the token grid in pixels of the image. Images are resized (bicubic) so that it holds; the
+    default of 16 is REPA's preprocessing, in which 256 px give 16x16 tokens whatever the patch size (patch 14: 224 px).
+    Position embeddings are resampled to the grid.
+    `weights`: a safetensors file or plain state dict, in timm's layout or one that timm converts (DINOv2's own, for example).
+    `pretrained`: fetch timm's weights from the hub where no file is given; False leaves them random.
+    `model_args` go to `timm.create_model`.
+
+    Raises UserError for an unknown model, one that is not a ViT, weights that cannot be fetched and weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        weights: str | PathLike | None = None,
+        pretrained: bool = True,
+        layer: int = -1,
+        pixels_per_token: int = 16,
+        **model_args: Any,
+    ):
+        if pixels_per_token < 1:
+            raise UserError(f"pixels_per_token must be at least 1, not {pixels_per_token}")
+        model = _build(model_name, pretrained and weights is None, model_args)
+        if weights is not None:
+            _load_file(model, weights)
+        super().__init__(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], layer)
+        self.pixels_per_token = pixels_per_token
+
+    def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The tokens (h, w) for images of `size` (H, W): the size over `pixels_per_token`, rounded, at least 1."""
+        return tuple(max(1, round(side / self.pixels_per_token)) for side in size)
+
+    def resize(self, images: Tensor) -> Tensor:
+        h, w = self.token_grid(images.shape[-2:])
+        patch_h, patch_w = self.model.patch_embed.patch_size
+        return resize_bicubic(images, (h * patch_h, w * patch_w))
+
+
+def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module:
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise unknown_name("timm model", architecture, timm.list_models())
+    try:
+        # Without weights first: what goes wrong here is the name's or the options' fault, what goes wrong below the hub's.
+        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **model_args)
+        is_vit = hasattr(model, "blocks") and hasattr(model, "forward_intermediates")
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or ["an assertion failed"])[0]
+        raise UserError(
+            f"timm cannot build '{name}' as a ViT of any image size ({reason}); see timm.list_models('vit_*')"
+        ) from error
+    if not is_vit:
+        raise UserError(f"timm model '{name}' has no grid of patch tokens; choose a ViT, see timm.list_models('vit_*')")
+    if not pretrained:
+        return model
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **model_args)
+    except (OSError, RuntimeError) as error:
+        repository = model.pretrained_cfg.get("hf_hub_id")
+        if not repository:
+            raise UserError(
+                f"timm has no weights for '{name}'; give a file with weights=FILE or random ones with pretrained=False"
+            ) from error
+        raise UserError(
+            f"the weights of '{name}' cannot be fetched from the Hugging Face hub; on a machine that reaches it fetch "
+            f"model.safetensors of '{repository}', put it on this one and give its path with weights=FILE"
+        ) from error
+
+
+def _load_file(model: nn.Module, path: str | PathLike) -> None:
+    state, _ = read_weights(path)
+    # timm keeps one converter beside each architecture: other projects' key layouts, position embeddings of another grid.
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            state = convert(state, model)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the weights in '{path}' are not of '{model.pretrained_cfg['architecture']}' ({error!r})"
+            ) from error
+    # The classifier is not part of the encoder.
+    state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
+    load_weights(model, state, path)
