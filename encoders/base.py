@@ -1,7 +1,7 @@
 """What an encoder is, and the table in which encoders are found by name.
 
-A name that ends in a colon files a *family*: `create_encoder("timm:vit_small_patch14_dinov2")` calls the factory filed under
-`timm:` with `vit_small_patch14_dinov2` as its first argument.
+A name that ends in a colon files a *family*: `create_encoder("timm:vit_small_patch14_dinov2")` calls the factory
+filed under `timm:` with `vit_small_patch14_dinov2` as its first argument.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _encoders = Registry("encoder")
 class Encoder(Protocol):
     """A frozen network that turns images into a grid of tokens, the targets of the alignment.
 
-    Frozen: always in eval mode, no parameter asks for a gradient, and the tokens carry none. Resizing and normalisation are
-    inside, so that whoever calls it knows nothing of either.
+    Frozen: always in eval mode, no parameter asks for a gradient, and the tokens carry none. Resizing and
+    normalisation are inside, so that whoever calls it knows nothing of either.
     """
 
     embed_dim: int
@@ -46,7 +46,7 @@ def register_encoder(name: str) -> Callable[[Any], Any]:
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
-    """The sorted names that match a shell `pattern`; one that ends in a colon is a family and takes a model's name behind it."""
+    """The sorted names that match a shell `pattern`; one with a colon at its end is a family, such as `timm:`."""
     return _encoders.names(pattern)
 
 

@@ -15,8 +15,8 @@ from dic_repa.errors import UserError
 
 
 def read_weights(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, or of a plain PyTorch state dict (no metadata; nothing is unpickled
-    but tensors). Raises UserError when there is no such file or it is neither.
+    """The tensors and the metadata of a safetensors file, or of a plain PyTorch state dict (no metadata; nothing is
+    unpickled but tensors). Raises UserError when there is no such file or it is neither.
     """
     path = Path(path)
     if not path.is_file():

@@ -19,14 +19,16 @@ from dic_repa.errors import UserError, unknown_name
 class TimmViT(FrozenViT):
     """Images (B, 1 or 3, H, W) to the patch tokens of a timm ViT, without its class and register tokens.
 
-    `pixels_per_token`: the stride of the token grid in pixels of the image. Images are resized (bicubic) so that it holds; the
-    default of 16 is REPA's preprocessing, in which 256 px give 16x16 tokens whatever the patch size (patch 14: 224 px).
-    Position embeddings are resampled to the grid.
-    `weights`: a safetensors file or plain state dict, in timm's layout or one that timm converts (DINOv2's own, for example).
+    `pixels_per_token`: the stride of the token grid in pixels of the image. Images are resized (bicubic) so that it
+    holds; the default of 16 is REPA's preprocessing, in which 256 px give 16x16 tokens whatever the patch size (patch
+    14: 224 px). Position embeddings are resampled to the grid.
+    `weights`: a safetensors file or plain state dict, in timm's layout or one that timm converts (DINOv2's own, for
+    example).
     `pretrained`: fetch timm's weights from the hub where no file is given; False leaves them random.
     `model_args` go to `timm.create_model`.
 
-    Raises UserError for an unknown model, one that is not a ViT, weights that cannot be fetched and weights that do not fit.
+    Raises UserError for an unknown model, one that is not a ViT, weights that cannot be fetched and weights that do
+    not fit.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
     if not timm.is_model(architecture):
         raise unknown_name("timm model", architecture, timm.list_models())
     try:
-        # Without weights first: what goes wrong here is the name's or the options' fault, what goes wrong below the hub's.
+        # Without weights first: what fails here is the name's or the options' fault, what fails below the hub's.
         model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **model_args)
         is_vit = hasattr(model, "blocks") and hasattr(model, "forward_intermediates")
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -89,7 +91,7 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
 
 def _load_file(model: nn.Module, path: str | PathLike) -> None:
     state, _ = read_weights(path)
-    # timm keeps one converter beside each architecture: other projects' key layouts, position embeddings of another grid.
+    # timm keeps a converter beside each architecture, for other key layouts and other grids of position embeddings.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         try:

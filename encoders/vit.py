@@ -12,8 +12,9 @@ from dic_repa.errors import UserError
 class FrozenViT(nn.Module):
     """A timm ViT as an `Encoder`. A subclass says to which size images are resized.
 
-    `model` has timm's `forward_intermediates` and `embed_dim`; `mean` and `std` normalise each of its input channels. `layer` is
-    the index of the block whose tokens are given, counted as in a list (-1: the last); they pass the final norm whichever it is.
+    `model` has timm's `forward_intermediates` and `embed_dim`; `mean` and `std` normalise each of its input channels.
+    `layer` is the index of the block whose tokens are given, counted as in a list (-1: the last); they pass the final
+    norm whichever it is.
     """
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], layer: int = -1):
@@ -41,7 +42,10 @@ class FrozenViT(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 1 or 3, H, W), float in [0, 1], to tokens (B, h * w, embed_dim), row by row. UserError for other shapes."""
+        """Images (B, 1 or 3, H, W), float in [0, 1], to tokens (B, h * w, embed_dim), row by row.
+
+        Raises UserError for other shapes and for integers.
+        """
         if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
             shape = tuple(images.shape)
             raise UserError(

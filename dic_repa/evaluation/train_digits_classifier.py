@@ -1,0 +1,72 @@
+"""Train the judge of digits, from scratch: `python -m dic_repa.evaluation.train_digits_classifier`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from dic_repa.data.digits import load_digits, resize
+from dic_repa.encoders.augment import random_warp
+from dic_repa.evaluation.digits import IMAGE_SIZE, DigitsClassifier
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("digits_classifier.safetensors"),
+    show_default=True,
+)
+@click.option("--epochs", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, 8000), default=64, show_default=True)
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=3e-3, show_default=True, help="Peak learning rate."
+)
+@click.option("--seed", type=int, default=1, show_default=True)
+def main(out: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
+    """Train the classifier that judges digits and print its accuracy on the held-out ones."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = DigitsClassifier()
+    images, labels = load_digits("train")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    steps_per_epoch = len(images) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps_per_epoch)
+
+    progress = tqdm(total=epochs * steps_per_epoch, unit="step")
+    for epoch in range(epochs):
+        model.train()
+        for batch in torch.randperm(len(images), generator=generator).split(batch_size)[:steps_per_epoch]:
+            # Warped at 28x28 and then shrunk, as the held-out digits are, so that strokes stay as sharp as theirs.
+            warped = resize(random_warp(images[batch], generator), IMAGE_SIZE)
+            loss = F.cross_entropy(model(warped), labels[batch], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update()
+        accuracy = held_out_accuracy(model)
+        progress.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", held_out=f"{accuracy:.2%}")
+    progress.close()
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), out, {"held_out_accuracy": f"{accuracy:.4f}", "seed": str(seed)})
+    print(f"held-out accuracy {accuracy:.2%}; weights in {out}")
+
+
+@torch.no_grad()
+def held_out_accuracy(model: nn.Module) -> float:
+    model.eval()
+    images, labels = load_digits("held-out")
+    predicted = torch.cat([model(resize(part, IMAGE_SIZE)).argmax(dim=1) for part in images.split(500)])
+    return (predicted == labels).float().mean().item()
+
+
+if __name__ == "__main__":
+    main()
