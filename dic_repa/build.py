@@ -11,8 +11,7 @@ from torch import nn
 
 from dic_repa.alignment import Alignment
 from dic_repa.data import datasets
-
-create_encoder = None
+from dic_repa.encoders import create_encoder
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models import PRESETS, DiC
 from dic_repa.objectives import create_objective

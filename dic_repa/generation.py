@@ -16,8 +16,7 @@ from dic_repa.errors import UserError
 from dic_repa.models import DiC
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import Guidance, initial_noise, sample_ode, sample_sde
-
-SDE_SOLVERS = {"euler_maruyama"}
+from dic_repa.samplers.catalog import solver_info
 from dic_repa.training.run_folder import RunFolder
 
 
@@ -78,7 +77,7 @@ def generate(
         indices = range(start, start + len(y))
         noise = initial_noise(shape, settings.seed, indices).to(device)
         field = guidance.bind(model, y.to(device))
-        if settings.solver in SDE_SOLVERS:
+        if solver_info(settings.solver).process == "sde":
             solver = {"solver": settings.solver, "steps": settings.steps, "seed": settings.seed, "indices": indices}
             x = sample_sde(field, noise, objective.path, **solver)
         else:

@@ -263,7 +263,7 @@ def _child(node: Any, part: str, dotted: str) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
             raise UserError(
-                f"--set {dotted}: there are {len(node)} entries, numbered from 0; '{part}' is not one of them"
+                f"--set {dotted}: there are {len(node)} entries, from 0; '{part}' is none of them"
             )
         return node[int(part)]
     if isinstance(node, dict):

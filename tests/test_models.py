@@ -58,7 +58,7 @@ def test_authors_checkpoint_bad_input(tmp_path):
     state = load_file(CHECKPOINT)
     with pytest.raises(UserError, match="not a checkpoint of the DiC authors' code"):
         load_authors_checkpoint({"weight": torch.zeros(1)})
-    with pytest.raises(UserError, match="enc.0.1.conv1.weight is missing"):
+    with pytest.raises(UserError, match=r"enc\.0\.1\.conv1\.weight is missing"):
         load_authors_checkpoint({k: v for k, v in state.items() if k != "enc_blocks.0.1.conv.conv0.weight"})
     wrong = state | {"lat_blocks.0.1.conv.conv1.weight": torch.zeros(32, 32, 1, 1)}
     with pytest.raises(UserError, match=r"mid.1.conv2.weight is \(32, 32, 1, 1\), the model's \(32, 32, 3, 3\)"):
@@ -132,7 +132,7 @@ def test_bad_arguments_are_refused():
 
 
 def test_block_is_what_the_paper_says():
-    """One block written out with torch's own functions: norm, GELU, conv, norm, modulate, GELU, conv, gate, residual."""
+    """One block written out with torch's functions: norm, GELU, conv, norm, modulate, GELU, conv, gate, residual."""
     block = small().mid[0]
     x, c = torch.randn(2, 32, 8, 8), torch.randn(2, 32)
     h = F.conv2d(F.gelu(F.group_norm(x, 8, block.norm1.weight, block.norm1.bias, 1e-5)), block.conv1.weight,
@@ -202,7 +202,7 @@ def test_loading_what_does_not_fit_says_why(tmp_path):
     with pytest.raises(UserError, match="is missing"):
         DiC.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="it has no model.safetensors"):
+    with pytest.raises(UserError, match=r"it has no model\.safetensors"):
         DiC.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="there is no model folder"):
         DiC.from_pretrained("./nowhere")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import click
@@ -54,15 +53,17 @@ def _print_table(judgements) -> None:
 
     rows = [("run", "step", "samples", "recognised", "Fréchet distance")]
     for j in judgements:
-        recognised, frechet = f"{j.scores['recognised']:.1%}", f"{j.scores['frechet']:.2f}"
+        share, frechet = j.scores["recognised"], f"{j.scores['frechet']:.2f}"
+        recognised = "no labels" if share is None else f"{share:.1%}"
         rows.append((str(j.run), str(j.step), describe_sampling(j.sample), recognised, frechet))
     for _, group in groupby(judgements, key=_without_seed):
         group = list(group)
         if len(group) > 1:
-            name = os.path.commonprefix([str(j.run) for j in group]) + "*"
-            recognised = [100 * j.scores["recognised"] for j in group]
-            frechet = [j.scores["frechet"] for j in group]
-            rows.append((f"{name} ({len(group)} seeds)", "", "", _spread(recognised, 1) + " %", _spread(frechet, 2)))
+            name = _common_start([str(j.run) for j in group]) + "*"
+            shares = [100 * j.scores["recognised"] for j in group if j.scores["recognised"] is not None]
+            recognised = _spread(shares, 1) + " %" if shares else ""
+            frechet = _spread([j.scores["frechet"] for j in group], 2)
+            rows.append((f"{name} ({len(group)} seeds)", "", "", recognised, frechet))
     reference = judgements[0].scores["reference"]
     rows.append(("real digits", "", "", f"{reference['recognised']:.1%}", f"{reference['frechet']:.2f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -73,6 +74,10 @@ def _print_table(judgements) -> None:
 
 def _without_seed(judgement) -> dict:
     return judgement.recipe.model_dump(exclude={"description": True, "train": {"seed"}, "sample": True})
+
+
+def _common_start(names: list[str]) -> str:
+    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*names)))
 
 
 def _spread(values: list[float], digits: int) -> str:

@@ -55,7 +55,8 @@ def judge_digits(images: Tensor, labels: Tensor) -> dict:
     """What the judge makes of images (N, 1, H, W), float in [0, 1], and the classes (N,) that they should show.
 
     Returns a dict that JSON can hold:
-    - `count`: N; `recognised_count` and `recognised`: how many, and which share, are read as their class;
+    - `count`: N; `recognised_count` and `recognised`: how many, and which share of those with a class, are read as it;
+      the share is None where no image was asked to show one (label 10, the null class);
     - `recognised_by_class`: that share for each class, by its name; None where no image should show it;
     - `frechet`: the Fréchet distance of the judge's features to those of the 2,000 held-out digits;
     - `reference`: the bounds that real digits set: `recognised`, the share of the held-out ones that the judge reads
@@ -68,12 +69,13 @@ def judge_digits(images: Tensor, labels: Tensor) -> dict:
     _check(images, labels)
     labels = labels.cpu()
     features, predicted = _read(images)
+    asked = labels < NUM_CLASSES
     right = predicted == labels
     by_class = [right[labels == digit] for digit in range(NUM_CLASSES)]
     return {
         "count": len(images),
         "recognised_count": int(right.sum()),
-        "recognised": right.double().mean().item(),
+        "recognised": right[asked].double().mean().item() if asked.any() else None,
         "recognised_by_class": {str(d): r.double().mean().item() if len(r) else None for d, r in enumerate(by_class)},
         "frechet": frechet_distance(*statistics(features), *_held_out()[0]),
         "reference": _reference(len(images)),
@@ -99,9 +101,10 @@ def _check(images: Tensor, labels: Tensor) -> None:
         raise UserError(
             f"labels must be {len(images)} integers, one for each image, not {labels.dtype} {tuple(labels.shape)}"
         )
-    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
+    if labels.min() < 0 or labels.max() > NUM_CLASSES:
         raise UserError(
-            f"labels must be 0 to {NUM_CLASSES - 1}, not from {labels.min().item()} to {labels.max().item()}"
+            f"labels must be 0 to {NUM_CLASSES - 1}, or {NUM_CLASSES} for none, "
+            f"not from {labels.min().item()} to {labels.max().item()}"
         )
 
 

@@ -35,7 +35,8 @@ def evaluate_run(
 ) -> Judgement:
     """Sample as `sample` says (by default as the run's recipe says) and judge by the recipe's metric.
 
-    The result is kept in RUN/evaluation and read from there next time, unless `again`. `progress` is told of each batch.
+    The result is kept in RUN/evaluation and read from there next time, unless `again`. `progress` is told of each
+    batch.
     """
     run = RunFolder.open(path)
     newest = run.newest_checkpoint()
@@ -57,7 +58,10 @@ def evaluate_run(
             return judged
 
     checkpoint = load_checkpoint(newest, "cuda" if torch.cuda.is_available() else "cpu")
-    labels = balanced_labels(sample.num, range(checkpoint.denoiser.num_classes))
+    num_classes = checkpoint.denoiser.num_classes
+    # A model that never saw a label has only the null class to sample from.
+    unlabelled = recipe.train.label_dropout == 1
+    labels = balanced_labels(sample.num, [num_classes] if unlabelled else range(num_classes))
     batches = []
     for batch in generate_from(checkpoint, sample, labels):
         batches.append((batch * 255).round() / 255)  # what is judged is what a PNG file keeps

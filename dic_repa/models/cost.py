@@ -17,7 +17,7 @@ WINOGRAD_GAIN = 2.25  # F(2x2, 3x3): 16 multiplications where the plain 3x3 conv
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters; MACs of the convolutions and linears for one image at one step; the same with Winograd's algorithm."""
+    """Parameters; MACs of the convolutions and linears for one image at one step; both with Winograd."""
 
     parameters: int
     macs: int

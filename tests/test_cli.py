@@ -1,0 +1,174 @@
+"""Every verb as a user runs it, in a subprocess: what it writes, what it prints, and its answer to mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from dic_repa.generation import load_png
+from dic_repa.recipe import list_recipes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a few steps, judged at its end; with the command's output."""
+    folder = tmp_path_factory.mktemp("cli")
+    command = [sys.executable, "-m", "dic_repa", "train", "digits-urepa", *TINY, "--set=train.steps=4"]
+    command += ["--set=train.sample_every=4"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "digits-urepa", done.stdout
+
+
+def test_train_samples_and_judges(run):
+    folder, output = run
+    assert "recognised" in output
+    assert "Fréchet distance" in output
+    record = json.loads(next((folder / "evaluation").glob("*.json")).read_text())
+    assert record["scores"]["count"] == 20
+    assert 0 <= record["scores"]["recognised"] <= 1
+    assert record["scores"]["frechet"] > 0
+    with Image.open(folder / "samples/step_00000004.png") as grid:
+        assert min(grid.size) > 100
+
+
+def test_sample_is_the_same_whatever_the_batch_size(run, dic_repa, tmp_path):
+    folder, _ = run
+    for solver in ("heun", "euler_maruyama"):
+        options = ["--num", "7", "--solver", solver, "--steps", "3", "--scale", "2", "--classes", "1,3-4"]
+        for size in ("7", "2"):
+            dic_repa("sample", folder, "--out", f"{solver}-{size}", "--batch-size", size, *options)
+        for i in range(7):
+            one, other = (load_png(tmp_path / f"{solver}-{size}" / f"{i:06d}.png") for size in ("7", "2"))
+            assert (one - other).abs().max() <= 1.01 / 255  # a rounding may fall either way
+        record = json.loads((tmp_path / f"{solver}-7/samples.json").read_text())
+        assert record["labels"] == [1, 3, 4, 1, 3, 4, 1]
+        assert (tmp_path / f"{solver}-7/grid.png").exists()
+
+
+def test_sample_with_a_sampling_recipe(run, dic_repa, tmp_path):
+    dic_repa("sample", run[0], "--recipe", "digits-cfg", "--num", "3", "--out", "out")
+    assert json.loads((tmp_path / "out/samples.json").read_text())["sample"]["guidance"]["scale"] == 1.8
+
+
+def test_sample_takes_an_inference_checkpoint(run, dic_repa, tmp_path):
+    dic_repa("sample", run[0] / "checkpoints/step_00000004/ema", "--num", "2", "--out", "out")
+    assert load_png(tmp_path / "out/000001.png").shape == (1, 16, 16)
+
+
+def test_evaluate_several_runs_and_reads_what_is_known(run, dic_repa):
+    folder, first = run
+    done = dic_repa("evaluate", folder, folder)
+    row = next(line for line in first.splitlines() if "heun" in line)
+    assert row.split()[-1] in done.stdout  # the score of the run's end, not a new one
+    assert "(2 seeds)" in done.stdout
+    assert "± 0.00" in done.stdout
+    guided = dic_repa("evaluate", folder, "--recipe", "digits-cfg", "--num", "12")
+    assert "cfg 1.8" in guided.stdout
+
+
+def test_info_prints_the_table(dic_repa):
+    lines = dic_repa("info", "DiC-XL", "DiC-S").stdout.splitlines()
+    assert lines[1].split() == ["DiC-XL", "32x32", "702.27", "116.10", "57.2"]
+    assert lines[2].split() == ["DiC-XL", "64x64", "702.27", "464.12", "228.7"]
+    assert lines[3].split()[:4] == ["DiC-S", "32x32", "32.84", "5.87"]
+    row = json.loads(dic_repa("info", "digits-urepa", "--json").stdout)[0]
+    assert row["size"] == 16
+    assert row["parameters"] > 1e5
+
+
+def test_recipes_lists_and_shows(dic_repa, tmp_path):
+    listing = dic_repa("recipes").stdout.splitlines()
+    assert [line.split()[0] for line in listing] == list(list_recipes())
+    shown = dic_repa("recipes", "show", "digits-urepa", "--set", "train.steps=7").stdout
+    (tmp_path / "mine.yaml").write_text(shown)
+    assert dic_repa("recipes", "show", "mine.yaml").stdout == shown
+    assert "steps: 7" in shown
+
+
+def test_help_imports_no_torch():
+    script = "import sys; from dic_repa.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code\n"
+    script += "sys.exit('torch' in sys.modules)"
+    for arguments in ([], ["train"], ["sample"], ["evaluate"], ["info"], ["recipes"]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Examples:" in done.stdout
+
+
+def test_mistakes_in_commands(mistake):
+    assert "unknown verb 'trian'; did you mean train?" in mistake("trian")
+    assert "did you mean digits-urepa" in mistake("train", "digits-urep")
+    assert "No such option" in mistake("train", "digits-urepa", "--rune", "x")
+    assert "is a sampling recipe" in mistake("train", "digits-cfg")
+    assert "did you mean DiC-XL" in mistake("train", "digits-urepa", "--set=model.name=DiC-LX")
+    assert "unknown encoder 'digit-vit'; did you mean digits-vit" in mistake(
+        "train", "digits-urepa", "--set=alignments.0.encoder=digit-vit"
+    )
+    assert "unknown head 'mpl'; did you mean mlp" in mistake("train", "digits-urepa", "--set=alignments.0.head=mpl")
+    assert "unknown tap 'mid.9'" in mistake("train", "digits-urepa", "--set=alignments.0.tap=mid.9")
+    assert "unknown objective" in mistake("train", "digits-urepa", "--set=objective.name=flow")
+    assert "does not take these options" in mistake("train", "digits-urepa", "--set=objective.options={pth: linear}")
+    assert "unknown path" in mistake("train", "digits-urepa", "--set=objective.options={path: liner}")
+    assert "unknown data set 'digit'; did you mean digits" in mistake("train", "digits-urepa", "--set=data.name=digit")
+    assert "divisible by 4, not 18x18" in mistake("train", "digits-urepa", "--set=data.size=18")
+    assert "plugin 'nowhere' was not found" in mistake("train", "digits-urepa", "--set=plugins=[nowhere]")
+    assert "there is no run at" in mistake("train", "digits-urepa", "--resume")
+    assert "exclude each other" in mistake("train", "digits-urepa", "--resume", "--overwrite")
+    assert "there is no run or checkpoint folder" in mistake("sample", "nowhere")
+    assert "is not a run" in mistake("evaluate", ".")
+    assert "DiC-XL" in mistake("info", "DiC-XM")
+
+
+def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
+    folder, _ = run
+    assert "pass --resume to go on with it, or --overwrite" in mistake("train", "digits-urepa", "--run", folder)
+    assert "these keys differ: model.width" in mistake(
+        "train", folder / "recipe.yaml", "--run", folder, "--resume", "--set=model.width=16"
+    )
+    assert "did you mean heun" in mistake("sample", folder, "--solver", "huen")
+    assert "sample.steps should be greater than or equal to 1" in mistake("sample", folder, "--steps", "0")
+    assert "interval must rise" in mistake("sample", folder, "--interval", "0.7", "0.2")
+    assert "the model has the classes 0 to 9" in mistake("sample", folder, "--classes", "10")
+    assert "--classes takes numbers" in mistake("sample", folder, "--classes", "three")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("mine")
+    assert "is not a run, so it is not overwritten" in mistake(
+        "train", "digits-urepa", "--run", "precious", "--overwrite"
+    )
+    assert (tmp_path / "precious/file").read_text() == "mine"
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in ("config.json", "recipe.yaml", "model.safetensors"):
+        source = folder / "checkpoints/step_00000004/ema" / name
+        (half / name).write_bytes(source.read_bytes()[: 5000 if name.endswith("tensors") else None])
+    assert "not a whole safetensors file" in mistake("sample", "half")
+
+
+def test_debug_shows_the_traceback(dic_repa):
+    done = dic_repa("recipes", "show", "nothing", "--debug", check=False)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_checkpoint_of_another_model_says_which_shapes_differ(run, mistake, tmp_path):
+    folder = run[0] / "checkpoints/step_00000004/ema"
+    (tmp_path / "other").mkdir()
+    for name in ("recipe.yaml", "model.safetensors"):
+        (tmp_path / "other" / name).write_bytes((folder / name).read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | {"width": 12}
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    assert "stem.weight is (8, 1, 3, 3), the model's (12, 1, 3, 3)" in mistake("sample", "other")
+
+
+@pytest.mark.gpu
+def test_train_in_half_precision_on_a_gpu(dic_repa, tmp_path):
+    options = [*TINY, "--set=train.steps=4", "--set=train.precision=bf16", "--set=evaluate=null"]
+    dic_repa("train", "digits-urepa", "--run", "half", *options, env={"ACCELERATE_USE_CPU": "false"})
+    lines = (tmp_path / "half/metrics.jsonl").read_text().splitlines()
+    assert all(torch.isfinite(torch.tensor(json.loads(line)["loss"])) for line in lines)
