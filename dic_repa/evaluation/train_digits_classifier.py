@@ -23,7 +23,7 @@ from dic_repa.evaluation.digits import IMAGE_SIZE, DigitsClassifier
     default=Path("digits_classifier.safetensors"),
     show_default=True,
 )
-@click.option("--epochs", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1, 8000), default=64, show_default=True)
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=3e-3, show_default=True, help="Peak learning rate."
@@ -62,12 +62,12 @@ def main(out: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
 def blemish(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (B, 1, 28, 28), some blurred or noisy, at the judge's size.
 
-    Samples are a little soft or grainy. One that a reader takes for a 3 should count as a 3; without this, blur that
-    nobody would stumble over made the judge wrong on a third of real digits.
+    Samples are a little soft or grainy, and one that a reader takes for a 3 should count as a 3. A judge trained without
+    this misread 40 % of real digits that had gone through 10x10 pixels.
     """
     sharpness = int(torch.randint(10, images.shape[-1] + 1, (), generator=generator))
     images = resize(resize(images, sharpness), IMAGE_SIZE)
-    strength = 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    strength = 0.06 * torch.rand(len(images), 1, 1, 1, generator=generator)
     return (images + strength * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
