@@ -22,12 +22,11 @@ from dic_repa.encoders.vit import FrozenViT
 from dic_repa.errors import UserError
 
 IMAGE_SIZE = 28
+HEAD_WIDTH = 32
 MEAN, STD = (0.13,), (0.31,)
 
 
-def build_digits_vit(
-    embed_dim: int = 96, depth: int = 3, num_heads: int = 3, stem_width: int = 24
-) -> VisionTransformer:
+def build_digits_vit(embed_dim: int = 96, depth: int = 3, stem_width: int = 24) -> VisionTransformer:
     """The network without weights: (B, 1, 28, 28), normalised, to 49 tokens."""
 
     def conv(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -49,7 +48,7 @@ def build_digits_vit(
         embed_layer=embed,
         embed_dim=embed_dim,
         depth=depth,
-        num_heads=num_heads,
+        num_heads=embed_dim // HEAD_WIDTH,
         mlp_ratio=2,
         class_token=False,
         global_pool="avg",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dic_repa.data.digits import NUM_CLASSES, load_digits
 from dic_repa.encoders.augment import random_warp
-from dic_repa.encoders.digits import IMAGE_SIZE, MEAN, STD, build_digits_vit
+from dic_repa.encoders.digits import HEAD_WIDTH, IMAGE_SIZE, MEAN, STD, build_digits_vit
 
 
 @click.command()
@@ -27,13 +27,15 @@ from dic_repa.encoders.digits import IMAGE_SIZE, MEAN, STD, build_digits_vit
     "--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="Peak learning rate."
 )
 @click.option("--pixels", type=click.FloatRange(0), default=0.3, show_default=True, help="Weight of the pixel loss.")
-@click.option("--embed-dim", type=click.IntRange(1), default=96, show_default=True)
+@click.option("--embed-dim", type=click.IntRange(HEAD_WIDTH), default=96, show_default=True)
 @click.option("--depth", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
     out: Path, epochs: int, batch_size: int, lr: float, pixels: float, embed_dim: int, depth: int, seed: int
 ) -> None:
     """Train the digit encoder and print its accuracy on the held-out digits."""
+    if embed_dim % HEAD_WIDTH:
+        raise click.BadParameter(f"must be a multiple of {HEAD_WIDTH}", param_hint="--embed-dim")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     config = {"embed_dim": embed_dim, "depth": depth}
