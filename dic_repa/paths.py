@@ -121,6 +121,11 @@ class Path:
             value = by_value * value + by_state * x_t
         return -value / c.sigma if target == "score" else value
 
+    def jacobian(self, t: Tensor, source: str, target: str) -> Tensor:
+        """d target / d source at a fixed x_t, like the times `t`: what an error of one is in units of the other."""
+        one, zero = torch.ones_like(t), torch.zeros_like(t)
+        return self.convert(one, zero, t, source, target)
+
     def safe_interval(self, source: str, target: str, eps: float = 1e-3) -> tuple[float, float]:
         """The times (t_min, t_max) between which `convert` from `source` to `target` divides by nothing smaller than
         sigma(eps) or alpha(1 - eps), and between which a velocity is finite where one is involved.

@@ -6,11 +6,25 @@ from importlib import import_module
 
 # The names load on first use: listing the solvers for a help text needs no torch.
 _EXPORTS = {
+    "BetaSchedule": "beta_schedule",
+    "CFGPlusPlus": "guidance",
     "Guidance": "guidance",
+    "KarrasGrid": "grids",
+    "Likelihood": "likelihood",
+    "SampleInfo": "ode",
+    "ShiftedGrid": "grids",
+    "SolverInfo": "catalog",
     "StepNoise": "noise",
+    "UniformGrid": "grids",
+    "create_grid": "grids",
     "initial_noise": "noise",
+    "list_solvers": "catalog",
+    "log_likelihood": "likelihood",
+    "sample": "dispatch",
+    "sample_ddpm": "ddpm",
     "sample_ode": "ode",
     "sample_sde": "sde",
+    "solver_info": "catalog",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -1,4 +1,4 @@
-"""What a solver integrates: a velocity field with time as a float and its evaluations counted.
+"""What a solver integrates: a velocity field with one time for the whole batch and its evaluations counted.
 
 Any callable (x (B, ...), t (B,)) -> velocity will do. It may carry attributes that tell a solver more:
 
@@ -23,7 +23,10 @@ VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class Field:
-    """`velocity_fn` as solvers call it: `field(x, t)` with a float t. `nfe` counts network evaluations per sample."""
+    """`velocity_fn` as solvers call it: `field(x, t)` with one t for all rows, a float or a scalar tensor.
+
+    `nfe` counts network evaluations per sample.
+    """
 
     def __init__(self, velocity_fn: VelocityFn, path: Path | None = None):
         self.velocity_fn = velocity_fn
@@ -31,8 +34,8 @@ class Field:
         self.breakpoints: tuple[float, ...] = tuple(getattr(velocity_fn, "breakpoints", ()))
         self.nfe = 0
 
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        v = self.velocity_fn(x, x.new_full((len(x),), t))
+    def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
+        v = self.velocity_fn(x, _times(x, t))
         self.nfe += getattr(self.velocity_fn, "evaluations", 1)
         return v.to(x.dtype)
 
@@ -49,11 +52,15 @@ class Field:
 
     def convert(self, v: Tensor, x: Tensor, t: float, target: str) -> Tensor:
         """The velocity `v` at (x, t) as `target`: 'score', 'noise' or 'data'."""
-        return self.path.convert(v, x, x.new_full((len(x),), t), "velocity", target)
+        return self.path.convert(v, x, _times(x, t), "velocity", target)
 
     def data(self, x: Tensor, t: float) -> Tensor:
         """The data prediction at (x, t)."""
         return self.convert(self(x, t), x, t, "data")
+
+
+def _times(x: Tensor, t: float | Tensor) -> Tensor:
+    return t.to(x).expand(len(x)) if isinstance(t, Tensor) else x.new_full((len(x),), t)
 
 
 def as_state(noise: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,67 +10,159 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.paths import LinearPath
+from dic_repa.registry import Registry
+
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+# name -> function (progress) -> share of the scale, both from 0 at the interval's noisy end to 1 at its other end
+scale_schedules = Registry("guidance schedule")
+
+
+@scale_schedules.register("constant")
+def _constant(progress: Tensor) -> Tensor:
+    return torch.ones_like(progress)
+
+
+@scale_schedules.register("linear")
+def _linear(progress: Tensor) -> Tensor:
+    return progress
+
+
+@scale_schedules.register("cosine")
+def _cosine(progress: Tensor) -> Tensor:
+    return 0.5 - 0.5 * torch.cos(math.pi * progress)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance inside an interval of time.
+    """Guidance inside an interval of time (Kynkaanniemi et al. 2024), at the price of a second evaluation there only.
 
-    v = v_null + scale (v_y - v_null) for low <= t <= high, and v_y elsewhere, at the price of one evaluation only.
+    v = u + g(t) (v_y - u) for low <= t <= high and v = v_y elsewhere. u is the prediction for the null class
+    (classifier-free guidance), or that of a weaker model for the same class (autoguidance, Karras et al. 2024).
 
-    Raises UserError for an interval that is upside down or leaves [0, 1].
+    Args:
+        scale: g at its full size; 1 is no guidance.
+        interval: (low, high) within [0, 1].
+        channels: guide the first so many channels only (DiT's custom is 3); the others are v_y's. None: all.
+        schedule: 'constant'; 'linear' and 'cosine' let g rise from 1 at `high` to `scale` at `low`.
+        rescale: share, from 0 to 1, to which v is brought to v_y's standard deviation (Lin et al. 2024, eq. 15-16).
+
+    Raises UserError for values out of these ranges and for an unknown schedule.
     """
 
     scale: float = 1.65
     interval: tuple[float, float] = (0.0, 0.7)
+    channels: int | None = None
+    schedule: str = "constant"
+    rescale: float = 0.0
 
     def __post_init__(self):
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"guidance interval ({low}, {high}): give (low, high) with 0 <= low <= high <= 1")
+        if self.channels is not None and self.channels < 1:
+            raise UserError(f"guidance on {self.channels} channels: give at least 1, or none for all channels")
+        if not 0 <= self.rescale <= 1:
+            raise UserError(f"guidance rescale {self.rescale}: give a share between 0 and 1")
+        scale_schedules.get(self.schedule)
 
-    def bind(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], y: Tensor) -> GuidedField:
+    @property
+    def active(self) -> bool:
+        """Whether it does anything at all."""
+        return self.scale != 1
+
+    def bind(self, model: Model, y: Tensor, weak_model: Model | None = None) -> GuidedField:
         """The guided velocity field of `model` (x, t, y) -> velocity for the labels `y` (B,).
 
-        `model.num_classes` is its null class. Raises UserError where guidance needs a null class and there is none.
+        `model.num_classes` is its null class. With a `weak_model` (x, t, y) -> velocity, that guides instead, and no
+        null class is needed. Raises UserError where guidance needs a null class and there is none.
         """
-        return GuidedField(self, model, y)
+        return GuidedField(self, model, y, weak_model)
+
+    def scale_at(self, t: Tensor, step: tuple[float, float | None] | None, path) -> Tensor | float:
+        """g at the times `t` (B,) within the interval, in a step from and to the times `step`."""
+        low, high = self.interval
+        if self.schedule == "constant":
+            return self.scale
+        progress = ((high - t) / max(high - low, 1e-12)).clamp(0, 1)
+        return 1 + (self.scale - 1) * scale_schedules.get(self.schedule)(progress)
+
+
+@dataclass(frozen=True)
+class CFGPlusPlus(Guidance):
+    """CFG++ (Chung et al. 2024), with a scale in [0, 1]: the guided data prediction gets the unguided noise back.
+
+    Their DDIM step from t to s, alpha_s x_g + sigma_s eps_null with x_g = x_null + scale (x_y - x_null), equals a step
+    of classifier-free guidance with g = scale / (1 - (sigma_s alpha_t) / (alpha_s sigma_t)). As g depends on the step,
+    a solver of fixed steps is needed; with an adaptive one this raises UserError. DDIM's steps are those of euler on
+    the linear path.
+    """
+
+    scale: float = 0.6
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def active(self) -> bool:
+        return True
+
+    def scale_at(self, t: Tensor, step: tuple[float, float | None] | None, path) -> float:
+        if step is None or step[1] is None:
+            raise UserError("CFG++ depends on the step's size: take a solver of fixed steps, for example euler")
+        c = path.coefficients(torch.tensor(step, dtype=torch.float64))
+        shrink = (c.sigma[1] * c.alpha[0] / (c.alpha[1] * c.sigma[0])).item()
+        return self.scale / (1 - shrink)
 
 
 class GuidedField:
-    """(x (B, ...), t (B,)) -> velocity; conditional and null predictions come from one doubled batch.
+    """(x (B, C, ...), t (B,), all times the same) -> velocity.
 
-    Whether a step is guided is decided where it starts, for all of its evaluations (as the REPA authors' sampler does).
+    Conditional and null predictions come from one doubled batch. Whether a step is guided is decided where it starts,
+    for all of its evaluations (as in the REPA authors' sampler). Of a model that gives more channels than x has, those
+    beyond are never guided.
     """
 
-    def __init__(self, guidance: Guidance, model: Callable, y: Tensor):
-        if guidance.scale != 1 and getattr(model, "num_classes", None) is None:
+    def __init__(self, guidance: Guidance, model: Model, y: Tensor, weak_model: Model | None = None):
+        self.guidance, self.model, self.y, self.weak_model = guidance, model, y, weak_model
+        if guidance.active and weak_model is None and getattr(model, "num_classes", None) is None:
             raise UserError(
                 "guidance needs a model with a null class (`num_classes`); set the scale to 1 to do without"
             )
-        self.guidance, self.model, self.y = guidance, model, y
-        if (path := getattr(model, "path", None)) is not None:
-            self.path = path
+        self.path = getattr(model, "path", None)
         self.time_range = getattr(model, "time_range", (0.0, 1.0))
-        self.breakpoints = guidance.interval if guidance.scale != 1 else ()
+        self.breakpoints = guidance.interval if guidance.active else ()
         self.evaluations = 1
-        self._step_start: float | None = None
+        self._step: tuple[float, float | None] | None = None
 
     def begin_step(self, t: float | None, s: float | None) -> None:
-        self._step_start = t
-
-    def guided(self, t: float) -> bool:
-        low, high = self.guidance.interval
-        return self.guidance.scale != 1 and low <= t <= high
+        self._step = None if t is None else (t, s)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        low, high = self.guidance.interval
         # A solver that announces its steps spares a GPU the wait for the value of t.
-        start = self._step_start if self._step_start is not None else float(t[0])
-        if not self.guided(start):
+        start = self._step[0] if self._step is not None else float(t[0])
+        if not (self.guidance.active and low <= start <= high):
             self.evaluations = 1
             return self.model(x, t, self.y)
         self.evaluations = 2
+        strong, weak = self._pair(x, t)
+        guided = min(self.guidance.channels or x.shape[1], x.shape[1])
+        scale = self.guidance.scale_at(t, self._step, self.path or LinearPath())
+        if isinstance(scale, Tensor):
+            scale = scale.reshape(-1, *(1,) * (x.ndim - 1))
+        v = weak[:, :guided] + scale * (strong[:, :guided] - weak[:, :guided])
+        if self.guidance.rescale:
+            v = _rescale(v, strong[:, :guided], self.guidance.rescale)
+        return torch.cat([v, strong[:, guided:]], dim=1)
+
+    def _pair(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction to strengthen and the one to move away from."""
+        if self.weak_model is not None:
+            return self.model(x, t, self.y), self.weak_model(x, t, self.y)
         null = torch.full_like(self.y, self.model.num_classes)
-        both = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([self.y, null]))
-        conditional, unconditional = both.chunk(2)
-        return unconditional + self.guidance.scale * (conditional - unconditional)
+        return self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([self.y, null])).chunk(2)
+
+
+def _rescale(v: Tensor, reference: Tensor, share: float) -> Tensor:
+    deviations = (tensor.flatten(1).std(1).reshape(-1, *(1,) * (v.ndim - 1)) for tensor in (reference, v))
+    target, actual = deviations
+    return v * (share * target / actual + (1 - share))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 
-_INITIAL, _STEP = 0, 1
+_INITIAL, _STEP, _PROBE = 0, 1, 2
 _WORD = 2**64 - 1
 
 
@@ -49,3 +49,8 @@ class StepNoise:
         if len(like) != len(self.indices):
             raise UserError(f"noise for {len(self.indices)} sample indices was asked for a batch of {len(like)}")
         return _normal(like.shape[1:], self.seed, self.indices, step, _STEP).to(like.device, like.dtype)
+
+
+def rademacher(shape: Sequence[int], seed: int, indices: Sequence[int], probe: int) -> Tensor:
+    """Random signs (len(indices), *shape), a row depending on (seed, its index, probe) alone."""
+    return torch.sign(_normal(tuple(shape), seed, indices, probe, _PROBE))

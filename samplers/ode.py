@@ -1,33 +1,32 @@
-"""Sampling by the probability-flow ODE dx/dt = v(x, t), from noise at t = 1 to data at t = 0."""
+"""Sampling by the probability-flow ODE dx/dt = v(x, t), from noise at t = 1 to data at t = 0, or back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.paths import Path
-from dic_repa.registry import Registry
+from dic_repa.samplers.catalog import SolverInfo, solver_info
 from dic_repa.samplers.field import Field, VelocityFn, as_state
+from dic_repa.samplers.grids import TimeGrid, UniformGrid
+from dic_repa.samplers.steps import step_solvers
+from dic_repa.samplers.torchdiffeq_methods import integrate_adaptive, integrate_fixed
 
-Step = Callable[[Field, Tensor, float, float], Tensor]
-steps_registry = Registry("solver")
-
-
-@steps_registry.register("euler")
-def euler(field: Field, x: Tensor, t: float, s: float) -> Tensor:
-    return x + (s - t) * field(x, t)
+DEFAULT_TOLERANCE = 1e-5
 
 
-@steps_registry.register("heun")
-def heun(field: Field, x: Tensor, t: float, s: float) -> Tensor:
-    """The trapezoidal rule behind an Euler step; the step onto t = 0 is an Euler step, as in EDM and REPA."""
-    v = field(x, t)
-    end = x + (s - t) * v
-    return end if s == 0 else x + 0.5 * (s - t) * (v + field(end, s))
+@dataclass(frozen=True)
+class SampleInfo:
+    """How a sample was made: network evaluations per sample, and the states (B, ...) at `times`, both ends included."""
+
+    nfe: int
+    times: list[float]
+    states: list[Tensor]
 
 
 @torch.no_grad()
@@ -38,25 +37,123 @@ def sample_ode(
     steps: int | None = None,
     *,
     path: Path | None = None,
-    times: Sequence[float] | None = None,
-) -> Tensor:
+    times: TimeGrid | Sequence[float] | None = None,
+    direction: str = "forward",
+    rtol: float | None = None,
+    atol: float | None = None,
+    options: dict | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SampleInfo]:
     """Integrate `velocity_fn` (x (B, ...), t (B,)) -> (B, ...) from `noise` (B, ...) at t = 1 to data at t = 0.
 
-    `times` replaces the uniform grid of `steps` steps. Returns the data (B, ...) in the state's dtype: that of `noise`,
-    at least float32.
+        x0 = sample_ode(Guidance(1.65).bind(model, y), noise, solver="heun", steps=50)
 
-    Raises UserError for an unknown solver or less than one step.
+    `direction="backward"` takes data to noise instead (inversion); `noise` is the data then.
+
+    A fixed-step solver (`list_solvers('ode')` tells which) takes `steps`, and a grid for them as `times`; or the times
+    themselves without `steps`. An adaptive one takes the tolerances `rtol` and `atol` (1e-5), and `times` only to ask
+    for the states there. `options` goes to a torchdiffeq method.
+
+    `path` is needed where x is not the linear path's and `velocity_fn` does not carry its path. Where the velocity may
+    not be evaluated down to t = 0 (a VP path; predictions that are divided by sigma), the last step gives the data
+    prediction.
+
+    Returns x (B, ...) in the state's dtype: that of `noise`, at least float32; with `return_info` also a SampleInfo.
+
+    Raises UserError for an unknown solver, less than one step, a step count for an adaptive solver or none for a fixed
+    one, tolerances that are not positive or given for a fixed one, times that do not fall (rise, backward) in [0, 1].
     """
-    step = steps_registry.get(solver)
+    info = solver_info(solver, "ode")
+    if direction not in ("forward", "backward"):
+        raise unknown_name("direction", direction, ("forward", "backward"))
+    _check_steps(info, steps, times)
+    tolerances = _check_tolerances(info, rtol, atol)
     field = Field(velocity_fn, path)
-    if times is None:
-        if steps is None or steps < 1:
-            raise UserError(f"steps={steps}: solver '{solver}' needs a step count of at least 1")
-        low, high = field.time_range()
-        times = torch.linspace(high, low, steps + 1, dtype=torch.float64).tolist()
+    plan = _plan_times(field, info, steps, times, direction)
+    # Below the field's range a step cannot evaluate the velocity at its end; it gives the data prediction instead.
+    denoise = direction == "forward" and plan[-1] < field.time_range()[0]
+    main = plan[:-1] if denoise else plan
+
     x = as_state(noise)
+    states = [x]
+    if info.kind == "adaptive":
+        states += integrate_adaptive(field, x, main, solver, options or {}, *tolerances)
+    elif len(main) > 1 and info.library == "torchdiffeq":
+        states += integrate_fixed(field, x, main, solver, options or {}, *tolerances, every=return_info)
+    elif len(main) > 1:
+        states += _integrate_steps(field, x, main, solver, direction, every=return_info)
+    if denoise:
+        field.begin_step(plan[-2], plan[-1])
+        states.append(field.data(states[-1], plan[-2]))
+    field.begin_step(None, None)
+    return (states[-1], SampleInfo(field.nfe, plan, states)) if return_info else states[-1]
+
+
+def _integrate_steps(
+    field: Field, x: Tensor, times: list[float], solver: str, direction: str, every: bool
+) -> list[Tensor]:
+    step = step_solvers.get(solver)()
+    if direction == "backward" and getattr(step, "forward_only", False):
+        raise UserError(f"'{solver}' samples from noise to data only; take heun or dopri5 to invert")
+    states = []
     for t, s in pairwise(times):
         field.begin_step(t, s)
         x = step(field, x, t, s)
-    field.begin_step(None, None)
-    return x
+        if every:
+            states.append(x)
+    return states if every else [x]
+
+
+def _plan_times(
+    field: Field, info: SolverInfo, steps: int | None, times: TimeGrid | Sequence[float] | None, direction: str
+) -> list[float]:
+    """All times of the integration in order: from the field's highest to t = 0, or backward within its range."""
+    low, high = field.time_range()
+    forward = direction == "forward"
+    if times is None or callable(times):
+        grid = times or UniformGrid()
+        if forward and low > 0:
+            # Of the `steps`, the last goes from `low` to 0.
+            plan = [*grid((steps or 2) - 1, high, low, field.path), 0.0] if steps != 1 else [high, 0.0]
+        else:
+            plan = grid(steps or 1, high, low, field.path)
+            plan = plan if forward else plan[::-1]
+        return plan
+    return check_times(times, low, high, forward)
+
+
+def check_times(times: Sequence[float], low: float, high: float, forward: bool = True) -> list[float]:
+    """Given `times` as floats, with 1 and 0 at the ends moved into the range [low, high] (0 stays, forward).
+
+    Raises UserError for less than two, for a wrong order and for times outside the range.
+    """
+    plan = [float(t) for t in times]
+    if len(plan) < 2 or any((s >= t) if forward else (s <= t) for t, s in pairwise(plan)):
+        raise UserError(f"times must {'fall' if forward else 'rise'} from each to the next, and be at least two")
+    noisy, clean = (0, -1) if forward else (-1, 0)
+    plan[noisy] = high if plan[noisy] == 1 else plan[noisy]
+    plan[clean] = low if plan[clean] == 0 and not forward else plan[clean]
+    inner = plan[:-1] if forward and plan[-1] == 0 else plan
+    if not all(low <= t <= high for t in inner):
+        raise UserError(f"times must lie within [{low:g}, {high:g}], where this field can be evaluated")
+    return plan
+
+
+def _check_steps(info: SolverInfo, steps: int | None, times: TimeGrid | Sequence[float] | None) -> None:
+    given = times is not None and not callable(times)
+    if info.kind == "adaptive":
+        if steps is not None or callable(times):
+            raise UserError(f"solver '{info.name}' chooses its own steps: give rtol and atol instead of a step count")
+    elif given and steps is not None:
+        raise UserError("give either a step count or the times themselves")
+    elif not given and (steps is None or steps < 1):
+        raise UserError(f"solver '{info.name}' takes fixed steps: give a step count of at least 1, not {steps}")
+
+
+def _check_tolerances(info: SolverInfo, rtol: float | None, atol: float | None) -> tuple[float, float]:
+    if info.evaluations is not None and (rtol is not None or atol is not None):
+        raise UserError(f"solver '{info.name}' takes fixed steps, no tolerances; drop rtol and atol, or take dopri5")
+    tolerances = tuple(DEFAULT_TOLERANCE if value is None else value for value in (rtol, atol))
+    if not min(tolerances) > 0:
+        raise UserError(f"tolerance {min(tolerances):g}: rtol and atol must be above 0, for example 1e-5")
+    return tolerances

@@ -1,4 +1,4 @@
-"""Sampling by the reverse SDE dx = (v - w/2 s) dt + sqrt(w) dW, whose marginals are the ODE's for every w(t) >= 0."""
+"""Sampling by the reverse SDE dx = (v - w/2 s) dt + sqrt(w) dW, from noise at t = 1 to data at t = 0."""
 
 from __future__ import annotations
 
@@ -8,10 +8,82 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.paths import Path
+from dic_repa.registry import Registry
+from dic_repa.samplers.catalog import solver_info
+from dic_repa.samplers.diffusion import Diffusion, create_diffusion, decay
 from dic_repa.samplers.field import Field, VelocityFn, as_state
+from dic_repa.samplers.grids import TimeGrid, UniformGrid
 from dic_repa.samplers.noise import StepNoise
+from dic_repa.samplers.ode import SampleInfo, check_times
+
+sde_steps = Registry("solver")
+last_steps = Registry("last step")
+
+
+class ReverseSDE:
+    """dx = drift(x, t) dt + sqrt(w(t)) dW with drift = v - w/2 s, run from t = 1 to 0."""
+
+    def __init__(self, field: Field, w: Diffusion):
+        self.field, self.w = field, w
+
+    def drift(self, x: Tensor, t: float) -> Tensor:
+        v = self.field(x, t)
+        return v - 0.5 * self.w(t) * self.field.convert(v, x, t, "score")
+
+    def noise(self, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
+        """The noise of a step from t to s < t, with w taken at its start."""
+        return (self.w(t) * (t - s)) ** 0.5 * z
+
+
+@sde_steps.register("euler_maruyama")
+def euler_maruyama(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
+    return x + (s - t) * sde.drift(x, t) + sde.noise(x, t, s, z)
+
+
+@sde_steps.register("stochastic_heun")
+def stochastic_heun(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
+    """The trapezoidal rule for the drift, behind an Euler-Maruyama step with the same noise.
+
+    Of weak order 2, as the noise does not depend on the state; w counts with the mean of its roots at the step's ends.
+    """
+    noise = 0.5 * ((sde.w(t) * (t - s)) ** 0.5 + (sde.w(s) * (t - s)) ** 0.5) * z
+    drift = sde.drift(x, t)
+    end = x + (s - t) * drift + noise
+    return x + 0.5 * (s - t) * (drift + sde.drift(end, s)) + noise
+
+
+@sde_steps.register("ou")
+def ornstein_uhlenbeck(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
+    """The SDE solved exactly for a data prediction D that stays what it is at the step's start.
+
+    x - alpha D is an Ornstein-Uhlenbeck process then, and x_s = alpha_s D + sigma_s (k eps + sqrt(1 - k^2) z) with
+    k = exp(-int_s^t w / (2 sigma^2)). With no diffusion this is DDIM, with the form 'sbdm' DDPM's ancestral step.
+    """
+    v = sde.field(x, t)
+    data, noise = (sde.field.convert(v, x, t, target) for target in ("data", "noise"))
+    c = sde.field.path.coefficients(torch.tensor(s, dtype=torch.float64))
+    keep = decay(sde.w, sde.field.path, t, s)
+    return c.alpha.item() * data + c.sigma.item() * (keep * noise + (1 - keep**2) ** 0.5 * z)
+
+
+@last_steps.register("mean")
+def mean(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
+    """Along the SDE's drift, without noise."""
+    return x - t * sde.drift(x, t)
+
+
+@last_steps.register("euler")
+def euler(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
+    """Along the ODE's velocity."""
+    return x - t * sde.field(x, t)
+
+
+@last_steps.register("tweedie")
+def tweedie(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
+    """To the data prediction (x + sigma^2 s) / alpha."""
+    return sde.field.data(x, t)
 
 
 @torch.no_grad()
@@ -24,36 +96,70 @@ def sample_sde(
     noise_fn: Callable[[int, Tensor], Tensor] | None = None,
     last_step_size: float = 0.04,
     *,
+    diffusion: str | Diffusion = "linear",
+    diffusion_norm: float = 1.0,
+    last_step: str = "mean",
+    times: TimeGrid | Sequence[float] | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
-) -> Tensor:
-    """Integrate from `noise` (B, ...) at t = 1 to data at t = 0 with the diffusion w(t) = 2t.
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SampleInfo]:
+    """Integrate from `noise` (B, ...) at t = 1 to data at t = 0 by the SDE whose diffusion w(t) is `diffusion`.
 
-    `steps` counts all evaluations: steps - 1 Euler-Maruyama steps on a uniform grid from 1 to `last_step_size`, then
-    one step along the drift, without noise, to 0. `noise_fn(step, like)` gives the standard normal noise of a step; by
-    default it depends on (`seed`, sample index, step) only, `indices` being the samples' indices (0 to B - 1).
+    `steps` counts all steps: steps - 1 of the solver from 1 to `last_step_size` on a uniform grid (or on the grid
+    `times`), then the one of `last_step`: 'mean', 'tweedie' or 'euler'. With 'none' all steps are the solver's and they
+    end where the score can still be computed. `times` may also be the times themselves, of which the last is the size
+    of the last step; `steps` and `last_step_size` are not looked at then.
 
-    Returns (B, ...) in the dtype of `noise`, at least float32. Raises UserError for less than one step.
+    `noise_fn(step, like)` gives the standard normal noise of a step; by default it depends on (`seed`, sample index,
+    step) only, `indices` being the samples' indices (0 to B - 1). `path` as in `sample_ode`.
+
+    Returns x (B, ...) in the dtype of `noise`, at least float32; with `return_info` also a SampleInfo.
+
+    Raises UserError for an unknown solver, diffusion form or last step, less than one step, and a last step whose size
+    is not in (0, 1).
     """
-    if solver != "euler_maruyama":
-        raise UserError(f"unknown solver '{solver}'; known: euler_maruyama")
-    if steps < 1:
-        raise UserError(f"steps={steps}: give a step count of at least 1")
+    solver_info(solver, "sde")
+    step = sde_steps.get(solver)
+    finish = None if last_step == "none" else _last_step(last_step)
     field = Field(velocity_fn, path)
+    sde = ReverseSDE(field, create_diffusion(diffusion, field.path, diffusion_norm))
     noise_fn = noise_fn or StepNoise(seed, range(len(noise)) if indices is None else indices)
+    low, high = field.time_range("score")
+    if diffusion == "sbdm":
+        high = min(high, field.path.safe_interval("noise", "data")[1])
+    if times is None or callable(times):
+        solver_steps = _check_steps(steps, last_step_size, finish is not None)
+        end = max(low, last_step_size) if finish else low
+        plan = (times or UniformGrid())(solver_steps, high, end, field.path) if solver_steps else [high]
+    else:
+        plan = check_times(times, low, high)
+
     x = as_state(noise)
-    high = field.time_range("score")[1]
-    times = torch.linspace(high, last_step_size, steps, dtype=torch.float64).tolist() if steps > 1 else [high]
-    for index, (t, s) in enumerate(pairwise(times)):
-        w = 2 * t
-        x = x + (s - t) * _drift(field, x, t, s, w) + (w * (t - s)) ** 0.5 * noise_fn(index, x)
-    t = times[-1]
-    x = x - t * _drift(field, x, t, 0.0, 2 * t)
+    states = [x]
+    for index, (t, s) in enumerate(pairwise(plan)):
+        field.begin_step(t, s)
+        x = step(sde, x, t, s, noise_fn(index, x))
+        if return_info:
+            states.append(x)
+    if finish is not None:
+        field.begin_step(plan[-1], 0.0)
+        x = finish(sde, x, plan[-1])
+        plan, states = [*plan, 0.0], [*states, x]
     field.begin_step(None, None)
-    return x
+    return (x, SampleInfo(field.nfe, plan, states)) if return_info else x
 
 
-def _drift(field: Field, x: Tensor, t: float, s: float, w: float) -> Tensor:
-    field.begin_step(t, s)
-    v = field(x, t)
-    return v - 0.5 * w * field.convert(v, x, t, "score")
+def _last_step(name: str) -> Callable[[ReverseSDE, Tensor, float], Tensor]:
+    if name not in last_steps:
+        raise unknown_name("last step", name, [*last_steps.names(), "none"])
+    return last_steps.get(name)
+
+
+def _check_steps(steps: int, last_step_size: float, has_last: bool) -> int:
+    """How many of the `steps` are the solver's own."""
+    if steps is None or steps < 1:
+        raise UserError(f"steps={steps}: an SDE solver takes a step count of at least 1")
+    if has_last and not 0 < last_step_size < 1:
+        raise UserError(f"last_step_size={last_step_size}: give a time between 0 and 1, or the last step 'none'")
+    return steps - has_last

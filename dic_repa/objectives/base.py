@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,23 @@ objectives = Registry("objective")
 
 
 def create_objective(name: str, **kwargs):
-    """The objective filed under `name`, made with `kwargs`. Raises UserError for an unknown name."""
+    """The objective filed under `name` ('flow-matching', 'ddpm'), made with `kwargs`. UserError for an unknown name."""
     return objectives.get(name)(**kwargs)
+
+
+def from_spec(create: Callable[..., Any], spec: Any) -> Any:
+    """What a recipe may give for a part: its name, a mapping of `name` and its arguments, or the thing itself."""
+    if isinstance(spec, str):
+        return create(spec)
+    if isinstance(spec, Mapping):
+        if "name" not in spec:
+            raise UserError(f"{dict(spec)}: a part with arguments needs its name as well")
+        arguments = {key: value for key, value in spec.items() if key != "name"}
+        try:
+            return create(spec["name"], **arguments)
+        except TypeError as error:
+            raise UserError(f"arguments of '{spec['name']}': {error}") from None
+    return spec
 
 
 @dataclass(frozen=True)
@@ -24,36 +41,46 @@ class Noisy:
     """A corrupted batch: what the denoiser sees, what it should give, and what its error counts."""
 
     x_t: Tensor  # (B, C, H, W)
-    t: Tensor  # (B,)
+    t: Tensor  # (B,), what the denoiser embeds
     target: Tensor  # (B, C, H, W)
     weight: Tensor  # (B,)
+
+    @property
+    def unit_time(self) -> Tensor:
+        """The time in [0, 1], (B,), whatever `t` counts in."""
+        return self.t
+
+
+def run_denoiser(denoiser, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The output of `denoiser` (x, t, y), run in the dtype of its parameters, in x's dtype (at least float32).
+
+    The time stays in float32 or better, since half precision cannot tell neighbouring steps apart.
+    """
+    parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
+    dtype = x.dtype if parameter is None else parameter.dtype
+    output = denoiser(x.to(dtype), t.to(torch.promote_types(dtype, torch.float32)), y)
+    return output.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class VelocityModel:
     """A denoiser (x, t, y) -> prediction as (x, t, y) -> velocity, in x's dtype (at least float32).
 
-    The denoiser runs in the dtype of its parameters; the time stays in float32 or better, since half precision cannot
-    tell neighbouring steps apart. A `learn_sigma` denoiser's surplus channels are dropped.
+    A `learn_sigma` denoiser's surplus channels are dropped.
     """
 
     def __init__(self, denoiser, path: Path, prediction: str):
         self.denoiser, self.path, self.prediction = denoiser, path, prediction
+        self.num_classes = getattr(denoiser, "num_classes", None)  # the null class; None where there is none
         self.time_range = path.safe_interval(prediction, "velocity")
-        parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
-        self.dtype = None if parameter is None else parameter.dtype
 
-    @property
-    def num_classes(self) -> int | None:
-        """The null class; None where the denoiser has none."""
-        return getattr(self.denoiser, "num_classes", None)
+    def embedded_time(self, t: Tensor) -> Tensor:
+        """What the denoiser embeds at the time t."""
+        return t
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        dtype = self.dtype or x.dtype
-        time_dtype = torch.promote_types(dtype, torch.float32)
-        output = self.denoiser(x.to(dtype), t.to(time_dtype), y)
-        state_dtype = torch.promote_types(x.dtype, torch.float32)
-        value = prediction_channels(output, x.shape[1]).to(state_dtype)
-        return self.path.convert(value, x.to(state_dtype), t.to(state_dtype), self.prediction, "velocity")
+        output = run_denoiser(self.denoiser, x, self.embedded_time(t), y)
+        value = prediction_channels(output, x.shape[1])
+        return self.path.convert(value, x.to(value.dtype), t.to(value.dtype), self.prediction, "velocity")
 
 
 def prediction_channels(output: Tensor, channels: int) -> Tensor:

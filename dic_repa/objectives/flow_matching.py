@@ -8,26 +8,46 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.objectives.base import Noisy, VelocityModel, objectives, prediction_channels
-from dic_repa.objectives.time_sampling import create_time_sampling
-from dic_repa.paths import LinearPath, Path, check_prediction, create_path
+from dic_repa.objectives.base import Noisy, VelocityModel, from_spec, objectives, prediction_channels
+from dic_repa.objectives.time_sampling import create_time_sampling, shift_time
+from dic_repa.objectives.weighting import create_weighting
+from dic_repa.paths import Path, check_prediction, create_path
 
 
 @objectives.register("flow-matching")
 class FlowMatching:
     """E_t w(t) |prediction(x_t, t) - target|^2 with x_t = alpha(t) x + sigma(t) noise (Lipman et al. 2023; SiT).
 
-    `path` and `time` are names or objects; `prediction` is 'velocity', 'noise', 'score' or 'data'.
-    Raises UserError for unknown names.
+    Args:
+        path: 'linear', 'cosine' or 'vp'.
+        time: how t is drawn: 'uniform', 'logit-normal' or 'log-normal' (both with mean and std).
+        prediction: what the denoiser gives: 'velocity', 'noise', 'score' or 'data'.
+        weighting: w: 'none', 'velocity', 'likelihood' or 'min-snr-gamma' (gamma).
+        shift: multiplies t / (1 - t) of every drawn time; see `resolution_shift`.
+
+    `path`, `time` and `weighting` are names, mappings of `name` and arguments, or objects. Raises UserError for unknown
+    names and a shift that is not positive.
     """
 
-    def __init__(self, path: Path | str | None = None, time="uniform", prediction="velocity", weighting="none"):
-        self.path = LinearPath() if path is None else create_path(path) if isinstance(path, str) else path
-        self.time = create_time_sampling(time) if isinstance(time, str) else time
+    def __init__(
+        self,
+        path: Path | str | dict = "linear",
+        time="uniform",
+        prediction: str = "velocity",
+        weighting="none",
+        shift: float = 1.0,
+    ):
+        self.path = from_spec(create_path, path)
+        self.time = from_spec(create_time_sampling, time)
         self.prediction = check_prediction(prediction)
-        if weighting != "none":
-            raise UserError(f"unknown weighting '{weighting}'; known: none")
-        self.time_range = self.path.safe_interval(prediction, prediction)
+        self.weighting = from_spec(create_weighting, weighting)
+        if not shift > 0:
+            raise UserError(f"shift {shift}: give a number above 0, 1 for none")
+        self.shift = shift
+        ranges = [self.path.safe_interval(prediction, unit) for unit in (prediction, self.weighting.unit or prediction)]
+        if self.weighting.unit:
+            ranges.append(self.path.safe_interval("noise", "velocity"))  # weights may divide by alpha themselves
+        self.time_range = max(low for low, _ in ranges), min(high for _, high in ranges)
 
     def draw(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str | None = None
@@ -35,17 +55,18 @@ class FlowMatching:
         """Times (B,) and noise (B, C, H, W) for a whole step's batch of `shape` (B, C, H, W).
 
         Drawn in float32 where the generator lives, then moved, so that a CPU generator gives every device the same.
-        Times are drawn within the range where the target is finite.
+        Times are drawn within the range where the target and its weight are finite.
         """
         low, high = self.time_range
-        t = low + (high - low) * self.time(shape[0], generator, self.path)
+        t = shift_time(self.time(shape[0], generator, self.path), self.shift).clamp(low, high)
         noise = torch.randn(tuple(shape), generator=generator, device=generator.device)
         return t.to(device), noise.to(device)
 
     def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> Noisy:
-        """x_t and the target for data x (B, C, H, W), times t (B,) and noise (B, C, H, W)."""
-        x_t = self.path.sample(x, noise, t).x_t
-        return Noisy(x_t, t, self.path.target(x, noise, t, self.prediction), torch.ones_like(t))
+        """x_t, the target and its weight for data x (B, C, H, W), times t (B,) and noise (B, C, H, W)."""
+        target = self.path.target(x, noise, t, self.prediction)
+        weight = self.weighting(self.path, t, self.prediction)
+        return Noisy(self.path.sample(x, noise, t).x_t, t, target, weight)
 
     def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
         """The weighted mean squared error, a float32 scalar. `prediction` is (B, C, H, W), or (B, 2C, H, W) of a

@@ -1,0 +1,97 @@
+"""Ancestral sampling and DDIM for a noise predictor that was trained on discrete steps (DDPM, ADM, DiT, DiC)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dic_repa.errors import UserError
+from dic_repa.samplers.beta_schedule import BetaSchedule
+from dic_repa.samplers.catalog import solver_info
+from dic_repa.samplers.field import Field, as_state
+from dic_repa.samplers.noise import StepNoise
+from dic_repa.samplers.ode import SampleInfo
+
+
+@torch.no_grad()
+def sample_ddpm(
+    model_fn: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    solver: str = "ddpm",
+    steps: int = 250,
+    noise_fn: Callable[[int, Tensor], Tensor] | None = None,
+    *,
+    schedule: BetaSchedule | None = None,
+    eta: float = 0.0,
+    clip: bool = False,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SampleInfo]:
+    """From `noise` (B, C, ...) to data over `steps` respaced steps of `schedule` (by default 1000 linear betas).
+
+    `model_fn` (x, t (B,)) -> (B, C or 2C, ...) predicts the noise and, where it has 2C channels, how far the log
+    variance lies between that of the posterior (-1) and beta (1); without them it is the posterior's. Step i of N has
+    the time t = (i + 1) / N, so that guidance intervals mean what they mean elsewhere: bind what `DDPM.noise_model`
+    makes of a denoiser.
+
+    'ddpm' draws from N(mean, variance) of each step, but for the last one, which gives its mean (Ho et al. 2020;
+    Nichol and Dhariwal 2021). 'ddim' is x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) eps + d z with d = `eta` times the
+    posterior's deviation (Song et al. 2021, eq. 12). `clip` limits x0 to [-1, 1]. `noise_fn`, `seed` and `indices` as
+    in `sample_sde`.
+
+    Returns x (B, C, ...) in the dtype of `noise`, at least float32; with `return_info` also a SampleInfo. Raises
+    UserError for an unknown solver, a step count that the schedule cannot be respaced to, an `eta` outside [0, 1] and
+    other output channels.
+    """
+    solver_info(solver, "ddpm")
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta={eta}: give a share between 0 (deterministic) and 1")
+    schedule = (schedule or BetaSchedule.linear()).respaced(steps, strided=solver == "ddim")
+    noise_fn = noise_fn or StepNoise(seed, range(len(noise)) if indices is None else indices)
+    field = Field(model_fn)
+    times = [0.0, *schedule.times]
+    x = as_state(noise)
+    states = [x]
+    for index, i in enumerate(reversed(range(steps))):
+        t, s = times[i + 1], times[i]
+        field.begin_step(t, s)
+        eps, fraction = split_output(field(x, t), x.shape[1])
+        data = schedule.data(x, eps, i)
+        data = data.clamp(-1, 1) if clip else data
+        noisy = i > 0 and (solver == "ddpm" or eta > 0)
+        if solver == "ddim":
+            x, deviation = _ddim(schedule, x, data, i, eta)
+        else:
+            deviation = torch.exp(0.5 * schedule.log_variance(fraction, x, i))
+            x = schedule.posterior_mean(data, x, i)
+        if noisy:
+            x = x + deviation * noise_fn(index, x)
+        if return_info:
+            states.append(x)
+    field.begin_step(None, None)
+    return (x, SampleInfo(field.nfe, times[::-1], states)) if return_info else x
+
+
+def _ddim(schedule: BetaSchedule, x: Tensor, data: Tensor, i: int, eta: float) -> tuple[Tensor, float]:
+    """The mean and the deviation of the step from i to the one before."""
+    names = ("alpha", "sigma", "alpha_before", "sigma_before")
+    alpha, sigma, alpha_before, sigma_before = (schedule.at(name, i, x) for name in names)
+    shrink = alpha / alpha_before
+    deviation = eta * sigma_before / sigma * (1 - shrink**2) ** 0.5
+    eps = (x - alpha * data) / sigma  # not the prediction itself, which clipping has changed
+    return alpha_before * data + max(sigma_before**2 - deviation**2, 0.0) ** 0.5 * eps, deviation
+
+
+def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """The noise (B, C, ...) of a denoiser's output and, of one with 2C channels, the variance; else None."""
+    if output.shape[1] == 2 * channels:
+        return output[:, :channels], output[:, channels:]
+    if output.shape[1] == channels:
+        return output, None
+    raise UserError(
+        f"the denoiser gives {output.shape[1]} channels for {channels} of data: "
+        f"DDPM sampling takes {channels}, or {2 * channels} with learn_sigma"
+    )

@@ -1,0 +1,76 @@
+"""Where the steps of a sampler are: a grid is a callable (steps, high, low, path) -> steps + 1 times falling from high
+to low, both of them included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dic_repa.errors import UserError
+from dic_repa.paths import Path
+from dic_repa.registry import Registry
+
+TimeGrid = Callable[[int, float, float, Path], list[float]]
+grids = Registry("time grid")
+
+
+def create_grid(name: str, **kwargs) -> TimeGrid:
+    """The grid filed under `name`: 'uniform', 'shifted' (shift) or 'karras' (rho, ratio_min, ratio_max).
+
+    Raises UserError for an unknown name.
+    """
+    return grids.get(name)(**kwargs)
+
+
+@grids.register("uniform")
+@dataclass(frozen=True)
+class UniformGrid:
+    """Equal steps in t."""
+
+    def __call__(self, steps: int, high: float, low: float, path: Path) -> list[float]:
+        return torch.linspace(high, low, steps + 1, dtype=torch.float64).tolist()
+
+
+@grids.register("shifted")
+@dataclass(frozen=True)
+class ShiftedGrid:
+    """Equal steps, each time t moved to shift t / (1 + (shift - 1) t): above 1, more of them at high noise.
+
+    For larger latents shift = sqrt(dimensions / base) (Esser et al. 2024, eq. 23).
+    """
+
+    shift: float = 3.0
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise UserError(f"shift {self.shift}: give a number above 0")
+
+    def __call__(self, steps: int, high: float, low: float, path: Path) -> list[float]:
+        share = [self.shift * t / (1 + (self.shift - 1) * t) for t in UniformGrid()(steps, 1.0, 0.0, path)]
+        return [low + (high - low) * t for t in share]
+
+
+@grids.register("karras")
+@dataclass(frozen=True)
+class KarrasGrid:
+    """Equal steps in (sigma / alpha)^(1/rho) between two ratios (Karras et al. 2022, eq. 5); ends at high and low."""
+
+    rho: float = 7.0
+    ratio_min: float = 0.002
+    ratio_max: float = 80.0
+
+    def __post_init__(self):
+        if not (self.rho > 0 and 0 < self.ratio_min < self.ratio_max):
+            raise UserError(
+                f"karras grid of rho {self.rho} from ratio {self.ratio_max} to {self.ratio_min}: "
+                "give rho > 0 and 0 < ratio_min < ratio_max"
+            )
+
+    def __call__(self, steps: int, high: float, low: float, path: Path) -> list[float]:
+        ends = path.coefficients(torch.tensor([high, low], dtype=torch.float64))
+        first, last = (ends.sigma / ends.alpha).clamp(self.ratio_min, self.ratio_max) ** (1 / self.rho)
+        ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        times = path.time_at_ratio((first + ramp * (last - first)) ** self.rho).tolist()
+        return [high, *times[1:-1], low]
