@@ -130,9 +130,9 @@ class Path:
         """The times (t_min, t_max) between which `convert` from `source` to `target` divides by nothing smaller than
         sigma(eps) or alpha(1 - eps), and between which a velocity is finite where one is involved.
 
-        For equal `source` and `target`: where that quantity itself is finite.
+        A score counts as divided by sigma in itself, so that this is also where it can be trained.
         """
-        by_sigma = target == "score" or (source == "data" and target != "data")
+        by_sigma = "score" in (source, target) or (source == "data" and target != "data")
         by_sigma |= self.d_sigma_diverges and "velocity" in (source, target)
         by_alpha = self.alpha_vanishes and source in ("noise", "score") and target in ("data", "velocity")
         return (eps if by_sigma else 0.0, 1.0 - eps if by_alpha else 1.0)
