@@ -39,8 +39,8 @@ _SOLVERS = (
     _ode("midpoint", 2, 2, "one evaluation in the middle of the step; as accurate as heun", "torchdiffeq"),
     _ode("ab2", 2, 1, "second order for Euler's price: reuses the last velocity (Adams-Bashforth)"),
     _ode("ab3", 3, 1, "third order for Euler's price: reuses the last two velocities (Adams-Bashforth)"),
-    _ode("dpmpp-2m", 2, 1, "multistep in the data prediction (DPM-Solver++ 2M); good at 10 to 20 evaluations"),
-    _ode("dpmpp-3m", 3, 1, "multistep in the data prediction (DPM-Solver++ 3M); best with little guidance"),
+    _ode("dpmpp-2m", 2, 1, "multistep in the data prediction (DPM-Solver++ 2M)"),
+    _ode("dpmpp-3m", 3, 1, "multistep in the data prediction (DPM-Solver++ 3M); for 16 evaluations and more"),
     _ode("heun2", 2, 2, "heun without the Euler step at the end", "torchdiffeq"),
     _ode("heun3", 3, 3, "Heun's third-order Runge-Kutta method", "torchdiffeq"),
     _ode("rk4", 4, 4, "fourth-order Runge-Kutta (3/8 rule); for reference values at few, long steps", "torchdiffeq"),
@@ -53,11 +53,53 @@ _SOLVERS = (
     _adaptive("adaptive_heun", 2, "heun with an error estimate"),
     _adaptive("scipy_solver", 5, "a method of scipy's solve_ivp on the CPU (LSODA unless the options name another)"),
     SolverInfo("euler_maruyama", "sde", "fixed", 1, 1, False, "what SiT, REPA and U-REPA report: 250 steps"),
-    SolverInfo("stochastic_heun", "sde", "fixed", 2, 2, False, "second order in the mean; pays at 50 steps and fewer"),
-    SolverInfo("ou", "sde", "fixed", 1, 1, False, "exact for a frozen data prediction; stable for any diffusion form"),
+    SolverInfo(
+        "stochastic_heun",
+        "sde",
+        "fixed",
+        2,
+        2,
+        False,
+        "a corrected euler_maruyama, of second order; not for a diffusion that is large near the data",
+    ),
+    SolverInfo(
+        "ou",
+        "sde",
+        "fixed",
+        1,
+        1,
+        False,
+        "exact for a frozen data prediction; stable where the diffusion is large near the data",
+    ),
     SolverInfo("ddpm", "ddpm", "fixed", 1, 1, False, "ancestral sampling of a noise predictor; DiT and DiC: 250 steps"),
     SolverInfo("ddim", "ddpm", "fixed", 1, 1, True, "deterministic sampling of a noise predictor over fewer steps"),
 )
+# The other choices of a sampler, with what a user wants to know of each.
+DIFFUSION_FORMS = {
+    "linear": "2 norm t: least noise near the data; REPA and U-REPA",
+    "sigma": "2 norm sigma(t): like linear, following the path",
+    "constant": "2 norm: as much noise near the data as elsewhere; with the solver ou and the last step tweedie",
+    "sbdm": "that of the score-based diffusion with the path's marginals; very large near t = 1",
+    "decreasing": "(1 - norm cos(pi t))^2 / 2: falls smoothly from 2 at the noise to 0 at the data",
+    "increasing-decreasing": "2 norm sin(pi t)^2: none at either end",
+}
+LAST_STEPS = {
+    "mean": "along the SDE's drift, without noise; REPA and U-REPA",
+    "tweedie": "to the data prediction; the one to take on a VP path",
+    "euler": "along the ODE's velocity",
+    "none": "no last step: the SDE runs on to where its score can still be computed, and a trace of noise stays",
+}
+TIME_GRIDS = {
+    "uniform": "equal steps in t",
+    "shifted": "t / (1 - t) times a shift: above 1, more steps at high noise, for larger latents",
+    "karras": "equal steps in a root of the ratio of noise to data: more steps at low noise (EDM)",
+}
+GUIDANCE_SCHEDULES = {
+    "constant": "the same scale all over the interval",
+    "linear": "from 1 at the interval's noisy end straight to the scale at its other end",
+    "cosine": "the same, rising slowly at both ends",
+}
+
 _BY_NAME = {info.name: info for info in _SOLVERS}
 
 

@@ -38,7 +38,7 @@ def create_diffusion(form: str | Diffusion, path: Path, norm: float = 1.0) -> Di
 
 @diffusion_forms.register("constant")
 def constant(path: Path, t: float, norm: float) -> float:
-    """2 norm. Stiff near the data, where it wants a larger last step or the solver 'ou'."""
+    """2 norm. Stiff near the data, where euler_maruyama wants many steps; the solver ou does not."""
     return 2 * norm
 
 

@@ -52,7 +52,8 @@ def sample_ode(
 
     A fixed-step solver (`list_solvers('ode')` tells which) takes `steps`, and a grid for them as `times`; or the times
     themselves without `steps`. An adaptive one takes the tolerances `rtol` and `atol` (1e-5), and `times` only to ask
-    for the states there. `options` goes to a torchdiffeq method.
+    for the states there; its steps suit the whole batch, so a sample depends on the others within the tolerances.
+    `options` goes to a torchdiffeq method.
 
     `path` is needed where x is not the linear path's and `velocity_fn` does not carry its path. Where the velocity may
     not be evaluated down to t = 0 (a VP path; predictions that are divided by sigma), the last step gives the data
