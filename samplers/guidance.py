@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.paths import LinearPath
+from dic_repa.paths import LinearPath, expand_as
 from dic_repa.registry import Registry
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,7 +35,7 @@ def _cosine(progress: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance inside an interval of time (Kynkaanniemi et al. 2024), at the price of a second evaluation there only.
+    """Guidance inside an interval of time (Kynkäänniemi et al. 2024), at the price of a second evaluation there only.
 
     v = u + g(t) (v_y - u) for low <= t <= high and v = v_y elsewhere. u is the prediction for the null class
     (classifier-free guidance), or that of a weaker model for the same class (autoguidance, Karras et al. 2024).
@@ -95,11 +95,16 @@ class CFGPlusPlus(Guidance):
     Their DDIM step from t to s, alpha_s x_g + sigma_s eps_null with x_g = x_null + scale (x_y - x_null), equals a step
     of classifier-free guidance with g = scale / (1 - (sigma_s alpha_t) / (alpha_s sigma_t)). As g depends on the step,
     a solver of fixed steps is needed; with an adaptive one this raises UserError. DDIM's steps are those of euler on
-    the linear path.
+    the linear path. The path is the model's `path`, else the linear one.
     """
 
     scale: float = 0.6
     interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.scale <= 1 or self.schedule != "constant":
+            raise UserError(f"CFG++ with scale {self.scale}: give a scale between 0 and 1, and no schedule for it")
 
     @property
     def active(self) -> bool:
@@ -148,7 +153,7 @@ class GuidedField:
         guided = min(self.guidance.channels or x.shape[1], x.shape[1])
         scale = self.guidance.scale_at(t, self._step, self.path or LinearPath())
         if isinstance(scale, Tensor):
-            scale = scale.reshape(-1, *(1,) * (x.ndim - 1))
+            scale = expand_as(scale, x)
         v = weak[:, :guided] + scale * (strong[:, :guided] - weak[:, :guided])
         if self.guidance.rescale:
             v = _rescale(v, strong[:, :guided], self.guidance.rescale)
@@ -163,6 +168,5 @@ class GuidedField:
 
 
 def _rescale(v: Tensor, reference: Tensor, share: float) -> Tensor:
-    deviations = (tensor.flatten(1).std(1).reshape(-1, *(1,) * (v.ndim - 1)) for tensor in (reference, v))
-    target, actual = deviations
-    return v * (share * target / actual + (1 - share))
+    ratio = reference.flatten(1).std(1) / v.flatten(1).std(1)
+    return v * expand_as(share * ratio + 1 - share, v)

@@ -68,7 +68,7 @@ def log_likelihood(
     info = solver_info(solver, "ode")
     # Left to torchdiffeq, the error of log p would be averaged away among the many of x.
     options = {"norm": _largest_norm} if info.kind == "adaptive" and solver != "scipy_solver" else None
-    result, run = sample_ode(
+    result = sample_ode(
         field,
         torch.cat([state, state.new_zeros(len(state), 1)], dim=1),
         solver,
@@ -79,14 +79,13 @@ def log_likelihood(
         rtol=rtol,
         atol=atol,
         options=options,
-        return_info=True,
     )
     noise, change = result[:, :-1], result[:, -1]
     dimensions = noise.shape[1]
     prior = -0.5 * (noise.square().sum(1) + dimensions * math.log(2 * math.pi))
     log_prob = prior + change
     bits_per_dim = -log_prob / (dimensions * math.log(2)) - math.log2(bin_width)
-    return Likelihood(log_prob, bits_per_dim, noise.reshape(x.shape), run.nfe)
+    return Likelihood(log_prob, bits_per_dim, noise.reshape(x.shape), field.nfe)
 
 
 def _largest_norm(state: Tensor) -> Tensor:
@@ -102,15 +101,13 @@ class _AugmentedField:
         inner = Field(velocity_fn)
         self.path, self.breakpoints, self.begin_step = inner.path, inner.breakpoints, inner.begin_step
         self.time_range = getattr(velocity_fn, "time_range", (0.0, 1.0))
-
-    @property
-    def evaluations(self) -> int:
-        return getattr(self.velocity_fn, "evaluations", 1)
+        self.nfe = 0
 
     def __call__(self, state: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
             x = state[:, :-1].reshape(-1, *self.shape).detach().requires_grad_()
             v = self.velocity_fn(x, t).to(x.dtype)
+            self.nfe += getattr(self.velocity_fn, "evaluations", 1)
             if not v.requires_grad:
                 raise UserError("the velocity has no gradient by x; compute it without torch.no_grad for a likelihood")
             divergence = _exact_divergence(v, x) if self.signs is None else _estimated_divergence(v, x, self.signs)

@@ -62,13 +62,16 @@ def sample_ode(
     Returns x (B, ...) in the state's dtype: that of `noise`, at least float32; with `return_info` also a SampleInfo.
 
     Raises UserError for an unknown solver, less than one step, a step count for an adaptive solver or none for a fixed
-    one, tolerances that are not positive or given for a fixed one, times that do not fall (rise, backward) in [0, 1].
+    one, tolerances that are not positive or given for a fixed one, options for another than a torchdiffeq method, and
+    times that do not fall (rise, backward) within [0, 1].
     """
     info = solver_info(solver, "ode")
     if direction not in ("forward", "backward"):
         raise unknown_name("direction", direction, ("forward", "backward"))
     _check_steps(info, steps, times)
     tolerances = _check_tolerances(info, rtol, atol)
+    if options and info.library != "torchdiffeq":
+        raise UserError(f"solver '{solver}' takes no options; they are for the methods of torchdiffeq")
     field = Field(velocity_fn, path)
     plan = _plan_times(field, info, steps, times, direction)
     # Below the field's range a step cannot evaluate the velocity at its end; it gives the data prediction instead.
@@ -120,7 +123,10 @@ def _plan_times(
             plan = grid(steps or 1, high, low, field.path)
             plan = plan if forward else plan[::-1]
         return plan
-    return check_times(times, low, high, forward)
+    plan = check_times(times, low, high, forward)
+    if info.kind == "adaptive" and plan[-1] < low < plan[-2]:
+        plan.insert(-1, low)
+    return plan
 
 
 def check_times(times: Sequence[float], low: float, high: float, forward: bool = True) -> list[float]:

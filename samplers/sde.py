@@ -117,7 +117,7 @@ def sample_sde(
     Returns x (B, ...) in the dtype of `noise`, at least float32; with `return_info` also a SampleInfo.
 
     Raises UserError for an unknown solver, diffusion form or last step, less than one step, and a last step whose size
-    is not in (0, 1).
+    leaves no time for the others.
     """
     solver_info(solver, "sde")
     step = sde_steps.get(solver)
@@ -129,7 +129,7 @@ def sample_sde(
     if diffusion == "sbdm":
         high = min(high, field.path.safe_interval("noise", "data")[1])
     if times is None or callable(times):
-        solver_steps = _check_steps(steps, last_step_size, finish is not None)
+        solver_steps = _check_steps(steps, last_step_size, high, finish is not None)
         end = max(low, last_step_size) if finish else low
         plan = (times or UniformGrid())(solver_steps, high, end, field.path) if solver_steps else [high]
     else:
@@ -139,7 +139,7 @@ def sample_sde(
     states = [x]
     for index, (t, s) in enumerate(pairwise(plan)):
         field.begin_step(t, s)
-        x = step(sde, x, t, s, noise_fn(index, x))
+        x = step(sde, x, t, s, noise_fn(index, x).to(x))
         if return_info:
             states.append(x)
     if finish is not None:
@@ -156,10 +156,10 @@ def _last_step(name: str) -> Callable[[ReverseSDE, Tensor, float], Tensor]:
     return last_steps.get(name)
 
 
-def _check_steps(steps: int, last_step_size: float, has_last: bool) -> int:
+def _check_steps(steps: int, last_step_size: float, high: float, has_last: bool) -> int:
     """How many of the `steps` are the solver's own."""
     if steps is None or steps < 1:
         raise UserError(f"steps={steps}: an SDE solver takes a step count of at least 1")
-    if has_last and not 0 < last_step_size < 1:
-        raise UserError(f"last_step_size={last_step_size}: give a time between 0 and 1, or the last step 'none'")
+    if has_last and not 0 < last_step_size < high:
+        raise UserError(f"last_step_size={last_step_size}: give a time between 0 and {high:g}, or the last step 'none'")
     return steps - has_last

@@ -206,6 +206,8 @@ def test_other_bad_values_are_told():
         Guidance(rescale=1.5)
     with pytest.raises(UserError, match="channels"):
         Guidance(channels=0)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        CFGPlusPlus(scale=1.65)
 
 
 def test_a_model_without_null_class_is_told():

@@ -118,6 +118,15 @@ def test_a_range_that_ends_above_zero_ends_in_the_data_prediction():
     torch.testing.assert_close(one, MIXTURE.expectations(path, NOISE, torch.ones(4))[0])
 
 
+def test_adaptive_solvers_go_as_far_as_the_range_before_the_data_prediction():
+    field = MIXTURE.velocity(VPPath())
+    x = sample_ode(field, NOISE, "dopri5")
+    by_way, run = sample_ode(field, NOISE, "dopri5", times=[1.0, 0.5, 0.0], return_info=True)
+    assert run.times == [1.0, 0.5, pytest.approx(1e-3), 0.0]
+    assert len(run.states) == 4
+    torch.testing.assert_close(by_way, x, rtol=0, atol=1e-3)
+
+
 def test_state_dtype():
     for dtype, state in (
         (torch.float64, torch.float64),
@@ -197,6 +206,7 @@ def test_images_do_not_depend_on_the_batches(solver):
         ({"solver": "heun", "times": [1.0]}, "at least two"),
         ({"solver": "heun", "steps": 5, "direction": "backwards"}, "did you mean backward"),
         ({"solver": "dpmpp-2m", "steps": 5, "direction": "backward"}, "noise to data only"),
+        ({"solver": "heun", "steps": 5, "options": {"max_order": 4}}, "takes no options"),
         ({"solver": "explicit_adams", "steps": 5, "times": KarrasGrid()}, "steps of one size"),
     ],
 )
