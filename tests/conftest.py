@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dic_repa.cli import main
+
 DATA = Path(__file__).parent / "data"
 
 # A run that ends in seconds: the digits recipe with a smaller model and few steps.
@@ -38,7 +40,7 @@ def dic_repa(tmp_path):
     def run(*arguments, processes: int = 1, check: bool = True, **options) -> subprocess.CompletedProcess:
         launcher = [sys.executable]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [*launcher, "-m", "dic_repa", *map(str, arguments)],
@@ -57,14 +59,22 @@ def dic_repa(tmp_path):
 
 
 @pytest.fixture
-def mistake(dic_repa):
-    """Run a command that must fail: exit code 2, one line on standard error, which is returned."""
+def mistake(tmp_path, monkeypatch, capsys):
+    """Call the command line's entry point with a mistake: exit code 2 and one line on standard error, which is returned.
 
-    def run(*arguments, **options) -> str:
-        done = dic_repa(*arguments, check=False, **options)
-        assert done.returncode == 2, done.stdout + done.stderr
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        assert len(lines) == 1, done.stderr
+    In this process, since there are many of them and each start costs seconds.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments) -> str:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert exit.value.code == 2, error
+        lines = [line for line in error.splitlines() if line.strip()]
+        assert len(lines) == 1, error
         assert lines[0].startswith("error: ")
         return lines[0]
 

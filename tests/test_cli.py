@@ -127,9 +127,9 @@ def test_mistakes_in_commands(mistake):
 
 def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
     folder, _ = run
-    assert "pass --resume to go on with it, or --overwrite" in mistake("train", "digits-urepa", "--run", folder)
+    assert "pass --resume to go on with it, or --overwrite" in mistake("train", "digits-urepa", "--out", folder)
     assert "these keys differ: model.width" in mistake(
-        "train", folder / "recipe.yaml", "--run", folder, "--resume", "--set=model.width=16"
+        "train", folder / "recipe.yaml", "--out", folder, "--resume", "--set=model.width=16"
     )
     assert "did you mean heun" in mistake("sample", folder, "--solver", "huen")
     assert "sample.steps should be greater than or equal to 1" in mistake("sample", folder, "--steps", "0")
@@ -139,7 +139,7 @@ def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/file").write_text("mine")
     assert "is not a run, so it is not overwritten" in mistake(
-        "train", "digits-urepa", "--run", "precious", "--overwrite"
+        "train", "digits-urepa", "--out", "precious", "--overwrite"
     )
     assert (tmp_path / "precious/file").read_text() == "mine"
     half = tmp_path / "half"
@@ -169,6 +169,6 @@ def test_checkpoint_of_another_model_says_which_shapes_differ(run, mistake, tmp_
 @pytest.mark.gpu
 def test_train_in_half_precision_on_a_gpu(dic_repa, tmp_path):
     options = [*TINY, "--set=train.steps=4", "--set=train.precision=bf16", "--set=evaluate=null"]
-    dic_repa("train", "digits-urepa", "--run", "half", *options, env={"ACCELERATE_USE_CPU": "false"})
+    dic_repa("train", "digits-urepa", "--out", "half", *options, env={"ACCELERATE_USE_CPU": "false"})
     lines = (tmp_path / "half/metrics.jsonl").read_text().splitlines()
     assert all(torch.isfinite(torch.tensor(json.loads(line)["loss"])) for line in lines)

@@ -101,7 +101,7 @@ def whole_run(tmp_path_factory):
 
 
 def start(folder, name, *arguments, **environment):
-    command = [sys.executable, "-m", "dic_repa", "train", "digits-urepa", "--run", name, *ALIGNED, *arguments]
+    command = [sys.executable, "-m", "dic_repa", "train", "digits-urepa", "--out", name, *ALIGNED, *arguments]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -150,7 +150,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, whole_run):
 
 
 def test_two_processes_and_micro_batches_follow_the_same_trajectory(dic_repa, tmp_path, whole_run):
-    dic_repa("train", "digits-urepa", "--run", "two", *ALIGNED, "--set=train.micro_batch=2", processes=2)
+    dic_repa("train", "digits-urepa", "--out", "two", *ALIGNED, "--set=train.micro_batch=2", processes=2)
     for two, one in zip(metrics(tmp_path / "two"), metrics(whole_run)):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert_same(weights(tmp_path / "two"), weights(whole_run), rtol=1e-3, atol=1e-4)
@@ -165,8 +165,8 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    command = stderr.splitlines()[-1].split()
-    assert command == "dic-repa train stopped/recipe.yaml --run stopped --resume".split()
+    command = [line for line in stderr.splitlines() if line][-1].split()
+    assert command == "dic-repa train stopped/recipe.yaml --out stopped --resume".split()
     assert "is whole. To go on:" in stderr
     step = int(RunFolder(tmp_path / "stopped").newest_checkpoint().name[5:])
     done = subprocess.run(
@@ -181,7 +181,7 @@ def test_full_disk_costs_no_checkpoint(tmp_path):
     """A file-size limit stands in for the full disk: writing the second, larger checkpoint fails half-way."""
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
     limited += "from dic_repa.cli import main; main()"
-    command = ["train", "digits-urepa", "--run", "full", *ALIGNED, "--set=evaluate=null"]
+    command = ["train", "digits-urepa", "--out", "full", *ALIGNED, "--set=evaluate=null"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     plenty, little = str(10**9), str(50_000)

@@ -14,7 +14,7 @@ from dic_repa.recipe import load_training_recipe
 
 @click.command("train")
 @click.argument("recipe")
-@click.option("--run", "path", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/RECIPE]")
+@click.option("--out", "path", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/RECIPE]")
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
 )
@@ -29,7 +29,7 @@ def command(recipe: str, path: Path | None, overrides: tuple[str, ...], resume: 
     \b
     Examples:
       dic-repa train digits-urepa
-      dic-repa train digits-urepa --run runs/quick --set train.steps=200
+      dic-repa train digits-urepa --out runs/quick --set train.steps=200
       dic-repa train digits-urepa --resume
       accelerate launch -m dic_repa train digits-urepa        on all GPUs of this machine
     """
@@ -66,5 +66,5 @@ def interrupted_message(path: Path) -> str:
     if not run.recipe_file.is_file():
         return "interrupted before the run began"
     safe = f"the checkpoint of step {checkpoint_step(newest)} is whole" if newest else "there is no checkpoint yet"
-    again = shlex.join(["dic-repa", "train", str(run.recipe_file), "--run", str(path), "--resume"])
+    again = shlex.join(["dic-repa", "train", str(run.recipe_file), "--out", str(path), "--resume"])
     return f"interrupted; {safe}. To go on:\n  {again}"

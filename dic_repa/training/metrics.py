@@ -52,9 +52,9 @@ class MetricLog:
         self.since = time.perf_counter()
         return self
 
-    def __exit__(self, *_error) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self.bar.close()
-        if self.accelerator.is_main_process and self.run.metrics_file.is_file():
+        if error is None and self.accelerator.is_main_process and self.run.metrics_file.is_file():
             from dic_repa.training.curves import save_curves
 
             save_curves([self.run])

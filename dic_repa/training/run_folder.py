@@ -78,7 +78,7 @@ class RunFolder:
             if not overwrite:
                 raise UserError(f"{self.path} exists; pass --resume to go on with it, or --overwrite to begin anew")
             if not self.recipe_file.is_file():
-                raise UserError(f"{self.path} is not a run, so it is not overwritten; choose another folder with --run")
+                raise UserError(f"{self.path} is not a run, so it is not overwritten; choose another folder with --out")
             shutil.rmtree(self.path)
         for folder in (self.path, self.samples, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
