@@ -77,15 +77,16 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
         return model
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **model_args)
-    except (OSError, RuntimeError) as error:
-        repository = model.pretrained_cfg.get("hf_hub_id")
-        if not repository:
-            raise UserError(
-                f"timm has no weights for '{name}'; give a file with weights=FILE or random ones with pretrained=False"
-            ) from error
+    except OSError as error:
         raise UserError(
             f"the weights of '{name}' cannot be fetched from the Hugging Face hub; on a machine that reaches it fetch "
-            f"model.safetensors of '{repository}', put it on this one and give its path with weights=FILE"
+            f"model.safetensors of '{model.pretrained_cfg['hf_hub_id']}', put it on this one and give its path with "
+            "weights=FILE"
+        ) from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(":.")
+        raise UserError(
+            f"no weights of timm's fit '{name}' ({reason}); give weights=FILE or pretrained=False"
         ) from error
 
 
@@ -101,5 +102,6 @@ def _load_file(model: nn.Module, path: str | PathLike) -> None:
                 f"the weights in '{path}' are not of '{model.pretrained_cfg['architecture']}' ({error!r})"
             ) from error
     # The classifier is not part of the encoder.
-    state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.startswith("head.")}
     load_weights(model, state, path)

@@ -75,7 +75,15 @@ def test_unknown_names_list_the_near_ones():
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_small_patch16_dinov3",
+        "vit_medium_patch16_gap_256",  # no class token, and a norm of its own behind the pooling
+    ],
+)
 def test_timm_tokens_equal_a_direct_computation(name, images, tmp_path):
     model = timm.create_model(name, num_classes=0, img_size=64, dynamic_img_size=True, **TINY).eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
@@ -174,6 +182,11 @@ def test_a_hub_that_cannot_be_reached_says_what_to_fetch(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"timm/vit_tiny_patch16_224\.augreg.* weights=FILE") as error:
         create_encoder("timm:vit_tiny_patch16_224")
     assert "\n" not in str(error.value)
+
+
+def test_a_model_without_weights_of_its_own_says_so():
+    with pytest.raises(UserError, match=r"No pretrained weights exist.* give weights=FILE or pretrained=False"):
+        create_encoder("timm:vit_base_patch16_gap_224", **TINY)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
