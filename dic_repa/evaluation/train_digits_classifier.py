@@ -62,8 +62,8 @@ def main(out: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
 def blemish(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (B, 1, 28, 28), some blurred or noisy, at the judge's size.
 
-    Samples are a little soft or grainy, and one that a reader takes for a 3 should count as a 3. A judge trained without
-    this misread 40 % of real digits that had gone through 10x10 pixels.
+    Samples are a little soft or grainy, and one that a reader takes for a 3 should count as a 3. A judge trained
+    without this misread 40 % of real digits that had gone through 10x10 pixels.
     """
     sharpness = int(torch.randint(10, images.shape[-1] + 1, (), generator=generator))
     images = resize(resize(images, sharpness), IMAGE_SIZE)
