@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from dic_repa.build import build_objective
 from dic_repa.errors import UserError
 from dic_repa.models import DiC
-from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
-from dic_repa.samplers import Guidance, initial_noise, sample_ode, sample_sde
-from dic_repa.samplers.catalog import solver_info
+from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
+from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.training.run_folder import RunFolder
 
 
@@ -55,41 +54,98 @@ def balanced_labels(num: int, classes: Sequence[int]) -> Tensor:
     return torch.tensor(list(classes), dtype=torch.int64).repeat(num // len(classes) + 1)[:num]
 
 
-def generate(
-    denoiser: nn.Module, objective, settings: SampleSection, shape: tuple[int, int, int], labels: Tensor
-) -> Iterator[Tensor]:
-    """Samples of the classes `labels` (N,) in batches: images (B, C, H, W) in [0, 1], on the CPU, in order.
+@dataclass
+class Sampler:
+    """All that turns noise into images: `sampler(labels)` yields batches (B, C, H, W) in [0, 1], on the CPU, in order.
 
-    Sample i depends on (settings.seed, i, labels[i]) alone. `shape` is the (C, H, W) of the denoiser's data. A
-    UserError names a label that is out of range.
+    An image depends on (settings.seed, its index, its label) alone, whatever the batch size, but for an adaptive
+    solver, whose steps suit a whole batch. `evaluations` is the number of network evaluations per image in the last
+    batch.
+
+    Args:
+        denoiser, objective: what was trained, and for what.
+        settings: the solver with its options, guidance, batch size and seed.
+        shape: (C, H, W) of the denoiser's data.
+        weak: a denoiser of the same objective for autoguidance.
     """
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high > denoiser.num_classes:
+
+    denoiser: nn.Module
+    objective: object
+    settings: SampleSection
+    shape: tuple[int, int, int]
+    weak: nn.Module | None = None
+    evaluations: int = 0
+
+    def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Samples of the classes `labels` (N,) with the `indices` (0 to N - 1 by default) that tell their noise."""
+        indices = range(len(labels)) if indices is None else indices
+        check_labels(labels, self.denoiser.num_classes)
+        settings, info = self.settings, solver_info(self.settings.solver)
+        model, weak = self._as_model(self.denoiser, info), self.weak and self._as_model(self.weak, info)
+        guidance, device = build_guidance(settings.guidance), next(self.denoiser.parameters()).device
+        for start in range(0, len(labels), settings.batch_size):
+            rows = slice(start, start + settings.batch_size)
+            field = guidance.bind(model, labels[rows].to(device), weak_model=weak)
+            noise = initial_noise(self.shape, settings.seed, indices[rows]).to(device)
+            options = self._options(info, indices[rows])
+            x, details = sample(field, noise, settings.solver, **options, return_info=True)
+            self.evaluations = details.nfe
+            yield (x.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _as_model(self, denoiser: nn.Module, info: SolverInfo):
+        if info.process != "ddpm":
+            return self.objective.velocity_model(denoiser)
+        if not hasattr(self.objective, "noise_model"):
+            raise UserError(f"solver '{info.name}' needs a model trained with the objective ddpm; take heun or dopri5")
+        return self.objective.noise_model(denoiser)
+
+    def _options(self, info: SolverInfo, indices: Sequence[int]) -> dict:
+        s = self.settings
+        given = ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta")
+        options = {name: getattr(s, name) for name in given}
+        options["steps"] = s.steps or (None if info.kind == "adaptive" else 50 if info.process == "ode" else 250)
+        options["times"] = create_grid(s.grid.name, **s.grid.options) if s.grid else None
+        if info.process == "ddpm":
+            return options | {"schedule": self.objective.schedule, "seed": s.seed, "indices": indices}
+        options["path"] = self.objective.path
+        return options if info.deterministic else options | {"seed": s.seed, "indices": indices}
+
+
+def build_guidance(section: GuidanceSection | None) -> Guidance:
+    """The guidance of a recipe; a scale of 1 where there is none."""
+    if section is None:
+        return Guidance(1.0)
+    kind = {"cfg": Guidance, "cfg++": CFGPlusPlus}[section.kind]
+    return kind(section.scale, section.interval, section.channels, section.schedule, section.rescale)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """A UserError for a label that is neither a class nor the null class."""
+    wrong = labels[(labels < 0) | (labels > num_classes)]
+    if len(wrong):
         raise UserError(
-            f"label {low if low < 0 else high} is out of range: the model has classes 0 to {denoiser.num_classes - 1}, "
-            f"and {denoiser.num_classes} for none"
+            f"label {int(wrong[0])} is out of range: the model has the classes 0 to {num_classes - 1}, "
+            f"and {num_classes} for none"
         )
-    device = next(denoiser.parameters()).device
-    model = objective.velocity_model(denoiser)
-    guidance = Guidance(settings.guidance.scale, settings.guidance.interval) if settings.guidance else Guidance(1.0)
-    for start in range(0, len(labels), settings.batch_size):
-        y = labels[start : start + settings.batch_size]
-        indices = range(start, start + len(y))
-        noise = initial_noise(shape, settings.seed, indices).to(device)
-        field = guidance.bind(model, y.to(device))
-        if solver_info(settings.solver).process == "sde":
-            solver = {"solver": settings.solver, "steps": settings.steps, "seed": settings.seed, "indices": indices}
-            x = sample_sde(field, noise, objective.path, **solver)
-        else:
-            x = sample_ode(field, noise, settings.solver, settings.steps)
-        yield (x.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 
-def generate_from(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor) -> Iterator[Tensor]:
-    """`generate` with the objective and the data's shape of the checkpoint's recipe."""
-    size = checkpoint.recipe.data.size
-    shape = (checkpoint.denoiser.in_channels, size, size)
-    return generate(checkpoint.denoiser, build_objective(checkpoint.recipe.objective), settings, shape, labels)
+def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:
+    """A sampler of the checkpoint's denoiser, with the objective and the data's shape of its recipe.
+
+    A UserError where the guidance asks for what the model never learnt.
+    """
+    recipe, denoiser = checkpoint.recipe, checkpoint.denoiser
+    guidance, weak = settings.guidance, None
+    if guidance and guidance.weak:
+        device = next(denoiser.parameters()).device
+        weak = load_checkpoint(guidance.weak, device).denoiser
+    elif guidance and guidance.scale != 1 and recipe.train.label_dropout == 0:
+        raise UserError(
+            f"{checkpoint.source} was trained without label dropout, so it has no null class to guide with; "
+            "sample without guidance, or with a weaker model (guidance.weak)"
+        )
+    shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
+    return Sampler(denoiser, build_objective(recipe.objective), settings, shape, weak)
 
 
 def to_uint8(images: Tensor) -> Tensor:

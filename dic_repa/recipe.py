@@ -7,6 +7,7 @@ applies `--set` overrides and validates; every mistake is one line that names th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
 import typing
@@ -90,8 +91,13 @@ class TrainSection(Section):
 
 
 class GuidanceSection(Section):
+    kind: Literal["cfg", "cfg++"] = Field("cfg", description="classifier-free guidance, or CFG++ (scale in [0, 1])")
     scale: float = Field(1.65, ge=0, description="1: none; above: towards the class")
     interval: tuple[Time, Time] = Field((0.0, 0.7), description="the times in which guidance acts (0 data, 1 noise)")
+    channels: Count | None = Field(None, description="guide the first so many channels only (DiT: 3); null: all")
+    schedule: str = Field("constant", description="of the scale over the interval: constant, linear or cosine")
+    rescale: Probability = Field(0.0, description="share to which the guided prediction keeps the class's contrast")
+    weak: str | None = Field(None, description="autoguidance: the checkpoint of a weaker model to move away from")
 
     @model_validator(mode="after")
     def _interval_is_upright(self):
@@ -100,9 +106,22 @@ class GuidanceSection(Section):
         return self
 
 
+class GridSection(Section):
+    name: str = Field("uniform", description="uniform, shifted or karras")
+    options: dict[str, Any] = Field(default_factory=dict, description="its arguments: shift; rho, ratio_min, ratio_max")
+
+
 class SampleSection(Section):
-    solver: str = Field("heun", description="see `dic-repa sample --help`")
-    steps: Count = Field(50)
+    solver: str = Field("heun", description="a name from `dic-repa solvers`")
+    steps: Count | None = Field(None, description="of a fixed-step solver; null: 50 for an ODE, 250 for an SDE or DDPM")
+    rtol: float | None = Field(None, gt=0, description="relative tolerance of an adaptive solver")
+    atol: float | None = Field(None, gt=0, description="absolute tolerance of an adaptive solver")
+    grid: GridSection | None = Field(None, description="where the steps are; null: uniform in time")
+    diffusion: str | None = Field(None, description="an SDE's w(t); null: linear")
+    diffusion_norm: float | None = Field(None, gt=0, description="multiplies w(t)")
+    last_step: str | None = Field(None, description="an SDE's last step: mean, tweedie, euler or none; null: mean")
+    last_step_size: Time | None = Field(None, description="an SDE's time left for the last step; null: 0.04")
+    eta: Probability | None = Field(None, description="of ddim: 0 adds no noise, 1 as much as ddpm")
     guidance: GuidanceSection | None = Field(None, description="null: none")
     num: Count = Field(50_000, description="how many images")
     batch_size: Count = Field(64)
@@ -159,9 +178,8 @@ def load_training_recipe(name_or_path: str | Path, overrides: typing.Sequence[st
     """`load_recipe`, where only a recipe that can be trained will do."""
     recipe = load_recipe(name_or_path, overrides)
     if isinstance(recipe, SamplingRecipe):
-        raise UserError(
-            f"{name_or_path} is a sampling recipe; use it on a finished run: dic-repa sample RUN --recipe {name_or_path}"
-        )
+        use = f"dic-repa sample RUN --recipe {name_or_path}"
+        raise UserError(f"{name_or_path} is a sampling recipe; use it on a finished run: {use}")
     return recipe
 
 
@@ -231,11 +249,9 @@ def _override(raw: dict, override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"--set takes key=value, such as train.steps=200, not '{override}'")
     try:
-        value = yaml.safe_load(text)
+        value = parse_value(text)
     except yaml.YAMLError:
         raise UserError(f"--set {dotted}: '{text}' is not valid YAML") from None
-    if isinstance(value, str):
-        value = _number(value)
     *parents, last = dotted.split(".")
     node: Any = raw
     for part in parents:
@@ -251,20 +267,19 @@ def _override(raw: dict, override: str) -> None:
         raise UserError(f"--set {dotted}: '{'.'.join(parents)}' has no keys of its own")
 
 
-def _number(text: str) -> Any:
-    # YAML 1.1 takes 1e-3 for a string, for want of a dot.
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def parse_value(text: str) -> Any:
+    """A value as YAML has it, but that 1e-3 is a number: YAML 1.1 takes it for a string, for want of a dot."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _child(node: Any, part: str, dotted: str) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
-            raise UserError(
-                f"--set {dotted}: there are {len(node)} entries, from 0; '{part}' is none of them"
-            )
+            raise UserError(f"--set {dotted}: there are {len(node)} entries, from 0; '{part}' is none of them")
         return node[int(part)]
     if isinstance(node, dict):
         return node[part]

@@ -60,7 +60,8 @@ def dic_repa(tmp_path):
 
 @pytest.fixture
 def mistake(tmp_path, monkeypatch, capsys):
-    """Call the command line's entry point with a mistake: exit code 2 and one line on standard error, which is returned.
+    """Call the command line's entry point with a mistake: exit code 2 and one line on standard error, which is
+    returned.
 
     In this process, since there are many of them and each start costs seconds.
     """

@@ -11,6 +11,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+from dic_repa.cli import VERBS
 from dic_repa.generation import load_png
 from dic_repa.recipe import list_recipes
 
@@ -93,9 +94,9 @@ def test_recipes_lists_and_shows(dic_repa, tmp_path):
 
 
 def test_help_imports_no_torch():
-    script = "import sys; from dic_repa.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code\n"
-    script += "sys.exit('torch' in sys.modules)"
-    for arguments in ([], ["train"], ["sample"], ["evaluate"], ["info"], ["recipes"]):
+    script = "import sys; from dic_repa.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: "
+    script += "sys.exit(e.code or 'torch' in sys.modules)"
+    for arguments in ([], *([verb] for verb in VERBS)):
         done = subprocess.run([sys.executable, "-c", script, *arguments, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Examples:" in done.stdout
@@ -132,6 +133,16 @@ def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
         "train", folder / "recipe.yaml", "--out", folder, "--resume", "--set=model.width=16"
     )
     assert "did you mean heun" in mistake("sample", folder, "--solver", "huen")
+    assert "takes its tolerances" in mistake("sample", folder, "--solver", "dopri5", "--steps", "9")
+    assert "sample.rtol should be greater than 0" in mistake("sample", folder, "--solver", "dopri5", "--rtol", "0")
+    assert "'diffusion' is for SDE solvers" in mistake("sample", folder, "--diffusion", "sigma")
+    assert "did you mean sigma" in mistake("sample", folder, "--solver", "ou", "--diffusion", "sgima")
+    assert "did you mean karras" in mistake("sample", folder, "--grid", "karas")
+    assert "sample.guidance.interval.1 should be less than or equal to 1" in mistake(
+        "sample", folder, "--interval", "0", "2"
+    )
+    assert "needs a model trained with the objective ddpm" in mistake("sample", folder, "--solver", "ddim")
+    assert "with scale 3.0: give a scale between 0 and 1" in mistake("sample", folder, "--cfgpp", "--scale", "3")
     assert "sample.steps should be greater than or equal to 1" in mistake("sample", folder, "--steps", "0")
     assert "interval must rise" in mistake("sample", folder, "--interval", "0.7", "0.2")
     assert "the model has the classes 0 to 9" in mistake("sample", folder, "--classes", "10")
@@ -164,6 +175,71 @@ def test_checkpoint_of_another_model_says_which_shapes_differ(run, mistake, tmp_
     config = json.loads((folder / "config.json").read_text()) | {"width": 12}
     (tmp_path / "other/config.json").write_text(json.dumps(config))
     assert "stem.weight is (8, 1, 3, 3), the model's (12, 1, 3, 3)" in mistake("sample", "other")
+
+
+def test_two_processes_write_the_files_of_one(run, dic_repa, tmp_path):
+    options = ["--num", "5", "--solver", "euler_maruyama", "--steps", "3", "--scale", "1.5"]
+    dic_repa("sample", run[0], "--out", "one", *options)
+    dic_repa("sample", run[0], "--out", "two", *options, processes=2)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+    for i in range(5):
+        one, two = (load_png(tmp_path / name / f"{i:06d}.png") for name in ("one", "two"))
+        assert (one - two).abs().max() <= 1.01 / 255
+    assert (tmp_path / "one/samples.json").read_text() == (tmp_path / "two/samples.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--solver", "dopri5", "--rtol", "1e-1", "--atol", "1e-1", "--scale", "2"],
+        ["--solver", "dpmpp-2m", "--steps", "4", "--grid", "shifted:shift=2", "--scale", "2", "--schedule", "cosine"],
+        ["--solver", "ou", "--steps", "4", "--diffusion", "sigma", "--last-step", "tweedie", "--last-step-size", "0.1"],
+        ["--solver", "euler", "--steps", "3", "--cfgpp", "--scale", "0.6", "--interval", "0", "1"],
+        ["--solver", "rk4", "--steps", "2", "--scale", "3", "--rescale", "0.7", "--channels", "1"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_sample_offers_what_the_library_has(run, dic_repa, tmp_path, options):
+    dic_repa("sample", run[0], "--num", "3", "--out", "out", *options)
+    record = json.loads((tmp_path / "out/samples.json").read_text())
+    assert record["sample"]["solver"] == options[1]
+    assert record["evaluations_per_image"] >= 2
+
+
+def test_autoguidance_by_a_weaker_model(run, dic_repa, tmp_path):
+    options = ["--num", "2", "--steps", "2", "--scale", "2"]
+    dic_repa("sample", run[0], "--out", "plain", "--num", "2", "--steps", "2")
+    dic_repa("sample", run[0], "--out", "self", "--weak", run[0], *options)
+    # Away from itself is nowhere: guidance by the same model leaves the samples as they are.
+    assert (load_png(tmp_path / "self/000000.png") - load_png(tmp_path / "plain/000000.png")).abs().max() < 0.01
+
+
+def test_guidance_needs_a_trained_null_class(run, mistake, tmp_path):
+    folder = tmp_path / "never-dropped"
+    folder.mkdir()
+    for file in (run[0] / "checkpoints/step_00000004/ema").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace("label_dropout: 0.1", "label_dropout: 0.0"))
+    assert "no null class to guide with" in mistake("sample", folder, "--scale", "2")
+
+
+def test_ddpm_recipe_trains_and_samples(dic_repa, tmp_path):
+    dic_repa("train", "digits-ddpm", *TINY, "--set=train.steps=2", "--set=sample.steps=4", "--set=sample.num=10")
+    for solver in ("ddim", "heun"):
+        dic_repa("sample", "runs/digits-ddpm", "--solver", solver, "--steps", "3", "--num", "2", "--out", solver)
+        assert load_png(tmp_path / solver / "000001.png").shape == (1, 16, 16)
+
+
+def test_solvers_lists_and_compares(run, dic_repa, tmp_path):
+    lines = dic_repa("solvers").stdout.splitlines()
+    heun = next(line.split() for line in lines if line.startswith("heun "))
+    assert heun[1:5] == ["ode", "2", "2", "no"]
+    assert next(line.split() for line in lines if line.startswith("dopri5 "))[3] == "auto"
+    arguments = ["--solvers", "euler,heun", "--evaluations", "1,4", "--num", "10", "--out", "plot.png"]
+    rows = dic_repa("solvers", "compare", run[0], *arguments).stdout.splitlines()
+    assert [row.split()[:2] for row in rows[:3]] == [["euler", "1"], ["euler", "4"], ["heun", "3"]]
+    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 @pytest.mark.gpu

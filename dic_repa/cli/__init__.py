@@ -15,6 +15,7 @@ VERBS = {
     "sample": "Sample images from a run or a checkpoint.",
     "evaluate": "Judge the samples of one run or of several.",
     "info": "Parameters and MACs of a model or a recipe.",
+    "solvers": "List the solvers, or compare their quality against their cost on a run.",
     "recipes": "List the recipes, or show one.",
 }
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli.sample import sample_settings, sampling_options
 from dic_repa.recipe import load_recipe
 
 
 @click.command("evaluate")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
-@click.option("--num", type=int, help="How many samples.")
+@sampling_options
 @click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before.")
-def command(runs: tuple[Path, ...], recipe: str | None, num: int | None, again: bool):
+def command(runs: tuple[Path, ...], recipe: str | None, again: bool, **options):
     """Judge the samples of RUNS (run folders): sample from the averaged weights, measure, print a table.
 
     Runs that differ in nothing but the seed are also summed up as mean and standard deviation. The samples' picture
@@ -28,19 +29,18 @@ def command(runs: tuple[Path, ...], recipe: str | None, num: int | None, again: 
       dic-repa evaluate runs/digits-urepa --recipe digits-cfg
       dic-repa evaluate runs/urepa-* runs/baseline-*
     """
-    evaluate_and_show(list(runs), recipe, num, again)
+    evaluate_and_show(list(runs), recipe, again, **options)
 
 
-def evaluate_and_show(runs: list[Path], recipe: str | None = None, num: int | None = None, again: bool = False) -> None:
+def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> None:
     """Evaluate each run with a progress bar, then print the table and, for a single run, where its picture is."""
-    from dic_repa.cli.sample import sample_settings
     from dic_repa.evaluation.runs import evaluate_run
     from dic_repa.training.run_folder import RunFolder
 
     given = load_recipe(recipe).sample if recipe else None
     judgements = []
     for run in runs:
-        settings = sample_settings(given or RunFolder.open(run).recipe().sample, num=num)
+        settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
         with click.progressbar(length=settings.num, label=f"sampling {run}", show_pos=True) as bar:
             judgements.append(evaluate_run(run, settings, again, bar.update))
     _print_table(judgements)

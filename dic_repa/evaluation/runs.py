@@ -12,8 +12,8 @@ import torch
 from dic_repa.data import datasets
 from dic_repa.errors import UserError
 from dic_repa.evaluation import metrics
-from dic_repa.generation import balanced_labels, generate_from, load_checkpoint, save_grid
-from dic_repa.recipe import Recipe, SampleSection
+from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid
+from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.training.run_folder import RunFolder, checkpoint_step
 
 
@@ -28,6 +28,7 @@ class Judgement:
     scores: dict
     record: Path
     picture: Path
+    evaluations: int = 0  # of the network, per image
 
 
 def evaluate_run(
@@ -54,7 +55,7 @@ def evaluate_run(
     if judged.record.is_file() and not again:
         record = json.loads(judged.record.read_text())
         if {key: record.get(key) for key in wanted} == wanted:
-            judged.scores = record["scores"]
+            judged.scores, judged.evaluations = record["scores"], record["evaluations"]
             return judged
 
     checkpoint = load_checkpoint(newest, "cuda" if torch.cuda.is_available() else "cpu")
@@ -63,20 +64,31 @@ def evaluate_run(
     unlabelled = recipe.train.label_dropout == 1
     labels = balanced_labels(sample.num, [num_classes] if unlabelled else range(num_classes))
     batches = []
-    for batch in generate_from(checkpoint, sample, labels):
+    sampler = build_sampler(checkpoint, sample)
+    for batch in sampler(labels):
         batches.append((batch * 255).round() / 255)  # what is judged is what a PNG file keeps
         progress(len(batch))
     images = torch.cat(batches)
     judged.scores = metrics.get(recipe.evaluate.metric)(images, labels)
     judged.record.parent.mkdir(exist_ok=True)
     save_grid(images, judged.picture, labels, datasets.get(recipe.data.name).class_names, columns=12)
-    judged.record.write_text(json.dumps({**wanted, "scores": judged.scores}, indent=2) + "\n")
+    judged.evaluations = sampler.evaluations
+    record = {**wanted, "evaluations": sampler.evaluations, "scores": judged.scores}
+    judged.record.write_text(json.dumps(record, indent=2) + "\n")
     return judged
 
 
 def describe_sampling(sample: SampleSection) -> str:
-    """'500 heun 20', or '500 heun 20 cfg 1.8 0.0 0.7' with guidance: short enough for a file's name."""
-    words = [sample.num, sample.solver, sample.steps]
-    if sample.guidance:
-        words += ["cfg", sample.guidance.scale, *sample.guidance.interval]
+    """'500 heun 20', and behind it all that is no default, as in 'cfg 1.8 0.0 0.7': short enough for a file's name."""
+    words = [sample.num, sample.solver] + ([sample.steps] if sample.steps else [])
+    for key in ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta"):
+        if getattr(sample, key) is not None:
+            words += [key, getattr(sample, key)]
+    if sample.grid:
+        words += [sample.grid.name, *sample.grid.options.values()]
+    if guidance := sample.guidance:
+        words += [guidance.kind, guidance.scale, *guidance.interval]
+        for key in ("channels", "schedule", "rescale", "weak"):
+            if getattr(guidance, key) != GuidanceSection.model_fields[key].default:
+                words += [key, str(getattr(guidance, key)).replace("/", "-")]
     return " ".join(str(word) for word in words)

@@ -69,7 +69,7 @@ def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: boo
                     out = model(noisy.x_t, noisy.t, inputs.y)
                     denoising = parts.objective.loss(out.prediction, noisy)
                     aligned = [
-                        alignment.loss(projection, target, noisy.t)
+                        alignment.loss(projection, target, noisy.unit_time)
                         for alignment, projection, target in zip(parts.alignments, out.projections, inputs.targets)
                     ]
                     loss = denoising + sum(aligned_loss for aligned_loss, _ in aligned)
@@ -191,9 +191,9 @@ def due(step: int, every: int, last: int) -> bool:
 
 def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe) -> None:
     """A grid of samples of the averaged weights: a few of each of the first ten classes, the same noise every time."""
-    from dic_repa.generation import generate, save_grid
+    from dic_repa.generation import Sampler, save_grid
 
     data, columns = parts.data, 6
     labels = torch.arange(min(10, data.num_classes)).repeat_interleave(columns)
-    images = generate(parts.ema.model, parts.objective, recipe.sample, tuple(data[0]["x"].shape), labels)
-    save_grid(torch.cat(list(images)), run.samples / f"step_{step:08d}.png", labels, data.class_names, columns)
+    sampler = Sampler(parts.ema.model, parts.objective, recipe.sample, tuple(data[0]["x"].shape))
+    save_grid(torch.cat(list(sampler(labels))), run.samples / f"step_{step:08d}.png", labels, data.class_names, columns)

@@ -1,0 +1,63 @@
+"""`dic-repa solvers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dic_repa.samplers.catalog import list_solvers
+
+
+@click.group("solvers", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context):
+    """List the solvers: order, network evaluations per step, deterministic or not, and when to take which.
+
+    The order is that of the error in the step size (for an SDE in the mean): at order 2, half the step makes a
+    quarter of the error. "auto" means that the solver chooses its steps itself, from --rtol and --atol.
+
+    \b
+    Examples:
+      dic-repa solvers
+      dic-repa solvers compare runs/digits-urepa
+    """
+    if context.invoked_subcommand is not None:
+        return
+    solvers = list_solvers()
+    width = max(len(info.name) for info in solvers)
+    click.echo(f"{'solver':{width}}  process  order  evaluations  random  ")
+    for info in solvers:
+        evaluations = info.evaluations or "auto"
+        random = "no" if info.deterministic else "yes"
+        row = f"{info.name:{width}}  {info.process:7}  {info.order:5}  {evaluations:>11}  {random:6}"
+        click.echo(f"{row}  {info.description}")
+
+
+@command.command("compare")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--solvers", default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou", show_default=True)
+@click.option("--evaluations", default="6,12,24,48,96", show_default=True, help="Network evaluations per image.")
+@click.option("--num", default=500, show_default=True, help="Samples for each point.")
+@click.option("--out", type=click.Path(path_type=Path), help="The plot.  [default: RUN/evaluation/solvers.png]")
+def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | None):
+    """Sample RUN with each solver at each cost, judge the samples, and plot quality against cost.
+
+    An adaptive solver is run at tolerances from 1e-1 to 1e-4 and stands where its evaluations come out. Each point is
+    kept in RUN/evaluation, so that a second call draws the plot anew at once.
+
+    \b
+    Example:
+      dic-repa solvers compare runs/digits-urepa --solvers euler,heun,ab2 --evaluations 8,16,32
+    """
+    from dic_repa.evaluation.solvers import compare_solvers, save_comparison
+
+    budgets = [int(part) for part in evaluations.split(",")]
+    points = []
+    for point in compare_solvers(run, solvers.split(","), budgets, num):
+        points.append(point)
+        share = "" if point.recognised is None else f"{point.recognised:.1%} recognised, "
+        click.echo(f"{point.solver:15} {point.evaluations:4} evaluations  {share}Fréchet distance {point.frechet:.2f}")
+    out = out or run / "evaluation" / "solvers.png"
+    save_comparison(points, out)
+    click.echo(f"plot: {out}")
