@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.encoders.base import register_encoder
-from dic_repa.encoders.checkpoints import load_weights, read_weights
 from dic_repa.encoders.vit import FrozenViT
 from dic_repa.errors import UserError
+from dic_repa.weights import load_weights, read_tensors
 
 IMAGE_SIZE = 28
 HEAD_WIDTH = 32
@@ -66,7 +66,7 @@ class DigitsViT(FrozenViT):
 
     def __init__(self, weights: str | PathLike | None = None, layer: int = -1):
         path = weights or resources.files("dic_repa.encoders").joinpath("weights/digits_vit.safetensors")
-        state, metadata = read_weights(path)
+        state, metadata = read_tensors(path)
         try:
             config = json.loads(metadata["config"])
         except KeyError:

@@ -10,9 +10,9 @@ import timm
 from torch import Tensor, nn
 
 from dic_repa.encoders.base import register_encoder
-from dic_repa.encoders.checkpoints import load_weights, read_weights
 from dic_repa.encoders.vit import FrozenViT, resize_bicubic
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.weights import load_weights, read_tensors
 
 
 @register_encoder("timm:")
@@ -91,7 +91,7 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
 
 
 def _load_file(model: nn.Module, path: str | PathLike) -> None:
-    state, _ = read_weights(path)
+    state, _ = read_tensors(path)
     # timm keeps a converter beside each architecture, for other key layouts and other grids of position embeddings.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:

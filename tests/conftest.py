@@ -41,9 +41,11 @@ def dic_repa(tmp_path):
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        # torchrun takes --num for an abbreviation of its own options, unless a -- says where they end.
+        module = ["-m", "--", "dic_repa"] if processes > 1 else ["-m", "dic_repa"]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
-            [*launcher, "-m", "dic_repa", *map(str, arguments)],
+            [*launcher, *module, *map(str, arguments)],
             cwd=tmp_path,
             env=environment | options.pop("env", {}),
             capture_output=True,

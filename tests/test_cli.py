@@ -133,7 +133,9 @@ def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
         "train", folder / "recipe.yaml", "--out", folder, "--resume", "--set=model.width=16"
     )
     assert "did you mean heun" in mistake("sample", folder, "--solver", "huen")
-    assert "takes its tolerances" in mistake("sample", folder, "--solver", "dopri5", "--steps", "9")
+    assert "give rtol and atol instead of a step count" in mistake(
+        "sample", folder, "--solver", "dopri5", "--steps", "9"
+    )
     assert "sample.rtol should be greater than 0" in mistake("sample", folder, "--solver", "dopri5", "--rtol", "0")
     assert "'diffusion' is for SDE solvers" in mistake("sample", folder, "--diffusion", "sigma")
     assert "did you mean sigma" in mistake("sample", folder, "--solver", "ou", "--diffusion", "sgima")

@@ -152,8 +152,8 @@ def test_weights_that_do_not_fit_name_their_keys(tmp_path):
         create_encoder(name, weights=path, **TINY)
     message = str(error.value)
     assert "missing: blocks.1.norm2.bias" in message
-    assert "unexpected: blocks.9.extra" in message
-    assert "blocks.0.norm1.weight (7,) instead of (32,)" in message
+    assert "left over: blocks.9.extra" in message
+    assert "blocks.0.norm1.weight is (7,), the model's (32,)" in message
     assert "\n" not in message
 
 
@@ -165,7 +165,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
         create(tmp_path / "absent.safetensors")
     for name in ("text.safetensors", "text.pth"):
         (tmp_path / name).write_text("not weights")
-        with pytest.raises(UserError, match="cannot be read") as error:
+        with pytest.raises(UserError, match=r"cannot be read|not a whole safetensors") as error:
             create(tmp_path / name)
         assert "\n" not in str(error.value)
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")  # a pickled class, which is never loaded

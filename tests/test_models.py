@@ -58,7 +58,7 @@ def test_authors_checkpoint_bad_input(tmp_path):
     state = load_file(CHECKPOINT)
     with pytest.raises(UserError, match="not a checkpoint of the DiC authors' code"):
         load_authors_checkpoint({"weight": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"enc\.0\.1\.conv1\.weight is missing"):
+    with pytest.raises(UserError, match=r"missing: enc\.0\.1\.conv1\.weight"):
         load_authors_checkpoint({k: v for k, v in state.items() if k != "enc_blocks.0.1.conv.conv0.weight"})
     wrong = state | {"lat_blocks.0.1.conv.conv1.weight": torch.zeros(32, 32, 1, 1)}
     with pytest.raises(UserError, match=r"mid.1.conv2.weight is \(32, 32, 1, 1\), the model's \(32, 32, 3, 3\)"):
@@ -199,7 +199,7 @@ def test_loading_what_does_not_fit_says_why(tmp_path):
     with pytest.raises(UserError, match=r"stem.weight is \(8, 3, 3, 3\), the model's \(16, 3, 3, 3\)"):
         DiC.from_pretrained(tmp_path)
     save_file({"stem.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(UserError, match="missing: "):
         DiC.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"it has no model\.safetensors"):

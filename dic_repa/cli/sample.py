@@ -83,11 +83,11 @@ def command(checkpoint: Path, out: Path | None, recipe: str | None, classes: str
       dic-repa sample runs/digits-urepa --solver dopri5 --rtol 1e-4 --atol 1e-4
       accelerate launch -m dic_repa sample runs/digits-urepa --num 50000        on all GPUs of this machine
     """
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_png
 
-    processes = PartialState()
+    processes = Accelerator()
     loaded = load_checkpoint(checkpoint, processes.device)
     settings = sample_settings(load_recipe(recipe).sample if recipe else loaded.recipe.sample, **options)
     labels = balanced_labels(settings.num, parse_classes(classes, loaded.denoiser.num_classes))
@@ -109,10 +109,7 @@ def command(checkpoint: Path, out: Path | None, recipe: str | None, classes: str
     processes.wait_for_everyone()
     if processes.is_main_process:
         _finish(out, loaded, settings, labels, sampler.evaluations)
-    if processes.num_processes > 1:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()
+    processes.end_training()
 
 
 def _finish(out: Path, loaded, settings: SampleSection, labels, evaluations: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.models.dic import DiC
-from dic_repa.models.pretrained import load_tensors, load_weights
+from dic_repa.weights import load_weights, read_tensors
 
 # Ours to theirs. Their decoder stages are numbered in running order (0 is level 1), ours by level.
 _BLOCK = {
@@ -52,7 +52,7 @@ def load_authors_checkpoint(source: str | Path | dict[str, Tensor], **overrides)
 
     The configuration is inferred from the tensors; `overrides` are other arguments of `DiC`. Returned in eval mode.
     """
-    state = load_tensors(source) if not isinstance(source, dict) else source
+    state = read_tensors(source)[0] if not isinstance(source, dict) else source
     name = "the state dict" if isinstance(source, dict) else str(source)
     state = {key.removeprefix("module."): value for key, value in state.items()}
     model = DiC(**{**_infer_config(state, name), **overrides})

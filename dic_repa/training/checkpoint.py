@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dic_repa.errors import UserError
-from dic_repa.models.pretrained import load_tensors, load_weights, save_tensors
 from dic_repa.recipe import Recipe, to_yaml
 from dic_repa.training.ema import EMA
+from dic_repa.weights import load_weights, read_tensors, save_tensors
 
 
 def save_checkpoint(
@@ -65,8 +65,8 @@ def load_checkpoint(
     folder: Path, accelerator: Accelerator, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
 ) -> int:
     """Restore what `save_checkpoint` wrote, in every process, and return its step."""
-    load_weights(accelerator.unwrap_model(model), load_tensors(folder / "model.safetensors"), folder)
-    load_weights(ema.model, load_tensors(folder / "ema" / "model.safetensors"), folder / "ema")
+    load_weights(accelerator.unwrap_model(model), read_tensors(folder / "model.safetensors")[0], folder)
+    load_weights(ema.model, read_tensors(folder / "ema" / "model.safetensors")[0], folder / "ema")
     try:
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         step = json.loads((folder / "state.json").read_text())["step"]

@@ -1,0 +1,70 @@
+"""Reading and writing weights: safetensors, or torch files of plain tensors. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dic_repa.errors import UserError
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dict[str, str] | None = None) -> None:
+    """`tensors` as a safetensors file, which stores plain contiguous tensors only."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, and its metadata (empty unless it is a safetensors file).
+
+    Of a training checkpoint in torch's format, the inner dict is taken (`ema`, `model` or `state_dict`). A UserError
+    for a file that is missing, cut short, or holds more than tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at '{path}'; give a safetensors file or a plain PyTorch state dict")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{path} cannot be read as a file of plain tensors ({reason})") from error
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; save the model's state_dict() instead")
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by name")
+    return tensors, {}
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str | PathLike) -> None:
+    """Load `tensors` into `module`; a UserError names those missing, left over or of another shape."""
+    own = module.state_dict()
+    faults = {
+        "missing": [name for name in own if name not in tensors],
+        "left over": [name for name in tensors if name not in own],
+        "of another shape": [
+            f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{fault}: {_shorten(names)}" for fault, names in faults.items() if names)
+        raise UserError(f"{source} does not fit this {type(module).__name__}; {listed}")
+    module.load_state_dict(tensors)
+
+
+def _shorten(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
