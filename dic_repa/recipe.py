@@ -239,8 +239,12 @@ def _parse(text: str, label: str) -> dict:
 def _merge(base: dict, top: dict) -> dict:
     merged = copy.deepcopy(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
+        if not isinstance(merged.get(key), dict):
+            merged[key] = copy.deepcopy(value)
+        elif value is None:
+            del merged[key]  # back to the section's defaults
+        else:
+            merged[key] = _merge(merged[key], value) if isinstance(value, dict) else value
     return merged
 
 

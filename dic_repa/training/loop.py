@@ -92,6 +92,7 @@ def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: boo
                     if settings.sample_every and due(step + 1, settings.sample_every, settings.steps):
                         save_progress_grid(run, step + 1, parts, recipe)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return run
 
 
