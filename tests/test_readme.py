@@ -33,11 +33,12 @@ def test_python_examples(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     tiny = [option.removeprefix("--set=") for option in TINY]
     training = block("python", "load_recipe(").replace('["train.steps=200"]', f"{['train.steps=200', *tiny]}")
-    for code in (training, block("python", "sample_ode(")):
-        names = {}
+    names = {}
+    for code in (training, block("python", "Guidance("), block("python", "log_likelihood(")):
         exec(compile(code, "README.md", "exec"), names)
     assert names["x0"].shape == (2, 1, 16, 16)
     assert names["x0"].isfinite().all()
+    assert names["result"].bits_per_dim.isfinite().all()
 
 
 @pytest.mark.parametrize("line", [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()])

@@ -142,10 +142,10 @@ def step_inputs(
     uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
     rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
     y = batch["label"].masked_fill(uniform[rows] < settings.label_dropout, parts.data.num_classes)
-    with torch.no_grad():
-        targets = [encoder(batch["image"]) for encoder in parts.encoders]
-    split = [tensor.chunk(passes) for tensor in (batch["x"], y, t[rows], noise[rows], *targets)]
-    for x, y, t, noise, *targets in zip(*split):
+    split = [tensor.chunk(passes) for tensor in (batch["x"], y, t[rows], noise[rows], batch["image"])]
+    for x, y, t, noise, image in zip(*split):
+        with torch.no_grad():
+            targets = [encoder(image) for encoder in parts.encoders]
         yield Inputs(x, y, t, noise, targets)
 
 
