@@ -1,8 +1,8 @@
 """The typed schema of a recipe, and nothing that it builds.
 
 A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
-merged (null empties one), anything else is replaced. `load_recipe` finds a file or one of the recipes that come with the package,
-applies `--set` overrides and validates; every mistake is one line that names the key and what it takes.
+merged (null empties one), anything else is replaced. `load_recipe` finds a file or one of the recipes that come with
+the package, applies `--set` overrides and validates; every mistake is one line that names the key and what it takes.
 """
 
 from __future__ import annotations
