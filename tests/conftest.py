@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share two cores
+
 import subprocess
 import sys
 from pathlib import Path
