@@ -50,6 +50,8 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     if panels[0] == "denoising":
         axes[0][0].set_yscale("log")
+        axes[0][0].yaxis.set_major_formatter("{x:g}")
+        axes[0][0].yaxis.set_minor_formatter("{x:g}")
     if len(runs) > 1:
         axes[0][0].legend(fontsize=8)
     figure.savefig(path or runs[0].curves_file, dpi=130)
