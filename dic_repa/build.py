@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dic_repa.alignment import Alignment
 from dic_repa.data import datasets
+from dic_repa.data.autoencoders import load_autoencoder
+from dic_repa.data.latents import autoencoder_decoder, data_shape, pixels_decoder
+from dic_repa.data.layouts import DEFAULT_AUTOENCODER
+from dic_repa.data.prepared import prepared_spec
 from dic_repa.encoders import create_encoder
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models import PRESETS, DiC
@@ -35,8 +41,40 @@ def import_plugins(recipe: Recipe) -> None:
 
 
 def build_dataset(section: DataSection, split: str = "train"):
-    """The data set: samples are dicts of `x`, `image` and `label`; it has `num_classes`, `channels`, `class_names`."""
-    return datasets.get(section.name)(split=split, size=section.size)
+    """The data set: samples are dicts of `label`, `image` (where there are images) and `x` or the `moments` that it is
+    drawn from; it has `num_classes`, `channels`, `class_names`.
+    """
+    factory = datasets.get(section.name)
+    given = {key: getattr(section, key) for key in ("path", "autoencoder") if getattr(section, key) is not None}
+    try:
+        inspect.signature(factory).bind(split=split, size=section.size, **given, **section.options)
+    except TypeError as error:
+        raise UserError(f"data set '{section.name}' does not fit the recipe's `data`: {error}") from None
+    return factory(split=split, size=section.size, **given, **section.options)
+
+
+def build_decoder(section: DataSection, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+    """From the denoiser's data to images in [0, 1]; the training data itself is not needed if its autoencoder is named.
+
+    A UserError where an autoencoder is needed and cannot be found.
+    """
+    name = section.autoencoder
+    if section.name == "prepared":
+        name = name or prepared_spec(section.path).name
+    elif section.name in ("repa", "dit"):
+        name = name or DEFAULT_AUTOENCODER
+    return pixels_decoder if name in (None, "none") else autoencoder_decoder(load_autoencoder(name, device))
+
+
+def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]:
+    """The classes' names; their numbers where the data set is not on this machine."""
+    names = getattr(datasets.get(section.name), "class_names", None)
+    if names is None:
+        try:
+            names = build_dataset(section).class_names
+        except UserError:
+            names = range(num_classes)
+    return tuple(map(str, names))
 
 
 def build_denoiser(section: ModelSection, channels: int, num_classes: int) -> nn.Module:
@@ -70,12 +108,14 @@ def build_encoder(section: AlignmentSection, device: torch.device):
 def build_alignment(section: AlignmentSection, encoder, denoiser: nn.Module, data) -> Alignment:
     """The head and losses between the denoiser's tap and the encoder, for the sizes that `data` has."""
     sample = data[0]
+    if "image" not in sample:
+        raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")
     return Alignment.build(
         denoiser,
         section.tap,
         encoder.embed_dim,
         encoder.token_grid(tuple(sample["image"].shape[-2:])),
-        size=tuple(sample["x"].shape[-2:]),
+        size=data_shape(data)[-2:],
         head=section.head,
         weight=section.weight,
         manifold_weight=section.manifold_weight,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from dic_repa.build import build_objective
+from dic_repa.build import build_decoder, build_objective
+from dic_repa.data.latents import pixels_decoder
 from dic_repa.errors import UserError
 from dic_repa.models import DiC
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
@@ -67,6 +68,7 @@ class Sampler:
         settings: the solver with its options, guidance, batch size and seed.
         shape: (C, H, W) of the denoiser's data.
         weak: a denoiser of the same objective for autoguidance.
+        decode: from the denoiser's data to images in [0, 1].
     """
 
     denoiser: nn.Module
@@ -74,6 +76,7 @@ class Sampler:
     settings: SampleSection
     shape: tuple[int, int, int]
     weak: nn.Module | None = None
+    decode: Callable[[Tensor], Tensor] = pixels_decoder
     evaluations: int = 0
 
     def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -90,7 +93,7 @@ class Sampler:
             options = self._options(info, indices[rows])
             x, details = sample(field, noise, settings.solver, **options, return_info=True)
             self.evaluations = details.nfe
-            yield (x.float() / 2 + 0.5).clamp(0, 1).cpu()
+            yield self.decode(x).cpu()
 
     def _as_model(self, denoiser: nn.Module, info: SolverInfo):
         if info.process != "ddpm":
@@ -145,7 +148,8 @@ def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:
             "sample without guidance, or with a weaker model (guidance.weak)"
         )
     shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
-    return Sampler(denoiser, build_objective(recipe.objective), settings, shape, weak)
+    decode = build_decoder(recipe.data, next(denoiser.parameters()).device)
+    return Sampler(denoiser, build_objective(recipe.objective), settings, shape, weak, decode)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -43,8 +43,11 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    name: str = Field("digits", description="the data set")
-    size: int = Field(16, ge=4, description="height and width of the denoiser's data")
+    name: str = Field("digits", description="digits, prepared, repa, dit, images, or one of your own")
+    path: str | None = Field(None, description="where the data is; null: the data set needs none")
+    size: int = Field(16, ge=4, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)")
+    autoencoder: str | None = Field(None, description="none (pixels), a hub id or a folder; null: the data set's own")
+    options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, labels, num_classes")
     workers: int = Field(0, ge=0, description="loader processes of each training process")
 
 

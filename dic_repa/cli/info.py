@@ -30,8 +30,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
     """
     import torch
 
-    from dic_repa.build import build_denoiser
-    from dic_repa.data import datasets
+    from dic_repa.build import build_dataset, build_denoiser
     from dic_repa.models import PRESETS, DiC, measure_cost
 
     rows = []
@@ -44,7 +43,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
                     recipe = load_training_recipe(name, overrides)
                 except UserError as error:
                     raise UserError(f"{error} (presets: {', '.join(PRESETS)})") from None
-                data = datasets.get(recipe.data.name)
+                data = build_dataset(recipe.data)
                 model, default = build_denoiser(recipe.model, data.channels, data.num_classes), (recipe.data.size,)
         for size in sizes or default:
             rows.append({"model": name, "size": size, **vars(measure_cost(model, size))})

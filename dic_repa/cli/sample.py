@@ -116,13 +116,13 @@ def _finish(out: Path, loaded, settings: SampleSection, labels, evaluations: int
     """Write what belongs to all of the images: the grid of some, and the record."""
     import torch
 
-    from dic_repa.data import datasets
+    from dic_repa.build import build_class_names
     from dic_repa.generation import load_png, save_grid
 
     columns = 10
     shown = [i for label in labels.unique() for i in (labels == label).nonzero()[:columns, 0].tolist()]
     images = torch.stack([load_png(out / f"{i:06d}.png") for i in shown])
-    class_names = datasets.get(loaded.recipe.data.name).class_names
+    class_names = build_class_names(loaded.recipe.data, loaded.denoiser.num_classes)
     save_grid(images, out / "grid.png", labels[shown], class_names, columns)
     record = {
         "checkpoint": str(loaded.source),

@@ -1,10 +1,17 @@
 """Data sets: what a denoiser trains on, with the images that an encoder sees."""
 
 from dic_repa.data.digits import Digits, load_digits, resize
+from dic_repa.data.image_folder import ImageFolder
+from dic_repa.data.layouts import DitLayout, RepaLayout
+from dic_repa.data.prepared import Prepared
 from dic_repa.registry import Registry
 
 datasets = Registry("data set")
 register_dataset = datasets.register
 register_dataset("digits")(Digits)
+register_dataset("prepared")(Prepared)
+register_dataset("repa")(RepaLayout)
+register_dataset("dit")(DitLayout)
+register_dataset("images")(ImageFolder)
 
 __all__ = ["Digits", "datasets", "load_digits", "register_dataset", "resize"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dic_repa.data import datasets
+from dic_repa.build import build_class_names
 from dic_repa.errors import UserError
 from dic_repa.evaluation import metrics
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid
@@ -71,7 +71,7 @@ def evaluate_run(
     images = torch.cat(batches)
     judged.scores = metrics.get(recipe.evaluate.metric)(images, labels)
     judged.record.parent.mkdir(exist_ok=True)
-    save_grid(images, judged.picture, labels, datasets.get(recipe.data.name).class_names, columns=12)
+    save_grid(images, judged.picture, labels, build_class_names(recipe.data, num_classes), columns=12)
     judged.evaluations = sampler.evaluations
     record = {**wanted, "evaluations": sampler.evaluations, "scores": judged.scores}
     judged.record.write_text(json.dumps(record, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,13 @@ from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.build import (
     build_alignment,
     build_dataset,
+    build_decoder,
     build_denoiser,
     build_encoder,
     build_objective,
     import_plugins,
 )
+from dic_repa.data.latents import data_shape, denoiser_data, pixels_decoder
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.checkpoint import load_checkpoint, save_checkpoint
@@ -42,6 +44,7 @@ class Parts:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
+    decode: Callable[[Tensor], Tensor]  # to images
 
 
 def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -115,7 +118,10 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     if settings.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
-    return Parts(data, build_objective(recipe.objective), encoders, denoiser, alignments, model, optimizer, ema)
+    objective = build_objective(recipe.objective)
+    # Found now, not at the first grid of samples: an autoencoder that is missing shall stop the run before it starts.
+    decode = build_decoder(recipe.data, device) if settings.sample_every else pixels_decoder
+    return Parts(data, objective, encoders, denoiser, alignments, model, optimizer, ema, decode)
 
 
 @dataclass
@@ -138,11 +144,13 @@ def step_inputs(
     of processes and passes.
     """
     generator = step_generator(settings.seed, step, accelerator.device)
-    t, noise = parts.objective.draw((settings.batch_size, *batch["x"].shape[1:]), generator)
+    t, noise = parts.objective.draw((settings.batch_size, *data_shape(parts.data)), generator)
     uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
     rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
     y = batch["label"].masked_fill(uniform[rows] < settings.label_dropout, parts.data.num_classes)
-    split = [tensor.chunk(passes) for tensor in (batch["x"], y, t[rows], noise[rows], batch["image"])]
+    x = denoiser_data(parts.data, batch, settings.batch_size, rows, generator)
+    images = batch.get("image", x)  # latents without images have no encoder to show them to
+    split = [tensor.chunk(passes) for tensor in (x, y, t[rows], noise[rows], images)]
     for x, y, t, noise, image in zip(*split):
         with torch.no_grad():
             targets = [encoder(image) for encoder in parts.encoders]
@@ -196,5 +204,5 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe) 
 
     data, columns = parts.data, 6
     labels = torch.arange(min(10, data.num_classes)).repeat_interleave(columns)
-    sampler = Sampler(parts.ema.model, parts.objective, recipe.sample, tuple(data[0]["x"].shape))
+    sampler = Sampler(parts.ema.model, parts.objective, recipe.sample, data_shape(data), decode=parts.decode)
     save_grid(torch.cat(list(sampler(labels))), run.samples / f"step_{step:08d}.png", labels, data.class_names, columns)

@@ -1,0 +1,84 @@
+"""`dic-repa prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dic_repa.errors import UserError
+
+
+@click.command("prepare")
+@click.argument("source")
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--size", type=click.IntRange(8), default=256, show_default=True, help="Of the centre crop, in pixels.")
+@click.option(
+    "--autoencoder",
+    default="stabilityai/sd-vae-ft-ema",
+    show_default=True,
+    help="A hub id or a local folder of diffusers.AutoencoderKL (:SUBFOLDER within a pipeline); none: pixels.",
+)
+@click.option("--labels", help="A labels file for flat images: CSV rows 'file,label', or JSON as REPA's dataset.json.")
+@click.option("--flip", is_flag=True, help="Store the mirrored images' moments too, and train on both.")
+@click.option("--images", "image_format", type=click.Choice(["png", "jpeg"]), default="png", show_default=True,
+              help="Format of the stored crops: png is lossless, jpeg (quality 95) a third of its size.")  # fmt: skip
+@click.option("--skip-bad", is_flag=True, help="Leave out files that are no whole image, and name them at the end.")
+@click.option("--shard-size", type=click.IntRange(1), default=1000, show_default=True, help="Images of one shard.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images encoded at once.")
+@click.option("--workers", type=click.IntRange(1), default=8, show_default=True, help="Threads that read and crop.")
+def command(source: str, destination: Path, autoencoder: str, labels: str | None, **options):
+    """Crop and encode the images of SOURCE into the data set DESTINATION.
+
+    SOURCE is a folder, zip or tar with a folder for each class, or a flat one with a labels file (dataset.json,
+    labels.json or labels.csv in it, or --labels), or a Hugging Face data set (ID, ID:SPLIT or a local folder).
+    Stopped or killed, the same command goes on with the shards that are missing. `datasets.load_from_disk` opens the
+    result; a recipe reads it with `data: {name: prepared, path: DESTINATION, size: 32}`.
+
+    \b
+    Examples:
+      dic-repa prepare imagenet/train data/imagenet256 --skip-bad
+      dic-repa prepare pictures.zip data/pictures --size 512 --autoencoder weights/sd-vae-ft-mse
+      dic-repa prepare flat/ data/pixels --labels flat.csv --size 64 --autoencoder none
+      accelerate launch -m dic_repa prepare imagenet/train data/imagenet256      on all GPUs of this machine
+    """
+    from accelerate import PartialState
+
+    from dic_repa.data.autoencoders import load_autoencoder
+    from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
+    from dic_repa.data.sources import open_source
+
+    settings = PrepareSettings(**options)
+    images = open_source(source, labels, settings.skip_bad)
+    state = PartialState()
+    encoder = load_autoencoder(autoencoder, state.device)
+    if state.is_main_process:
+        begin(images, destination, encoder.spec, settings)
+    state.wait_for_everyone()
+    write_shards(images, destination, encoder, settings, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(images, destination, encoder.spec, settings)
+        _report(destination, images, encoder)
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+def _report(destination: Path, images, autoencoder) -> None:
+    from dic_repa.data.check import check_prepared
+
+    report = check_prepared(destination, images, autoencoder)
+    (small, few), (large, many) = report.smallest_class, report.largest_class
+    side = f"from {few} ({small}) to {many} ({large}) images each"
+    click.echo(f"{destination}: {report.images} of {report.expected} images in {report.classes} classes, {side}")
+    if report.skipped:
+        shown = ", ".join(report.skipped[:5]) + (", ..." if len(report.skipped) > 5 else "")
+        click.echo(f"skipped {len(report.skipped)}: {shown}")
+    if report.empty_classes:
+        click.echo(f"warning: nothing is left of the classes {', '.join(report.empty_classes[:10])}")
+    if report.enlarged:
+        click.echo(f"{report.enlarged} images were smaller than the crop and have been enlarged")
+    quality = "" if report.psnr is None else f"PSNR of the round trip {report.psnr:.1f} dB; "
+    click.echo(f"{quality}look at {report.preview}; all of this is in {destination / 'check.json'}")
+    if len(images) and not report.images:
+        raise UserError(f"not one image of {images.path} was whole")

@@ -1,0 +1,207 @@
+"""Autoencoders between images and the denoiser's data, behind one small protocol.
+
+An autoencoder has a `spec` and
+
+    encode(images) -> moments   images (B, 3, H, W) in [0, 1] to the posterior's mean and standard deviation,
+                                one behind the other, (B, 2C, h, w)
+    decode(x) -> images         the denoiser's data (B, C, h, w) back to images in [0, 1]
+
+The denoiser's data is x = (z - shift) * scale, with z drawn from the posterior: see `dic_repa.data.latents`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dic_repa.errors import UserError
+
+DECODE_BATCH = 16  # images decoded at once: at 256 px a batch of this size takes about 3 GB
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """What the denoiser's data looks like: channels, image pixels per latent pixel, shift and scale of each channel."""
+
+    name: str
+    channels: int
+    downsample: int
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    fingerprint: str = ""  # of the weights, where they are loaded
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict) -> AutoencoderSpec:
+        return cls(**content | {"shift": tuple(content["shift"]), "scale": tuple(content["scale"])})
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to the denoiser's data: (z - shift) * scale."""
+        return (z - self._per_channel(self.shift, z)) * self._per_channel(self.scale, z)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """The denoiser's data to latents: x / scale + shift."""
+        return x / self._per_channel(self.scale, x) + self._per_channel(self.shift, x)
+
+    @staticmethod
+    def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+
+class Autoencoder(Protocol):
+    """See the module's docstring."""
+
+    spec: AutoencoderSpec
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, x: Tensor) -> Tensor: ...
+
+    def to(self, device: torch.device | str) -> Autoencoder: ...
+
+
+PIXELS = AutoencoderSpec("none", 3, 1, (0.5,) * 3, (2.0,) * 3)
+_SD_VAE = {"channels": 4, "downsample": 8, "shift": (0.0,) * 4, "scale": (0.18215,) * 4}
+# What the papers use: known without their config, so that existing latents train on a machine with no network.
+_KNOWN = {name: AutoencoderSpec(name, **_SD_VAE) for name in ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")}
+
+
+def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
+    """'none' for pixels, or a `diffusers.AutoencoderKL` from a local folder or a hub id, ':SUBFOLDER' behind it where
+    it is part of a pipeline. Weights are safetensors. A UserError says what is missing and where to put it.
+    """
+    return Pixels() if name == "none" else _loaded(name).to(device)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(name: str) -> KLAutoencoder:
+    return KLAutoencoder(name)  # once, though both training data and sampling ask for it
+
+
+def load_spec(name: str) -> AutoencoderSpec:
+    """The spec of an autoencoder, from its config alone; known for 'none' and stabilityai/sd-vae-ft-ema and -mse."""
+    if name == "none":
+        return PIXELS
+    if name in _KNOWN:
+        return _KNOWN[name]
+    from diffusers import AutoencoderKL
+
+    with _Explained(name):
+        place, subfolder = _place(name)
+        return _read_spec(name, AutoencoderKL.load_config(place, subfolder=subfolder))
+
+
+def decode_in_batches(autoencoder: Autoencoder, x: Tensor, batch_size: int = DECODE_BATCH) -> Tensor:
+    """`autoencoder.decode` with bounded memory, whatever the size of x."""
+    return torch.cat([autoencoder.decode(part) for part in x.split(batch_size)])
+
+
+class Pixels:
+    """No autoencoder: the denoiser's data is the image in [-1, 1]."""
+
+    spec = PIXELS
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.cat([images, torch.zeros_like(images)], dim=1)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.spec.denormalise(x.float()).clamp(0, 1)
+
+    def to(self, device: torch.device | str) -> Pixels:
+        return self
+
+
+class KLAutoencoder:
+    """`diffusers.AutoencoderKL`, frozen, in float32: its float16 decoder overflows for some weights."""
+
+    def __init__(self, name: str):
+        from diffusers import AutoencoderKL
+
+        with _Explained(name):
+            place, subfolder = _place(name)
+            self.model = AutoencoderKL.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
+        self.model.eval().requires_grad_(False)
+        spec = _read_spec(name, self.model.config)
+        self.spec = AutoencoderSpec(**{**spec.to_dict(), "fingerprint": _fingerprint(self.model.state_dict(), spec)})
+
+    def to(self, device: torch.device | str) -> KLAutoencoder:
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        posterior = self.model.encode(images.float() * 2 - 1).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        z = self.spec.denormalise(x.float()).to(self.model.device)
+        return (self.model.decode(z).sample / 2 + 0.5).clamp(0, 1)
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    if Path(name).is_dir():
+        return name, None
+    place, _, subfolder = name.partition(":")
+    return place, subfolder or None
+
+
+def _read_spec(name: str, config: dict) -> AutoencoderSpec:
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # a prepared data set is read from other folders than it was made in
+    channels = config["latent_channels"]
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    shifts, scales = (shift,) * channels, (scale,) * channels
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shifts = tuple(float(mean) for mean in config["latents_mean"])
+        scales = tuple(scale / float(std) for std in config["latents_std"])
+    return AutoencoderSpec(name, channels, 2 ** (len(config["block_out_channels"]) - 1), shifts, scales)
+
+
+def _fingerprint(state: dict[str, Tensor], spec: AutoencoderSpec) -> str:
+    digest = hashlib.blake2b(json.dumps([spec.shift, spec.scale]).encode(), digest_size=12)
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Explained:
+    """Turns diffusers' errors, many lines long, into one that says what to get and where to put it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self):
+        from diffusers.utils import logging
+
+        self.verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+
+    def __exit__(self, kind, error, _traceback):
+        from diffusers.utils import logging
+
+        logging.set_verbosity(self.verbosity)
+        if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
+            return
+        files = "config.json and diffusion_pytorch_model.safetensors"
+        place, subfolder = _place(self.name)
+        if Path(place).is_dir():
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({reason})")
+        if place.startswith((".", "/", "~")) or place.count("/") != 1:
+            raise UserError(f"there is no autoencoder '{place}': name a local folder or a hub id") from None
+        where = f"https://huggingface.co/{place}/tree/main/{subfolder or ''}".rstrip("/")
+        raise UserError(
+            f"the autoencoder {self.name} cannot be fetched from the hub; download {files} from {where} into a folder "
+            "and name that folder in its place"
+        ) from None

@@ -1,0 +1,96 @@
+"""The look back at a prepared data set: counts, classes, and what the autoencoder makes of some images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dic_repa.data.autoencoders import Autoencoder, decode_in_batches
+from dic_repa.data.prepare import write_json
+from dic_repa.data.prepared import Prepared, read_settings
+from dic_repa.data.sources import ImageSource
+
+PREVIEW = 64
+
+
+@dataclass
+class Report:
+    """What `check_prepared` found. `psnr` is in dB, the mean over the previewed images; None without an autoencoder."""
+
+    images: int
+    expected: int
+    classes: int
+    smallest_class: tuple[str, int]
+    largest_class: tuple[str, int]
+    empty_classes: list[str]
+    skipped: list[str]
+    enlarged: int
+    psnr: float | None
+    preview: str
+
+
+def check_prepared(path: str | Path, source: ImageSource, autoencoder: Autoencoder) -> Report:
+    """Read all labels back and decode up to 64 images, spread over the data, beside their originals.
+
+    Writes preview.png (above the image, below it its round trip) and check.json into the folder.
+    """
+    path = Path(path)
+    settings = read_settings(path)
+    data = Prepared(path, settings["size"] // autoencoder.spec.downsample, flip=False)
+    table = data.rows.with_format(None)
+    counts = Counter(table["label"])
+    names = data.class_names
+    by_size = sorted((counts[k], k) for k in range(len(names)))
+    stored = set(table["name"])
+    sides = zip(table["width"], table["height"])
+    preview = path / "preview.png"
+    report = Report(
+        images=len(data),
+        expected=len(source),
+        classes=len(names),
+        smallest_class=(names[by_size[0][1]], by_size[0][0]),
+        largest_class=(names[by_size[-1][1]], by_size[-1][0]),
+        empty_classes=[names[k] for count, k in by_size if count == 0],
+        skipped=sorted([name for name in source.names if name not in stored] + list(source.rejected)),
+        enlarged=sum(min(side) < settings["size"] for side in sides),
+        psnr=_preview(data, autoencoder, preview) if len(data) else None,
+        preview=str(preview),
+    )
+    write_json(path / "check.json", vars(report))
+    return report
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [0, 1]: 10 log10(1 / mean squared error), (B,)."""
+    return -10 * (a - b).square().flatten(1).mean(dim=1).clamp_min(1e-12).log10()
+
+
+def _preview(data: Prepared, autoencoder: Autoencoder, path: Path) -> float | None:
+    chosen = torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist()
+    samples = [data[index] for index in chosen]
+    images = torch.stack([sample["image"] for sample in samples])
+    if autoencoder.spec.name == "none":
+        _save(images[None], path)
+        return None
+    means = torch.stack([sample["moments"] for sample in samples]).float().chunk(2, dim=1)[0]
+    decoded = decode_in_batches(autoencoder, autoencoder.spec.normalise(means)).cpu()
+    _save(torch.stack([images, decoded]), path)
+    return float(psnr(images, decoded).mean())
+
+
+def _save(versions: Tensor, path: Path, columns: int = 8, gap: int = 4) -> None:
+    """(V, N, 3, H, W) in [0, 1] as a picture in which the V versions of an image stand above each other."""
+    count, side = versions.shape[1], versions.shape[-1]
+    rows = -(-count // columns) * len(versions)
+    sheet = Image.new("RGB", (min(columns, count) * (side + gap) + gap, rows * (side + gap) + gap), "white")
+    pixels = (versions * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
+    for v in range(len(versions)):
+        for k in range(count):
+            top = (k // columns * len(versions) + v) * (side + gap) + gap
+            sheet.paste(Image.fromarray(pixels[v, k]), (k % columns * (side + gap) + gap, top))
+    sheet.save(path)

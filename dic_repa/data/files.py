@@ -1,0 +1,126 @@
+"""Files by name in a folder, a zip or a tar, all read the same way; nothing is ever unpacked to disk.
+
+Handles survive threads and forks: a tar is read by position, a zip is reopened in each process.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from dic_repa.errors import UserError
+
+_LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+
+
+@dataclass
+class FileTree:
+    """`names`, sorted, with / between folders; `folders`, even empty ones; `read(name)` gives a file's bytes."""
+
+    path: Path
+    names: list[str]
+    folders: list[str]
+    read: Callable[[str], bytes] = field(repr=False)
+
+
+def open_tree(path: str | Path) -> FileTree:
+    """The files of a folder, a .zip or an uncompressed .tar; hidden files are left out.
+
+    A UserError for anything else, for a damaged archive, and for a name that leads out of the archive.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise UserError(f"there is no folder, zip or tar {path}")
+    if zipfile.is_zipfile(path):
+        return _open_zip(path)
+    if path.suffix == ".zip":
+        raise UserError(f"{path} is damaged: it is no whole zip file; download or copy it again")
+    return _open_tar(path)
+
+
+@dataclass
+class _FolderReader:
+    path: Path
+
+    def __call__(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+
+def _open_folder(path: Path) -> FileTree:
+    names, folders = [], []
+    for root, inside, files in os.walk(path, followlinks=True):
+        relative = Path(root).relative_to(path)
+        inside[:] = [name for name in inside if _wanted(name)]
+        folders += [(relative / name).as_posix() for name in inside]
+        names += [(relative / name).as_posix() for name in files if _wanted(name)]
+    return FileTree(path, sorted(names), sorted(folders), _FolderReader(path))
+
+
+class _ZipReader:
+    def __init__(self, path: Path):
+        self.path, self.handle, self.process = path, None, None
+
+    def __call__(self, name: str) -> bytes:
+        if self.process != os.getpid():  # two processes must not share a file's position
+            self.handle, self.process = zipfile.ZipFile(self.path), os.getpid()
+        try:
+            return self.handle.read(name)
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise OSError(f"{name} in {self.path} is damaged ({error})") from None
+
+    def __getstate__(self):
+        return {"path": self.path, "handle": None, "process": None}
+
+
+def _open_zip(path: Path) -> FileTree:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {info.filename: info.is_dir() for info in archive.infolist()}
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged ({error}); download or copy it again") from None
+    return _archive(path, entries, _ZipReader(path))
+
+
+@dataclass
+class _TarReader:
+    path: Path
+    places: dict[str, tuple[int, int]] = field(repr=False)
+
+    def __call__(self, name: str) -> bytes:
+        offset, size = self.places[name]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) < size:
+            raise OSError(f"{self.path} ends within {name}")
+        return data
+
+
+def _open_tar(path: Path) -> FileTree:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = [member for member in archive if member.isreg() or member.isdir()]
+    except tarfile.TarError as error:
+        hint = "; decompress a .tar.gz first, since its files cannot be read one by one" if ".tar." in path.name else ""
+        raise UserError(f"{path} is neither a folder, a zip nor an uncompressed tar ({error}){hint}") from None
+    places = {member.name: (member.offset_data, member.size) for member in members}
+    return _archive(path, {member.name: member.isdir() for member in members}, _TarReader(path, places))
+
+
+def _archive(path: Path, entries: dict[str, bool], read: Callable[[str], bytes]) -> FileTree:
+    for name in entries:
+        if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{path} is not safe: the name '{name}' leads out of the archive; make the archive again")
+    wanted = {name: folder for name, folder in entries.items() if all(map(_wanted, PurePosixPath(name).parts))}
+    folders = [name.rstrip("/") for name, folder in wanted.items() if folder]
+    return FileTree(path, sorted(name for name, folder in wanted.items() if not folder), sorted(folders), read)
+
+
+def _wanted(name: str) -> bool:
+    return name not in _LITTER and (not name.startswith(".") or name == ".")

@@ -1,0 +1,82 @@
+"""From the bytes of any image file to the RGB picture that a network sees."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dic_repa.errors import UserError
+
+EXTENSIONS = frozenset(".png .jpg .jpeg .jpe .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split())
+
+
+class BadImage(UserError):
+    """A file that is no whole image; the message names it."""
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The first frame of an image file as 8-bit RGB, upright.
+
+    Greyscale, palette and CMYK are converted, 16-bit values scaled to 8 bits, transparent parts laid over white, and
+    the turn that a camera noted (EXIF) is made. BadImage names a file that is truncated or no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged data
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or repr(error)
+        raise BadImage(f"{name} is not a whole image ({reason}); remove it, or pass --skip-bad") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.float64)
+        # Pillow gives 16-bit greyscale as "I;16" or, in older releases, as "I".
+        image = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(np.clip(np.rint(np.asarray(image) * 255), 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop (arXiv 2105.05233, as in its public code): halved by a box filter while the short side is at least
+    twice `size`, resized so that the short side is `size` by a bicubic filter, and the centre cut out.
+
+    A smaller image is enlarged.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def encode_file(image: Image.Image, format: str) -> bytes:
+    """The image as a file: 'png', without loss, or 'jpeg', quality 95 without colour subsampling."""
+    file = io.BytesIO()
+    if format == "png":
+        image.save(file, "PNG", compress_level=1)  # higher levels save few percent and take several times longer
+    elif format == "jpeg":
+        image.save(file, "JPEG", quality=95, subsampling=0)
+    else:
+        raise UserError(f"images are stored as png or jpeg, not {format}")
+    return file.getvalue()
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB or greyscale image as (C, H, W), float32 in [0, 1]."""
+    array = np.array(image)  # a copy, which torch may own
+    return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1).float().div_(255)

@@ -1,0 +1,92 @@
+"""From what a data set stores to what the denoiser is trained on.
+
+A sample has `x`, or `moments`: the mean and standard deviation of the autoencoder's posterior, one behind the other; or
+neither, and then the data set's autoencoder encodes the `image` in the training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec, decode_in_batches, load_autoencoder
+from dic_repa.errors import UserError
+
+ENCODE_BATCH = 32  # images encoded at once in a training step, whatever the step's batch
+
+
+class LatentDataset(Dataset):
+    """Base of the data sets behind an autoencoder; its weights are loaded when they are first used.
+
+    Attributes: `spec`, `channels` of x, `size` of x, `num_classes`, `class_names`, `autoencoder`.
+    """
+
+    spec: AutoencoderSpec
+    size: int
+    class_names: tuple[str, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.spec.channels
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        loaded = load_autoencoder(self.spec.name)
+        if self.spec.fingerprint and loaded.spec.fingerprint != self.spec.fingerprint:
+            raise UserError(
+                f"the weights of {self.spec.name} are not those that the data was prepared with; "
+                "name the right ones as data.autoencoder"
+            )
+        return loaded
+
+    def check_size(self, size: int, found: int, what: str) -> None:
+        if size != found:
+            raise UserError(
+                f"data.size is {size}, but {what} holds {found}x{found} of {self.spec.name}; set data.size={found}, "
+                "or prepare the data anew"
+            )
+
+
+def data_shape(data: Dataset) -> tuple[int, int, int]:
+    """(C, H, W) of the denoiser's data."""
+    if isinstance(data, LatentDataset):
+        return data.channels, data.size, data.size
+    return tuple(data[0]["x"].shape)
+
+
+def denoiser_data(
+    data: Dataset, batch: dict[str, Tensor], batch_size: int, rows: slice, generator: torch.Generator
+) -> Tensor:
+    """The denoiser's data (B, C, H, W) of one process's batch: z = mean + std * noise, x = (z - shift) * scale.
+
+    The posterior's noise is drawn for the global `batch_size` and cut to the process's `rows`; none is drawn where the
+    samples have `x`.
+    """
+    if "x" in batch:
+        return batch["x"]
+    if "moments" in batch:
+        moments = batch["moments"].float()
+    else:
+        autoencoder = data.autoencoder.to(batch["image"].device)
+        moments = torch.cat([autoencoder.encode(part) for part in batch["image"].split(ENCODE_BATCH)])
+    mean, std = moments.chunk(2, dim=1)
+    noise = torch.randn((batch_size, *mean.shape[1:]), generator=generator, device=mean.device)
+    return data.spec.normalise(mean + std * noise[rows])
+
+
+def pixels_decoder(x: Tensor) -> Tensor:
+    """Pixels in [-1, 1] to images in [0, 1]."""
+    return (x.float() / 2 + 0.5).clamp(0, 1)
+
+
+def autoencoder_decoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
+    """The autoencoder's `decode`, in batches of bounded size."""
+    return lambda x: decode_in_batches(autoencoder, x)

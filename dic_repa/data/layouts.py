@@ -1,0 +1,164 @@
+"""Data that people have prepared for other projects, read as it lies.
+
+REPA's, as its public preprocessing writes it: images/ with picture files, vae-sd/ with .npy moments and dataset.json,
+either of them a folder or a zip. The DiC authors' (and DiT's): *_features/ with .npy latents, already scaled, and
+*_labels/ with .npy labels of the same names; no images.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dic_repa.data.autoencoders import load_spec
+from dic_repa.data.files import FileTree, open_tree
+from dic_repa.data.images import EXTENSIONS, decode_image, to_tensor
+from dic_repa.data.latents import LatentDataset
+from dic_repa.errors import UserError
+
+DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+
+
+class RepaLayout(LatentDataset):
+    """Samples of REPA's layout: dicts of `moments` (2C, size, size), `image` (3, H, W) in [0, 1] and `label`.
+
+    Images and moments pair up in sorted order of their names, labels come from vae-sd/dataset.json, as REPA does it.
+
+    Args:
+        path: the folder with images/ and vae-sd/ (or images.zip and vae-sd.zip).
+        size: height and width of the denoiser's data.
+        autoencoder: what made the moments; its scale and shift matter.
+        num_classes: of the labels; by default one more than the highest.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        size: int,
+        split: str = "train",
+        autoencoder: str = DEFAULT_AUTOENCODER,
+        num_classes: int | None = None,
+    ):
+        self.path, self.size, self.spec = Path(path), size, load_spec(autoencoder)
+        self.images, self.moments = _part(self.path, "images"), _part(self.path, "vae-sd")
+        self.image_names = [n for n in self.images.names if _suffix(n) in EXTENSIONS | {".npy"}]
+        self.moment_names = [n for n in self.moments.names if _suffix(n) == ".npy"]
+        if not self.moment_names or len(self.image_names) != len(self.moment_names):
+            raise UserError(
+                f"{path} has {len(self.image_names)} images and {len(self.moment_names)} moments; each needs the other"
+            )
+        self.labels = self._read_labels()
+        highest = max(self.labels)
+        if num_classes is not None and highest >= num_classes:
+            raise UserError(f"{path} has the label {highest}, which is beyond num_classes {num_classes}")
+        self.class_names = tuple(str(k) for k in range(num_classes or highest + 1))
+        self.check_size(size, _array(self.moments, self.moment_names[0]).shape[-1], str(path))
+
+    def _read_labels(self) -> list[int]:
+        try:
+            table = dict(json.loads(self.moments.read("dataset.json"))["labels"])
+        except (OSError, KeyError, TypeError, ValueError):
+            raise UserError(f"{self.moments.path} has no dataset.json with 'labels'") from None
+        if missing := [name for name in self.moment_names if name not in table]:
+            raise UserError(f"{self.moments.path}/dataset.json misses {len(missing)} files, such as {missing[0]}")
+        return [int(table[name]) for name in self.moment_names]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        shape = (2 * self.channels, self.size, self.size)
+        name = self.image_names[index]
+        if _suffix(name) == ".npy":
+            image = torch.from_numpy(_array(self.images, name).reshape(-1, *_array(self.images, name).shape[-2:]))
+            image = image.float() / 255
+        else:
+            image = to_tensor(decode_image(self.images.read(name), name))
+        return {
+            "moments": _latents(self.moments, self.moment_names[index], shape),
+            "image": image,
+            "label": torch.tensor(self.labels[index]),
+        }
+
+
+class DitLayout(LatentDataset):
+    """Samples of the DiC authors' layout: dicts of `x` (C, size, size), the latents as they are, and `label`.
+
+    There are no images, so nothing can be aligned to an encoder.
+
+    Args:
+        path: the folder with NAME_features/ and NAME_labels/.
+        size: height and width of the denoiser's data.
+        autoencoder: what made the latents, for decoding samples.
+        num_classes: of the labels, which are read one by one as they are used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        size: int,
+        split: str = "train",
+        autoencoder: str = DEFAULT_AUTOENCODER,
+        num_classes: int = 1000,
+    ):
+        self.path, self.size, self.spec = Path(path), size, load_spec(autoencoder)
+        self.features = _only_folder(self.path, "_features")
+        self.labels = _only_folder(self.path, "_labels")
+        self.names = [name for name in self.features.names if _suffix(name) == ".npy"]
+        # The two folders number the same files; labels that miss one would pair the rest wrongly.
+        labelled = set(self.labels.names)
+        if missing := [name for name in self.names if name not in labelled]:
+            raise UserError(f"{self.labels.path} misses the labels of {len(missing)} files, such as {missing[0]}")
+        if not self.names:
+            raise UserError(f"{self.features.path} holds no .npy files")
+        self.class_names = tuple(str(k) for k in range(num_classes))
+        self.check_size(size, _array(self.features, self.names[0]).shape[-1], str(path))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        name = self.names[index]
+        label = int(_array(self.labels, name).reshape(()))
+        if not 0 <= label < self.num_classes:
+            raise UserError(f"{self.labels.path}/{name} is {label}, beyond num_classes {self.num_classes}")
+        x = _latents(self.features, name, (self.channels, self.size, self.size))
+        return {"x": x.float(), "label": torch.tensor(label)}
+
+
+def _part(path: Path, name: str) -> FileTree:
+    for place in (path / name, path / f"{name}.zip"):
+        if place.exists():
+            return open_tree(place)
+    raise UserError(f"{path} has neither {name}/ nor {name}.zip, which REPA's layout needs")
+
+
+def _only_folder(path: Path, ending: str) -> FileTree:
+    found = [entry for entry in path.glob(f"*{ending}") if entry.is_dir()] if path.is_dir() else []
+    if len(found) != 1:
+        raise UserError(f"{path} must hold one folder *{ending}, and holds {len(found)}")
+    return open_tree(found[0])
+
+
+def _array(tree: FileTree, name: str) -> np.ndarray:
+    """A .npy file; never anything pickled."""
+    try:
+        return np.load(io.BytesIO(tree.read(name)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{tree.path}/{name} is no whole .npy file of numbers ({error})") from None
+
+
+def _latents(tree: FileTree, name: str, shape: tuple[int, int, int]) -> Tensor:
+    array = _array(tree, name)
+    if array.size != np.prod(shape) or array.shape[-3:] != shape:
+        raise UserError(f"{tree.path}/{name} has the shape {list(array.shape)} instead of {list(shape)}")
+    return torch.from_numpy(array.reshape(shape))
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()

@@ -1,0 +1,262 @@
+"""Prepare a data set once: crop, encode, and write shards that training reads.
+
+The result is a Hugging Face data set that `datasets.load_from_disk` opens, with the columns `image` (a PNG or JPEG
+file), `moments` (float16, mean and standard deviation), `moments_flipped` (of the mirrored image, on request), `label`,
+`name`, `width` and `height` (of the original); `prepare.json` in it says how it was made. Shard k holds the source's
+images k * shard_size and following, so what is in it depends on neither the number of processes nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec
+from dic_repa.data.images import BadImage, center_crop, encode_file, to_tensor
+from dic_repa.data.sources import ImageSource
+from dic_repa.errors import UserError
+
+SETTINGS_FILE = "prepare.json"
+_ASIDE = ".writing-"
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How to prepare: `size` of the crop in pixels, the mirrored moments too (`flip`), the images' file format, images
+    to a shard and to an encoder batch, whether to skip damaged files, and threads that read and crop.
+    """
+
+    size: int = 256
+    flip: bool = False
+    image_format: str = "png"
+    shard_size: int = 1000
+    batch_size: int = 32
+    skip_bad: bool = False
+    workers: int = 8
+
+
+def begin(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, settings: PrepareSettings) -> None:
+    """Make the destination, or check that what is in it was begun in the same way. One process does this, first.
+
+    A UserError for a destination that holds something else.
+    """
+    destination, wanted = Path(destination), describe(source, spec, settings)
+    if settings.size % spec.downsample:
+        raise UserError(f"--size {settings.size} is not a multiple of {spec.downsample}, the autoencoder's reduction")
+    file = destination / SETTINGS_FILE
+    if file.is_file():
+        # The place of the images or of the weights may change between two calls; their content may not.
+        found, wanted = json.loads(file.read_text()), json.loads(json.dumps(wanted))
+        if differs := [key for key in wanted if _content(wanted[key]) != _content(found.get(key))]:
+            raise UserError(f"{destination} was begun with another {', '.join(differs)}; choose another folder")
+        return
+    if destination.is_dir() and any(not entry.name.startswith(_ASIDE) for entry in destination.iterdir()):
+        raise UserError(f"{destination} holds something else already; choose another folder")
+    destination.mkdir(parents=True, exist_ok=True)
+    write_json(file, wanted)
+
+
+def write_shards(
+    source: ImageSource,
+    destination: str | Path,
+    autoencoder: Autoencoder,
+    settings: PrepareSettings,
+    process: int = 0,
+    processes: int = 1,
+) -> None:
+    """Write those of this process's shards that are not there yet, each aside and then renamed: whole, or not there.
+
+    A UserError for a damaged image (unless skip_bad) and for a full disk.
+    """
+    destination, features = Path(destination), _features(autoencoder.spec, source, settings)
+    # Dealt out before the finished ones are left out: processes that look at different moments share no shard.
+    mine = range(process, shard_count(source, settings), processes)
+    todo = [shard for shard in mine if not (destination / _shard_file(shard, source, settings)).is_file()]
+    total = sum(len(_rows(shard, source, settings)) for shard in todo)
+    label = "encoding" if processes == 1 else f"encoding (process 1 of {processes})"
+    with (
+        tqdm(total=total, desc=label, unit="image", smoothing=0.1, disable=process > 0 or not total) as bar,
+        ThreadPoolExecutor(settings.workers) as pool,
+    ):
+        for shard in todo:
+            rows = _encoded(source, _rows(shard, source, settings), autoencoder, settings, pool, bar)
+            with _whole_or_not(destination / _shard_file(shard, source, settings)) as aside:
+                _write_shard(aside, features, rows)
+
+
+def shard_count(source: ImageSource, settings: PrepareSettings) -> int:
+    return -(-len(source) // settings.shard_size)
+
+
+def describe(source: ImageSource, spec: AutoencoderSpec, settings: PrepareSettings) -> dict:
+    """What determines the prepared data, as `prepare.json` keeps it."""
+    return {
+        "format": 1,
+        "source": {"path": str(source.path), "images": len(source), "fingerprint": source.fingerprint()},
+        "size": settings.size,
+        "flip": settings.flip,
+        "image_format": settings.image_format,
+        "shard_size": settings.shard_size,
+        "batch_size": settings.batch_size,
+        "skip_bad": settings.skip_bad,
+        "autoencoder": spec.to_dict(),
+        "class_names": list(source.class_names),
+    }
+
+
+def finish(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, settings: PrepareSettings) -> None:
+    """Join the shards into one data set, by the two small files that `datasets.load_from_disk` looks for."""
+    destination = Path(destination)
+    files = [_shard_file(shard, source, settings) for shard in range(shard_count(source, settings))]
+    if missing := [name for name in files if not (destination / name).is_file()]:
+        raise UserError(f"{destination} still lacks {len(missing)} of {len(files)} shards; run the same command again")
+    features = _features(spec, source, settings).to_dict()
+    write_json(destination / "dataset_info.json", {"features": features})
+    state = {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": source.fingerprint(),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": "train",
+    }
+    write_json(destination / "state.json", state)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all."""
+    with _whole_or_not(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _content(value):
+    return {k: v for k, v in value.items() if k not in ("path", "name")} if isinstance(value, dict) else value
+
+
+def _shard_file(shard: int, source: ImageSource, settings: PrepareSettings) -> str:
+    return f"data-{shard:05d}-of-{shard_count(source, settings):05d}.arrow"
+
+
+def _rows(shard: int, source: ImageSource, settings: PrepareSettings) -> range:
+    return range(len(source))[shard * settings.shard_size : (shard + 1) * settings.shard_size]
+
+
+def _features(spec: AutoencoderSpec, source: ImageSource, settings: PrepareSettings):
+    from datasets import Array3D, ClassLabel, Features, Value
+    from datasets import Image as ImageFeature
+
+    side = settings.size // spec.downsample
+    moments = {}
+    if spec.name != "none":  # the pixels' moments would be the image again
+        names = ["moments", "moments_flipped"] if settings.flip else ["moments"]
+        moments = {name: Array3D((2 * spec.channels, side, side), "float16") for name in names}
+    return Features(
+        {
+            "image": ImageFeature(),
+            **moments,
+            "label": ClassLabel(names=list(source.class_names)),
+            "name": Value("string"),
+            "width": Value("int32"),
+            "height": Value("int32"),
+        }
+    )
+
+
+def _write_shard(path: Path, features, rows: Iterable[dict]) -> None:
+    from datasets.arrow_writer import ArrowWriter
+
+    with ArrowWriter(features=features, path=str(path), writer_batch_size=100) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+
+
+def _encoded(
+    source: ImageSource, rows: range, autoencoder: Autoencoder, settings: PrepareSettings, pool: ThreadPoolExecutor, bar
+) -> Iterator[dict]:
+    """The rows of one shard. Threads read and crop what comes next while a batch is encoded."""
+
+    def load(index: int):
+        try:
+            image = source.load(index)
+        except BadImage:
+            if settings.skip_bad:
+                return None
+            raise
+        cropped = center_crop(image, settings.size)
+        row = {
+            "image": {"bytes": encode_file(cropped, settings.image_format), "path": None},
+            "label": int(source.labels[index]),
+            "name": source.names[index],
+            "width": image.width,
+            "height": image.height,
+        }
+        return row, to_tensor(cropped)
+
+    loaded = (item for item in _ahead(pool, load, rows, 3 * settings.batch_size, bar) if item is not None)
+    while batch := list(itertools.islice(loaded, settings.batch_size)):
+        if autoencoder.spec.name == "none":
+            yield from (row for row, _ in batch)
+            continue
+        images = torch.stack([image for _, image in batch])
+        moments = {"moments": _moments(autoencoder, images)}
+        if settings.flip:
+            moments["moments_flipped"] = _moments(autoencoder, images.flip(-1))
+        for k, (row, _) in enumerate(batch):
+            yield row | {name: values[k] for name, values in moments.items()}
+
+
+def _moments(autoencoder: Autoencoder, images: torch.Tensor) -> np.ndarray:
+    device = autoencoder.model.device
+    moments = autoencoder.encode(images.to(device)).half()
+    if not moments.isfinite().all():
+        raise UserError(f"{autoencoder.spec.name} gives moments beyond float16's range; it cannot be used")
+    return moments.cpu().numpy()
+
+
+def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int, bar) -> Iterator:
+    """`map` in the pool's threads, in order, at most `depth` items ahead of what is consumed."""
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+                bar.update()
+        while waiting:
+            yield waiting.popleft().result()
+            bar.update()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@contextlib.contextmanager
+def _whole_or_not(path: Path):
+    """A name to write to, which becomes `path` once it is whole and on the disk; a fault leaves nothing."""
+    aside = path.with_name(f"{_ASIDE}{path.name}")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise UserError(
+            f"{path} could not be written ({error}; {free:.1f} GB free); make room and run the same command again"
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)

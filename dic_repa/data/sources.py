@@ -1,0 +1,196 @@
+"""Where images come from: a class-per-folder tree or a flat one with a labels file (each a folder, zip or tar), or a
+Hugging Face data set. All become an `ImageSource`, in an order that depends on names alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from dic_repa.data.files import FileTree, open_tree
+from dic_repa.data.images import EXTENSIONS, BadImage, decode_image
+from dic_repa.errors import UserError
+
+LABEL_FILES = ("dataset.json", "labels.json", "labels.csv")
+
+
+@dataclass
+class ImageSource:
+    """Labelled images: `names[i]`, `labels[i]` and the picture `load(i)`; `rejected` were no image by their names."""
+
+    path: str
+    names: Sequence[str]
+    labels: Sequence[int]
+    class_names: tuple[str, ...]
+    load_bytes: Callable[[int], bytes] = field(repr=False)
+    rejected: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, index: int) -> Image.Image:
+        """Image `index` as 8-bit RGB; BadImage names a damaged one."""
+        try:
+            data = self.load_bytes(index)
+        except OSError as error:
+            raise BadImage(f"{self.names[index]} cannot be read ({error}); restore it, or pass --skip-bad") from None
+        return decode_image(data, self.names[index])
+
+    def fingerprint(self) -> str:
+        """Of names, labels and classes: whether a resumed preparation still has the same images before it."""
+        digest = hashlib.blake2b(digest_size=12)
+        for value in (list(self.names), list(map(int, self.labels)), self.class_names):
+            digest.update(json.dumps(value).encode())
+        return digest.hexdigest()
+
+
+@dataclass
+class _ReadNamed:  # classes, since workers that are spawned take no closures
+    read: Callable[[str], bytes]
+    names: Sequence[str]
+
+    def __call__(self, index: int) -> bytes:
+        return self.read(self.names[index])
+
+
+@dataclass
+class _ReadColumn:
+    rows: Any
+    column: str
+
+    def __call__(self, index: int) -> bytes:
+        entry = self.rows[index][self.column]
+        return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+
+
+def open_source(path: str | Path, labels: str | Path | None = None, skip_bad: bool = False) -> ImageSource:
+    """The images at `path`: a folder, zip or tar (a class per folder, or flat with a `labels` file, by default
+    dataset.json, labels.json or labels.csv in it), or a Hugging Face data set, local or 'ID[:SPLIT]' on the hub.
+
+    A UserError for files that are no image (unless `skip_bad`), an empty class, or labels that miss files.
+    """
+    path = str(path)
+    if _is_hugging_face(path):
+        if labels:
+            raise UserError("a Hugging Face data set has its own labels; leave the labels file out")
+        return _open_hugging_face(path)
+    tree = open_tree(path)
+    inside = [name for name in LABEL_FILES if name in tree.names]
+    tree.names = [name for name in tree.names if name not in inside and Path(path, name) != Path(labels or "")]
+    rejected = tuple(name for name in tree.names if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
+    if rejected and not skip_bad:
+        raise UserError(f"{path}: {_named(rejected)} by name no image; remove what is none, or pass --skip-bad")
+    names = [name for name in tree.names if PurePosixPath(name).suffix.lower() in EXTENSIONS]
+    if not names:
+        raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    if labels or inside:
+        label_file = Path(labels) if labels else f"{path}/{inside[0]}"
+        text = label_file.read_bytes() if labels else tree.read(inside[0])
+        numbers, class_names = read_labels(text, str(label_file), names)
+    else:
+        numbers, class_names = _labels_of_folders(tree, names)
+    return ImageSource(path, names, numbers, class_names, _ReadNamed(tree.read, names), rejected)
+
+
+def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
+    """The label of each of `names`, and the classes, from CSV rows 'file,label' or from JSON, {file: label} or
+    {"labels": [[file, label], ...]}. Labels are class numbers, or names, which are numbered in sorted order.
+    """
+    try:
+        if label_file.endswith(".json"):
+            content = json.loads(text)
+            content = content.get("labels", content)
+            table = dict(content)
+        else:
+            rows = [row[:2] for row in csv.reader(io.StringIO(text.decode("utf-8-sig"))) if row]
+            table = dict(rows)
+        table = {str(name).replace("\\", "/"): label for name, label in table.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{label_file} is no labels file: it takes CSV rows 'file,label', or JSON ({error})") from None
+    if missing := [name for name in names if name not in table]:
+        raise UserError(f"{label_file} misses {_named(missing)} in it; add them, or remove the files")
+    given = [table[name] for name in names]
+    if all(isinstance(label, int) or str(label).isdigit() for label in given):
+        numbers = [int(label) for label in given]
+        return numbers, tuple(str(k) for k in range(max(numbers) + 1))
+    class_names = tuple(sorted(set(map(str, given))))
+    index = {name: k for k, name in enumerate(class_names)}
+    return [index[str(label)] for label in given], class_names
+
+
+def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tuple[str, ...]]:
+    """The class is the first folder, below any folders that hold everything (the 'train/' of a zip)."""
+    depth = 0
+    while len({name.split("/")[depth] for name in names}) == 1 and all(name.count("/") > depth + 1 for name in names):
+        depth += 1
+    if loose := [name for name in names if name.count("/") <= depth]:
+        raise UserError(f"{tree.path}: {_named(loose)} in no class folder; move them, or give a labels file (--labels)")
+    classes = [name.split("/")[depth] for name in names]
+    base = "".join(part + "/" for part in names[0].split("/")[:depth])
+    folders = {folder[len(base) :].split("/")[0] for folder in tree.folders if folder.startswith(base)} - {""}
+    if empty := sorted(folders - set(classes)):
+        raise UserError(f"{tree.path}: class {_named(empty)} without images; fill or remove the folder")
+    class_names = tuple(sorted(set(classes)))
+    index = {name: k for k, name in enumerate(class_names)}
+    return [index[name] for name in classes], class_names
+
+
+def _is_hugging_face(path: str) -> bool:
+    local = Path(path)
+    if local.is_dir():
+        return any((local / name).is_file() for name in ("state.json", "dataset_dict.json")) or bool(
+            list(local.glob("*.parquet")) or list(local.glob("data/*.parquet"))
+        )
+    return not local.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def _open_hugging_face(path: str) -> ImageSource:
+    import datasets
+
+    place, _, split = (path, "", "") if Path(path).exists() else path.partition(":")
+    try:
+        if (Path(place) / "state.json").is_file() or (Path(place) / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(place)
+            data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
+        else:
+            data = datasets.load_dataset(place, split=split or "train")
+    except Exception as error:  # anything from ConnectionError to DatasetNotFoundError and ValueError
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        raise UserError(
+            f"the data set {path} cannot be loaded ({reason}); where the hub cannot be reached, download it elsewhere "
+            "(`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
+        ) from None
+    image = _only_column(data, datasets.Image, "image", path)
+    label = _only_column(data, datasets.ClassLabel, "label", path)
+    rows = data.cast_column(image, datasets.Image(decode=False))
+    class_names = tuple(data.features[label].names)
+    labels = [int(value) for value in data.with_format(None)[label]]
+    if unlabelled := sum(not 0 <= value < len(class_names) for value in labels):
+        raise UserError(f"{path}: {unlabelled} images have no label; choose another split, ID:SPLIT")
+
+    names = [f"{path}#{k}" for k in range(len(labels))]
+    return ImageSource(path, names, labels, class_names, _ReadColumn(rows, image))
+
+
+def _only_column(data, kind: type, preferred: str, path: str) -> str:
+    found = [name for name, feature in data.features.items() if isinstance(feature, kind)]
+    if preferred in found or len(found) == 1:
+        return preferred if preferred in found else found[0]
+    raise UserError(
+        f"{path} has no {kind.__name__} column '{preferred}' (columns: {', '.join(data.features)}); "
+        f"rename or cast one to datasets.{kind.__name__}"
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    """'3 files are (a, b, ...)': how many, and the first few."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} ({shown}) {'is' if len(names) == 1 else 'are'}"
