@@ -1,21 +1,28 @@
 """What an encoder is, and the table in which encoders are found by name.
 
-A name that ends in a colon files a *family*: `create_encoder("timm:vit_small_patch14_dinov2")` calls the factory
-filed under `timm:` with `vit_small_patch14_dinov2` as its first argument.
+Besides the names filed here, an encoder may be `package.module:factory` or an entry point of the group
+`dic_repa.encoders`. A name that ends in a colon files a *family*:
+`create_encoder("timm:vit_small_patch14_dinov2")` calls the factory filed under `timm:` with `vit_small_patch14_dinov2`
+as its first argument.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.plugins import entry_points, find_factory
 from dic_repa.registry import Registry
 
+GROUP = "dic_repa.encoders"
 _encoders = Registry("encoder")
 
 
@@ -37,6 +44,18 @@ class Encoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a list says of an encoder without building it: an optional attribute `card` of its class or function."""
+
+    width: int  # of a token
+    patch: int  # pixels of the image that the network sees
+    tokens: int  # for an image of 256x256
+    parameters: float  # in millions
+    source: str  # of the weights
+    licence: str  # of the weights
+
+
 def register_encoder(name: str) -> Callable[[Any], Any]:
     """Decorator that files a class or function under `name`; called with the options it returns an `Encoder`.
 
@@ -46,15 +65,23 @@ def register_encoder(name: str) -> Callable[[Any], Any]:
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
-    """The sorted names that match a shell `pattern`; one with a colon at its end is a family, such as `timm:`."""
-    return _encoders.names(pattern)
+    """The sorted names that match a shell `pattern`; one with a colon at its end is a family, such as `timm:`.
+
+    Entry points of other installed packages are among them.
+    """
+    return sorted(fnmatch.filter({*_encoders.names(), *entry_points(GROUP)}, pattern))
+
+
+def encoder_card(name: str) -> Card | None:
+    """What the encoder says of itself; None where it says nothing. A UserError for an unknown name."""
+    return getattr(find_factory(_encoders, GROUP, name), "card", None)
 
 
 def create_encoder(name: str, **options: Any) -> Encoder:
-    """Build the encoder filed under `name`; the options are those of its class or function.
+    """Build the encoder of that `name`, frozen; the options are those of its class or function.
 
-    Raises UserError for an unknown name or option, with the near ones, and for whatever the encoder itself cannot mend
-    (weights that cannot be fetched or do not fit).
+    Raises UserError for an unknown name or option, with the near ones, for what is no encoder, and for whatever the
+    encoder itself cannot mend (weights that cannot be fetched or do not fit).
     """
     factory = _find(name)
     parameters = inspect.signature(factory).parameters
@@ -62,7 +89,33 @@ def create_encoder(name: str, **options: Any) -> Encoder:
         for option in options:
             if option not in parameters:
                 raise unknown_name(f"option of encoder {name}:", option, parameters)
-    return factory(**options)
+    encoder = factory(**options)
+    if isinstance(encoder, nn.Module):
+        encoder.eval().requires_grad_(False)
+    return encoder
+
+
+@torch.no_grad()
+def check_tokens(name: str, encoder: Encoder, images: Tensor) -> Tensor:
+    """The tokens of `images` (B, C, H, W), after a look at whether they keep the protocol; a UserError says how not."""
+    missing = [part for part in ("embed_dim", "token_grid", "__call__") if not hasattr(encoder, part)]
+    if missing:
+        raise UserError(
+            f"encoder '{name}' gives a {type(encoder).__name__} without {' and '.join(missing)}; an encoder has "
+            "embed_dim, token_grid(size) and a call from images to tokens"
+        )
+    size = tuple(images.shape[-2:])
+    rows, columns = encoder.token_grid(size)
+    tokens = encoder(images)
+    expected = (len(images), rows * columns, encoder.embed_dim)
+    if tuple(getattr(tokens, "shape", ())) != expected:
+        shape = tuple(getattr(tokens, "shape", ())) or type(tokens).__name__
+        raise UserError(
+            f"the tokens of encoder '{name}' are no grid: its token_grid of {size} is {rows}x{columns} and its "
+            f"embed_dim {encoder.embed_dim}, so tokens {expected} are due, but it gives {shape}; leave out class and "
+            "register tokens"
+        )
+    return tokens
 
 
 def _find(name: str) -> Callable[..., Encoder]:
@@ -71,4 +124,4 @@ def _find(name: str) -> Callable[..., Encoder]:
         if not model_name:
             raise UserError(f"encoder '{name}' is a family; put a model's name behind the colon")
         return functools.partial(_encoders.get(family + colon), model_name)
-    return _encoders.get(name)
+    return find_factory(_encoders, GROUP, name)

@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dic_repa.encoders.base import register_encoder
+from dic_repa.encoders.base import Card, register_encoder
 from dic_repa.encoders.vit import FrozenViT
 from dic_repa.errors import UserError
 from dic_repa.weights import load_weights, read_tensors
@@ -63,6 +63,8 @@ class DigitsViT(FrozenViT):
     `weights`: a file that `python -m dic_repa.encoders.train_digits_vit --out` wrote, instead of the weights in the
     package. Raises UserError when they cannot be read or do not fit.
     """
+
+    card = Card(96, 4, 49, 0.2, "in this package", "Apache-2.0")
 
     def __init__(self, weights: str | PathLike | None = None, layer: int = -1):
         path = weights or resources.files("dic_repa.encoders").joinpath("weights/digits_vit.safetensors")

@@ -22,9 +22,10 @@ class TimmViT(FrozenViT):
     `pixels_per_token`: the stride of the token grid in pixels of the image. Images are resized (bicubic) so that it
     holds; the default of 16 is REPA's preprocessing, in which 256 px give 16x16 tokens whatever the patch size (patch
     14: 224 px). Position embeddings are resampled to the grid.
-    `weights`: a safetensors file or plain state dict, in timm's layout or one that timm converts (DINOv2's own, for
-    example).
+    `weights`: a safetensors file or plain state dict, in timm's layout or one that is converted to it: those of DINO,
+    DINOv2, DINOv3, CLIP, MAE, PE (by timm), MoCo v3 and I-JEPA.
     `pretrained`: fetch timm's weights from the hub where no file is given; False leaves them random.
+    `norm`: whether the tokens pass the model's final norm. `mean` and `std` of the channels default to timm's.
     `model_args` go to `timm.create_model`.
 
     Raises UserError for an unknown model, one that is not a ViT, weights that cannot be fetched and weights that do
@@ -38,6 +39,9 @@ class TimmViT(FrozenViT):
         pretrained: bool = True,
         layer: int = -1,
         pixels_per_token: int = 16,
+        norm: bool = True,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         **model_args: Any,
     ):
         if pixels_per_token < 1:
@@ -45,7 +49,8 @@ class TimmViT(FrozenViT):
         model = _build(model_name, pretrained and weights is None, model_args)
         if weights is not None:
             _load_file(model, weights)
-        super().__init__(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], layer)
+        config = model.pretrained_cfg
+        super().__init__(model, mean or config["mean"], std or config["std"], layer, norm)
         self.pixels_per_token = pixels_per_token
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -78,10 +83,11 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **model_args)
     except OSError as error:
+        hub = model.pretrained_cfg.get("hf_hub_id")
+        what = f"model.safetensors of '{hub}' on the Hugging Face hub" if hub else model.pretrained_cfg["url"]
         raise UserError(
-            f"the weights of '{name}' cannot be fetched from the Hugging Face hub; on a machine that reaches it fetch "
-            f"model.safetensors of '{model.pretrained_cfg['hf_hub_id']}', put it on this one and give its path with "
-            "weights=FILE"
+            f"the weights of '{name}' cannot be fetched from here; on a machine that can, fetch {what}, put it on this "
+            "one and give its path with weights=FILE"
         ) from error
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(":.")
@@ -91,7 +97,7 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
 
 
 def _load_file(model: nn.Module, path: str | PathLike) -> None:
-    state, _ = read_tensors(path)
+    state = without_wrappers(read_tensors(path)[0])
     # timm keeps a converter beside each architecture, for other key layouts and other grids of position embeddings.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
@@ -105,3 +111,22 @@ def _load_file(model: nn.Module, path: str | PathLike) -> None:
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key in own or not key.startswith("head.")}
     load_weights(model, state, path)
+
+
+# In MoCo v3's ViT-L, as RCG distributes it, a renaming went through the layers' names.
+_MISSPELT = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks.13.mlp.fc1"}
+_MISSPELT |= {"blocks.14.norm14": "blocks.14.norm2", "blocks.14.mlp.fc14": "blocks.14.mlp.fc2"}
+
+
+def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the ViT inside a training checkpoint whose layout timm does not know.
+
+    MoCo v3 keeps the encoder as `module.base_encoder`, beside its momentum encoder, I-JEPA as `module`.
+    """
+    prefixes = [p for p in ("module.base_encoder.", "module.") if any(key.startswith(p + "blocks.") for key in state)]
+    if not prefixes:
+        return state
+    state = {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
+    for wrong, right in _MISSPELT.items():
+        state = {key.replace(wrong, right): value for key, value in state.items()}
+    return state

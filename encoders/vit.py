@@ -1,4 +1,4 @@
-"""Vision transformers from timm as frozen encoders: their patch tokens, after the final norm, are the targets."""
+"""Vision transformers from timm as frozen encoders: their patch tokens are the targets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ class FrozenViT(nn.Module):
 
     `model` has timm's `forward_intermediates` and `embed_dim`; `mean` and `std` normalise each of its input channels.
     `layer` is the index of the block whose tokens are given, counted as in a list (-1: the last); they pass the final
-    norm whichever it is.
+    norm whichever it is, unless `norm` is False.
     """
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], layer: int = -1):
+    def __init__(
+        self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], layer: int = -1, norm: bool = True
+    ):
         super().__init__()
         depth = len(model.blocks)
         if not -depth <= layer < depth:
@@ -25,7 +27,7 @@ class FrozenViT(nn.Module):
                 f"layer {layer} does not exist: the encoder has {depth} blocks, 0 to {depth - 1} or -1 to {-depth}"
             )
         self.model = model
-        self.layer = layer
+        self.layer, self.norm = layer, norm
         self.embed_dim: int = model.embed_dim
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -54,7 +56,7 @@ class FrozenViT(nn.Module):
         images = _match_channels(images, len(self.mean))
         images = self.resize((images - self.mean) / self.std)
         (tokens,) = self.model.forward_intermediates(
-            images, indices=[self.layer], norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+            images, indices=[self.layer], norm=self.norm, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
         return tokens
 

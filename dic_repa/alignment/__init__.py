@@ -3,5 +3,18 @@
 from dic_repa.alignment.aligned import AlignedDenoiser, AlignedOutput, Alignment
 from dic_repa.alignment.heads import heads, register_head
 from dic_repa.alignment.losses import manifold_loss, token_loss
+from dic_repa.alignment.schedules import schedules, time_weights
+from dic_repa.alignment.targets import targets
 
-__all__ = ["AlignedDenoiser", "AlignedOutput", "Alignment", "heads", "manifold_loss", "register_head", "token_loss"]
+__all__ = [
+    "AlignedDenoiser",
+    "AlignedOutput",
+    "Alignment",
+    "heads",
+    "manifold_loss",
+    "register_head",
+    "schedules",
+    "targets",
+    "time_weights",
+    "token_loss",
+]

@@ -6,31 +6,54 @@ no change to be aligned. Encoders are frozen and stay outside: they are neither 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dic_repa.alignment.heads import heads
+from dic_repa.alignment.heads import find_head
 from dic_repa.alignment.losses import manifold_loss, token_loss
+from dic_repa.alignment.schedules import schedules, time_weights
+from dic_repa.alignment.targets import targets
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.cost import forward_on_meta
+from dic_repa.objectives.base import from_spec
+
+Spec = str | Mapping[str, Any] | Callable  # a registered name, a mapping of `name` and arguments, or the thing itself
 
 
 class Alignment(nn.Module):
-    """One tap aligned to one encoder: the head, and the loss `weight * (token + manifold_weight * manifold)`.
+    """One tap aligned to one encoder: the head, and the loss
+    `weight * schedule(step) * mean(time_weight(t) * (token + manifold_weight * manifold))`.
 
     Args:
         tap: name of a submodule of the denoiser whose output is a feature map (B, C, h, w), such as 'mid.3'.
-        head: module of (feature, t) that gives tokens (B, N, embed_dim).
+        head: module of (feature, t in [0, 1]) that gives tokens (B, N, embed_dim).
         weight: lambda of the paper.
         manifold_weight: w of the paper.
+        target: what is done to the encoder's tokens first: 'tokens' (nothing) or 'spatial-norm'.
+        time_weight: the weight over t: 'constant' or 'v-shape'.
+        schedule: the weight over steps: 'constant', 'cosine', 'stop' or 'stop-at-similarity'.
     """
 
-    def __init__(self, tap: str, head: nn.Module, weight: float = 0.5, manifold_weight: float = 3.0):
+    def __init__(
+        self,
+        tap: str,
+        head: nn.Module,
+        weight: float = 0.5,
+        manifold_weight: float = 3.0,
+        target: Spec = "tokens",
+        time_weight: Spec = "constant",
+        schedule: Spec = "constant",
+    ):
         super().__init__()
         self.tap, self.head = tap, head
         self.weight, self.manifold_weight = weight, manifold_weight
+        self.target = from_spec(lambda name, **options: targets.get(name)(**options), target)
+        self.time_weight = from_spec(lambda name, **options: time_weights.get(name)(**options), time_weight)
+        self.schedule = from_spec(lambda name, **options: schedules.get(name)(**options), schedule)
 
     @classmethod
     def build(
@@ -43,6 +66,9 @@ class Alignment(nn.Module):
         head: str = "mlp",
         weight: float = 0.5,
         manifold_weight: float = 3.0,
+        target: Spec = "tokens",
+        time_weight: Spec = "constant",
+        schedule: Spec = "constant",
         **head_options,
     ) -> Alignment:
         """The alignment of `denoiser` at `tap` to an encoder of width `embed_dim` and token `grid`.
@@ -51,23 +77,38 @@ class Alignment(nn.Module):
         UserError lists the near names of an unknown tap or head, and says what a tap gives if it is no feature map.
         """
         channels = tap_channels(denoiser, tap, size)
-        factory = heads.get(head)
+        factory = find_head(head)
         try:
             module = factory(channels, embed_dim, tuple(grid), **head_options)
         except TypeError as error:
             raise UserError(f"head '{head}' does not take these options: {error}") from None
-        return cls(tap, module, weight, manifold_weight)
+        return cls(tap, module, weight, manifold_weight, target, time_weight, schedule)
 
-    def loss(self, projection: Tensor, target: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of projection (B, N, D) against target (B, N, D) at times t (B,), a float32 scalar.
+    def loss(
+        self, projection: Tensor, tokens: Tensor | None, t: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of projection (B, N, D) against an encoder's tokens (B, N, D) at times t (B,) in [0, 1], a
+        float32 scalar; `scale` is the schedule's factor.
 
-        The second result holds its two terms, detached, for the log.
+        The second result holds its two terms, detached, for the log. Without tokens, as at a scale of 0, the loss is a
+        zero that still reaches the head: its gradients must be there for processes to exchange.
         """
+        if tokens is None:
+            return projection.float().sum() * 0.0, {}
+        target = self.target(tokens)
         token, manifold = token_loss(projection, target), projection.new_zeros(1, dtype=torch.float32)
         if self.manifold_weight:
             manifold = manifold_loss(projection, target)
-        loss = self.weight * (token + self.manifold_weight * manifold).mean()
-        return loss, {"token": token.detach().mean(), "manifold": manifold.detach().mean()}
+        per_image = self.time_weight(t) * (token + self.manifold_weight * manifold)
+        return self.weight * scale * per_image.mean(), {
+            "token": token.detach().mean(),
+            "manifold": manifold.detach().mean(),
+        }
+
+    def observe(self, terms: dict[str, Tensor], reduce: Callable[[Tensor, str], Tensor]) -> None:
+        """Tell a schedule that asks for it the similarity of one pass; `reduce(tensor, "mean")` is over processes."""
+        if terms and hasattr(self.schedule, "observe"):
+            self.schedule.observe(reduce(-terms["token"], "mean"))
 
 
 @dataclass
@@ -81,7 +122,8 @@ class AlignedOutput:
 class AlignedDenoiser(nn.Module):
     """`aligned(x, t, y)` runs the denoiser once and each alignment's head on what its tap gave.
 
-    Any module with `forward(x, t, y)` will do as the denoiser.
+    Any module with `forward(x, t, y)` will do as the denoiser. Heads see `unit_time`, the time in [0, 1], where that is
+    not t itself (DDPM counts steps).
     """
 
     def __init__(self, denoiser: nn.Module, alignments: list[Alignment] | tuple[Alignment, ...] = ()):
@@ -98,9 +140,10 @@ class AlignedDenoiser(nn.Module):
 
         return hook
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> AlignedOutput:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, unit_time: Tensor | None = None) -> AlignedOutput:
         prediction = self.denoiser(x, t, y)
-        projections = [alignment.head(self._tapped[alignment.tap], t) for alignment in self.alignments]
+        time = t if unit_time is None else unit_time
+        projections = [alignment.head(self._tapped[alignment.tap], time) for alignment in self.alignments]
         self._tapped.clear()  # the feature maps would live on until the next step
         return AlignedOutput(prediction, projections)
 

@@ -1,0 +1,167 @@
+"""The encoders that the literature aligns with, by short names: a table of data, read by `TimmViT`.
+
+Preprocessing is REPA's where REPA has the encoder: images are normalised by the mean and std below and resized
+(bicubic, no antialiasing) to one token for 16 pixels, so that 256 px become 224 for a patch of 14 and stay 256 for a
+patch of 16.
+As in REPA, the tokens of CLIP and MAE are those before the final norm. REPA names them dinov1, jepa and clip-vit-L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from types import MappingProxyType
+from typing import Any
+
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from dic_repa.encoders.base import Card, register_encoder
+from dic_repa.encoders.timm_vit import TimmViT
+from dic_repa.errors import UserError
+
+IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+CLIP = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+HALF = (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)  # 0.5: images in [-1, 1]
+NON_COMMERCIAL = "CC BY-NC 4.0"
+
+
+@dataclass(frozen=True)
+class Family(Card):
+    """A row of the table."""
+
+    model: str = ""  # timm's name of the architecture, and of its weights where timm has them
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    norm: bool = True  # whether the tokens pass the final norm
+    in_timm: bool = True  # False: the weights must be fetched by hand, from `source`
+    model_args: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def _dinov2(size: str, width: int, parameters: float, registers: bool = False) -> Family:
+    model = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m"
+    return Family(width, 14, 256, parameters, f"hub:timm/{model}", "Apache-2.0", model)
+
+
+def _hub(width: int, patch: int, parameters: float, model: str, licence: str, hub: str = "", **options) -> Family:
+    return Family(width, patch, 256, parameters, f"hub:timm/{hub or model}", licence, model, **options)
+
+
+def _file(width: int, patch: int, parameters: float, model: str, source: str, licence: str, **options) -> Family:
+    return Family(width, patch, 256, parameters, source, licence, model, **options)
+
+
+def _siglip2(width: int, parameters: float, size: str) -> Family:
+    return _hub(width, 16, parameters, f"vit_{size}_patch16_siglip_256.v2_webli", "Apache-2.0", statistics=HALF)
+
+
+def _pe(width: int, patch: int, parameters: float, name: str) -> Family:
+    return _hub(width, patch, parameters, f"vit_pe_{name}.fb", "Apache-2.0", statistics=HALF)
+
+
+_DINOV3 = "DINOv3 licence"
+_MOCO = "https://dl.fbaipublicfiles.com/moco-v3/vit-{0}-300ep/vit-{0}-300ep.pth.tar"
+_IJEPA = "https://dl.fbaipublicfiles.com/ijepa/{0}.pth.tar"
+# MoCo v3's small ViT has twice the heads of timm's.
+_MOCO_OPTIONS = {"in_timm": False}
+_MOCO_SMALL = _MOCO_OPTIONS | {"model_args": MappingProxyType({"num_heads": 12})}
+
+FAMILIES: dict[str, Family] = {
+    "dinov2-vit-s": _dinov2("small", 384, 22.1),
+    "dinov2-vit-b": _dinov2("base", 768, 86.6),
+    "dinov2-vit-l": _dinov2("large", 1024, 304.4),
+    "dinov2-vit-g": _dinov2("giant", 1536, 1136.5),
+    "dinov2reg-vit-s": _dinov2("small", 384, 22.1, registers=True),
+    "dinov2reg-vit-b": _dinov2("base", 768, 86.6, registers=True),
+    "dinov2reg-vit-l": _dinov2("large", 1024, 304.4, registers=True),
+    "dinov2reg-vit-g": _dinov2("giant", 1536, 1136.5, registers=True),
+    "dinov3-vit-s": _hub(384, 16, 21.6, "vit_small_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-s+": _hub(384, 16, 28.7, "vit_small_plus_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-b": _hub(768, 16, 85.6, "vit_base_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-l": _hub(1024, 16, 303.1, "vit_large_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-h+": _hub(1280, 16, 840.5, "vit_huge_plus_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-7b": _hub(4096, 16, 6716.0, "vit_7b_patch16_dinov3.lvd1689m", _DINOV3),
+    "dino-vit-s": _hub(384, 16, 21.7, "vit_small_patch16_224.dino", "Apache-2.0"),
+    "dino-vit-b": _hub(768, 16, 85.8, "vit_base_patch16_224.dino", "Apache-2.0"),
+    # OpenAI's own networks have the quick GELU, an approximation, and give other tokens with the exact one.
+    "clip-vit-b": _hub(
+        768,
+        16,
+        85.8,
+        "vit_base_patch16_clip_quickgelu_224.openai",
+        "MIT",
+        "vit_base_patch16_clip_224.openai",
+        statistics=CLIP,
+        norm=False,
+    ),
+    "clip-vit-l": _hub(
+        1024,
+        14,
+        303.2,
+        "vit_large_patch14_clip_quickgelu_224.openai",
+        "MIT",
+        "vit_large_patch14_clip_224.openai",
+        statistics=CLIP,
+        norm=False,
+    ),
+    "siglip2-vit-b": _siglip2(768, 92.9, "base"),
+    "siglip2-vit-l": _siglip2(1024, 316.0, "large"),
+    "siglip2-vit-so400m": _siglip2(1152, 427.9, "so400m"),
+    "siglip2-vit-g": _siglip2(1536, 1163.2, "giantopt"),
+    "mae-vit-b": _hub(768, 16, 85.8, "vit_base_patch16_224.mae", NON_COMMERCIAL, norm=False),
+    "mae-vit-l": _hub(1024, 16, 303.3, "vit_large_patch16_224.mae", NON_COMMERCIAL, norm=False),
+    "mae-vit-h": _hub(1280, 14, 630.8, "vit_huge_patch14_224.mae", NON_COMMERCIAL, norm=False),
+    "mocov3-vit-s": _file(384, 16, 21.7, "vit_small_patch16_224", _MOCO.format("s"), NON_COMMERCIAL, **_MOCO_SMALL),
+    "mocov3-vit-b": _file(768, 16, 85.8, "vit_base_patch16_224", _MOCO.format("b"), NON_COMMERCIAL, **_MOCO_OPTIONS),
+    "mocov3-vit-l": _file(
+        1024, 16, 303.3, "vit_large_patch16_224", "https://github.com/LTH14/rcg", "MIT", **_MOCO_OPTIONS
+    ),
+    "ijepa-vit-h": _file(
+        1280, 14, 630.8, "vit_huge_patch14_gap_224.in1k_ijepa", _IJEPA.format("IN1K-vit.h.14-300e"), NON_COMMERCIAL
+    ),
+    "ijepa-vit-g": _file(
+        1408, 16, 1011.4, "vit_giant_patch16_gap_224.in22k_ijepa", _IJEPA.format("IN22K-vit.g.16-600e"), NON_COMMERCIAL
+    ),
+    "pe-core-t": _pe(192, 16, 6.0, "core_tiny_patch16_384"),
+    "pe-core-s": _pe(384, 16, 23.6, "core_small_patch16_384"),
+    "pe-core-b": _pe(768, 16, 92.9, "core_base_patch16_224"),
+    "pe-core-l": _pe(1024, 14, 316.1, "core_large_patch14_336"),
+    "pe-core-g": _pe(1536, 14, 1880.1, "core_gigantic_patch14_448"),
+    "pe-spatial-t": _pe(192, 16, 5.7, "spatial_tiny_patch16_512"),
+    "pe-spatial-s": _pe(384, 16, 22.0, "spatial_small_patch16_512"),
+    "pe-spatial-b": _pe(768, 16, 86.4, "spatial_base_patch16_512"),
+    "pe-spatial-l": _pe(1024, 14, 304.0, "spatial_large_patch14_448"),
+    "pe-spatial-g": _pe(1536, 14, 1851.9, "spatial_gigantic_patch14_448"),
+}
+
+
+def _register(name: str, family: Family) -> None:
+    def create(
+        weights: str | PathLike | None = None,
+        pretrained: bool = True,
+        layer: int = -1,
+        pixels_per_token: int = 16,
+        **model_args: Any,
+    ) -> TimmViT:
+        if pretrained and weights is None and not family.in_timm:
+            raise UserError(
+                f"timm has no weights of '{name}'; fetch them from {family.source} and give weights=FILE, or "
+                "pretrained=False for random ones"
+            )
+        mean, std = family.statistics
+        options = {"norm": family.norm, "mean": mean, "std": std} | dict(family.model_args) | model_args
+        return TimmViT(family.model, weights, pretrained, layer, pixels_per_token, **options)
+
+    create.__qualname__ = f"{name}"  # tells the registry one row from another
+    create.card = family
+    register_encoder(name)(create)
+
+
+for _name, _family in FAMILIES.items():
+    _register(_name, _family)
