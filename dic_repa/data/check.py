@@ -39,10 +39,12 @@ def check_prepared(path: str | Path, source: ImageSource, autoencoder: Autoencod
 
     Writes preview.png (above the image, below it its round trip) and check.json into the folder.
     """
+    import datasets
+
     path = Path(path)
     settings = read_settings(path)
     data = Prepared(path, settings["size"] // autoencoder.spec.downsample, flip=False)
-    table = data.rows.with_format(None)
+    table = datasets.load_from_disk(str(path)).select_columns(["label", "name", "width", "height"])
     counts = Counter(table["label"])
     names = data.class_names
     by_size = sorted((counts[k], k) for k in range(len(names)))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
+import io
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
-from dic_repa.data.images import decode_image, to_tensor
+from dic_repa.data.images import to_tensor
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.prepare import SETTINGS_FILE
 from dic_repa.errors import UserError
@@ -33,35 +38,73 @@ class Prepared(LatentDataset):
     def __init__(
         self, path: str | Path, size: int, split: str = "train", autoencoder: str | None = None, flip: bool = True
     ):
-        import datasets
-
-        settings = read_settings(path)
-        if not (Path(path) / "state.json").is_file():
+        settings, state = read_settings(path), Path(path) / "state.json"
+        if not state.is_file():
             raise UserError(f"the preparation of {path} was not finished; run its `dic-repa prepare` again")
         self.path, self.size = Path(path), size
         self.spec = prepared_spec(path, autoencoder)
         self.class_names = tuple(settings["class_names"])
         self.check_size(size, settings["size"] // self.spec.downsample, str(path))
-        self.rows = datasets.load_from_disk(str(path)).with_format("arrow")
         self.flip = flip and settings["flip"]
+        self.files = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
 
     def __len__(self) -> int:
-        return len(self.rows) * (2 if self.flip else 1)
+        return self.count * (2 if self.flip else 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = self.rows[index % len(self.rows)]
-        flipped = index >= len(self.rows)
-        stored = row["image"][0]["bytes"].as_py()
-        image = to_tensor(decode_image(stored, f"{self.path}, image {index}"))
-        image = image.flip(-1) if flipped else image
-        sample = {"image": image, "label": torch.tensor(row["label"][0].as_py())}
+        flipped, index = divmod(index, self.count)
+        k = bisect.bisect_right(self._parts.starts, index) - 1
+        part, row = self._parts.columns[k], index - self._parts.starts[k]
+        with Image.open(io.BytesIO(part["image"][row].as_py())) as picture:
+            image = to_tensor(picture)
+        sample = {"image": image.flip(-1) if flipped else image, "label": torch.tensor(part["label"][row])}
         if self.spec.name == "none":
-            return sample | {"x": image * 2 - 1}
-        values = _flat(row["moments_flipped" if flipped else "moments"].chunk(0))
-        shape = (2 * self.spec.channels, self.size, self.size)
-        return sample | {"moments": torch.from_numpy(values.reshape(shape).copy())}
+            return sample | {"x": sample["image"] * 2 - 1}
+        return sample | {"moments": torch.tensor(part["moments_flipped" if flipped else "moments"][row])}
+
+    @property
+    def count(self) -> int:
+        """Images, not counting the mirrored ones."""
+        return self._parts.starts[-1]
+
+    @cached_property
+    def _parts(self) -> _Parts:
+        return _open_parts([self.path / name for name in self.files], (2 * self.spec.channels, self.size, self.size))
+
+    def __getstate__(self) -> dict:
+        # A worker that is spawned maps the files anew; pickled arrays would be copies of all of the data.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "autoencoder")}
+
+
+@dataclass
+class _Parts:
+    """The record batches of all shards: `starts` of each, and the total; its columns as arrays that map the files."""
+
+    starts: list[int]
+    columns: list[dict]
+
+
+def _open_parts(files: list[Path], shape: tuple[int, int, int]) -> _Parts:
+    # Straight from Arrow, since the rows that `datasets` formats take longer than decoding the image.
+    import datasets  # noqa: F401  makes its array types known to Arrow
+    import pyarrow as pa
+
+    starts, columns = [0], []
+    for file in files:
+        try:
+            batches = pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{file} is missing or damaged ({error}); remove it and prepare again") from None
+        for batch in batches:
+            part = {"image": batch["image"].field("bytes"), "label": batch["label"].to_numpy()}
+            for name in ("moments", "moments_flipped"):
+                if name in batch.schema.names:
+                    part[name] = _flat(batch[name]).reshape(-1, *shape)
+            columns.append(part)
+            starts.append(starts[-1] + len(batch))
+    return _Parts(starts, columns)
 
 
 def read_settings(path: str | Path) -> dict:
@@ -84,7 +127,7 @@ def prepared_spec(path: str | Path, autoencoder: str | None = None) -> Autoencod
 
 
 def _flat(array) -> np.ndarray:
-    """The values of a one-row Array3D column, as they lie in the file."""
+    """The values of an Array3D column, as they lie in the file."""
     values = array.storage
     while hasattr(values, "flatten") and values.type.num_fields:
         values = values.flatten()

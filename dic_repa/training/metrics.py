@@ -1,6 +1,6 @@
 """What a run tells while it goes on: a progress bar, metrics.jsonl, and at the end a picture of the curves.
 
-Sums stay on the device between two log steps, so that logging costs one synchronisation each time and none in between.
+Sums stay on the device between two log steps, so that logging waits for the device then and never in between.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dic_repa.recipe import TrainSection
-from dic_repa.training.run_folder import RunFolder, describe_environment
+from dic_repa.training.run_folder import RunFolder, describe_environment, write_whole
 
 
 class MetricLog:
     """Averages of the losses over the steps since the last log step, over all processes; written by the main one.
 
     A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (their
-    terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate; images_per_second; seconds.
+    terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate; images_per_second; data_wait
+    (the share of the time in which the next batch was not there yet; a GPU works on meanwhile, so it idles at most
+    that share); seconds.
     """
 
     def __init__(self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int):
         self.run, self.accelerator, self.settings, self.start = run, accelerator, settings, start
         self.sums: dict[str, Tensor] = {}
-        self.images, self.pause = 0, 0.0
+        self.images, self.pause, self.wait = 0, 0.0, 0.0
 
     def __enter__(self) -> MetricLog:
         if self.accelerator.is_main_process:
             environment = describe_environment(str(self.accelerator.device), self.accelerator.num_processes)
             sessions = []  # one entry for each time that the run was started or resumed
-            if self.run.environment_file.is_file():
+            with contextlib.suppress(OSError, ValueError):
                 sessions = json.loads(self.run.environment_file.read_text())
-            self.run.environment_file.write_text(json.dumps([*sessions, environment], indent=2) + "\n")
+            write_whole(self.run.environment_file, json.dumps([*sessions, environment], indent=2) + "\n")
         self.bar = tqdm(
             total=self.settings.steps,
             initial=self.start,
@@ -58,6 +60,17 @@ class MetricLog:
             from dic_repa.training.curves import save_curves
 
             save_curves([self.run])
+
+    def waiting(self, batches: Iterator) -> Iterator:
+        """The same batches; the time until each is there counts as waiting."""
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.wait += time.perf_counter() - begin
+            yield batch
 
     def add(self, loss: Tensor, denoising: Tensor, terms: list[dict[str, Tensor]], share: float) -> None:
         """Count the losses of one pass, which is that `share` of a step."""
@@ -83,9 +96,10 @@ class MetricLog:
             "gradient_norm": float(norm),
             "learning_rate": learning_rate,
             "images_per_second": round(self.images / seconds, 2),
+            "data_wait": round(self.wait / seconds, 4),
             "seconds": round(seconds, 3),
         }
-        self.sums, self.images, self.pause, self.since = {}, 0, 0.0, time.perf_counter()
+        self.sums, self.images, self.pause, self.wait, self.since = {}, 0, 0.0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
             self._write(record)
 
