@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 
 import torch
@@ -17,27 +14,18 @@ from dic_repa.data.autoencoders import load_autoencoder
 from dic_repa.data.latents import autoencoder_decoder, data_shape, pixels_decoder
 from dic_repa.data.layouts import DEFAULT_AUTOENCODER
 from dic_repa.data.prepared import prepared_spec
-from dic_repa.encoders import create_encoder
+from dic_repa.encoders import check_tokens, create_encoder
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models import PRESETS, DiC
 from dic_repa.objectives import create_objective
+from dic_repa.plugins import import_plugin
 from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
 
 
 def import_plugins(recipe: Recipe) -> None:
-    """Import the modules that the recipe names, which register encoders, heads or data sets of the user's own.
-
-    They are looked for in the current folder too, as `python -m` does.
-    """
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    """Import the modules that the recipe names, which register encoders, heads or data sets of the user's own."""
     for name in recipe.plugins:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name.partition(".")[0] and error.name != name:
-                raise  # the plugin was found, and misses something of its own
-            raise UserError(f"plugin '{name}' was not found; run from the folder of {name}.py or install it") from None
+        import_plugin(name)
 
 
 def build_dataset(section: DataSection, split: str = "train"):
@@ -100,16 +88,23 @@ def build_objective(section: ObjectiveSection):
 def build_encoder(section: AlignmentSection, device: torch.device):
     """The frozen encoder of an alignment, on `device`."""
     try:
-        return create_encoder(section.encoder, **section.encoder_options).to(device)
+        encoder = create_encoder(section.encoder, **section.encoder_options)
     except TypeError as error:
         raise UserError(f"encoder '{section.encoder}' does not take these options: {error}") from None
+    return encoder.to(device) if isinstance(encoder, nn.Module) else encoder
 
 
-def build_alignment(section: AlignmentSection, encoder, denoiser: nn.Module, data) -> Alignment:
-    """The head and losses between the denoiser's tap and the encoder, for the sizes that `data` has."""
+def build_alignment(
+    section: AlignmentSection, encoder, denoiser: nn.Module, data, device: torch.device | str = "cpu"
+) -> Alignment:
+    """The head and losses between the denoiser's tap and the encoder, for the sizes that `data` has.
+
+    A UserError where the encoder's tokens of the first image are not the grid that it promises.
+    """
     sample = data[0]
     if "image" not in sample:
         raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")
+    check_tokens(section.encoder, encoder, sample["image"][None].to(device))
     return Alignment.build(
         denoiser,
         section.tap,
@@ -119,5 +114,8 @@ def build_alignment(section: AlignmentSection, encoder, denoiser: nn.Module, dat
         head=section.head,
         weight=section.weight,
         manifold_weight=section.manifold_weight,
+        target=section.target,
+        time_weight=section.time_weight,
+        schedule=section.schedule,
         **section.head_options,
     )

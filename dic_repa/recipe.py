@@ -16,13 +16,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dic_repa.errors import UserError, did_you_mean, unknown_name
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Time = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _named(part: Any) -> Any:
+    if isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("name"), str)):
+        return part
+    raise ValueError(f"takes a name, or a mapping of name and arguments, not {part!r}")
+
+
+Part = Annotated[Any, AfterValidator(_named)]  # such as v-shape, or {name: stop, steps: 100000}
 
 
 class Section(BaseModel):
@@ -64,6 +73,10 @@ class AlignmentSection(Section):
     head_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the head")
     weight: float = Field(0.5, ge=0, description="lambda, of the whole alignment loss")
     manifold_weight: float = Field(3.0, ge=0, description="w, of the manifold term against the token term")
+    target: Part = Field("tokens", description="what is compared with: tokens or spatial-norm (iREPA)")
+    time_weight: Part = Field("constant", description="over t: constant or v-shape")
+    schedule: Part = Field("constant", description="over steps: constant, cosine, stop or stop-at-similarity")
+    cache: bool = Field(False, description="compute the data's tokens once, into the feature cache")
 
 
 class TrainSection(Section):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
+from dic_repa.alignment.cache import FeatureCache, WithTokens, feature_cache
 from dic_repa.build import (
     build_alignment,
     build_dataset,
@@ -38,7 +39,8 @@ class Parts:
 
     data: Dataset
     objective: object
-    encoders: list
+    encoders: list  # None where the tokens come from a cache
+    caches: dict[str, FeatureCache]  # under "tokens.N", for the alignment N
     denoiser: nn.Module
     alignments: list[Alignment]
     model: nn.Module
@@ -64,19 +66,25 @@ def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: boo
         checkpoint = run.newest_checkpoint()
     start = load_checkpoint(checkpoint, accelerator, model, ema, optimizer) if checkpoint else 0
 
+    data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
     with MetricLog(run, accelerator, settings, start) as log:
-        for step, batch in zip(range(start, settings.steps), batches(parts.data, recipe, accelerator, start)):
-            for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes)):
+        for step, batch in zip(range(start, settings.steps), batches(data, recipe, accelerator, start)):
+            scales = [alignment.schedule(step) for alignment in parts.alignments]
+            for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes, scales)):
                 with nullcontext() if k == passes - 1 else accelerator.no_sync(model):
                     noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
-                    out = model(noisy.x_t, noisy.t, inputs.y)
+                    out = model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
                     denoising = parts.objective.loss(out.prediction, noisy)
                     aligned = [
-                        alignment.loss(projection, target, noisy.unit_time)
-                        for alignment, projection, target in zip(parts.alignments, out.projections, inputs.targets)
+                        alignment.loss(projection, tokens, noisy.unit_time, scale)
+                        for alignment, projection, tokens, scale in zip(
+                            parts.alignments, out.projections, inputs.tokens, scales
+                        )
                     ]
                     loss = denoising + sum(aligned_loss for aligned_loss, _ in aligned)
                     accelerator.backward(loss / passes)
+                for alignment, (_, terms) in zip(parts.alignments, aligned):
+                    alignment.observe(terms, accelerator.reduce)
                 log.add(loss, denoising, [terms for _, terms in aligned], share=1 / passes)
 
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clip or float("inf"))
@@ -109,8 +117,10 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
     encoders = [build_encoder(section, device) for section in recipe.alignments]
     alignments = [
-        build_alignment(section, encoder, denoiser, data) for section, encoder in zip(recipe.alignments, encoders)
+        build_alignment(section, encoder, denoiser, data, device)
+        for section, encoder in zip(recipe.alignments, encoders)
     ]
+    caches = build_caches(recipe, encoders, data, accelerator)
     ema = EMA(denoiser.to(device), settings.ema_decay)
     model = AlignedDenoiser(denoiser, alignments).to(device)
     decay = settings.weight_decay
@@ -121,7 +131,25 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     objective = build_objective(recipe.objective)
     # Found now, not at the first grid of samples: an autoencoder that is missing shall stop the run before it starts.
     decode = build_decoder(recipe.data, device) if settings.sample_every else pixels_decoder
-    return Parts(data, objective, encoders, denoiser, alignments, model, optimizer, ema, decode)
+    return Parts(data, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, decode)
+
+
+def build_caches(recipe: Recipe, encoders: list, data: Dataset, accelerator: Accelerator) -> dict[str, FeatureCache]:
+    """The feature caches that the recipe asks for; the encoders that they stand in for are let go of."""
+    caches = {}
+    with accelerator.local_main_process_first():  # who fills what the others then open
+        for i, section in enumerate(recipe.alignments):
+            if section.cache:
+                caches[f"tokens.{i}"] = feature_cache(
+                    section.encoder,
+                    section.encoder_options,
+                    encoders[i],
+                    data,
+                    accelerator.device,
+                    recipe.data.workers,
+                )
+                encoders[i] = None
+    return caches
 
 
 @dataclass
@@ -132,13 +160,19 @@ class Inputs:
     y: Tensor
     t: Tensor
     noise: Tensor
-    targets: list[Tensor]
+    tokens: list[Tensor | None]  # None where the alignment's schedule is at 0
 
 
 def step_inputs(
-    parts: Parts, batch: dict[str, Tensor], settings: TrainSection, step: int, accelerator: Accelerator, passes: int
+    parts: Parts,
+    batch: dict[str, Tensor],
+    settings: TrainSection,
+    step: int,
+    accelerator: Accelerator,
+    passes: int,
+    scales: list[float],
 ) -> Iterator[Inputs]:
-    """The step's inputs of this process, split into its passes.
+    """The step's inputs of this process, split into its passes; an encoder is run where its schedule's scale is not 0.
 
     Times, noise and dropped labels are drawn for the global batch and then sliced: the same numbers whatever the number
     of processes and passes.
@@ -151,10 +185,14 @@ def step_inputs(
     x = denoiser_data(parts.data, batch, settings.batch_size, rows, generator)
     images = batch.get("image", x)  # latents without images have no encoder to show them to
     split = [tensor.chunk(passes) for tensor in (x, y, t[rows], noise[rows], images)]
-    for x, y, t, noise, image in zip(*split):
-        with torch.no_grad():
-            targets = [encoder(image) for encoder in parts.encoders]
-        yield Inputs(x, y, t, noise, targets)
+    cached = {name: batch[name].chunk(passes) for name in parts.caches}
+    for k, (x, y, t, noise, image) in enumerate(zip(*split)):
+        tokens: list[Tensor | None] = [None] * len(scales)
+        for i, encoder in enumerate(parts.encoders):
+            if scales[i]:
+                with torch.no_grad():
+                    tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encoder(image)
+        yield Inputs(x, y, t, noise, tokens)
 
 
 def check_batch(settings: TrainSection, processes: int) -> int:

@@ -1,0 +1,179 @@
+"""The feature cache: an encoder's tokens of a whole data set, computed once and then read instead of the encoder.
+
+A cache is one .npy file (images, tokens, width) in float16, memory-mapped, written aside and renamed. Its name is a
+hash of the encoder's name, options, code and weights, and of the data set's images; before it is used, a few of its
+tokens are compared with the encoder's own. So a stale one is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from dic_repa.errors import UserError
+
+BATCH = 64
+HASHED_IMAGES, PROBED_IMAGES = 32, 4
+TOLERANCE = 1e-2  # of the tokens' root mean square: float16 has 5e-4, and another device may give slightly others
+
+
+def cache_folder() -> Path:
+    """Where caches are: `$DIC_REPA_CACHE`, or `dic-repa/features` in the user's cache folder."""
+    if folder := os.environ.get("DIC_REPA_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dic-repa" / "features"
+
+
+class FeatureCache:
+    """The tokens of a data set's images by index, (N, D) in float16 each."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._array: np.ndarray | None = None
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self._array is None:  # in each loader process by itself: a memory map that is pickled is copied
+            self._array = np.load(self.file, mmap_mode="r", allow_pickle=False)
+        return torch.from_numpy(np.array(self._array[index]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file, "_array": None}
+
+
+class WithTokens(Dataset):
+    """A data set whose samples hold cached tokens too, each cache's under its name."""
+
+    def __init__(self, data: Dataset, caches: dict[str, FeatureCache]):
+        self.data, self.caches = data, caches
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.data[index] | {name: cache[index] for name, cache in self.caches.items()}
+
+
+@torch.no_grad()
+def feature_cache(
+    name: str, options: dict[str, Any], encoder, data: Dataset, device: torch.device | str = "cpu", workers: int = 0
+) -> FeatureCache:
+    """The cache of the tokens that the encoder `name`, built with `options`, gives for the images of `data`.
+
+    Filled where there is none that fits. UserError where the images of `data` are not the same each time that they are
+    read, where the disk is too small, and where the tokens exceed float16.
+    """
+    folder = cache_folder()
+    slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", name)
+    file = folder / f"{slug}-{cache_key(name, options, encoder, data)}.npy"
+    probes = {i: encoder(data[i]["image"][None].to(device))[0].float() for i in spread(len(data), PROBED_IMAGES)}
+    cache = FeatureCache(file)
+    if not (file.is_file() and _agrees(cache, probes, len(data))):
+        tokens, width = next(iter(probes.values())).shape
+        _fill(file, (len(data), tokens, width), encoder, data, device, workers)
+        cache = FeatureCache(file)
+    return cache
+
+
+def cache_key(name: str, options: dict[str, Any], encoder, data: Dataset) -> str:
+    """The hash of what the tokens depend on: the encoder's name, options, code, weights and statistics, and images."""
+    digest = hashlib.sha256()
+    # A weights file counts by what is in it, not by where it lies.
+    named = {key: value for key, value in options.items() if key != "weights"}
+    digest.update(json.dumps([name, named, len(data), str(getattr(data, "fingerprint", ""))], default=str).encode())
+    with contextlib.suppress(OSError, TypeError):  # of a class made at a prompt; the probes still tell
+        digest.update(Path(inspect.getsourcefile(type(encoder))).read_bytes())
+    if isinstance(encoder, nn.Module):
+        for key, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:  # buffers that are not saved too
+            _hash_tensor(digest, key, tensor)
+    for index in spread(len(data), HASHED_IMAGES):
+        image = data[index]["image"]
+        if not torch.equal(image, data[index]["image"]):
+            raise UserError(
+                "the data gives another image each time that one is read (a random flip or crop), so its tokens cannot "
+                "be cached; set cache: false in the alignment, or make the data's images fixed"
+            )
+        _hash_tensor(digest, str(index), image)
+    return digest.hexdigest()[:24]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` indices below `count`, first and last among them, evenly spread."""
+    return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)})
+
+
+def _hash_tensor(digest, key: str, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu().contiguous()
+    digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _agrees(cache: FeatureCache, probes: dict[int, Tensor], count: int) -> bool:
+    try:
+        array = np.load(cache.file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return False
+    for index, expected in probes.items():
+        if array.dtype != np.float16 or array.shape != (count, *expected.shape):
+            return False
+        error = (torch.from_numpy(np.array(array[index])).float().to(expected.device) - expected).square().mean().sqrt()
+        if not error <= TOLERANCE * expected.square().mean().sqrt():
+            return False
+    return True
+
+
+def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Dataset, device, workers: int) -> None:
+    needed = 2 * int(np.prod(shape))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(file.parent).free
+    except OSError as error:
+        raise UserError(f"the feature cache cannot be made in {file.parent} ({error}); set DIC_REPA_CACHE") from None
+    if free < needed:
+        raise UserError(
+            f"the feature cache takes {needed / 1e9:.1f} GB, but {file.parent} has {free / 1e9:.1f} GB left; "
+            "set DIC_REPA_CACHE to a folder with more room, or cache: false"
+        )
+    aside = file.with_name(f".writing-{os.getpid()}-{file.name}")
+    try:
+        # Written, not mapped: a disk that fills up is then an error and not the end of the process.
+        with aside.open("wb") as out, torch.random.fork_rng(devices=[]):  # a loader draws a seed from torch's generator
+            np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
+            images = DataLoader(_Images(data), batch_size=BATCH, num_workers=workers)
+            for batch in tqdm(images, desc=f"caching {file.name}", unit="batch", mininterval=1):
+                tokens = encoder(batch.to(device)).to(torch.float16)
+                if not tokens.isfinite().all():
+                    raise UserError("the encoder's tokens exceed what float16 holds (65504); set cache: false")
+                out.write(tokens.cpu().numpy().tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, file)
+    except OSError as error:
+        raise UserError(f"the feature cache {file} could not be written ({error.strerror or error})") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class _Images(Subset):
+    """The images of a data set alone, in its order."""
+
+    def __init__(self, data: Dataset):
+        super().__init__(data, range(len(data)))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.dataset[index]["image"]
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [self[index] for index in indices]
