@@ -17,6 +17,7 @@ VERBS = {
     "prepare": "Crop and encode a folder, zip, tar or Hugging Face data set of images.",
     "bench": "Measure speed: of the data.",
     "info": "Parameters and MACs of a model or a recipe.",
+    "encoders": "List the encoders, or run one on an image and show its tokens.",
     "solvers": "List the solvers, or compare their quality against their cost on a run.",
     "recipes": "List the recipes, or show one.",
 }

@@ -1,0 +1,143 @@
+"""`dic-repa encoders`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dic_repa.encoders import Card
+
+
+@click.group("encoders", invoke_without_command=True)
+@click.option("--plugin", "plugins", metavar="MODULE", multiple=True, help="Import a module that registers encoders.")
+@click.pass_context
+def command(context: click.Context, plugins: tuple[str, ...]):
+    """List the encoders: width of a token, patch size, tokens of a 256x256 image, parameters, weights.
+
+    An encoder's name in a recipe is one of these, `timm:` and the name of a timm ViT, or `package.module:factory`.
+
+    \b
+    Examples:
+      dic-repa encoders
+      dic-repa encoders check dinov2-vit-b --image cat.jpg
+      dic-repa encoders --plugin my_encoder check my-encoder
+    """
+    from dic_repa.encoders import list_encoders
+    from dic_repa.plugins import import_plugin
+
+    for plugin in plugins:
+        import_plugin(plugin)
+    if context.invoked_subcommand is not None:
+        return
+    names = list_encoders()
+    width = max(map(len, names))
+    click.echo(f"{'encoder':{width}}  width  patch  tokens  params (M)  {'licence':14}  weights")
+    for name in names:
+        click.echo(f"{name:{width}}  {_row(name)}")
+
+
+@command.command("check")
+@click.argument("name")
+@click.option("--image", type=click.Path(path_type=Path), help="An image file.  [default: a digit of the package]")
+@click.option("--size", type=click.IntRange(16), default=256, show_default=True, help="Of the centre crop, in pixels.")
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file or plain state dict.")
+@click.option("--option", "options", metavar="KEY=VALUE", multiple=True, help="An option of the encoder; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="The picture.  [default: NAME.png]")
+def check(name: str, image: Path | None, size: int, weights: Path | None, options: tuple[str, ...], out: Path | None):
+    """Run the encoder NAME on an image and show its tokens: the first three principal components as colours.
+
+    \b
+    Examples:
+      dic-repa encoders check digits-vit
+      dic-repa encoders check dinov2-vit-b --weights dinov2_vitb14_pretrain.pth --image cat.jpg --size 512
+      dic-repa encoders check mocov3-vit-b --option pretrained=false
+    """
+    from dic_repa.data.images import center_crop, to_tensor
+    from dic_repa.encoders import check_tokens, create_encoder
+
+    picture = _open(image)
+    encoder = create_encoder(name, **_parse(options, weights))
+    pixels = to_tensor(center_crop(picture, size))[None]
+    tokens = check_tokens(name, encoder, pixels)[0].float()
+    rows, columns = encoder.token_grid((size, size))
+    out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
+    _save(pixels[0], tokens, (rows, columns), out)
+    norms = tokens.norm(dim=1)
+    click.echo(
+        f"{name}: {size}x{size} pixels give {rows}x{columns} tokens of width {encoder.embed_dim}, "
+        f"of norm {norms.mean():.3g} (standard deviation {norms.std(correction=0):.2g}); picture: {out}"
+    )
+
+
+def _row(name: str) -> str:
+    from dic_repa.encoders import encoder_card
+    from dic_repa.errors import UserError
+
+    if name.endswith(":"):
+        return "any of timm's vision transformers, such as timm:vit_base_patch16_224.augreg_in21k"
+    try:
+        card = encoder_card(name) or _measure(name)
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # somebody else's code: a broken plug-in must not hide the other encoders
+        return f"cannot be built without options ({error})"
+    patch = card.patch or "-"
+    return f"{card.width:5}  {patch:>5}  {card.tokens:6}  {card.parameters:10.1f}  {card.licence:14}  {card.source}"
+
+
+def _measure(name: str) -> Card:
+    """What an encoder without a card turns out to be when it is built."""
+    from dic_repa.encoders import Card, create_encoder
+
+    encoder = create_encoder(name)
+    rows, columns = encoder.token_grid((256, 256))
+    parameters = sum(p.numel() for p in encoder.parameters()) if hasattr(encoder, "parameters") else 0
+    return Card(encoder.embed_dim, 0, rows * columns, parameters / 1e6, type(encoder).__module__, "-")
+
+
+def _open(path: Path | None) -> Image.Image:
+    from dic_repa.data.digits import load_digits
+    from dic_repa.data.images import decode_image
+    from dic_repa.errors import UserError
+
+    if path is None:
+        from PIL import Image
+
+        digit = (load_digits("held-out")[0][0, 0] * 255).byte().numpy()
+        return Image.fromarray(digit).convert("RGB")
+    if not path.is_file():
+        raise UserError(f"there is no image at {path}")
+    return decode_image(path.read_bytes(), str(path))
+
+
+def _parse(options: tuple[str, ...], weights: Path | None) -> dict:
+    from dic_repa.errors import UserError
+    from dic_repa.recipe import parse_value
+
+    parsed = {"weights": str(weights)} if weights else {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise UserError(f"--option takes key=value, such as layer=-2, not '{option}'")
+        parsed[key] = parse_value(value)
+    return parsed
+
+
+def _save(image, tokens, grid: tuple[int, int], out: Path) -> None:
+    """The image and its tokens side by side, at least 256 pixels high."""
+    import torch
+    from PIL import Image
+    from torch.nn import functional as F
+
+    from dic_repa.encoders.picture import token_picture
+
+    height = max(256, image.shape[-1])
+    panels = [F.interpolate(part[None], (height, height))[0] for part in (image, token_picture(tokens, grid))]
+    sheet = torch.cat([panels[0], torch.ones(3, height, 8), panels[1]], dim=2)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(out)

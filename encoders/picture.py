@@ -1,0 +1,29 @@
+"""An encoder's tokens as a picture: their first three principal components as red, green and blue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def principal_components(tokens: Tensor, count: int = 3) -> Tensor:
+    """The coordinates (N, count) of tokens (N, D) along their directions of largest variance, largest first.
+
+    Where the tokens vary in fewer directions, or are fewer, the rest is zero. The largest coordinate of each is
+    positive, so that the picture does not depend on the sign in which a decomposition comes out.
+    """
+    centred = tokens.double() - tokens.double().mean(dim=0)
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    coordinates = F.pad(left * singular, (0, max(0, count - len(singular))))[:, :count]
+    largest = coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True))
+    return coordinates * torch.where(largest < 0, -1.0, 1.0)
+
+
+def token_picture(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (N, D) of a `grid` (h, w) as a picture (3, h, w) in [0, 1], each component stretched to that range."""
+    components = principal_components(tokens)
+    low, high = components.amin(dim=0), components.amax(dim=0)
+    # A component that is there by rounding alone is not to be stretched into a pattern.
+    ranges = (high - low).clamp(min=max(1e-12, 1e-6 * float((high - low).max())))
+    return ((components - low) / ranges).float().T.reshape(3, *grid)
