@@ -42,7 +42,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
       dic-repa prepare flat/ data/pixels --labels flat.csv --size 64 --autoencoder none
       accelerate launch -m dic_repa prepare imagenet/train data/imagenet256      on all GPUs of this machine
     """
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
@@ -50,7 +50,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
 
     settings = PrepareSettings(**options)
     images = open_source(source, labels, settings.skip_bad)
-    state = PartialState()
+    state = Accelerator()
     encoder = load_autoencoder(autoencoder, state.device)
     if state.is_main_process:
         begin(images, destination, encoder.spec, settings)
@@ -60,8 +60,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     if state.is_main_process:
         finish(images, destination, encoder.spec, settings)
         _report(destination, images, encoder)
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    state.end_training()
 
 
 def _report(destination: Path, images, autoencoder) -> None:

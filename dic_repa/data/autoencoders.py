@@ -61,6 +61,7 @@ class Autoencoder(Protocol):
     """See the module's docstring."""
 
     spec: AutoencoderSpec
+    device: torch.device
 
     def encode(self, images: Tensor) -> Tensor: ...
 
@@ -109,6 +110,7 @@ class Pixels:
     """No autoencoder: the denoiser's data is the image in [-1, 1]."""
 
     spec = PIXELS
+    device = torch.device("cpu")
 
     def encode(self, images: Tensor) -> Tensor:
         return torch.cat([images, torch.zeros_like(images)], dim=1)
@@ -133,6 +135,10 @@ class KLAutoencoder:
         spec = _read_spec(name, self.model.config)
         self.spec = AutoencoderSpec(**{**spec.to_dict(), "fingerprint": _fingerprint(self.model.state_dict(), spec)})
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     def to(self, device: torch.device | str) -> KLAutoencoder:
         self.model.to(device)
         return self
@@ -144,7 +150,7 @@ class KLAutoencoder:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        z = self.spec.denormalise(x.float()).to(self.model.device)
+        z = self.spec.denormalise(x.float()).to(self.device)
         return (self.model.decode(z).sample / 2 + 0.5).clamp(0, 1)
 
 

@@ -220,8 +220,7 @@ def _encoded(
 
 
 def _moments(autoencoder: Autoencoder, images: torch.Tensor) -> np.ndarray:
-    device = autoencoder.model.device
-    moments = autoencoder.encode(images.to(device)).half()
+    moments = autoencoder.encode(images.to(autoencoder.device)).half()
     if not moments.isfinite().all():
         raise UserError(f"{autoencoder.spec.name} gives moments beyond float16's range; it cannot be used")
     return moments.cpu().numpy()
