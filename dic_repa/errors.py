@@ -6,11 +6,24 @@ The command line prints it as a single line and exits with code 2; a traceback i
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: the cause, then the mend."""
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """The first sentence of somebody else's error, for the middle of a line of ours; its kind where it has no text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"\x1b\[[0-9;]*m", "", lines[0]).split(". ")[0][:most]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

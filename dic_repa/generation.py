@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from dic_repa.build import build_decoder, build_objective
+from dic_repa.build import build_decoder, build_objective, import_plugins
 from dic_repa.data.latents import pixels_decoder
 from dic_repa.errors import UserError
 from dic_repa.models import DiC
@@ -29,10 +29,11 @@ class Checkpoint:
     source: Path
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None) -> Checkpoint:
     """The averaged weights of a run (of its newest checkpoint), of one checkpoint, or of an inference checkpoint.
 
-    A UserError says what `path` lacks.
+    `recipe` stands in for the one that a checkpoint of ours has beside its weights, and others lack. Its plugins are
+    imported. A UserError says what `path` lacks.
     """
     path = Path(path)
     if not path.is_dir():
@@ -45,13 +46,24 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     if (folder / "ema").is_dir():
         folder = folder / "ema"
     denoiser = DiC.from_pretrained(folder).to(device)
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} has no recipe.yaml, which tells the objective and the size of the data")
-    return Checkpoint(denoiser, load_training_recipe(folder / "recipe.yaml"), folder)
+    if (folder / "recipe.yaml").is_file():
+        recipe = load_training_recipe(folder / "recipe.yaml")
+    if recipe is None:
+        raise UserError(
+            f"{folder} has no recipe.yaml to tell objective and data size; give a training recipe (--recipe)"
+        )
+    import_plugins(recipe)
+    return Checkpoint(denoiser, recipe, folder)
 
 
-def balanced_labels(num: int, classes: Sequence[int]) -> Tensor:
-    """Labels (num,) that go round the `classes`, so that each is drawn as often as the others."""
+def balanced_labels(recipe: Recipe, num_classes: int, num: int, classes: Sequence[int] | None = None) -> Tensor:
+    """Labels (num,) that go round the `classes`, so that each is drawn as often as the others.
+
+    By default all classes; only the null class for a model that was trained without labels (label dropout 1), which
+    knows no other.
+    """
+    if classes is None:
+        classes = [num_classes] if recipe.train.label_dropout == 1 else range(num_classes)
     return torch.tensor(list(classes), dtype=torch.int64).repeat(num // len(classes) + 1)[:num]
 
 
@@ -78,6 +90,7 @@ class Sampler:
     weak: nn.Module | None = None
     decode: Callable[[Tensor], Tensor] = pixels_decoder
     evaluations: int = 0
+    states: Sequence[Tensor] = ()
 
     def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Samples of the classes `labels` (N,) with the `indices` (0 to N - 1 by default) that tell their noise."""
@@ -92,7 +105,7 @@ class Sampler:
             noise = initial_noise(self.shape, settings.seed, indices[rows]).to(device)
             options = self._options(info, indices[rows])
             x, details = sample(field, noise, settings.solver, **options, return_info=True)
-            self.evaluations = details.nfe
+            self.evaluations, self.states = details.nfe, details.states
             yield self.decode(x).cpu()
 
     def _as_model(self, denoiser: nn.Module, info: SolverInfo):
@@ -104,14 +117,37 @@ class Sampler:
 
     def _options(self, info: SolverInfo, indices: Sequence[int]) -> dict:
         s = self.settings
-        given = ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta")
+        given = ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta", "clip", "options")
         options = {name: getattr(s, name) for name in given}
         options["steps"] = s.steps or (None if info.kind == "adaptive" else 50 if info.process == "ode" else 250)
-        options["times"] = create_grid(s.grid.name, **s.grid.options) if s.grid else None
+        if s.grid and s.grid.times is None:
+            options["times"] = create_grid(s.grid.name, **s.grid.options)
+        elif s.grid:
+            options |= {"times": s.grid.times, "steps": s.steps}
         if info.process == "ddpm":
             return options | {"schedule": self.objective.schedule, "seed": s.seed, "indices": indices}
         options["path"] = self.objective.path
         return options if info.deterministic else options | {"seed": s.seed, "indices": indices}
+
+
+class _Nothing(nn.Module):
+    """A denoiser that predicts zero, to find out whether it could be sampled from at all."""
+
+    num_classes = 1
+
+    def __init__(self):
+        super().__init__()
+        self.parameter = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def check_sampling(settings: SampleSection, objective) -> None:
+    """A UserError now for what sampling by `settings` would fail on later: names, options and how they fit together."""
+    sampler = Sampler(_Nothing(), objective, settings.model_copy(update={"batch_size": 1}), (1, 1, 1))
+    for _ in sampler(torch.zeros(1, dtype=torch.int64)):
+        pass
 
 
 def build_guidance(section: GuidanceSection | None) -> Guidance:
@@ -174,14 +210,20 @@ def load_png(path: Path) -> Tensor:
 
 
 def save_grid(
-    images: Tensor, path: Path, labels: Tensor, class_names: Sequence[str], columns: int, height: int = 480
+    images: Tensor,
+    path: Path,
+    labels: Tensor,
+    class_names: Sequence[str],
+    columns: int,
+    height: int = 480,
+    most: int = 20,
 ) -> None:
     """Images (N, C, H, W) in [0, 1] as one picture, a row for each class, its name in front.
 
-    At most `columns` of each class are shown; small images are enlarged by a whole number until the grid is about
-    `height`.
+    At most `columns` of each of the first `most` classes are shown; small images are enlarged by a whole number until
+    the grid is about `height`.
     """
-    rows = [(int(label), images[labels == label][:columns]) for label in labels.unique()]
+    rows = [(int(label), images[labels == label][:columns]) for label in labels.unique()[:most]]
     size = images.shape[-1]
     scale = max(1, height // (size * len(rows)))
     cell, gap = size * scale, max(2, scale // 2)

@@ -20,9 +20,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dic_repa.errors import UserError, did_you_mean, unknown_name
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Time = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+# Strict, because pydantic otherwise takes `true` for 1 and '200' for 200.
+Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
+Time = Annotated[float, Field(ge=0, le=1, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 def _named(part: Any) -> Any:
@@ -35,7 +37,7 @@ Part = Annotated[Any, AfterValidator(_named)]  # such as v-shape, or {name: stop
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, and so is a string where a number belongs."""
+    """A part of a recipe, in which unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -125,6 +127,7 @@ class GuidanceSection(Section):
 class GridSection(Section):
     name: str = Field("uniform", description="uniform, shifted or karras")
     options: dict[str, Any] = Field(default_factory=dict, description="its arguments: shift; rho, ratio_min, ratio_max")
+    times: list[Time] | None = Field(None, description="the times themselves, falling; null: made by the grid")
 
 
 class SampleSection(Section):
@@ -138,6 +141,8 @@ class SampleSection(Section):
     last_step: str | None = Field(None, description="an SDE's last step: mean, tweedie, euler or none; null: mean")
     last_step_size: Time | None = Field(None, description="an SDE's time left for the last step; null: 0.04")
     eta: Probability | None = Field(None, description="of ddim: 0 adds no noise, 1 as much as ddpm")
+    clip: bool | None = Field(None, description="of ddpm and ddim: keep the data prediction in [-1, 1]")
+    options: dict[str, Any] | None = Field(None, description="arguments of a torchdiffeq method")
     guidance: GuidanceSection | None = Field(None, description="null: none")
     num: Count = Field(50_000, description="how many images")
     batch_size: Count = Field(64)
@@ -152,7 +157,7 @@ class Recipe(Section):
     """All that determines a training run, the samples at its end and how they are judged."""
 
     description: str = ""
-    plugins: list[str] = Field(
+    plugins: list[Name] = Field(
         default_factory=list, description="modules to import first: they register your own parts"
     )
     model: ModelSection = Field(default_factory=ModelSection)
@@ -232,12 +237,15 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"there is no recipe file {path}")
-        return path.read_text(), str(path)
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a text file in UTF-8") from None
     file = resources.files("dic_repa.recipes") / f"{name_or_path}.yaml"
     if "/" in str(name_or_path) or not file.is_file():
         names = [f.name[:-5] for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")]
         raise unknown_name("recipe", str(name_or_path), names)
-    return file.read_text(), str(name_or_path)
+    return file.read_text(encoding="utf-8"), str(name_or_path)
 
 
 def _parse(text: str, label: str) -> dict:

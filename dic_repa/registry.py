@@ -29,8 +29,7 @@ class Registry:
 
         def decorate(entry):
             known = self._entries.get(name)
-            # A module that is reloaded, or run as __main__ and imported, registers the same thing again.
-            if known is not None and getattr(known, "__qualname__", known) != getattr(entry, "__qualname__", entry):
+            if known is not None and not _same(known, entry):
                 raise UserError(f"{self.kind} '{name}' is registered already; choose another name")
             self._entries[name] = entry
             return entry
@@ -50,3 +49,10 @@ class Registry:
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+
+def _same(known: Any, entry: Any) -> bool:
+    """Whether both are one thing: a module that is reloaded, or run as __main__ and imported, files it again."""
+    places = [(getattr(e, "__module__", ""), getattr(e, "__qualname__", repr(e))) for e in (known, entry)]
+    same_module = places[0][0] == places[1][0] or "__main__" in (places[0][0], places[1][0])
+    return same_module and places[0][1] == places[1][1]

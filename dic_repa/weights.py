@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from os import PathLike
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dict[str, str] | None = None) -> None:
@@ -31,11 +32,12 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in the checkpoints of DiT and its descendants
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from error
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be read as a file of plain tensors ({reason})") from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

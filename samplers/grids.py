@@ -19,9 +19,13 @@ grids = Registry("time grid")
 def create_grid(name: str, **kwargs) -> TimeGrid:
     """The grid filed under `name`: 'uniform', 'shifted' (shift) or 'karras' (rho, ratio_min, ratio_max).
 
-    Raises UserError for an unknown name.
+    Raises UserError for an unknown name and for arguments that it does not take.
     """
-    return grids.get(name)(**kwargs)
+    grid = grids.get(name)
+    try:
+        return grid(**kwargs)
+    except TypeError as error:
+        raise UserError(f"time grid '{name}' does not take {kwargs}: {error}") from None
 
 
 @grids.register("uniform")

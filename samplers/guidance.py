@@ -157,7 +157,7 @@ class GuidedField:
         v = weak[:, :guided] + scale * (strong[:, :guided] - weak[:, :guided])
         if self.guidance.rescale:
             v = _rescale(v, strong[:, :guided], self.guidance.rescale)
-        return torch.cat([v, strong[:, guided:]], dim=1)
+        return v if guided == strong.shape[1] else torch.cat([v, strong[:, guided:]], dim=1)
 
     def _pair(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction to strengthen and the one to move away from."""

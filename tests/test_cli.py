@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +56,22 @@ def test_sample_is_the_same_whatever_the_batch_size(run, dic_repa, tmp_path):
         assert (tmp_path / f"{solver}-7/grid.png").exists()
 
 
+def test_a_model_without_labels_is_sampled_without(run, dic_repa, tmp_path):
+    shutil.copytree(run[0] / "checkpoints/step_00000004/ema", tmp_path / "unlabelled")
+    recipe = tmp_path / "unlabelled/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("label_dropout: 0.1", "label_dropout: 1.0"))
+    dic_repa("sample", "unlabelled", "--num", "2", "--steps", "1", "--out", "out")
+    assert json.loads((tmp_path / "out/samples.json").read_text())["labels"] == [10, 10]
+
+
+def test_overwriting_leaves_no_image_of_before(run, dic_repa, tmp_path):
+    dic_repa("sample", run[0], "--num", "4", "--steps", "1", "--out", "out")
+    dic_repa("sample", run[0], "--num", "2", "--steps", "3", "--out", "out", "--overwrite", "--trajectory")
+    assert [p.name for p in sorted((tmp_path / "out").glob("0*.png"))] == ["000000.png", "000001.png"]
+    with Image.open(tmp_path / "out/trajectory.png") as picture:
+        assert picture.width > picture.height
+
+
 def test_sample_with_a_sampling_recipe(run, dic_repa, tmp_path):
     dic_repa("sample", run[0], "--recipe", "digits-cfg", "--num", "3", "--out", "out")
     assert json.loads((tmp_path / "out/samples.json").read_text())["sample"]["guidance"]["scale"] == 1.8
@@ -63,13 +82,21 @@ def test_sample_takes_an_inference_checkpoint(run, dic_repa, tmp_path):
     assert load_png(tmp_path / "out/000001.png").shape == (1, 16, 16)
 
 
-def test_evaluate_several_runs_and_reads_what_is_known(run, dic_repa):
+def test_evaluate_several_runs_and_reads_what_is_known(run, dic_repa, tmp_path):
     folder, first = run
-    done = dic_repa("evaluate", folder, folder)
+    other = ["--out", "other", *TINY, "--set=train.steps=4", "--set=train.seed=1"]
+    dic_repa("train", "digits-urepa", *other)
+    lines = dic_repa("evaluate", folder, "other", folder).stdout.splitlines()
     row = next(line for line in first.splitlines() if "heun" in line)
-    assert row.split()[-1] in done.stdout  # the score of the run's end, not a new one
-    assert "(2 seeds)" in done.stdout
-    assert "± 0.00" in done.stdout
+    rows = [line for line in lines if line.startswith(str(folder))]
+    assert [line.split()[-1] for line in rows] == [row.split()[-1]] * 2  # the score of the run's end, not a new one
+    scores = [
+        json.loads(next((f / "evaluation").glob("*.json")).read_text())["scores"] for f in (folder, tmp_path / "other")
+    ]
+    values = [score["frechet"] for score in scores]
+    spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    (summary,) = [line for line in lines if "(2 seeds)" in line]
+    assert summary.endswith(spread)
     guided = dic_repa("evaluate", folder, "--recipe", "digits-cfg", "--num", "12")
     assert "cfg 1.8" in guided.stdout
 
@@ -118,6 +145,13 @@ def test_mistakes_in_commands(mistake):
     assert "unknown path" in mistake("train", "digits-urepa", "--set=objective.options={path: liner}")
     assert "unknown data set 'digit'; did you mean digits" in mistake("train", "digits-urepa", "--set=data.name=digit")
     assert "divisible by 4, not 18x18" in mistake("train", "digits-urepa", "--set=data.size=18")
+    assert "divisible by 4, not 18x18" in mistake("train", "digits-baseline", "--set=data.size=18")
+    # What only the end of the run would need is looked at before its beginning.
+    assert "did you mean heun" in mistake("train", "digits-urepa", "--set=sample.solver=huen")
+    assert "did you mean cosine" in mistake("train", "digits-urepa", "--set=sample.guidance.schedule=cosin")
+    assert "unknown metric 'digit'" in mistake("train", "digits-urepa", "--set=evaluate.metric=digit")
+    assert "needs a GPU" in mistake("train", "digits-urepa", "--set=train.precision=fp16")
+    assert not Path("runs").exists()
     assert "plugin 'nowhere' was not found" in mistake("train", "digits-urepa", "--set=plugins=[nowhere]")
     assert "there is no run at" in mistake("train", "digits-urepa", "--resume")
     assert "exclude each other" in mistake("train", "digits-urepa", "--resume", "--overwrite")
@@ -148,6 +182,13 @@ def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
     assert "sample.steps should be greater than or equal to 1" in mistake("sample", folder, "--steps", "0")
     assert "interval must rise" in mistake("sample", folder, "--interval", "0.7", "0.2")
     assert "the model has the classes 0 to 9" in mistake("sample", folder, "--classes", "10")
+    assert "--classes takes numbers" in mistake("sample", folder, "--classes", "5-2")
+    assert "--grid takes a name" in mistake("sample", folder, "--grid", "shifted:shift=abc")
+    assert "does not take" in mistake("sample", folder, "--grid", "shifted:foo=3")
+    assert "--evaluations takes whole numbers" in mistake("solvers", "compare", folder, "--evaluations", "a,b")
+    assert "more than train.steps 2" in mistake(
+        "train", folder / "recipe.yaml", "--out", folder, "--resume", "--set=train.steps=2"
+    )
     assert "--classes takes numbers" in mistake("sample", folder, "--classes", "three")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/file").write_text("mine")
@@ -197,6 +238,7 @@ def test_two_processes_write_the_files_of_one(run, dic_repa, tmp_path):
         ["--solver", "dpmpp-2m", "--steps", "4", "--grid", "shifted:shift=2", "--scale", "2", "--schedule", "cosine"],
         ["--solver", "ou", "--steps", "4", "--diffusion", "sigma", "--last-step", "tweedie", "--last-step-size", "0.1"],
         ["--solver", "euler", "--steps", "3", "--cfgpp", "--scale", "0.6", "--interval", "0", "1"],
+        ["--solver", "ab2", "--grid", "1,0.6,0.2,0"],
         ["--solver", "rk4", "--steps", "2", "--scale", "3", "--rescale", "0.7", "--channels", "1"],
     ],
     ids=lambda options: options[1],
@@ -209,11 +251,17 @@ def test_sample_offers_what_the_library_has(run, dic_repa, tmp_path, options):
 
 
 def test_autoguidance_by_a_weaker_model(run, dic_repa, tmp_path):
-    options = ["--num", "2", "--steps", "2", "--scale", "2"]
-    dic_repa("sample", run[0], "--out", "plain", "--num", "2", "--steps", "2")
-    dic_repa("sample", run[0], "--out", "self", "--weak", run[0], *options)
-    # Away from itself is nowhere: guidance by the same model leaves the samples as they are.
-    assert (load_png(tmp_path / "self/000000.png") - load_png(tmp_path / "plain/000000.png")).abs().max() < 0.01
+    def images(out, *options):
+        dic_repa("sample", run[0], "--out", out, "--num", "2", "--steps", "2", *options)
+        return torch.stack([load_png(tmp_path / out / f"{i:06d}.png") for i in range(2)])
+
+    dic_repa("train", "digits-urepa", "--out", "weak", *TINY, "--set=train.steps=2", "--set=evaluate=null")
+    strongly = ["--scale", "50", "--interval", "0", "1"]
+    plain, guided = images("plain"), images("guided", *strongly)
+    # Away from itself is nowhere: guidance by the same model leaves the samples as they are, another model moves them.
+    assert (images("self", "--weak", run[0], *strongly) - plain).abs().max() <= 2.01 / 255
+    assert (guided - plain).abs().max() > 0.1
+    assert (images("away", "--weak", "weak", *strongly) - plain).abs().max() > 0.1
 
 
 def test_guidance_needs_a_trained_null_class(run, mistake, tmp_path):
@@ -249,4 +297,5 @@ def test_train_in_half_precision_on_a_gpu(dic_repa, tmp_path):
     options = [*TINY, "--set=train.steps=4", "--set=train.precision=bf16", "--set=evaluate=null"]
     dic_repa("train", "digits-urepa", "--out", "half", *options, env={"ACCELERATE_USE_CPU": "false"})
     lines = (tmp_path / "half/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
     assert all(torch.isfinite(torch.tensor(json.loads(line)["loss"])) for line in lines)

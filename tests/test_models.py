@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 from conftest import DATA
@@ -47,7 +49,7 @@ def test_authors_checkpoint_gives_the_authors_output(reference):
 
 def test_authors_checkpoint_inside_a_torch_file(tmp_path, reference):
     file = tmp_path / "checkpoint.pt"
-    torch.save({"model": {}, "ema": load_file(CHECKPOINT), "args": None}, file)
+    torch.save({"model": {}, "ema": load_file(CHECKPOINT), "args": argparse.Namespace(model="DiC-S")}, file)
     model = load_authors_checkpoint(file)
     with torch.no_grad():
         out = model(reference["x"], reference["t"], reference["y"])

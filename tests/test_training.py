@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, whole_run):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed/checkpoints/step_00000008").exists()
+    shutil.rmtree(tmp_path / "killed/checkpoints/step_00000008", ignore_errors=True)  # if it was quicker than the kill
     # What a kill in the middle of a write leaves behind must not matter either.
     (tmp_path / "killed/checkpoints/.writing-step_00000008").mkdir()
     with (tmp_path / "killed/metrics.jsonl").open("a") as file:
@@ -147,6 +148,27 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, whole_run):
     assert [r["loss"] for r in records] == [r["loss"] for r in metrics(whole_run)]
     assert not list((tmp_path / "killed/checkpoints").glob(".writing-*"))
     assert len(json.loads((tmp_path / "killed/environment.json").read_text())) == 2
+
+
+def test_damaged_metadata_does_not_keep_a_run_from_going_on(tmp_path, whole_run):
+    run = RunFolder(shutil.copytree(whole_run, tmp_path / "run"))
+    (run.path / "environment.json").write_text('[{"comm')
+    (run.checkpoints / "step_00000009.bak").mkdir()
+    resumed = start(tmp_path, "run", "--resume", "--set=train.steps=10")
+    assert resumed.wait(timeout=300) == 0, resumed.stderr.read()
+    assert run.newest_checkpoint().name == "step_00000010"
+    run.recipe_file.write_text("")
+    with pytest.raises(UserError, match=r"recipe\.yaml is not a recipe"):
+        run.recipe()
+
+
+def test_a_mistake_in_two_processes_is_one_line(dic_repa, whole_run):
+    done = dic_repa("train", "digits-urepa", "--out", whole_run, *ALIGNED, processes=2, check=False)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {whole_run} exists; pass --resume to go on with it, or --overwrite to begin anew"
+    ]
+    assert "gloo" not in done.stderr
 
 
 def test_two_processes_and_micro_batches_follow_the_same_trajectory(dic_repa, tmp_path, whole_run):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from itertools import groupby, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -56,9 +56,12 @@ def _print_table(judgements) -> None:
         share, frechet = j.scores["recognised"], f"{j.scores['frechet']:.2f}"
         recognised = "no labels" if share is None else f"{share:.1%}"
         rows.append((str(j.run), str(j.step), describe_sampling(j.sample), recognised, frechet))
-    for _, group in groupby(judgements, key=_without_seed):
-        group = list(group)
+    groups = {}
+    for j in judgements:
+        groups.setdefault(_without_seed(j), {})[j.recipe.train.seed] = j
+    for group in groups.values():
         if len(group) > 1:
+            group = list(group.values())
             name = _common_start([str(j.run) for j in group]) + "*"
             shares = [100 * j.scores["recognised"] for j in group if j.scores["recognised"] is not None]
             recognised = _spread(shares, 1) + " %" if shares else ""
@@ -72,8 +75,10 @@ def _print_table(judgements) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-def _without_seed(judgement) -> dict:
-    return judgement.recipe.model_dump(exclude={"description": True, "train": {"seed"}, "sample": True})
+def _without_seed(judgement) -> str:
+    """What runs that differ in nothing but the seed have in common."""
+    recipe = judgement.recipe.model_dump_json(exclude={"description": True, "train": {"seed"}, "sample": True})
+    return f"{judgement.step} {judgement.sample.model_dump_json()} {recipe}"
 
 
 def _common_start(names: list[str]) -> str:

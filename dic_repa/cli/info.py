@@ -12,7 +12,13 @@ from dic_repa.recipe import load_training_recipe
 
 @click.command("info")
 @click.argument("names", nargs=-1)
-@click.option("--size", "sizes", type=int, multiple=True, help="Height and width of the latent.  [default: 32 and 64]")
+@click.option(
+    "--size",
+    "sizes",
+    type=click.IntRange(4),
+    multiple=True,
+    help="Height and width of the latent.  [default: 32 and 64]",
+)
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of a recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, unrounded.")
 def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str, ...], as_json: bool):
@@ -30,7 +36,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
     """
     import torch
 
-    from dic_repa.build import build_dataset, build_denoiser
+    from dic_repa.build import build_dataset, build_denoiser, import_plugins
     from dic_repa.models import PRESETS, DiC, measure_cost
 
     rows = []
@@ -43,6 +49,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
                     recipe = load_training_recipe(name, overrides)
                 except UserError as error:
                     raise UserError(f"{error} (presets: {', '.join(PRESETS)})") from None
+                import_plugins(recipe)
                 data = build_dataset(recipe.data)
                 model, default = build_denoiser(recipe.model, data.channels, data.num_classes), (recipe.data.size,)
         for size in sizes or default:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from dic_repa.errors import UserError
-from dic_repa.recipe import SampleSection, load_recipe, parse_value, validate
+from dic_repa.recipe import Recipe, SampleSection, load_recipe, validate
 from dic_repa.samplers.catalog import DIFFUSION_FORMS, GUIDANCE_SCHEDULES, LAST_STEPS, TIME_GRIDS, solver_info
 
 
@@ -24,7 +24,19 @@ _EPILOG = (
     + _choices("Last steps of an SDE (--last-step):", LAST_STEPS)
     + _choices("Guidance schedules (--schedule):", GUIDANCE_SCHEDULES)
 )
-_SOLVER_KEYS = ("steps", "rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta")
+_SOLVER_KEYS = (
+    "steps",
+    "grid",
+    "options",
+    "clip",
+    "rtol",
+    "atol",
+    "diffusion",
+    "diffusion_norm",
+    "last_step",
+    "last_step_size",
+    "eta",
+)
 _GUIDANCE_KEYS = ("scale", "interval", "channels", "schedule", "rescale", "weak", "kind")
 
 
@@ -37,12 +49,13 @@ def sampling_options(command: Callable) -> Callable:
             click.option("--steps", type=int, help="Steps of a fixed-step solver."),
             click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver.  [default: 1e-5]"),
             click.option("--atol", type=float, help="Absolute tolerance of an adaptive solver.  [default: 1e-5]"),
-            click.option("--grid", help="Where the steps are, see below.  [default: uniform]"),
+            click.option("--grid", help="Where the steps are, see below; or the times, such as 1,0.5,0."),
             click.option("--diffusion", help="How much noise an SDE adds, see below.  [default: linear]"),
             click.option("--diffusion-norm", type=float, help="Multiplies the diffusion.  [default: 1]"),
             click.option("--last-step", help="How an SDE ends, see below.  [default: mean]"),
             click.option("--last-step-size", type=float, help="The time that this step covers.  [default: 0.04]"),
             click.option("--eta", type=float, help="Noise of ddim, from 0 to 1.  [default: 0]"),
+            click.option("--clip", is_flag=True, default=None, help="ddpm, ddim: keep the data prediction in [-1, 1]."),
             click.option("--scale", type=float, help="Guidance: 1 is none, above goes towards the class."),
             click.option("--interval", type=(float, float), help="When guidance acts; 0 is data, 1 is noise."),
             click.option("--channels", type=int, help="Guide the first so many channels only."),
@@ -50,7 +63,7 @@ def sampling_options(command: Callable) -> Callable:
             click.option("--rescale", type=float, help="Share to which guidance keeps the contrast, from 0 to 1."),
             click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
             click.option("--weak", help="Autoguidance: a run or checkpoint of a weaker model to move away from."),
-            click.option("--batch-size", type=int, help="Images at once; changes no image."),
+            click.option("--batch-size", type=int, help="Images at once; changes no image, but for adaptive solvers."),
             click.option("--seed", type=int, help="With an image's index it determines the image's noise."),
         ]
     ):
@@ -62,14 +75,24 @@ def sampling_options(command: Callable) -> Callable:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the images.  [default: samples/NAME]")
 @click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
-@click.option("--classes", help="Which classes, such as 3 or 0,4,7 or 0-9.  [default: all, in turn]")
-@click.option("--overwrite", is_flag=True, help="Write into a folder that holds samples already.")
+@click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or none.  [default: all, in turn]")
+@click.option("--trajectory", is_flag=True, help="Also a picture of the way from noise to image: trajectory.png.")
+@click.option("--overwrite", is_flag=True, help="Write into a folder that holds samples already, in their place.")
 @sampling_options
-def command(checkpoint: Path, out: Path | None, recipe: str | None, classes: str | None, overwrite: bool, **options):
+def command(
+    checkpoint: Path,
+    out: Path | None,
+    recipe: str | None,
+    classes: str | None,
+    trajectory: bool,
+    overwrite: bool,
+    **options,
+):
     """Sample from CHECKPOINT: a run's folder, one of its checkpoints, or an inference checkpoint.
 
     Writes 000000.png, 000001.png, ..., grid.png and samples.json, which has each image's label and all settings. An
-    image depends on the seed, its index and its class alone, whatever the batch size and the number of processes.
+    image depends on the seed, its index and its class alone, whatever the batch size and the number of processes (but
+    for an adaptive solver, whose steps suit a whole batch, within its tolerances).
 
     Which solver? heun with 20 to 50 steps is a safe choice; ab2 or dpmpp-2m where evaluations are dear; euler_maruyama
     with 250 steps is what the papers report; dopri5 (no --steps, but --rtol and --atol) where accuracy matters most.
@@ -88,15 +111,21 @@ def command(checkpoint: Path, out: Path | None, recipe: str | None, classes: str
     from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_png
 
     processes = Accelerator()
-    loaded = load_checkpoint(checkpoint, processes.device)
-    settings = sample_settings(load_recipe(recipe).sample if recipe else loaded.recipe.sample, **options)
-    labels = balanced_labels(settings.num, parse_classes(classes, loaded.denoiser.num_classes))
+    given = load_recipe(recipe) if recipe else None
+    loaded = load_checkpoint(checkpoint, processes.device, given if isinstance(given, Recipe) else None)
+    settings = sample_settings((given or loaded.recipe).sample, **options)
+    num_classes = loaded.denoiser.num_classes
+    labels = balanced_labels(loaded.recipe, num_classes, settings.num, parse_classes(classes, num_classes))
     sampler = build_sampler(loaded, settings)
     out = out or Path("samples") / checkpoint.resolve().name
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite, or another folder with --out")
     processes.wait_for_everyone()  # before one of them writes what another would find
-    out.mkdir(parents=True, exist_ok=True)
+    if processes.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in out.glob("[0-9]*.png"):
+            old.unlink()
+    processes.wait_for_everyone()
 
     mine = range(processes.process_index, len(labels), processes.num_processes)
     done = iter(mine)
@@ -109,6 +138,8 @@ def command(checkpoint: Path, out: Path | None, recipe: str | None, classes: str
     processes.wait_for_everyone()
     if processes.is_main_process:
         _finish(out, loaded, settings, labels, sampler.evaluations)
+        if trajectory:
+            _save_trajectory(out / "trajectory.png", sampler)
     processes.end_training()
 
 
@@ -134,6 +165,19 @@ def _finish(out: Path, loaded, settings: SampleSection, labels, evaluations: int
     click.echo(f"{len(labels)} images, {evaluations} evaluations each, and a picture of them: {out / 'grid.png'}")
 
 
+def _save_trajectory(path: Path, sampler) -> None:
+    """Nine states of the last batch's first images, from noise on the left to the image on the right, a row for each."""
+    import torch
+
+    from dic_repa.generation import save_grid
+
+    stages = torch.linspace(0, len(sampler.states) - 1, min(9, len(sampler.states))).round().long().tolist()
+    images = torch.stack([sampler.decode(sampler.states[stage][:10]).cpu() for stage in stages], dim=1)
+    rows = torch.arange(len(images)).repeat_interleave(len(stages))
+    save_grid(images.flatten(0, 1), path, rows, [""] * len(images), columns=len(stages))
+    click.echo(f"from noise to image: {path}")
+
+
 def sample_settings(base: SampleSection, **options) -> SampleSection:
     """`base` with the options that were given, validated as if they stood in a recipe."""
     given = {name: value for name, value in options.items() if value is not None}
@@ -154,19 +198,27 @@ def _family(solver: str) -> tuple[str, str]:
 
 
 def _parse_grid(text: str) -> dict:
-    name, _, arguments = text.partition(":")
-    pairs = [pair.partition("=") for pair in arguments.split(",") if pair]
-    return {"name": name, "options": {key.strip(): parse_value(value) for key, _, value in pairs}}
+    """'karras', 'shifted:shift=3', or the times themselves: '1,0.5,0'."""
+    try:
+        if text[:1].isdigit():
+            return {"times": [float(part) for part in text.split(",")]}
+        name, _, arguments = text.partition(":")
+        pairs = [pair.partition("=") for pair in arguments.split(",") if pair]
+        return {"name": name, "options": {key.strip(): float(value) for key, _, value in pairs}}
+    except ValueError:
+        raise UserError(f"--grid takes a name, name:argument=number or times such as 1,0.5,0, not '{text}'") from None
 
 
-def parse_classes(text: str | None, num_classes: int) -> list[int]:
-    """'3', '0,4,7' and '0-9' as lists of classes; a UserError names what is out of range."""
+def parse_classes(text: str | None, num_classes: int) -> list[int] | None:
+    """'3', '0,4,7', '0-9' and 'none' (the null class) as lists; a UserError names what is wrong."""
     if text is None:
-        return list(range(num_classes))
+        return None
+    if text == "none":
+        return [num_classes]
     classes = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdigit() or (dash and not (last.isdigit() and int(last) >= int(first))):
             raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9, not '{text}'")
         classes += range(int(first), int(last or first) + 1)
     if not classes or max(classes) >= num_classes:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dic_repa.errors import UserError
 from dic_repa.samplers.catalog import list_solvers
 
 
@@ -38,7 +39,7 @@ def command(context: click.Context):
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--solvers", default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou", show_default=True)
 @click.option("--evaluations", default="6,12,24,48,96", show_default=True, help="Network evaluations per image.")
-@click.option("--num", default=500, show_default=True, help="Samples for each point.")
+@click.option("--num", type=click.IntRange(2), default=500, show_default=True, help="Samples for each point.")
 @click.option("--out", type=click.Path(path_type=Path), help="The plot.  [default: RUN/evaluation/solvers.png]")
 def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | None):
     """Sample RUN with each solver at each cost, judge the samples, and plot quality against cost.
@@ -52,7 +53,9 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
     """
     from dic_repa.evaluation.solvers import compare_solvers, save_comparison
 
-    budgets = [int(part) for part in evaluations.split(",")]
+    budgets = [int(part) for part in evaluations.split(",") if part.strip().isdigit()]
+    if len(budgets) < evaluations.count(",") + 1:
+        raise UserError(f"--evaluations takes whole numbers such as 6,12,24, not '{evaluations}'")
     points = []
     for point in compare_solvers(run, solvers.split(","), budgets, num):
         points.append(point)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from pathlib import Path
 
 import click
 
+from dic_repa.cli.evaluate import evaluate_and_show
+from dic_repa.errors import is_main_process
 from dic_repa.recipe import load_training_recipe
 
 
@@ -43,18 +44,16 @@ def command(recipe: str, path: Path | None, overrides: tuple[str, ...], resume: 
     begin = time.perf_counter()
     try:
         run = train(settings, path, resume=resume, overwrite=overwrite)
+        if not is_main_process():
+            return
+        click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
+        if settings.evaluate:
+            evaluate_and_show([run.path])
+            click.echo(f"loss curves: {run.curves_file}")
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             click.echo(interrupted_message(path), err=True)
         raise
-    if os.environ.get("RANK", "0") != "0":
-        return
-    click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
-    if settings.evaluate:
-        from dic_repa.cli.evaluate import evaluate_and_show
-
-        evaluate_and_show([run.path])
-        click.echo(f"loss curves: {run.curves_file}")
 
 
 def interrupted_message(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation import metrics
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
-from dic_repa.training.run_folder import RunFolder, checkpoint_step
+from dic_repa.training.run_folder import RunFolder, checkpoint_step, write_whole
 
 
 @dataclass
@@ -32,7 +33,10 @@ class Judgement:
 
 
 def evaluate_run(
-    path: str | Path, sample: SampleSection | None = None, again: bool = False, progress: Callable[[int], None] = int
+    path: str | Path,
+    sample: SampleSection | None = None,
+    again: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Judgement:
     """Sample as `sample` says (by default as the run's recipe says) and judge by the recipe's metric.
 
@@ -49,20 +53,17 @@ def evaluate_run(
     sample = sample or recipe.sample
     step = checkpoint_step(newest)
     stem = run.path / "evaluation" / f"step_{step:08d}-{describe_sampling(sample).replace(' ', '-')}"
-    judged = Judgement(run.path, step, sample, recipe, {}, stem.with_suffix(".json"), stem.with_suffix(".png"))
+    record_file, picture = (stem.with_name(stem.name + ending) for ending in (".json", ".png"))
+    judged = Judgement(run.path, step, sample, recipe, {}, record_file, picture)
 
     wanted = {"step": step, "metric": recipe.evaluate.metric, "sample": sample.model_dump(mode="json")}
-    if judged.record.is_file() and not again:
-        record = json.loads(judged.record.read_text())
-        if {key: record.get(key) for key in wanted} == wanted:
-            judged.scores, judged.evaluations = record["scores"], record["evaluations"]
-            return judged
+    if not again and (record := _read_record(judged.record, wanted)):
+        judged.scores, judged.evaluations = record["scores"], record["evaluations"]
+        return judged
 
     checkpoint = load_checkpoint(newest, "cuda" if torch.cuda.is_available() else "cpu")
     num_classes = checkpoint.denoiser.num_classes
-    # A model that never saw a label has only the null class to sample from.
-    unlabelled = recipe.train.label_dropout == 1
-    labels = balanced_labels(sample.num, [num_classes] if unlabelled else range(num_classes))
+    labels = balanced_labels(recipe, num_classes, sample.num)
     batches = []
     sampler = build_sampler(checkpoint, sample)
     for batch in sampler(labels):
@@ -74,18 +75,29 @@ def evaluate_run(
     save_grid(images, judged.picture, labels, build_class_names(recipe.data, num_classes), columns=12)
     judged.evaluations = sampler.evaluations
     record = {**wanted, "evaluations": sampler.evaluations, "scores": judged.scores}
-    judged.record.write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(judged.record, json.dumps(record, indent=2) + "\n")
     return judged
+
+
+def _read_record(path: Path, wanted: dict) -> dict | None:
+    """The record of an earlier judgement of the same samples, if there is one and it is whole."""
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(path.read_text())
+        if {key: record.get(key) for key in wanted} == wanted:
+            return record
+    return None
 
 
 def describe_sampling(sample: SampleSection) -> str:
     """'500 heun 20', and behind it all that is no default, as in 'cfg 1.8 0.0 0.7': short enough for a file's name."""
     words = [sample.num, sample.solver] + ([sample.steps] if sample.steps else [])
-    for key in ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta"):
+    if sample.seed:
+        words += ["seed", sample.seed]
+    for key in ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta", "clip"):
         if getattr(sample, key) is not None:
             words += [key, getattr(sample, key)]
     if sample.grid:
-        words += [sample.grid.name, *sample.grid.options.values()]
+        words += [sample.grid.name, *sample.grid.options.values(), *(sample.grid.times or ())]
     if guidance := sample.guidance:
         words += [guidance.kind, guidance.scale, *guidance.interval]
         for key in ("channels", "schedule", "rescale", "weak"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 from dic_repa.weights import load_weights, read_tensors, save_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -34,7 +34,7 @@ class Pretrained:
         try:
             config = json.loads(config_file.read_text())
             kind = config.pop("model", None)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, TypeError):
             raise UserError(f"{config_file} is not a model's config: not valid JSON") from None
         if kind != cls.__name__:
             raise UserError(f"{config_file} describes a {kind or 'model of unknown kind'}, not a {cls.__name__}")
@@ -62,8 +62,7 @@ def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:
     try:
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     except Exception as error:  # the hub's client raises a dozen kinds, from no connection to no such repository
-        reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"no folder {name}, and not to be had from the hub ({type(error).__name__}: {reason}); "
+            f"no folder {name}, and not to be had from the hub ({type(error).__name__}: {first_line(error)}); "
             f"download {CONFIG} and {WEIGHTS} of that repository into a folder and pass the folder"
         ) from None

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 from dic_repa.recipe import Recipe, to_yaml
 from dic_repa.training.ema import EMA
 from dic_repa.weights import load_weights, read_tensors, save_tensors
@@ -45,18 +45,11 @@ def save_checkpoint(
         for file in aside.rglob("*"):
             _flush(file)
         _flush(aside)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have names of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has another name in torch and safetensors
         shutil.rmtree(aside, ignore_errors=True)
         newest = max(folder.parent.glob("step_*"), default=None)
         kept = f"{newest.name} is whole" if newest else "there is none before it"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the checkpoint {folder} could not be written ({reason}); {kept}") from None
-    if folder.exists():  # a run that was resumed from an older checkpoint comes by here again
-        shutil.rmtree(folder)
+        raise UserError(f"the checkpoint {folder} could not be written ({first_line(error)}); {kept}") from None
     os.replace(aside, folder)
     _flush(folder.parent)
 

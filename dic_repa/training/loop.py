@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,20 +18,22 @@ from dic_repa.alignment.cache import FeatureCache, WithTokens, feature_cache
 from dic_repa.build import (
     build_alignment,
     build_dataset,
-    build_decoder,
     build_denoiser,
     build_encoder,
     build_objective,
     import_plugins,
 )
-from dic_repa.data.latents import data_shape, denoiser_data, pixels_decoder
+from dic_repa.data.latents import data_shape, denoiser_data
 from dic_repa.errors import UserError
+from dic_repa.models import forward_on_meta
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.checkpoint import load_checkpoint, save_checkpoint
 from dic_repa.training.ema import EMA
 from dic_repa.training.metrics import MetricLog
 from dic_repa.training.randomness import data_order, process_rows, step_generator
 from dic_repa.training.run_folder import RunFolder
+
+PREFETCH = 4  # batches that each loader process has ready: they bridge a slow read from a disk or a network
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Parts:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
-    decode: Callable[[Tensor], Tensor]  # to images
+    sampler: Callable[[Tensor], Iterator[Tensor]] | None  # of the averaged weights; None where no grids are asked for
 
 
 def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -57,18 +60,20 @@ def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: boo
     """
     settings, run = recipe.train, RunFolder(path)
     accelerator = Accelerator(mixed_precision=settings.precision)
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("train.precision fp16 needs a GPU; take bf16, or no for float32")
     passes = check_batch(settings, accelerator.num_processes)
     parts = build_parts(recipe, accelerator)
     model, optimizer, ema = parts.model, parts.optimizer, parts.ema
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            run.resume(recipe) if resume else run.create(recipe, overwrite)
-        checkpoint = run.newest_checkpoint()
+    check_ending(recipe, parts.objective)
+    on_main_process(accelerator, lambda: run.resume(recipe) if resume else run.create(recipe, overwrite))
+    checkpoint = run.newest_checkpoint()
     start = load_checkpoint(checkpoint, accelerator, model, ema, optimizer) if checkpoint else 0
 
     data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
+    incoming = batches(data, recipe, accelerator, start)
     with MetricLog(run, accelerator, settings, start) as log:
-        for step, batch in zip(range(start, settings.steps), batches(data, recipe, accelerator, start)):
+        for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
             scales = [alignment.schedule(step) for alignment in parts.alignments]
             for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes, scales)):
                 with nullcontext() if k == passes - 1 else accelerator.no_sync(model):
@@ -115,6 +120,9 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     data = build_dataset(recipe.data)
     denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
+    forward_on_meta(
+        denoiser, *data_shape(data)[-2:]
+    )  # a size that does not fit is found before the run's folder is made
     encoders = [build_encoder(section, device) for section in recipe.alignments]
     alignments = [
         build_alignment(section, encoder, denoiser, data, device)
@@ -128,10 +136,23 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     if settings.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
-    objective = build_objective(recipe.objective)
-    # Found now, not at the first grid of samples: an autoencoder that is missing shall stop the run before it starts.
-    decode = build_decoder(recipe.data, device) if settings.sample_every else pixels_decoder
-    return Parts(data, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, decode)
+    objective, sampler = build_objective(recipe.objective), None
+    if settings.sample_every:
+        from dic_repa.generation import Checkpoint, build_sampler
+
+        # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
+        sampler = build_sampler(Checkpoint(ema.model, recipe, Path("this run")), recipe.sample)
+    return Parts(data, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, sampler)
+
+
+def check_ending(recipe: Recipe, objective) -> None:
+    """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
+    from dic_repa.evaluation import metrics
+    from dic_repa.generation import check_sampling
+
+    check_sampling(recipe.sample, objective)
+    if recipe.evaluate:
+        metrics.get(recipe.evaluate.metric)
 
 
 def build_caches(recipe: Recipe, encoders: list, data: Dataset, accelerator: Accelerator) -> dict[str, FeatureCache]:
@@ -195,6 +216,20 @@ def step_inputs(
         yield Inputs(x, y, t, noise, tokens)
 
 
+def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Do `action` in the main process while the others wait; a UserError there is raised in all of them."""
+    failure = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as error:
+            failure = [str(error)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise UserError(failure[0])
+
+
 def check_batch(settings: TrainSection, processes: int) -> int:
     """How many passes make one step of one process; a UserError where the global batch does not divide evenly."""
     if settings.batch_size % processes:
@@ -219,8 +254,11 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
         num_workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=recipe.data.workers > 0,
+        prefetch_factor=PREFETCH if recipe.data.workers else None,
     )
     for batch in loader:
+        if not recipe.alignments and ("x" in batch or "moments" in batch):
+            batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
         yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
 
@@ -238,9 +276,11 @@ def due(step: int, every: int, last: int) -> bool:
 
 def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe) -> None:
     """A grid of samples of the averaged weights: a few of each of the first ten classes, the same noise every time."""
-    from dic_repa.generation import Sampler, save_grid
+    from dic_repa.generation import balanced_labels, save_grid
 
-    data, columns = parts.data, 6
-    labels = torch.arange(min(10, data.num_classes)).repeat_interleave(columns)
-    sampler = Sampler(parts.ema.model, parts.objective, recipe.sample, data_shape(data), decode=parts.decode)
-    save_grid(torch.cat(list(sampler(labels))), run.samples / f"step_{step:08d}.png", labels, data.class_names, columns)
+    shown, columns = min(10, parts.data.num_classes), 6
+    labels = balanced_labels(recipe, parts.data.num_classes, shown * columns)
+    if recipe.train.label_dropout < 1:
+        labels = labels % shown
+    images = torch.cat(list(parts.sampler(labels)))
+    save_grid(images, run.samples / f"step_{step:08d}.png", labels, parts.data.class_names, columns=10)

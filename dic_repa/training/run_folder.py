@@ -13,15 +13,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
 from dic_repa.errors import UserError
-from dic_repa.recipe import Recipe, SamplingRecipe, to_yaml, validate
+from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
 _HARMLESS = {
@@ -82,7 +81,7 @@ class RunFolder:
             shutil.rmtree(self.path)
         for folder in (self.path, self.samples, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
-        self.recipe_file.write_text(to_yaml(recipe))
+        write_whole(self.recipe_file, to_yaml(recipe))
 
     def resume(self, recipe: Recipe) -> None:
         """Make an existing run ready to go on; a UserError if `recipe` would change what the run computes."""
@@ -94,27 +93,30 @@ class RunFolder:
                 f"{self.path} was begun with another recipe, so it cannot go on with this one; "
                 f"these keys differ: {', '.join(changed)}"
             )
-        self.recipe_file.write_text(to_yaml(recipe))
         newest = self.newest_checkpoint()
-        self._cut_metrics(checkpoint_step(newest) if newest else 0)
+        done = checkpoint_step(newest) if newest else 0
+        if done > recipe.train.steps:
+            raise UserError(f"{self.path} has done {done} steps already, more than train.steps {recipe.train.steps}")
+        write_whole(self.recipe_file, to_yaml(recipe))
+        self._cut_metrics(done)
 
     def recipe(self) -> Recipe:
         """The recipe that the run was begun with."""
-        recipe = validate(yaml.safe_load(self.recipe_file.read_text()), self.recipe_file)
-        if isinstance(recipe, SamplingRecipe):
-            raise UserError(f"{self.recipe_file} is not the recipe of a training run")
-        return recipe
+        return load_training_recipe(self.recipe_file)
 
     def newest_checkpoint(self) -> Path | None:
         """The whole checkpoint with the most steps."""
-        return max(self.checkpoints.glob("step_[0-9]*"), key=checkpoint_step, default=None)
+        return max(self._whole_checkpoints(), key=checkpoint_step, default=None)
+
+    def _whole_checkpoints(self) -> list[Path]:
+        return [folder for folder in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name)]
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
 
     def drop_old_checkpoints(self, keep: int) -> None:
         """Keep the `keep` newest checkpoints, and remove what an interrupted write left behind."""
-        ordered = sorted(self.checkpoints.glob("step_[0-9]*"), key=checkpoint_step)
+        ordered = sorted(self._whole_checkpoints(), key=checkpoint_step)
         for folder in [*ordered[:-keep], *self.checkpoints.glob(".writing-*")]:
             shutil.rmtree(folder)
 
@@ -129,9 +131,21 @@ class RunFolder:
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 break
-        aside = self.metrics_file.with_suffix(".writing")
-        aside.write_text("".join(kept))
-        os.replace(aside, self.metrics_file)
+        write_whole(self.metrics_file, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that a kill or a full disk leaves the old one or the new one, whole."""
+    aside = path.with_name(f".writing-{path.name}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def checkpoint_step(folder: Path) -> int:
