@@ -20,6 +20,7 @@ from dic_repa.alignment.targets import targets
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.cost import forward_on_meta
 from dic_repa.objectives.base import from_spec
+from dic_repa.registry import Registry
 
 Spec = str | Mapping[str, Any] | Callable  # a registered name, a mapping of `name` and arguments, or the thing itself
 
@@ -51,9 +52,9 @@ class Alignment(nn.Module):
         super().__init__()
         self.tap, self.head = tap, head
         self.weight, self.manifold_weight = weight, manifold_weight
-        self.target = from_spec(lambda name, **options: targets.get(name)(**options), target)
-        self.time_weight = from_spec(lambda name, **options: time_weights.get(name)(**options), time_weight)
-        self.schedule = from_spec(lambda name, **options: schedules.get(name)(**options), schedule)
+        self.target = _part(targets, target)
+        self.time_weight = _part(time_weights, time_weight)
+        self.schedule = _part(schedules, schedule)
 
     @classmethod
     def build(
@@ -146,6 +147,12 @@ class AlignedDenoiser(nn.Module):
         projections = [alignment.head(self._tapped[alignment.tap], time) for alignment in self.alignments]
         self._tapped.clear()  # the feature maps would live on until the next step
         return AlignedOutput(prediction, projections)
+
+
+def _part(registry: Registry, spec: Spec) -> Callable:
+    """What `spec` stands for; a UserError for an unknown name or arguments that do not fit."""
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    return from_spec(lambda name, **options: registry.get(name)(**options), spec)
 
 
 def find_tap(denoiser: nn.Module, tap: str) -> nn.Module:

@@ -123,7 +123,7 @@ def _hash_tensor(digest, key: str, tensor: Tensor) -> None:
 def _agrees(cache: FeatureCache, probes: dict[int, Tensor], count: int) -> bool:
     try:
         array = np.load(cache.file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (EOFError, OSError, ValueError):
         return False
     for index, expected in probes.items():
         if array.dtype != np.float16 or array.shape != (count, *expected.shape):
