@@ -116,6 +116,10 @@ def test_what_is_wrong_is_said(tree, tmp_path):
     with pytest.raises(UserError, match=r"loose.png\) is in no class folder"):
         open_source(tree)
     (tmp_path / "nothing").mkdir()
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(tree / "cat", "cat")
+    with pytest.raises(UserError, match=r"decompress a \.tar\.gz first"):
+        open_source(tmp_path / "a.tar.gz")
     with pytest.raises(UserError, match="holds no images"):
         open_source(tmp_path / "nothing")
     with pytest.raises(UserError, match="there is no folder, zip or tar"):

@@ -44,7 +44,8 @@ def check_prepared(path: str | Path, source: ImageSource, autoencoder: Autoencod
     path = Path(path)
     settings = read_settings(path)
     data = Prepared(path, settings["size"] // autoencoder.spec.downsample, flip=False)
-    table = datasets.load_from_disk(str(path)).select_columns(["label", "name", "width", "height"])
+    rows = datasets.load_from_disk(str(path)).select_columns(["label", "name", "width", "height"])
+    table = rows.with_format("arrow")[:].to_pydict()
     counts = Counter(table["label"])
     names = data.class_names
     by_size = sorted((counts[k], k) for k in range(len(names)))

@@ -101,7 +101,10 @@ def shard_count(source: ImageSource, settings: PrepareSettings) -> int:
 
 
 def describe(source: ImageSource, spec: AutoencoderSpec, settings: PrepareSettings) -> dict:
-    """What determines the prepared data, as `prepare.json` keeps it."""
+    """What determines the prepared data, as `prepare.json` keeps it.
+
+    Whether to skip bad files is no part of it: one adds that to a command that has just stopped at one.
+    """
     return {
         "format": 1,
         "source": {"path": str(source.path), "images": len(source), "fingerprint": source.fingerprint()},
@@ -109,8 +112,6 @@ def describe(source: ImageSource, spec: AutoencoderSpec, settings: PrepareSettin
         "flip": settings.flip,
         "image_format": settings.image_format,
         "shard_size": settings.shard_size,
-        "batch_size": settings.batch_size,
-        "skip_bad": settings.skip_bad,
         "autoencoder": spec.to_dict(),
         "class_names": list(source.class_names),
     }

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -84,7 +85,10 @@ def open_source(path: str | Path, labels: str | Path | None = None, skip_bad: bo
         return _open_hugging_face(path)
     tree = open_tree(path)
     inside = [name for name in LABEL_FILES if name in tree.names]
-    tree.names = [name for name in tree.names if name not in inside and Path(path, name) != Path(labels or "")]
+    beside = (
+        Path(os.path.relpath(labels, path)).as_posix() if labels else ""
+    )  # a labels file within the tree is no image
+    tree.names = [name for name in tree.names if name not in inside and name != beside]
     rejected = tuple(name for name in tree.names if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
     if rejected and not skip_bad:
         raise UserError(f"{path}: {_named(rejected)} by name no image; remove what is none, or pass --skip-bad")
@@ -164,15 +168,17 @@ def _open_hugging_face(path: str) -> ImageSource:
             data = datasets.load_dataset(place, split=split or "train")
     except Exception as error:  # anything from ConnectionError to DatasetNotFoundError and ValueError
         reason = (str(error) or repr(error)).strip().splitlines()[0]
+        missing = "" if Path(place).exists() else f"there is no folder {path}, and "
         raise UserError(
-            f"the data set {path} cannot be loaded ({reason}); where the hub cannot be reached, download it elsewhere "
+            f"{missing}the data set {path} cannot be loaded ({reason}); where the hub cannot be reached, download it elsewhere "
             "(`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
         ) from None
     image = _only_column(data, datasets.Image, "image", path)
     label = _only_column(data, datasets.ClassLabel, "label", path)
     rows = data.cast_column(image, datasets.Image(decode=False))
     class_names = tuple(data.features[label].names)
-    labels = [int(value) for value in data.with_format(None)[label]]
+    labels = data.select_columns([label]).with_format("arrow")[:][label].to_pylist()
+    labels = [-1 if value is None else value for value in labels]
     if unlabelled := sum(not 0 <= value < len(class_names) for value in labels):
         raise UserError(f"{path}: {unlabelled} images have no label; choose another split, ID:SPLIT")
 
