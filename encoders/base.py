@@ -74,7 +74,7 @@ def list_encoders(pattern: str = "*") -> list[str]:
 
 def encoder_card(name: str) -> Card | None:
     """What the encoder says of itself; None where it says nothing. A UserError for an unknown name."""
-    return getattr(find_factory(_encoders, GROUP, name), "card", None)
+    return getattr(_find(name), "card", None)
 
 
 def create_encoder(name: str, **options: Any) -> Encoder:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from urllib.error import URLError
+
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from dic_repa.encoders import create_encoder
@@ -125,3 +128,55 @@ def test_an_unreachable_hub_names_repository_and_file(monkeypatch, tmp_path):
         UserError, match=r"model\.safetensors of 'timm/vit_small_patch14_dinov2\.lvd142m'.*weights=FILE"
     ):
         create_encoder("dinov2-vit-s")
+
+
+class OpenAIBlock(nn.Module):
+    """A block of CLIP with OpenAI's names: torch's attention, and the quick GELU."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        hidden = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](hidden * torch.sigmoid(1.702 * hidden))
+
+
+def test_clip_in_openais_layout_gives_the_tokens_that_repa_takes(tmp_path):
+    width, heads, depth, patch, grid = 48, 3, 2, 14, 16
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(OpenAIBlock(width, heads) for _ in range(depth))
+    conv, norm = nn.Conv2d(3, width, patch, stride=patch, bias=False), nn.LayerNorm(width)
+    nn.init.normal_(norm.weight, mean=1, std=0.2)
+    class_embedding, positions = torch.randn(width), torch.randn(grid * grid + 1, width) * 0.1
+    state = {f"visual.transformer.resblocks.{key}": value for key, value in blocks.state_dict().items()}
+    state |= {"visual.conv1.weight": conv.weight, "visual.class_embedding": class_embedding}
+    state |= {"visual.positional_embedding": positions, "visual.proj": torch.randn(width, 8)}
+    state |= {f"visual.ln_pre.{key}": value for key, value in norm.state_dict().items()}
+    state |= {f"visual.ln_post.{key}": value + 5 for key, value in norm.state_dict().items()}
+    state |= {"text_projection": torch.zeros(4, 4), "logit_scale": torch.zeros(())}  # of the other half
+    torch.save({key: value.detach() for key, value in state.items()}, tmp_path / "clip.pt")
+    encoder = create_encoder("clip-vit-l", weights=tmp_path / "clip.pt", **SMALL)
+
+    images = torch.rand(2, 3, 256, 256)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in CLIP)
+    inputs = (F.interpolate(images, 224, mode="bicubic") - mean) / std
+    with torch.no_grad():
+        hidden = conv(inputs).flatten(2).mT
+        hidden = norm(torch.cat([class_embedding.expand(2, 1, -1), hidden], dim=1) + positions)
+        for block in blocks:
+            hidden = block(hidden)
+    torch.testing.assert_close(encoder(images), hidden[:, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_an_unreachable_server_names_the_file(monkeypatch):
+    def fail(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
+    with pytest.raises(UserError, match=r"fetch https://.*IN1K-vit\.h\.14-300e\.pth\.tar, .*weights=FILE"):
+        create_encoder("ijepa-vit-h", **SMALL)
