@@ -14,6 +14,11 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: the cause, then the mend."""
 
+    def __init__(self, message: str = ""):
+        if "Original Traceback" in message:  # what a data loader's worker process makes of it; the last line is ours
+            message = message.strip().rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(message)
+
 
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that a launcher started."""

@@ -195,6 +195,16 @@ def test_images_as_pixels_and_mirrored(folder):
     assert data[1]["x"].shape == (3, 24, 24)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_image_stops_the_run_in_one_line(folder, tmp_path, workers):
+    shutil.copytree(folder / "tree", tmp_path / "tree")
+    file = tmp_path / "tree/cat/002.png"
+    file.write_bytes(file.read_bytes()[:100])
+    settings = recipe(tmp_path, "images", "tree", autoencoder="none", workers=workers)
+    with pytest.raises(UserError, match=r"^cat/002\.png is not a whole image \([^\n]*$"):
+        train(settings, tmp_path / "run")
+
+
 def test_bench_data(folder, tmp_path, monkeypatch, capsys):
     from dic_repa.recipe import to_yaml
 

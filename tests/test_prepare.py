@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -230,17 +231,15 @@ def test_autoencoder_that_cannot_be_had(tmp_path, mistake, monkeypatch):
     assert "there is no autoencoder" in mistake("prepare", "tree", "out", "--autoencoder=./nowhere")
 
 
-def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    import dic_repa.data.prepare as module
-
-    def full(path, *_):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    write_tree(tmp_path / "tree", {"cat": 2})
-    monkeypatch.setattr(module, "_write_shard", full)
-    with pytest.raises(UserError, match=r"No space left on device.*make room"):
-        prepare_quickly(tmp_path / "tree", tmp_path / "out", seconds=0)
+def test_full_disk_leaves_nothing_half_written(tmp_path):
+    write_tree(tmp_path / "tree", {"cat": 8})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))  # a write beyond fails as one to a full disk does
+    try:
+        with pytest.raises(UserError, match=r"data-00000-of-00002.arrow could not be written .*make room"):
+            prepare_quickly(tmp_path / "tree", tmp_path / "out", seconds=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["prepare.json"]
 
 

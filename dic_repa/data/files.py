@@ -107,11 +107,8 @@ def _open_tar(path: Path) -> FileTree:
         with tarfile.open(path, "r:") as archive:
             members = [member for member in archive if member.isreg() or member.isdir()]
     except tarfile.TarError as error:
-        hint = (
-            "; decompress a .tar.gz first, since its files cannot be read one by one"
-            if ".tar." in path.name or path.suffix == ".tgz"
-            else ""
-        )
+        packed = ".tar." in path.name or path.suffix == ".tgz"
+        hint = "; decompress a .tar.gz first, since its files cannot be read one by one" if packed else ""
         raise UserError(f"{path} is neither a folder, a zip nor an uncompressed tar ({error}){hint}") from None
     places = {member.name: (member.offset_data, member.size) for member in members}
     return _archive(path, {member.name: member.isdir() for member in members}, _TarReader(path, places))

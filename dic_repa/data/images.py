@@ -79,4 +79,4 @@ def encode_file(image: Image.Image, format: str) -> bytes:
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB or greyscale image as (C, H, W), float32 in [0, 1]."""
     array = np.array(image)  # a copy, which torch may own
-    return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1).float().div_(255)
+    return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1).contiguous().float().div_(255)

@@ -85,9 +85,7 @@ def open_source(path: str | Path, labels: str | Path | None = None, skip_bad: bo
         return _open_hugging_face(path)
     tree = open_tree(path)
     inside = [name for name in LABEL_FILES if name in tree.names]
-    beside = (
-        Path(os.path.relpath(labels, path)).as_posix() if labels else ""
-    )  # a labels file within the tree is no image
+    beside = Path(os.path.relpath(labels, path)).as_posix() if labels else ""
     tree.names = [name for name in tree.names if name not in inside and name != beside]
     rejected = tuple(name for name in tree.names if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
     if rejected and not skip_bad:
@@ -170,8 +168,8 @@ def _open_hugging_face(path: str) -> ImageSource:
         reason = (str(error) or repr(error)).strip().splitlines()[0]
         missing = "" if Path(place).exists() else f"there is no folder {path}, and "
         raise UserError(
-            f"{missing}the data set {path} cannot be loaded ({reason}); where the hub cannot be reached, download it elsewhere "
-            "(`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
+            f"{missing}the data set {path} cannot be loaded ({reason}); where the hub cannot be reached, download it "
+            "elsewhere (`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
         ) from None
     image = _only_column(data, datasets.Image, "image", path)
     label = _only_column(data, datasets.ClassLabel, "label", path)
