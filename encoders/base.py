@@ -80,8 +80,8 @@ def encoder_card(name: str) -> Card | None:
 def create_encoder(name: str, **options: Any) -> Encoder:
     """Build the encoder of that `name`, frozen; the options are those of its class or function.
 
-    Raises UserError for an unknown name or option, with the near ones, for what is no encoder, and for whatever the
-    encoder itself cannot mend (weights that cannot be fetched or do not fit).
+    Raises UserError for an unknown name or option, with the near ones, and for whatever the encoder itself cannot mend
+    (weights that cannot be fetched or do not fit).
     """
     factory = _find(name)
     parameters = inspect.signature(factory).parameters
