@@ -22,7 +22,7 @@ def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dic
 def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file by name, and its metadata (empty unless it is a safetensors file).
 
-    Of a training checkpoint in torch's format, the inner dict is taken (`ema`, `model` or `state_dict`). A UserError
+    Of a training checkpoint in torch's format, the inner dict is taken (`ema`, `model`, `state_dict` or `encoder`). A UserError
     for a file that is missing, cut short, or holds more than tensors and plain containers.
     """
     path = Path(path)
@@ -39,7 +39,7 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
         reason = first_line(error)
         raise UserError(f"{path} cannot be read as a file of plain tensors ({reason})") from error
-    for key in ("ema", "model", "state_dict"):
+    for key in ("ema", "model", "state_dict", "encoder"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):

@@ -28,6 +28,14 @@ def test_plugging_in_an_encoder(dic_repa, tmp_path):
     assert "alignment.1.token" in line
 
 
+def test_naming_a_class_of_ones_own(dic_repa, tmp_path):
+    for name, text in {"my_encoder": "my-patches", "my_head": "class PooledHead"}.items():
+        (tmp_path / f"{name}.py").write_text(block("python", text))
+    (tmp_path / "mine.yaml").write_text(block("yaml", "my_head:PooledHead"))
+    dic_repa("train", "mine.yaml", *TINY, "--set=train.steps=2", "--set=evaluate=null")
+    assert "alignment.0.token" in (tmp_path / "runs/mine/metrics.jsonl").read_text()
+
+
 def test_python_examples(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -47,7 +55,7 @@ def test_commands_exist(line, dic_repa):
     command = line.split("#")[0].split(">")[0].split()
     if command[:1] != ["dic-repa"]:
         return
-    verb = command[1:2] + (["show"] if "show" in command else [])
+    verb = command[1:3] if command[2:3] in (["show"], ["check"], ["compare"], ["data"]) else command[1:2]
     text = dic_repa(*verb, "--help").stdout
     for option in command:
         if option.startswith("--"):

@@ -166,7 +166,7 @@ def _finish(out: Path, loaded, settings: SampleSection, labels, evaluations: int
 
 
 def _save_trajectory(path: Path, sampler) -> None:
-    """Nine states of the last batch's first images, from noise on the left to the image on the right, a row for each."""
+    """Nine states of the last batch's first images, from noise at the left to the image at the right, a row each."""
     import torch
 
     from dic_repa.generation import save_grid

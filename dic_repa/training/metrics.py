@@ -33,6 +33,7 @@ class MetricLog:
     def __init__(self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int):
         self.run, self.accelerator, self.settings, self.start = run, accelerator, settings, start
         self.sums: dict[str, Tensor] = {}
+        self.steps: dict[str, float] = {}
         self.images, self.pause, self.wait = 0, 0.0, 0.0
 
     def __enter__(self) -> MetricLog:
@@ -79,6 +80,7 @@ class MetricLog:
             values |= {f"alignment.{i}.{name}": value for name, value in parts.items()}
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() * share
+            self.steps[name] = self.steps.get(name, 0) + share  # an alignment may stop between two log steps
 
     def step(self, step: int, norm: Tensor, learning_rate: float, images: int) -> None:
         """End a step; at a log step, average, write and show."""
@@ -86,8 +88,7 @@ class MetricLog:
         self.images += images
         if step % self.settings.log_every and step != self.settings.steps:
             return
-        count = self.images / images
-        means = torch.stack([value.float() for value in self.sums.values()]) / count
+        means = torch.stack([value.float() / self.steps[name] for name, value in self.sums.items()])
         means = self.accelerator.reduce(means, "mean").tolist()
         seconds = time.perf_counter() - self.since - self.pause
         record = {
@@ -99,6 +100,7 @@ class MetricLog:
             "data_wait": round(self.wait / seconds, 4),
             "seconds": round(seconds, 3),
         }
+        self.steps = {}
         self.sums, self.images, self.pause, self.wait, self.since = {}, 0, 0.0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
             self._write(record)
