@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,14 @@ def write_shards(
     total = sum(len(_rows(shard, source, settings)) for shard in todo)
     label = "encoding" if processes == 1 else f"encoding (process 1 of {processes})"
     with (
-        tqdm(total=total, desc=label, unit="image", smoothing=0.1, disable=process > 0 or not total) as bar,
+        tqdm(
+            total=total,
+            desc=label,
+            unit="image",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
+            disable=process > 0 or not total,
+        ) as bar,
         ThreadPoolExecutor(settings.workers) as pool,
     ):
         for shard in todo:
