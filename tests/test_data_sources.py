@@ -134,6 +134,10 @@ def test_labels_that_miss_files(tree, tmp_path):
     labels.write_text("cat/000.png,cat\ndog/000.png,dog\n")
     with pytest.raises(UserError, match=r"misses 3 \(cat/001.png, dog/001.png, dog/002.png\)"):
         open_source(tree, labels)
+    names = [f"cat/00{k}.png" for k in range(2)] + [f"dog/00{k}.png" for k in range(3)]
+    labels.with_suffix(".json").write_text(json.dumps(dict.fromkeys(names, -1)))
+    with pytest.raises(UserError, match="has the label -1"):
+        open_source(tree, labels.with_suffix(".json"))
     labels.with_suffix(".json").write_text("[1, 2]")
     with pytest.raises(UserError, match="no labels file"):
         open_source(tree, labels.with_suffix(".json"))

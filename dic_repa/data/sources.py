@@ -122,6 +122,8 @@ def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[lis
     given = [table[name] for name in names]
     if all(isinstance(label, int) or str(label).isdigit() for label in given):
         numbers = [int(label) for label in given]
+        if min(numbers) < 0:
+            raise UserError(f"{label_file} has the label {min(numbers)}; classes are numbered from 0")
         return numbers, tuple(str(k) for k in range(max(numbers) + 1))
     class_names = tuple(sorted(set(map(str, given))))
     index = {name: k for k, name in enumerate(class_names)}
