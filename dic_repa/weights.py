@@ -22,8 +22,8 @@ def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dic
 def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file by name, and its metadata (empty unless it is a safetensors file).
 
-    Of a training checkpoint in torch's format, the inner dict is taken (`ema`, `model`, `state_dict` or `encoder`). A UserError
-    for a file that is missing, cut short, or holds more than tensors and plain containers.
+    Of a training checkpoint in torch's format, the inner dict is taken: `ema`, `model`, `state_dict` or `encoder`. A
+    UserError for a file that is missing, cut short, or holds more than tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
