@@ -123,7 +123,7 @@ class Sampler:
         if s.grid and s.grid.times is None:
             options["times"] = create_grid(s.grid.name, **s.grid.options)
         elif s.grid:
-            options |= {"times": s.grid.times, "steps": s.steps}
+            options |= {"times": s.grid.times, "steps": None}  # as many as the times make
         if info.process == "ddpm":
             return options | {"schedule": self.objective.schedule, "seed": s.seed, "indices": indices}
         options["path"] = self.objective.path

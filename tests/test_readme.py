@@ -19,7 +19,7 @@ def block(language: str, contains: str) -> str:
 
 def test_plugging_in_an_encoder(dic_repa, tmp_path):
     (tmp_path / "my_encoder.py").write_text(block("python", "my-patches"))
-    (tmp_path / "my_recipe.yaml").write_text(block("yaml", "my_encoder"))
+    (tmp_path / "my_recipe.yaml").write_text(block("yaml", "plugins: [my_encoder]"))
     (command,) = [text for _, text in BLOCKS if "my_recipe.yaml" in text and "dic-repa train" in text]
     verb, recipe = command.split()[1:]
     dic_repa(verb, recipe, *TINY, "--set=model.depths=[1,1,2,1,1]", "--set=train.steps=2", "--set=evaluate=null")

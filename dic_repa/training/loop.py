@@ -24,7 +24,7 @@ from dic_repa.build import (
     import_plugins,
 )
 from dic_repa.data.latents import data_shape, denoiser_data
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 from dic_repa.models import forward_on_meta
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.checkpoint import load_checkpoint, save_checkpoint
@@ -59,7 +59,10 @@ def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: boo
     many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result.
     """
     settings, run = recipe.train, RunFolder(path)
-    accelerator = Accelerator(mixed_precision=settings.precision)
+    try:
+        accelerator = Accelerator(mixed_precision=settings.precision)
+    except ValueError as error:  # its state is one for the whole process
+        raise UserError(f"train.precision {settings.precision}: {first_line(error)}") from None
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("train.precision fp16 needs a GPU; take bf16, or no for float32")
     passes = check_batch(settings, accelerator.num_processes)
