@@ -14,7 +14,6 @@ from dic_repa.data.autoencoders import load_autoencoder
 from dic_repa.data.latents import autoencoder_decoder, data_shape, pixels_decoder
 from dic_repa.data.layouts import DEFAULT_AUTOENCODER
 from dic_repa.data.prepared import prepared_spec
-from dic_repa.encoders import check_tokens, create_encoder
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models import PRESETS, DiC
 from dic_repa.objectives import create_objective
@@ -87,6 +86,8 @@ def build_objective(section: ObjectiveSection):
 
 def build_encoder(section: AlignmentSection, device: torch.device):
     """The frozen encoder of an alignment, on `device`."""
+    from dic_repa.encoders import create_encoder  # timm takes seconds to import, and sampling has no use for it
+
     try:
         encoder = create_encoder(section.encoder, **section.encoder_options)
     except TypeError as error:
@@ -101,6 +102,8 @@ def build_alignment(
 
     A UserError where the encoder's tokens of the first image are not the grid that it promises.
     """
+    from dic_repa.encoders import check_tokens
+
     sample = data[0]
     if "image" not in sample:
         raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")

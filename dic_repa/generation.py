@@ -72,8 +72,8 @@ class Sampler:
     """All that turns noise into images: `sampler(labels)` yields batches (B, C, H, W) in [0, 1], on the CPU, in order.
 
     An image depends on (settings.seed, its index, its label) alone, whatever the batch size, but for an adaptive
-    solver, whose steps suit a whole batch. `evaluations` is the number of network evaluations per image in the last
-    batch.
+    solver, whose steps suit a whole batch. `evaluations` is the number of network evaluations per image in the first
+    batch; with `trace`, `states` are that batch's states from noise to data.
 
     Args:
         denoiser, objective: what was trained, and for what.
@@ -89,6 +89,7 @@ class Sampler:
     shape: tuple[int, int, int]
     weak: nn.Module | None = None
     decode: Callable[[Tensor], Tensor] = pixels_decoder
+    trace: bool = False
     evaluations: int = 0
     states: Sequence[Tensor] = ()
 
@@ -104,8 +105,11 @@ class Sampler:
             field = guidance.bind(model, labels[rows].to(device), weak_model=weak)
             noise = initial_noise(self.shape, settings.seed, indices[rows]).to(device)
             options = self._options(info, indices[rows])
-            x, details = sample(field, noise, settings.solver, **options, return_info=True)
-            self.evaluations, self.states = details.nfe, details.states
+            first = start == 0  # the details hold every state, which is too much to keep for each batch
+            x = sample(field, noise, settings.solver, **options, return_info=first)
+            if first:
+                x, details = x
+                self.evaluations, self.states = details.nfe, details.states if self.trace else ()
             yield self.decode(x).cpu()
 
     def _as_model(self, denoiser: nn.Module, info: SolverInfo):

@@ -117,6 +117,7 @@ def command(
     num_classes = loaded.denoiser.num_classes
     labels = balanced_labels(loaded.recipe, num_classes, settings.num, parse_classes(classes, num_classes))
     sampler = build_sampler(loaded, settings)
+    sampler.trace = trajectory
     out = out or Path("samples") / checkpoint.resolve().name
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite, or another folder with --out")
@@ -166,7 +167,7 @@ def _finish(out: Path, loaded, settings: SampleSection, labels, evaluations: int
 
 
 def _save_trajectory(path: Path, sampler) -> None:
-    """Nine states of the last batch's first images, from noise at the left to the image at the right, a row each."""
+    """Nine states of the first images, from noise at the left to the image at the right, a row each."""
     import torch
 
     from dic_repa.generation import save_grid

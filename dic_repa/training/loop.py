@@ -123,9 +123,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     data = build_dataset(recipe.data)
     denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
-    forward_on_meta(
-        denoiser, *data_shape(data)[-2:]
-    )  # a size that does not fit is found before the run's folder is made
+    forward_on_meta(denoiser, *data_shape(data)[-2:])  # finds a size that does not fit before the run's folder is made
     encoders = [build_encoder(section, device) for section in recipe.alignments]
     alignments = [
         build_alignment(section, encoder, denoiser, data, device)
