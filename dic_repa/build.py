@@ -65,15 +65,23 @@ def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]
 
 
 def build_denoiser(section: ModelSection, channels: int, num_classes: int) -> nn.Module:
-    """The denoiser for data of that many `channels` and classes."""
-    options = section.model_dump(exclude={"name"}, exclude_none=True)
+    """The denoiser for data of that many `channels` and classes; a UserError if it does not take the options."""
+    given = section.model_dump(exclude={"name", "options"}, exclude_none=True)
     if section.name == "DiC":
         if section.width is None or section.depths is None:
             raise UserError(f"model DiC needs width and depths; or name a preset: {', '.join(PRESETS)}")
-        return DiC(in_channels=channels, num_classes=num_classes, **options)
-    if section.name not in PRESETS:
+    elif section.name in PRESETS:
+        given = PRESETS[section.name] | given
+    else:
         raise unknown_name("model", section.name, ["DiC", *PRESETS])
-    return DiC.from_preset(section.name, in_channels=channels, num_classes=num_classes, **options)
+    arguments = {"in_channels": channels, "num_classes": num_classes, **given}
+    if twice := sorted(arguments.keys() & section.options):
+        raise UserError(f"model.options: {', '.join(twice)} is given by the recipe's other keys")
+    taken = [name for name in inspect.signature(DiC).parameters if name not in arguments]
+    for option in section.options:
+        if option not in taken:
+            raise unknown_name(f"option of model {section.name}", option, taken)
+    return DiC(**arguments, **section.options)
 
 
 def build_objective(section: ObjectiveSection):

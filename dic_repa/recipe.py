@@ -51,6 +51,7 @@ class ModelSection(Section):
     learn_sigma: bool = Field(False, description="twice the output channels; the second half is a variance")
     time_scale: float = Field(1.0, gt=0, description="multiplies t before its embedding")
     zero_gates: bool = Field(False, description="start each block as the identity")
+    options: dict[str, Any] = Field(default_factory=dict, description="other arguments of the denoiser's constructor")
 
 
 class DataSection(Section):
