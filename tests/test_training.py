@@ -19,7 +19,7 @@ from dic_repa.errors import UserError
 from dic_repa.models import DiC
 from dic_repa.recipe import load_recipe
 from dic_repa.training.ema import EMA
-from dic_repa.training.loop import check_batch
+from dic_repa.training.inputs import check_batch
 from dic_repa.training.randomness import data_order, process_rows, step_generator
 from dic_repa.training.run_folder import RunFolder, changed_keys
 

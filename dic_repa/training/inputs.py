@@ -1,0 +1,97 @@
+"""From the data set to what one pass of a step takes.
+
+A step has a global batch; each process has a share of it, and goes through its share in one or several passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dic_repa.data.latents import data_shape, denoiser_data
+from dic_repa.errors import UserError
+from dic_repa.recipe import Recipe, TrainSection
+from dic_repa.training.parts import Parts
+from dic_repa.training.randomness import data_order, process_rows, step_generator
+
+PREFETCH = 4  # batches that each loader process has ready: they bridge a slow read from a disk or a network
+
+
+def check_batch(settings: TrainSection, processes: int) -> int:
+    """How many passes make one step of one process; a UserError where the global batch does not divide evenly."""
+    if settings.batch_size % processes:
+        raise UserError(f"train.batch_size {settings.batch_size} does not divide among {processes} processes")
+    share = settings.batch_size // processes
+    if share % (settings.micro_batch or share):
+        raise UserError(
+            f"train.micro_batch {settings.micro_batch} does not divide the {share} images that each of {processes} "
+            f"processes has of train.batch_size {settings.batch_size}"
+        )
+    return share // (settings.micro_batch or share)
+
+
+def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[dict[str, Tensor]]:
+    """This process's rows of the global batches from step `start` on, on the device."""
+    settings = recipe.train
+    rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
+    order = data_order(settings.seed, len(data), settings.batch_size, start)
+    loader = DataLoader(
+        data,
+        batch_sampler=(batch[rows] for batch in order),
+        num_workers=recipe.data.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=recipe.data.workers > 0,
+        prefetch_factor=PREFETCH if recipe.data.workers else None,
+    )
+    for batch in loader:
+        if not recipe.alignments and ("x" in batch or "moments" in batch):
+            batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
+        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+@dataclass
+class Inputs:
+    """What one pass takes: data, labels with some dropped, times, noise, and the encoders' tokens."""
+
+    x: Tensor
+    y: Tensor
+    t: Tensor
+    noise: Tensor
+    tokens: list[Tensor | None]  # None where the alignment's schedule is at 0
+
+
+def step_inputs(
+    parts: Parts,
+    batch: dict[str, Tensor],
+    settings: TrainSection,
+    step: int,
+    accelerator: Accelerator,
+    passes: int,
+    scales: list[float],
+) -> Iterator[Inputs]:
+    """The step's inputs of this process, split into its passes; an encoder is run where its schedule's scale is not 0.
+
+    Times, noise and dropped labels are drawn for the global batch and then sliced: the same numbers whatever the number
+    of processes and passes.
+    """
+    generator = step_generator(settings.seed, step, accelerator.device)
+    t, noise = parts.objective.draw((settings.batch_size, *data_shape(parts.data)), generator)
+    uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
+    rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
+    y = batch["label"].masked_fill(uniform[rows] < settings.label_dropout, parts.data.num_classes)
+    x = denoiser_data(parts.data, batch, settings.batch_size, rows, generator)
+    images = batch.get("image", x)  # latents without images have no encoder to show them to
+    split = [tensor.chunk(passes) for tensor in (x, y, t[rows], noise[rows], images)]
+    cached = {name: batch[name].chunk(passes) for name in parts.caches}
+    for k, (x, y, t, noise, image) in enumerate(zip(*split)):
+        tokens: list[Tensor | None] = [None] * len(scales)
+        for i, encoder in enumerate(parts.encoders):
+            if scales[i]:
+                with torch.no_grad():
+                    tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encoder(image)
+        yield Inputs(x, y, t, noise, tokens)

@@ -1,0 +1,102 @@
+"""Everything that a recipe names for training, built once before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dic_repa.alignment import AlignedDenoiser, Alignment
+from dic_repa.alignment.cache import FeatureCache, feature_cache
+from dic_repa.build import (
+    build_alignment,
+    build_dataset,
+    build_denoiser,
+    build_encoder,
+    build_objective,
+    import_plugins,
+)
+from dic_repa.data.latents import data_shape
+from dic_repa.models import forward_on_meta
+from dic_repa.recipe import Recipe
+from dic_repa.training.ema import EMA
+
+
+@dataclass
+class Parts:
+    """All that a recipe names, built; `model` is the denoiser with its heads, wrapped for the processes."""
+
+    data: Dataset
+    objective: object
+    encoders: list  # None where the tokens come from a cache
+    caches: dict[str, FeatureCache]  # under "tokens.N", for the alignment N
+    denoiser: nn.Module
+    alignments: list[Alignment]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    sampler: Callable[[Tensor], Iterator[Tensor]] | None  # of the averaged weights; None where no grids are asked for
+
+
+def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
+    """Everything on the device, with initial weights that depend on the seed alone."""
+    settings, device = recipe.train, accelerator.device
+    import_plugins(recipe)
+    torch.manual_seed(settings.seed)
+    data = build_dataset(recipe.data)
+    denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
+    denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
+    forward_on_meta(denoiser, *data_shape(data)[-2:])  # finds a size that does not fit before the run's folder is made
+    encoders = [build_encoder(section, device) for section in recipe.alignments]
+    alignments = [
+        build_alignment(section, encoder, denoiser, data, device)
+        for section, encoder in zip(recipe.alignments, encoders)
+    ]
+    caches = build_caches(recipe, encoders, data, accelerator)
+    ema = EMA(denoiser.to(device), settings.ema_decay)
+    model = AlignedDenoiser(denoiser, alignments).to(device)
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, weight_decay=decay)
+    if settings.compile:
+        model.compile()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    objective, sampler = build_objective(recipe.objective), None
+    if settings.sample_every:
+        from dic_repa.generation import Checkpoint, build_sampler
+
+        # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
+        sampler = build_sampler(Checkpoint(ema.model, recipe, Path("this run")), recipe.sample)
+    return Parts(data, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, sampler)
+
+
+def check_ending(recipe: Recipe, objective) -> None:
+    """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
+    from dic_repa.evaluation import metrics
+    from dic_repa.generation import check_sampling
+
+    check_sampling(recipe.sample, objective)
+    if recipe.evaluate:
+        metrics.get(recipe.evaluate.metric)
+
+
+def build_caches(recipe: Recipe, encoders: list, data: Dataset, accelerator: Accelerator) -> dict[str, FeatureCache]:
+    """The feature caches that the recipe asks for; the encoders that they stand in for are let go of."""
+    caches = {}
+    with accelerator.local_main_process_first():  # who fills what the others then open
+        for i, section in enumerate(recipe.alignments):
+            if section.cache:
+                caches[f"tokens.{i}"] = feature_cache(
+                    section.encoder,
+                    section.encoder_options,
+                    encoders[i],
+                    data,
+                    accelerator.device,
+                    recipe.data.workers,
+                )
+                encoders[i] = None
+    return caches
