@@ -6,6 +6,9 @@ its own width; and the modulation stands between a block's two convolutions.
 
 Any submodule's name is a tap for the alignment: `mid.3` is the fourth block of the middle stage, `enc.0.2` and
 `dec.1.0` are blocks of the encoder and decoder stages, numbered by level.
+
+The steps that led the paper here are options: `shape`, `skips`, `embedding` and `block` (the earlier blocks are in
+`ladder.py`); their defaults are DiC.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.pretrained import Pretrained
+from dic_repa.registry import Registry
 
 PRESETS = {
     "DiC-S": {"width": 96, "depths": (6, 6, 5, 6, 6)},
@@ -26,7 +30,10 @@ PRESETS = {
     "DiC-XL": {"width": 384, "depths": (7, 7, 8, 7, 7)},
     "DiC-H": {"width": 384, "depths": (14, 14, 10, 14, 14)},
 }
-SKIP_STRIDE = 3
+SHAPES = {"unet": (1, 2, 4), "isotropic": (1, 1, 1)}  # widths of the levels; where they are one, nothing is resampled
+SKIP_STRIDES = {"sparse": 3, "dense": 1, "none": 0}
+EMBEDDINGS = {"per-level": 3, "shared": 1}
+blocks = Registry("block")
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -61,11 +68,14 @@ class Condition(nn.Module):
         return F.silu(self.time2(F.silu(self.time1(embedding))) + self.label(y))
 
 
+@blocks.register("dic")
 class Block(nn.Module):
     """GroupNorm, GELU, conv; GroupNorm, modulate, GELU, conv; gate; plus the input.
 
     x (B, in_channels, H, W) and c (B, condition width) to (B, channels, H, W).
     """
+
+    gated = True
 
     def __init__(self, in_channels: int, channels: int, condition_width: int):
         super().__init__()
@@ -141,6 +151,10 @@ class DiC(Pretrained, nn.Module):
         width: C, the channels of level 0; even.
         depths: blocks of the stages (encoder 0, encoder 1, middle, decoder 1, decoder 0).
         time_scale: multiplies t before its embedding; 1 takes t as it is, as SiT and REPA do.
+        shape: 'unet', or 'isotropic': all levels as wide as the first, and no resampling between them.
+        skips: 'sparse' (one in three blocks), 'dense' (every block) or 'none'.
+        embedding: 'per-level', or 'shared': one condition embedding as wide as level 0.
+        block: 'dic', or a block of `ladder.py`: 'gated', 'mid-modulation', 'early-modulation'.
         zero_gates: start each block as the identity. The authors' code means to, but does not: theirs is the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
@@ -155,6 +169,10 @@ class DiC(Pretrained, nn.Module):
         time_scale: float = 1.0,
         zero_gates: bool = False,
         gradient_checkpointing: bool = False,
+        shape: str = "unet",
+        skips: str = "sparse",
+        embedding: str = "per-level",
+        block: str = "dic",
     ):
         super().__init__()
         if len(depths) != 5 or min(depths) < 1:
@@ -163,6 +181,13 @@ class DiC(Pretrained, nn.Module):
             )
         if width < 2 or width % 2:
             raise UserError(f"width must be an even number of at least 2, not {width}")
+        for kind, name, known in (
+            ("shape", shape, SHAPES),
+            ("skips", skips, SKIP_STRIDES),
+            ("embedding", embedding, EMBEDDINGS),
+        ):
+            if name not in known:
+                raise unknown_name(kind, name, known)
         self.config = {
             "width": width,
             "depths": list(depths),
@@ -170,29 +195,39 @@ class DiC(Pretrained, nn.Module):
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
             "time_scale": time_scale,
+            "shape": shape,
+            "skips": skips,
+            "embedding": embedding,
+            "block": block,
         }
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        widths = (width, 2 * width, 4 * width)
+        self.skip_stride = SKIP_STRIDES[skips]
+        widths = tuple(width * multiple for multiple in SHAPES[shape])
+        condition_widths = widths if embedding == "per-level" else (width,) * 3
         encoder_depths, middle_depth, decoder_depths = depths[:2], depths[2], depths[:2:-1]  # decoder's by level too
+        resampled = shape == "unet"
+        make = blocks.get(block)
 
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.condition = nn.ModuleList(Condition(w, num_classes, time_scale) for w in widths)
-        self.enc = nn.ModuleList(
-            nn.ModuleList(Block(w, w, w) for _ in range(depth)) for w, depth in zip(widths, encoder_depths)
+        self.condition = nn.ModuleList(
+            Condition(w, num_classes, time_scale) for w in condition_widths[: EMBEDDINGS[embedding]]
         )
-        self.down = nn.ModuleList(Downsample(w) for w in widths[:2])
-        self.mid = nn.ModuleList(Block(widths[2], widths[2], widths[2]) for _ in range(middle_depth))
-        self.up = nn.ModuleList(Upsample(w) for w in widths[1:])
+        self.enc = nn.ModuleList(
+            nn.ModuleList(make(w, w, c) for _ in range(depth))
+            for w, c, depth in zip(widths, condition_widths, encoder_depths)
+        )
+        self.down = nn.ModuleList(Downsample(w) if resampled else nn.Identity() for w in widths[:2])
+        self.mid = nn.ModuleList(make(widths[2], widths[2], condition_widths[2]) for _ in range(middle_depth))
+        self.up = nn.ModuleList(Upsample(w) if resampled else nn.Identity() for w in widths[1:])
         self.dec = nn.ModuleList()
-        for w, depth, encoder_depth in zip(widths, decoder_depths, encoder_depths):
-            skips = len(pushing_blocks(encoder_depth))
-            takes = popping_blocks(depth)
-            if len(takes) > skips:
+        for w, c, depth, encoder_depth in zip(widths, condition_widths, decoder_depths, encoder_depths):
+            given, takes = len(pushing_blocks(encoder_depth, self.skip_stride)), popping_blocks(depth, self.skip_stride)
+            if len(takes) > given:
                 raise UserError(
-                    f"a decoder stage of {depth} blocks needs {len(takes)} skips, its encoder stage gives {skips}"
+                    f"a decoder stage of {depth} blocks needs {len(takes)} skips, its encoder stage gives {given}"
                 )
-            self.dec.append(nn.ModuleList(Block(2 * w if j in takes else w, w, w) for j in range(depth)))
+            self.dec.append(nn.ModuleList(make(2 * w if j in takes else w, w, c) for j in range(depth)))
         self.output = Output(width, self.out_channels)
 
         self.reset_parameters(zero_gates)
@@ -221,6 +256,8 @@ class DiC(Pretrained, nn.Module):
             nn.init.zeros_(layer.weight)
         if zero_gates:
             for block in self.blocks():
+                if not block.gated:
+                    raise UserError(f"zero_gates needs blocks with gates, not '{self.config['block']}'")
                 nn.init.zeros_(block.modulation.weight[: block.conv2.out_channels])
 
     def blocks(self) -> list[Block]:
@@ -236,10 +273,11 @@ class DiC(Pretrained, nn.Module):
         if x.shape[-2] % 4 or x.shape[-1] % 4:
             raise UserError(f"DiC takes heights and widths divisible by 4, not {x.shape[-2]}x{x.shape[-1]}")
         c = [condition(t, y) for condition in self.condition]
+        c = c * 3 if len(c) == 1 else c
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = []
         for level in (0, 1):
-            pushing = pushing_blocks(len(self.enc[level]))
+            pushing = pushing_blocks(len(self.enc[level]), self.skip_stride)
             for j, block in enumerate(self.enc[level]):
                 x = block(x, c[level])
                 if j in pushing:
@@ -249,7 +287,7 @@ class DiC(Pretrained, nn.Module):
             x = block(x, c[2])
         for level in (1, 0):
             x = self.up[level](x)
-            popping = popping_blocks(len(self.dec[level]))
+            popping = popping_blocks(len(self.dec[level]), self.skip_stride)
             for j, block in enumerate(self.dec[level]):
                 if j in popping:
                     x = torch.cat([x, skips.pop()], dim=1)
@@ -257,11 +295,11 @@ class DiC(Pretrained, nn.Module):
         return self.output(x, c[0])
 
 
-def pushing_blocks(depth: int) -> set[int]:
+def pushing_blocks(depth: int, stride: int = 3) -> set[int]:
     """The blocks of an encoder stage whose output becomes a skip: every third, counted back from the last."""
-    return {j for j in range(depth) if (depth - 1 - j) % SKIP_STRIDE == 0}
+    return {j for j in range(depth) if stride and (depth - 1 - j) % stride == 0}
 
 
-def popping_blocks(depth: int) -> set[int]:
+def popping_blocks(depth: int, stride: int = 3) -> set[int]:
     """The blocks of a decoder stage that take the newest skip: every third, counted from the first."""
-    return {j for j in range(depth) if j % SKIP_STRIDE == 0}
+    return {j for j in range(depth) if stride and j % stride == 0}
