@@ -14,6 +14,7 @@ VERBS = {
     "train": "Train a recipe; sample and judge at the end.",
     "sample": "Sample images from a run or a checkpoint.",
     "evaluate": "Judge the samples of one run or of several.",
+    "report": "One HTML page about one run or several: curves, samples, metrics, recipes.",
     "prepare": "Crop and encode a folder, zip, tar or Hugging Face data set of images.",
     "bench": "Measure speed: of the data.",
     "info": "Parameters and MACs of a model or a recipe.",

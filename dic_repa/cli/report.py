@@ -1,0 +1,33 @@
+"""`dic-repa report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("report")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The file.  [default: RUN/report.html; of several runs: report.html]"
+)
+@click.option("--open", "show", is_flag=True, help="Open it in the browser.")
+def command(runs: tuple[Path, ...], out: Path | None, show: bool):
+    """Write one self-contained HTML page about RUNS (run folders), side by side.
+
+    Curves, samples over training, metrics, similarity to the encoder (once `dic-repa probe` has been run), the recipes
+    with their differences, and the machines. The page needs no network and nothing beside it, so that it can be mailed
+    or archived as it is; a run that is still going on is shown as far as it is.
+
+    \b
+    Examples:
+      dic-repa report runs/digits-urepa --open
+      dic-repa report runs/digits-baseline runs/digits-urepa --out comparison.html
+    """
+    from dic_repa.evaluation.report import write_report
+
+    out = write_report(runs, out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html")))
+    click.echo(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    if show:
+        click.launch(str(out))
