@@ -85,7 +85,7 @@ class AlignmentSection(Section):
 class TrainSection(Section):
     steps: Count = Field(400_000, description="optimizer steps")
     batch_size: Count = Field(256, description="images of one step, over all processes")
-    micro_batch: Count | None = Field(None, description="images of one pass of one process; null: all of its share")
+    micro_batch: Count | None = Field(None, description="at most so many images in one pass of one process; null: all")
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
     betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="of AdamW")
@@ -95,6 +95,9 @@ class TrainSection(Section):
     label_dropout: Probability = Field(0.1, description="share of labels replaced by the null class")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision of the denoiser; no: float32")
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
+    tf32: bool = Field(
+        False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa"
+    )
     compile: bool = Field(False, description="torch.compile the denoiser with its heads")
     seed: int = Field(0, ge=0)
     log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
@@ -154,10 +157,19 @@ class EvaluateSection(Section):
     metric: str = Field("digits", description="who judges the samples")
 
 
+class PaperSection(Section):
+    """The row of a paper that a recipe stands for: for the reader, and for comparing results with."""
+
+    row: str = Field(description="paper, model, steps and guidance: unique among the recipes")
+    results: dict[str, float] = Field(default_factory=dict, description="published: FID, IS, GMACs, parameters_M, ...")
+    differs: str = Field("", description="what is not as in the paper, or not known of it")
+
+
 class Recipe(Section):
     """All that determines a training run, the samples at its end and how they are judged."""
 
     description: str = ""
+    paper: PaperSection | None = Field(None, description="null: no row of a paper")
     plugins: list[Name] = Field(
         default_factory=list, description="modules to import first: they register your own parts"
     )
@@ -174,15 +186,14 @@ class SamplingRecipe(Section):
     """How to sample from a finished run: a recipe with a `sample` section and no model."""
 
     description: str = ""
+    paper: PaperSection | None = None
     sample: SampleSection
 
 
 def list_recipes() -> dict[str, str]:
     """The recipes that come with the package: name to description."""
-    files = sorted(resources.files("dic_repa.recipes").iterdir(), key=lambda file: file.name)
-    return {
-        f.name[:-5]: _parse(f.read_text(), f.name).get("description", "") for f in files if f.name.endswith(".yaml")
-    }
+    files = {f.name[:-5]: f for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")}
+    return {name: _parse(files[name].read_text(), name).get("description", "") for name in sorted(files)}
 
 
 def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | SamplingRecipe:
@@ -207,7 +218,7 @@ def load_training_recipe(name_or_path: str | Path, overrides: typing.Sequence[st
 
 def validate(raw: dict, source: str | Path = "recipe") -> Recipe | SamplingRecipe:
     """The recipe of a plain dict; a UserError lists what is wrong with it in one line."""
-    schema = SamplingRecipe if "sample" in raw and not set(raw) - {"description", "sample"} else Recipe
+    schema = SamplingRecipe if "sample" in raw and not set(raw) - {"description", "paper", "sample"} else Recipe
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
@@ -264,7 +275,7 @@ def _parse(text: str, label: str) -> dict:
 def _merge(base: dict, top: dict) -> dict:
     merged = copy.deepcopy(base)
     for key, value in top.items():
-        if not isinstance(merged.get(key), dict):
+        if key == "paper" or not isinstance(merged.get(key), dict):  # one row's results are not another's
             merged[key] = copy.deepcopy(value)
         elif value is None:
             del merged[key]  # back to the section's defaults

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,15 @@ def from_spec(create: Callable[..., Any], spec: Any) -> Any:
     if isinstance(spec, str):
         return create(spec)
     if isinstance(spec, Mapping):
-        if "name" not in spec:
+        if not isinstance(spec.get("name"), str):
             raise UserError(f"{dict(spec)}: a part with arguments needs its name as well")
         arguments = {key: value for key, value in spec.items() if key != "name"}
         try:
             return create(spec["name"], **arguments)
         except TypeError as error:
             raise UserError(f"arguments of '{spec['name']}': {error}") from None
+    if spec is None or isinstance(spec, bool | int | float | Sequence):
+        raise UserError(f"{spec!r} names no part: give its name, or a mapping of its name and arguments")
     return spec
 
 

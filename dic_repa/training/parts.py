@@ -47,6 +47,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     """Everything on the device, with initial weights that depend on the seed alone."""
     settings, device = recipe.train, accelerator.device
     import_plugins(recipe)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     torch.manual_seed(settings.seed)
     data = build_dataset(recipe.data)
     denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)

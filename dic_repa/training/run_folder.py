@@ -25,6 +25,7 @@ from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 # Changing these keeps the trajectory of the weights, so a resumed run may.
 _HARMLESS = {
     "description",
+    "paper",
     "sample",
     "evaluate",
     "train.steps",

@@ -1,0 +1,29 @@
+"""Options that a part does not take: one line each, before anything has begun."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("alignments.0.head_options={weight: 1}", "head_options cannot hold weight"),
+        ("alignments.0.head_options={tap: mid.0, grid: [1, 1]}", "head_options cannot hold grid, tap"),
+        ("alignments.0.head_options={hidden: -1}", "head 'mlp' does not take these options"),
+        ("alignments.0.head_options={hidden: wide}", "head 'mlp' does not take these options"),
+        ("alignments.0.head_options={hiden: 8}", "unexpected keyword argument 'hiden'"),
+        ("objective.options={path: 3}", "3 names no part"),
+        ("objective.options={path: {name: 3}}", "needs its name"),
+        ("objective.options={prediction: 3}", "objective 'flow-matching' does not take these options"),
+        ("objective.options={time: {name: logit-normal, std: wide}}", "does not take these options"),
+        ("model.options={width: 3}", "model.options: width is a key of its own"),
+        ("model.options={blok: gated}", "blok"),
+        ("model.options={block: gatted}", "did you mean gated?"),
+        ("model.options={skips: dence}", "did you mean dense?"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(mistake, tmp_path, override, message):
+    small = ["--set=model.width=8", "--set=model.depths=[1,1,1,1,1]", "--set=train.steps=1"]
+    assert message in mistake("train", "digits-urepa", *small, f"--set={override}")
+    assert not (tmp_path / "runs").exists()
