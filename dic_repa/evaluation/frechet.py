@@ -13,30 +13,82 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises UserError for fewer than two rows or numbers that are not finite.
     """
-    if features.ndim != 2 or len(features) < 2:
+    if features.ndim != 2:
         raise UserError(f"a covariance takes features (N, D) of at least two samples, not {tuple(features.shape)}")
-    features = features.double()
-    if not features.isfinite().all():
-        raise UserError("the features hold NaN or infinity; look at the images that they come from")
-    return features.mean(dim=0), torch.cov(features.mT).reshape(features.shape[1], features.shape[1])
+    running = RunningStatistics()
+    running.update(features)
+    return running.result()
+
+
+class RunningStatistics:
+    """The mean and covariance of features that come in batches, in float64.
+
+    Batches are merged by Chan's formula, which sums squares about each batch's own mean: no cancellation where the mean
+    is large against the spread.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.squares: Tensor | None = None  # sum over samples of (x - mean)(x - mean)^T
+
+    def update(self, features: Tensor) -> None:
+        """Add a batch (N, D); a UserError where it holds NaN or infinity."""
+        for rows in features.split(8192):  # a bounded copy in float64
+            self._add(rows.double())
+
+    def _add(self, rows: Tensor) -> None:
+        if not rows.isfinite().all():
+            raise UserError("the features hold NaN or infinity; look at the images that they come from")
+        count, mean = len(rows), rows.mean(dim=0)
+        centred = rows - mean
+        squares = centred.mT @ centred
+        if self.mean is None:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total, shift = self.count + count, mean - self.mean
+        self.squares += squares + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The mean (D,) and the unbiased covariance (D, D); a UserError for fewer than two samples."""
+        if self.count < 2:
+            raise UserError(f"a covariance takes features (N, D) of at least two samples, not {self.count}")
+        return self.mean, self.squares / (self.count - 1)
+
+
+class FrechetDistance:
+    """The distance to one Gaussian, `FrechetDistance(mean, cov)(other_mean, other_cov)`: its root is taken once.
+
+    |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), for means (D,) and covariances A and B (D, D), computed in
+    float64. The last trace is that of (A^(1/2) B A^(1/2))^(1/2), which has the same eigenvalues as (A B)^(1/2) but is
+    symmetric, so that it exists for singular covariances too. Raises UserError when the shapes do not fit.
+    """
+
+    def __init__(self, mean: Tensor, cov: Tensor):
+        self.mean, self.cov = mean.double(), cov.double()
+        if self.mean.ndim != 1 or self.cov.shape != (len(self.mean),) * 2:
+            raise _misfit(mean, cov)
+        values, vectors = torch.linalg.eigh(self.cov)
+        self.root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+    def __call__(self, mean: Tensor, cov: Tensor) -> float:
+        mean, cov = mean.double(), cov.double()
+        if mean.shape != self.mean.shape or cov.shape != self.cov.shape:
+            raise _misfit(self.mean, self.cov, mean, cov)
+        product = self.root @ cov @ self.root
+        # Rounding makes zero eigenvalues a little negative, and leaves the product a little asymmetric.
+        trace_of_root = torch.linalg.eigvalsh((product + product.mT) / 2).clamp(min=0).sqrt().sum()
+        distance = (mean - self.mean).square().sum() + self.cov.trace() + cov.trace() - 2 * trace_of_root
+        return max(distance.item(), 0.0)
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), for means (D,) and covariances A and B (D, D),
-    computed in float64.
+    """The Fréchet distance of two Gaussians, see `FrechetDistance`."""
+    return FrechetDistance(mean_a, cov_a)(mean_b, cov_b)
 
-    The last trace is that of (A^(1/2) B A^(1/2))^(1/2), which has the same eigenvalues as (A B)^(1/2) but is
-    symmetric, so that it exists for singular covariances too. Raises UserError when the shapes do not fit.
-    """
-    mean_a, cov_a, mean_b, cov_b = (part.double() for part in (mean_a, cov_a, mean_b, cov_b))
-    dim = mean_a.numel()
-    if mean_a.shape != (dim,) or mean_b.shape != (dim,) or cov_a.shape != (dim, dim) or cov_b.shape != (dim, dim):
-        shapes = ", ".join(str(tuple(part.shape)) for part in (mean_a, cov_a, mean_b, cov_b))
-        raise UserError(f"means and covariances must be (D,), (D, D), (D,), (D, D) of one D, not {shapes}")
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
-    product = root_a @ cov_b @ root_a
-    # Rounding makes zero eigenvalues a little negative, and leaves the product a little asymmetric.
-    trace_of_root = torch.linalg.eigvalsh((product + product.mT) / 2).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root
-    return max(distance.item(), 0.0)
+
+def _misfit(*parts: Tensor) -> UserError:
+    shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+    return UserError(f"means and covariances must be (D,), (D, D), (D,), (D, D) of one D, not {shapes}")

@@ -1,0 +1,181 @@
+"""The networks whose features the metrics compare: Inception as ADM has it, DINOv2, and the judge of digits.
+
+An extractor turns uint8 images (B, 3, H, W) into a dict of features by layer, (B, D) float32. It says what its features
+depend on: `fingerprint` (of the weights) and `resizing`, which go into the key of cached statistics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dic_repa.errors import UserError
+from dic_repa.registry import Registry
+from dic_repa.weights import load_weights, read_tensors
+
+extractors = Registry("feature extractor")
+INCEPTION_SHA256 = "6726825d"  # the first digits, which torch-fidelity's file has in its name
+SPATIAL_CHANNELS = 7
+
+
+class Extractor(Protocol):
+    """What a metric needs of a network; `layers` are the keys of what a call returns."""
+
+    layers: tuple[str, ...]
+    fingerprint: str
+    resizing: str
+    notes: tuple[str, ...]  # what a reader of its scores should know
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
+
+
+@extractors.register("inception")
+class Inception(nn.Module):
+    """Inception v3 of 2015-12-05, the network of FID, by torch-fidelity.
+
+    - `pool` (2048): the average pool, for FID, KID, precision and recall;
+    - `spatial` (2023): for sFID, the first 7 channels of TensorFlow's `mixed_6/conv:0`, which is the 1x1 branch of
+      torchvision's Mixed_6d behind its ReLU, 17x17; flattened rows first and channels last as there, so that stored
+      statistics of ADM fit;
+    - `logits` (1008): without the bias, as ADM and torch-fidelity take them for the Inception Score.
+
+    `weights` is a file in the format of torch-fidelity's; by default its download in torch's hub folder, fetched where
+    it is missing. Raises UserError where it cannot be fetched, and for weights of another network.
+    """
+
+    layers = ("pool", "spatial", "logits")
+    resizing = "bilinear to 299, as TensorFlow 1"
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__()
+        path = Path(weights) if weights else _inception_file()
+        self.model = _torch_fidelity_inception()
+        tensors, _ = read_tensors(path)
+        for name, own in self.model.state_dict().items():
+            if name.endswith("num_batches_tracked"):  # counts training steps; older files lack it
+                tensors.setdefault(name, own)
+        load_weights(self.model, tensors, f"{path} (Inception weights)")
+        official = hashlib.sha256(path.read_bytes()).hexdigest().startswith(INCEPTION_SHA256)
+        self.notes = () if official else (f"{path} is not torch-fidelity's file: its scores compare to no others",)
+        self.fingerprint = tensors_fingerprint(tensors)
+        self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        self._spatial: Tensor | None = None
+        self.eval().requires_grad_(False)
+
+    def _keep_spatial(self, _module, _inputs, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        pool, logits = self.model(images)
+        return {"pool": pool, "spatial": self._spatial.float(), "logits": logits}
+
+
+def _torch_fidelity_inception() -> nn.Module:
+    try:
+        from torch_fidelity import FeatureExtractorInceptionV3
+    except ImportError:
+        raise UserError(
+            "Inception's features need torch-fidelity; install it: pip install 'dic-repa[evaluate]'"
+        ) from None
+
+    class WithoutFile(FeatureExtractorInceptionV3):
+        # Its constructor would unpickle any file it is given, or fetch one: it gets an empty one, and loads nothing.
+        def load_state_dict(self, state, *args, **kwargs):
+            return super().load_state_dict(state, *args, **kwargs) if state else None
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    features = ["2048", "logits_unbiased"]
+    return WithoutFile("inception-v3-compat", features, feature_extractor_weights_path=nothing)
+
+
+def _inception_file() -> Path:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
+        except (OSError, RuntimeError):  # URLError is an OSError
+            raise UserError(
+                f"the Inception weights cannot be fetched from here; fetch {URL_INCEPTION_V3} on a machine that can, "
+                f"put it at {path}, or give its path with --inception-weights"
+            ) from None
+    return path
+
+
+@extractors.register("dinov2")
+class DINOv2(nn.Module):
+    """A DINOv2 vision transformer: `cls`, the class token behind the final norm.
+
+    Stein et al., arXiv 2306.04675, take ViT-L/14 at 224 px (bicubic, antialiased, ImageNet's mean and deviation), the
+    default. `encoder` names another encoder of `dic-repa encoders` that is a ViT with a class token; `weights` is a
+    file of its weights, `options` go to it. Raises UserError as `create_encoder` does, and for an encoder that has no
+    class token.
+    """
+
+    layers = ("cls",)
+
+    def __init__(self, weights: str | Path | None = None, encoder: str = "dinov2-vit-l", **options):
+        from dic_repa.encoders import create_encoder
+
+        super().__init__()
+        self.encoder = create_encoder(encoder, **options, **({"weights": weights} if weights else {}))
+        model = getattr(self.encoder, "model", None)
+        if getattr(model, "cls_token", None) is None or not hasattr(model, "forward_features"):
+            raise UserError(f"encoder '{encoder}' has no class token; choose a DINOv2, such as dinov2-vit-l")
+        patch = model.patch_embed.patch_size[0]
+        self.size = 224 // patch * patch
+        self.resizing = f"bicubic, antialiased, to {self.size}"
+        self.fingerprint = tensors_fingerprint(model.state_dict())
+        self.notes = () if encoder == "dinov2-vit-l" else (f"{encoder} is not the ViT-L/14 that others report",)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        images = F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True)
+        images = images.round().clamp(0, 255) / 255  # 8 bits again, as a resized picture has
+        features = self.encoder.model.forward_features((images - self.encoder.mean) / self.encoder.std)
+        return {"cls": features[:, 0].float()}
+
+
+@extractors.register("digits")
+class Digits(nn.Module):
+    """The judge of digits: `features`, the 64 numbers that it reads the digit from. Comes with the package."""
+
+    layers = ("features",)
+    resizing = "area to 16, grey"
+    notes = ()
+
+    def __init__(self):
+        from dic_repa.evaluation.digits import load_digits_classifier
+
+        super().__init__()
+        self.model = load_digits_classifier("cpu")
+        self.fingerprint = tensors_fingerprint(self.model.state_dict())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        from dic_repa.data.digits import resize
+
+        grey = images.float().mean(dim=1, keepdim=True) / 255
+        return {"features": self.model.features(resize(grey, 16))}
+
+
+def tensors_fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Of the tensors' names and values."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name in sorted(tensors):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode())
+            digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

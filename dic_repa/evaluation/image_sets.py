@@ -1,0 +1,217 @@
+"""Sets of images to measure: a folder, zip or tar, an ADM `.npz`, a prepared or Arrow data set, or any data set in memory.
+
+All become an `ImageSet`: so many uint8 images (3, H, W), read a batch at a time by several threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dic_repa.data.files import open_tree
+from dic_repa.data.images import EXTENSIONS, center_crop, decode_image
+from dic_repa.errors import UserError
+from dic_repa.evaluation.npz import NpzFile
+
+THREADS = 8
+SAMPLES_FILE = "samples.json"  # beside the images that `dic-repa sample` wrote
+
+
+@dataclass
+class ImageSet:
+    """`len(images)` images; `load(i)` gives one as uint8 (H, W, 3); `names[i]` is for messages.
+
+    `fingerprint` tells this set's contents from others'; `notes` are what a reader of its scores should know.
+    """
+
+    source: str
+    count: int
+    load: Callable[[int], np.ndarray] = field(repr=False)
+    fingerprint: str
+    name: Callable[[int], str] = field(repr=False, default=str)
+    notes: tuple[str, ...] = ()
+    resize: int | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Batches of these indices, uint8 (B, 3, H, W); the next one is read while one is being looked at.
+
+        A UserError for a damaged image and for one of another size than the set's first.
+        """
+        if not batches:
+            return
+        size = self._read(0).shape
+        with ThreadPoolExecutor(THREADS) as pool:
+            coming = None
+            for indices in [*batches, None]:
+                ready, coming = coming, indices and [(i, pool.submit(self._read, i)) for i in indices]
+                if ready:
+                    yield torch.stack([self._same_size(i, future.result(), size) for i, future in ready])
+
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        return tuple(self._read(0).shape[-2:])
+
+    def _read(self, index: int) -> Tensor:
+        array = self.load(index)
+        if self.resize and array.shape[:2] != (self.resize, self.resize):
+            array = np.asarray(center_crop(Image.fromarray(array), self.resize))
+        return torch.from_numpy(np.array(array)).permute(2, 0, 1)
+
+    def _same_size(self, index: int, image: Tensor, size: torch.Size) -> Tensor:
+        if image.shape != size:
+            raise UserError(
+                f"{self.source}: {self.name(index)} is {image.shape[2]}x{image.shape[1]}, the first image "
+                f"{size[2]}x{size[1]}; remove what does not belong there, or crop all to one size with --resize"
+            )
+        return image
+
+
+def open_images(source, resize: int | None = None) -> ImageSet:
+    """The images of a path, or of a data set whose samples are dicts with an `image` (C, H, W), float in [0, 1].
+
+    A path is a folder, zip or tar of image files, at any depth; an `.npz` with `arr_0` (N, H, W, C), uint8; or what
+    `dic-repa prepare` or `datasets` wrote. `resize` crops each image to that size as ADM does. A UserError says what
+    `source` lacks.
+    """
+    if not isinstance(source, (str, Path)):
+        images = _of_dataset(source)
+    elif str(source).endswith(".npz"):
+        images = _of_npz(Path(source))
+    elif (Path(source) / "prepare.json").is_file() or (Path(source) / "state.json").is_file():
+        images = _of_arrow(Path(source))
+    else:
+        images = _of_files(Path(source))
+    images.resize = resize
+    if not len(images):
+        raise UserError(f"{images.source} holds no images")
+    return images
+
+
+def _of_files(path: Path) -> ImageSet:
+    if path.is_dir() and (path / SAMPLES_FILE).is_file():
+        return _of_samples(path)
+    tree = open_tree(path)
+    names = [name for name in tree.names if PurePosixPath(name).suffix.lower() in EXTENSIONS]
+    if not names:
+        raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    others = [name for name in tree.names if PurePosixPath(name).suffix.lower() not in EXTENSIONS]
+    notes = ()
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        notes = (f"{path}: {len(others)} files are no images and were left out ({shown})",)
+    lossy = sum(PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg") for name in names)
+    if 0 < lossy < len(names):
+        notes += (f"{path} mixes {lossy} JPEG files with others: what JPEG loses counts as a difference",)
+    stamps = []
+    if path.is_dir():
+        stats = [os.stat(path / name) for name in names]
+        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    else:
+        stamps = [(path.stat().st_size, path.stat().st_mtime_ns)]
+
+    def load(index: int) -> np.ndarray:
+        return np.asarray(decode_image(tree.read(names[index]), f"{path}/{names[index]}"))
+
+    return ImageSet(str(path), len(names), load, _digest(names, stamps), names.__getitem__, notes)
+
+
+def _of_samples(path: Path) -> ImageSet:
+    """What `dic-repa sample` wrote: the numbered images, without the grid beside them."""
+    try:
+        record = json.loads((path / SAMPLES_FILE).read_text())
+        count = record["sample"]["num"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path / SAMPLES_FILE} is damaged; sample again with --overwrite") from None
+    there = {entry.name for entry in os.scandir(path)}
+    missing = [i for i in range(count) if f"{i:06d}.png" not in there]
+    if missing:
+        raise UserError(
+            f"{path} has {count - len(missing)} of its {count} images; run its `dic-repa sample` again to finish them"
+        )
+
+    def load(index: int) -> np.ndarray:
+        file = path / f"{index:06d}.png"
+        return np.asarray(decode_image(file.read_bytes(), str(file)))
+
+    stamps = [os.stat(path / f"{i:06d}.png").st_mtime_ns for i in range(count)]
+    return ImageSet(str(path), count, load, _digest(record, stamps), lambda i: f"{i:06d}.png")
+
+
+def _of_npz(path: Path) -> ImageSet:
+    file = NpzFile(path)
+    array = file.mapped("arr_0")
+    if array.ndim != 4 or array.shape[-1] not in (1, 3):
+        raise UserError(f"{path}: arr_0 must be images (N, H, W, 3), not {tuple(array.shape)}")
+    if array.dtype != np.uint8:
+        broken = np.issubdtype(array.dtype, np.floating) and not np.isfinite(array[: 1 + 2**28 // array[0].size]).all()
+        what = "holds NaN or infinity" if broken else f"is {array.dtype}"
+        raise UserError(f"{path}: arr_0 {what}; images in an .npz are uint8, from 0 to 255")
+    return ImageSet(str(path), len(array), lambda i: _rgb(array[i]), file.checksum(), lambda i: f"image {i}")
+
+
+def _of_arrow(path: Path) -> ImageSet:
+    if (path / "prepare.json").is_file():
+        from dic_repa.data.prepared import Prepared, prepared_spec, read_settings
+
+        data = Prepared(path, read_settings(path)["size"] // prepared_spec(path).downsample, flip=False)
+        load = lambda i: _from_float(data[i]["image"])  # noqa: E731
+        return ImageSet(str(path), len(data), load, _digest((path / "state.json").read_text()), lambda i: f"image {i}")
+    from dic_repa.data.sources import open_source
+
+    source = open_source(path)
+    state = (path / "state.json").read_text()
+    return ImageSet(
+        str(path), len(source), lambda i: np.asarray(source.load(i)), _digest(state), source.names.__getitem__
+    )
+
+
+def _of_dataset(data) -> ImageSet:
+    name = type(data).__name__
+    if not hasattr(data, "__len__") or not isinstance(data[0], dict) or "image" not in data[0]:
+        raise UserError(f"a {name} is no set of images: its samples must be dicts with an `image`")
+    load = lambda i: _from_float(data[i]["image"])  # noqa: E731
+    parts = [int(i) for i in torch.linspace(0, len(data) - 1, min(len(data), 64)).round()]
+    probe = [hashlib.blake2b(load(i).tobytes(), digest_size=12).hexdigest() for i in parts]
+    return ImageSet(name, len(data), load, _digest(len(data), probe), lambda i: f"image {i}")
+
+
+def _from_float(image: Tensor) -> np.ndarray:
+    return _rgb(as_uint8(image[None])[0].permute(1, 2, 0).numpy())
+
+
+def _rgb(array: np.ndarray) -> np.ndarray:
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W), uint8 or float in [0, 1], as uint8; a UserError for NaN and values out of range."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise UserError(f"images must be (B, 1 or 3, H, W), not {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise UserError(f"images must be uint8, or float in [0, 1], not {images.dtype}")
+    broken = (~images.isfinite()).flatten(1).any(dim=1)
+    if broken.any():
+        first = int(broken.nonzero()[0])
+        raise UserError(f"{int(broken.sum())} of {len(images)} images hold NaN or infinity (the first is {first})")
+    if images.min() < 0 or images.max() > 1:
+        raise UserError(f"float images must be in [0, 1], not from {images.min():.3g} to {images.max():.3g}")
+    return (images * 255).round().to(torch.uint8)
+
+
+def _digest(*parts) -> str:
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=12).hexdigest()

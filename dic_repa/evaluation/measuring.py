@@ -1,0 +1,144 @@
+"""From images to scores: `measure` for one set, `Measure` for many against the same reference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dic_repa.errors import UserError
+from dic_repa.evaluation.extractors import extractors
+from dic_repa.evaluation.features import FeatureSet, Share, extract
+from dic_repa.evaluation.image_sets import ImageSet
+from dic_repa.evaluation.reference import load_reference
+from dic_repa.evaluation.scores import scores
+
+ADM_METRICS = ("fid", "sfid", "is", "prec", "recall")
+FULL_COUNT = 50_000  # samples behind a published FID
+DEFAULT_SEED = 0
+
+
+def measure(
+    images: ImageSet | Iterable[Tensor],
+    reference=None,
+    metrics: Sequence[str] = ("fid",),
+    device: str | torch.device = "cpu",
+    **options,
+) -> dict[str, float]:
+    """The `metrics` of `images` against `reference`, by name; the arguments are those of `Measure`.
+
+    images: batches (B, 1 or 3, H, W), uint8 or float in [0, 1], or an `ImageSet` from `open_images`.
+    """
+    return Measure(metrics, reference, device, **options)(images).values
+
+
+@dataclass
+class Measured:
+    """`values` by metric; `intervals` by metric where asked for; what to know of them; the samples' `count` and `size`."""
+
+    values: dict[str, float]
+    count: int
+    size: tuple[int, int]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Measure:
+    """Scores sets of samples against one reference, whose features are computed once.
+
+    Args:
+        metrics: names from `scores.names()`: fid, sfid, is, kid, prec, recall, fid-infinity, fd-dinov2, fd-digits, ...
+        reference: a folder, zip or tar of images, an `.npz` (images, or ADM's mu, sigma, mu_s, sigma_s), a prepared or
+            Arrow data set, statistics saved by `save_statistics`, a data set in memory, or a FeatureSet; None for
+            metrics that need none.
+        device: where the networks run and the distances are computed.
+        extractor_options: by extractor, what it is built with: {"inception": {"weights": FILE}}.
+        batch_size: images at once in a network.
+        resize: crop the images of paths to this size, as ADM does.
+        cache: keep the reference's statistics in the user's cache folder.
+        share: of this process among others, for samples that are an `ImageSet` and for the reference.
+
+    Raises UserError for unknown metrics, weights that are not there, and a reference that lacks what a metric needs.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str] = ("fid",),
+        reference=None,
+        device: str | torch.device = "cpu",
+        *,
+        extractor_options: dict[str, dict] | None = None,
+        batch_size: int = 64,
+        resize: int | None = None,
+        cache: bool = True,
+        share: Share | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+    ):
+        self.metrics = {name: scores.get(name) for name in metrics}
+        self.device, self.batch_size, self.share = device, batch_size, share
+        self.layers = list(dict.fromkeys(score.layer for score in self.metrics.values()))
+        names = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
+        options = extractor_options or {}
+        needy = {name: score for name, score in self.metrics.items() if score.needs}
+        if needy and reference is None:
+            raise UserError(f"{', '.join(needy)} compare with real images: give a reference (--reference)")
+        self.extractors = {name: extractors.get(name)(**options.get(name, {})).to(device) for name in names}
+        self.reference: FeatureSet | None = None
+        if needy:
+            run = functools.partial(extract, device=device, batch_size=batch_size, share=share, progress=progress)
+            self.reference = load_reference(reference, list(needy.values()), self.extractors, run, resize, cache)
+
+    def __call__(
+        self,
+        images: ImageSet | Iterable[Tensor],
+        bootstrap: int = 0,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> Measured:
+        """The scores of `images`; `bootstrap` resamplings give each a confidence interval of 95 %.
+
+        The interval is the score and 1.96 standard deviations of its resamplings on either side: not their quantiles,
+        since resampling repeats samples, which by itself makes a Fréchet distance larger. Raises UserError for images
+        that are broken, of another size than the reference's, or of a single colour each.
+        """
+        found = extract(
+            images, self.extractors, self.layers, None, False, self.device, self.batch_size, self.share, progress
+        )
+        measured = Measured({}, found.count, found.size, warnings=self._warnings(found))
+        for name, score in self.metrics.items():
+            features = found.features[score.layer].to(self.device)
+            measured.values[name] = value = score(features, self.reference)
+            if bootstrap:
+                margin = 1.96 * score.deviation(features, self.reference, bootstrap, DEFAULT_SEED)
+                measured.intervals[name] = (value - margin, value + margin)
+        return measured
+
+    def _warnings(self, samples: FeatureSet) -> list[str]:
+        reference, warnings = self.reference, []
+        if samples.constant == samples.count:
+            raise UserError(f"all {samples.count} images are of a single colour each; look at what made them")
+        if samples.constant:
+            warnings.append(f"{samples.constant} of {samples.count} images are of a single colour each")
+        if reference and reference.size and reference.size != samples.size:
+            (height, width), (other_height, other_width) = samples.size, reference.size
+            raise UserError(
+                f"the samples are {width}x{height}, the reference {other_width}x{other_height}; take a reference of "
+                f"the samples' size, or crop both to one size with --resize"
+            )
+        gaussian = [name for name, score in self.metrics.items() if score.needs == "gaussian"]
+        if gaussian and samples.count < FULL_COUNT:
+            offer = "" if any("infinity" in name for name in gaussian) else "; --fid-infinity extrapolates"
+            warnings.append(
+                f"{samples.count} samples are fewer than {FULL_COUNT}: {', '.join(gaussian)} are biased upward{offer}"
+            )
+        for which, count in (("samples", samples.count), ("reference images", reference.count if reference else None)):
+            dims = {score.layer: len(reference.gaussians[score.layer][0]) for score in map(self.metrics.get, gaussian)}
+            short = [f"{layer} ({dim})" for layer, dim in dims.items() if count is not None and count <= dim]
+            if short:
+                warnings.append(
+                    f"{count} {which} are not more than the dimensions of {', '.join(short)}: the covariance is singular"
+                )
+        return warnings

@@ -1,0 +1,169 @@
+"""The reference's features: from stored statistics where there are some, else extracted, and then cached.
+
+The key of a cached file covers the images, how they are cropped, their number, the extractor, its weights and its
+resizing, so that a stale one is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dic_repa.errors import UserError
+from dic_repa.evaluation.extractors import Extractor
+from dic_repa.evaluation.features import FeatureSet
+from dic_repa.evaluation.image_sets import ImageSet, open_images
+from dic_repa.evaluation.npz import NpzFile
+from dic_repa.evaluation.scores import Score
+
+KEPT = 10_000  # reference images behind precision, recall and KID, as in ADM's reference files
+FORMAT = "1"
+# What an .npz of statistics calls the Gaussians; the names are ADM's, and for mu and sigma also TTUR's.
+STORED = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma_s")}
+
+
+def load_reference(
+    source,
+    needed: Sequence[Score],
+    extractors: dict[str, Extractor],
+    run: Callable[..., FeatureSet],
+    resize: int | None = None,
+    cache: bool = True,
+) -> FeatureSet:
+    """The Gaussians and features of `source` that the scores `needed` take; `run` is `extract` with its device.
+
+    `source`: see `Measure`. An `.npz` with stored statistics gives these to Fréchet distances, as in ADM's script, and
+    its images, if it has some, to the rest. A UserError says what `source` lacks.
+    """
+    if isinstance(source, FeatureSet):
+        return _complete(source, needed, "the reference")
+    if not isinstance(source, (str, Path)):
+        return _extracted(open_images(source, resize), needed, extractors, run, cache)
+    if str(source).endswith(".safetensors"):
+        found = _Statistics(extractors, needed).read(Path(source))
+        return _complete(found, needed, str(source))
+    stored = FeatureSet(0)
+    if str(source).endswith(".npz"):
+        stored = _stored(NpzFile(source))
+        left = [s for s in needed if s.needs == "features" or s.layer not in stored.gaussians]
+        if stored.gaussians and "arr_0" not in NpzFile(source).names:
+            return _complete(stored, needed, str(source))
+        needed = left
+    if not needed:
+        stored.size = None
+        return stored
+    found = _extracted(open_images(source, resize), needed, extractors, run, cache)
+    # The covariance of a reference that stores its statistics is that of more images than it has.
+    found.gaussians |= stored.gaussians
+    found.count = max(found.count, stored.count)
+    return found
+
+
+def _stored(file: NpzFile) -> FeatureSet:
+    found = FeatureSet(2**62)  # of how many images they are is not told
+    for layer, (mean, cov) in STORED.items():
+        if mean in file.names and cov in file.names:
+            parts = torch.from_numpy(file.array(mean)).double(), torch.from_numpy(file.array(cov)).double()
+            if parts[0].ndim != 1 or parts[1].shape != (len(parts[0]),) * 2:
+                raise UserError(f"{file.path}: {mean} and {cov} must be (D,) and (D, D)")
+            if not all(part.isfinite().all() for part in parts):
+                raise UserError(f"{file.path}: {mean} or {cov} holds NaN or infinity")
+            found.gaussians[layer] = parts
+    return found if found.gaussians else FeatureSet(0)
+
+
+def _complete(found: FeatureSet, needed: Sequence[Score], source: str) -> FeatureSet:
+    for score in needed:
+        if score.needs == "gaussian" and score.layer not in found.gaussians:
+            raise UserError(f"{source} has no statistics of {score.layer}, which {score.title} needs; give the images")
+        if score.needs == "features" and score.layer not in found.features:
+            raise UserError(f"{source} has statistics but no images, which {score.title} needs; give the images")
+    return found
+
+
+def _extracted(images: ImageSet, needed, extractors, run, cache: bool) -> FeatureSet:
+    statistics = _Statistics(extractors, needed)
+    file = statistics.cache_file(images)
+    if cache and file.is_file():
+        with contextlib.suppress(UserError):  # damaged: made anew
+            return statistics.read(file)
+    found = run(images, extractors, statistics.layers, KEPT, True)
+    if cache and os.environ.get("RANK", "0") == "0":
+        save_statistics(found, file, statistics.description())
+    return found
+
+
+class _Statistics:
+    """Which layers of a reference to keep, and the file in which they are."""
+
+    def __init__(self, extractors: dict[str, Extractor], needed: Sequence[Score]):
+        names = dict.fromkeys(score.layer.partition(".")[0] for score in needed)
+        self.extractors = {name: extractors[name] for name in names}
+        # All layers that some score compares with, so that another choice of metrics finds them too.
+        self.layers = [f"{n}.{k}" for n, e in self.extractors.items() for k in e.layers if k != "logits"]
+
+    def description(self) -> dict:
+        return {
+            name: {"weights": extractor.fingerprint, "resizing": extractor.resizing}
+            for name, extractor in self.extractors.items()
+        }
+
+    def cache_file(self, images: ImageSet) -> Path:
+        key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, self.layers, self.description()]
+        digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+        return statistics_folder() / f"{digest}.safetensors"
+
+    def read(self, path: Path) -> FeatureSet:
+        """The statistics of a file; a UserError where it is none, or of other extractors or weights."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads((file.metadata() or {}).get("statistics", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is no whole file of statistics ({error})") from None
+        if "count" not in record:
+            raise UserError(f"{path} is no file of statistics; make one with --save-statistics")
+        for name, mine in self.description().items():
+            theirs = record["extractors"].get(name)
+            if theirs != mine:
+                what = "lacks" if theirs is None else "was made with other weights or resizing of"
+                raise UserError(f"{path} {what} the extractor {name}; make it again from the images")
+        found = FeatureSet(record["count"], tuple(record["size"]) if record["size"] else None)
+        for name, tensor in tensors.items():
+            kind, _, layer = name.partition("/")
+            if kind == "features":
+                found.features[layer] = tensor
+            elif kind == "mean":
+                found.gaussians[layer] = (tensor, tensors[f"cov/{layer}"])
+        return found
+
+
+def statistics_folder() -> Path:
+    """Where cached statistics are: `$DIC_REPA_STATISTICS`, or `dic-repa/statistics` in the user's cache folder."""
+    if folder := os.environ.get("DIC_REPA_STATISTICS"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dic-repa" / "statistics"
+
+
+def save_statistics(found: FeatureSet, path: str | Path, extractors: dict) -> None:
+    """Write what a reference is compared by into a safetensors file, aside and then renamed.
+
+    `extractors` describes by name their weights and resizing; a file is read only where these are the same.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"features/{layer}": part.contiguous() for layer, part in found.features.items()}
+    for layer, (mean, cov) in found.gaussians.items():
+        tensors |= {f"mean/{layer}": mean.contiguous(), f"cov/{layer}": cov.contiguous()}
+    record = {"count": found.count, "size": found.size, "extractors": extractors}
+    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    save_file(tensors, aside, {"statistics": json.dumps(record)})
+    os.replace(aside, path)

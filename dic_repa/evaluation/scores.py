@@ -1,0 +1,197 @@
+"""The scores of a set of samples against a reference, by name: FID, sFID, IS, KID, precision, recall and their like.
+
+A score takes one layer of features of the samples, (N, D), and the reference's `FeatureSet`. A score of your own is an
+instance of a subclass of `Score`, filed with `scores.register(name)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dic_repa.errors import UserError
+from dic_repa.evaluation.features import FeatureSet
+from dic_repa.evaluation.frechet import FrechetDistance, statistics
+from dic_repa.evaluation.manifold import within_manifold
+from dic_repa.registry import Registry
+
+scores = Registry("metric")
+IS_SPLIT = 5000  # ADM's
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's
+INFINITY_POINTS, INFINITY_SMALLEST = 15, 5000  # of Chong and Forsyth
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of merit. `layer` is '<extractor>.<layer>'; `title` heads the table's column."""
+
+    layer: str
+    title: str
+    better: ClassVar[str] = "lower"
+    needs: ClassVar[str] = "gaussian"  # of the reference: gaussian, features, or nothing
+
+    def __call__(self, features: Tensor, reference: FeatureSet | None) -> float:
+        """The score of the samples' features (N, D)."""
+        raise NotImplementedError
+
+    def deviation(self, features: Tensor, reference: FeatureSet | None, times: int, seed: int = 0) -> float:
+        """The standard deviation of the score over `times` resamplings of the samples, with replacement."""
+        generator = torch.Generator().manual_seed(seed)
+        resampled = self._resampled(features, reference)
+        values = []
+        for _ in range(times):
+            rows = torch.randint(len(features), (len(features),), generator=generator)
+            values.append(resampled(rows.to(features.device)))
+        return torch.tensor(values, dtype=torch.float64).std().item()
+
+    def _resampled(self, features: Tensor, reference: FeatureSet | None):
+        """From rows, drawn with replacement, to the score of these."""
+        return lambda rows: self(features[rows], reference)
+
+
+class Frechet(Score):
+    """The Fréchet distance to the reference's Gaussian: FID on Inception's pool, sFID on its spatial features."""
+
+    def __call__(self, features: Tensor, reference: FeatureSet) -> float:
+        return self._distance(features, reference)(*statistics(features))
+
+    def _resampled(self, features: Tensor, reference: FeatureSet):
+        distance = self._distance(features, reference)
+        return lambda rows: distance(*statistics(features[rows]))
+
+    def _distance(self, features: Tensor, reference: FeatureSet) -> FrechetDistance:
+        return FrechetDistance(*(part.to(features.device) for part in reference.gaussians[self.layer]))
+
+
+class FrechetAtInfinity(Frechet):
+    """The Fréchet distance of infinitely many samples (Chong and Forsyth, arXiv 1911.07023).
+
+    A straight line through the distances of subsets of N samples, over 1/N, read off at 1/N = 0: the bias of FID is
+    linear in 1/N. 15 sizes from 5,000 samples on (from half of them where there are fewer than 10,000).
+    """
+
+    def __call__(self, features: Tensor, reference: FeatureSet) -> float:
+        return self._extrapolate(features, self._distance(features, reference))
+
+    def _resampled(self, features: Tensor, reference: FeatureSet):
+        distance = self._distance(features, reference)
+        return lambda rows: self._extrapolate(features[rows], distance)
+
+    @staticmethod
+    def _extrapolate(features: Tensor, distance: FrechetDistance) -> float:
+        count = len(features)
+        smallest = min(INFINITY_SMALLEST, count // 2)
+        if smallest < 2:
+            raise UserError(f"an extrapolation to infinitely many samples takes at least 4, not {count}")
+        sizes = torch.linspace(smallest, count, INFINITY_POINTS).long().unique().tolist()
+        generator = torch.Generator().manual_seed(0)
+        values = []
+        for size in sizes:
+            rows = torch.randperm(count, generator=generator)[:size].to(features.device)
+            values.append(distance(*statistics(features[rows])))
+        x = torch.tensor([1 / size for size in sizes], dtype=torch.float64)
+        y = torch.tensor(values, dtype=torch.float64)
+        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+        return (y.mean() - slope * x.mean()).item()
+
+
+class InceptionScore(Score):
+    """exp of the mean of KL(p(y|x) || p(y)), over parts of 5,000 samples in order, averaged: ADM's definition."""
+
+    better = "higher"
+    needs = ""
+
+    def __call__(self, features: Tensor, reference: FeatureSet | None = None) -> float:
+        log_p = features.double().log_softmax(dim=1)
+        parts = []
+        for log_part in log_p.split(IS_SPLIT):
+            p = log_part.exp()
+            parts.append((p * (log_part - p.mean(dim=0).log())).sum(dim=1).mean().exp())
+        return torch.stack(parts).mean().item()
+
+
+class InceptionScoreOfTorchFidelity(Score):
+    """The same over 10 parts of the shuffled samples, whatever their number: torch-fidelity's definition."""
+
+    better = "higher"
+    needs = ""
+
+    def __call__(self, features: Tensor, reference: FeatureSet | None = None) -> float:
+        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+        if len(features) < 10:
+            raise UserError(f"torch-fidelity's Inception Score takes at least 10 samples, not {len(features)}")
+        return isc_features_to_metric(features.cpu())[KEY_METRIC_ISC_MEAN]
+
+
+class KernelDistance(Score):
+    """KID by torch-fidelity: the squared MMD with a cubic kernel, the mean over 100 subsets of 1,000 images."""
+
+    needs = "features"
+
+    def __call__(self, features: Tensor, reference: FeatureSet) -> float:
+        return self._metric(features, reference)[0]
+
+    def deviation(self, features: Tensor, reference: FeatureSet, times: int, seed: int = 0) -> float:
+        return self._metric(features, reference)[1] / math.sqrt(KID_SUBSETS)  # the subsets are the resampling
+
+    def _metric(self, features: Tensor, reference: FeatureSet) -> tuple[float, float]:
+        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+        real = reference.features[self.layer]
+        size = min(KID_SUBSET_SIZE, len(features), len(real))
+        found = kid_features_to_metric(
+            features.cpu(), real.cpu(), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
+        )
+        return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+
+
+class Precision(Score):
+    """The share of samples within the reference's manifold, see `within_manifold`."""
+
+    better = "higher"
+    needs = "features"
+
+    def __call__(self, features: Tensor, reference: FeatureSet) -> float:
+        return self._inside(features, reference).double().mean().item()
+
+    def deviation(self, features: Tensor, reference: FeatureSet, times: int, seed: int = 0) -> float:
+        # Of a share, the resampled deviation is known; and resampling recall's manifold would put points on top of
+        # each other, whose neighbours are then no distance away.
+        inside = self._inside(features, reference).double()
+        return math.sqrt(inside.var(unbiased=False).item() / len(inside))
+
+    def _inside(self, features: Tensor, reference: FeatureSet) -> Tensor:
+        return within_manifold(features, reference.features[self.layer].to(features.device))
+
+
+class Recall(Precision):
+    """The share of the reference within the samples' manifold."""
+
+    def _inside(self, features: Tensor, reference: FeatureSet) -> Tensor:
+        return within_manifold(reference.features[self.layer].to(features.device), features)
+
+
+for _name, _score in {
+    "fid": Frechet("inception.pool", "FID"),
+    "sfid": Frechet("inception.spatial", "sFID"),
+    "is": InceptionScore("inception.logits", "IS"),
+    "is-torch-fidelity": InceptionScoreOfTorchFidelity("inception.logits", "IS (10 parts)"),
+    "kid": KernelDistance("inception.pool", "KID"),
+    "prec": Precision("inception.pool", "precision"),
+    "recall": Recall("inception.pool", "recall"),
+    "fid-infinity": FrechetAtInfinity("inception.pool", "FID-infinity"),
+    "fd-dinov2": Frechet("dinov2.cls", "FD-DINOv2"),
+    "fd-dinov2-infinity": FrechetAtInfinity("dinov2.cls", "FD-DINOv2-infinity"),
+    "prec-dinov2": Precision("dinov2.cls", "precision (DINOv2)"),
+    "recall-dinov2": Recall("dinov2.cls", "recall (DINOv2)"),
+    "fd-digits": Frechet("digits.features", "FD-digits"),
+    "fd-digits-infinity": FrechetAtInfinity("digits.features", "FD-digits-infinity"),
+    "prec-digits": Precision("digits.features", "precision (digits)"),
+    "recall-digits": Recall("digits.features", "recall (digits)"),
+}.items():
+    scores.register(_name)(_score)
