@@ -11,20 +11,22 @@ from torch import Tensor, nn
 from dic_repa.alignment import Alignment
 from dic_repa.data import datasets
 from dic_repa.data.autoencoders import load_autoencoder
+from dic_repa.data.images import unit_images
 from dic_repa.data.latents import autoencoder_decoder, data_shape, pixels_decoder
 from dic_repa.data.layouts import DEFAULT_AUTOENCODER
 from dic_repa.data.prepared import prepared_spec
-from dic_repa.errors import UserError, unknown_name
-from dic_repa.models import PRESETS, DiC
+from dic_repa.errors import UserError, first_line
+from dic_repa.models import create_denoiser, find_denoiser
 from dic_repa.objectives import create_objective
 from dic_repa.plugins import import_plugin
 from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
 
 
 def import_plugins(recipe: Recipe) -> None:
-    """Import the modules that the recipe names, which register encoders, heads or data sets of the user's own."""
+    """Import the modules that the recipe names, which register parts of the user's own."""
     for name in recipe.plugins:
         import_plugin(name)
+    find_denoiser(recipe.model.name)  # one of the user's own must be known before a saved one is loaded
 
 
 def build_dataset(section: DataSection, split: str = "train"):
@@ -66,30 +68,23 @@ def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]
 
 def build_denoiser(section: ModelSection, channels: int, num_classes: int) -> nn.Module:
     """The denoiser for data of that many `channels` and classes; a UserError if it does not take the options."""
-    given = section.model_dump(exclude={"name", "options"}, exclude_none=True)
-    if section.name == "DiC":
-        if section.width is None or section.depths is None:
-            raise UserError(f"model DiC needs width and depths; or name a preset: {', '.join(PRESETS)}")
-    elif section.name in PRESETS:
-        given = PRESETS[section.name] | given
-    else:
-        raise unknown_name("model", section.name, ["DiC", *PRESETS])
-    arguments = {"in_channels": channels, "num_classes": num_classes, **given}
-    if twice := sorted(arguments.keys() & section.options):
-        raise UserError(f"model.options: {', '.join(twice)} is given by the recipe's other keys")
-    taken = [name for name in inspect.signature(DiC).parameters if name not in arguments]
-    for option in section.options:
-        if option not in taken:
-            raise unknown_name(f"option of model {section.name}", option, taken)
-    return DiC(**arguments, **section.options)
+    if twice := sorted(ModelSection.model_fields.keys() & section.options):
+        raise UserError(f"model.options: {', '.join(twice)} is a key of its own, model.{twice[0]}")
+    # What a recipe leaves at its default is left to the preset: DiT's learns sigma.
+    given = section.model_dump(exclude={"name", "options"}, exclude_defaults=True)
+    return create_denoiser(section.name, channels, num_classes, **given, **section.options)
 
 
 def build_objective(section: ObjectiveSection):
     """The objective; a UserError if it does not take the options."""
     try:
-        return create_objective(section.name, **section.options)
-    except TypeError as error:
-        raise UserError(f"objective '{section.name}' does not take these options: {error}") from None
+        objective = create_objective(section.name, **section.options)
+        objective.draw((1, 1, 1, 1), torch.Generator())  # an option of the wrong kind may show only here
+    except UserError:
+        raise
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"objective '{section.name}' does not take these options: {first_line(error)}") from None
+    return objective
 
 
 def build_encoder(section: AlignmentSection, device: torch.device):
@@ -112,10 +107,15 @@ def build_alignment(
     """
     from dic_repa.encoders import check_tokens
 
+    taken = inspect.signature(Alignment.build).parameters.keys() & section.head_options
+    if taken:
+        raise UserError(
+            f"alignments: head_options cannot hold {', '.join(sorted(taken))}, which an alignment has itself"
+        )
     sample = data[0]
     if "image" not in sample:
         raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")
-    check_tokens(section.encoder, encoder, sample["image"][None].to(device))
+    check_tokens(section.encoder, encoder, unit_images(sample["image"][None].to(device)))
     return Alignment.build(
         denoiser,
         section.tap,

@@ -190,9 +190,11 @@ def test_images_as_pixels_and_mirrored(folder):
     )
     data = build_dataset(section.data)
     assert (len(data), data.channels, data.num_classes) == (24, 3, 2)
-    torch.testing.assert_close(data[13]["x"], data[1]["x"].flip(-1))
-    torch.testing.assert_close(data[13]["image"], data[13]["x"] / 2 + 0.5)
-    assert data[1]["x"].shape == (3, 24, 24)
+    torch.testing.assert_close(data[13]["image"], data[1]["image"].flip(-1))
+    assert data[1]["image"].shape == (3, 24, 24)
+    batch = {"image": torch.rand(2, 3, 24, 24)}
+    pixels = denoiser_data(data, batch, 2, slice(0, 2), torch.Generator())
+    torch.testing.assert_close(pixels, batch["image"] * 2 - 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from dic_repa.cli import main
 from dic_repa.data.check import psnr
-from dic_repa.data.images import center_crop, to_tensor
+from dic_repa.data.image_folder import ImageFolder
+from dic_repa.data.images import center_crop, to_tensor, unit_images
 from dic_repa.data.prepared import Prepared
 from dic_repa.errors import UserError
 
@@ -96,7 +98,7 @@ def test_samples(prepared):
     stored = datasets.load_from_disk(prepared).with_format("numpy")
     for k in range(14):
         row, sample = stored[k % 7], data[k]
-        image = torch.from_numpy(np.asarray(row["image"]).copy()).permute(2, 0, 1) / 255
+        image = torch.from_numpy(np.asarray(row["image"]).copy()).permute(2, 0, 1)
         torch.testing.assert_close(sample["image"], image if k < 7 else image.flip(-1))
         moments = row["moments" if k < 7 else "moments_flipped"]
         np.testing.assert_array_equal(sample["moments"].numpy(), np.asarray(moments))
@@ -104,6 +106,20 @@ def test_samples(prepared):
     with pytest.raises(IndexError):
         data[14]
     assert len(Prepared(prepared, size=16, flip=False)) == 7
+
+
+def test_fingerprint_tells_changed_images_and_mirrored_ones(tmp_path):
+    write_tree(tmp_path / "tree", {"cat": 2})
+    prepare("tree", "pixels", size=24, autoencoder="none")
+    before = Prepared("pixels", size=24).fingerprint
+    assert Prepared("pixels", size=24).fingerprint == before
+    folder = ImageFolder("tree", size=24).fingerprint
+    assert ImageFolder("tree", size=24, flip=True).fingerprint != folder
+    picture(9, (24, 24)).save(tmp_path / "tree/cat/001.png")  # the same names and labels, another image
+    shutil.rmtree("pixels")
+    prepare("tree", "pixels", size=24, autoencoder="none")
+    assert Prepared("pixels", size=24).fingerprint != before
+    assert ImageFolder("tree", size=24).fingerprint != folder
 
 
 def test_spawned_workers_read_the_same(prepared):
@@ -119,7 +135,7 @@ def test_pixels(tmp_path):
     prepare("tree", "pixels", size=24, autoencoder="none")
     data = Prepared("pixels", size=24)
     assert set(datasets.load_from_disk("pixels").column_names) == {"image", "label", "name", "width", "height"}
-    torch.testing.assert_close(data[3]["x"], to_tensor(center_crop(picture(3), 24)) * 2 - 1)
+    torch.testing.assert_close(unit_images(data[3]["image"]), to_tensor(center_crop(picture(3), 24)))
     assert data.channels == 3
 
 

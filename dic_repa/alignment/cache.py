@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
 
 BATCH = 64
@@ -78,7 +79,9 @@ def feature_cache(
     folder = cache_folder()
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", name)
     file = folder / f"{slug}-{cache_key(name, options, encoder, data)}.npy"
-    probes = {i: encoder(data[i]["image"][None].to(device))[0].float() for i in spread(len(data), PROBED_IMAGES)}
+    probes = {
+        i: encoder(unit_images(data[i]["image"][None].to(device)))[0].float() for i in spread(len(data), PROBED_IMAGES)
+    }
     cache = FeatureCache(file)
     if not (file.is_file() and _agrees(cache, probes, len(data))):
         tokens, width = next(iter(probes.values())).shape
@@ -153,7 +156,7 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Dataset, devic
             np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
             images = DataLoader(_Images(data), batch_size=BATCH, num_workers=workers)
             for batch in tqdm(images, desc=f"caching {file.name}", unit="batch", mininterval=1):
-                tokens = encoder(batch.to(device)).to(torch.float16)
+                tokens = encoder(unit_images(batch.to(device))).to(torch.float16)
                 if not tokens.isfinite().all():
                     raise UserError("the encoder's tokens exceed what float16 holds (65504); set cache: false")
                 out.write(tokens.cpu().numpy().tobytes())

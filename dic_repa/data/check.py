@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dic_repa.data.autoencoders import Autoencoder, decode_in_batches
+from dic_repa.data.images import unit_images
 from dic_repa.data.prepare import write_json
 from dic_repa.data.prepared import Prepared, read_settings
 from dic_repa.data.sources import ImageSource
@@ -76,7 +77,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def _preview(data: Prepared, autoencoder: Autoencoder, path: Path) -> float | None:
     chosen = torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist()
     samples = [data[index] for index in chosen]
-    images = torch.stack([sample["image"] for sample in samples])
+    images = unit_images(torch.stack([sample["image"] for sample in samples]))
     if autoencoder.spec.name == "none":
         _save(images[None], path)
         return None

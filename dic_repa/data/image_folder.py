@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dic_repa.data.autoencoders import load_spec
-from dic_repa.data.images import center_crop, to_tensor
+from dic_repa.data.files import stamp
+from dic_repa.data.images import center_crop, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.sources import open_source
 
@@ -16,9 +18,8 @@ from dic_repa.data.sources import open_source
 class ImageFolder(LatentDataset):
     """Samples of any source that `dic-repa prepare` takes, without preparation: for a look, and for small data.
 
-    A sample is a dict of `image` (3, H, W) in [0, 1], `label`, and, without an autoencoder, `x` (3, size, size) in [-1,
-    1]. With one, the training step encodes the images. With `flip`, the second half of the samples are the first,
-    mirrored.
+    A sample is a dict of `image` (3, H, W), uint8, and `label`. The training step makes the denoiser's data of it. With
+    `flip`, the second half of the samples are the first, mirrored.
 
     Args:
         path: a folder, zip, tar or Hugging Face data set.
@@ -42,12 +43,18 @@ class ImageFolder(LatentDataset):
         self.source = open_source(path, labels, skip_bad)
         self.class_names = self.source.class_names
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a feature cache knows the images by; of a data set on the hub, its names alone."""
+        path = Path(self.source.path)
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        return f"{self.source.fingerprint()} {stamp(files)} {self.size} {self.flip}"
+
     def __len__(self) -> int:
         return len(self.source) * (2 if self.flip else 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         picture = self.source.load(index % len(self.source))
-        image = to_tensor(center_crop(picture, self.size * self.spec.downsample))
+        image = to_levels(center_crop(picture, self.size * self.spec.downsample))
         image = image.flip(-1) if index >= len(self.source) else image
-        sample = {"image": image, "label": torch.tensor(self.source.labels[index % len(self.source)])}
-        return sample | {"x": image * 2 - 1} if self.spec.name == "none" else sample
+        return {"image": image, "label": torch.tensor(self.source.labels[index % len(self.source)])}

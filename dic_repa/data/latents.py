@@ -1,7 +1,7 @@
 """From what a data set stores to what the denoiser is trained on.
 
 A sample has `x`, or `moments`: the mean and standard deviation of the autoencoder's posterior, one behind the other; or
-neither, and then the data set's autoencoder encodes the `image` in the training step.
+neither, and then the data set's autoencoder encodes the `image` in the training step, or its pixels are the data.
 """
 
 from __future__ import annotations
@@ -65,15 +65,18 @@ def data_shape(data: Dataset) -> tuple[int, int, int]:
 def denoiser_data(
     data: Dataset, batch: dict[str, Tensor], batch_size: int, rows: slice, generator: torch.Generator
 ) -> Tensor:
-    """The denoiser's data (B, C, H, W) of one process's batch: z = mean + std * noise, x = (z - shift) * scale.
+    """The denoiser's data (B, C, H, W) of one process's batch: z = mean + std * noise, x = (z - shift) * scale; the
+    images' pixels in [-1, 1] where there is no autoencoder.
 
-    The posterior's noise is drawn for the global `batch_size` and cut to the process's `rows`; none is drawn where the
-    samples have `x`.
+    The posterior's noise is drawn for the global `batch_size` and cut to the process's `rows`; none is drawn where there
+    is no posterior.
     """
     if "x" in batch:
         return batch["x"]
     if "moments" in batch:
         moments = batch["moments"].float()
+    elif data.spec.name == "none":
+        return batch["image"] * 2 - 1
     else:
         autoencoder = data.autoencoder.to(batch["image"].device)
         moments = torch.cat([autoencoder.encode(part) for part in batch["image"].split(ENCODE_BATCH)])

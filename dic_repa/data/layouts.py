@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dic_repa.data.autoencoders import load_spec
 from dic_repa.data.files import FileTree, open_tree
-from dic_repa.data.images import EXTENSIONS, decode_image, to_tensor
+from dic_repa.data.images import EXTENSIONS, decode_image, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.errors import UserError
 
@@ -25,7 +25,7 @@ DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 
 
 class RepaLayout(LatentDataset):
-    """Samples of REPA's layout: dicts of `moments` (2C, size, size), `image` (3, H, W) in [0, 1] and `label`.
+    """Samples of REPA's layout: dicts of `moments` (2C, size, size), `image` (3, H, W), uint8, and `label`.
 
     Images and moments pair up in sorted order of their names, labels come from vae-sd/dataset.json, as REPA does it.
 
@@ -76,9 +76,8 @@ class RepaLayout(LatentDataset):
         name = self.image_names[index]
         if _suffix(name) == ".npy":
             image = torch.from_numpy(_array(self.images, name).reshape(-1, *_array(self.images, name).shape[-2:]))
-            image = image.float() / 255
         else:
-            image = to_tensor(decode_image(self.images.read(name), name))
+            image = to_levels(decode_image(self.images.read(name), name))
         return {
             "moments": _latents(self.moments, self.moment_names[index], shape),
             "image": image,

@@ -1,7 +1,7 @@
 """Prepare a data set once: crop, encode, and write shards that training reads.
 
-The result is a Hugging Face data set that `datasets.load_from_disk` opens, with the columns `image` (a PNG or JPEG
-file), `moments` (float16, mean and standard deviation), `moments_flipped` (of the mirrored image, on request), `label`,
+The result is a Hugging Face data set that `datasets.load_from_disk` opens, with the columns `image` (a WebP, PNG or
+JPEG file), `moments` (float16, mean and standard deviation), `moments_flipped` (of the mirrored image, on request), `label`,
 `name`, `width` and `height` (of the original); `prepare.json` in it says how it was made. Shard k holds the source's
 images k * shard_size and following, so what is in it depends on neither the number of processes nor on interruptions.
 """
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec
-from dic_repa.data.images import BadImage, center_crop, encode_file, to_tensor
+from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels, unit_images
 from dic_repa.data.sources import ImageSource
 from dic_repa.errors import UserError
 
@@ -41,7 +41,7 @@ class PrepareSettings:
 
     size: int = 256
     flip: bool = False
-    image_format: str = "png"
+    image_format: str = "webp"
     shard_size: int = 1000
     batch_size: int = 32
     skip_bad: bool = False
@@ -213,14 +213,14 @@ def _encoded(
             "width": image.width,
             "height": image.height,
         }
-        return row, to_tensor(cropped)
+        return row, to_levels(cropped)
 
     loaded = (item for item in _ahead(pool, load, rows, 3 * settings.batch_size, bar) if item is not None)
     while batch := list(itertools.islice(loaded, settings.batch_size)):
         if autoencoder.spec.name == "none":
             yield from (row for row, _ in batch)
             continue
-        images = torch.stack([image for _, image in batch])
+        images = unit_images(torch.stack([image for _, image in batch]))
         moments = {"moments": _moments(autoencoder, images)}
         if settings.flip:
             moments["moments_flipped"] = _moments(autoencoder, images.flip(-1))

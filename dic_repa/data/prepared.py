@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
-from dic_repa.data.images import to_tensor
+from dic_repa.data.files import stamp
+from dic_repa.data.images import to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.prepare import SETTINGS_FILE
 from dic_repa.errors import UserError
@@ -24,9 +25,8 @@ from dic_repa.errors import UserError
 class Prepared(LatentDataset):
     """Samples of a prepared folder, memory-mapped.
 
-    A sample is a dict: `moments` (2C, size, size), float16 (or `x` (3, size, size) in [-1, 1] where no autoencoder was
-    used); `image` (3, H, W), float32 in [0, 1]; `label`, an int64 scalar. Where mirrored moments are stored, the second
-    half of the samples are the first, mirrored.
+    A sample is a dict: `moments` (2C, size, size), float16, where an autoencoder was used; `image` (3, H, W), uint8;
+    `label`, an int64 scalar. Where mirrored moments are stored, the second half of the samples are the first, mirrored.
 
     Args:
         path: the folder.
@@ -58,11 +58,16 @@ class Prepared(LatentDataset):
         k = bisect.bisect_right(self._parts.starts, index) - 1
         part, row = self._parts.columns[k], index - self._parts.starts[k]
         with Image.open(io.BytesIO(part["image"][row].as_py())) as picture:
-            image = to_tensor(picture)
+            image = to_levels(picture)
         sample = {"image": image.flip(-1) if flipped else image, "label": torch.tensor(part["label"][row])}
         if self.spec.name == "none":
-            return sample | {"x": sample["image"] * 2 - 1}
+            return sample
         return sample | {"moments": torch.tensor(part["moments_flipped" if flipped else "moments"][row])}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a feature cache knows the images by."""
+        return f"{stamp(self.path / name for name in self.files)} {self.flip}"
 
     @property
     def count(self) -> int:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dic_repa.data.images import unit_images
 from dic_repa.data.latents import data_shape, denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
@@ -27,12 +28,13 @@ def check_batch(settings: TrainSection, processes: int) -> int:
     if settings.batch_size % processes:
         raise UserError(f"train.batch_size {settings.batch_size} does not divide among {processes} processes")
     share = settings.batch_size // processes
-    if share % (settings.micro_batch or share):
+    micro_batch = min(settings.micro_batch or share, share)
+    if share % micro_batch:
         raise UserError(
             f"train.micro_batch {settings.micro_batch} does not divide the {share} images that each of {processes} "
             f"processes has of train.batch_size {settings.batch_size}"
         )
-    return share // (settings.micro_batch or share)
+    return share // micro_batch
 
 
 def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[dict[str, Tensor]]:
@@ -51,7 +53,8 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
     for batch in loader:
         if not recipe.alignments and ("x" in batch or "moments" in batch):
             batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
-        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        yield batch | {"image": unit_images(batch["image"])} if "image" in batch else batch
 
 
 @dataclass
