@@ -17,7 +17,7 @@ from dic_repa.alignment.heads import find_head
 from dic_repa.alignment.losses import manifold_loss, token_loss
 from dic_repa.alignment.schedules import schedules, time_weights
 from dic_repa.alignment.targets import targets
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError, first_line, unknown_name
 from dic_repa.models.cost import forward_on_meta
 from dic_repa.objectives.base import from_spec
 from dic_repa.registry import Registry
@@ -30,7 +30,8 @@ class Alignment(nn.Module):
     `weight * schedule(step) * mean(time_weight(t) * (token + manifold_weight * manifold))`.
 
     Args:
-        tap: name of a submodule of the denoiser whose output is a feature map (B, C, h, w), such as 'mid.3'.
+        tap: name of a submodule of the denoiser whose output is a feature map (B, C, h, w), such as 'mid.3', or tokens
+            that the denoiser's `feature_map(tokens, size)` lays out as one, such as 'blocks.7' of a SiT.
         head: module of (feature, t in [0, 1]) that gives tokens (B, N, embed_dim).
         weight: lambda of the paper.
         manifold_weight: w of the paper.
@@ -81,8 +82,10 @@ class Alignment(nn.Module):
         factory = find_head(head)
         try:
             module = factory(channels, embed_dim, tuple(grid), **head_options)
-        except TypeError as error:
-            raise UserError(f"head '{head}' does not take these options: {error}") from None
+        except UserError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"head '{head}' does not take these options: {first_line(error)}") from None
         return cls(tap, module, weight, manifold_weight, target, time_weight, schedule)
 
     def loss(
@@ -144,7 +147,11 @@ class AlignedDenoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, unit_time: Tensor | None = None) -> AlignedOutput:
         prediction = self.denoiser(x, t, y)
         time = t if unit_time is None else unit_time
-        projections = [alignment.head(self._tapped[alignment.tap], time) for alignment in self.alignments]
+        size = tuple(x.shape[-2:])
+        projections = [
+            alignment.head(feature_map(self.denoiser, self._tapped[alignment.tap], size), time)
+            for alignment in self.alignments
+        ]
         self._tapped.clear()  # the feature maps would live on until the next step
         return AlignedOutput(prediction, projections)
 
@@ -163,12 +170,20 @@ def find_tap(denoiser: nn.Module, tap: str) -> nn.Module:
     return modules[tap]
 
 
+def feature_map(denoiser: nn.Module, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+    """What a tap gave as a feature map (B, C, h, w), for data of `size` (H, W): as it is, or, if it is tokens, by the
+    denoiser's `feature_map`."""
+    if getattr(hidden, "ndim", 0) == 3 and hasattr(denoiser, "feature_map"):
+        return denoiser.feature_map(hidden, size)
+    return hidden
+
+
 def tap_channels(denoiser: nn.Module, tap: str, size: tuple[int, int]) -> int:
     """Channels of the feature map at `tap`, found by a run on the meta device with data of `size` (H, W)."""
     shapes = []
 
     def note(_module, _inputs, output):
-        shapes.append(getattr(output, "shape", ()))
+        shapes.append(tuple(getattr(feature_map(denoiser, output, size), "shape", ())))
 
     handle = find_tap(denoiser, tap).register_forward_hook(note)
     try:
@@ -176,6 +191,9 @@ def tap_channels(denoiser: nn.Module, tap: str, size: tuple[int, int]) -> int:
     finally:
         handle.remove()
     if len(shapes) != 1 or len(shapes[0]) != 4:
-        given = f"a tensor of shape {tuple(shapes[0])}" if shapes else "nothing"
-        raise UserError(f"tap '{tap}' gives {given}, but a tap must give one feature map (B, C, h, w) per run")
+        given = f"a tensor of shape {shapes[0]}" if shapes else "nothing"
+        raise UserError(
+            f"tap '{tap}' gives {given}, but a tap must give one feature map (B, C, h, w) per run, or tokens if the "
+            "denoiser has a feature_map(tokens, size)"
+        )
     return shapes[0][1]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
-from dic_repa.errors import UserError
-from dic_repa.recipe import load_training_recipe
+from dic_repa.errors import unknown_name
+from dic_repa.recipe import list_recipes, load_training_recipe
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @click.command("info")
@@ -22,38 +26,31 @@ from dic_repa.recipe import load_training_recipe
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of a recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, unrounded.")
 def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str, ...], as_json: bool):
-    """Parameters and multiply-accumulates (MACs; papers call them FLOPs) of presets or recipes; of all presets by
-    default.
+    """Parameters and multiply-accumulates (MACs; papers call them FLOPs) of models or recipes; by default of all models
+    of patch size 2 and those without patches.
 
-    A preset is counted with 4 input and 8 output channels and 1000 classes, a recipe with what it says. "Winograd" is
-    what is left when the blocks' 3x3 convolutions take 2.25 times fewer multiplications.
+    NAMES are recipes, models or patterns of models. A DiC is counted with 4 input and 8 output channels and 1000
+    classes, the transformers as their papers have them, attention's products included; a recipe with what it says.
+    "Winograd" is what is left when the blocks' 3x3 convolutions take 2.25 times fewer multiplications.
 
     \b
     Examples:
       dic-repa info
-      dic-repa info DiC-XL --size 32
+      dic-repa info DiC-XL DiT-XL/2 --size 32
+      dic-repa info 'DiT-*/4'
       dic-repa info digits-urepa
     """
     import torch
 
-    from dic_repa.build import build_dataset, build_denoiser, import_plugins
-    from dic_repa.models import PRESETS, DiC, measure_cost
+    from dic_repa.models import list_denoisers, measure_cost
 
     rows = []
-    for name in names or PRESETS:
-        with torch.device("meta"):
-            if name in PRESETS:
-                model, default = DiC.from_preset(name, learn_sigma=True), (32, 64)
-            else:
-                try:
-                    recipe = load_training_recipe(name, overrides)
-                except UserError as error:
-                    raise UserError(f"{error} (presets: {', '.join(PRESETS)})") from None
-                import_plugins(recipe)
-                data = build_dataset(recipe.data)
-                model, default = build_denoiser(recipe.model, data.channels, data.num_classes), (recipe.data.size,)
-        for size in sizes or default:
-            rows.append({"model": name, "size": size, **vars(measure_cost(model, size))})
+    for name in names or [name for name in list_denoisers() if not name.endswith(("/4", "/8"))]:
+        for model_name in list_denoisers(name) or [name]:
+            with torch.device("meta"):
+                models = _models(model_name, sizes, overrides)
+            for size, model in models:
+                rows.append({"model": model_name, "size": size, **vars(measure_cost(model, size))})
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
@@ -63,11 +60,34 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
         latent = f"{row['size']}x{row['size']}"
         click.echo(
             f"{row['model']:{width}}  {latent:>6}  {_in(row['parameters'], 1e6):>10}  "
-            f"{_in(row['macs'], 1e9):>8}  {_in(row['winograd_macs'], 1e9, 1):>13}"
+            f"{_in(row['macs'], 1e9):>8}  {_in(row['winograd_macs'], 1e9, 1):>13}".rstrip()
         )
 
 
-def _in(count: int, unit: float, digits: int = 2) -> str:
-    """`count` in millions or billions, with more digits where the number is small."""
+def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> list[tuple[int, nn.Module]]:
+    """Each size with the model or recipe of that `name`, which is one model for all sizes where it can be."""
+    from dic_repa.build import build_dataset, build_denoiser, import_plugins
+    from dic_repa.models import create_denoiser, list_denoisers
+
+    if name not in list_denoisers():
+        if not name.endswith((".yaml", ".yml")) and name not in list_recipes():
+            models = list_denoisers()
+            others = set(list_recipes()) - {model.lower() for model in models}  # dic-xl is near DiC-XL anyway
+            raise unknown_name("model or recipe", name, [*models, *others])
+        recipe = load_training_recipe(name, overrides)
+        import_plugins(recipe)
+        data = build_dataset(recipe.data)
+        model = build_denoiser(recipe.model, data.channels, data.num_classes)
+        return [(size, model) for size in sizes or (recipe.data.size,)]
+    model = create_denoiser(name, **({"learn_sigma": True} if name.startswith("DiC") else {}))
+    if hasattr(model, "size"):  # its positions are learnt, for one size
+        return [(size, create_denoiser(name, size=size)) for size in sizes or (model.size,)]
+    return [(size, model) for size in sizes or (32, 64)]
+
+
+def _in(count: int | None, unit: float, digits: int = 2) -> str:
+    """`count` in millions or billions, with more digits where the number is small; nothing for None."""
+    if count is None:
+        return ""
     value = count / unit
     return f"{value:.{digits}f}" if value >= 1 else f"{value:.3g}"

@@ -1,9 +1,11 @@
-"""Denoisers: modules with `forward(x, t, y)` and `num_classes`."""
+"""Denoisers: modules with `forward(x, t, y)`, `in_channels` and `num_classes`; `create_denoiser` makes them by name."""
 
 from dic_repa.models.authors import load_authors_checkpoint
 from dic_repa.models.cost import Cost, forward_on_meta, measure_cost
 from dic_repa.models.dic import PRESETS, DiC
 from dic_repa.models.ladder import EarlyModulationBlock, GatedBlock, MidModulationBlock
+from dic_repa.models.pretrained import Pretrained
+from dic_repa.models.registry import create_denoiser, find_denoiser, list_denoisers, load_denoiser, register_denoiser
 
 __all__ = [
     "PRESETS",
@@ -12,7 +14,13 @@ __all__ = [
     "EarlyModulationBlock",
     "GatedBlock",
     "MidModulationBlock",
+    "Pretrained",
+    "create_denoiser",
+    "find_denoiser",
     "forward_on_meta",
+    "list_denoisers",
     "load_authors_checkpoint",
+    "load_denoiser",
     "measure_cost",
+    "register_denoiser",
 ]

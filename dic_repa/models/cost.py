@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dic_repa.models.dic import Block
 
@@ -17,42 +18,48 @@ WINOGRAD_GAIN = 2.25  # F(2x2, 3x3): 16 multiplications where the plain 3x3 conv
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters; MACs of the convolutions and linears for one image at one step; both with Winograd."""
+    """Parameters; MACs of all convolutions, linears and matrix products for one image at one step; both with Winograd,
+    None for a model without convolutions that have it."""
 
     parameters: int
     macs: int
-    winograd_macs: int
+    winograd_macs: int | None
 
 
 def measure_cost(model: nn.Module, height: int, width: int | None = None) -> Cost:
     """The cost of `model` for one image of `height` x `width` (in latent pixels). The model stays as it is.
 
-    "With Winograd" divides by 2.25 the MACs of the 3x3 convolutions inside DiC's blocks, as the paper does; stem,
-    resampling and output stay whole. It also counts two operations for each output of a GroupNorm: the paper's
-    Winograd figures (57.2, 228.7, 97.2, 388.4 GMACs) contain them, though its plain figures round the same without.
+    Attention counts with its two products, queries by keys and weights by values, as in DiT's and U-ViT's papers;
+    norms, activations and softmax do not. "With Winograd" divides by 2.25 the MACs of the 3x3 convolutions inside DiC's
+    blocks, as the paper does; stem, resampling and output stay whole. It also counts two operations for each output of
+    a GroupNorm: the paper's Winograd figures (57.2, 228.7, 97.2, 388.4 GMACs) contain them, though its plain figures
+    round the same without.
     """
-    inside_blocks = {
+    inside_blocks = [
         conv for block in model.modules() if isinstance(block, Block) for conv in block.modules() if is_conv3x3(conv)
-    }
-    macs = {"plain": 0, "winograd": 0, "norm": 0}
+    ]
+    winograd = norm = 0
 
-    def count(module, _inputs, output):
-        if isinstance(module, nn.GroupNorm):
-            macs["norm"] += 2 * output.numel()
-            return
-        positions = output.numel() // module.weight.shape[0]
-        macs["winograd" if module in inside_blocks else "plain"] += positions * module.weight.numel()
+    def count_conv(conv, _inputs, output):
+        nonlocal winograd
+        winograd += output.numel() // conv.out_channels * conv.weight.numel()
 
-    counted = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm)]
-    hooks = [module.register_forward_hook(count) for module in counted]
+    def count_norm(_norm, _inputs, output):
+        nonlocal norm
+        norm += 2 * output.numel()
+
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    hooks = [conv.register_forward_hook(count_conv) for conv in inside_blocks]
+    hooks += [module.register_forward_hook(count_norm) for module in norms]
     try:
-        forward_on_meta(model, height, width or height)
+        with FlopCounterMode(display=False) as counter:
+            forward_on_meta(model, height, width or height)
     finally:
         for hook in hooks:
             hook.remove()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    winograd_macs = macs["plain"] + round(macs["winograd"] / WINOGRAD_GAIN) + macs["norm"]
-    return Cost(parameters, macs["plain"] + macs["winograd"], winograd_macs)
+    macs = counter.get_total_flops() // 2
+    return Cost(parameters, macs, macs - winograd + round(winograd / WINOGRAD_GAIN) + norm if winograd else None)
 
 
 def forward_on_meta(model: nn.Module, height: int, width: int) -> None:

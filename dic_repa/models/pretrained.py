@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.weights import load_weights, read_tensors, save_tensors
@@ -12,9 +13,23 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class Pretrained:
-    """Mixin for a module whose `config` is the dict of its constructor's arguments."""
+    """Mixin for a denoiser whose `config` is the dict of its constructor's arguments. Put it before nn.Module."""
 
     config: dict
+    kinds: ClassVar[dict[str, type[Pretrained]]] = {}  # the classes so far imported, by the name in config.json
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        Pretrained.kinds[cls.__name__] = cls
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Trade a second forward pass of each block for the memory of its activations: of all submodules that have an
+        attribute `gradient_checkpointing`. A UserError where there are none."""
+        blocks = [module for module in self.modules() if hasattr(module, "gradient_checkpointing")]
+        if enabled and not blocks:
+            raise UserError(f"{type(self).__name__} has no gradient checkpointing; train with it switched off")
+        for block in blocks:
+            block.gradient_checkpointing = enabled
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`, which is made where it is missing."""
@@ -31,11 +46,7 @@ class Pretrained:
         A UserError says what is missing or does not fit.
         """
         config_file, weights_file = _locate(path_or_hub_id)
-        try:
-            config = json.loads(config_file.read_text())
-            kind = config.pop("model", None)
-        except (ValueError, AttributeError, TypeError):
-            raise UserError(f"{config_file} is not a model's config: not valid JSON") from None
+        kind, config = _read_config(config_file)
         if kind != cls.__name__:
             raise UserError(f"{config_file} describes a {kind or 'model of unknown kind'}, not a {cls.__name__}")
         try:
@@ -44,6 +55,19 @@ class Pretrained:
             raise UserError(f"{config_file} does not fit {cls.__name__}: {error}") from None
         load_weights(model, read_tensors(weights_file)[0], weights_file)
         return model.eval()
+
+
+def saved_kind(path_or_hub_id: str | Path) -> str | None:
+    """The name of the class that a saved denoiser's config.json gives."""
+    return _read_config(_locate(path_or_hub_id)[0])[0]
+
+
+def _read_config(file: Path) -> tuple[str | None, dict]:
+    try:
+        config = json.loads(file.read_text())
+        return config.pop("model", None), config
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{file} is not a model's config: not valid JSON") from None
 
 
 def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:

@@ -1,0 +1,148 @@
+"""The denoisers by name, and a saved one whatever its class.
+
+    create_denoiser("SiT-XL/2", in_channels=4, num_classes=1000)
+    load_denoiser("runs/mine/checkpoints/step_00400000/ema")
+
+A name is one of the papers' presets; a family (DiC, SiT, DiT, U-ViT), whose sizes are options; one that
+`register_denoiser` filed; an entry point of the group `dic_repa.denoisers`; or `package.module:factory`. A denoiser of
+your own is called with (x, t, y), has `in_channels` and `num_classes`, is made by `factory(in_channels=...,
+num_classes=..., **options)`, and derives from `Pretrained`, so that it can be saved. Where its hidden states are
+tokens, `feature_map(tokens, size)` lays them out, so that they can be tapped.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dic_repa.errors import UserError, unknown_name
+from dic_repa.models.dic import PRESETS as DIC_PRESETS
+from dic_repa.models.pretrained import Pretrained, saved_kind
+from dic_repa.plugins import entry_points, find_factory
+from dic_repa.registry import Registry
+
+GROUP = "dic_repa.denoisers"
+denoisers = Registry("model")
+register_denoiser = denoisers.register
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of a class that is imported when it is built: timm alone takes seconds."""
+
+    module: str
+    kind: str  # the class, and what config.json calls it
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> type[nn.Module]:
+        return getattr(importlib.import_module(self.module), self.kind)
+
+    def __call__(self, **options) -> nn.Module:
+        return self.load()(**{**self.options, **options})
+
+
+_DIC, _SIT, _UVIT = (
+    ("dic_repa.models." + name, kind) for name, kind in (("dic", "DiC"), ("sit", "SiT"), ("uvit", "UViT"))
+)
+_SIT_SIZES = {
+    "S": {"width": 384, "depth": 12, "num_heads": 6},
+    "B": {"width": 768, "depth": 12, "num_heads": 12},
+    "L": {"width": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"width": 1152, "depth": 28, "num_heads": 16},
+}
+_UVIT_SIZES = {
+    "S": {"width": 512, "depth": 13, "num_heads": 8},
+    "M": {"width": 768, "depth": 17, "num_heads": 12},
+    "L": {"width": 1024, "depth": 21, "num_heads": 16},
+    "H": {"width": 1152, "depth": 29, "num_heads": 16, "final_conv": False},
+}
+_PRESETS = {
+    "DiC": Preset(*_DIC),
+    "SiT": Preset(*_SIT),
+    "DiT": Preset(*_SIT, {"learn_sigma": True}),
+    "U-ViT": Preset(*_UVIT),
+    **{name: Preset(*_DIC, options) for name, options in DIC_PRESETS.items()},
+    **{
+        f"{family}-{size}/{patch}": Preset(*_SIT, {**options, "patch_size": patch, "learn_sigma": family == "DiT"})
+        for family in ("SiT", "DiT")
+        for size, options in _SIT_SIZES.items()
+        for patch in (2, 4, 8)
+    },
+    **{f"U-ViT-{size}/2": Preset(*_UVIT, options) for size, options in _UVIT_SIZES.items()},
+    **{f"U-ViT-{size}/4": Preset(*_UVIT, {**_UVIT_SIZES[size], "patch_size": 4, "size": 64}) for size in "LH"},
+}
+for _name, _preset in _PRESETS.items():
+    register_denoiser(_name)(_preset)
+
+
+def list_denoisers(pattern: str = "*") -> list[str]:
+    """The names that can be built without further options and match a shell `pattern`: presets in the papers' order,
+    then others."""
+    others = sorted({*denoisers.names(), *entry_points(GROUP)} - set(_PRESETS))
+    return fnmatch.filter([*(name for name, preset in _PRESETS.items() if "width" in preset.options), *others], pattern)
+
+
+def find_denoiser(name: str):
+    """The class, function or preset of that name, its module imported; a UserError lists the near names."""
+    return find_factory(denoisers, GROUP, name)
+
+
+def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **options) -> nn.Module:
+    """The denoiser `name`, with new weights, for data of that many channels and classes; `options` are its class's.
+
+    A UserError lists the near names of an unknown name or option, and says what a family's sizes or a denoiser of your
+    own lacks.
+    """
+    factory = find_denoiser(name)
+    if isinstance(factory, Preset):
+        factory, options = factory.load(), {**factory.options, **options}
+    options = {"in_channels": in_channels, "num_classes": num_classes, **options}
+    _check_options(name, factory, options)
+    denoiser = factory(**options)
+    parts = ("in_channels", "num_classes", "config", "save_pretrained", "set_gradient_checkpointing")
+    if lacking := [part for part in parts if not hasattr(denoiser, part)]:
+        raise UserError(
+            f"model '{name}' gives a {type(denoiser).__name__} without {' and '.join(lacking)}; a denoiser derives "
+            "from dic_repa.models.Pretrained and nn.Module, has these and is called with (x, t, y)"
+        )
+    return denoiser
+
+
+def load_denoiser(path_or_hub_id: str | Path, **overrides) -> nn.Module:
+    """The denoiser of a folder or hub id that `save_pretrained` wrote, of the class that its config.json names.
+
+    One of your own is found when its module has been imported: a file cannot name what to import. Otherwise as
+    `Pretrained.from_pretrained`.
+    """
+    kind = saved_kind(path_or_hub_id)
+    known = {preset.kind: preset.load for preset in _PRESETS.values()}
+    known |= {name: lambda cls=cls: cls for name, cls in Pretrained.kinds.items()}
+    if kind not in known:
+        raise UserError(
+            f"{path_or_hub_id} holds a {kind or 'model of unknown kind'}; import its module first, in the "
+            f"recipe by `plugins`; known: {', '.join(sorted(known))}"
+        )
+    return known[kind]().from_pretrained(path_or_hub_id, **overrides)
+
+
+def _check_options(name: str, factory, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(factory).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                raise unknown_name(f"option of model {name}:", option, parameters)
+    missing = [
+        key
+        for key, p in parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and key not in options
+    ]
+    if missing:
+        presets = list_denoisers(f"{name}-*")
+        others = f"; or name a preset: {', '.join(presets)}" if presets else ""
+        raise UserError(f"model {name} needs {' and '.join(missing)}{others}")
