@@ -15,12 +15,13 @@ VERBS = {
     "sample": "Sample images from a run or a checkpoint.",
     "evaluate": "Judge the samples of one run or of several.",
     "report": "One HTML page about one run or several: curves, samples, metrics, recipes.",
+    "probe": "Compare every stage of a denoiser with an encoder, over noise levels.",
     "prepare": "Crop and encode a folder, zip, tar or Hugging Face data set of images.",
     "bench": "Measure speed: of the data.",
     "info": "Parameters and MACs of a model or a recipe.",
     "encoders": "List the encoders, or run one on an image and show its tokens.",
     "solvers": "List the solvers, or compare their quality against their cost on a run.",
-    "recipes": "List the recipes, or show one.",
+    "recipes": "List the recipes, show one, or compare two.",
 }
 
 

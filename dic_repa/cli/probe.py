@@ -1,0 +1,84 @@
+"""`dic-repa probe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dic_repa.errors import UserError
+
+
+@click.command("probe")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--encoder", help="Whom to compare with.  [default: the encoder of the recipe's first alignment]")
+@click.option(
+    "--num", type=click.IntRange(20), default=1000, show_default=True, help="Images; half train the linear probe."
+)
+@click.option(
+    "--times", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", show_default=True, help="Noise levels in [0, 1]."
+)
+@click.option("--taps", help="Submodules, such as enc.0.1,mid.0.  [default: a few of each stage]")
+@click.option("--per-stage", type=click.IntRange(1), default=4, show_default=True, help="Taps of each stage at most.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/probe]")
+def command(
+    checkpoint: Path,
+    encoder: str | None,
+    num: int,
+    times: str,
+    taps: str | None,
+    per_stage: int,
+    batch_size: int,
+    out: Path | None,
+):
+    """Compare every stage of a denoiser with an encoder: CHECKPOINT is a run's folder or one of its checkpoints.
+
+    Real images are noised to several levels and shown to the averaged weights without their class. For each tap and
+    level, on features averaged over positions: linear CKA and CKNNA (10 neighbours) with the encoder's tokens, and a
+    linear probe on the labels; and the cosine through the trained head at the taps that were aligned. Writes
+    probe.json, heatmaps.png and taps.png; `dic-repa report` shows them.
+
+    \b
+    Examples:
+      dic-repa probe runs/digits-urepa
+      dic-repa probe runs/digits-baseline --encoder digits-vit
+      dic-repa probe runs/digits-urepa --times 0.2,0.5,0.8 --taps enc.1.1,mid.0,mid.1,dec.1.0 --num 2000
+    """
+    try:
+        levels = [float(part) for part in times.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or not all(0 <= level <= 1 for level in levels):
+        raise UserError(f"--times takes numbers from 0 (data) to 1 (noise) such as 0.2,0.5,0.8, not '{times}'")
+
+    import torch
+    from tqdm import tqdm
+
+    from dic_repa.evaluation.probe import TITLES, probe_checkpoint
+
+    with tqdm(total=num * len(levels), unit="image", desc="probing") as bar:
+        probed = probe_checkpoint(
+            checkpoint,
+            encoder,
+            num,
+            levels,
+            [tap.strip() for tap in taps.split(",")] if taps else (),
+            per_stage,
+            batch_size,
+            out=out,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            progress=bar.update,
+        )
+    record = probed.record
+    width = max(len(tap) for tap in record["taps"]) + 2
+    click.echo(f"best over the noise levels, against {record['encoder']} ({record['num']} {record['split']} images)")
+    click.echo(" " * width + "".join(f"{TITLES[name]:>26}" for name in record["scores"]))
+    for i, tap in enumerate(record["taps"]):
+        cells = []
+        for rows in record["scores"].values():
+            known = [(value, t) for value, t in zip(rows[i], levels) if value is not None]
+            cells.append("{:>16.3f} at t = {:<3g}".format(*max(known)) if known else f"{'':>26}")
+        click.echo(f"{tap:{width}}" + "".join(f"{cell:>26}" for cell in cells).rstrip())
+    click.echo(f"the encoder itself: linear probe {record['reference']['linear_probe']:.3f}")
+    click.echo(f"written: {probed.file}, {', '.join(str(picture) for picture in probed.pictures)}")

@@ -1,0 +1,323 @@
+"""Where in the denoiser the encoder's view of an image is, and at which noise: the figures with which the papers argue.
+
+Real images, noised to each of several levels, are shown to the denoiser without their class (the null class, else a
+linear probe would read the label that the model was told); features at a tap are averaged over the positions, the
+encoder's over its tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from dic_repa.alignment.aligned import Alignment, find_tap
+from dic_repa.build import build_alignment, build_dataset, build_encoder, build_objective
+from dic_repa.data.latents import denoiser_data
+from dic_repa.errors import UserError
+from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
+from dic_repa.generation import load_checkpoint
+from dic_repa.models.cost import forward_on_meta
+from dic_repa.recipe import AlignmentSection, Recipe
+from dic_repa.samplers import initial_noise
+from dic_repa.training.run_folder import write_whole
+from dic_repa.weights import load_weights, read_tensors
+
+TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+NEIGHBOURS = 10
+TITLES = {
+    "cka": "linear CKA",
+    "cknna": "CKNNA",
+    "linear_probe": "linear probe: accuracy",
+    "cosine": "cosine through the head",
+}
+
+
+@dataclass
+class Probed:
+    """The record of a probe, as probe.json holds it, and where it and its pictures are."""
+
+    record: dict
+    file: Path
+    pictures: list[Path]
+
+
+def probe_checkpoint(
+    path: str | Path,
+    encoder: str | None = None,
+    num: int = 1000,
+    times: Sequence[float] = TIMES,
+    taps: Sequence[str] = (),
+    per_stage: int = 4,
+    batch_size: int = 64,
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+) -> Probed:
+    """Compare each tap of the denoiser at `path` (a run, one of its checkpoints) with an encoder, over noise levels.
+
+    Args:
+        encoder: its name; by default that of the recipe's first alignment.
+        num: images, of the held-out split where the data has one; half of them train the linear probe.
+        times: noise levels in [0, 1].
+        taps: names of submodules; by default `per_stage` of each stage and those that were trained to align.
+        out: folder for probe.json and the pictures; by default RUN/probe.
+        progress: told of the images done, `num` for each time.
+
+    The record's `scores` has, for each measure, a list of taps of lists over times: `cka`, `cknna` (k = 10) and
+    `linear_probe` on the averaged weights' pooled features; `cosine`, of the trained head's tokens, for taps that have
+    a head to this encoder, None for others. A UserError says what is missing.
+    """
+    loaded = load_checkpoint(path, device)
+    recipe, denoiser = loaded.recipe, loaded.denoiser
+    checkpoint = loaded.source.parent if loaded.source.name == "ema" else loaded.source
+    section = _section(recipe, encoder)
+    eyes = build_encoder(section, torch.device(device))
+    data, split = _dataset(recipe, num)
+    heads = _trained_heads(recipe, section, checkpoint, denoiser, eyes, data, device)
+    size = (recipe.data.size, recipe.data.size)
+    aligned = [entry.tap for entry in recipe.alignments if entry.encoder == section.encoder]
+    taps = list(taps) or stage_taps(denoiser, size, per_stage, aligned)
+    for tap in taps:
+        find_tap(denoiser, tap)
+
+    features, cosines, tokens, labels = _collect(
+        denoiser, build_objective(recipe.objective), eyes, heads, data, taps, times, batch_size, seed, device, progress
+    )
+    scores = _scores(features, tokens, labels, data.dataset.num_classes)
+    if cosines:
+        scores["cosine"] = [[cosines.get((tap, t)) for t in times] for tap in taps]
+    half = len(labels) // 2
+    digits = checkpoint.name.removeprefix("step_")
+    record = {
+        "checkpoint": str(checkpoint),
+        "step": int(digits) if digits.isdigit() else None,
+        "encoder": section.encoder,
+        "num": len(labels),
+        "split": split,
+        "seed": seed,
+        "times": list(times),
+        "taps": taps,
+        "aligned": [tap for tap in taps if tap in aligned],
+        "scores": {
+            name: [[None if v is None else round(v, 6) for v in row] for row in s] for name, s in scores.items()
+        },
+        "reference": {
+            "linear_probe": linear_probe(
+                tokens[:half], labels[:half], tokens[half:], labels[half:], data.dataset.num_classes
+            )
+        },
+    }
+    folder = (
+        Path(out)
+        if out
+        else (checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint) / "probe"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "probe.json", json.dumps(record, indent=1) + "\n")
+    return Probed(record, folder / "probe.json", save_pictures([record], [""], folder))
+
+
+def stage_taps(denoiser: nn.Module, size: tuple[int, int], per_stage: int, also: Sequence[str] = ()) -> list[str]:
+    """The names of `per_stage` submodules of each stage, evenly spread from its first to its last, in running order.
+
+    A stage is a list of modules which all give feature maps (B, C, h, w), or tokens (B, N, D), of one shape; taps
+    named in `also` join them. A denoiser without such lists has its direct children that give either.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str):
+        def hook(_module, _inputs, output):
+            shapes.setdefault(name, tuple(getattr(output, "shape", ())))
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in denoiser.named_modules() if name]
+    try:
+        forward_on_meta(denoiser, *size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = {name: i for i, (name, shape) in enumerate(shapes.items()) if len(shape) in (3, 4)}
+    chosen = {name for name in also if name in order}
+    stages = [
+        [f"{name}.{i}" for i in range(len(module))]
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and "." not in name.partition(".")[2]
+    ]
+    stages = [s for s in stages if s and all(name in order for name in s) and len({shapes[n] for n in s}) == 1]
+    for stage in stages or [[name for name, _ in denoiser.named_children() if name in order]]:
+        count = min(per_stage, len(stage))
+        chosen |= {stage[round(i * (len(stage) - 1) / max(1, count - 1))] for i in range(count)}
+    if not chosen:
+        raise UserError("this denoiser has no stages to choose taps from; name submodules with --taps")
+    return sorted(chosen, key=order.__getitem__)
+
+
+def _section(recipe: Recipe, encoder: str | None) -> AlignmentSection:
+    """The recipe's alignment to `encoder`, which has its options and head; a bare one where the recipe has none."""
+    for section in recipe.alignments:
+        if encoder in (None, section.encoder):
+            return section
+    if encoder is None:
+        raise UserError("this model was aligned to no encoder; name one to compare with, such as --encoder digits-vit")
+    return AlignmentSection(encoder=encoder)
+
+
+def _dataset(recipe: Recipe, num: int) -> tuple[Subset, str]:
+    """The first `num` of the images in a fixed random order, held out where the data set has a split of that name."""
+    split = "held-out" if recipe.data.name == "digits" else "train"
+    data: Dataset = build_dataset(recipe.data, split=split)
+    if "image" not in data[0]:
+        raise UserError("the data has latents but no images, which an encoder needs")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return Subset(data, order[:num].tolist()), split
+
+
+def _trained_heads(
+    recipe: Recipe, section: AlignmentSection, checkpoint: Path, denoiser: nn.Module, eyes, data: Subset, device
+) -> dict[str, Alignment]:
+    """By tap, the alignments to this encoder with the heads that were trained; none where only the EMA is there."""
+    file = checkpoint / "model.safetensors"
+    if (checkpoint / "config.json").is_file() or not file.is_file():
+        return {}
+    state, heads = read_tensors(file)[0], {}
+    for i, entry in enumerate(recipe.alignments):
+        if (entry.encoder, entry.encoder_options) == (section.encoder, section.encoder_options):
+            alignment = build_alignment(entry, eyes, denoiser, data.dataset, device).to(device).eval()
+            start = f"alignments.{i}."
+            mine = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+            load_weights(alignment, mine, file)
+            heads[entry.tap] = alignment
+    return heads
+
+
+@torch.no_grad()
+def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, seed, device, progress):
+    """Pooled features {(tap, t): (N, C)}, mean cosines {(tap, t)}, the encoder's pooled tokens (N, D), labels (N,)."""
+    field, seen = objective.velocity_model(denoiser), {}
+
+    def keep(name: str):
+        def hook(_module, _inputs, output):
+            seen[name] = output
+
+        return hook
+
+    hooked = {*taps, *heads}
+    handles = [find_tap(denoiser, tap).register_forward_hook(keep(tap)) for tap in hooked]
+    features: dict[tuple, list[Tensor]] = {}
+    cosines: dict[tuple, list[Tensor]] = {}
+    tokens, labels, start = [], [], 0
+    try:
+        for batch in DataLoader(data, batch_size=batch_size):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            count = len(batch["label"])
+            generator = torch.Generator(device).manual_seed(seed)
+            x = denoiser_data(data.dataset, batch, count, slice(0, count), generator)
+            noise = initial_noise(tuple(x.shape[1:]), seed, range(start, start + count)).to(device)
+            y = torch.full((count,), denoiser.num_classes, device=device)
+            target = eyes(batch["image"])
+            tokens.append(target.float().mean(dim=1).cpu())
+            labels.append(batch["label"].cpu())
+            for time in times:
+                t = torch.full((count,), float(time), device=device)
+                field(field.path.sample(x, noise, t).x_t, t, y)
+                for tap in taps:
+                    features.setdefault((tap, time), []).append(_pooled(seen[tap], tap).cpu())
+                for tap, alignment in heads.items():
+                    projection, wanted = alignment.head(seen[tap], t).float(), alignment.target(target).float()
+                    cosine = F.cosine_similarity(projection, wanted, dim=-1).mean(dim=1)
+                    cosines.setdefault((tap, time), []).append(cosine.cpu())
+                seen.clear()
+                progress(count)
+            start += count
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = {key: torch.cat(parts).mean().item() for key, parts in cosines.items()}
+    return {key: torch.cat(parts) for key, parts in features.items()}, means, torch.cat(tokens), torch.cat(labels)
+
+
+def _pooled(feature: Tensor, tap: str) -> Tensor:
+    """A feature map (B, C, h, w) or tokens (B, N, D), averaged over the positions, (B, C) in float32."""
+    if getattr(feature, "ndim", 0) not in (3, 4):
+        raise UserError(f"tap '{tap}' gives neither a feature map (B, C, h, w) nor tokens (B, N, D)")
+    return feature.float().mean(dim=(2, 3) if feature.ndim == 4 else 1)
+
+
+def _scores(features: dict, tokens: Tensor, labels: Tensor, num_classes: int) -> dict[str, list[list[float]]]:
+    """Each measure as rows of taps over times."""
+    half, k = len(labels) // 2, min(NEIGHBOURS, len(labels) - 1)
+    measures = {
+        "cka": lambda x: linear_cka(x, tokens),
+        "cknna": lambda x: cknna(x, tokens, k),
+        "linear_probe": lambda x: linear_probe(x[:half], labels[:half], x[half:], labels[half:], num_classes),
+    }
+    rows: dict[str, dict] = {name: {} for name in measures}
+    for (tap, _), x in features.items():
+        for name, measure in measures.items():
+            rows[name].setdefault(tap, []).append(measure(x))
+    return {name: list(by_tap.values()) for name, by_tap in rows.items()}
+
+
+def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -> list[Path]:
+    """heatmaps.png (taps over noise levels) and taps.png (curves over the taps) of one record or of several."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measures = [name for name in TITLES if any(name in record["scores"] for record in records)]
+    shape = {"squeeze": False, "layout": "constrained"}
+    rows, columns = len(records), len(measures)
+    tall = 1.2 + 0.3 * max(len(record["taps"]) for record in records)
+    heat, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, tall * rows), **shape)
+    for j, measure in enumerate(measures):
+        values = [record["scores"].get(measure) for record in records]
+        known = [v for table in values if table for row in table for v in row if v is not None]
+        for i, (record, name, table) in enumerate(zip(records, names, values)):
+            axis = axes[i][j]
+            axis.set_title(f"{name}  {TITLES[measure]}".strip(), fontsize=10)
+            if table is None:
+                axis.set_axis_off()
+                continue
+            cells = [[float("nan") if v is None else v for v in row] for row in table]
+            shown = axis.imshow(cells, aspect="auto", vmin=min(0, *known), vmax=max(known), cmap="viridis")
+            marks = ["● " if tap in record["aligned"] else "" for tap in record["taps"]]
+            axis.set_yticks(range(len(cells)), [mark + tap for mark, tap in zip(marks, record["taps"])], fontsize=8)
+            axis.set_xticks(range(len(record["times"])), [f"{t:g}" for t in record["times"]], fontsize=8)
+            axis.set_xlabel("t (0 data, 1 noise)", fontsize=8)
+            heat.colorbar(shown, ax=axis)
+    files = [folder / "heatmaps.png", folder / "taps.png"]
+    heat.savefig(files[0], dpi=120)
+    plt.close(heat)
+
+    lines, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.4), **shape)
+    for axis, measure in zip(axes[0], measures):
+        for record, name in zip(records, names):
+            for j, t in enumerate(record["times"]):
+                column = [row[j] for row in record["scores"].get(measure, [])]
+                share = j / max(1, len(record["times"]) - 1)
+                values = [float("nan") if v is None else v for v in column]
+                axis.plot(
+                    record["taps"][: len(values)],
+                    values,
+                    ".-",
+                    color=plt.cm.plasma(0.9 * share),
+                    label=f"{name} t = {t:g}".strip(),
+                )
+        axis.set_title(TITLES[measure], fontsize=10)
+        axis.tick_params("x", rotation=60, labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    lines.savefig(files[1], dpi=120)
+    plt.close(lines)
+    return files
