@@ -215,7 +215,8 @@ def test_bench_data(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["bench", "data", "r.yaml", "--samples=8", "--steps=2", "--json"])
     result = json.loads(capsys.readouterr().out)
+    speeds, ratios = result["images_per_second"], result["to_loose_files"]
     assert 0 <= result["waiting_share"] <= 1
-    assert result["loader_to_loose_files"] == pytest.approx(
-        result["loader_images_per_second"] / result["loose_files_images_per_second"]
-    )
+    assert {name.split(",")[0] for name in speeds} == {"loose files", "prepare", "loader"}
+    assert len(speeds) == 4  # prepare without and with the autoencoder
+    assert ratios["loader"] == pytest.approx(speeds["loader"] / speeds["loose files"])

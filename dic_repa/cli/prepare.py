@@ -21,8 +21,14 @@ from dic_repa.errors import UserError
 )
 @click.option("--labels", help="A labels file for flat images: CSV rows 'file,label', or JSON as REPA's dataset.json.")
 @click.option("--flip", is_flag=True, help="Store the mirrored images' moments too, and train on both.")
-@click.option("--images", "image_format", type=click.Choice(["webp", "png", "jpeg"]), default="webp", show_default=True,
-              help="Format of the stored crops: webp and png are lossless, jpeg (quality 95) is half as large.")  # fmt: skip
+@click.option(
+    "--images",
+    "image_format",
+    type=click.Choice(["webp", "png", "jpeg"]),
+    default="webp",
+    show_default=True,
+    help="Format of the stored crops: webp and png are lossless, jpeg (quality 95) is half as large.",
+)
 @click.option("--skip-bad", is_flag=True, help="Leave out files that are no whole image, and name them at the end.")
 @click.option("--shard-size", type=click.IntRange(1), default=1000, show_default=True, help="Images of one shard.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images encoded at once.")

@@ -46,7 +46,7 @@ def open_tree(path: str | Path) -> FileTree:
 
 
 def stamp(files: Iterable[Path]) -> str:
-    """A hash of the files' names, sizes and times of change, which says without reading them whether one was changed."""
+    """A hash of the files' names, sizes and times of change: tells without reading them whether one was changed."""
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(files):
         state = file.stat()

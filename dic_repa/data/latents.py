@@ -68,8 +68,8 @@ def denoiser_data(
     """The denoiser's data (B, C, H, W) of one process's batch: z = mean + std * noise, x = (z - shift) * scale; the
     images' pixels in [-1, 1] where there is no autoencoder.
 
-    The posterior's noise is drawn for the global `batch_size` and cut to the process's `rows`; none is drawn where there
-    is no posterior.
+    The posterior's noise is drawn for the global `batch_size` and cut to the process's `rows`; none is drawn where
+    there is no posterior.
     """
     if "x" in batch:
         return batch["x"]

@@ -1,9 +1,10 @@
 """Prepare a data set once: crop, encode, and write shards that training reads.
 
 The result is a Hugging Face data set that `datasets.load_from_disk` opens, with the columns `image` (a WebP, PNG or
-JPEG file), `moments` (float16, mean and standard deviation), `moments_flipped` (of the mirrored image, on request), `label`,
-`name`, `width` and `height` (of the original); `prepare.json` in it says how it was made. Shard k holds the source's
-images k * shard_size and following, so what is in it depends on neither the number of processes nor on interruptions.
+JPEG file), `moments` (float16, mean and standard deviation), `moments_flipped` (of the mirrored image, on request),
+`label`, `name`, `width` and `height` (of the original); `prepare.json` in it says how it was made. Shard k holds the
+source's images k * shard_size and following, so what is in it depends on neither the number of processes nor on
+interruptions.
 """
 
 from __future__ import annotations
