@@ -1,8 +1,9 @@
 """The typed schema of a recipe, and nothing that it builds.
 
 A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
-merged (null empties one), anything else is replaced. `load_recipe` finds a file or one of the recipes that come with
-the package, applies `--set` overrides and validates; every mistake is one line that names the key and what it takes.
+merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
+`load_recipe` finds a file or one of the recipes that come with the package, applies `--set` overrides and validates;
+every mistake is one line that names the key and what it takes.
 """
 
 from __future__ import annotations
@@ -92,18 +93,28 @@ class TrainSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="of the averaged weights that are sampled from")
+    more_ema_decays: list[Probability] = Field(default_factory=list, description="averages kept beside it, in ema-DECAY/")
+    power_ema: list[Annotated[float, Field(gt=0, le=0.2886)]] = Field(
+        default_factory=list, description="sigma_rel of power-function averages, for any average after the run: two"
+    )
+    snapshot_every: Count | None = Field(None, description="steps between stored snapshots of power_ema; null: none")
     label_dropout: Probability = Field(0.1, description="share of labels replaced by the null class")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision of the denoiser; no: float32")
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
-    tf32: bool = Field(
-        False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa"
-    )
+    tf32: bool = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
     compile: bool = Field(False, description="torch.compile the denoiser with its heads")
     seed: int = Field(0, ge=0)
     log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(10_000, ge=0, description="steps between grids of samples; 0: none")
     checkpoint_every: Count = Field(10_000, description="steps between checkpoints; the last step has one too")
     keep_checkpoints: Count = Field(2, description="how many of the newest stay")
+    keep_every: Count | None = Field(None, description="checkpoints of multiples of this step stay too; null: none")
+    max_skipped: Count = Field(10, description="steps in a row with a loss or gradient not finite that end the run")
+    loader_timeout: float = Field(60.0, gt=0, description="seconds without a batch after which a warning names the step")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="who is told the metrics besides metrics.jsonl"
+    )
+    sharding: Literal["none", "fsdp2"] = Field("none", description="fsdp2: cut the model up among the processes")
 
     @model_validator(mode="after")
     def _micro_batch_divides(self):
@@ -150,6 +161,7 @@ class SampleSection(Section):
     guidance: GuidanceSection | None = Field(None, description="null: none")
     num: Count = Field(50_000, description="how many images")
     batch_size: Count = Field(64)
+    decode_batch: Count = Field(16, description="images that the autoencoder decodes at once")
     seed: int = Field(0, ge=0)
 
 
@@ -235,13 +247,17 @@ def _resolve(name_or_path: str | Path, seen: tuple[str, ...]) -> dict:
     if label in seen:
         raise UserError(f"recipes name each other as their base: {' -> '.join([*seen, label])}")
     raw = _parse(text, label)
-    base = raw.pop("base", None)
-    if base is None:
-        return raw
-    if not isinstance(base, str):
-        raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
-    beside = Path(label).parent / base
-    return _merge(_resolve(beside if beside.is_file() else base, (*seen, label)), raw)
+    base, resolved = raw.pop("base", None), {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
+        beside = Path(label).parent / base
+        resolved = _resolve(beside if beside.is_file() else base, (*seen, label))
+    resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
+    for key, value in raw.items():
+        if "." in str(key):
+            _assign(resolved, key, value, label)
+    return resolved
 
 
 def _read(name_or_path: str | Path) -> tuple[str, str]:
@@ -292,19 +308,24 @@ def _override(raw: dict, override: str) -> None:
         value = parse_value(text)
     except yaml.YAMLError:
         raise UserError(f"--set {dotted}: '{text}' is not valid YAML") from None
+    _assign(raw, dotted, value, "--set")
+
+
+def _assign(raw: dict, dotted: str, value: Any, source: str) -> None:
+    """Set one dotted key of a raw recipe; `source` is who asks for it."""
     *parents, last = dotted.split(".")
     node: Any = raw
     for part in parents:
         if isinstance(node, dict) and node.get(part) is None:
             node[part] = {}  # a section that the recipe leaves to its defaults
-        node = _child(node, part, dotted)
+        node = _child(node, part, f"{source} {dotted}")
     if isinstance(node, list):
-        _child(node, last, dotted)
+        _child(node, last, f"{source} {dotted}")
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(f"--set {dotted}: '{'.'.join(parents)}' has no keys of its own")
+        raise UserError(f"{source} {dotted}: '{'.'.join(parents)}' has no keys of its own")
 
 
 def parse_value(text: str) -> Any:
@@ -316,14 +337,14 @@ def parse_value(text: str) -> Any:
     return value
 
 
-def _child(node: Any, part: str, dotted: str) -> Any:
+def _child(node: Any, part: str, where: str) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
-            raise UserError(f"--set {dotted}: there are {len(node)} entries, from 0; '{part}' is none of them")
+            raise UserError(f"{where}: there are {len(node)} entries, from 0; '{part}' is none of them")
         return node[int(part)]
     if isinstance(node, dict):
         return node[part]
-    raise UserError(f"--set {dotted}: '{part}' is not inside a section")
+    raise UserError(f"{where}: '{part}' is not inside a section")
 
 
 def _explain(schema: type[BaseModel], error: dict) -> str:

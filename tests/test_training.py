@@ -82,8 +82,10 @@ def test_batch_that_does_not_divide_is_refused():
     assert check_batch(settings, 2) == 2
     with pytest.raises(UserError, match="batch_size 64 does not divide among 3 processes"):
         check_batch(settings, 3)
-    with pytest.raises(UserError, match="micro_batch 16 does not divide the 8 images"):
-        check_batch(settings, 8)
+    assert check_batch(settings, 8) == 1  # 8 images at once are at most 16
+    settings = load_recipe("digits-urepa", ["train.batch_size=96", "train.micro_batch=32"]).train
+    with pytest.raises(UserError, match="micro_batch 32 does not divide the 48 images"):
+        check_batch(settings, 2)
 
 
 def test_resume_refuses_a_recipe_that_changes_the_run():

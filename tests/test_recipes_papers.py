@@ -1,0 +1,204 @@
+"""The recipes for the papers' rows: each builds, and says what the papers say."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+
+from dic_repa.alignment import AlignedDenoiser, Alignment
+from dic_repa.build import build_denoiser, build_objective
+from dic_repa.cli import main
+from dic_repa.errors import UserError
+from dic_repa.generation import check_sampling
+from dic_repa.recipe import ModelSection, Recipe, SamplingRecipe, list_recipes, load_recipe
+from dic_repa.recipe_diff import differences, flatten, paper_recipe
+
+ROWS = [name for name in list_recipes() if name.startswith(("imagenet", "dic-", "urepa-", "ladder-"))]
+UREPA = [name for name in ROWS if "urepa" in name]
+
+# What the papers train all their rows with.
+COMMON = {
+    "data.autoencoder": "stabilityai/sd-vae-ft-ema",
+    "train.batch_size": 256,
+    "train.learning_rate": 1e-4,
+    "train.warmup_steps": 0,
+    "train.betas": [0.9, 0.999],
+    "train.weight_decay": 0.0,
+    "train.gradient_clip": 1.0,
+    "train.ema_decay": 0.9999,
+    "train.label_dropout": 0.1,
+    "train.seed": 0,
+    "model.time_scale": 1.0,
+}
+# What each row has of its own: steps, published results.
+STEPS = {
+    **dict.fromkeys(ROWS, 400_000),
+    **{name: 200_000 for name in ROWS if name.startswith("ladder-")},
+    "dic-h-ddpm-600k": 600_000,
+    "dic-h-ddpm-800k": 800_000,
+    "dic-h-ddpm-2m": 2_000_000,
+    "dic-xl-ddpm-512": 3_000_000,
+    "dic-h-ddpm-512": 3_000_000,
+    "dic-xl-urepa": 1_000_000,
+    "dic-h-urepa": 1_000_000,
+}
+RESULTS = {
+    "dic-xl-ddpm": {"FID": 13.11, "IS": 100.15},
+    "dic-h-ddpm": {"FID": 11.36, "IS": 106.52},
+    "dic-h-ddpm-600k": {"FID": 9.73, "IS": 118.57},
+    "dic-h-ddpm-800k": {"FID": 8.96, "IS": 124.33},
+    "dic-h-ddpm-2m": {"FID": 2.25},
+    "dic-xl-ddpm-512": {"FID": 3.04, "IS": 271.77},
+    "dic-h-ddpm-512": {"FID": 2.96, "IS": 293.54},
+    "dic-xl-urepa": {"FID_ODE": 1.74, "FID_SDE": 1.75},
+    "urepa-w0": {"FID": 6.25},
+    "urepa-w2": {"FID": 5.81},
+    "urepa-w3": {"FID": 5.72},
+    "urepa-w4": {"FID": 5.79},
+    "urepa-tap-4": {"FID": 9.4},
+    "urepa-tap-32": {"FID": 13.1},
+    "urepa-time-aware": {"FID": 5.63},
+    "urepa-time-weight": {"FID": 5.58},
+    "ladder-1-isotropic": {"FID": 29.31, "GMACs": 115.6},
+    "ladder-2-isotropic-skips": {"FID": 15.07, "GMACs": 117.1},
+    "ladder-3-unet-dense-skips": {"FID": 14.65, "GMACs": 115.2},
+    "ladder-4-sparse-skips": {"FID": 11.49},
+    "ladder-5-level-embeddings": {"FID": 10.07},
+    "ladder-6-mid-modulation": {"FID": 8.80},
+    "ladder-7-gates": {"FID": 6.54},
+    "ladder-8-gelu": {"FID": 6.26, "GMACs": 116.1},
+}
+
+
+@functools.lru_cache(maxsize=3)
+def _denoiser(model: str):
+    with torch.device("meta"):
+        return build_denoiser(ModelSection.model_validate_json(model), channels=4, num_classes=1000)
+
+
+def denoiser(recipe: Recipe):
+    return _denoiser(recipe.model.model_dump_json())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_has_the_papers_values(name):
+    recipe = load_recipe(name)
+    keys = flatten(recipe.model_dump(mode="json"))
+    assert {key: keys[key] for key in COMMON} == COMMON
+    assert recipe.train.steps == STEPS[name]
+    assert recipe.data.size == (64 if name.endswith("512") else 32)
+    if name in RESULTS:
+        assert RESULTS[name].items() <= recipe.paper.results.items()
+    ddpm = "ddpm" in name or name.startswith("ladder-")
+    assert recipe.objective.name == ("ddpm" if ddpm else "flow-matching")
+    assert recipe.model.learn_sigma == ddpm
+
+
+@pytest.mark.parametrize("name", UREPA)
+def test_urepa_has_the_papers_alignment(name):
+    recipe = load_recipe(name)
+    (alignment,) = recipe.alignments
+    assert alignment.encoder.startswith("dinov2-vit-")
+    assert alignment.head_options == {"hidden": 2048}
+    assert alignment.weight == 0.5
+    weights = {"urepa-w0": 0.0, "urepa-tap-4": 0.0, "urepa-tap-32": 0.0, "urepa-w2": 2.0, "urepa-w4": 4.0}
+    assert alignment.manifold_weight == weights.get(name, 3.0)
+    # Counted in the order in which the blocks run, the tap is the block that the paper says.
+    blocks = denoiser(recipe).blocks()
+    number = 1 + next(i for i, block in enumerate(blocks) if block is denoiser(recipe).get_submodule(alignment.tap))
+    half = len(blocks) // 2
+    assert number == {"urepa-tap-4": 4, "urepa-tap-32": 32}.get(name, half if len(blocks) == 36 else 33)
+    heads = {"urepa-time-aware": "time-aware", "urepa-upsample-first": "mlp-upsample-first"}
+    heads["urepa-upsample-between"] = "mlp-upsample-between"
+    assert alignment.head == heads.get(name, "mlp")
+    assert alignment.time_weight == ("v-shape" if name == "urepa-time-weight" else "constant")
+    guidance = recipe.sample.guidance
+    assert (guidance.scale, guidance.interval) == (1.8 if name.startswith("urepa-") else 1.65, (0.0, 0.7))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_builds_on_the_meta_device(name):
+    recipe = load_recipe(name)
+    model = denoiser(recipe)
+    check_sampling(recipe.sample, build_objective(recipe.objective))
+    size = recipe.data.size
+    with torch.device("meta"):
+        alignments = [
+            Alignment.build(
+                model,
+                section.tap,
+                embed_dim=768,
+                grid=(size // 2, size // 2),
+                size=(size, size),
+                head=section.head,
+                time_weight=section.time_weight,
+                **section.head_options,
+            )
+            for section in recipe.alignments
+        ]
+        aligned = AlignedDenoiser(model, alignments)
+        arguments = torch.empty(2, 4, size, size), torch.empty(2), torch.empty(2, dtype=torch.int64)
+        output = aligned(*arguments)
+    assert output.prediction.shape == (2, 8 if recipe.model.learn_sigma else 4, size, size)
+    assert [tuple(p.shape) for p in output.projections] == [(2, (size // 2) ** 2, 768)] * len(alignments)
+
+
+def test_sampling_recipes():
+    expected = {
+        "sample-sde": ("euler_maruyama", 250, None),
+        "sample-sde-cfg1.65": ("euler_maruyama", 250, (1.65, (0.0, 0.7))),
+        "sample-sde-cfg1.8": ("euler_maruyama", 250, (1.8, (0.0, 0.7))),
+        "sample-ode": ("heun", 125, None),
+        "sample-ode-cfg1.65": ("heun", 125, (1.65, (0.0, 0.7))),
+        "sample-ode-cfg1.8": ("heun", 125, (1.8, (0.0, 0.7))),
+        "sample-ddpm": ("ddpm", 250, None),
+        "sample-ddpm-cfg1.5": ("ddpm", 250, (1.5, (0.0, 1.0))),
+    }
+    for name, (solver, steps, guided) in expected.items():
+        recipe = load_recipe(name)
+        assert isinstance(recipe, SamplingRecipe)
+        sample = recipe.sample
+        guidance = sample.guidance and (sample.guidance.scale, sample.guidance.interval)
+        assert (sample.solver, sample.steps, guidance, sample.num) == (solver, steps, guided, 50_000)
+        check_sampling(sample, build_objective(load_recipe("dic-xl-ddpm" if solver == "ddpm" else "dic-xl").objective))
+
+
+def test_each_row_of_a_paper_has_one_recipe():
+    rows = {}
+    for name in list_recipes():
+        if paper := load_recipe(name).paper:
+            assert rows.setdefault(paper.row, name) == name
+            assert paper_recipe(load_recipe(name)) == name
+    assert len(rows) >= len(ROWS) - 1 + 8
+
+
+def test_a_recipe_of_ones_own_keeps_its_row_and_what_differs_is_found(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: dic-xl-urepa\nalignments.0.manifold_weight: 2.5\ntrain: {batch_size: 128}\n")
+    recipe = load_recipe(mine, ["train.steps=5"])
+    assert paper_recipe(recipe) == "dic-xl-urepa"
+    assert differences(load_recipe("dic-xl-urepa"), recipe) == {
+        "alignments.0.manifold_weight": (3.0, 2.5),
+        "train.batch_size": (256, 128),
+        "train.steps": (1_000_000, 5),
+    }
+    mine.write_text("base: dic-xl-urepa\nalignments.1.weight: 2\n")
+    with pytest.raises(UserError, match=r"mine.yaml alignments.1.weight: there are 1 entries"):
+        load_recipe(mine)
+
+
+def test_diff_on_the_command_line(capsys):
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit:
+            main(["recipes", "diff", *arguments])
+        assert exit.value.code == 0
+        return capsys.readouterr().out
+
+    assert json.loads(run("urepa-w3", "urepa-w2", "--json")) == {"alignments.0.manifold_weight": [3.0, 2.0]}
+    lines = run("dic-xl", "dic-h").splitlines()
+    assert [line.split() for line in lines] == [["key", "dic-xl", "dic-h"], ["model.name", "DiC-XL", "DiC-H"]]
+    assert run("dic-xl", "dic-xl") == "dic-xl and dic-xl are the same\n"
+    assert run("dic-xl", "dic-xl-urepa").count("alignments.0.tap") == 1
