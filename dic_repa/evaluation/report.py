@@ -82,7 +82,7 @@ def read_run(run: RunFolder) -> dict:
         ],
         "metrics": metrics,
         "samples": list(_samples(run, problems)),
-        "evaluations": list(_evaluations(run, problems)),
+        "evaluations": list(_evaluations(run, recipe, problems)),
         "probe": _probe(run, problems),
         "recipe": keys,
         "environment": _environment(run, problems),
@@ -173,9 +173,9 @@ def inline_picture(path: Path) -> dict:
     return {"src": f"data:image/{kind};base64,{base64.b64encode(content).decode()}", **size}
 
 
-def _evaluations(run: RunFolder, problems: list[str]) -> Iterator[dict]:
-    """The records of judged samples, by step."""
-    found = []
+def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> Iterator[dict]:
+    """The records of judged samples, by step; `own` are those sampled as the run's recipe says."""
+    found, own = [], _describe(recipe.sample) if recipe else None
     for file in sorted((run.path / "evaluation").glob("*.json")):
         record = _read_json(file)
         if record is None:
@@ -189,7 +189,8 @@ def _evaluations(run: RunFolder, problems: list[str]) -> Iterator[dict]:
                 {
                     "step": record["step"],
                     "metric": str(record.get("metric", "")),
-                    "sampling": _describe(record.get("sample")),
+                    "sampling": (sampling := _describe(record.get("sample"))),
+                    "own": sampling == own,
                     "evaluations": _number(record.get("evaluations")),
                     "count": _number(scores.get("count")),
                     "scores": _scores(scores),

@@ -46,6 +46,16 @@ function logTicks(low, high, most) {
   }
 }
 
+/* Drawing changes sizes itself, so it waits for the frame after the one in which the observer looked. */
+function onResize(node, draw) {
+  let width = 0;
+  new ResizeObserver(() => requestAnimationFrame(() => {
+    if (node.clientWidth === width) return;
+    width = node.clientWidth;
+    draw();
+  })).observe(node);
+}
+
 /* An exponential average with its start corrected, so that the first value is not pulled towards zero. */
 function smoothed(points, amount) {
   if (!amount) return points;
@@ -87,10 +97,11 @@ class LineChart {
     const buttons = [];
     if (this.canLog) buttons.push(this.toggle("log", this.log, (on) => { this.log = on; this.draw(); }));
     buttons.push(this.toggle("wide", wide, (on) => { this.node.classList.toggle("wide", on); this.draw(); }));
+    buttons.at(-1).classList.add("wider");
     this.node = el("article", { class: `card chart${wide ? " wide" : ""}` },
       el("header", {}, el("h3", {}, title, hint ? el("span", { class: "hint" }, hint) : null), ...buttons), this.plot);
     LineChart.all.push(this);
-    new ResizeObserver(() => this.draw()).observe(this.plot);
+    onResize(this.plot, () => this.draw());
   }
 
   describe(title) {
@@ -122,7 +133,7 @@ class LineChart {
     if (!xs.length) return;
 
     let [low, high] = this.range ?? this.limits(ys);
-    const left = 50, right = 10, top = 10, bottom = this.names ? 62 : 34;
+    const left = 50, right = 10, top = 10, bottom = this.names ? 62 : 24;
     const [first, last] = [Math.min(...xs), Math.max(...xs)];
     const inner = width - left - right, tall = height - top - bottom, scale = this.log ? Math.log : (v) => v;
     this.x = (v) => left + (last > first ? ((v - first) / (last - first)) * inner : inner / 2);
@@ -132,7 +143,7 @@ class LineChart {
         el("text", { x: left - 8, y: this.y(t) + 4, "text-anchor": "end" }, tickLabel(t)));
     }
     svg.append(el("line", { class: "axis", x1: left, x2: width - right, y1: top + tall, y2: top + tall }));
-    this.xAxis(svg, first, last, inner, top + tall, width);
+    this.xAxis(svg, first, last, inner, top + tall);
     for (const r of this.reference) if (!this.log || r.value > 0)
       svg.append(el("line", { class: "reference", x1: left, x2: width - right, y1: this.y(r.value), y2: this.y(r.value) }),
         el("text", { x: width - right - 2, y: this.y(r.value) - 5, "text-anchor": "end" }, r.label));
@@ -150,12 +161,11 @@ class LineChart {
   limits(ys) {
     let [low, high] = [Math.min(...ys), Math.max(...ys)];
     if (this.log) return [low * 0.94, high * 1.06];
-    /* A few first values, far off, would press the rest of the curve flat; they are cut at the frame's edge by nothing, so only pad. */
     const pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     return [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad];
   }
 
-  xAxis(svg, first, last, inner, bottom, width) {
+  xAxis(svg, first, last, inner, bottom) {
     if (this.names) {
       const tilted = inner / this.names.length < 52, every = Math.ceil((this.names.length * 15) / inner);
       this.names.forEach((name, i) => {
@@ -165,9 +175,9 @@ class LineChart {
       });
       return;
     }
-    for (const t of last > first ? linearTicks(first, last, inner / 78) : [first])
+    for (const t of (last > first ? linearTicks(first, last, inner / 78) : [first]).filter((t) => this.x(t) > 66))
       svg.append(el("text", { x: this.x(t), y: bottom + 17, "text-anchor": "middle" }, tickLabel(t)));
-    svg.append(el("text", { x: width - 10, y: bottom + 31, "text-anchor": "end" }, this.xTitle));
+    svg.append(el("text", { x: 42, y: bottom + 17, "text-anchor": "end" }, this.xTitle));
   }
 
   path(points) {
@@ -233,14 +243,13 @@ class HeatMap {
   constructor({ rows, columns, values, low, high, strong = [], xTitle, color, name }) {
     Object.assign(this, { rows, columns, values, low, high, strong, xTitle, color, name });
     this.node = el("div", { class: "heat", role: "img", "aria-label": `Heat map of ${name}: rows ${rows.join(", ")}; columns ${xTitle} ${columns.join(", ")}` });
-    new ResizeObserver(() => this.draw()).observe(this.node);
+    onResize(this.node, () => this.draw());
   }
 
   draw() {
     const width = this.node.clientWidth;
-    if (!width || width === this.width) return;
-    this.width = width;
-    const left = 12 + 6.6 * Math.max(4, ...this.rows.map((r) => r.length)) + 10, bottom = 36;
+    if (!width) return;
+    const left = 12 + 6.6 * Math.max(4, ...this.rows.map((r) => r.length)) + 10, bottom = 24;
     const cell = (width - left) / this.columns.length, tall = Math.max(18, Math.min(30, cell * 0.7)), gap = 1.5;
     const height = this.rows.length * tall + bottom;
     const svg = el("svg", { viewBox: `0 0 ${width} ${height}`, height });
@@ -259,14 +268,14 @@ class HeatMap {
         svg.append(el("rect", { x, y, width: cell - gap, height: tall - gap, rx: 3, fill: `rgb(${rgb})`,
           onpointermove: (e) => tip.show(e.clientX, e.clientY, `${row}, ${this.xTitle} ${column}`, [[`rgb(${rgb})`, this.name, format(value)]]),
           onpointerleave: () => tip.hide() }));
-        if (cell > 34) svg.append(el("text", { x: x + (cell - gap) / 2, y: y + tall / 2 + 3.5, "text-anchor": "middle", "pointer-events": "none", style: `font-size:11px;fill:${dark ? "#fff" : "#14181f"}` }, value.toFixed(2)));
+        if (cell > 33) svg.append(el("text", { x: x + (cell - gap) / 2, y: y + tall / 2 + 3.5, "text-anchor": "middle", "pointer-events": "none", style: `font-size:11px;fill:${dark ? "#fff" : "#14181f"}` }, value.toFixed(2)));
       });
     });
     const every = Math.ceil((this.columns.length * 32) / (width - left));
     this.columns.forEach((column, j) => {
       if (j % every === 0) svg.append(el("text", { x: left + (j + 0.5) * cell, y: height - bottom + 15, "text-anchor": "middle" }, String(column)));
     });
-    svg.append(el("text", { x: width - 2, y: height - 5, "text-anchor": "end" }, this.xTitle));
+    svg.append(el("text", { x: left - 8, y: height - bottom + 15, "text-anchor": "end" }, this.xTitle));
     this.node.replaceChildren(svg);
   }
 }

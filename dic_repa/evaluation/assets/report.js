@@ -63,7 +63,8 @@ function runCard(run) {
   const numbers = [["Denoising loss", format(last(curve(run, "denoising")))]];
   const token = Object.keys(run.metrics.series).filter((n) => /^alignment\.\d+\.token$/.test(n));
   for (const name of token) numbers.push([token.length > 1 ? `Similarity ${name.split(".")[1]}` : "Similarity", format(last(curve(run, name, -1)))]);
-  for (const [name, value] of Object.entries(run.evaluations.at(-1)?.scores ?? {}).slice(0, 4)) numbers.push([nice(name), format(value)]);
+  const judged = run.evaluations.filter((e) => e.own).at(-1) ?? run.evaluations.at(-1);
+  for (const [name, value] of Object.entries(judged?.scores ?? {}).slice(0, 4)) numbers.push([nice(name), format(value)]);
   const speed = run.metrics.series.images_per_second?.filter((v) => v !== null).sort((a, b) => a - b) ?? [];
   if (speed.length) numbers.push(["Images/s", format(Math.round(speed[Math.floor(speed.length / 2)]))]);
   const state = run.steps === null ? `step ${format(run.step)}` : run.finished ? `${format(run.steps)} steps` : `step ${format(run.step)} of ${format(run.steps)}`;
@@ -97,7 +98,7 @@ function curves() {
     return { run, points: curve(run, n, sign), label: run.alignments.length > 1 ? `${run.name}, ${alignmentLabel(run, index)}` : run.name, dash: index ? `${3 + 3 * index} 4` : run.dash };
   }));
   simple("denoising", true);
-  add("Similarity to the encoder", aligned("token", -1), false, "cosine, at the tap");
+  add("Similarity to the encoder", aligned("token", -1), false, "cosine");
   add("Manifold loss", aligned("manifold", 1), true);
   if (names.size && [...names].some((n) => n.startsWith("alignment."))) simple("loss", false, "denoising + λ · alignment");
   const known = /^(step|seconds|loss|denoising|alignment\..*)$/;
@@ -282,7 +283,7 @@ function compare(id, title, tables, lead) {
   const controls = tables.length > 1 ? [el("label", { class: "control" }, only, "differences only")] : [];
   const node = section(id, title, ...controls, find);
   if (lead) node.append(el("p", { class: "lead" }, lead));
-  const body = keys.map((key) => el("tr", { class: tables.length > 1 && differs(key) ? "differs" : "" }, el("th", { class: "mono", scope: "row" }, key),
+  const body = keys.map((key) => el("tr", { class: tables.length > 1 && differs(key) ? "differs" : "" }, el("th", { class: "mono", scope: "row" }, ...key.split(/(?<=[._])/).flatMap((part) => [part, el("wbr")])),
     ...tables.map((t) => el("td", { class: "mono" }, t.values[key] ?? "–"))));
   const refresh = () => body.forEach((tr, i) => {
     tr.hidden = (only.checked && !differs(keys[i])) || !keys[i].toLowerCase().includes(find.value.trim().toLowerCase());

@@ -1,0 +1,226 @@
+"""`dic-repa report`: the page holds all that the runs have, fetches nothing, and works in a browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from dic_repa.cli.report import command
+from dic_repa.evaluation.report import MOST_GRIDS, MOST_POINTS, distinct_names, write_report
+from dic_repa.recipe import load_recipe
+from dic_repa.training.run_folder import RunFolder
+
+NASTY = "</script><script>window.hurt = 1</script><img src=http://example.com/x.png>"
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A run's folder as training leaves it, with curves and pictures whose values are known."""
+
+    def make(name: str, *overrides: str, steps: int = 40, done: int = 40, recipe: str = "digits-urepa") -> RunFolder:
+        run = RunFolder(tmp_path / name)
+        run.create(load_recipe(recipe, [f"train.steps={steps}", *overrides]))
+        lines = [
+            {"step": s, "loss": 2 / s, "denoising": 1 / s, "alignment.0.token": -s / 100, "gradient_norm": 1.0}
+            for s in range(1, done + 1)
+        ]
+        run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for step in (10, 20):
+            Image.new("RGB", (8, 6), (step, 0, 0)).save(run.samples / f"step_{step:08d}.png")
+        run.environment_file.write_text(json.dumps([{"command": ["dic-repa", "train"], "packages": {"torch": "2.5"}}]))
+        folder = run.path / "evaluation"
+        folder.mkdir()
+        scores = {"count": 9, "recognised": 0.9, "frechet": 1.5, "by": {"0": 1}, "reference": {"frechet": 1.25}}
+        record = {"step": 40, "metric": "digits", "sample": {"num": 9}, "evaluations": 39, "scores": scores}
+        (folder / "a.json").write_text(json.dumps(record))
+        (run.path / "probe").mkdir()
+        probe = {"step": 40, "encoder": "digits-vit", "times": [0.1, 0.5], "taps": ["enc.0.0", "mid.0"]}
+        probe |= {"aligned": ["mid.0"], "scores": {"cka": [[0.1, 0.2], [0.3, float("nan")]]}}
+        (run.path / "probe/probe.json").write_text(json.dumps(probe))
+        return run
+
+    return make
+
+
+class Page(HTMLParser):
+    """The elements with their attributes, and the text in the element with the id `data`."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.elements, self.data, self._inside = [], "", False
+        self.feed(path.read_text("utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self._inside = dict(attributes).get("id") == "data"
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if self._inside:
+            self.data += data
+
+
+def read(path: Path) -> tuple[Page, list[dict]]:
+    page = Page(path)
+    strict = json.loads(page.data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    return page, strict["runs"]
+
+
+def test_the_page_holds_what_the_runs_have(make_run, tmp_path):
+    runs = [make_run("a"), make_run("b", "train.seed=7", done=25)]
+    page, (first, second) = read(write_report([run.path for run in runs], tmp_path / "out/page.html"))
+    assert [tag for tag, _ in page.elements if tag in ("script", "style", "meta")] == [
+        *["meta"] * 3,
+        "style",
+        *["script"] * 2,
+    ]
+    assert first["metrics"]["steps"] == list(range(1, 41))
+    assert first["metrics"]["series"]["denoising"][9] == 0.1
+    assert [sample["step"] for sample in first["samples"]] == [10, 20]
+    kind, _, content = first["samples"][1]["src"].partition(",")
+    assert kind == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(content))).getpixel((0, 0)) == (20, 0, 0)
+    (judged,) = first["evaluations"]
+    assert (judged["scores"], judged["reference"]) == ({"recognised": 0.9, "frechet": 1.5}, {"frechet": 1.25})
+    assert first["probe"]["scores"]["cka"] == [[0.1, 0.2], [0.3, None]]
+    assert first["environment"][0]["packages.torch"] == "2.5"
+    assert (first["recipe"]["train.seed"], second["recipe"]["train.seed"]) == ("0", "7")
+    assert first["recipe"]["alignments.0.encoder"] == "digits-vit"
+    assert (first["finished"], second["finished"], second["step"]) == (True, False, 25)
+    assert first["problems"] == []
+
+
+def test_nothing_is_fetched(make_run, tmp_path):
+    page = write_report([make_run("a", f"description={json.dumps(NASTY)}").path], tmp_path / "page.html")
+    parsed, (run,) = read(page)
+    assert run["description"] == NASTY
+    text = page.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    outside_data = text.replace(parsed.data, "")
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", outside_data)
+    for tag, attributes in parsed.elements:
+        assert not {"src", "srcset", "poster", "action"} & set(attributes), (tag, attributes)
+        assert attributes.get("href", "#").startswith(("#", "data:"))
+    (policy,) = [a["content"] for _, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+
+
+def test_what_is_missing_or_damaged_is_left_out(make_run, tmp_path):
+    run = make_run("going-on", done=7)
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 8, "denoising": NaN}\n{"step": 9, "deno')
+    (run.samples / "step_00000010.png").write_bytes(b"\x89PNG cut short")
+    (run.path / "evaluation/a.json").write_text('{"step":')
+    (run.path / "probe/probe.json").write_text("[]")
+    run.environment_file.unlink()
+    bare = RunFolder(tmp_path / "bare")
+    bare.create(load_recipe("digits-baseline"))
+    other = make_run("other-version")
+    other.recipe_file.write_text("description: from another version\nwings: {feathers: 3}\n")
+    _, runs = read(write_report([run.path, bare.path, other.path], tmp_path / "page.html"))
+    broken, empty, foreign = runs
+    assert broken["metrics"]["steps"] == [*range(1, 8), 8]
+    assert broken["metrics"]["series"]["denoising"][-1] is None
+    assert [s["step"] for s in broken["samples"]] == [20]
+    assert (broken["evaluations"], broken["probe"], broken["environment"]) == ([], None, [])
+    named = " ".join(broken["problems"])
+    assert all(word in named for word in ("metrics.jsonl", "step_00000010.png", "a.json", "probe", "environment.json"))
+    assert (empty["step"], empty["samples"], empty["metrics"]["series"]) == (0, [], {})
+    assert foreign["recipe"]["wings.feathers"] == "3"
+    assert "wings" in foreign["problems"][0]
+
+
+def test_long_runs_are_thinned(make_run, tmp_path):
+    run = make_run("long", steps=4000, done=4000)
+    for step in range(30, 30 + 2 * MOST_GRIDS):
+        Image.new("L", (4, 4), 0).save(run.samples / f"step_{step:08d}.png")
+    _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
+    steps, losses = shown["metrics"]["steps"], shown["metrics"]["series"]["denoising"]
+    assert len(steps) == len(losses) <= MOST_POINTS
+    assert steps[-1] == 4000
+    assert losses[0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3, rel=1e-5)
+    kept = [s["step"] for s in shown["samples"]]
+    assert (len(kept), kept[0], kept[-1]) == (MOST_GRIDS, 10, 29 + 2 * MOST_GRIDS)
+
+
+def test_a_large_picture_is_made_smaller(make_run, tmp_path):
+    run = make_run("a")
+    Image.effect_noise((2400, 600), 90).save(run.samples / "step_00000030.png")
+    _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
+    assert (shown["samples"][-1]["width"], shown["samples"][-1]["height"]) == (1100, 275)
+
+
+def test_names_that_tell_runs_apart():
+    paths = ["x/a/run", "x/b/run", "x/b/other"]
+    assert distinct_names([RunFolder(path) for path in paths]) == ["a/run", "b/run", "other"]
+
+
+def test_command_line(make_run):
+    run = make_run("a")
+    done = CliRunner().invoke(command, [str(run.path)])
+    assert done.exit_code == 0, done.output
+    assert str(run.path / "report.html") in done.output
+    assert (run.path / "report.html").is_file()
+
+
+def test_mistakes(mistake, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert "folder is not a run" in mistake("report", "folder")
+    assert "nowhere is not a run" in mistake("report", "nowhere")
+
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_in_a_browser(make_run, tmp_path):
+    """The script runs to its end on nasty names and gaps, draws each section, and is kept from the network."""
+    runs = [make_run("first", f"description={json.dumps(NASTY)}"), make_run("<b>second", done=7)]
+    shutil.rmtree(runs[1].samples)
+    page = write_report([run.path for run in runs], tmp_path / "page.html")
+    done = subprocess.run(
+        [
+            *(
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--disable-background-networking",
+            ),
+            *("--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"),
+            *(
+                "--enable-logging=stderr",
+                "--window-size=390,844",
+                "--virtual-time-budget=3000",
+                "--dump-dom",
+                page.as_uri(),
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    drawn = re.sub(r'<script id="data".*?</script>', "", done.stdout, flags=re.DOTALL)
+    for identifier in ("curves", "samples", "metrics", "alignment", "recipe", "machine"):
+        assert f'<section id="{identifier}"' in drawn
+    assert drawn.count('class="curve"') >= 6
+    assert "&lt;b&gt;second" in drawn
+    assert "&lt;img src=http" in drawn
+    assert "<img src=http" not in drawn
+    assert drawn.rstrip().endswith("</html>")
