@@ -1,0 +1,102 @@
+"""Every path through the denoiser against the oracle: outputs and gradients to 1e-4."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DATA
+from oracle import OracleDiC, PlainDiC
+from safetensors.torch import load_file
+
+from dic_repa.models import DiC, load_authors_checkpoint
+
+TOLERANCE = 1e-4
+
+
+def pair(oracle=OracleDiC, width=16, **options):
+    torch.manual_seed(0)
+    model = DiC(width, (4, 4, 2, 4, 4), in_channels=3, num_classes=5, time_scale=10.0, **options)
+    for name, parameter in model.named_parameters():  # the output starts at zero, which would hide all behind it
+        if name.startswith(("output", "condition")) or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model, oracle(model)
+
+
+def inputs(batch=3):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, 16, 8, generator=generator)
+    return x, torch.rand(batch, generator=generator), torch.tensor([0, 5, 2])[:batch]
+
+
+def outputs_and_gradients(call, model, arguments):
+    x, t, y = arguments
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    out = call(x, t, y)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    (out * weight).mean().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"output": out.detach(), "input": x.grad, **gradients}
+
+
+def assert_close(actual, expected):
+    """Each tensor as a whole: its error is at most TOLERANCE of its size."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.norm() > 0, name
+        assert (actual[name] - value).norm() <= TOLERANCE * value.norm(), name
+
+
+def test_oracle_gives_the_authors_output():
+    """The oracle itself stands on the authors' reference values."""
+    reference = load_file(DATA / "authors_dic_tiny_io.safetensors")
+    oracle = OracleDiC(load_authors_checkpoint(DATA / "authors_dic_tiny.safetensors"))
+    with torch.no_grad():
+        out = oracle(reference["x"], reference["t"], reference["y"])
+    assert (out - reference["out"]).norm() <= 1e-5 * reference["out"].norm()
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_eager_paths(layout, checkpointing):
+    model, oracle = pair(gradient_checkpointing=checkpointing)
+    model.to(memory_format=layout)
+    expected = outputs_and_gradients(oracle, oracle, inputs())
+    assert_close(outputs_and_gradients(model, model, inputs()), expected)
+
+
+def test_plain_model_is_the_oracle_with_torchs_group_norm():
+    plain, oracle = pair(PlainDiC)[1], pair()[1]
+    assert_close(outputs_and_gradients(plain, plain, inputs()), outputs_and_gradients(oracle, oracle, inputs()))
+
+
+def test_traced_whole():
+    """As torch.compile traces and differentiates it; generating code for the whole would take minutes."""
+    model, oracle = pair()
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = outputs_and_gradients(oracle, oracle, inputs())
+    assert_close(outputs_and_gradients(compiled, model, inputs()), expected)
+
+
+def test_compiled_block():
+    """Generated code, forward and backward, for one block: what a compiled model consists of."""
+    model, oracle = pair()
+    x = torch.randn(2, 64, 4, 4).contiguous(memory_format=torch.channels_last)
+    c = torch.randn(2, 64)
+
+    def outputs_and_gradients_of_block(call, block):
+        out = call(x, c)
+        out.square().mean().backward()
+        return {"output": out.detach()} | {name: parameter.grad for name, parameter in block.named_parameters()}
+
+    expected = outputs_and_gradients_of_block(oracle.mid[0], oracle.mid[0])
+    assert_close(outputs_and_gradients_of_block(torch.compile(model.mid[0]), model.mid[0]), expected)
+
+
+def test_half_precision_is_within_its_rounding():
+    model, oracle = pair()
+    with torch.no_grad():
+        expected = oracle(*inputs())
+        x, t, y = inputs()
+        out = model.bfloat16()(x.bfloat16(), t, y).float()
+    assert (out - expected).norm() <= 0.03 * expected.norm()  # bfloat16 has 8 bits: 0.4 % an operation
