@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from dic_repa.build import build_decoder, build_objective, import_plugins
 from dic_repa.data.latents import pixels_decoder
 from dic_repa.errors import UserError
-from dic_repa.models import DiC
+from dic_repa.models import load_denoiser
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.training.run_folder import RunFolder
+
+_LABELS = 3
 
 
 @dataclass
@@ -45,7 +48,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
             raise UserError(f"{path} has no checkpoint yet")
     if (folder / "ema").is_dir():
         folder = folder / "ema"
-    denoiser = DiC.from_pretrained(folder).to(device)
     if (folder / "recipe.yaml").is_file():
         recipe = load_training_recipe(folder / "recipe.yaml")
     if recipe is None:
@@ -53,7 +55,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
             f"{folder} has no recipe.yaml to tell objective and data size; give a training recipe (--recipe)"
         )
     import_plugins(recipe)
-    return Checkpoint(denoiser, recipe, folder)
+    return Checkpoint(load_denoiser(folder).to(device), recipe, folder)
 
 
 def balanced_labels(recipe: Recipe, num_classes: int, num: int, classes: Sequence[int] | None = None) -> Tensor:
@@ -65,6 +67,19 @@ def balanced_labels(recipe: Recipe, num_classes: int, num: int, classes: Sequenc
     if classes is None:
         classes = [num_classes] if recipe.train.label_dropout == 1 else range(num_classes)
     return torch.tensor(list(classes), dtype=torch.int64).repeat(num // len(classes) + 1)[:num]
+
+
+def random_labels(
+    recipe: Recipe, num_classes: int, num: int, classes: Sequence[int] | None = None, seed: int = 0
+) -> Tensor:
+    """Labels (num,) drawn from the same `classes`, each from (seed, its index) alone."""
+    choices = balanced_labels(recipe, num_classes, len(classes) if classes else num_classes, classes).unique()
+    drawn = []
+    for index in range(num):
+        # A purpose of its own in the counter, beside those of dic_repa.samplers.noise.
+        bits = np.random.Philox(key=[index, seed], counter=[0, 0, 0, _LABELS])
+        drawn.append(np.random.Generator(bits).integers(len(choices)))
+    return choices[torch.tensor(drawn)]
 
 
 @dataclass
@@ -110,7 +125,8 @@ class Sampler:
             if first:
                 x, details = x
                 self.evaluations, self.states = details.nfe, details.states if self.trace else ()
-            yield self.decode(x).cpu()
+            parts = x.split(settings.decode_batch)  # an autoencoder takes far more memory than the denoiser's data
+            yield torch.cat([self.decode(part).cpu() for part in parts])
 
     def _as_model(self, denoiser: nn.Module, info: SolverInfo):
         if info.process != "ddpm":
@@ -198,9 +214,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """One image (C, H, W) in [0, 1], of one or three channels, as a PNG."""
+    """One image (C, H, W) in [0, 1], of one or three channels, as a PNG, written aside and renamed."""
     array = to_uint8(image).numpy()
-    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(path)
+    aside = path.with_name(f".writing-{path.name}")
+    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(aside, "PNG")
+    os.replace(aside, path)
 
 
 def load_png(path: Path) -> Tensor:

@@ -24,7 +24,7 @@ def sample_ddpm(
     noise_fn: Callable[[int, Tensor], Tensor] | None = None,
     *,
     schedule: BetaSchedule | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     clip: bool = False,
     seed: int = 0,
     indices: Sequence[int] | None = None,
@@ -38,15 +38,18 @@ def sample_ddpm(
     makes of a denoiser.
 
     'ddpm' draws from N(mean, variance) of each step, but for the last one, which gives its mean (Ho et al. 2020;
-    Nichol and Dhariwal 2021). 'ddim' is x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) eps + d z with d = `eta` times the
-    posterior's deviation (Song et al. 2021, eq. 12). `clip` limits x0 to [-1, 1]. `noise_fn`, `seed` and `indices` as
-    in `sample_sde`.
+    Nichol and Dhariwal 2021). 'ddim' is x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) eps + d z with d = `eta` (0 by
+    default) times the posterior's deviation (Song et al. 2021, eq. 12); 'ddpm' takes none. `clip` limits x0 to [-1, 1].
+    `noise_fn`, `seed` and `indices` as in `sample_sde`.
 
     Returns x (B, C, ...) in the dtype of `noise`, at least float32; with `return_info` also a SampleInfo. Raises
-    UserError for an unknown solver, a step count that the schedule cannot be respaced to, an `eta` outside [0, 1] and
-    other output channels.
+    UserError for an unknown solver, a step count that the schedule cannot be respaced to, an `eta` outside [0, 1] or
+    for 'ddpm', and other output channels.
     """
     solver_info(solver, "ddpm")
+    if eta is not None and solver != "ddim":
+        raise UserError(f"'eta' is for ddim; '{solver}' adds its own noise")
+    eta = eta or 0.0
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta}: give a share between 0 (deterministic) and 1")
     schedule = (schedule or BetaSchedule.linear()).respaced(steps, strided=solver == "ddim")

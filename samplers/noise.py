@@ -48,7 +48,10 @@ class StepNoise:
     def __call__(self, step: int, like: Tensor) -> Tensor:
         if len(like) != len(self.indices):
             raise UserError(f"noise for {len(self.indices)} sample indices was asked for a batch of {len(like)}")
-        return _normal(like.shape[1:], self.seed, self.indices, step, _STEP).to(like.device, like.dtype)
+        noise = _normal(like.shape[1:], self.seed, self.indices, step, _STEP)
+        if like.is_cuda:
+            noise = noise.pin_memory()  # else the copy waits for all that the device has yet to compute
+        return noise.to(like.device, non_blocking=True).to(like.dtype)
 
 
 def rademacher(shape: Sequence[int], seed: int, indices: Sequence[int], probe: int) -> Tensor:

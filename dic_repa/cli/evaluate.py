@@ -9,53 +9,227 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.sample import sample_settings, sampling_options
+from dic_repa.errors import UserError, is_main_process
 from dic_repa.recipe import load_recipe
+
+ADM = "fid,sfid,is,prec,recall"
 
 
 @click.command("evaluate")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("samples", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, or statistics.")
+@click.option("--metrics", help=f"Names with commas, see --list-metrics.  [default: {ADM}]")
+@click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format.")
+@click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights.")
+@click.option("--dinov2-encoder", help="Another ViT in its place, from `dic-repa encoders`.")
+@click.option("--fid-infinity", is_flag=True, help="Also extrapolate FID to infinitely many samples.")
+@click.option("--bootstrap", type=click.IntRange(2), metavar="N", help="Confidence intervals from N resamplings.")
+@click.option("--resize", type=click.IntRange(8), metavar="SIZE", help="Crop all images to SIZE first, as ADM does.")
+@click.option("--feature-batch", type=click.IntRange(1), default=64, show_default=True, help="Images in a network.")
+@click.option("--save-statistics", type=click.Path(path_type=Path), help="Keep the reference's in this .safetensors.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor write cached statistics of the reference.")
+@click.option("--out", type=click.Path(path_type=Path), help="The record.  [default: metrics.json beside the samples]")
 @click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
 @sampling_options
 @click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before.")
-def command(runs: tuple[Path, ...], recipe: str | None, again: bool, **options):
-    """Judge the samples of RUNS (run folders): sample from the averaged weights, measure, print a table.
+@click.option("--list-metrics", is_flag=True, is_eager=True, expose_value=False, callback=lambda *a: _list_metrics(*a))
+def command(
+    samples: tuple[Path, ...],
+    reference: str | None,
+    metrics: str | None,
+    fid_infinity: bool,
+    recipe: str | None,
+    again: bool,
+    **options,
+):
+    """Measure SAMPLES: a run, a checkpoint (both are sampled first), a folder of images, or an .npz of any project.
 
-    Runs that differ in nothing but the seed are also summed up as mean and standard deviation. The samples' picture
-    and the scores are kept in RUN/evaluation.
+    With --reference or --metrics, by FID and its like, and metrics.json records all that it takes to repeat it.
+    Without, SAMPLES are runs that are judged as their recipe says; runs that differ in nothing but the seed are also
+    summed up as mean and standard deviation, and pictures and scores are kept in RUN/evaluation.
+
+    IS is over parts of 5,000 samples as in ADM's script (is-torch-fidelity: 10 parts, shuffled). Precision and recall
+    compare with at most 10,000 reference images, k = 3. An ADM reference .npz gives its stored statistics to FID and
+    sFID, and its images to the rest.
 
     \b
     Examples:
       dic-repa evaluate runs/digits-urepa
-      dic-repa evaluate runs/digits-urepa --recipe digits-cfg
       dic-repa evaluate runs/urepa-* runs/baseline-*
+      dic-repa evaluate samples/xl --reference VIRTUAL_imagenet256_labeled.npz
+      dic-repa evaluate theirs.npz --reference imagenet/val --resize 256 --metrics fid,kid,fd-dinov2 --bootstrap 20
+      dic-repa evaluate runs/digits-urepa --reference digits.npz --metrics fd-digits,prec-digits --num 1000
+      accelerate launch -m dic_repa evaluate runs/xl --reference ref.npz --num 50000     on all GPUs of this machine
     """
-    evaluate_and_show(list(runs), recipe, again, **options)
+    if reference is None and metrics is None:
+        evaluate_and_show(list(samples), recipe, again, **_sampling(options))
+        return
+    names = [name.strip() for name in (metrics or ADM).split(",") if name.strip()]
+    if fid_infinity and "fid-infinity" not in names:
+        names.append("fid-infinity")
+    measure_and_show(list(samples), reference, names, recipe, again, **options)
+
+
+_OWN = ("inception_weights", "dinov2_weights", "dinov2_encoder", "bootstrap", "resize", "feature_batch")
+_OWN += ("save_statistics", "no_cache", "out")
+
+
+def _sampling(options: dict) -> dict:
+    return {name: value for name, value in options.items() if name not in _OWN}
+
+
+def _list_metrics(context, _parameter, value) -> None:
+    if value:
+        from dic_repa.evaluation import scores
+
+        for name in scores.names():
+            score = scores.get(name)
+            click.echo(f"{name:20} {score.better:7} is better   {score.layer}")
+        context.exit()
+
+
+def measure_and_show(
+    samples: list[Path], reference: str | None, names: list[str], recipe: str | None, again: bool, **options
+) -> None:
+    """Measure each of `samples` against the reference, print a table, and record each."""
+    from accelerate import Accelerator
+
+    from dic_repa.evaluation import Measure
+    from dic_repa.evaluation.features import Share
+    from dic_repa.evaluation.image_sets import open_images
+    from dic_repa.evaluation.reference import save_statistics
+    from dic_repa.evaluation.samples import is_checkpoint, record, save_record
+
+    if options["out"] and len(samples) > 1:
+        raise UserError("--out names one record, and there are several samples; leave it out")
+    processes = Accelerator()
+    device = processes.device
+    share = Share(processes.process_index, processes.num_processes, processes.gather)
+    extractor_options = _extractor_options(options)
+    with _bar("reading the reference", processes) as bar:
+        measure = Measure(
+            names,
+            reference,
+            device,
+            extractor_options=extractor_options,
+            batch_size=options["feature_batch"],
+            resize=options["resize"],
+            cache=not options["no_cache"],
+            share=share,
+            progress=bar.update,
+        )
+    if options["save_statistics"] and measure.reference and processes.is_main_process:
+        described = {n: {"weights": e.fingerprint, "resizing": e.resizing} for n, e in measure.extractors.items()}
+        save_statistics(measure.reference, options["save_statistics"], described)
+    rows, notes = [], [note for extractor in measure.extractors.values() for note in extractor.notes]
+    for path in samples:
+        place = _sampled(path, recipe, again, processes, options) if is_checkpoint(path) else path
+        images = open_images(place, options["resize"])
+        with _bar(f"measuring {place}", processes, len(images)) as bar:
+            measured = measure(images, options["bootstrap"] or 0, bar.update)
+        if not processes.is_main_process:
+            continue
+        rows.append((str(path), measured))
+        notes += [*images.notes, *measured.warnings]
+        file = options["out"] or (place / "metrics.json" if place.is_dir() else place.with_suffix(".metrics.json"))
+        given = {key: str(value) for key, value in options.items() if value is not None}
+        content = record(measured, measure, images, reference, given, str(device), processes.num_processes)
+        save_record(file, content)
+    if processes.is_main_process:
+        _print_measured(rows, measure.metrics)
+        for note in dict.fromkeys(notes):
+            click.echo(f"note: {note}", err=True)
+        click.echo(f"record: {file}")
+    processes.end_training()
+
+
+def _extractor_options(options: dict) -> dict:
+    dinov2 = {"weights": options["dinov2_weights"], "encoder": options["dinov2_encoder"]}
+    return {
+        "inception": {"weights": options["inception_weights"]},
+        "dinov2": {key: value for key, value in dinov2.items() if value},
+    }
+
+
+def _sampled(path: Path, recipe: str | None, again: bool, processes, options: dict) -> Path:
+    """The folder of samples of a run or checkpoint, filled as far as it is not yet."""
+    from dic_repa.cli.sample import choose_labels
+    from dic_repa.evaluation.runs import describe_sampling
+    from dic_repa.evaluation.samples import samples_folder
+    from dic_repa.generation import build_sampler, load_checkpoint
+    from dic_repa.recipe import Recipe
+    from dic_repa.sample_folder import SampleFolder, sample_into, sample_spec
+
+    given = load_recipe(recipe) if recipe else None
+    loaded = load_checkpoint(path, processes.device, given if isinstance(given, Recipe) else None)
+    settings = sample_settings((given or loaded.recipe).sample, **_sampling(options))
+    labels = choose_labels(loaded, settings)
+    place = samples_folder(path, describe_sampling(settings))
+    folder = SampleFolder(place, sample_spec(loaded, settings, labels))
+    sample_into(folder, build_sampler(loaded, settings), labels, processes, overwrite=again)
+    return place
+
+
+def _bar(label: str, processes, total: int | None = None):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit="image", disable=not processes.is_main_process, leave=False)
+
+
+def _print_measured(rows: list, metrics: dict) -> None:
+    """A row for each set of samples, a column for each metric."""
+    table = [("samples", "images", *(score.title for score in metrics.values()))]
+    for path, measured in rows:
+        cells = []
+        for name, value in measured.values.items():
+            low, high = measured.intervals.get(name, (None, None))
+            cells.append(_number(value) + (f" [{_number(low)}, {_number(high)}]" if low is not None else ""))
+        table.append((path, str(measured.count), *cells))
+    _print_rows(table, left=(0,))
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
 
 
 def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> None:
-    """Evaluate each run with a progress bar, then print the table and, for a single run, where its picture is."""
+    """Judge each run with a progress bar, then print the table and, for a single run, where its picture is."""
     from dic_repa.evaluation.runs import evaluate_run
     from dic_repa.training.run_folder import RunFolder
 
+    if not is_main_process():
+        return  # a judge looks at few images: one process does it
+    for run in runs:
+        if run.exists() and not (run / "recipe.yaml").is_file():
+            raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
     given = load_recipe(recipe).sample if recipe else None
     judgements = []
     for run in runs:
         settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
         with click.progressbar(length=settings.num, label=f"sampling {run}", show_pos=True) as bar:
             judgements.append(evaluate_run(run, settings, again, bar.update))
-    _print_table(judgements)
+    _print_judgements(judgements)
     if len(judgements) == 1:
         click.echo(f"samples: {judgements[0].picture}")
 
 
-def _print_table(judgements) -> None:
+# How the scores of the judge of digits are shown; those of other judges go by their own names.
+_COLUMNS = {"recognised": ("recognised", lambda v: f"{v:.1%}"), "frechet": ("Fréchet distance", lambda v: f"{v:.2f}")}
+_NO_COLUMN = {"count", "recognised_count", "reference"}
+
+
+def _print_judgements(judgements) -> None:
     from dic_repa.evaluation.runs import describe_sampling
 
-    rows = [("run", "step", "samples", "recognised", "Fréchet distance")]
+    shown = [
+        key for key, value in judgements[0].scores.items() if key not in _NO_COLUMN and not isinstance(value, dict)
+    ]
+    headings = [_COLUMNS.get(key, (key,))[0] for key in shown]
+    rows = [("run", "step", "samples", *headings)]
     for j in judgements:
-        share, frechet = j.scores["recognised"], f"{j.scores['frechet']:.2f}"
-        recognised = "no labels" if share is None else f"{share:.1%}"
-        rows.append((str(j.run), str(j.step), describe_sampling(j.sample), recognised, frechet))
+        rows.append(
+            (str(j.run), str(j.step), describe_sampling(j.sample), *(_score(k, j.scores.get(k)) for k in shown))
+        )
     groups = {}
     for j in judgements:
         groups.setdefault(_without_seed(j), {})[j.recipe.train.seed] = j
@@ -63,15 +237,33 @@ def _print_table(judgements) -> None:
         if len(group) > 1:
             group = list(group.values())
             name = _common_start([str(j.run) for j in group]) + "*"
-            shares = [100 * j.scores["recognised"] for j in group if j.scores["recognised"] is not None]
-            recognised = _spread(shares, 1) + " %" if shares else ""
-            frechet = _spread([j.scores["frechet"] for j in group], 2)
-            rows.append((f"{name} ({len(group)} seeds)", "", "", recognised, frechet))
-    reference = judgements[0].scores["reference"]
-    rows.append(("real digits", "", "", f"{reference['recognised']:.1%}", f"{reference['frechet']:.2f}"))
+            spreads = [_spread_of(key, [j.scores.get(key) for j in group]) for key in shown]
+            rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
+    reference = judgements[0].scores.get("reference")
+    if isinstance(reference, dict):
+        rows.append((f"real {judgements[0].recipe.data.name}", "", "", *(_score(k, reference.get(k)) for k in shown)))
+    _print_rows(rows, left=(0, 2))
+
+
+def _score(key: str, value) -> str:
+    if value is None:
+        return "no labels" if key == "recognised" else ""
+    if key in _COLUMNS:
+        return _COLUMNS[key][1](value)
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _spread_of(key: str, values: list) -> str:
+    values = [value for value in values if isinstance(value, (int, float))]
+    if len(values) < 2:
+        return ""
+    return _spread([100 * value for value in values], 1) + " %" if key == "recognised" else _spread(values, 2)
+
+
+def _print_rows(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        cells = [cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         click.echo("  ".join(cells).rstrip())
 
 

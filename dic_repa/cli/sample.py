@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +62,8 @@ def sampling_options(command: Callable) -> Callable:
             click.option("--rescale", type=float, help="Share to which guidance keeps the contrast, from 0 to 1."),
             click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
             click.option("--weak", help="Autoguidance: a run or checkpoint of a weaker model to move away from."),
-            click.option("--batch-size", type=int, help="Images at once; changes no image, but for adaptive solvers."),
+            click.option("--batch-size", type=int, help="Images at once, in each process."),
+            click.option("--decode-batch", type=int, help="Images that an autoencoder decodes at once.  [default: 16]"),
             click.option("--seed", type=int, help="With an image's index it determines the image's noise."),
         ]
     ):
@@ -76,14 +76,25 @@ def sampling_options(command: Callable) -> Callable:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the images.  [default: samples/NAME]")
 @click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
 @click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or none.  [default: all, in turn]")
+@click.option("--random-classes", is_flag=True, help="Draw each image's class, from the seed and its index.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["png", "npz", "both"]),
+    default="png",
+    show_default=True,
+    help="PNG files, ADM's samples.npz (arr_0: uint8 N,H,W,3; arr_1: labels), or both.",
+)
 @click.option("--trajectory", is_flag=True, help="Also a picture of the way from noise to image: trajectory.png.")
-@click.option("--overwrite", is_flag=True, help="Write into a folder that holds samples already, in their place.")
+@click.option("--overwrite", is_flag=True, help="Write into a folder that holds other samples, in their place.")
 @sampling_options
 def command(
     checkpoint: Path,
     out: Path | None,
     recipe: str | None,
     classes: str | None,
+    random_classes: bool,
+    form: str,
     trajectory: bool,
     overwrite: bool,
     **options,
@@ -91,8 +102,9 @@ def command(
     """Sample from CHECKPOINT: a run's folder, one of its checkpoints, or an inference checkpoint.
 
     Writes 000000.png, 000001.png, ..., grid.png and samples.json, which has each image's label and all settings. An
-    image depends on the seed, its index and its class alone, whatever the batch size and the number of processes (but
-    for an adaptive solver, whose steps suit a whole batch, within its tolerances).
+    image depends on the seed, its index and its class alone, whatever the number of processes; another batch size may
+    round it differently (an adaptive solver, whose steps suit a whole batch, changes within its tolerances). Stopped
+    or killed, the same command goes on with the images that are missing; a larger --num adds to them.
 
     Which solver? heun with 20 to 50 steps is a safe choice; ab2 or dpmpp-2m where evaluations are dear; euler_maruyama
     with 250 steps is what the papers report; dopri5 (no --steps, but --rtol and --atol) where accuracy matters most.
@@ -104,66 +116,64 @@ def command(
       dic-repa sample runs/digits-urepa --classes 3,7 --scale 2 --interval 0 0.7 --solver ab2 --steps 30
       dic-repa sample runs/digits-urepa --solver euler_maruyama --steps 250 --diffusion sigma --last-step tweedie
       dic-repa sample runs/digits-urepa --solver dopri5 --rtol 1e-4 --atol 1e-4
-      accelerate launch -m dic_repa sample runs/digits-urepa --num 50000        on all GPUs of this machine
+      accelerate launch -m dic_repa sample runs/digits-urepa --num 50000 --format npz    on all GPUs of this machine
     """
     from accelerate import Accelerator
 
-    from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_png
+    from dic_repa.generation import build_sampler, load_checkpoint
+    from dic_repa.sample_folder import SampleFolder, sample_into, sample_spec
 
     processes = Accelerator()
     given = load_recipe(recipe) if recipe else None
     loaded = load_checkpoint(checkpoint, processes.device, given if isinstance(given, Recipe) else None)
     settings = sample_settings((given or loaded.recipe).sample, **options)
-    num_classes = loaded.denoiser.num_classes
-    labels = balanced_labels(loaded.recipe, num_classes, settings.num, parse_classes(classes, num_classes))
+    labels = choose_labels(loaded, settings, classes, random_classes)
     sampler = build_sampler(loaded, settings)
     sampler.trace = trajectory
     out = out or Path("samples") / checkpoint.resolve().name
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists; pass --overwrite, or another folder with --out")
-    processes.wait_for_everyone()  # before one of them writes what another would find
+    folder = SampleFolder(out, sample_spec(loaded, settings, labels, classes, random_classes))
+    if form == "npz" and not overwrite and folder.has_npz():
+        folder.check()
+        if processes.is_main_process:
+            click.echo(f"{len(labels)} images are there already: {out / 'samples.npz'}")
+        return
+    sample_into(folder, sampler, labels, processes, overwrite)
     if processes.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob("[0-9]*.png"):
-            old.unlink()
-    processes.wait_for_everyone()
-
-    mine = range(processes.process_index, len(labels), processes.num_processes)
-    done = iter(mine)
-    quiet = not processes.is_main_process
-    with click.progressbar(length=len(mine), label="sampling", show_pos=True, hidden=quiet) as bar:
-        for batch in sampler(labels[list(mine)], mine):
-            for image in batch:
-                save_png(image, out / f"{next(done):06d}.png")
-            bar.update(len(batch))
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        _finish(out, loaded, settings, labels, sampler.evaluations)
-        if trajectory:
+        _save_grid(folder, loaded, labels)
+        click.echo(f"{len(labels)} images, {folder.spec['evaluations_per_image']} evaluations each: {out}")
+        if trajectory and sampler.states:
             _save_trajectory(out / "trajectory.png", sampler)
+        if form != "png":
+            folder.write_npz()
+            click.echo(f"for ADM's script: {out / 'samples.npz'}")
+        if form == "npz":
+            for file in folder.numbered():
+                file.unlink()
     processes.end_training()
 
 
-def _finish(out: Path, loaded, settings: SampleSection, labels, evaluations: int) -> None:
-    """Write what belongs to all of the images: the grid of some, and the record."""
+def choose_labels(loaded, settings: SampleSection, classes: str | None = None, random: bool = False):
+    """The label of each image, balanced over the classes or drawn at random."""
+    from dic_repa.generation import balanced_labels, random_labels
+
+    num_classes = loaded.denoiser.num_classes
+    chosen = parse_classes(classes, num_classes)
+    if random:
+        return random_labels(loaded.recipe, num_classes, settings.num, chosen, settings.seed)
+    return balanced_labels(loaded.recipe, num_classes, settings.num, chosen)
+
+
+def _save_grid(folder, loaded, labels) -> None:
     import torch
 
     from dic_repa.build import build_class_names
     from dic_repa.generation import load_png, save_grid
 
     columns = 10
-    shown = [i for label in labels.unique() for i in (labels == label).nonzero()[:columns, 0].tolist()]
-    images = torch.stack([load_png(out / f"{i:06d}.png") for i in shown])
+    shown = [i for label in labels.unique()[:20] for i in (labels == label).nonzero()[:columns, 0].tolist()]
+    images = torch.stack([load_png(folder.file(i)) for i in shown])
     class_names = build_class_names(loaded.recipe.data, loaded.denoiser.num_classes)
-    save_grid(images, out / "grid.png", labels[shown], class_names, columns)
-    record = {
-        "checkpoint": str(loaded.source),
-        "sample": settings.model_dump(mode="json"),
-        "evaluations_per_image": evaluations,
-        "labels": labels.tolist(),
-    }
-    (out / "samples.json").write_text(json.dumps(record) + "\n")
-    click.echo(f"{len(labels)} images, {evaluations} evaluations each, and a picture of them: {out / 'grid.png'}")
+    save_grid(images, folder.path / "grid.png", labels[shown], class_names, columns)
 
 
 def _save_trajectory(path: Path, sampler) -> None:

@@ -6,6 +6,7 @@ depend on: `fingerprint` (of the weights) and `resizing`, which go into the key 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 from pathlib import Path
@@ -81,9 +82,7 @@ def _torch_fidelity_inception() -> nn.Module:
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except ImportError:
-        raise UserError(
-            "Inception's features need torch-fidelity; install it: pip install 'dic-repa[evaluate]'"
-        ) from None
+        raise UserError("Inception's features need torch-fidelity: pip install torch-fidelity") from None
 
     class WithoutFile(FeatureExtractorInceptionV3):
         # Its constructor would unpickle any file it is given, or fetch one: it gets an empty one, and loads nothing.
@@ -160,7 +159,7 @@ class Digits(nn.Module):
         from dic_repa.evaluation.digits import load_digits_classifier
 
         super().__init__()
-        self.model = load_digits_classifier("cpu")
+        self.model = copy.deepcopy(load_digits_classifier("cpu"))  # that one is shared, and stays where it is
         self.fingerprint = tensors_fingerprint(self.model.state_dict())
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sets of images to measure: a folder, zip or tar, an ADM `.npz`, a prepared or Arrow data set, or any data set in memory.
+"""Sets of images to measure: a folder, zip or tar, an ADM `.npz`, a prepared or Arrow data set, or one in memory.
 
 All become an `ImageSet`: so many uint8 images (3, H, W), read a batch at a time by several threads.
 """

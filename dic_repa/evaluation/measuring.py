@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ def measure(
 
 @dataclass
 class Measured:
-    """`values` by metric; `intervals` by metric where asked for; what to know of them; the samples' `count` and `size`."""
+    """`values` and `intervals` (where asked for) by metric, of `count` samples of `size`, and `warnings` about them."""
 
     values: dict[str, float]
     count: int
@@ -138,7 +137,8 @@ class Measure:
             dims = {score.layer: len(reference.gaussians[score.layer][0]) for score in map(self.metrics.get, gaussian)}
             short = [f"{layer} ({dim})" for layer, dim in dims.items() if count is not None and count <= dim]
             if short:
+                what = ", ".join(short)
                 warnings.append(
-                    f"{count} {which} are not more than the dimensions of {', '.join(short)}: the covariance is singular"
+                    f"{count} {which} are not more than the dimensions of {what}: the covariance is singular"
                 )
         return warnings

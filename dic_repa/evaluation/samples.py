@@ -1,0 +1,76 @@
+"""Samples of a run, a checkpoint, a folder or an `.npz` against a reference, and a record of how they were measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from dic_repa.errors import UserError
+from dic_repa.evaluation.image_sets import SAMPLES_FILE
+from dic_repa.evaluation.measuring import Measure, Measured
+from dic_repa.models.pretrained import CONFIG
+from dic_repa.training.run_folder import RunFolder, checkpoint_step, describe_environment, write_whole
+
+# Columns of published numbers; a score's own title stands above those that are not here.
+ORDER = ("fid", "sfid", "is", "prec", "recall")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is something to sample from: a run, or a checkpoint of a run or for inference."""
+    inside = ((path / "checkpoints").is_dir(), (path / "ema").is_dir(), (path / CONFIG).is_file())
+    return any(inside)
+
+
+def samples_folder(path: Path, described: str) -> Path:
+    """Where the samples of a run or checkpoint are kept, whose settings `described` tells."""
+    if (path / "checkpoints").is_dir():
+        run = RunFolder.open(path)
+        newest = run.newest_checkpoint()
+        if newest is None:
+            raise UserError(f"{path} has no checkpoint yet")
+        return run.path / "evaluation" / f"step_{checkpoint_step(newest):08d}-{described.replace(' ', '-')}"
+    return Path("samples") / f"{path.resolve().name}-{described.replace(' ', '-')}"
+
+
+def record(measured: Measured, measure: Measure, images, reference, options: dict, device: str, processes: int) -> dict:
+    """What `metrics.json` holds: the scores, and everything that is needed to repeat them."""
+    samples = {"path": images.source, "count": measured.count, "size": list(measured.size)}
+    samples["fingerprint"] = images.fingerprint
+    spec = Path(images.source) / SAMPLES_FILE
+    if spec.is_file():
+        samples["sampling"] = {key: v for key, v in json.loads(spec.read_text()).items() if key != "labels"}
+    found = measure.reference
+    return {
+        "metrics": measured.values,
+        "intervals": measured.intervals,
+        "warnings": measured.warnings,
+        "samples": samples,
+        "reference": None if found is None else {"path": str(reference), **_describe_reference(found)},
+        "extractors": {
+            name: {"weights": extractor.fingerprint, "resizing": extractor.resizing}
+            for name, extractor in measure.extractors.items()
+        },
+        "options": options,
+        "precision": {"networks": "float32", "tf32": torch.backends.cudnn.allow_tf32, "statistics": "float64"},
+        **describe_environment(device, processes),
+    }
+
+
+def _describe_reference(found) -> dict:
+    return {
+        "count": found.count or None,
+        "size": found.size,
+        "features": {layer: len(part) for layer, part in found.features.items()},
+    }
+
+
+def save_record(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2, default=_plain) + "\n")
+
+
+def _plain(value):
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)

@@ -1,0 +1,218 @@
+"""Samples by the ten thousand: a folder that several processes fill, that a kill leaves whole, and that goes on.
+
+    000000.png, 000001.png, ...    samples.json    what they are: checkpoint, settings, the label of each
+
+Images are sampled in blocks of `batch_size` consecutive indices, whichever process takes one, and a block of which an
+image is missing is sampled as a whole: so every image is computed in the same batch, and comes out the same to the bit,
+whatever the number of processes and kills. (With another batch size a rounding may fall the other way; for an adaptive
+solver, whose steps suit a whole batch, the images change within its tolerances.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dic_repa.errors import UserError
+from dic_repa.evaluation.npz import NpzFile, write_npz
+from dic_repa.generation import Checkpoint, Sampler, save_png
+from dic_repa.models.pretrained import WEIGHTS
+from dic_repa.recipe import SampleSection
+from dic_repa.samplers import solver_info
+from dic_repa.training.run_folder import write_whole
+
+SPEC, NPZ = "samples.json", "samples.npz"
+WRITERS = 4  # threads that compress PNG files while the next batch is sampled
+_CHANGEABLE = {"sample.num", "sample.batch_size", "sample.decode_batch", "evaluations_per_image", "labels"}
+
+
+class SampleFolder:
+    """A folder of samples, and what is to be in it.
+
+    `spec` is what determines the images; a folder that has samples of another spec is refused. More images (`num`) of
+    the same spec are added to those that are there.
+    """
+
+    def __init__(self, path: str | Path, spec: dict):
+        self.path, self.spec = Path(path), spec
+        self.num, self.block = spec["sample"]["num"], spec["sample"]["batch_size"]
+
+    def check(self) -> None:
+        """A UserError where the folder holds anything but samples of this spec."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        mend = "pass --overwrite, or another folder with --out"
+        try:
+            before = json.loads((self.path / SPEC).read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.path} exists and holds no samples; {mend}") from None
+        except ValueError:
+            raise UserError(f"{self.path / SPEC} is damaged; {mend}") from None
+        fixed = set(_CHANGEABLE)
+        if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
+            fixed -= {"sample.num", "sample.batch_size"}
+        old, new = _flat(before), _flat(self.spec)
+        changed = [key for key in {**old, **new} if key not in fixed and old.get(key) != new.get(key)]
+        if changed:
+            raise UserError(f"{self.path} exists with other samples ({', '.join(changed)} differ); {mend}")
+        if old.get("sample.num", 0) > self.num:
+            raise UserError(f"{self.path} has {old['sample.num']} samples, more than {self.num}; {mend}")
+        if before.get("evaluations_per_image"):
+            self.spec["evaluations_per_image"] = before["evaluations_per_image"]
+
+    def begin(self, overwrite: bool = False) -> None:
+        """Write the spec, and remove what does not belong to it: of a kill and, to `overwrite`, of other samples."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        old = [*self.numbered(), self.path / NPZ] if overwrite else []
+        for file in [*self.path.glob(".writing-*"), *old]:
+            file.unlink(missing_ok=True)
+        self.write_spec()
+
+    def write_spec(self) -> None:
+        write_whole(self.path / SPEC, json.dumps(self.spec) + "\n")
+
+    def file(self, index: int) -> Path:
+        return self.path / f"{index:06d}.png"
+
+    def numbered(self) -> list[Path]:
+        return list(self.path.glob("[0-9]*.png"))
+
+    def missing(self) -> list[range]:
+        """The blocks of indices of which an image is missing."""
+        there = {entry.name for entry in os.scandir(self.path)}
+        blocks = [range(k, min(k + self.block, self.num)) for k in range(0, self.num, self.block)]
+        return [block for block in blocks if any(self.file(i).name not in there for i in block)]
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """All images in order, in batches of uint8 (B, H, W, 3), read by several threads."""
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for start in range(0, self.num, 256):
+                indices = range(start, min(start + 256, self.num))
+                yield np.stack(list(pool.map(lambda i: _read_rgb(self.file(i)), indices)))
+
+    def has_npz(self) -> bool:
+        """Whether samples.npz is there with as many images: it is written last, and in place of the files it may be."""
+        file = self.path / NPZ
+        return file.is_file() and len(NpzFile(file).mapped("arr_0")) == self.num
+
+    def write_npz(self) -> None:
+        """ADM's `.npz` of the images, with their labels."""
+        first = _read_rgb(self.file(0))
+        write_npz(self.path / NPZ, self.arrays(), (self.num, *first.shape), np.array(self.spec["labels"]))
+
+
+def sample_spec(
+    checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None, random: bool
+) -> dict:
+    """What determines the images of a folder, as JSON has it."""
+    return {
+        "checkpoint": str(checkpoint.source),
+        "weights": weights_fingerprint(checkpoint.source / WEIGHTS),
+        "sample": settings.model_dump(mode="json"),
+        "evaluations_per_image": None,
+        "classes": classes,
+        "random_classes": random,
+        "labels": labels.tolist(),
+    }
+
+
+def sample_into(
+    folder: SampleFolder, sampler: Sampler, labels: Tensor, accelerator: Accelerator, overwrite: bool = False
+) -> None:
+    """Fill `folder` in all processes of `accelerator`, with a progress bar; done when all of them are.
+
+    Raises UserError where the folder holds other samples, unless `overwrite`.
+    """
+    if not overwrite:
+        folder.check()  # by all processes, so that all of them end
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.begin(overwrite)
+    accelerator.wait_for_everyone()
+    missing, processes = folder.missing(), accelerator.num_processes
+    accelerator.wait_for_everyone()  # before one of them writes what another would count
+    total, quiet = sum(map(len, missing)), not accelerator.is_main_process
+    if total < folder.num and not quiet:
+        print(f"{folder.path} has {folder.num - total} of {folder.num} images already; sampling the other {total}")
+    with tqdm(total=total, unit="image", desc="sampling", disable=quiet) as bar:
+        # The others are about as far as this one.
+        advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
+        fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and sampler.evaluations:
+        folder.spec["evaluations_per_image"] = sampler.evaluations
+        folder.write_spec()
+
+
+def fill(
+    folder: SampleFolder,
+    sampler: Sampler,
+    labels: Tensor,
+    rank: int = 0,
+    processes: int = 1,
+    missing: Sequence[range] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Sample this process's share of the blocks that are `missing`, and write them.
+
+    In several processes all must be given the same `missing`, listed before the first of them writes. A UserError
+    names an image that came out as NaN.
+    """
+    blocks = list(folder.missing() if missing is None else missing)[rank::processes]
+    indices = [i for block in blocks for i in block]
+    written = []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        position = 0
+        for batch in sampler(labels[indices], indices):
+            mine = indices[position : position + len(batch)]
+            broken = (~batch.isfinite()).flatten(1).any(dim=1)
+            if broken.any():
+                first = mine[int(broken.nonzero()[0])]
+                raise UserError(
+                    f"sample {first} and {int(broken.sum()) - 1} others of its batch are NaN or infinite; look at the "
+                    "checkpoint, or sample with other settings"
+                )
+            for done in written:
+                done.result()  # raises what went wrong, such as a full disk
+            written = [pool.submit(save_png, image, folder.file(i)) for image, i in zip(batch, mine)]
+            position += len(batch)
+            progress(len(batch))
+        for done in written:
+            done.result()
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Of a weights file's size and of 64 places in it: any training step changes them all, and it takes no time."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=12)
+    with path.open("rb") as file:
+        for place in torch.linspace(0, max(0, size - 4096), 64).long().tolist():
+            file.seek(place)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def _read_rgb(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{path} is not a whole image ({error}); remove it and sample again") from None
+
+
+def _flat(value: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
+    return flat
