@@ -57,7 +57,7 @@ def command(
 
     from dic_repa.evaluation.probe import TITLES, probe_checkpoint
 
-    with tqdm(total=num * len(levels), unit="image", desc="probing") as bar:
+    with tqdm(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:
         probed = probe_checkpoint(
             checkpoint,
             encoder,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dic_repa.alignment.aligned import Alignment, find_tap
+from dic_repa.alignment.aligned import Alignment, feature_map, find_tap
 from dic_repa.build import build_alignment, build_dataset, build_encoder, build_objective
 from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
@@ -229,10 +229,11 @@ def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, se
             for time in times:
                 t = torch.full((count,), float(time), device=device)
                 field(field.path.sample(x, noise, t).x_t, t, y)
+                maps = {tap: feature_map(denoiser, hidden, tuple(x.shape[-2:])) for tap, hidden in seen.items()}
                 for tap in taps:
-                    features.setdefault((tap, time), []).append(_pooled(seen[tap], tap).cpu())
+                    features.setdefault((tap, time), []).append(_pooled(maps[tap], tap).cpu())
                 for tap, alignment in heads.items():
-                    projection, wanted = alignment.head(seen[tap], t).float(), alignment.target(target).float()
+                    projection, wanted = alignment.head(maps[tap], t).float(), alignment.target(target).float()
                     cosine = F.cosine_similarity(projection, wanted, dim=-1).mean(dim=1)
                     cosines.setdefault((tap, time), []).append(cosine.cpu())
                 seen.clear()
