@@ -93,7 +93,9 @@ class TrainSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="of the averaged weights that are sampled from")
-    more_ema_decays: list[Probability] = Field(default_factory=list, description="averages kept beside it, in ema-DECAY/")
+    more_ema_decays: list[Probability] = Field(
+        default_factory=list, description="averages kept beside it, in ema-DECAY/"
+    )
     power_ema: list[Annotated[float, Field(gt=0, le=0.2886)]] = Field(
         default_factory=list, description="sigma_rel of power-function averages, for any average after the run: two"
     )
@@ -110,7 +112,9 @@ class TrainSection(Section):
     keep_checkpoints: Count = Field(2, description="how many of the newest stay")
     keep_every: Count | None = Field(None, description="checkpoints of multiples of this step stay too; null: none")
     max_skipped: Count = Field(10, description="steps in a row with a loss or gradient not finite that end the run")
-    loader_timeout: float = Field(60.0, gt=0, description="seconds without a batch after which a warning names the step")
+    loader_timeout: float = Field(
+        60.0, gt=0, description="seconds without a batch after which a warning names the step"
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="who is told the metrics besides metrics.jsonl"
     )
@@ -204,8 +208,17 @@ class SamplingRecipe(Section):
 
 def list_recipes() -> dict[str, str]:
     """The recipes that come with the package: name to description."""
+    return {name: raw.get("description", "") for name, raw in _shipped().items()}
+
+
+def list_paper_rows() -> dict[str, str]:
+    """The rows of papers that recipes of the package stand for: `paper.row` to the recipe's name."""
+    return {raw["paper"]["row"]: name for name, raw in _shipped().items() if "paper" in raw}
+
+
+def _shipped() -> dict[str, dict]:
     files = {f.name[:-5]: f for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")}
-    return {name: _parse(files[name].read_text(), name).get("description", "") for name in sorted(files)}
+    return {name: _parse(files[name].read_text(encoding="utf-8"), name) for name in sorted(files)}
 
 
 def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | SamplingRecipe:
@@ -278,7 +291,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
 
 def _parse(text: str, label: str) -> dict:
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dic_repa.recipe import Recipe, SamplingRecipe, list_recipes, load_recipe
+from dic_repa.recipe import Recipe, SamplingRecipe, list_paper_rows
 
 ABSENT = "-"  # the key does not exist there: its section is null, or the list is shorter
 
@@ -33,10 +33,4 @@ def differences(a: Recipe | SamplingRecipe, b: Recipe | SamplingRecipe) -> dict[
 
 def paper_recipe(recipe: Recipe | SamplingRecipe) -> str | None:
     """The name of the recipe, of those that come with the package, that stands for the same row of a paper."""
-    if recipe.paper is None:
-        return None
-    for name in list_recipes():
-        paper = load_recipe(name).paper
-        if paper is not None and paper.row == recipe.paper.row:
-            return name
-    return None
+    return recipe.paper and list_paper_rows().get(recipe.paper.row)

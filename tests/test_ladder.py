@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -34,6 +35,7 @@ def tiny(depths=(2, 2, 2, 2, 2), **options) -> DiC:
     return model
 
 
+@functools.cache
 def rung(name: str):
     with torch.device("meta"):
         return build_denoiser(load_recipe(name).model, channels=4, num_classes=1000)

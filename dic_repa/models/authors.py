@@ -1,4 +1,4 @@
-"""Checkpoints in the key layout of the DiC authors' public code.
+"""Checkpoints in the key layout of the DiC authors' public code; those of DiT, SiT and REPA are in `authors_sit.py`.
 
 Nothing but tensors is needed: width, depths, classes and channels are read off their names and shapes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dic_repa.errors import UserError
 from dic_repa.models.dic import DiC
@@ -47,14 +47,23 @@ def authors_key(key: str) -> str:
     raise KeyError(key)
 
 
-def load_authors_checkpoint(source: str | Path | dict[str, Tensor], **overrides) -> DiC:
-    """A DiC of the authors' checkpoint: a file (safetensors, or torch's with `ema` or `model` inside) or a state dict.
+def load_authors_checkpoint(
+    source: str | Path | dict[str, Tensor], family: str | None = None, **overrides
+) -> nn.Module:
+    """The denoiser of a checkpoint of public code: a file (safetensors, or torch's with `ema` or `model` inside) or a
+    state dict.
 
-    The configuration is inferred from the tensors; `overrides` are other arguments of `DiC`. Returned in eval mode.
+    A DiC of the DiC authors' layout, a SiT of that which DiT, SiT and REPA share; `family` says which of the three it
+    is where neither REPA's projectors nor the file's name tell. The configuration is inferred from the tensors;
+    `overrides` are other arguments of the class. Returned in eval mode, in our conventions of time and velocity.
     """
     state = read_tensors(source)[0] if not isinstance(source, dict) else source
     name = "the state dict" if isinstance(source, dict) else str(source)
     state = {key.removeprefix("module."): value for key, value in state.items()}
+    if "t_embedder.mlp.0.weight" in state:
+        from dic_repa.models.authors_sit import load_sit  # timm takes seconds to import
+
+        return load_sit(state, name, family, **overrides)
     model = DiC(**{**_infer_config(state, name), **overrides})
     ours = {authors_key(key): key for key in model.state_dict()}
     load_weights(model, {ours.get(key, key): value for key, value in state.items()}, name)
@@ -70,7 +79,9 @@ def _infer_config(state: dict[str, Tensor], name: str) -> dict:
         out_channels = state["final_layer.out_proj.weight"].shape[0]
         rows = state["y_embedder_ls.0.embedding_table.weight"].shape[0]
     except KeyError as missing:
-        raise UserError(f"{name} is not a checkpoint of the DiC authors' code: it has no {missing.args[0]}") from None
+        raise UserError(
+            f"{name} is not a checkpoint of the DiC authors' code, nor of DiT, SiT or REPA: it has no {missing.args[0]}"
+        ) from None
     stages = ("enc_blocks.0", "enc_blocks.1", "lat_blocks.0", "dec_blocks.0", "dec_blocks.1")
     return {
         "width": width,
@@ -79,3 +90,16 @@ def _infer_config(state: dict[str, Tensor], name: str) -> dict:
         "num_classes": rows - 1,
         "learn_sigma": out_channels == 2 * in_channels,
     }
+
+
+def authors_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A DiC's weights under the authors' names: the inverse of `load_authors_checkpoint`.
+
+    A UserError for what their code has no model for: another denoiser, the earlier steps of the paper's ladder.
+    """
+    if not isinstance(model, DiC):
+        raise UserError(f"the DiC authors' code has no {type(model).__name__}, only DiC")
+    theirs = {"shape": "unet", "skips": "sparse", "embedding": "per-level", "block": "dic"}
+    if other := [key for key, value in theirs.items() if model.config[key] != value]:
+        raise UserError(f"the DiC authors' code has no DiC with another {' or '.join(other)} than its own")
+    return {authors_key(key): value for key, value in model.state_dict().items()}

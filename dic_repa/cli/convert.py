@@ -1,0 +1,148 @@
+"""`dic-repa convert`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import click
+
+from dic_repa.errors import UserError
+
+DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+FILES = (".pt", ".pth", ".safetensors")
+
+
+@click.command("convert")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the weights.")
+@click.option(
+    "--weights",
+    default="ema",
+    show_default=True,
+    help="Which of a training checkpoint: ema, another average such as ema-0.999, or raw (not averaged).",
+)
+@click.option(
+    "--recipe", help="What the authors' weights were trained by, such as dic-xl-ddpm; `dic-repa sample` needs it."
+)
+@click.option("--family", help="What an authors' checkpoint is of, where its file does not tell: DiT, SiT or REPA.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at TARGET.")
+def command(
+    source: Path, target: Path, dtype: str, weights: str, recipe: str | None, family: str | None, overwrite: bool
+):
+    """Convert the checkpoint SOURCE into TARGET.
+
+    SOURCE is a run, one of its checkpoints, a folder or hub id that `save_pretrained` made, or a file of the authors'
+    public code (DiC, and to read also DiT, SiT and REPA). TARGET is a file in the DiC authors' layout if it ends in
+    .pt or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads.
+
+    \b
+    Examples:
+      dic-repa convert runs/digits-urepa small --dtype fp16            a run's averaged weights, in half the space
+      dic-repa convert DiC-XL.pt dic-xl --recipe dic-xl-ddpm           the authors' file, ready to sample from
+      dic-repa convert runs/mine DiC-mine.pt                           for the authors' code
+    """
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; pass --overwrite to replace it")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise UserError(f"{target} is not a saved model, so it is not replaced; choose another place")
+
+    import torch
+
+    model, recipe_file = load(source, weights, family)
+    model.to(getattr(torch, DTYPES[dtype]))
+    if target.suffix in FILES:
+        _write_authors(model, target)
+    else:
+        _write_folder(model, target, recipe, recipe_file)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
+    click.echo(
+        f"{target}: {type(model).__name__} with {parameters / 1e6:.4g} M parameters in {dtype}, {size / 1e6:.4g} MB"
+    )
+
+
+def load(source: Path, weights: str = "ema", family: str | None = None):
+    """The denoiser of any kind of checkpoint, and the recipe.yaml beside it, or None where there is none.
+
+    A UserError says what `source` is not, or lacks.
+    """
+    from dic_repa.models import load_authors_checkpoint, load_denoiser
+    from dic_repa.training.run_folder import RunFolder
+
+    if source.is_file():
+        return load_authors_checkpoint(source, family), None
+    folder = source
+    if (source / "checkpoints").is_dir():
+        folder = RunFolder.open(source).newest_checkpoint()
+        if folder is None:
+            raise UserError(f"{source} has no checkpoint yet")
+    averages = sorted(path.name for path in folder.glob("ema*") if path.is_dir())
+    if not averages:  # an inference checkpoint, a folder or a hub id
+        return load_denoiser(source), _existing(source / "recipe.yaml")
+    if weights not in ("raw", *averages):
+        raise UserError(f"{folder} has no weights '{weights}'; it has {', '.join(averages)} and raw")
+    _import_plugins(folder / averages[0] / "recipe.yaml")
+    model = load_denoiser(folder / (averages[0] if weights == "raw" else weights))
+    if weights == "raw":
+        _load_raw(model, folder / "model.safetensors")
+    return model, _existing(folder / averages[0] / "recipe.yaml")
+
+
+def _load_raw(model, file: Path) -> None:
+    from dic_repa.weights import load_weights, read_tensors
+
+    prefix = "denoiser."  # the others are the alignments' heads
+    tensors = read_tensors(file)[0]
+    load_weights(model, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}, file)
+
+
+def _import_plugins(recipe_file: Path) -> None:
+    """Import what the recipe names, so that a denoiser of the user's own is found."""
+    from dic_repa.build import import_plugins
+    from dic_repa.recipe import load_training_recipe
+
+    if recipe_file.is_file():
+        import_plugins(load_training_recipe(recipe_file))
+
+
+def _write_authors(model, target: Path) -> None:
+    import torch
+
+    from dic_repa.models.authors import authors_state_dict
+    from dic_repa.weights import save_tensors
+
+    state = authors_state_dict(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".writing-{target.name}")
+    try:
+        if target.suffix == ".safetensors":
+            save_tensors(state, aside)
+        else:
+            torch.save({"ema": state}, aside)  # where the authors' sampling looks first
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_folder(model, target: Path, recipe: str | None, recipe_file: Path | None) -> None:
+    from dic_repa.recipe import load_training_recipe, to_yaml
+
+    text = to_yaml(load_training_recipe(recipe or recipe_file)) if recipe or recipe_file else None
+    aside = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.save_pretrained(aside)
+        if text:
+            (aside / "recipe.yaml").write_text(text)
+        if target.exists():
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _existing(file: Path) -> Path | None:
+    return file if file.is_file() else None
