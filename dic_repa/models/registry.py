@@ -88,6 +88,11 @@ def list_denoisers(pattern: str = "*") -> list[str]:
     return fnmatch.filter([*(name for name, preset in _PRESETS.items() if "width" in preset.options), *others], pattern)
 
 
+def preset_options(name: str) -> dict[str, Any]:
+    """What a preset of the papers passes to its class."""
+    return dict(_PRESETS[name].options)
+
+
 def find_denoiser(name: str):
     """The class, function or preset of that name, its module imported; a UserError lists the near names."""
     return find_factory(denoisers, GROUP, name)
