@@ -216,6 +216,7 @@ def test_full_disk_costs_no_checkpoint(tmp_path):
     done = subprocess.run([*run, little, *command, "--resume"], **options)
     assert done.returncode == 2, done.stderr
     error = done.stderr.splitlines()[-1]
+    assert "the run goes on" in done.stderr
     assert error.startswith("error: ")
     assert "step_00000008" in error
     assert "step_00000004 is whole" in error

@@ -20,12 +20,16 @@ from dic_repa.recipe import load_training_recipe
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
+@click.option("--allow-change", is_flag=True, help="With --resume: also with a recipe that changes the run.")
 @click.option("--overwrite", is_flag=True, help="Remove a run of that name and begin anew.")
-def command(recipe: str, path: Path | None, overrides: tuple[str, ...], resume: bool, overwrite: bool):
+def command(
+    recipe: str, path: Path | None, overrides: tuple[str, ...], resume: bool, allow_change: bool, overwrite: bool
+):
     """Train RECIPE (a name from `dic-repa recipes`, or a YAML file) into a run folder.
 
     Samples from the averaged weights and judges them at the end, where the recipe has an `evaluate` section. Ctrl-C is
-    safe: the newest checkpoint stays whole, and the command to go on is printed.
+    safe: the newest checkpoint stays whole, and the command to go on is printed. SIGTERM and SIGUSR1 save a checkpoint
+    first and exit with code 75, on which a scheduler can requeue the job.
 
     \b
     Examples:
@@ -39,17 +43,22 @@ def command(recipe: str, path: Path | None, overrides: tuple[str, ...], resume: 
     settings = load_training_recipe(recipe, overrides)
     path = path or Path("runs") / Path(recipe).stem
 
-    from dic_repa.training import train
+    from dic_repa.training import Preempted, train
+    from dic_repa.training.preemption import REQUEUE_CODE
 
     begin = time.perf_counter()
     try:
-        run = train(settings, path, resume=resume, overwrite=overwrite)
+        run = train(settings, path, resume=resume, overwrite=overwrite, allow_change=allow_change)
         if not is_main_process():
             return
         click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
         if settings.evaluate:
             evaluate_and_show([run.path])
             click.echo(f"loss curves: {run.curves_file}")
+    except Preempted as reason:
+        if is_main_process():
+            click.echo(f"{reason}; to go on:\n  {resume_command(path)}", err=True)
+        raise SystemExit(REQUEUE_CODE) from None
     except KeyboardInterrupt:
         if is_main_process():
             click.echo(interrupted_message(path), err=True)
@@ -65,5 +74,9 @@ def interrupted_message(path: Path) -> str:
     if not run.recipe_file.is_file():
         return "interrupted before the run began"
     safe = f"the checkpoint of step {checkpoint_step(newest)} is whole" if newest else "there is no checkpoint yet"
-    again = shlex.join(["dic-repa", "train", str(run.recipe_file), "--out", str(path), "--resume"])
-    return f"interrupted; {safe}. To go on:\n  {again}"
+    return f"interrupted; {safe}. To go on:\n  {resume_command(path)}"
+
+
+def resume_command(path: Path) -> str:
+    """The line that goes on with the run at `path`."""
+    return shlex.join(["dic-repa", "train", str(path / "recipe.yaml"), "--out", str(path), "--resume"])

@@ -1,7 +1,8 @@
-"""Training: the loop, the averaged weights, checkpoints, the run's folder and its randomness."""
+"""Training: the loop, the averaged weights, checkpoints, the run's folder, its randomness, and what may go wrong."""
 
-from dic_repa.training.ema import EMA
+from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.loop import train
+from dic_repa.training.preemption import Preempted
 from dic_repa.training.run_folder import RunFolder
 
-__all__ = ["EMA", "RunFolder", "train"]
+__all__ = ["EMA", "PowerEMA", "Preempted", "RunFolder", "train"]

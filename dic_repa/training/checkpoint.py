@@ -1,8 +1,11 @@
-"""What a training run needs to go on as if it had not stopped: weights, their average, the optimizer's state, the step.
+"""What a training run needs to go on as if it had not stopped: weights, averages, the optimizer's state, the step.
 
 model.safetensors   the denoiser and the heads          ema/            config.json, model.safetensors, recipe.yaml:
 optimizer.pt        plain tensors, never unpickled                      all that sampling needs, `DiC.from_pretrained`
-state.json          the step
+state.json          the step                            ema-0.999/, ... the other averages, alike
+manifest.json       sizes and SHA-256 of all these
+
+A checkpoint is written aside, flushed and renamed, in a thread, from a copy in CPU memory: training goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -10,73 +13,192 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import Recipe, to_yaml
-from dic_repa.training.ema import EMA
+from dic_repa.training.ema import EMA, PowerEMA
+from dic_repa.training.manifest import write_manifest
+from dic_repa.training.parts import Parts
+from dic_repa.training.run_folder import RunFolder, checkpoint_step
+from dic_repa.training.sharding import cut_like, to_cpu
 from dic_repa.weights import load_weights, read_tensors, save_tensors
 
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has another name in torch and in safetensors
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    accelerator: Accelerator,
-    model: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-) -> None:
-    """Write a whole checkpoint at `folder` or none: it is written aside, flushed and renamed. Main process only."""
+
+@dataclass
+class TrainingState:
+    """A run's state after `step` steps, in CPU memory, apart from what trains on."""
+
+    step: int
+    model: dict[str, Tensor]
+    averages: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any]  # by the parameters' order
+    scaler: dict | None
+    config: dict  # of the denoiser
+
+
+def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingState | None:
+    """The state of all processes, in the main one; None in the others, which must call this too."""
+    main = accelerator.is_main_process
+    if not (main or parts.sharded):
+        return None
+    state = TrainingState(
+        step,
+        to_cpu(accelerator.unwrap_model(parts.model).state_dict(), main),
+        {name: to_cpu(ema.model.state_dict(), main) for name, ema in parts.averages.items()},
+        to_cpu(parts.optimizer.state_dict()["state"], main),
+        accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        {"model": type(parts.ema.model).__name__, **parts.ema.model.config},
+    )
+    return state if main else None
+
+
+def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None:
+    """Write a whole checkpoint at `folder`, or none."""
     aside = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        save_tensors(accelerator.unwrap_model(model).state_dict(), aside / "model.safetensors")
-        save_inference_checkpoint(aside / "ema", ema.model, recipe)
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, aside / "optimizer.pt")
-        (aside / "state.json").write_text(json.dumps({"step": step}) + "\n")
-        for file in aside.rglob("*"):
-            _flush(file)
-        _flush(aside)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has another name in torch and safetensors
+        aside.mkdir(parents=True)
+        save_tensors(state.model, aside / "model.safetensors")
+        for name, tensors in state.averages.items():
+            (aside / name).mkdir()
+            (aside / name / CONFIG).write_text(json.dumps(state.config, indent=2) + "\n")
+            (aside / name / "recipe.yaml").write_text(to_yaml(recipe))
+            save_tensors(tensors, aside / name / "model.safetensors")
+        torch.save({"state": state.optimizer, "scaler": state.scaler}, aside / "optimizer.pt")
+        (aside / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
+        write_manifest(aside)
+        for path in [*aside.rglob("*"), aside]:
+            _flush(path)
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
-        newest = max(folder.parent.glob("step_*"), default=None)
-        kept = f"{newest.name} is whole" if newest else "there is none before it"
-        raise UserError(f"the checkpoint {folder} could not be written ({first_line(error)}); {kept}") from None
+        raise
+    if folder.exists():  # of a run that went on from an earlier one
+        shutil.rmtree(folder)
     os.replace(aside, folder)
     _flush(folder.parent)
 
 
-def load_checkpoint(
-    folder: Path, accelerator: Accelerator, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
-) -> int:
-    """Restore what `save_checkpoint` wrote, in every process, and return its step."""
-    load_weights(accelerator.unwrap_model(model), read_tensors(folder / "model.safetensors")[0], folder)
-    load_weights(ema.model, read_tensors(folder / "ema" / "model.safetensors")[0], folder / "ema")
+def write_snapshots(run: RunFolder, state: TrainingState, averages: dict[str, EMA]) -> None:
+    """Write the power-function averages of this step, from which others can be made after the run."""
+    run.snapshots.mkdir(exist_ok=True)
+    for name, ema in averages.items():
+        if isinstance(ema, PowerEMA):
+            path = run.snapshots / f"step_{state.step:08d}-{name.removeprefix('ema-')}.safetensors"
+            aside = path.with_name(f".writing-{path.name}")
+            try:
+                save_tensors(state.averages[name], aside)
+                _flush(aside)
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
+            os.replace(aside, path)
+
+
+def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int:
+    """Restore a checkpoint, in every process, and return its step."""
+    _load(accelerator.unwrap_model(parts.model), folder)
+    for name, ema in parts.averages.items():
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder} has no average {name}, so the run cannot go on with it; leave it out")
+        _load(ema.model, folder / name)
     try:
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         step = json.loads((folder / "state.json").read_text())["step"]
+        saved = content["state"]
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
         raise UserError(
             f"{folder} is damaged ({type(error).__name__}); remove it to resume from the one before"
         ) from None
-    optimizer.load_state_dict(content["optimizer"])
+    groups = parts.optimizer.state_dict()["param_groups"]  # the recipe's, which may have been changed
+    parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {
+            name: _like(value, parameters[i])
+            for name, value in values.items()  # the step's count is no parameter's shape, and is left as it is
+        }
+        for i, values in saved.items()
+    }
+    parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
     if content["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(content["scaler"])
     return step
 
 
-def save_inference_checkpoint(folder: Path, denoiser: nn.Module, recipe: Recipe) -> None:
-    """The small checkpoint: weights and config, and the recipe, which knows the objective and the data's shape."""
-    denoiser.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+def _load(module: nn.Module, folder: Path) -> None:
+    own, tensors = module.state_dict(), read_tensors(folder / "model.safetensors")[0]
+    fits = {name: _like(tensor, own.get(name)) for name, tensor in tensors.items()}
+    load_weights(module, fits, folder)
+
+
+def _like(tensor: Tensor, own: Tensor | None) -> Tensor:
+    return tensor if own is None or own.shape != tensor.shape else cut_like(tensor, own)
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes in a thread, one job at a time: `start` waits for the job before.
+
+    A job that fails is told of on standard error, and the run goes on; `finish` raises it if it was the last one.
+    Main process only; elsewhere nothing is ever started.
+    """
+
+    run: RunFolder
+    failure: str | None = field(default=None, init=False)
+    _bug: BaseException | None = field(default=None, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+
+    def start(self, step: int, write: Callable[[], None]) -> None:
+        """Begin to write the state of `step`."""
+        self._wait()
+        self._thread = threading.Thread(target=self._work, args=(step, write), name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the last job; a UserError where it failed."""
+        self._wait()
+        if self.failure:
+            raise UserError(self.failure)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._thread is not None:
+            self._thread.join()  # whatever ended the run: what is being written shall be whole
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if self._bug is not None:
+            raise self._bug
+
+    def _work(self, step: int, write: Callable[[], None]) -> None:
+        self.failure = None
+        try:
+            write()
+        except _WRITE_ERRORS as error:
+            newest = max(self.run.list_checkpoints(), key=checkpoint_step, default=None)
+            kept = f"{newest.name} is whole" if newest else "there is none before it"
+            folder = self.run.checkpoint_path(step)
+            self.failure = f"the checkpoint {folder} could not be written ({first_line(error)}); {kept}"
+            tqdm.write(f"warning: {self.failure}; the run goes on", file=sys.stderr)
+        except BaseException as error:
+            self._bug = error
 
 
 def _flush(path: Path) -> None:

@@ -1,11 +1,21 @@
-"""The exponential moving average of a denoiser's weights, which is what one samples from."""
+"""Averages of a denoiser's weights over the steps; one of them is what one samples from.
+
+`EMA` forgets at a constant rate. `PowerEMA` (Karras et al., arXiv 2312.02696) weighs step tau of t by tau^gamma, so its
+width is a share of the training so far, `sigma_rel`; from stored snapshots of two of them any other width can be made
+after the run (`posthoc.py`).
+"""
 
 from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
+
+from dic_repa.errors import UserError
+
+WIDEST = 0.2886  # sigma_rel of gamma 0, the mean of all steps; below that, gamma rises
 
 
 class EMA:
@@ -14,13 +24,49 @@ class EMA:
     Made before the denoiser is wrapped or hooked: `model` is a plain copy of it in eval mode, ready to sample from.
     """
 
-    def __init__(self, denoiser: nn.Module, decay: float):
+    def __init__(self, denoiser: nn.Module, decay: float = 0.9999):
         self.decay = decay
         self.model = copy.deepcopy(denoiser).float().eval().requires_grad_(False)
 
+    def decay_at(self, step: int) -> float:
+        """The decay of the update after `step` steps, counted from 1."""
+        return self.decay
+
     @torch.no_grad()
-    def update(self, denoiser: nn.Module) -> None:
-        """Move the average towards the denoiser's weights; buffers are copied."""
-        torch._foreach_lerp_(list(self.model.parameters()), list(denoiser.parameters()), 1 - self.decay)
+    def update(self, denoiser: nn.Module, step: int = 1) -> None:
+        """Move the average towards the denoiser's weights after `step` steps; buffers are copied."""
+        torch._foreach_lerp_(_local(self.model.parameters()), _local(denoiser.parameters()), 1 - self.decay_at(step))
         for average, buffer in zip(self.model.buffers(), denoiser.buffers()):
             average.copy_(buffer)
+
+
+class PowerEMA(EMA):
+    """`decay = (1 - 1/t)^(gamma + 1)` after t steps, with the gamma of `sigma_rel`."""
+
+    def __init__(self, denoiser: nn.Module, sigma_rel: float):
+        super().__init__(denoiser)
+        self.sigma_rel, self.gamma = sigma_rel, sigma_rel_to_gamma(sigma_rel)
+
+    def decay_at(self, step: int) -> float:
+        return (1 - 1 / step) ** (self.gamma + 1)
+
+
+def sigma_rel_to_gamma(sigma_rel: float) -> float:
+    """The gamma >= 0 with `sigma_rel = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))`.
+
+    A cubic in gamma; its largest real root. A UserError where there is none.
+    """
+    if not 0 < sigma_rel <= WIDEST:
+        raise UserError(f"sigma_rel lies above 0 and at most at {WIDEST} (the mean of all steps), not at {sigma_rel}")
+    s = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
+
+
+def gamma_to_sigma_rel(gamma: float) -> float:
+    """The width of the power function's profile, as a share of the training time."""
+    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
+
+
+def _local(parameters) -> list[torch.Tensor]:
+    # Of a sharded parameter, the shard that is here: both models are cut alike, and an average needs no other process.
+    return [p.to_local() if hasattr(p, "to_local") else p for p in parameters]

@@ -18,6 +18,7 @@ from dic_repa.data.latents import data_shape, denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.parts import Parts
+from dic_repa.training.preemption import leave_signals_to_parent
 from dic_repa.training.randomness import data_order, process_rows, step_generator
 
 PREFETCH = 4  # batches that each loader process has ready: they bridge a slow read from a disk or a network
@@ -26,7 +27,12 @@ PREFETCH = 4  # batches that each loader process has ready: they bridge a slow r
 def check_batch(settings: TrainSection, processes: int) -> int:
     """How many passes make one step of one process; a UserError where the global batch does not divide evenly."""
     if settings.batch_size % processes:
-        raise UserError(f"train.batch_size {settings.batch_size} does not divide among {processes} processes")
+        fewer = max(n for n in range(1, processes + 1) if settings.batch_size % n == 0)
+        larger = -(-settings.batch_size // processes) * processes
+        raise UserError(
+            f"train.batch_size {settings.batch_size} does not divide among {processes} processes; start {fewer}, "
+            f"or set train.batch_size={larger}, which is another run"
+        )
     share = settings.batch_size // processes
     micro_batch = min(settings.micro_batch or share, share)
     if share % micro_batch:
@@ -49,6 +55,7 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=recipe.data.workers > 0,
         prefetch_factor=PREFETCH if recipe.data.workers else None,
+        worker_init_fn=leave_signals_to_parent,
     )
     for batch in loader:
         if not recipe.alignments and ("x" in batch or "moments" in batch):

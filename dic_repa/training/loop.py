@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
-from dic_repa.errors import UserError, first_line
+from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
-from dic_repa.training.checkpoint import load_checkpoint, save_checkpoint
+from dic_repa.training.checkpoint import (
+    CheckpointWriter,
+    copy_state,
+    load_checkpoint,
+    write_checkpoint,
+    write_snapshots,
+)
 from dic_repa.training.inputs import batches, check_batch, step_inputs
+from dic_repa.training.lock import locked
 from dic_repa.training.metrics import MetricLog
 from dic_repa.training.parts import Parts, build_parts, check_ending
-from dic_repa.training.run_folder import RunFolder
+from dic_repa.training.preemption import Preempted, StopRequest
+from dic_repa.training.randomness import data_order
+from dic_repa.training.run_folder import RunFolder, write_whole
+from dic_repa.training.sharding import wants_sharding, whole
+from dic_repa.training.step_guard import StepGuard, Verdict
+from dic_repa.training.trackers import check_trackers, start_trackers
 
 
-def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False) -> RunFolder:
+def train(
+    recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False, allow_change: bool = False
+) -> RunFolder:
     """Train what `recipe` says into the run folder `path`, and return it.
 
-    The folder must be new, unless `resume` goes on from its newest checkpoint or `overwrite` removes it. Runs in as
-    many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result.
+    The folder must be new, unless `resume` goes on from its newest whole checkpoint (with `allow_change`, also with
+    another recipe) or `overwrite` removes it. Runs in as many processes as it was launched in (`accelerate launch`,
+    `torchrun`), with the same result. Raises Preempted when a SIGTERM or SIGUSR1 has ended it, with its state saved;
+    UserError where the run cannot begin, or stops for losses or gradients that are not finite.
     """
     settings, run = recipe.train, RunFolder(path)
-    try:
-        accelerator = Accelerator(mixed_precision=settings.precision)
-    except ValueError as error:  # its state is one for the whole process
-        raise UserError(f"train.precision {settings.precision}: {first_line(error)}") from None
-    if settings.precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("train.precision fp16 needs a GPU; take bf16, or no for float32")
+    accelerator = start_accelerator(settings, run)
     passes = check_batch(settings, accelerator.num_processes)
     parts = build_parts(recipe, accelerator)
-    model, optimizer, ema = parts.model, parts.optimizer, parts.ema
+    model, optimizer = parts.model, parts.optimizer
     check_ending(recipe, parts.objective)
-    on_main_process(accelerator, lambda: run.resume(recipe) if resume else run.create(recipe, overwrite))
-    checkpoint = run.newest_checkpoint()
-    start = load_checkpoint(checkpoint, accelerator, model, ema, optimizer) if checkpoint else 0
+    with ExitStack() as stack:
+        checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
+        start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
+        data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
+        incoming = batches(data, recipe, accelerator, start)
+        guard = StepGuard(accelerator, optimizer.optimizer)
+        writer = stack.enter_context(CheckpointWriter(run))
+        log = stack.enter_context(MetricLog(run, accelerator, settings, start))
+        request = stack.enter_context(StopRequest())
 
-    data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
-    incoming = batches(data, recipe, accelerator, start)
-    with MetricLog(run, accelerator, settings, start) as log:
         for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
             scales = [alignment.schedule(step) for alignment in parts.alignments]
             for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes, scales)):
@@ -62,39 +82,128 @@ def train(recipe: Recipe, path: str | Path, resume: bool = False, overwrite: boo
                 for alignment, (_, terms) in zip(parts.alignments, aligned):
                     alignment.observe(terms, accelerator.reduce)
                 log.add(loss, denoising, [terms for _, terms in aligned], share=1 / passes)
+                guard.add(loss)
 
-            norm = accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clip or float("inf"))
+            norm = whole(accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clip or float("inf")))
+            guard.judge(step + 1, norm, request.received)
             learning_rate = set_learning_rate(optimizer, settings, step)
             optimizer.step()
             optimizer.zero_grad()
-            ema.update(parts.denoiser)
-            log.step(step + 1, norm, learning_rate, images=settings.batch_size)
+            for ema in parts.averages.values():
+                ema.update(parts.denoiser, step + 1)
 
-            if accelerator.is_main_process:
-                with log.paused():
-                    if due(step + 1, settings.checkpoint_every, settings.steps):
-                        folder = run.checkpoint_path(step + 1)
-                        save_checkpoint(folder, step + 1, accelerator, model, ema, optimizer, recipe)
-                        run.drop_old_checkpoints(settings.keep_checkpoints)
-                    if settings.sample_every and due(step + 1, settings.sample_every, settings.steps):
-                        save_progress_grid(run, step + 1, parts, recipe)
+            verdict = guard.verdict()
+            log.step(step + 1, norm, learning_rate, settings.batch_size, verdict.skipped)
+            if verdict.in_a_row >= settings.max_skipped:
+                stop_not_finite(accelerator, run, writer, verdict, recipe, len(data))
+            with log.paused():
+                save_what_is_due(step + 1, verdict.stop, run, writer, accelerator, parts, recipe)
+            if verdict.stop and step + 1 < settings.steps:
+                on_main_process(accelerator, writer.finish)
+                raise Preempted(f"{run.path} was told to stop, and has saved step {step + 1}")
+        on_main_process(accelerator, writer.finish)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return run
 
 
-def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Do `action` in the main process while the others wait; a UserError there is raised in all of them."""
-    failure = [None]
+def start_accelerator(settings: TrainSection, run: RunFolder) -> Accelerator:
+    """The processes, devices, precision and trackers of a run; a UserError for what is not to be had here."""
+    check_trackers(settings.trackers)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.precision:
+        AcceleratorState._reset_state()  # one for the whole process, made by a run before this one
+    project = ProjectConfiguration(logging_dir=str(run.path / "trackers"))
+    accelerator = Accelerator(
+        mixed_precision=settings.precision, log_with=settings.trackers or None, project_config=project
+    )
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("train.precision fp16 needs a GPU; take bf16, or no for float32")
+    if settings.precision == "fp16" and wants_sharding(settings.sharding, accelerator):
+        raise UserError("train.precision fp16 does not go with sharding; take bf16, or no for float32")
+    atexit.unregister(accelerator.state.destroy_process_group)
+    atexit.register(accelerator.state.destroy_process_group)  # not at the run's end: another may follow
+    return accelerator
+
+
+def open_run(
+    stack: ExitStack, accelerator: Accelerator, run: RunFolder, recipe: Recipe, resume: bool, overwrite: bool,
+    allow_change: bool,
+) -> Path | None:  # fmt: skip
+    """Lock the folder until `stack` ends, and make it ready; the checkpoint to go on from."""
+
+    def prepare() -> Path | None:
+        run.check_resume(recipe, allow_change) if resume else run.check_new(overwrite)
+        stack.enter_context(locked(run.path))
+        if resume:
+            return run.resume(recipe, allow_change)
+        return run.create(recipe, overwrite)
+
+    checkpoint = on_main_process(accelerator, prepare)
+    start_trackers(accelerator, run, recipe)
+    return checkpoint
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Do `action` in the main process while the others wait, and return its result in all of them; a UserError there is
+    raised in all of them.
+    """
+    result, failure = None, None
     if accelerator.is_main_process:
         try:
-            action()
-        except UserError as error:
-            failure = [str(error)]
+            result = action()
+        except (UserError, OSError) as error:
+            failure = error
     if accelerator.num_processes > 1:
-        broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise UserError(failure[0])
+        result, failure = broadcast_object_list([result, failure])
+    if failure is not None:
+        raise failure
+    return result
+
+
+def save_what_is_due(
+    step: int, stop: bool, run: RunFolder, writer: CheckpointWriter, accelerator: Accelerator, parts: Parts,
+    recipe: Recipe,
+) -> None:  # fmt: skip
+    """After `step` steps: a checkpoint, snapshots of the averages, a grid of samples. Written by the main process."""
+    settings = recipe.train
+    checkpoint = stop or due(step, settings.checkpoint_every, settings.steps)
+    snapshot = bool(settings.power_ema) and due(step, settings.snapshot_every, settings.steps)
+    if checkpoint or snapshot:
+        state = copy_state(step, accelerator, parts)
+
+        def write() -> None:
+            if snapshot:
+                write_snapshots(run, state, parts.averages)
+            if checkpoint:
+                write_checkpoint(run.checkpoint_path(step), state, recipe)
+                run.drop_old_checkpoints(settings.keep_checkpoints, settings.keep_every)
+
+        if accelerator.is_main_process:
+            writer.start(step, write)
+    takes_part = accelerator.is_main_process or parts.sharded
+    if takes_part and settings.sample_every and due(step, settings.sample_every, settings.steps):
+        save_progress_grid(run, step, parts, recipe, accelerator.is_main_process)
+
+
+def stop_not_finite(
+    accelerator: Accelerator, run: RunFolder, writer: CheckpointWriter, verdict: Verdict, recipe: Recipe, count: int
+) -> None:
+    """End a run whose steps change nothing any more, with the indices of what it saw."""
+    settings, file = recipe.train, run.path / "not_finite.json"
+
+    def dump() -> None:
+        first = verdict.step - verdict.in_a_row
+        order = data_order(settings.seed, count, settings.batch_size, first)
+        batches = [{"step": first + 1 + i, "indices": next(order)} for i in range(verdict.in_a_row)]
+        write_whole(file, json.dumps(batches) + "\n")
+        writer.finish()
+
+    on_main_process(accelerator, dump)
+    newest = max(run.list_checkpoints(), default=None)
+    raise UserError(
+        f"the loss or gradient was not finite in the {verdict.in_a_row} steps up to {verdict.step}, so the run stops; "
+        f"the indices of their samples are in {file}; "
+        + (f"{newest.name} is the last checkpoint" if newest else "there is no checkpoint yet")
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: TrainSection, step: int) -> float:
@@ -105,11 +214,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: TrainSection, 
     return rate
 
 
-def due(step: int, every: int, last: int) -> bool:
-    return step % every == 0 or step == last
+def due(step: int, every: int | None, last: int) -> bool:
+    return step == last or (every is not None and step % every == 0)
 
 
-def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe) -> None:
+def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, write: bool = True) -> None:
     """A grid of samples of the averaged weights: a few of each of the first ten classes, the same noise every time."""
     from dic_repa.generation import balanced_labels, save_grid
 
@@ -118,4 +227,8 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe) 
     if recipe.train.label_dropout < 1:
         labels = labels % shown
     images = torch.cat(list(parts.sampler(labels)))
-    save_grid(images, run.samples / f"step_{step:08d}.png", labels, parts.data.class_names, columns=10)
+    try:
+        if write:
+            save_grid(images, run.samples / f"step_{step:08d}.png", labels, parts.data.class_names, columns=10)
+    except OSError as error:
+        tqdm.write(f"warning: the grid of step {step} cannot be written ({error.strerror})", file=sys.stderr)

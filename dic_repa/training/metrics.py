@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a progress bar, metrics.jsonl, and at the end a picture of the curves.
+"""What a run tells while it goes on: a progress bar, metrics.jsonl, trackers, and at the end a picture of the curves.
 
 Sums stay on the device between two log steps, so that logging waits for the device then and never in between.
 """
@@ -6,11 +6,15 @@ Sums stay on the device between two log steps, so that logging waits for the dev
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dic_repa.recipe import TrainSection
+from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.run_folder import RunFolder, describe_environment, write_whole
 
 
@@ -27,14 +32,16 @@ class MetricLog:
     A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (their
     terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate; images_per_second; data_wait
     (the share of the time in which the next batch was not there yet; a GPU works on meanwhile, so it idles at most
-    that share); seconds.
+    that share); skipped (steps so far whose loss or gradient was not finite, since the run began or was resumed);
+    seconds. A value that is not finite is null, and counts in no average.
     """
 
     def __init__(self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int):
         self.run, self.accelerator, self.settings, self.start = run, accelerator, settings, start
         self.sums: dict[str, Tensor] = {}
-        self.steps: dict[str, float] = {}
+        self.steps: dict[str, Tensor] = {}
         self.images, self.pause, self.wait = 0, 0.0, 0.0
+        self.unwritten = ""  # lines that a full disk has not taken yet
 
     def __enter__(self) -> MetricLog:
         if self.accelerator.is_main_process:
@@ -52,22 +59,30 @@ class MetricLog:
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
         )
+        self.watch = LoaderWatch(self.settings.loader_timeout, self.accelerator)
         self.since = time.perf_counter()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self.bar.close()
+        self.watch.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         if error is None and self.accelerator.is_main_process and self.run.metrics_file.is_file():
             from dic_repa.training.curves import save_curves
 
-            save_curves([self.run])
+            try:
+                save_curves([self.run])
+            except OSError as error:
+                print(f"warning: {self.run.curves_file} cannot be written ({error.strerror})", file=sys.stderr)
 
     def waiting(self, batches: Iterator) -> Iterator:
         """The same batches; the time until each is there counts as waiting."""
-        while True:
+        for step in itertools.count(self.start + 1):
             begin = time.perf_counter()
             try:
-                batch = next(batches)
+                with self.watch.waiting_for(step):
+                    batch = next(batches)
             except StopIteration:
                 return
             self.wait += time.perf_counter() - begin
@@ -79,25 +94,29 @@ class MetricLog:
         for i, parts in enumerate(terms):
             values |= {f"alignment.{i}.{name}": value for name, value in parts.items()}
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach() * share
-            self.steps[name] = self.steps.get(name, 0) + share  # an alignment may stop between two log steps
+            value = value.detach().float()
+            finite = value.isfinite()
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0) * share
+            self.steps[name] = self.steps.get(name, 0) + finite * share  # an alignment may stop between two log steps
 
-    def step(self, step: int, norm: Tensor, learning_rate: float, images: int) -> None:
+    def step(self, step: int, norm: Tensor, learning_rate: float, images: int, skipped: int = 0) -> None:
         """End a step; at a log step, average, write and show."""
         self.bar.update()
         self.images += images
         if step % self.settings.log_every and step != self.settings.steps:
             return
-        means = torch.stack([value.float() / self.steps[name] for name, value in self.sums.items()])
-        means = self.accelerator.reduce(means, "mean").tolist()
+        sums, steps = self.accelerator.reduce(
+            torch.stack([torch.stack(list(self.sums.values())), torch.stack(list(self.steps.values()))]), "sum"
+        ).tolist()
         seconds = time.perf_counter() - self.since - self.pause
         record = {
             "step": step,
-            **dict(zip(self.sums, means)),
-            "gradient_norm": float(norm),
+            **{name: total / count if count else None for name, total, count in zip(self.sums, sums, steps)},
+            "gradient_norm": float(norm) if math.isfinite(norm) else None,
             "learning_rate": learning_rate,
             "images_per_second": round(self.images / seconds, 2),
             "data_wait": round(self.wait / seconds, 4),
+            "skipped": skipped,
             "seconds": round(seconds, 3),
         }
         self.steps = {}
@@ -106,14 +125,20 @@ class MetricLog:
             self._write(record)
 
     def _write(self, record: dict) -> None:
-        with self.run.metrics_file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        shown = {"loss": f"{record['loss']:.3f}"}
-        tokens = [value for name, value in record.items() if name.endswith(".token")]
+        self.unwritten += json.dumps(record) + "\n"
+        try:
+            append_whole(self.run.metrics_file, self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            tqdm.write(f"warning: {self.run.metrics_file} cannot be written ({error.strerror}); tried again later",
+                       file=sys.stderr)  # fmt: skip
+        self.accelerator.log({name: value for name, value in record.items() if value is not None}, record["step"])
+        shown = {"loss": "not finite" if record["loss"] is None else f"{record['loss']:.3f}"}
+        tokens = [value for name, value in record.items() if name.endswith(".token") and value is not None]
         if tokens:
             shown["similarity"] = f"{-sum(tokens) / len(tokens):.3f}"
+        if record["skipped"]:
+            shown["skipped"] = record["skipped"]
         shown["img/s"] = f"{record['images_per_second']:.0f}"
         self.bar.set_postfix(shown)
 
@@ -123,3 +148,18 @@ class MetricLog:
         begin = time.perf_counter()
         yield
         self.pause += time.perf_counter() - begin
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append `text`, or nothing: a full disk leaves the file as it was."""
+    content = text.encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), before)
+            raise

@@ -22,9 +22,11 @@ from dic_repa.build import (
     import_plugins,
 )
 from dic_repa.data.latents import data_shape
+from dic_repa.errors import UserError
 from dic_repa.models import forward_on_meta
-from dic_repa.recipe import Recipe
-from dic_repa.training.ema import EMA
+from dic_repa.recipe import Recipe, TrainSection
+from dic_repa.training.ema import EMA, PowerEMA
+from dic_repa.training.sharding import shard, wants_sharding
 
 
 @dataclass
@@ -39,8 +41,10 @@ class Parts:
     alignments: list[Alignment]
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: EMA
+    ema: EMA  # what is sampled from
+    averages: dict[str, EMA]  # it and all others, by their folder in a checkpoint
     sampler: Callable[[Tensor], Iterator[Tensor]] | None  # of the averaged weights; None where no grids are asked for
+    sharded: bool  # then all processes must take part in whatever runs or reads the denoiser or its averages
 
 
 def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
@@ -50,6 +54,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     torch.manual_seed(settings.seed)
     data = build_dataset(recipe.data)
+    if len(data) < accelerator.num_processes:
+        raise UserError(f"{accelerator.num_processes} processes are more than the {len(data)} samples of the data")
     denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
     forward_on_meta(denoiser, *data_shape(data)[-2:])  # finds a size that does not fit before the run's folder is made
@@ -59,20 +65,44 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         for section, encoder in zip(recipe.alignments, encoders)
     ]
     caches = build_caches(recipe, encoders, data, accelerator)
-    ema = EMA(denoiser.to(device), settings.ema_decay)
-    model = AlignedDenoiser(denoiser, alignments).to(device)
-    decay = settings.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, weight_decay=decay)
+    averages = build_averages(denoiser.to(device), settings)
+    model, sharded = AlignedDenoiser(denoiser, alignments).to(device), wants_sharding(settings.sharding, accelerator)
     if settings.compile:
         model.compile()
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if sharded:
+        model = shard_parts(model, averages, accelerator)
+    decay = settings.weight_decay
+    # Fused, for only then can a step be skipped on the device, by its flag `found_inf`.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.learning_rate, settings.betas, weight_decay=decay, fused=True
+    )
+    model, optimizer = (
+        (model, accelerator.prepare_optimizer(optimizer)) if sharded else accelerator.prepare(model, optimizer)
+    )
     objective, sampler = build_objective(recipe.objective), None
     if settings.sample_every:
         from dic_repa.generation import Checkpoint, build_sampler
 
         # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
-        sampler = build_sampler(Checkpoint(ema.model, recipe, Path("this run")), recipe.sample)
-    return Parts(data, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, sampler)
+        sampler = build_sampler(Checkpoint(averages["ema"].model, recipe, Path("this run")), recipe.sample)
+    ema = averages["ema"]
+    return Parts(
+        data, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, averages, sampler, sharded
+    )
+
+
+def build_averages(denoiser: nn.Module, settings: TrainSection) -> dict[str, EMA]:
+    """The averages of the weights that the recipe asks for, by the names of their folders in a checkpoint."""
+    averages = {"ema": EMA(denoiser, settings.ema_decay)}
+    averages |= {f"ema-{decay:g}": EMA(denoiser, decay) for decay in settings.more_ema_decays}
+    return averages | {f"ema-sigma_rel-{width:g}": PowerEMA(denoiser, width) for width in settings.power_ema}
+
+
+def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: Accelerator) -> nn.Module:
+    """The model and its averages, cut up alike among the processes."""
+    for ema in averages.values():
+        shard(ema.model, ema.model, accelerator)
+    return accelerator.prepare_model(shard(model, model.denoiser, accelerator), evaluation_mode=True)  # mixed precision
 
 
 def check_ending(recipe: Recipe, objective) -> None:

@@ -2,9 +2,11 @@
 
     recipe.yaml         the recipe, resolved            metrics.jsonl   one line per log step
     environment.json    versions, git state, machine    samples/        grids of samples over training
-    checkpoints/        step_00001000/, ...             curves.png      the loss curves
+    checkpoints/        step_00001000/, ...             snapshots/      averages to combine after the run
+    curves.png          the loss curves                 lock            while a run is at work here
 
-A checkpoint is a folder that is written aside and renamed, so one that bears its name is whole.
+A checkpoint is a folder that is written aside and renamed, so one that bears its name was whole when it was written;
+its manifest tells whether it still is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
+from dic_repa.training.manifest import find_damage
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
 _HARMLESS = {
@@ -33,6 +36,12 @@ _HARMLESS = {
     "train.sample_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.snapshot_every",
+    "train.max_skipped",
+    "train.loader_timeout",
+    "train.trackers",
+    "train.sharding",
     "train.micro_batch",
     "train.gradient_checkpointing",
     "train.compile",
@@ -62,6 +71,7 @@ class RunFolder:
         self.curves_file = self.path / "curves.png"
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
+        self.snapshots = self.path / "snapshots"
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -72,54 +82,93 @@ class RunFolder:
             raise UserError(f"{path} is not a run: it {what}")
         return run
 
+    def check_new(self, overwrite: bool = False) -> None:
+        """A UserError unless a new run can begin here: in a folder that is empty or, with `overwrite`, holds a run."""
+        if not self.path.exists() or (self.path.is_dir() and not self._content()):
+            return
+        if not overwrite:
+            raise UserError(f"{self.path} exists; pass --resume to go on with it, or --overwrite to begin anew")
+        if not self.recipe_file.is_file():
+            raise UserError(f"{self.path} is not a run, so it is not overwritten; choose another folder with --out")
+
     def create(self, recipe: Recipe, overwrite: bool = False) -> None:
-        """Make the folder for a new run; one that exists is refused unless `overwrite`, which removes only runs."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            if not overwrite:
-                raise UserError(f"{self.path} exists; pass --resume to go on with it, or --overwrite to begin anew")
-            if not self.recipe_file.is_file():
-                raise UserError(f"{self.path} is not a run, so it is not overwritten; choose another folder with --out")
-            shutil.rmtree(self.path)
+        """Make the folder for a new run, `check_new` allowing."""
+        self.check_new(overwrite)
+        for entry in self._content() if self.path.exists() else ():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for folder in (self.path, self.samples, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.recipe_file, to_yaml(recipe))
 
-    def resume(self, recipe: Recipe) -> None:
-        """Make an existing run ready to go on; a UserError if `recipe` would change what the run computes."""
+    def _content(self) -> list[Path]:
+        return [entry for entry in self.path.iterdir() if entry.name != "lock"]
+
+    def check_resume(self, recipe: Recipe, allow_change: bool = False) -> None:
+        """A UserError if there is no run to go on with, or `recipe` would change what it computes."""
         if not self.path.exists():
             raise UserError(f"there is no run at {self.path} to resume; leave --resume out to begin one")
         before = RunFolder.open(self.path).recipe()
-        if changed := changed_keys(before.model_dump(mode="json"), recipe.model_dump(mode="json")):
+        changed = changed_keys(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        if changed and not allow_change:
             raise UserError(
-                f"{self.path} was begun with another recipe, so it cannot go on with this one; "
-                f"these keys differ: {', '.join(changed)}"
+                f"{self.path} was begun with another recipe; these keys differ: {', '.join(changed)}; "
+                "set them back, or pass --allow-change to go on with the new ones"
             )
+
+    def resume(self, recipe: Recipe, allow_change: bool = False) -> Path | None:
+        """Make an existing run ready to go on, and return the checkpoint to go on from; None where there is none yet.
+
+        Removes what is newer than that: steps that are about to be done again, and checkpoints that are damaged.
+        """
+        self.check_resume(recipe, allow_change)
         newest = self.newest_checkpoint()
         done = checkpoint_step(newest) if newest else 0
         if done > recipe.train.steps:
             raise UserError(f"{self.path} has done {done} steps already, more than train.steps {recipe.train.steps}")
+        for folder in self.list_checkpoints():
+            if checkpoint_step(folder) > done:
+                shutil.rmtree(folder)
+        for snapshot in self.snapshots.glob("step_*"):
+            if int(re.match(r"step_(\d+)", snapshot.name)[1]) > done:
+                snapshot.unlink()
+        for left in [*self.path.glob(".writing-*"), *self.path.glob("*/.writing-*")]:  # of a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_whole(self.recipe_file, to_yaml(recipe))
         self._cut_metrics(done)
+        return newest
 
     def recipe(self) -> Recipe:
         """The recipe that the run was begun with."""
         return load_training_recipe(self.recipe_file)
 
-    def newest_checkpoint(self) -> Path | None:
-        """The whole checkpoint with the most steps."""
-        return max(self._whole_checkpoints(), key=checkpoint_step, default=None)
+    def newest_checkpoint(self, part: str = "") -> Path | None:
+        """The whole checkpoint with the most steps; None where there is none at all.
 
-    def _whole_checkpoints(self) -> list[Path]:
+        A damaged one is named on standard error and passed over; a UserError where all of them are damaged. `part`
+        looks only at what is below that folder of a checkpoint, such as 'ema'.
+        """
+        folders = sorted(self.list_checkpoints(), key=checkpoint_step, reverse=True)
+        for folder in folders:
+            damage = find_damage(folder, part)
+            if damage is None:
+                return folder
+            print(f"warning: {folder} is damaged: {damage}", file=sys.stderr)
+        if folders:
+            raise UserError(f"all checkpoints of {self.path} are damaged; remove {self.checkpoints} to begin anew")
+        return None
+
+    def list_checkpoints(self) -> list[Path]:
+        """The folders of all checkpoints, whole or not."""
         return [folder for folder in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name)]
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
 
-    def drop_old_checkpoints(self, keep: int) -> None:
-        """Keep the `keep` newest checkpoints, and remove what an interrupted write left behind."""
-        ordered = sorted(self._whole_checkpoints(), key=checkpoint_step)
-        for folder in [*ordered[:-keep], *self.checkpoints.glob(".writing-*")]:
-            shutil.rmtree(folder)
+    def drop_old_checkpoints(self, keep: int, keep_every: int | None = None) -> None:
+        """Keep the `keep` newest checkpoints, and those whose step is a multiple of `keep_every`."""
+        for folder in sorted(self.list_checkpoints(), key=checkpoint_step)[:-keep]:
+            if not keep_every or checkpoint_step(folder) % keep_every:
+                shutil.rmtree(folder)
 
     def _cut_metrics(self, step: int) -> None:
         # The steps after the checkpoint are about to be done again, and a kill may have cut the last line short.
@@ -184,12 +233,15 @@ def describe_environment(device: str, processes: int) -> dict:
     }
 
 
-def _git_state() -> dict | None:
+def _git_state(file: str = __file__) -> dict | None:
+    here = Path(file).resolve()
+
     def git(*arguments: str) -> str:
-        here = Path(__file__).resolve().parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", here.name)  # installed below somebody else's repository, it is not in it
         return {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()}
     except (OSError, subprocess.CalledProcessError):
         return None  # installed from a wheel, or git is not there

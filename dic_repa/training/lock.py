@@ -1,0 +1,72 @@
+"""One run folder, one run: a lock that the kernel frees when its owner dies, however it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dic_repa.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder (made where it is missing) for this process; a UserError names who holds it already.
+
+    A record lock, not flock: a loader process inherits the latter, and would hold it on after its parent was killed.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    descriptor = _acquire(path)
+    try:
+        if descriptor is not None:
+            os.ftruncate(descriptor, 0)
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+                os.write(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+        yield
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _acquire(path: Path) -> int | None:
+    """The open, locked file; None on a file system that has no locks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(descriptor, 1000).decode(errors="replace")
+            os.close(descriptor)
+            raise UserError(f"{path.parent} is in use by {_name(owner)}; wait for it, or stop it") from None
+        except OSError as error:
+            print(f"warning: {path.parent} cannot be locked ({error.strerror}): begin no second run there",
+                  file=sys.stderr)  # fmt: skip
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # its last owner removed it between our two calls
+
+
+def _name(owner: str) -> str:
+    try:
+        content = json.loads(owner)
+        return f"process {content['process']} on {content['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another run"

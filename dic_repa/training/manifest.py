@@ -1,0 +1,54 @@
+"""A checkpoint's manifest, the size and SHA-256 of each of its files: it tells a damaged one from a whole one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Write down all files of `folder`, as they are on the disk."""
+    files = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": _digest(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+
+
+def find_damage(folder: Path, part: str = "") -> str | None:
+    """What is wrong with the checkpoint `folder`, in a few words; None where all is as its manifest says.
+
+    `part` is a folder inside it, such as 'ema', where the rest does not matter.
+    """
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    expected = {name: entry for name, entry in expected.items() if name.startswith(part)}
+    try:
+        for name, (size, _) in expected.items():  # sizes first: that is quick, and finds most of what happens
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, not {size}"
+        for name, (_, digest) in expected.items():
+            if _digest(folder / name) != digest:
+                return f"{name} has another SHA-256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return None
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""Post-hoc EMA (Karras et al., arXiv 2312.02696): an average of any width, after the run, from stored snapshots.
+
+A snapshot is a `PowerEMA` as it was after t steps: the mean of the weights over tau in [0, t] with the profile
+`p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)`. The profile that is asked for is fitted by a linear combination of the
+snapshots' profiles, by least squares, and the snapshots' weights are combined alike.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from dic_repa.errors import UserError
+from dic_repa.training.ema import sigma_rel_to_gamma
+from dic_repa.training.run_folder import RunFolder
+from dic_repa.weights import read_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stored average: its file, the steps behind it, and its width."""
+
+    path: Path
+    step: int
+    sigma_rel: float
+
+
+def list_snapshots(run: RunFolder) -> list[Snapshot]:
+    """The run's snapshots, by step and width."""
+    found = []
+    for path in run.snapshots.glob("*.safetensors"):
+        if match := re.fullmatch(r"step_(\d+)-sigma_rel-([\d.e+-]+)", path.stem):
+            found.append(Snapshot(path, int(match[1]), float(match[2])))
+    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
+
+
+def profile_products(
+    steps_a: np.ndarray, gammas_a: np.ndarray, steps_b: np.ndarray, gammas_b: np.ndarray
+) -> np.ndarray:
+    """The integrals over tau of `p_a(tau) p_b(tau)` for all pairs, (A, B): the paper's closed form
+    `(g_a + 1) (g_b + 1) t^(g_a + g_b + 1) / ((g_a + g_b + 1) t_a^(g_a + 1) t_b^(g_b + 1))`, t the smaller of the steps.
+    """
+    ta, ga = np.asarray(steps_a, float)[:, None], np.asarray(gammas_a, float)[:, None]
+    tb, gb = np.asarray(steps_b, float)[None], np.asarray(gammas_b, float)[None]
+    logarithm = (ga + gb + 1) * np.log(np.minimum(ta, tb)) - (ga + 1) * np.log(ta) - (gb + 1) * np.log(tb)
+    return (ga + 1) * (gb + 1) / (ga + gb + 1) * np.exp(logarithm)
+
+
+def combination(steps: list[int], gammas: list[float], step: int, gamma: float) -> np.ndarray:
+    """The factors (N,) of N snapshots whose combined profile is nearest to that of `gamma` at `step`.
+
+    They sum to 1: a profile that weighs the training as a whole is a mean.
+    """
+    gram = profile_products(steps, gammas, steps, gammas)
+    wanted = profile_products(steps, gammas, [step], [gamma])[:, 0]
+    scale = np.sqrt(np.diag(gram))  # profiles of late steps are flat and of early ones steep
+    factors = np.linalg.lstsq(gram / np.outer(scale, scale), wanted / scale, rcond=1e-13)[0] / scale
+    return factors / factors.sum()
+
+
+def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:
+    """The average of width `sigma_rel` after `step` steps (by default those of the last snapshot): tensors by name, and
+    the step.
+
+    A UserError where the run has no snapshots, or none as late as `step`.
+    """
+    snapshots, gamma = list_snapshots(run), sigma_rel_to_gamma(sigma_rel)
+    if not snapshots:
+        raise UserError(
+            f"{run.path} has no snapshots; train with train.power_ema and train.snapshot_every to make averages later"
+        )
+    step = step or snapshots[-1].step
+    snapshots = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    if not snapshots or snapshots[-1].step < step:
+        steps = sorted({snapshot.step for snapshot in list_snapshots(run)})
+        raise UserError(f"{run.path} has no snapshot of step {step}; it has {', '.join(map(str, steps))}")
+    gammas = [sigma_rel_to_gamma(snapshot.sigma_rel) for snapshot in snapshots]
+    factors = combination([snapshot.step for snapshot in snapshots], gammas, step, gamma)
+    total: dict[str, Tensor] = {}
+    for factor, snapshot in zip(factors.tolist(), snapshots):
+        for name, tensor in read_tensors(snapshot.path)[0].items():
+            part = tensor.double() * factor if tensor.is_floating_point() else tensor
+            total[name] = total[name] + part if name in total and tensor.is_floating_point() else part
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}, step
+
+
+def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: int | None = None) -> int:
+    """Write `reconstruct`'s weights as an inference checkpoint, and return its step."""
+    newest = run.newest_checkpoint("ema")
+    if newest is None:
+        raise UserError(f"{run.path} has no checkpoint yet")
+    tensors, step = reconstruct(run, sigma_rel, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "recipe.yaml"):
+        shutil.copyfile(newest / "ema" / name, folder / name)
+    made = {"sigma_rel": sigma_rel, "step": step, "run": str(run.path)}
+    save_tensors(tensors, folder / "model.safetensors", {"post-hoc EMA": json.dumps(made)})
+    return step

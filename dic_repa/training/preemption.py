@@ -1,0 +1,42 @@
+"""SIGTERM and SIGUSR1, which a cluster sends before it takes a machine away: save, and leave with a code to requeue."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+REQUEUE_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
+
+
+class Preempted(Exception):
+    """The run was told to stop and has saved; it goes on with `resume`."""
+
+
+class StopRequest:
+    """While entered, SIGTERM and SIGUSR1 set `received` and do nothing else, so that the step comes to its end.
+
+    A second signal changes nothing: a launcher passes on what the whole process group has received already.
+    """
+
+    def __init__(self):
+        self.received = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, _number, _frame) -> None:
+        self.received = True
+
+
+def leave_signals_to_parent(_worker: int = 0) -> None:
+    """In a loader's process: the whole group is signalled, but it is the parent that says when to stop."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

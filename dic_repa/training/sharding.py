@@ -1,0 +1,76 @@
+"""Parameters, gradients and optimizer state cut up among the processes (FSDP2), stage by stage.
+
+Torch's own `fully_shard` does it, also where Accelerate was launched with an FSDP2 configuration: so it works over gloo
+on CPU processes too, the averaged weights are cut like the denoiser, and one place says what a stage is. Checkpoints
+hold whole tensors, and load in any number of processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dic_repa.errors import UserError
+
+
+def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
+    """Whether to shard: as the recipe or the launcher's configuration says, where there are several processes."""
+    return (sharding == "fsdp2" or accelerator.is_fsdp2) and accelerator.num_processes > 1
+
+
+def shard(model: nn.Module, denoiser: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Shard `model` in place: each stage of its `denoiser` is gathered for its turn, all else at the root."""
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise UserError("train.sharding fsdp2 needs torch 2.6 or newer; take none") from None
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    model.to(memory_format=torch.contiguous_format)  # it takes no others
+    for stage in stages(denoiser):
+        fully_shard(stage, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def stages(model: nn.Module) -> list[list[nn.Module]]:
+    """The innermost module lists with parameters: DiC's encoder, middle and decoder stages; a transformer's blocks."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return [
+        list(members)
+        for members in lists
+        if not any(isinstance(inner, nn.ModuleList) for member in members for inner in member.modules())
+        and any(True for _ in members.parameters())
+    ]
+
+
+def whole(tensor: Any) -> Any:
+    """The whole of a sharded tensor, for which all processes must call; anything else as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, which every process has, cut up and laid out in memory as `like` is."""
+    if not hasattr(like, "device_mesh"):
+        return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def to_cpu(tree: Any, keep: bool) -> Any:
+    """A copy in CPU memory of all tensors in nested dicts and lists, made whole; None in their place unless `keep`.
+
+    All processes must call it with the same tree, one after the other for each tensor.
+    """
+    if isinstance(tree, Tensor):
+        tensor = whole(tree.detach())
+        return tensor.to("cpu", copy=True) if keep else None
+    if isinstance(tree, dict):
+        return {key: to_cpu(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(to_cpu(value, keep) for value in tree)
+    return tree
