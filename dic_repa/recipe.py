@@ -44,8 +44,8 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name: str = Field("DiC", description="a preset (DiC-S, DiC-B, DiC-XL, DiC-H) or DiC with width and depths")
-    width: int | None = Field(None, ge=2, description="channels of the first level")
+    name: str = Field("DiC", description="a preset (`dic-repa info`), or DiC, SiT, DiT or U-ViT with sizes")
+    width: int | None = Field(None, ge=2, description="channels of the first level, or of a token")
     depths: tuple[Count, Count, Count, Count, Count] | None = Field(
         None, description="blocks of the stages: encoder, encoder, middle, decoder, decoder"
     )

@@ -15,9 +15,11 @@ GROUPS = {
     "imagenet256": "ImageNet: the rows of the papers",
     "urepa": "ImageNet: U-REPA's ablations",
     "ladder": "ImageNet: the ladder from an isotropic network to DiC",
+    "baseline": "ImageNet: other denoisers on the same loop",
     "sample": "Sampling from a finished run: dic-repa sample RUN --recipe NAME",
 }
 OTHERS = "imagenet256"
+BASELINES = ("sit", "dit", "u")
 
 
 @click.group("recipes", invoke_without_command=True)
@@ -37,7 +39,8 @@ def command(context: click.Context):
     width = max(map(len, recipes))
     grouped: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in recipes:
-        group = name.partition("-")[0]
+        word = name.partition("-")[0]
+        group = "baseline" if word in BASELINES else word
         grouped[group if group in GROUPS else OTHERS].append(name)
     for group, names in grouped.items():
         click.echo(f"{GROUPS[group]}:")
