@@ -33,7 +33,8 @@ def shard(model: nn.Module, denoiser: nn.Module, accelerator: Accelerator) -> nn
     model.to(memory_format=torch.contiguous_format)  # it takes no others
     for stage in stages(denoiser):
         fully_shard(stage, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    # Also the root's: after sampling from averaged weights they must be shards again for their next update.
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def stages(model: nn.Module) -> list[list[nn.Module]]:
