@@ -100,7 +100,7 @@ class Condition(nn.Module):
         self.label = nn.Embedding(num_classes + 1, width)
 
     def forward(self, t, y):
-        return F.silu(self.time2(F.silu(self.time1(sinusoids(t)))) + self.label(y))
+        return F.silu(self.time2(F.silu(self.time1(sinusoids(t).to(self.time1.weight.dtype)))) + self.label(y))
 
 
 class Block(nn.Module):

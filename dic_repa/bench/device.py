@@ -1,0 +1,110 @@
+"""The device, its precisions, its clocks and its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dic_repa.errors import UserError, unknown_name
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SMI = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The device of that name, by default the GPU where there is one; a UserError where it cannot be had."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; take --device cpu")
+    return device
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """A UserError for an unknown precision, and for tf32 where there is none."""
+    if name not in DTYPES:
+        raise unknown_name("precision", name, DTYPES)
+    if name == "tf32" and device.type != "cuda":
+        raise UserError("tf32 is a precision of NVIDIA GPUs; on this device take fp32, bf16 or fp16")
+
+
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Let float32 products use TF32 where `name` is tf32, and nowhere else; as it was afterwards."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
+def describe_device(device: torch.device) -> dict[str, str | int]:
+    """What a number means nothing without: the device and its clocks now, versions, threads."""
+    found: dict[str, str | int] = {
+        "device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda or "none", "cudnn": torch.backends.cudnn.version() or 0}
+        found |= _clocks(device)
+    return found
+
+
+def _clocks(device: torch.device) -> dict[str, str]:
+    if shutil.which("nvidia-smi") is None:
+        return {"clocks": "nvidia-smi was not found"}
+    command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return dict(zip(_SMI.split(","), (value.strip() for value in done.stdout.split(","))))
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that one call has allocated at once, at most, beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    now = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def convolution_share(call: Callable[[], object], device: torch.device) -> float:
+    """The share of the device's busy time that one call spends in convolutions, forward and backward."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as recorded:
+        call()
+    averages = recorded.key_averages()
+    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    total = sum(getattr(event, time) for event in averages)
+    if device.type == "cuda":  # a convolution's kernels count with the operation that launched them
+        within = [e for e in averages if e.key in ("aten::convolution", "aten::convolution_backward")]
+        return sum(event.device_time_total for event in within) / max(total, 1e-9)
+    return sum(getattr(event, time) for event in averages if "conv" in event.key) / max(total, 1e-9)

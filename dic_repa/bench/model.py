@@ -1,0 +1,160 @@
+"""`dic-repa bench model`: the forward pass of denoisers, side by side."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dic_repa.bench.device import DTYPES, check_precision, convolution_share, describe_device, peak_memory, precision
+from dic_repa.bench.peak import measure_peak
+from dic_repa.bench.report import add_ratios, speed
+from dic_repa.bench.timing import Timing, interleave
+from dic_repa.errors import UserError, did_you_mean
+from dic_repa.models import create_denoiser, measure_cost
+from dic_repa.plugins import find_factory
+from dic_repa.registry import Registry
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+COMPILES = ("off", "default", "reduce-overhead", "max-autotune")  # the latter are torch.compile's modes
+
+
+@dataclass
+class Case:
+    """A denoiser in one precision and layout, compiled or not, on a batch of one size."""
+
+    label: str
+    model: nn.Module
+    gmacs: float
+    precision: str
+    inputs: tuple[Tensor, Tensor, Tensor]
+    reference: Tensor
+    marks_steps: bool = False  # CUDA graphs want to know where one call's output may be overwritten
+
+    @property
+    def batch(self) -> int:
+        return len(self.inputs[0])
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        if self.marks_steps:
+            torch.compiler.cudagraph_mark_step_begin()
+        with precision(self.precision):
+            return self.model(*self.inputs)
+
+
+def bench_model(
+    names: Sequence[str],
+    device: torch.device,
+    precisions: Sequence[str] = ("fp32",),
+    layouts: Sequence[str] = ("channels_last",),
+    compiles: Sequence[str] = ("off",),
+    batches: Sequence[int] = (1, 8),
+    size: int = 32,
+    baselines: Sequence[str] = (),
+    rounds: int = 7,
+    seconds: float = 0.2,
+    peaks: bool = True,
+) -> dict:
+    """Time the forward pass of each denoiser in each precision, layout, compile mode and batch size, interleaved.
+
+    `baselines` are factories `package.module:name` or `file.py:name`, called with each denoiser: what they return runs
+    beside it, eager. Returns `environment` before and `after`, `peaks` (TFLOP/s by precision) and `rows`, one for each
+    case. A row's `difference` is the relative error of its output against the same denoiser's in float32, eager.
+    """
+    for name in precisions:
+        check_precision(name, device)
+    environment = describe_device(device)
+    allow_recompilation()
+    cases = []
+    for name in names:
+        denoiser = random_denoiser(name).to(device)
+        gmacs = measure_cost(denoiser, size).macs / 1e9
+        batch_inputs = [random_inputs(denoiser, batch, size, device) for batch in batches]
+        with torch.inference_mode(), precision("fp32"):
+            references = [denoiser(*inputs) for inputs in batch_inputs]
+        for kind, layout in itertools.product(precisions, layouts):
+            model = copy.deepcopy(denoiser).to(dtype=DTYPES[kind], memory_format=LAYOUTS[layout])
+            models = [(_label(name, kind, layout if len(layouts) > 1 else "", mode), mode, model) for mode in compiles]
+            if layout == layouts[0]:
+                for baseline in baselines:
+                    other = load_factory(baseline)(denoiser).to(device, DTYPES[kind]).eval()
+                    models.append((f"{name} {kind} by {baseline.rpartition(':')[2]}", "off", other))
+            for label, mode, model in models:
+                called = model if mode == "off" else torch.compile(model, mode=mode, dynamic=False)
+                cases += [
+                    Case(label, called, gmacs, kind, (x.to(DTYPES[kind]), t, y), reference, mode != "off")
+                    for (x, t, y), reference in zip(batch_inputs, references)
+                ]
+    limits = {kind: measure_peak(kind, device) for kind in precisions} if peaks else {}
+    timings = interleave(cases, device, rounds, seconds, description="forward")
+    rows = [_row(case, timing, limits.get(case.precision), device) for case, timing in zip(cases, timings)]
+    add_ratios(rows)
+    return {"environment": environment, "after": describe_device(device), "peaks": limits, "rows": rows}
+
+
+def _row(case: Case, timing: Timing, limits: dict[str, float] | None, device: torch.device) -> dict:
+    row = {"label": case.label, "batch": case.batch, "gmacs": case.gmacs, **speed(timing, case.batch)}
+    row["tflops"] = 2 * case.gmacs * row["images_per_second"] / 1000
+    if limits:
+        row |= {f"{kind}_share": row["tflops"] / limit for kind, limit in limits.items()}
+    row["memory_mb"] = peak_memory(case, device) / 1e6
+    row["time_in_convolutions"] = convolution_share(case, device)
+    row["difference"] = float((case().float() - case.reference).norm() / case.reference.norm())
+    return row
+
+
+def _label(name: str, kind: str, layout: str, mode: str) -> str:
+    how = {"off": "eager", "default": "compiled"}.get(mode, mode)
+    return " ".join(part for part in (name, kind, layout, how) if part)
+
+
+def random_denoiser(name: str, **options) -> nn.Module:
+    """The denoiser `name` with random weights, those that start at zero too: nothing may be skipped or trivial."""
+    torch.manual_seed(0)
+    denoiser = create_denoiser(name, **options).eval().requires_grad_(False)
+    for parameter in denoiser.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return denoiser
+
+
+def random_inputs(denoiser: nn.Module, batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Data, times and labels of a batch, the same on every device."""
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, denoiser.in_channels, size, size, generator=generator)
+    t = torch.rand(batch, generator=generator)
+    y = torch.randint(denoiser.num_classes, (batch,), generator=generator)
+    return x.to(device), t.to(device), y.to(device)
+
+
+def load_factory(name: str) -> Callable[[nn.Module], nn.Module]:
+    """The function `package.module:name` or `file.py:name`; a UserError where there is none."""
+    place, _, attribute = name.rpartition(":")
+    if not place.endswith(".py"):
+        return find_factory(Registry("baseline"), "dic_repa.baselines", name)
+    path = Path(place)
+    if not path.is_file():
+        raise UserError(f"baseline '{name}': there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, attribute, None)):
+        public = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UserError(f"baseline '{name}': {path} has no '{attribute}' to call{did_you_mean(attribute, public)}")
+    return getattr(module, attribute)
+
+
+def allow_recompilation(limit: int = 256) -> None:
+    """Let one piece of code be compiled for many models and shapes; beyond 8, torch falls back to eager silently."""
+    import torch._dynamo
+
+    for name in ("recompile_limit", "cache_size_limit"):  # the name until torch 2.6
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, limit)
