@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dic_repa.encoders.base import register_encoder
 from dic_repa.encoders.vit import FrozenViT, resize_bicubic
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError, first_line, unknown_name
+from dic_repa.hub import offline_without_network
 from dic_repa.weights import load_weights, read_tensors
 
 
@@ -80,6 +81,7 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
         raise UserError(f"timm model '{name}' has no grid of patch tokens; choose a ViT, see timm.list_models('vit_*')")
     if not pretrained:
         return model
+    offline_without_network()
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **model_args)
     except OSError as error:
@@ -90,7 +92,7 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
             "one and give its path with weights=FILE"
         ) from error
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rstrip(":.")
+        reason = first_line(error).rstrip(":.")
         raise UserError(
             f"no weights of timm's fit '{name}' ({reason}); give weights=FILE or pretrained=False"
         ) from error

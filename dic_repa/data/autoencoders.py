@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.hub import offline_without_network
 
 DECODE_BATCH = 16  # images decoded at once: at 256 px a batch of this size takes about 3 GB
 
@@ -158,6 +159,8 @@ def _place(name: str) -> tuple[str, str | None]:
     if Path(name).is_dir():
         return name, None
     place, _, subfolder = name.partition(":")
+    if not Path(place).is_dir():
+        offline_without_network()
     return place, subfolder or None
 
 

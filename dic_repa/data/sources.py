@@ -19,6 +19,7 @@ from PIL import Image
 from dic_repa.data.files import FileTree, open_tree
 from dic_repa.data.images import EXTENSIONS, BadImage, decode_image
 from dic_repa.errors import UserError
+from dic_repa.hub import offline_without_network
 
 LABEL_FILES = ("dataset.json", "labels.json", "labels.csv")
 
@@ -165,6 +166,8 @@ def _open_hugging_face(path: str) -> ImageSource:
             data = datasets.load_from_disk(place)
             data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
         else:
+            if not Path(place).exists():
+                offline_without_network()
             data = datasets.load_dataset(place, split=split or "train")
     except Exception as error:  # anything from ConnectionError to DatasetNotFoundError and ValueError
         reason = (str(error) or repr(error)).strip().splitlines()[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.hub import offline_without_network
 from dic_repa.weights import load_weights, read_tensors, save_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -83,6 +84,7 @@ def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:
 
     from huggingface_hub import hf_hub_download
 
+    offline_without_network()
     try:
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     except Exception as error:  # the hub's client raises a dozen kinds, from no connection to no such repository
