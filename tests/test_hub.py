@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import huggingface_hub
+import huggingface_hub.errors
 import pytest
 from huggingface_hub import constants
 
