@@ -113,7 +113,7 @@ class SampleFolder:
 
 
 def sample_spec(
-    checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None, random: bool
+    checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None = None, random: bool = False
 ) -> dict:
     """What determines the images of a folder, as JSON has it."""
     return {
