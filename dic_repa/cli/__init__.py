@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "Judge the samples of one run or of several.",
     "report": "One HTML page about one run or several: curves, samples, metrics, recipes.",
     "probe": "Compare every stage of a denoiser with an encoder, over noise levels.",
+    "tune": "Find the guidance scale and interval for the best score.",
     "prepare": "Crop and encode a folder, zip, tar or Hugging Face data set of images.",
     "bench": "Measure speed: of the data.",
     "info": "Parameters and MACs of a model or a recipe.",

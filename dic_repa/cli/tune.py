@@ -1,0 +1,92 @@
+"""`dic-repa tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dic_repa.cli.sample import sample_settings
+from dic_repa.errors import UserError
+
+
+@click.command("tune")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--metric", help="What counts: frechet or recognised for digits, fid, ...  [default: the recipe's judge's]"
+)
+@click.option("--reference", help="Real images for fid and its like: a folder, an .npz, statistics.")
+@click.option("--scales", default="1,1.25,1.5,1.75,2,2.5", show_default=True, help="Guidance scales to try.")
+@click.option(
+    "--intervals",
+    default="0:0.5,0:0.7,0:0.85,0:1,0.2:0.8",
+    show_default=True,
+    help="Intervals of t to try (0 data, 1 noise).",
+)
+@click.option("--num", type=click.IntRange(2), help="Samples of each cell.  [default: a tenth, from 200 to 5000]")
+@click.option("--confirm", type=click.IntRange(0), default=3, show_default=True, help="Best cells to sample anew.")
+@click.option("--confirm-num", type=click.IntRange(2), help="Samples of each of them.  [default: the recipe's num]")
+@click.option("--solver", help="From `dic-repa solvers`.  [default: the recipe's]")
+@click.option("--steps", type=int, help="Of a fixed-step solver.")
+@click.option("--batch-size", type=int, help="Images at once.")
+@click.option("--seed", type=int, help="Of the noise, which is the same in every cell.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/tune]")
+def command(
+    checkpoint: Path,
+    metric: str | None,
+    reference: str | None,
+    scales: str,
+    intervals: str,
+    num: int | None,
+    confirm: int,
+    confirm_num: int | None,
+    out: Path | None,
+    **options,
+):
+    """Find the guidance scale and interval with which CHECKPOINT (a run or a checkpoint) scores best.
+
+    A grid is tried with few samples and the same noise everywhere, then the best are confirmed with many. Prints the
+    options to use; writes tune.json and the heat map tune.png. Stopped, the same command goes on with the cells that
+    are missing, and a finer grid keeps those that are there.
+
+    \b
+    Examples:
+      dic-repa tune runs/digits-urepa
+      dic-repa tune runs/digits-urepa --metric recognised --scales 1,1.5,2,3 --intervals 0:0.7,0:1
+      dic-repa tune runs/xl --metric fid --reference VIRTUAL_imagenet256_labeled.npz --num 5000 --confirm-num 50000
+    """
+    chosen = _numbers("--scales", scales, ",")
+    spans = [tuple(_numbers("--intervals", part, ":")) for part in intervals.split(",")]
+    if any(len(span) != 2 for span in spans):
+        raise UserError(f"--intervals takes pairs such as 0:0.7,0.2:0.8, not '{intervals}'")
+
+    import torch
+    from tqdm import tqdm
+
+    from dic_repa.evaluation.tune import Cell, Tuner
+    from dic_repa.generation import load_checkpoint
+
+    loaded = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    sample = sample_settings(loaded.recipe.sample, **options)
+    tuner = Tuner(loaded, metric, reference, sample, chosen, spans, num, confirm, confirm_num, out)
+    total = len(tuner.cells()) * tuner.num + confirm * tuner.confirm_num
+    with tqdm(total=total, unit="image", desc="tuning", delay=0.1) as bar:
+
+        def progress(cell: Cell | None, count: int) -> None:
+            if cell is None:
+                bar.update(count)
+            else:
+                bar.write(f"{cell.options:32} {cell.num:6} samples  {tuner.score} {cell.value:.4g}")
+
+        tuned = tuner.run(progress)
+    best = tuned.best
+    click.echo(f"best {tuned.score}: {best.value:.4g} with {best.num} samples")
+    click.echo(f"use: dic-repa sample {checkpoint} {best.options}")
+    click.echo(f"heat map: {tuned.picture}; record: {tuned.record}")
+
+
+def _numbers(option: str, text: str, separator: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(separator)]
+    except ValueError:
+        raise UserError(f"{option} takes numbers, not '{text}'") from None

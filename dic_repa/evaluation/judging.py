@@ -1,0 +1,73 @@
+"""One way to score labelled samples, whether by a judge of labelled images or by metrics against a reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dic_repa.errors import UserError, unknown_name
+from dic_repa.evaluation import Measure, metrics, scores
+
+
+class Judge:
+    """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1].
+
+    Args:
+        names: judges ('digits') or metrics (`dic-repa evaluate --list-metrics`), whose scores are merged.
+        reference: the real images that metrics compare with, as `Measure` takes them; its features are computed once.
+
+    `better` is 'higher' or 'lower' for each score that has a direction; its first is the `main` one. A judge of your
+    own tells it by an attribute `better`. Raises UserError for unknown names and a reference that is missing.
+    """
+
+    def __init__(self, names: Sequence[str], reference=None, device: str | torch.device = "cpu"):
+        for name in names:
+            if name not in metrics and name not in scores:
+                raise unknown_name("metric", name, [*metrics.names(), *scores.names()])
+        self.judges = [metrics.get(name) for name in names if name in metrics]
+        measured = [name for name in names if name in scores]
+        self.measure = Measure(measured, reference, device) if measured else None
+        self.better: dict[str, str] = {}
+        for name in names:
+            self.better |= (
+                {name: scores.get(name).better} if name in scores else getattr(metrics.get(name), "better", {})
+            )
+
+    @property
+    def main(self) -> str | None:
+        return next(iter(self.better), None)
+
+    def check(self, score: str) -> str:
+        """`score`, if there is one of that name with a direction; else a UserError."""
+        if score not in self.better:
+            raise unknown_name("score", score, self.better)
+        return score
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict:
+        found: dict = {}
+        for judge in self.judges:
+            found |= judge(images, labels)
+        return found | (self.measure(images.split(self.measure.batch_size)).values if self.measure else {})
+
+    def beats(self, score: str, value: float, other: float | None) -> bool:
+        """Whether `value` is better than `other`; NaN never is, and anything else beats NaN or None."""
+        if math.isnan(value):
+            return False
+        if other is None or math.isnan(other):
+            return True
+        return value > other if self.better[score] == "higher" else value < other
+
+
+def judge_of_score(score: str, judge: str | None, reference, device: str | torch.device = "cpu") -> Judge:
+    """Who gives `score`: a metric of that name against `reference`, or else the `judge` that a recipe names."""
+    if score in scores:
+        return Judge([score], reference, device)
+    if judge is None:
+        raise unknown_name("metric", score, scores.names())
+    found = Judge([judge], reference, device)
+    if score not in found.better:
+        raise UserError(str(unknown_name("metric", score, [*found.better, *scores.names()])))
+    return found

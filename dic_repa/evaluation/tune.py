@@ -1,0 +1,215 @@
+"""The search for guidance: scale and interval are tried with few samples, the best are confirmed with many.
+
+Every cell has the same noise and labels, so that cells differ by their guidance alone. Each is recorded as soon as it
+is done, and a second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dic_repa.errors import UserError
+from dic_repa.evaluation.judging import Judge, judge_of_score
+from dic_repa.generation import Checkpoint, balanced_labels, build_sampler
+from dic_repa.recipe import GuidanceSection, SampleSection
+from dic_repa.training.run_folder import write_whole
+
+SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
+INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.0, 0.85), (0.0, 1.0), (0.2, 0.8))
+
+
+@dataclass
+class Cell:
+    """One guidance and what its samples scored. A scale of 1 is no guidance, whatever the interval."""
+
+    scale: float
+    interval: tuple[float, float]
+    num: int
+    value: float
+
+    @property
+    def options(self) -> str:
+        """The options of `dic-repa sample` for it."""
+        low, high = self.interval
+        return "--scale 1" if self.scale == 1 else f"--scale {self.scale:g} --interval {low:g} {high:g}"
+
+
+@dataclass
+class Tuned:
+    """The best cell, all cells, those confirmed with many samples, and where the record and the heat map are."""
+
+    best: Cell
+    cells: list[Cell]
+    confirmed: list[Cell]
+    score: str
+    better: str
+    record: Path
+    picture: Path
+
+
+class Tuner:
+    """The search on one checkpoint; `run()` does it.
+
+    Args:
+        loaded: what `dic_repa.generation.load_checkpoint` gives for a run or a checkpoint.
+        score: what counts: a score of the recipe's judge (digits: frechet, recognised), or a metric such as fid.
+        reference: the real images that a metric compares with.
+        sample: the sampler; by default the recipe's, whose guidance is replaced.
+        num: samples of each cell.
+        confirm, confirm_num: how many of the best cells are sampled anew, with how many samples.
+        out: folder of tune.json and tune.png; by default RUN/tune.
+    """
+
+    def __init__(
+        self,
+        loaded: Checkpoint,
+        score: str | None = None,
+        reference=None,
+        sample: SampleSection | None = None,
+        scales: Sequence[float] = SCALES,
+        intervals: Sequence[tuple[float, float]] = INTERVALS,
+        num: int | None = None,
+        confirm: int = 3,
+        confirm_num: int | None = None,
+        out: str | Path | None = None,
+    ):
+        self.loaded, recipe = loaded, loaded.recipe
+        device = next(loaded.denoiser.parameters()).device
+        if recipe.train.label_dropout in (0, 1):
+            why = "without label dropout" if recipe.train.label_dropout == 0 else "without labels"
+            raise UserError(f"{loaded.source} was trained {why}, so it has no guidance to search")
+        self.sample = sample or recipe.sample
+        self.confirm, self.confirm_num = confirm, confirm_num or self.sample.num
+        self.num = num or min(5000, max(200, self.sample.num // 10), self.confirm_num)
+        self.scales, self.intervals = sorted(set(scales)), list(dict.fromkeys(intervals))
+        for scale in self.scales:
+            for interval in self.intervals:
+                self._settings(scale, interval, self.num)  # a mistake shall be told before the first cell
+        judge = recipe.evaluate.metric if recipe.evaluate else None
+        if score is None and judge is None:
+            raise UserError(
+                f"the recipe of {loaded.source} names no judge; say which metric counts, such as --metric fid"
+            )
+        self.judge = judge_of_score(score, judge, reference, device) if score else Judge([judge], reference, device)
+        self.score = self.judge.check(score or self.judge.main or "")
+        self.folder = Path(out) if out else _folder(self.loaded.source) / "tune"
+        self.file = self.folder / "tune.json"
+        self.spec = {
+            "checkpoint": str(self.loaded.source),
+            "score": self.score,
+            "reference": reference and str(reference),
+        }
+        self.done = self._read()
+
+    def cells(self) -> list[tuple[float, tuple[float, float]]]:
+        """What the grid asks for; one cell for all intervals where the scale is 1."""
+        plain = [(scale, self.intervals[0]) for scale in self.scales if scale == 1]
+        return plain + [(scale, interval) for scale in self.scales if scale != 1 for interval in self.intervals]
+
+    def run(self, progress: Callable[[Cell | None, int], None] = lambda cell, count: None) -> Tuned:
+        """Search, confirm, draw. `progress(None, count)` is told of images, `progress(cell, 0)` of a cell."""
+        found = [self._cell(scale, interval, self.num, progress) for scale, interval in self.cells()]
+        best = self.ranked(found)[: self.confirm]
+        confirmed = self.ranked([self._cell(c.scale, c.interval, self.confirm_num, progress) for c in best])
+        picture = self.folder / "tune.png"
+        tuned = Tuned(
+            (confirmed or self.ranked(found))[0],
+            found,
+            confirmed,
+            self.score,
+            self.judge.better[self.score],
+            self.file,
+            picture,
+        )
+        self._write(confirmed or best)
+        save_heat_map(tuned, self.intervals, picture)
+        return tuned
+
+    def ranked(self, cells: list[Cell]) -> list[Cell]:
+        """The cells, the best first."""
+        sign = -1 if self.judge.better[self.score] == "higher" else 1
+        return sorted(cells, key=lambda cell: (cell.value != cell.value, sign * cell.value))  # NaN last
+
+    def _cell(self, scale: float, interval: tuple[float, float], num: int, progress) -> Cell:
+        settings = self._settings(scale, interval, num)
+        wanted = self.spec | {"sample": settings.model_dump(mode="json")}
+        known = next((entry for entry in self.done if wanted.items() <= entry.items()), None)
+        if known is None:
+            labels = balanced_labels(self.loaded.recipe, self.loaded.denoiser.num_classes, num)
+            batches = []
+            for batch in build_sampler(self.loaded, settings)(labels):
+                batches.append((batch * 255).round() / 255)  # what is judged is what a PNG file keeps
+                progress(None, len(batch))
+            known = wanted | {"scores": self.judge(torch.cat(batches), labels)}
+            self.done.append(known)
+            self._write()
+        cell = Cell(scale, interval, num, float(known["scores"][self.score]))
+        progress(cell, 0)
+        return cell
+
+    def _settings(self, scale: float, interval: tuple[float, float], num: int) -> SampleSection:
+        before = self.sample.guidance.model_dump() if self.sample.guidance else {}
+        changed = before | {"scale": scale, "interval": tuple(interval)}
+        try:
+            guidance = None if scale == 1 else GuidanceSection.model_validate(changed)
+        except ValueError:
+            low, high = interval
+            raise UserError(f"no guidance has the scale {scale:g} and the interval {low:g}:{high:g}") from None
+        return self.sample.model_copy(update={"guidance": guidance, "num": num})
+
+    def _read(self) -> list[dict]:
+        try:
+            cells = json.loads(self.file.read_text())["cells"]
+            return [cell for cell in cells if isinstance(cell, dict) and self.score in cell.get("scores", {})]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+
+    def _write(self, best: Sequence[Cell] = ()) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"score": self.score, "better": self.judge.better[self.score]}
+        record["best"] = [vars(cell) | {"options": cell.options} for cell in best]
+        write_whole(self.file, json.dumps(record | {"cells": self.done}, indent=1) + "\n")
+
+
+def _folder(source: Path) -> Path:
+    """The run of a checkpoint's weights; the checkpoint itself where it lies in no run."""
+    checkpoint = source.parent if source.name == "ema" else source
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: Path) -> None:
+    """The score over scale and interval; the confirmed cells have a frame, the best a thick one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scales = sorted({cell.scale for cell in tuned.cells})
+    values = {(cell.scale, cell.interval): cell.value for cell in tuned.cells}
+    plain = next((cell.value for cell in tuned.cells if cell.scale == 1), None)
+    table = [[values.get((scale, interval), plain) for scale in scales] for interval in intervals]
+    size = (2.2 + 0.85 * len(scales), 1.5 + 0.5 * len(intervals))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    shown = axis.imshow(table, aspect="auto", cmap="viridis" if tuned.better == "higher" else "viridis_r")
+    for i, row in enumerate(table):
+        for j, value in enumerate(row):
+            red, green, blue, _ = shown.cmap(shown.norm(value))
+            color = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            axis.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9, color=color)
+    for k, cell in enumerate(tuned.confirmed):
+        rows = range(len(intervals)) if cell.scale == 1 else [list(intervals).index(cell.interval)]
+        for i in rows:
+            corner = (scales.index(cell.scale) - 0.47, i - 0.47)
+            axis.add_patch(plt.Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="#d9480f", linewidth=1 if k else 3))
+    axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
+    axis.set_yticks(range(len(intervals)), [f"{low:g} to {high:g}" for low, high in intervals])
+    axis.set(xlabel="guidance scale", ylabel="interval of t")
+    axis.set_title(f"{tuned.score} ({tuned.better} is better), {tuned.cells[0].num} samples a cell", fontsize=10)
+    figure.colorbar(shown, ax=axis)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
