@@ -177,11 +177,9 @@ def main(kills: int, steps: int, seed: int, folder: Path) -> Counter:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         happened = main(arguments.kills, arguments.steps, arguments.seed, Path(folder))
-    print(
-        f"{sum(happened.values())} kills ({dict(happened)}): the same as undisturbed, bit for bit; nothing left behind"
-    )
+    print(f"{sum(happened.values())} kills {dict(happened)}: the same as undisturbed, bit for bit; nothing left behind")

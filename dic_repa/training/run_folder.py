@@ -96,12 +96,16 @@ class RunFolder:
         self.check_new(overwrite)
         for entry in self._content() if self.path.exists() else ():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for folder in (self.path, self.samples, self.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.recipe_file, to_yaml(recipe))
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.recipe_file, to_yaml(recipe))  # first: killed from here on, it can be resumed
+        self._make_folders()
+
+    def _make_folders(self) -> None:
+        for folder in (self.samples, self.checkpoints):
+            folder.mkdir(exist_ok=True)
 
     def _content(self) -> list[Path]:
-        return [entry for entry in self.path.iterdir() if entry.name != "lock"]
+        return [entry for entry in self.path.iterdir() if entry.name != "lock" and entry.name[0] != "."]
 
     def check_resume(self, recipe: Recipe, allow_change: bool = False) -> None:
         """A UserError if there is no run to go on with, or `recipe` would change what it computes."""
@@ -134,6 +138,7 @@ class RunFolder:
         for left in [*self.path.glob(".writing-*"), *self.path.glob("*/.writing-*")]:  # of a run that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_whole(self.recipe_file, to_yaml(recipe))
+        self._make_folders()
         self._cut_metrics(done)
         return newest
 
