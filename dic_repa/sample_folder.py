@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dic_repa.errors import UserError
+from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import Checkpoint, Sampler, save_png
 from dic_repa.models.pretrained import WEIGHTS
@@ -32,33 +33,39 @@ from dic_repa.recipe import SampleSection
 from dic_repa.samplers import solver_info
 from dic_repa.training.run_folder import write_whole
 
-SPEC, NPZ = "samples.json", "samples.npz"
 WRITERS = 4  # threads that compress PNG files while the next batch is sampled
-_CHANGEABLE = {"sample.num", "sample.batch_size", "sample.decode_batch", "evaluations_per_image", "labels"}
+_CHANGEABLE = {
+    "checkpoint",  # where it is; what it is, its weights tell
+    "sample.num",
+    "sample.batch_size",
+    "sample.decode_batch",
+    "evaluations_per_image",
+    "labels",
+}
 
 
 class SampleFolder:
     """A folder of samples, and what is to be in it.
 
     `spec` is what determines the images; a folder that has samples of another spec is refused. More images (`num`) of
-    the same spec are added to those that are there.
+    the same spec are added to those that are there. `mend` says what to do about a folder that is refused.
     """
 
-    def __init__(self, path: str | Path, spec: dict):
-        self.path, self.spec = Path(path), spec
+    def __init__(self, path: str | Path, spec: dict, mend: str = "pass --overwrite, or another folder with --out"):
+        self.path, self.spec, self.mend = Path(path), spec, mend
         self.num, self.block = spec["sample"]["num"], spec["sample"]["batch_size"]
 
     def check(self) -> None:
         """A UserError where the folder holds anything but samples of this spec."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        mend = "pass --overwrite, or another folder with --out"
+        mend = self.mend
         try:
-            before = json.loads((self.path / SPEC).read_text())
+            before = json.loads((self.path / SAMPLES_FILE).read_text())
         except FileNotFoundError:
             raise UserError(f"{self.path} exists and holds no samples; {mend}") from None
         except ValueError:
-            raise UserError(f"{self.path / SPEC} is damaged; {mend}") from None
+            raise UserError(f"{self.path / SAMPLES_FILE} is damaged; {mend}") from None
         fixed = set(_CHANGEABLE)
         if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
             fixed -= {"sample.num", "sample.batch_size"}
@@ -74,13 +81,13 @@ class SampleFolder:
     def begin(self, overwrite: bool = False) -> None:
         """Write the spec, and remove what does not belong to it: of a kill and, to `overwrite`, of other samples."""
         self.path.mkdir(parents=True, exist_ok=True)
-        old = [*self.numbered(), self.path / NPZ] if overwrite else []
+        old = [*self.numbered(), self.path / SAMPLES_NPZ] if overwrite else []
         for file in [*self.path.glob(".writing-*"), *old]:
             file.unlink(missing_ok=True)
         self.write_spec()
 
     def write_spec(self) -> None:
-        write_whole(self.path / SPEC, json.dumps(self.spec) + "\n")
+        write_whole(self.path / SAMPLES_FILE, json.dumps(self.spec) + "\n")
 
     def file(self, index: int) -> Path:
         return self.path / f"{index:06d}.png"
@@ -103,13 +110,13 @@ class SampleFolder:
 
     def has_npz(self) -> bool:
         """Whether samples.npz is there with as many images: it is written last, and in place of the files it may be."""
-        file = self.path / NPZ
+        file = self.path / SAMPLES_NPZ
         return file.is_file() and len(NpzFile(file).mapped("arr_0")) == self.num
 
     def write_npz(self) -> None:
         """ADM's `.npz` of the images, with their labels."""
         first = _read_rgb(self.file(0))
-        write_npz(self.path / NPZ, self.arrays(), (self.num, *first.shape), np.array(self.spec["labels"]))
+        write_npz(self.path / SAMPLES_NPZ, self.arrays(), (self.num, *first.shape), np.array(self.spec["labels"]))
 
 
 def sample_spec(

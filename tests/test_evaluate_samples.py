@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from inception import write_inception
+from pictures import picture, write_tree
 from PIL import Image
 from test_sample_scale import checkpoint  # noqa: F401  a fixture
 
+from dic_repa.cli import main
 from dic_repa.cli.evaluate import command
 from dic_repa.data.digits import load_digits, resize
+from dic_repa.data.images import center_crop
 from dic_repa.errors import UserError
 from dic_repa.evaluation import Measure, frechet_distance, measure, open_images, scores, statistics
 from dic_repa.evaluation.digits import load_digits_classifier
@@ -76,7 +80,9 @@ def test_a_folder_and_an_npz_of_the_same_images_score_the_same(evaluate, places,
         record = json.loads(Path("record.json").read_text())
         assert record["metrics"]["fd-digits"] == pytest.approx(expected, rel=1e-4)
         assert f"{expected:.4g}" in output
-        assert "300 samples are fewer than 50000: fd-digits are biased upward" in output
+        assert (
+            "300 samples are fewer than 50000, which biases upward: fd-digits; the metric fd-digits-infinity" in output
+        )
     assert record["samples"]["count"] == 300
     assert record["reference"]["count"] == 400
     assert record["reference"]["size"] == record["samples"]["size"] == [16, 16]
@@ -277,3 +283,22 @@ def test_inception_scores_are_measured_by_the_verb(evaluate, places, tmp_path):
     assert 1 <= record["metrics"]["is"] < 8
     assert record["reference"] is None
     assert scores.get("is").better == "higher"
+
+
+def test_prepared_and_arrow_data_sets_are_references(tmp_path, mistake):
+    """The images as they are stored, without the mirrored ones."""
+    write_tree(tmp_path / "tree", {"cat": 3, "dog": 4})
+    with pytest.raises(SystemExit):
+        main(["prepare", str(tmp_path / "tree"), str(tmp_path / "out"), "--size=24", "--autoencoder=none", "--flip"])
+    prepared = open_images(tmp_path / "out")
+    assert len(prepared) == 7
+    expected = np.stack([np.asarray(center_crop(picture(seed), 24)) for seed in range(7)])
+    stored = next(prepared.batches([range(7)])).permute(0, 2, 3, 1).numpy()
+    assert (stored == expected).all()
+    rows = datasets.Dataset.from_dict(
+        {"image": [picture(seed) for seed in range(3)], "label": [0, 1, 1]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}),
+    )
+    rows.save_to_disk(tmp_path / "arrow")
+    arrow = next(open_images(tmp_path / "arrow", resize=24).batches([range(3)])).permute(0, 2, 3, 1).numpy()
+    assert (arrow == expected[:3]).all()

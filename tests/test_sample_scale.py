@@ -19,6 +19,7 @@ from PIL import Image
 from dic_repa.build import build_denoiser
 from dic_repa.cli import main
 from dic_repa.errors import UserError
+from dic_repa.evaluation import open_images
 from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import build_sampler, load_checkpoint, random_labels
 from dic_repa.recipe import SampleSection, load_training_recipe, to_yaml
@@ -139,6 +140,7 @@ def test_npz_holds_the_images_and_labels(sample):
         assert file["arr_1"].tolist() == [*range(10), 0, 1]
     sample("--num", "12", "--out", "alone", "--format", "npz", "--batch-size", "5")
     assert not list(Path("alone").glob("0*.png"))
+    assert len(open_images("alone")) == 12
     with np.load("out/samples.npz") as one, np.load("alone/samples.npz") as other:
         assert (one["arr_0"] == other["arr_0"]).all()
     before = Path("alone/samples.npz").stat().st_mtime_ns

@@ -165,7 +165,8 @@ def _sampled(path: Path, recipe: str | None, again: bool, processes, options: di
     settings = sample_settings((given or loaded.recipe).sample, **_sampling(options))
     labels = choose_labels(loaded, settings)
     place = samples_folder(path, describe_sampling(settings))
-    folder = SampleFolder(place, sample_spec(loaded, settings, labels))
+    mend = "pass --again to sample anew"
+    folder = SampleFolder(place, sample_spec(loaded, settings, labels), mend)
     sample_into(folder, build_sampler(loaded, settings), labels, processes, overwrite=again)
     return place
 

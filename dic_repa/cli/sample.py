@@ -140,7 +140,8 @@ def command(
     sample_into(folder, sampler, labels, processes, overwrite)
     if processes.is_main_process:
         _save_grid(folder, loaded, labels)
-        click.echo(f"{len(labels)} images, {folder.spec['evaluations_per_image']} evaluations each: {out}")
+        evaluations = folder.spec["evaluations_per_image"] or "an unknown number of"
+        click.echo(f"{len(labels)} images, {evaluations} evaluations each, and a picture of them: {out / 'grid.png'}")
         if trajectory and sampler.states:
             _save_trajectory(out / "trajectory.png", sampler)
         if form != "png":

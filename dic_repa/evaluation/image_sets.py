@@ -24,7 +24,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.npz import NpzFile
 
 THREADS = 8
-SAMPLES_FILE = "samples.json"  # beside the images that `dic-repa sample` wrote
+SAMPLES_FILE, SAMPLES_NPZ = "samples.json", "samples.npz"  # of `dic-repa sample`
 
 
 @dataclass
@@ -137,6 +137,8 @@ def _of_samples(path: Path) -> ImageSet:
         raise UserError(f"{path / SAMPLES_FILE} is damaged; sample again with --overwrite") from None
     there = {entry.name for entry in os.scandir(path)}
     missing = [i for i in range(count) if f"{i:06d}.png" not in there]
+    if missing and (path / SAMPLES_NPZ).is_file():
+        return _of_npz(path / SAMPLES_NPZ)  # by --format npz, the images are there alone
     if missing:
         raise UserError(
             f"{path} has {count - len(missing)} of its {count} images; run its `dic-repa sample` again to finish them"

@@ -129,10 +129,12 @@ class Measure:
             )
         gaussian = [name for name, score in self.metrics.items() if score.needs == "gaussian"]
         if gaussian and samples.count < FULL_COUNT:
-            offer = "" if any("infinity" in name for name in gaussian) else "; --fid-infinity extrapolates"
-            warnings.append(
-                f"{samples.count} samples are fewer than {FULL_COUNT}: {', '.join(gaussian)} are biased upward{offer}"
-            )
+            offers = [f"{name}-infinity" for name in gaussian if f"{name}-infinity" in scores]
+            offer = f"; the metric {offers[0]} extrapolates" if offers and offers[0] not in gaussian else ""
+            which = ", ".join(name for name in gaussian if "infinity" not in name)
+            if which:
+                few = f"{samples.count} samples are fewer than {FULL_COUNT}"
+                warnings.append(f"{few}, which biases upward: {which}{offer}")
         for which, count in (("samples", samples.count), ("reference images", reference.count if reference else None)):
             dims = {score.layer: len(reference.gaussians[score.layer][0]) for score in map(self.metrics.get, gaussian)}
             short = [f"{layer} ({dim})" for layer, dim in dims.items() if count is not None and count <= dim]
