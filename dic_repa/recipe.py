@@ -56,7 +56,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    name: str = Field("digits", description="digits, prepared, repa, dit, images, or one of your own")
+    name: str = Field("digits", description="digits, prepared, repa, dit, images, random, or one of your own")
     path: str | None = Field(None, description="where the data is; null: the data set needs none")
     size: int = Field(16, ge=4, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)")
     autoencoder: str | None = Field(None, description="none (pixels), a hub id or a folder; null: the data set's own")
@@ -170,7 +170,17 @@ class SampleSection(Section):
 
 
 class EvaluateSection(Section):
-    metric: str = Field("digits", description="who judges the samples")
+    metric: str = Field("digits", description="who judges the samples: digits, or a metric such as fid")
+    also: list[Name] = Field(default_factory=list, description="further metrics: sfid, is, ...")
+    reference: str | None = Field(None, description="real images that fid and its like compare with")
+    every: int = Field(0, ge=0, description="steps between evaluations in training; 0: at the end alone")
+    num: Count | None = Field(None, description="samples of an evaluation in training; null: sample.num")
+    best: str | None = Field(None, description="the score whose best checkpoint is kept; null: the metric's")
+
+    @property
+    def names(self) -> list[str]:
+        """All that the samples are scored by."""
+        return [self.metric, *self.also]
 
 
 class PaperSection(Section):

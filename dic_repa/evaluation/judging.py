@@ -12,6 +12,13 @@ from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation import Measure, metrics, scores
 
 
+def check_names(names: Sequence[str]) -> None:
+    """A UserError for a name that is neither a judge's nor a metric's."""
+    for name in names:
+        if name not in metrics and name not in scores:
+            raise unknown_name("metric", name, [*metrics.names(), *scores.names()])
+
+
 class Judge:
     """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1].
 
@@ -24,9 +31,7 @@ class Judge:
     """
 
     def __init__(self, names: Sequence[str], reference=None, device: str | torch.device = "cpu"):
-        for name in names:
-            if name not in metrics and name not in scores:
-                raise unknown_name("metric", name, [*metrics.names(), *scores.names()])
+        check_names(names)
         self.judges = [metrics.get(name) for name in names if name in metrics]
         measured = [name for name in names if name in scores]
         self.measure = Measure(measured, reference, device) if measured else None

@@ -77,7 +77,8 @@ def probe_checkpoint(
     """
     loaded = load_checkpoint(path, device)
     recipe, denoiser = loaded.recipe, loaded.denoiser
-    checkpoint = loaded.source.parent if loaded.source.name == "ema" else loaded.source
+    source = loaded.source.resolve()  # checkpoints/best is a link
+    checkpoint = source.parent if source.name == "ema" else source
     section = _section(recipe, encoder)
     eyes = build_encoder(section, torch.device(device))
     data, split = _dataset(recipe, num)

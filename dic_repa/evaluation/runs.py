@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from dic_repa.build import build_class_names
 from dic_repa.errors import UserError
-from dic_repa.evaluation import metrics
+from dic_repa.evaluation.judging import Judge
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, write_whole
@@ -30,6 +30,18 @@ class Judgement:
     record: Path
     picture: Path
     evaluations: int = 0  # of the network, per image
+
+    @classmethod
+    def of(cls, run: RunFolder, step: int, recipe: Recipe, sample: SampleSection) -> Judgement:
+        """The judgement of these samples, its scores yet to come."""
+        stem = run.path / "evaluation" / f"step_{step:08d}-{describe_sampling(sample).replace(' ', '-')}"
+        record, picture = (stem.with_name(stem.name + ending) for ending in (".json", ".png"))
+        return cls(run.path, step, sample, recipe, {}, record, picture)
+
+    def identity(self) -> dict:
+        """What tells a record of the same judgement from others."""
+        metric = "+".join(self.recipe.evaluate.names)
+        return {"step": self.step, "metric": metric, "sample": self.sample.model_dump(mode="json")}
 
 
 def evaluate_run(
@@ -52,12 +64,8 @@ def evaluate_run(
         raise UserError(f"the recipe of {path} has no `evaluate` section, which says how to judge its samples")
     sample = sample or recipe.sample
     step = checkpoint_step(newest)
-    stem = run.path / "evaluation" / f"step_{step:08d}-{describe_sampling(sample).replace(' ', '-')}"
-    record_file, picture = (stem.with_name(stem.name + ending) for ending in (".json", ".png"))
-    judged = Judgement(run.path, step, sample, recipe, {}, record_file, picture)
-
-    wanted = {"step": step, "metric": recipe.evaluate.metric, "sample": sample.model_dump(mode="json")}
-    if not again and (record := _read_record(judged.record, wanted)):
+    judged = Judgement.of(run, step, recipe, sample)
+    if not again and (record := _read_record(judged.record, judged.identity())):
         judged.scores, judged.evaluations = record["scores"], record["evaluations"]
         return judged
 
@@ -70,13 +78,19 @@ def evaluate_run(
         batches.append((batch * 255).round() / 255)  # what is judged is what a PNG file keeps
         progress(len(batch))
     images = torch.cat(batches)
-    judged.scores = metrics.get(recipe.evaluate.metric)(images, labels)
-    judged.record.parent.mkdir(exist_ok=True)
-    save_grid(images, judged.picture, labels, build_class_names(recipe.data, num_classes), columns=12)
+    device = next(checkpoint.denoiser.parameters()).device
+    judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device)(images, labels)
     judged.evaluations = sampler.evaluations
-    record = {**wanted, "evaluations": sampler.evaluations, "scores": judged.scores}
-    write_whole(judged.record, json.dumps(record, indent=2) + "\n")
+    save_judgement(judged, images, labels, build_class_names(recipe.data, num_classes))
     return judged
+
+
+def save_judgement(judged: Judgement, images: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]) -> None:
+    """Write the picture of the samples and the record of their scores."""
+    judged.record.parent.mkdir(exist_ok=True)
+    save_grid(images, judged.picture, labels, class_names, columns=12)
+    record = {**judged.identity(), "evaluations": judged.evaluations, "scores": judged.scores}
+    write_whole(judged.record, json.dumps(record, indent=2) + "\n")
 
 
 def _read_record(path: Path, wanted: dict) -> dict | None:

@@ -178,6 +178,7 @@ class Tuner:
 
 def _folder(source: Path) -> Path:
     """The run of a checkpoint's weights; the checkpoint itself where it lies in no run."""
+    source = source.resolve()  # checkpoints/best is a link
     checkpoint = source.parent if source.name == "ema" else source
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 

@@ -26,6 +26,7 @@ from dic_repa.training.checkpoint import (
     write_checkpoint,
     write_snapshots,
 )
+from dic_repa.training.evaluating import Evaluator
 from dic_repa.training.inputs import batches, check_batch, step_inputs
 from dic_repa.training.lock import locked
 from dic_repa.training.metrics import MetricLog
@@ -54,6 +55,8 @@ def train(
     parts = build_parts(recipe, accelerator)
     model, optimizer = parts.model, parts.optimizer
     check_ending(recipe, parts.objective)
+    evaluator = Evaluator(recipe, run, parts, accelerator)
+    on_main_process(accelerator, evaluator.prepare)
     with ExitStack() as stack:
         checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
@@ -97,7 +100,7 @@ def train(
             if verdict.in_a_row >= settings.max_skipped:
                 stop_not_finite(accelerator, run, writer, verdict, recipe, len(data))
             with log.paused():
-                save_what_is_due(step + 1, verdict.stop, run, writer, accelerator, parts, recipe)
+                save_what_is_due(step + 1, verdict.stop, run, writer, accelerator, parts, recipe, evaluator)
             if verdict.stop and step + 1 < settings.steps:
                 on_main_process(accelerator, writer.finish)
                 raise Preempted(f"{run.path} was told to stop, and has saved step {step + 1}")
@@ -161,11 +164,13 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
 
 def save_what_is_due(
     step: int, stop: bool, run: RunFolder, writer: CheckpointWriter, accelerator: Accelerator, parts: Parts,
-    recipe: Recipe,
+    recipe: Recipe, evaluator: Evaluator,
 ) -> None:  # fmt: skip
-    """After `step` steps: a checkpoint, snapshots of the averages, a grid of samples. Written by the main process."""
+    """After `step` steps: scores, a checkpoint, snapshots of the averages, a grid of samples. Written by the main
+    process; a step that scores best has a checkpoint too."""
     settings = recipe.train
-    checkpoint = stop or due(step, settings.checkpoint_every, settings.steps)
+    best = evaluator(step) if evaluator.due(step) and not stop else None
+    checkpoint = stop or bool(best) or due(step, settings.checkpoint_every, settings.steps)
     snapshot = bool(settings.power_ema) and due(step, settings.snapshot_every, settings.steps)
     if checkpoint or snapshot:
         state = copy_state(step, accelerator, parts)
@@ -175,6 +180,8 @@ def save_what_is_due(
                 write_snapshots(run, state, parts.averages)
             if checkpoint:
                 write_checkpoint(run.checkpoint_path(step), state, recipe)
+                if best:
+                    run.mark_best(best)
                 run.drop_old_checkpoints(settings.keep_checkpoints, settings.keep_every)
 
         if accelerator.is_main_process:

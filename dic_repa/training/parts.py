@@ -80,7 +80,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         (model, accelerator.prepare_optimizer(optimizer)) if sharded else accelerator.prepare(model, optimizer)
     )
     objective, sampler = build_objective(recipe.objective), None
-    if settings.sample_every:
+    if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
         from dic_repa.generation import Checkpoint, build_sampler
 
         # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
@@ -107,12 +107,12 @@ def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: A
 
 def check_ending(recipe: Recipe, objective) -> None:
     """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
-    from dic_repa.evaluation import metrics
+    from dic_repa.evaluation.judging import check_names
     from dic_repa.generation import check_sampling
 
     check_sampling(recipe.sample, objective)
     if recipe.evaluate:
-        metrics.get(recipe.evaluate.metric)
+        check_names(recipe.evaluate.names)
 
 
 def build_caches(recipe: Recipe, encoders: list, data: Dataset, accelerator: Accelerator) -> dict[str, FeatureCache]:

@@ -2,7 +2,7 @@
 
     recipe.yaml         the recipe, resolved            metrics.jsonl   one line per log step
     environment.json    versions, git state, machine    samples/        grids of samples over training
-    checkpoints/        step_00001000/, ...             snapshots/      averages to combine after the run
+    checkpoints/        step_00001000/, ..., best       snapshots/      averages to combine after the run
     curves.png          the loss curves                 lock            while a run is at work here
 
 A checkpoint is a folder that is written aside and renamed, so one that bears its name was whole when it was written;
@@ -11,6 +11,7 @@ its manifest tells whether it still is.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -136,7 +137,7 @@ class RunFolder:
             if int(re.match(r"step_(\d+)", snapshot.name)[1]) > done:
                 snapshot.unlink()
         for left in [*self.path.glob(".writing-*"), *self.path.glob("*/.writing-*")]:  # of a run that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         write_whole(self.recipe_file, to_yaml(recipe))
         self._make_folders()
         self._cut_metrics(done)
@@ -170,10 +171,28 @@ class RunFolder:
         return self.checkpoints / f"step_{step:08d}"
 
     def drop_old_checkpoints(self, keep: int, keep_every: int | None = None) -> None:
-        """Keep the `keep` newest checkpoints, and those whose step is a multiple of `keep_every`."""
+        """Keep the `keep` newest checkpoints, the best, and those whose step is a multiple of `keep_every`."""
+        best = (self.best() or {}).get("step")
         for folder in sorted(self.list_checkpoints(), key=checkpoint_step)[:-keep]:
-            if not keep_every or checkpoint_step(folder) % keep_every:
+            if checkpoint_step(folder) != best and (not keep_every or checkpoint_step(folder) % keep_every):
                 shutil.rmtree(folder)
+
+    def best(self) -> dict | None:
+        """`step`, `score` and `value` of the best checkpoint that `evaluate.every` has found, if it is there."""
+        try:
+            record = json.loads((self.checkpoints / "best.json").read_text())
+            return record if self.checkpoint_path(record["step"]).is_dir() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def mark_best(self, record: dict) -> None:
+        """Note the best checkpoint, which has been written: in best.json, and by the link `best` to it."""
+        write_whole(self.checkpoints / "best.json", json.dumps(record) + "\n")
+        link = self.checkpoints / ".writing-best"
+        with contextlib.suppress(OSError):  # a file system without links has best.json
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.checkpoint_path(record["step"]).name, target_is_directory=True)
+            os.replace(link, self.checkpoints / "best")
 
     def _cut_metrics(self, step: int) -> None:
         # The steps after the checkpoint are about to be done again, and a kill may have cut the last line short.

@@ -1,0 +1,95 @@
+"""`evaluate.every`: samples of the averaged weights are scored in training, and the best checkpoint is kept.
+
+Nothing of it touches the training's randomness: a sample's noise belongs to (sample.seed, its index), and a run with
+evaluations ends with the same weights as one without.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from dic_repa.recipe import Recipe
+from dic_repa.training.parts import Parts
+from dic_repa.training.run_folder import RunFolder
+
+
+class Evaluator:
+    """`evaluator(step)` samples, scores and records; it tells every process whether this step is the best so far.
+
+    The records are those of `dic-repa evaluate`, in RUN/evaluation. Processes share the sampling; the main one judges.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator):
+        self.recipe, self.run, self.parts, self.accelerator = recipe, run, parts, accelerator
+        section = recipe.evaluate
+        self.every = section.every if section else 0
+        self.best: dict | None = None  # what is being written just now is not on the disk yet
+        if self.every:
+            self.sample = recipe.sample.model_copy(update={"num": section.num or recipe.sample.num})
+
+    def prepare(self) -> None:
+        """Load judges and reference, in the main process; a UserError where something is missing or misspelt."""
+        if not self.every:
+            return
+        from dic_repa.evaluation.judging import Judge
+
+        section = self.recipe.evaluate
+        self.judge = Judge(section.names, section.reference, self.accelerator.device)
+        wanted = section.best or self.judge.main
+        self.score = self.judge.check(wanted) if wanted else None
+
+    def due(self, step: int) -> bool:
+        return bool(self.every) and (step % self.every == 0 or step == self.recipe.train.steps)
+
+    def __call__(self, step: int) -> dict | None:
+        """The record of the best checkpoint, for `RunFolder.mark_best`, if this step is it; else None."""
+        from dic_repa.generation import balanced_labels
+
+        labels = balanced_labels(self.recipe, self.parts.data.num_classes, self.sample.num)
+        images, best = self._sample(labels), [None]
+        if self.accelerator.is_main_process:
+            best = [self._judge(step, images, labels)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(best)
+        return best[0]
+
+    def _sample(self, labels: Tensor) -> Tensor:
+        """The images of all labels as a PNG would keep them, in every process."""
+        sampler, processes = self.parts.sampler, self.accelerator.num_processes
+        if processes == 1 or self.parts.sharded:  # sharded weights can be run by all processes together alone
+            levels = torch.cat([(batch * 255).round().byte() for batch in sampler(labels)])
+            return levels.float() / 255
+        share = -(-len(labels) // processes)  # rounded up: as many in each process, for they are gathered
+        mine = [(i * processes + self.accelerator.process_index) % len(labels) for i in range(share)]
+        levels = torch.cat([(batch * 255).round().byte() for batch in sampler(labels[mine], mine)])
+        gathered = self.accelerator.gather(levels.to(self.accelerator.device)).cpu()
+        in_order = gathered.unflatten(0, (processes, share)).transpose(0, 1).flatten(0, 1)
+        return in_order[: len(labels)].float() / 255
+
+    def _judge(self, step: int, images: Tensor, labels: Tensor) -> dict | None:
+        from dic_repa.evaluation.runs import Judgement, save_judgement
+
+        judged = Judgement.of(self.run, step, self.recipe, self.sample)
+        judged.scores, judged.evaluations = self.judge(images, labels), self.parts.sampler.evaluations
+        shown = {name: judged.scores.get(name) for name in self.judge.better}
+        numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
+        self.accelerator.log({f"evaluate/{name}": value for name, value in numbers.items()}, step=step)
+        best = None
+        if self.score in numbers:
+            before = self.best or self.run.best() or {}
+            other = before.get("value") if before.get("score") == self.score else None
+            if self.judge.beats(self.score, numbers[self.score], other):
+                self.best = best = {"step": step, "score": self.score, "value": numbers[self.score]}
+        words = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        tqdm.write(f"step {step}: {words}{', the best so far' if best else ''}", file=sys.stderr)
+        try:
+            save_judgement(judged, images, labels, self.parts.data.class_names)
+        except OSError as error:
+            tqdm.write(f"warning: the scores of step {step} cannot be written ({error.strerror})", file=sys.stderr)
+        return best
