@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dic_repa.cli import main
 from dic_repa.evaluation import judge_digits, metrics
-from dic_repa.evaluation.report import read_run
+from dic_repa.evaluation.report_data import read_run
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint
 from dic_repa.recipe import load_recipe
 from dic_repa.training import train

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dic_repa.cli.report import command
-from dic_repa.evaluation.report import MOST_GRIDS, MOST_POINTS, distinct_names, write_report
+from dic_repa.evaluation.report import distinct_names, write_report
+from dic_repa.evaluation.report_data import MOST_GRIDS, MOST_POINTS
 from dic_repa.recipe import load_recipe
 from dic_repa.training.run_folder import RunFolder
 
@@ -224,3 +225,28 @@ def test_in_a_browser(make_run, tmp_path):
     assert "&lt;img src=http" in drawn
     assert "<img src=http" not in drawn
     assert drawn.rstrip().endswith("</html>")
+
+
+def test_measured_and_tuned_runs(make_run, tmp_path):
+    run = make_run("a")
+    measured = run.path / "evaluation/step_00000040-9-heun-2"
+    measured.mkdir()
+    (measured / "metrics.json").write_text(json.dumps({"metrics": {"fid": 12.5}, "warnings": []}))
+    guided = [({"scale": s, "interval": [0.0, h]}, 9, s * h) for s in (1.5, 2.0) for h in (0.5, 1.0)]
+    cells = [
+        {"sample": {"guidance": guidance, "num": num}, "scores": {"frechet": value}}
+        for guidance, num, value in [(None, 9, 7.0), *guided, ({"scale": 2.0, "interval": [0.0, 1.0]}, 99, 8.0)]
+    ]
+    best = [{"options": "--scale 1.5 --interval 0 0.5", "num": 99, "value": 0.75}]
+    (run.path / "tune").mkdir()
+    record = {"score": "frechet", "better": "lower", "best": best, "cells": cells}
+    (run.path / "tune/tune.json").write_text(json.dumps(record))
+    _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
+    assert {"fid": 12.5} in [e["scores"] for e in shown["evaluations"]]
+    tuning = shown["tuning"]
+    assert (tuning["scales"], tuning["intervals"]) == ([1, 1.5, 2.0], ["0 to 0.5", "0 to 1"])
+    assert tuning["values"] == [[7.0, 0.75, 1.0], [7.0, 1.5, 2.0]]  # of few samples, also where there are many
+    (run.path / "tune/tune.json").write_text('{"cells": [{}]}')
+    _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
+    assert shown["tuning"] is None
+    assert "tune.json" in shown["problems"][0]

@@ -55,7 +55,8 @@ def command(
     import torch
     from tqdm import tqdm
 
-    from dic_repa.evaluation.probe import TITLES, probe_checkpoint
+    from dic_repa.evaluation.probe import probe_checkpoint
+    from dic_repa.evaluation.probe_pictures import TITLES
 
     with tqdm(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:
         probed = probe_checkpoint(

@@ -22,6 +22,7 @@ from dic_repa.build import build_alignment, build_dataset, build_encoder, build_
 from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
+from dic_repa.evaluation.probe_pictures import save_pictures
 from dic_repa.generation import load_checkpoint
 from dic_repa.models.cost import forward_on_meta
 from dic_repa.recipe import AlignmentSection, Recipe
@@ -31,12 +32,6 @@ from dic_repa.weights import load_weights, read_tensors
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NEIGHBOURS = 10
-TITLES = {
-    "cka": "linear CKA",
-    "cknna": "CKNNA",
-    "linear_probe": "linear probe: accuracy",
-    "cosine": "cosine through the head",
-}
 
 
 @dataclass
@@ -267,59 +262,3 @@ def _scores(features: dict, tokens: Tensor, labels: Tensor, num_classes: int) ->
         for name, measure in measures.items():
             rows[name].setdefault(tap, []).append(measure(x))
     return {name: list(by_tap.values()) for name, by_tap in rows.items()}
-
-
-def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -> list[Path]:
-    """heatmaps.png (taps over noise levels) and taps.png (curves over the taps) of one record or of several."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    measures = [name for name in TITLES if any(name in record["scores"] for record in records)]
-    shape = {"squeeze": False, "layout": "constrained"}
-    rows, columns = len(records), len(measures)
-    tall = 1.2 + 0.3 * max(len(record["taps"]) for record in records)
-    heat, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, tall * rows), **shape)
-    for j, measure in enumerate(measures):
-        values = [record["scores"].get(measure) for record in records]
-        known = [v for table in values if table for row in table for v in row if v is not None]
-        for i, (record, name, table) in enumerate(zip(records, names, values)):
-            axis = axes[i][j]
-            axis.set_title(f"{name}  {TITLES[measure]}".strip(), fontsize=10)
-            if table is None:
-                axis.set_axis_off()
-                continue
-            cells = [[float("nan") if v is None else v for v in row] for row in table]
-            shown = axis.imshow(cells, aspect="auto", vmin=min(0, *known), vmax=max(known), cmap="viridis")
-            marks = ["● " if tap in record["aligned"] else "" for tap in record["taps"]]
-            axis.set_yticks(range(len(cells)), [mark + tap for mark, tap in zip(marks, record["taps"])], fontsize=8)
-            axis.set_xticks(range(len(record["times"])), [f"{t:g}" for t in record["times"]], fontsize=8)
-            axis.set_xlabel("t (0 data, 1 noise)", fontsize=8)
-            heat.colorbar(shown, ax=axis)
-    files = [folder / "heatmaps.png", folder / "taps.png"]
-    heat.savefig(files[0], dpi=120)
-    plt.close(heat)
-
-    lines, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.4), **shape)
-    for axis, measure in zip(axes[0], measures):
-        for record, name in zip(records, names):
-            for j, t in enumerate(record["times"]):
-                column = [row[j] for row in record["scores"].get(measure, [])]
-                share = j / max(1, len(record["times"]) - 1)
-                values = [float("nan") if v is None else v for v in column]
-                axis.plot(
-                    record["taps"][: len(values)],
-                    values,
-                    ".-",
-                    color=plt.cm.plasma(0.9 * share),
-                    label=f"{name} t = {t:g}".strip(),
-                )
-        axis.set_title(TITLES[measure], fontsize=10)
-        axis.tick_params("x", rotation=60, labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
-    lines.savefig(files[1], dpi=120)
-    plt.close(lines)
-    return files

@@ -1,35 +1,21 @@
 """One self-contained HTML page about a run, or about several side by side.
 
-`read_run` gathers what a run's folder holds, `write_report` puts it as JSON into the page's template; the page's script
-draws it. Pictures are inlined, nothing is fetched. Whatever a run lacks (it may be going on, or its folder be damaged)
-is left out, and the page says so.
+`report_data.read_run` gathers what a run's folder holds, `write_report` puts it as JSON into the page's template; the
+page's script draws it. Pictures are inlined, nothing is fetched.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import yaml
-from PIL import Image
 
 from dic_repa import __version__
-from dic_repa.errors import UserError, first_line
-from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
+from dic_repa.evaluation.report_data import read_run
 from dic_repa.training.run_folder import RunFolder, write_whole
-
-MOST_POINTS = 1500  # of a curve: more than a screen has pixels
-MOST_GRIDS = 60  # of the samples over training
-WIDEST = 1100  # pixels of an inlined picture
-LARGEST = 150_000  # bytes of a PNG that is inlined as it is
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -64,32 +50,6 @@ def render(runs: list[dict]) -> str:
     return page
 
 
-def read_run(run: RunFolder) -> dict:
-    """All that the page shows of one run, as plain data; `problems` says in words what could not be read."""
-    problems: list[str] = []
-    recipe, keys = _recipe(run, problems)
-    metrics = _metrics(run, problems)
-    done = metrics["steps"][-1] if metrics["steps"] else 0
-    total = recipe.train.steps if recipe else None
-    return {
-        "path": str(run.path),
-        "description": recipe.description if recipe else "",
-        "step": done,
-        "steps": total,
-        "finished": total is not None and done >= total,
-        "alignments": [
-            {"encoder": a.encoder, "tap": a.tap, "head": a.head} for a in (recipe.alignments if recipe else [])
-        ],
-        "metrics": metrics,
-        "samples": list(_samples(run, problems)),
-        "evaluations": list(_evaluations(run, recipe, problems)),
-        "probe": _probe(run, problems),
-        "recipe": keys,
-        "environment": _environment(run, problems),
-        "problems": problems,
-    }
-
-
 def distinct_names(runs: Sequence[RunFolder]) -> list[str]:
     """Each run's folder name, with as many of its parents as tell it from the others."""
     parts = [run.path.resolve().parts for run in runs]
@@ -99,179 +59,3 @@ def distinct_names(runs: Sequence[RunFolder]) -> list[str]:
         depth = next((d for d in range(1, len(mine)) if all(o[-d:] != mine[-d:] for o in others)), len(mine))
         names.append("/".join(mine[-depth:]))
     return names
-
-
-def _recipe(run: RunFolder, problems: list[str]) -> tuple[Recipe | None, dict[str, str]]:
-    """The run's recipe, and its keys and values as they are shown; without defaults where it is of another version."""
-    try:
-        recipe = load_training_recipe(run.recipe_file)
-        return recipe, dict(_flatten(recipe.model_dump(mode="json")))
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        raw = yaml.safe_load(run.recipe_file.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        raw = None
-    return None, dict(_flatten(raw)) if isinstance(raw, dict) else {}
-
-
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values as text; a list of plain values stays one."""
-    nested = value if isinstance(value, dict) else None
-    if isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value):
-        nested = dict(enumerate(value))
-    if not nested:
-        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        return
-    for name, entry in nested.items():
-        yield from _flatten(entry, f"{key}.{name}" if key else str(name))
-
-
-def _metrics(run: RunFolder, problems: list[str]) -> dict:
-    """The curves by name, a value or None for each of `steps`; means of neighbours where there are too many points."""
-    records = []
-    try:
-        for line in run.metrics_file.read_text("utf-8", errors="replace").splitlines():
-            record = _parse(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-            elif line.strip():
-                problems.append("metrics.jsonl has a line that is cut short; it is left out")
-    except OSError:
-        problems.append("there is no metrics.jsonl yet")
-    names = sorted({name for record in records for name, value in record.items() if _number(value) is not None})
-    chunk = math.ceil(len(records) / MOST_POINTS) or 1
-    groups = [records[i : i + chunk] for i in range(0, len(records), chunk)]
-    series = {name: [_mean([r.get(name) for r in g]) for g in groups] for name in names if name != "step"}
-    return {"steps": [group[-1]["step"] for group in groups], "series": series}
-
-
-def _samples(run: RunFolder, problems: list[str]) -> Iterator[dict]:
-    """The grids over training, as many as a slider can use, evenly over the steps."""
-    files = sorted(run.samples.glob("step_*.png"))
-    if len(files) > MOST_GRIDS:
-        files = [files[round(i * (len(files) - 1) / (MOST_GRIDS - 1))] for i in range(MOST_GRIDS)]
-    for file in files:
-        try:
-            yield {"step": int(file.stem.removeprefix("step_")), **inline_picture(file)}
-        except (OSError, ValueError) as error:
-            problems.append(f"samples/{file.name} cannot be shown: {first_line(error)}")
-
-
-def inline_picture(path: Path) -> dict:
-    """A picture as a data URI `src` with its `width` and `height`; a large one is made smaller, as WebP."""
-    content, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        if len(content) > LARGEST or image.width > WIDEST:
-            image = image.convert("RGB")
-            image.thumbnail((WIDEST, 10 * WIDEST))
-            buffer = io.BytesIO()
-            image.save(buffer, "WEBP", quality=85)
-            content, kind = buffer.getvalue(), "webp"
-        size = {"width": image.width, "height": image.height}
-    return {"src": f"data:image/{kind};base64,{base64.b64encode(content).decode()}", **size}
-
-
-def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> Iterator[dict]:
-    """The records of judged samples, by step; `own` are those sampled as the run's recipe says."""
-    found, own = [], _describe(recipe.sample) if recipe else None
-    for file in sorted((run.path / "evaluation").glob("*.json")):
-        record = _read_json(file)
-        if record is None:
-            problems.append(f"evaluation/{file.name} is not whole; it is left out")
-        elif (
-            isinstance(record, dict) and isinstance(record.get("scores"), dict) and isinstance(record.get("step"), int)
-        ):
-            scores = record["scores"]
-            reference = scores.get("reference")
-            found.append(
-                {
-                    "step": record["step"],
-                    "metric": str(record.get("metric", "")),
-                    "sampling": (sampling := _describe(record.get("sample"))),
-                    "own": sampling == own,
-                    "evaluations": _number(record.get("evaluations")),
-                    "count": _number(scores.get("count")),
-                    "scores": _scores(scores),
-                    "reference": _scores(reference) if isinstance(reference, dict) else {},
-                }
-            )
-    yield from sorted(found, key=lambda e: (e["step"], e["sampling"]))
-
-
-def _scores(scores: dict) -> dict[str, float]:
-    return {
-        name: value for name, entry in scores.items() if (value := _number(entry)) is not None and "count" not in name
-    }
-
-
-def _describe(sample: Any) -> str:
-    from dic_repa.evaluation.runs import describe_sampling
-
-    try:
-        return describe_sampling(SampleSection.model_validate(sample))
-    except ValueError:
-        return ""
-
-
-def _probe(run: RunFolder, problems: list[str]) -> dict | None:
-    """What `dic-repa probe` found, of the newest step that it was run on."""
-    files = sorted((run.path / "probe").glob("*.json"))
-    if not files:
-        return None
-    records = [record for file in files if isinstance(record := _read_json(file), dict)]
-    shown = [r for r in records if isinstance(r.get("scores"), dict) and r.get("taps") and r.get("times")]
-    if len(shown) < len(files):
-        problems.append("a record in probe/ is not whole; it is left out")
-    return _finite(max(shown, key=lambda r: r.get("step") or 0, default=None))
-
-
-def _environment(run: RunFolder, problems: list[str]) -> list[dict[str, str]]:
-    """An entry for each start and resume, its keys dotted."""
-    content = _read_json(run.environment_file)
-    if content is None:
-        problems.append("environment.json is missing or not whole")
-        return []
-    sessions = content if isinstance(content, list) else [content]
-    shown = []
-    for session in sessions:
-        if isinstance(session, dict):
-            command = session.get("command")
-            if isinstance(command, list):
-                session = session | {"command": " ".join(map(str, command))}
-            shown.append(dict(_flatten(session)))
-    return shown
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return _parse(path.read_text("utf-8", errors="replace"))
-    except OSError:
-        return None
-
-
-def _number(value: Any) -> float | int | None:
-    """A finite number as it is, else None: JSON in a browser knows neither NaN nor infinity."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if numeric and math.isfinite(value) else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return _number(value) if isinstance(value, float) else value
-
-
-def _mean(values: list) -> float | None:
-    numbers = [number for value in values if (number := _number(value)) is not None]
-    return float(f"{sum(numbers) / len(numbers):.6g}") if numbers else None
