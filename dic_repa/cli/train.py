@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import click
 
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.errors import is_main_process
-from dic_repa.recipe import load_training_recipe
+from dic_repa.recipe import Recipe, load_training_recipe
 
 
 @click.command("train")
@@ -22,26 +23,41 @@ from dic_repa.recipe import load_training_recipe
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
 @click.option("--allow-change", is_flag=True, help="With --resume: also with a recipe that changes the run.")
 @click.option("--overwrite", is_flag=True, help="Remove a run of that name and begin anew.")
+@click.option("--dry-run", is_flag=True, help="Three steps on random data, and what the whole run would take.")
+@click.option(
+    "--processes", type=click.IntRange(1), default=1, help="With --dry-run: how many the run will have.  [default: 1]"
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 def command(
-    recipe: str, path: Path | None, overrides: tuple[str, ...], resume: bool, allow_change: bool, overwrite: bool
-):
+    recipe: str, path: Path | None, overrides: tuple[str, ...], resume: bool, allow_change: bool, overwrite: bool,
+    dry_run: bool, processes: int, as_json: bool,
+):  # fmt: skip
     """Train RECIPE (a name from `dic-repa recipes`, or a YAML file) into a run folder.
 
     Samples from the averaged weights and judges them at the end, where the recipe has an `evaluate` section. Ctrl-C is
     safe: the newest checkpoint stays whole, and the command to go on is printed. SIGTERM and SIGUSR1 save a checkpoint
     first and exit with code 75, on which a scheduler can requeue the job.
 
+    --dry-run builds all of it, runs three steps on random data and prints parameters, memory, speed, time and energy to
+    the end, the disk that checkpoints take, and where the recipe departs from its row of a paper. It writes nothing and
+    needs no data; without a GPU the memory is estimated from shapes.
+
     \b
     Examples:
       dic-repa train digits-urepa
       dic-repa train digits-urepa --out runs/quick --set train.steps=200
       dic-repa train digits-urepa --resume
-      accelerate launch -m dic_repa train digits-urepa        on all GPUs of this machine
+      dic-repa train dic-xl-urepa --dry-run --processes 8     does it fit, and how long will it take?
+      dic-repa train dic-xl-urepa --set data.path=/data/imagenet256 --set train.micro_batch=16
+      accelerate launch -m dic_repa train dic-xl-urepa        on all GPUs of this machine
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
     settings = load_training_recipe(recipe, overrides)
     path = path or Path("runs") / Path(recipe).stem
+    if dry_run:
+        show_dry_run(settings, path, processes, as_json)
+        return
 
     from dic_repa.training import Preempted, train
     from dic_repa.training.preemption import REQUEUE_CODE
@@ -80,3 +96,13 @@ def interrupted_message(path: Path) -> str:
 def resume_command(path: Path) -> str:
     """The line that goes on with the run at `path`."""
     return shlex.join(["dic-repa", "train", str(path / "recipe.yaml"), "--out", str(path), "--resume"])
+
+
+def show_dry_run(settings: Recipe, path: Path, processes: int, as_json: bool) -> None:
+    """Try the recipe out, and print what the run would take."""
+    from dic_repa.cli.dry_run import dry_run_text
+    from dic_repa.training.dry_run import dry_run
+
+    report = dry_run(settings, path, processes)
+    if is_main_process():
+        click.echo(json.dumps(report, indent=2) if as_json else dry_run_text(report))

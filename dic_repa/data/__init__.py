@@ -4,6 +4,7 @@ from dic_repa.data.digits import Digits, load_digits, resize
 from dic_repa.data.image_folder import ImageFolder
 from dic_repa.data.layouts import DitLayout, RepaLayout
 from dic_repa.data.prepared import Prepared
+from dic_repa.data.random_data import RandomData
 from dic_repa.registry import Registry
 
 datasets = Registry("data set")
@@ -13,5 +14,6 @@ register_dataset("prepared")(Prepared)
 register_dataset("repa")(RepaLayout)
 register_dataset("dit")(DitLayout)
 register_dataset("images")(ImageFolder)
+register_dataset("random")(RandomData)
 
-__all__ = ["Digits", "datasets", "load_digits", "register_dataset", "resize"]
+__all__ = ["Digits", "RandomData", "datasets", "load_digits", "register_dataset", "resize"]

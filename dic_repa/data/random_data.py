@@ -1,0 +1,40 @@
+"""Random samples of given shapes: for trying out memory and speed where the data is not at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+COUNT = 64  # distinct samples; the data set repeats them
+
+
+class RandomData(Dataset):
+    """Samples of `x` (channels, size, size), standard normal, `image` (image_channels, image_size, image_size), uint8,
+    and `label`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        split: str = "train",
+        channels: int = 4,
+        num_classes: int = 1000,
+        image_size: int = 256,
+        image_channels: int = 3,
+        length: int = 10_000,
+    ):
+        generator = torch.Generator().manual_seed(0)
+        self.size, self.channels, self.num_classes, self.length = size, channels, num_classes, length
+        self.class_names = tuple(map(str, range(num_classes)))
+        shape = (COUNT, image_channels, image_size, image_size)
+        self.x = torch.randn(COUNT, channels, size, size, generator=generator)
+        self.images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        self.labels = torch.randint(num_classes, (COUNT,), generator=generator)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = index % COUNT
+        return {"x": self.x[index], "image": self.images[index], "label": self.labels[index]}

@@ -1,0 +1,276 @@
+"""A training run tried out: all of it built, three steps on random data, and what the whole run will take.
+
+No data set is needed, and nothing is written. Without a GPU the memory is estimated from shapes, and the steps are run
+only where a CPU gets through them in about half a minute.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from contextlib import nullcontext
+from math import ceil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import default_collate
+
+from dic_repa.alignment import AlignedDenoiser, Alignment
+from dic_repa.build import build_dataset, build_denoiser, build_objective, import_plugins
+from dic_repa.data.images import unit_images
+from dic_repa.errors import UserError, first_line
+from dic_repa.models import measure_cost
+from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
+from dic_repa.recipe_diff import differences, paper_recipe
+from dic_repa.training.inputs import check_batch, step_inputs
+from dic_repa.training.loop import start_accelerator
+from dic_repa.training.memory_estimate import count_parameters, estimate_memory
+from dic_repa.training.parts import Parts, build_parts, check_ending
+from dic_repa.training.power import PowerMeter
+from dic_repa.training.run_folder import RunFolder
+
+STEPS = 3
+FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
+DOWNSAMPLE = 8  # of Stable Diffusion's autoencoder, where the data is not there to ask
+
+
+def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
+    """What training `recipe` into `path` takes, as a plain dict; see `dic-repa train --dry-run`.
+
+    Launched in one process, it stands for one of `processes`, with its share of the batch. A UserError where the run
+    could not begin, or does not fit into the GPU's memory.
+    """
+    import_plugins(recipe)
+    accelerator = start_accelerator(recipe.train.model_copy(update={"trackers": []}), RunFolder(path))
+    launched = accelerator.num_processes
+    processes = launched if launched > 1 else processes
+    passes = check_batch(recipe.train, processes)
+    check_ending(recipe, build_objective(recipe.objective))
+    notes: list[str] = []
+    trial = stand_in(recipe, notes)
+    if launched == 1:
+        trial.train.batch_size //= processes
+    shapes = build_shapes(trial)
+    share = recipe.train.batch_size // processes
+    report = {
+        "device": device_name(accelerator.device),
+        "processes": processes,
+        "launched": launched,
+        "batch": {"global": recipe.train.batch_size, "of a process": share, "of a pass": share // passes},
+        "parameters": shapes["parameters"],
+        "gmacs": shapes["macs"] / 1e9,
+        "memory_estimate": estimate_memory(
+            shapes["model"],
+            sum(shapes["parameters"]["encoders"].values()),
+            shapes["tokens"],
+            (share // passes, *shapes["data"]),
+            recipe.train,
+            processes,
+        ),
+        "disk": disk(recipe.train, shapes["parameters"], Path(path)),
+        "paper": paper(recipe),
+    }
+    macs = 3 * shapes["macs"] * share * STEPS  # the backward pass costs two forward passes
+    if accelerator.device.type == "cpu" and macs > FEASIBLE_MACS:
+        notes.append(f"no steps were run: {macs / 1e12:.0f} TMACs are too many for a CPU, so the speed is not known")
+    else:
+        report |= measure(trial, accelerator, recipe.train, processes, notes)
+    return report | {"notes": notes}
+
+
+def stand_in(recipe: Recipe, notes: list[str]) -> Recipe:
+    """The recipe with random data of the right shapes, no progress grids and no feature cache; `notes` says what else
+    had to be put in a thing's place."""
+    trial = recipe.model_copy(deep=True)
+    try:
+        data = build_dataset(recipe.data)
+        image = data[0].get("image")
+        options = {"channels": data.channels, "num_classes": data.num_classes}
+        if image is not None:
+            options |= {"image_channels": image.shape[0], "image_size": image.shape[-1]}
+    except UserError as error:
+        pixels = recipe.data.autoencoder == "none"
+        options = {"channels": 3 if pixels else 4, "num_classes": recipe.data.options.get("num_classes", 1000)}
+        options["image_size"] = recipe.data.size * (1 if pixels else DOWNSAMPLE)
+        notes.append(
+            f"the data is not here ({first_line(error)}): {options['channels']} channels, {options['num_classes']} "
+            f"classes and images of {options['image_size']} px are assumed"
+        )
+    trial.data = trial.data.model_copy(
+        update={"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
+    )
+    trial.train.sample_every = 0
+    for section in trial.alignments:
+        if section.cache:
+            section.cache = False
+            notes.append(f"{section.encoder} runs in these steps; in the run its tokens come from the cache")
+    return trial
+
+
+def build_shapes(trial: Recipe) -> dict:
+    """The denoiser with its heads on the meta device, and what else can be known from it."""
+    size = trial.data.size
+    options = trial.data.options
+    with torch.device("meta"):
+        denoiser = build_denoiser(trial.model, options["channels"], options["num_classes"])
+    denoiser.set_gradient_checkpointing(trial.train.gradient_checkpointing)
+    macs = measure_cost(denoiser, size).macs
+    alignments, tokens, encoders = [], [], {}
+    image_size = (options.get("image_size", size),) * 2
+    for section in trial.alignments:
+        encoder = random_encoder(section)
+        grid = encoder.token_grid(image_size)
+        tokens.append((grid[0] * grid[1], encoder.embed_dim))
+        encoders[section.encoder] = count_parameters(encoder) if isinstance(encoder, torch.nn.Module) else 0
+        with torch.device("meta"):
+            alignments.append(
+                Alignment.build(
+                    denoiser,
+                    section.tap,
+                    encoder.embed_dim,
+                    grid,
+                    (size, size),
+                    section.head,
+                    manifold_weight=section.manifold_weight,
+                    **section.head_options,
+                )
+            )
+    heads = count_parameters(*alignments)
+    return {
+        "model": AlignedDenoiser(denoiser, alignments),
+        "parameters": {"denoiser": count_parameters(denoiser), "heads": heads, "encoders": encoders},
+        "macs": macs,
+        "tokens": tokens,
+        "data": (options["channels"], size, size),
+    }
+
+
+def random_encoder(section: AlignmentSection):
+    """The encoder's architecture with no weights in memory, where it is one of timm's; else the encoder itself."""
+    from dic_repa.encoders import create_encoder
+
+    if not takes_pretrained(section):
+        return create_encoder(section.encoder, **section.encoder_options)
+    options = {key: value for key, value in section.encoder_options.items() if key != "weights"}
+    with torch.device("meta"):
+        return create_encoder(section.encoder, **{**options, "pretrained": False})
+
+
+def takes_pretrained(section: AlignmentSection) -> bool:
+    from dic_repa.encoders.families import FAMILIES
+
+    return section.encoder in FAMILIES or section.encoder.startswith("timm:")
+
+
+def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, processes: int, notes: list[str]) -> dict:
+    """The steps themselves: seconds, memory and power."""
+    device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
+    for section in trial.alignments:
+        use_weights_that_are_here(section, notes)
+    passes = check_batch(trial.train, accelerator.num_processes)
+    try:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        parts = build_parts(trial, accelerator)
+        rows = trial.train.batch_size // accelerator.num_processes
+        batch = {k: v.to(device) for k, v in default_collate([parts.data[i] for i in range(rows)]).items()}
+        batch["image"] = unit_images(batch["image"])
+        seconds = []
+        with PowerMeter(device) as power:
+            for step in range(STEPS):
+                begin = time.perf_counter()
+                loss = run_step(parts, batch, trial.train, step, accelerator, passes)
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - begin)
+                power.keep_last()  # the first steps compile, choose algorithms and warm up
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the step does not fit into the memory of {device_name(device)} ({first_line(error)}); lower "
+            f"train.micro_batch (now {rows // passes}) or set train.gradient_checkpointing=true"
+        ) from None
+    if not torch.isfinite(loss):
+        raise UserError(f"the loss of the random batch is {loss.item()}; try train.precision=no")
+    step_seconds = statistics.median(seconds[1:])
+    left = settings.steps * step_seconds
+    measured = {
+        "first_step_seconds": seconds[0],
+        "steps_per_second": 1 / step_seconds,
+        "images_per_second": settings.batch_size / step_seconds,
+        "hours_to_the_end": left / 3600,
+        "watts": power.watts,
+        "kwh_to_the_end": power.watts and power.watts * left * processes / 3.6e6,
+    }
+    if on_gpu:
+        peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+        measured["memory"] = {"peak": peak, "total": total, "headroom": total - peak}
+    return measured
+
+
+def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> None:
+    """Leave an encoder's weights random where they cannot be fetched, since the speed is the same; `notes` says so."""
+    from dic_repa.encoders import create_encoder
+
+    if not takes_pretrained(section) or section.encoder_options.get("pretrained") is False:
+        return
+    try:
+        create_encoder(section.encoder, **section.encoder_options)
+    except UserError as error:
+        options = {key: value for key, value in section.encoder_options.items() if key != "weights"}
+        section.encoder_options = {**options, "pretrained": False}
+        notes.append(f"{section.encoder} has random weights here ({first_line(error)})")
+
+
+def run_step(
+    parts: Parts, batch: dict, settings: TrainSection, step: int, accelerator: Accelerator, passes: int
+) -> torch.Tensor:
+    """One step of the training loop, without its log and its checkpoints; the loss of its last pass."""
+    scales = [1.0] * len(parts.alignments)
+    for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes, scales)):
+        with nullcontext() if k == passes - 1 else accelerator.no_sync(parts.model):
+            noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
+            out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
+            loss = parts.objective.loss(out.prediction, noisy)
+            for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
+                loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
+            accelerator.backward(loss / passes)
+    accelerator.clip_grad_norm_(parts.model.parameters(), settings.gradient_clip or float("inf"))
+    parts.optimizer.step()
+    parts.optimizer.zero_grad()
+    for ema in parts.averages.values():
+        ema.update(parts.denoiser, step + 1)
+    return loss.detach()
+
+
+def disk(settings: TrainSection, parameters: dict, path: Path) -> dict:
+    """Bytes of one checkpoint (weights, Adam's two moments, averages), of all that will be there, and what is free."""
+    trained, denoiser = parameters["denoiser"] + parameters["heads"], 4 * parameters["denoiser"]
+    averages = 1 + len(settings.more_ema_decays) + len(settings.power_ema)
+    checkpoint = 12 * trained + averages * denoiser
+    written = ceil(settings.steps / settings.checkpoint_every)
+    forever = settings.steps // settings.keep_every if settings.keep_every else 0
+    kept = min(written, settings.keep_checkpoints + 1 + forever)  # one more while a new one is written
+    snapshots = ceil(settings.steps / settings.snapshot_every) if settings.power_ema and settings.snapshot_every else 0
+    existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
+    return {
+        "checkpoint": checkpoint,
+        "kept": kept,
+        "snapshots": snapshots,
+        "total": kept * checkpoint + snapshots * len(settings.power_ema) * denoiser,
+        "free": shutil.disk_usage(existing).free,
+    }
+
+
+def paper(recipe: Recipe) -> dict | None:
+    """The row of a paper that the recipe stands for, and the keys in which it differs from that row's recipe."""
+    if recipe.paper is None:
+        return None
+    name = paper_recipe(recipe)
+    differing = differences(load_recipe(name), recipe) if name else {}
+    return {**recipe.paper.model_dump(), "recipe": name, "changed": {k: list(pair) for k, pair in differing.items()}}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type.upper()}, no GPU"

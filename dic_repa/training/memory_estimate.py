@@ -1,0 +1,90 @@
+"""What a training step will need of a GPU's memory, from shapes alone.
+
+The step's forward pass is run on fake tensors, which have shapes and no memory, and what autograd keeps for the
+backward pass is added up. An estimate of the eager mode: the workspaces of cuDNN, the allocator's fragmentation and the
+gradients of activations come on top, and torch.compile saves some.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from dic_repa.alignment import AlignedDenoiser
+from dic_repa.recipe import TrainSection
+
+NORMS = (F.group_norm, F.layer_norm)
+
+
+class FloatNorms(TorchFunctionMode):
+    """Autocast on a GPU runs norms in float32, on a CPU it does not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in NORMS:
+            args = (args[0].float(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+def estimate_memory(
+    model: AlignedDenoiser,
+    encoder_parameters: int,
+    tokens: list[tuple[int, int]],
+    shape: tuple[int, int, int, int],
+    settings: TrainSection,
+    processes: int = 1,
+) -> dict[str, int]:
+    """Bytes by purpose, for one process.
+
+    Args:
+        model: the denoiser with its heads, on the meta device; left on fake tensors.
+        encoder_parameters: of the frozen encoders, all of them.
+        tokens: (N, D) of each alignment's targets.
+        shape: of what one pass takes, (micro batch, C, H, W).
+    """
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    averages = 4 * sum(p.numel() for p in model.denoiser.parameters())
+    averages *= 1 + len(settings.more_ema_decays) + len(settings.power_ema)
+    sharded = settings.sharding != "none" and processes > 1
+    share = processes if sharded else 1
+    return {
+        "weights": weights // share,
+        "gradients": weights // share,
+        "exchange of gradients": weights if processes > 1 and not sharded else 0,
+        "optimizer": 2 * weights // share,
+        "averages": averages // share,
+        "encoders": 4 * encoder_parameters,
+        "activations": activation_bytes(model, tokens, shape, settings.precision != "no"),
+    }
+
+
+def activation_bytes(model: AlignedDenoiser, tokens: list[tuple[int, int]], shape: tuple, mixed: bool) -> int:
+    """What autograd keeps of one pass; under mixed precision with the weights' half-precision copies."""
+    batch = shape[0]
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor  # views share what they look at
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
+    with FakeTensorMode(), FloatNorms() if mixed else nullcontext():
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).train()  # to_empty takes no fakes
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        x, t, y = torch.empty(shape), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
+        targets = [torch.empty(batch, *token) for token in tokens]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with autocast:
+                out = model(x, t, y)
+            loss = (out.prediction.float() - torch.empty(out.prediction.shape)).square().mean()
+            for alignment, projection, target in zip(model.alignments, out.projections, targets):
+                loss = loss + alignment.loss(projection, target, t)[0]
+        return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in own)
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

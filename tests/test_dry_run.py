@@ -1,0 +1,101 @@
+"""`dic-repa train --dry-run`: what it promises is held against a run, a closed form and the models themselves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+from dic_repa.alignment import AlignedDenoiser
+from dic_repa.cli import main
+from dic_repa.models import DiC
+from dic_repa.recipe import load_recipe
+from dic_repa.training import train
+from dic_repa.training.memory_estimate import activation_bytes
+
+
+@pytest.fixture
+def dry_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments) -> str:
+        with pytest.raises(SystemExit) as exit:
+            main(["train", "--dry-run", *arguments])
+        assert exit.value.code == 0
+        assert not list(tmp_path.iterdir())  # nothing is written
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_small_recipe_is_run_and_its_checkpoint_foretold(dry_run, tmp_path):
+    report = json.loads(dry_run("digits-urepa", *TINY, "--set=train.steps=100", "--json"))
+    assert report["steps_per_second"] > 0
+    assert report["images_per_second"] == pytest.approx(8 * report["steps_per_second"])
+    assert report["hours_to_the_end"] == pytest.approx(100 / report["steps_per_second"] / 3600)
+    assert "memory" not in report  # there is no GPU to measure
+    assert report["watts"] is None
+    assert report["paper"] is None
+
+    overrides = [entry.removeprefix("--set=") for entry in TINY]
+    run = train(load_recipe("digits-urepa", [*overrides, "train.steps=1"]), tmp_path / "run")
+    written = sum(file.stat().st_size for file in run.newest_checkpoint().rglob("*") if file.is_file())
+    assert written == pytest.approx(report["disk"]["checkpoint"], rel=0.1)  # headers weigh on so small a model
+
+
+def test_large_recipe_is_estimated_on_a_machine_without_gpu(dry_run):
+    text = dry_run("dic-xl-urepa", "--processes=8", "--set=train.learning_rate=2e-4")
+    assert "an ESTIMATE from shapes" in text
+    assert "256, 32 a process, 32 a pass" in text
+    assert "train.learning_rate: 0.0002 instead of 0.0001" in text
+    assert "FID_ODE 1.74" in text
+    assert "the data is not here" in text
+    assert "no steps were run" in text
+
+
+def test_estimate_follows_the_recipe(dry_run):
+    def estimate(*overrides) -> dict:
+        settings = (f"--set=train.{override}" for override in ("micro_batch=8", *overrides))
+        return json.loads(dry_run("dic-s", *settings, "--json"))
+
+    plain = estimate()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DiC.from_preset("DiC-S").parameters())
+    memory = plain["memory_estimate"]
+    assert plain["parameters"]["denoiser"] == parameters
+    assert (memory["weights"], memory["optimizer"], memory["averages"]) == tuple(4 * parameters * k for k in (1, 2, 1))
+    assert estimate("micro_batch=4")["memory_estimate"]["activations"] < 0.7 * memory["activations"]
+    assert estimate("gradient_checkpointing=true")["memory_estimate"]["activations"] < 0.4 * memory["activations"]
+    assert estimate("more_ema_decays=[0.99]")["memory_estimate"]["averages"] == 8 * parameters
+    disk = estimate("keep_checkpoints=5", "keep_every=100_000", "checkpoint_every=50_000")["disk"]
+    assert (disk["checkpoint"], disk["kept"]) == (16 * parameters, 8)
+
+
+class TwoConvs(nn.Module):
+    in_channels, num_classes = 3, 5
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x, t, y):
+        return self.second(self.first(x).relu())
+
+
+def test_activations_in_closed_form():
+    """Kept are the input, what lies between the convolutions (once, for both) and the error."""
+    with torch.device("meta"):
+        model = AlignedDenoiser(TwoConvs())
+    assert activation_bytes(model, [], (4, 3, 8, 8), mixed=False) == 4 * 4 * 64 * (3 + 16 + 3)
+
+
+def test_mistakes(mistake):
+    assert "does not divide among 3 processes" in mistake("train", "dic-s", "--dry-run", "--processes=3")
+    assert "did you mean mid.3" in mistake("train", "dic-xl-urepa", "--dry-run", "--set=alignments.0.tap=mid.33")
+    assert "unknown encoder" in mistake("train", "dic-xl-urepa", "--dry-run", "--set=alignments.0.encoder=dinov22")
+    assert "unknown solver" in mistake("train", "dic-s", "--dry-run", "--set=sample.solver=hein")
