@@ -1,0 +1,298 @@
+"""What a cluster, a user and the numbers do to a run: signals, two at once, another recipe, values not finite."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import PoisonedDigits, assert_same, metrics, small_recipe, small_run, weights
+
+from dic_repa.errors import UserError
+from dic_repa.training import EMA, Preempted, RunFolder, train
+from dic_repa.training.loader_watch import LoaderWatch
+from dic_repa.training.lock import locked
+from dic_repa.training.metrics import append_whole
+from dic_repa.training.preemption import StopRequest
+from dic_repa.training.randomness import data_order
+from dic_repa.training.run_folder import _git_state
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Make the samples of these steps (from 1) infinite; returns the overrides that train on them."""
+
+    def apply(*steps, batch_size=4, seed=0):
+        order = data_order(seed, 8000, batch_size)
+        indices = [next(order) for _ in range(max(steps))]
+        monkeypatch.setattr(PoisonedDigits, "poisoned", frozenset(indices[step - 1][0] for step in steps))
+        return ["data.name=poisoned-digits"]
+
+    return apply
+
+
+def test_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, poison):
+    every = ["train.checkpoint_every=1", "train.keep_checkpoints=8"]
+    run = small_run(tmp_path / "run", *every, *poison(3, 6))
+    for step in range(2, 9):
+        before, after = (weights(run.checkpoint_path(s)) for s in (step - 1, step))
+        names = [name for name in before if not name.startswith("ema ")]
+        same = all(torch.equal(before[name], after[name]) for name in names)
+        assert same == (step in (3, 6)), step
+        assert all(tensor.isfinite().all() for tensor in after.values())
+    records = metrics(run)
+    assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert [record["loss"] is None for record in records] == [step in (3, 6) for step in range(1, 9)]
+    assert "NaN" not in run.metrics_file.read_text()
+
+
+def test_averages_of_the_log_leave_out_what_is_not_finite(tmp_path, poison):
+    each = small_run(tmp_path / "each", *poison(3))
+    pairs = small_run(tmp_path / "pairs", "train.log_every=2", *poison(3))
+    assert metrics(pairs)[1]["loss"] == metrics(each)[3]["loss"]  # of steps 3 and 4, that of step 4
+
+
+def test_many_in_a_row_stop_the_run_and_dump_the_indices(tmp_path, poison):
+    with pytest.raises(UserError, match=r"in the 3 steps up to 7.*not_finite.json; step_00000004 is the last"):
+        small_run(tmp_path / "run", "train.max_skipped=3", *poison(2, 5, 6, 7))
+    order = data_order(0, 8000, 4)
+    expected = [{"step": step, "indices": next(order)} for step in range(1, 8)][4:]
+    assert json.loads((tmp_path / "run/not_finite.json").read_text()) == expected
+    assert RunFolder(tmp_path / "run").newest_checkpoint().name == "step_00000004"
+
+
+def test_gradient_that_is_not_finite_is_skipped_though_the_loss_is(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    backward, passes = Accelerator.backward, []
+
+    def explode(self, loss):
+        passes.append(loss)
+        backward(self, loss * float("inf") if len(passes) == 2 else loss)
+
+    monkeypatch.setattr(Accelerator, "backward", explode)
+    run = small_run(tmp_path / "run", "train.steps=3", "train.checkpoint_every=1", "train.keep_checkpoints=3")
+    assert [record["skipped"] for record in metrics(run)] == [0, 1, 1]
+    assert metrics(run)[1]["loss"] is not None
+    assert metrics(run)[1]["gradient_norm"] is None
+    one, two = (weights(run.checkpoint_path(step)) for step in (1, 2))
+    assert_same({k: v for k, v in one.items() if k[:4] != "ema "}, {k: v for k, v in two.items() if k[:4] != "ema "})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_the_step_and_the_run_goes_on_the_same(tmp_path, monkeypatch, number):
+    update = EMA.update
+
+    def signalled(self, denoiser, step):
+        update(self, denoiser, step)
+        if step == 5:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # a launcher passes on what the group has had already
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(EMA, "update", signalled)
+    with pytest.raises(Preempted, match="has saved step 6"):
+        small_run(tmp_path / "run")
+    assert signal.getsignal(number) == before
+    run = RunFolder(tmp_path / "run")
+    assert run.newest_checkpoint().name == "step_00000006"
+    monkeypatch.setattr(EMA, "update", update)
+    small_run(run.path, resume=True)
+    whole = small_run(tmp_path / "whole")
+    assert_same(weights(run.checkpoint_path(8)), weights(whole.checkpoint_path(8)))
+    assert [record["loss"] for record in metrics(run)] == [record["loss"] for record in metrics(whole)]
+
+
+def test_command_line_exits_with_75_and_says_how_to_go_on(tmp_path):
+    arguments = [f"--set={key}" for key in ("train.steps=100000", "model.width=8", "model.depths=[1,1,1,1,1]",
+                 "alignments=[]", "train.batch_size=4", "train.checkpoint_every=2", "data.workers=1")]  # fmt: skip
+    command = [sys.executable, "-m", "dic_repa", "train", "digits-urepa", "--out", "run", *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    while not (tmp_path / "run/checkpoints/step_00000002").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)  # the loader's process as well
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 75, stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].strip() == "dic-repa train run/recipe.yaml --out run --resume"
+    assert not list((tmp_path / "run").rglob(".writing-*"))
+
+
+def test_stop_request_outside_the_main_thread_leaves_signals_alone():
+    seen = []
+
+    def enter():
+        with StopRequest() as request:
+            seen.append(request.received)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+HOLD = "import sys, time; from dic_repa.training.lock import locked; from pathlib import Path\n"
+HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+
+
+def test_two_runs_in_one_folder_and_the_lock_of_a_dead_one(tmp_path):
+    folder = tmp_path / "run"
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"run is in use by process {owner.pid} on .*; wait for it, or stop it"):
+        small_run(folder)
+    assert not (folder / "recipe.yaml").exists()
+    owner.kill()
+    owner.wait()
+    assert (folder / "lock").exists()  # left behind, and yet it locks nothing
+    small_run(folder, "train.steps=1")
+    assert not (folder / "lock").exists()
+
+
+def test_lock_is_freed_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "run"):
+        raise ZeroDivisionError
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_other_recipe_is_refused_unless_allowed(tmp_path):
+    small_run(tmp_path / "run", "train.steps=2")
+    harmless = ["train.log_every=2", "train.keep_every=2", "train.max_skipped=3", "train.steps=3"]
+    small_run(tmp_path / "run", *harmless, resume=True)
+    changed = ["train.learning_rate=0.5", "train.weight_decay=0.1"]
+    with pytest.raises(UserError, match=r"differ: train.learning_rate, train.weight_decay; .*--allow-change"):
+        small_run(tmp_path / "run", *changed, resume=True)
+    run = small_run(tmp_path / "run", *changed, "train.steps=4", resume=True, allow_change=True)
+    assert metrics(run)[-1]["learning_rate"] == 0.5
+    assert run.recipe().train.weight_decay == 0.1
+    with pytest.raises(UserError, match="does not fit this AlignedDenoiser"):
+        small_run(run.path, "model.width=12", "train.steps=5", resume=True, allow_change=True)
+
+
+def test_second_run_in_a_process_may_have_another_precision(tmp_path):
+    small_run(tmp_path / "float32", "train.steps=1")
+    run = small_run(tmp_path / "bf16", "train.steps=1", "train.precision=bf16")
+    again = small_run(tmp_path / "again", "train.steps=1")
+    assert metrics(again)[0]["loss"] == metrics(RunFolder(tmp_path / "float32"))[0]["loss"]
+    assert metrics(run)[0]["loss"] == pytest.approx(metrics(again)[0]["loss"], rel=0.05)
+    assert metrics(run)[0]["loss"] != metrics(again)[0]["loss"]
+
+
+def test_stalled_loader_is_named(capsys):
+    class Accelerator:
+        process_index = 3
+
+    watch = LoaderWatch(0.05, Accelerator())
+    with watch.waiting_for(17):
+        deadline = time.monotonic() + 20
+        text = ""
+        while "step 17" not in text and time.monotonic() < deadline:
+            time.sleep(0.01)
+            text += capsys.readouterr().err
+    watch.close()
+    assert "warning: process 3 has waited" in text
+    assert "for the batch of step 17" in text
+    assert "data.workers" in text
+
+
+def test_line_that_does_not_fit_is_written_later_and_once(tmp_path):
+    """A file-size limit stands in for the full disk: half of the line would fit."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from dic_repa.training.metrics import append_whole
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+file = Path(sys.argv[1])
+append_whole(file, "one\\n")
+resource.setrlimit(resource.RLIMIT_FSIZE, (6, resource.RLIM_INFINITY))
+try:
+    append_whole(file, "two, longer\\n")
+except OSError:
+    assert file.read_text() == "one\\n"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    append_whole(file, "two, longer\\n")
+    print(file.read_text(), end="")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, text=True)
+    assert done.stdout == "one\ntwo, longer\n", done.stderr
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    if importlib.util.find_spec("tensorboard") is None:
+        pytest.skip("needs tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = small_run(tmp_path / "run", "train.steps=3", "train.trackers=[tensorboard]")
+    events = EventAccumulator(str(run.path / "trackers/dic-repa"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(r["step"], pytest.approx(r["loss"])) for r in metrics(run)]
+
+
+def test_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest)
+    )
+    with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install 'dic-repa\[wandb\]'"):
+        small_run(tmp_path / "run", "train.trackers=[wandb]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_git_state_is_that_of_the_package_alone(tmp_path):
+    foreign = tmp_path / "venv/site-packages/dic_repa"
+    foreign.mkdir(parents=True)
+    (foreign / "run_folder.py").write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    assert _git_state(str(foreign / "run_folder.py")) is None
+    subprocess.run([*git, "add", "."], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert _git_state(str(foreign / "run_folder.py"))["commit"] == commit
+
+
+def test_more_processes_than_samples_are_refused(tmp_path, monkeypatch):
+    from dic_repa.training import parts
+
+    class Two(PoisonedDigits):
+        def __len__(self):
+            return 2
+
+    monkeypatch.setattr(parts, "build_dataset", lambda section: Two())
+    accelerator = type("Accelerator", (), {"num_processes": 3, "device": torch.device("cpu")})()
+    with pytest.raises(UserError, match="3 processes are more than the 2 samples of the data"):
+        parts.build_parts(small_recipe(), accelerator)
+
+
+def test_overwrite_takes_runs_only_and_spares_what_is_none(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not a run"):
+        train(small_recipe(), tmp_path / "mine", overwrite=True)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "run").mkdir()
+    for left in ("lock", ".writing-recipe.yaml"):  # killed before it had begun
+        (tmp_path / "run" / left).write_text("")
+    small_run(tmp_path / "run", "train.steps=1")
+    assert not list(Path(tmp_path / "run").glob("lock"))
+
+
+def test_appending_makes_the_file(tmp_path):
+    append_whole(tmp_path / "new", "line\n")
+    assert (tmp_path / "new").read_text() == "line\n"
