@@ -238,7 +238,7 @@ def test_kills_change_nothing(tmp_path):
     own.
     """
     script = (
-        "import kill_often, pathlib; kill_often.main(kills=3, steps=60, seed={seed}, folder=pathlib.Path({folder!r}))"
+        "import kill_often, pathlib; kill_often.main(kills=3, steps=40, seed={seed}, folder=pathlib.Path({folder!r}))"
     )
     command = script.format(seed=random.randrange(10**6), folder=str(tmp_path))
     done = subprocess.run(

@@ -1,0 +1,37 @@
+"""`dic-repa ema`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("ema")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--sigma-rel", type=float, help="Width of the average, as a share of the training: 0.01 to 0.25.")
+@click.option("--step", type=click.IntRange(1), help="As if training had ended here.  [default: the last snapshot]")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder.  [default: RUN/averages/sigma_rel-...]")
+def command(run: Path, sigma_rel: float | None, step: int | None, out: Path | None):
+    """Make an average of RUN's weights of any width after the run, from its stored snapshots (post-hoc EMA).
+
+    Train with `train.power_ema=[0.05,0.1]` and `train.snapshot_every`. Without --sigma-rel, lists the snapshots. What
+    is made is an inference checkpoint: sample from it.
+
+    \b
+    Examples:
+      dic-repa train digits-urepa --set train.power_ema=[0.05,0.1] --set train.snapshot_every=50
+      dic-repa ema runs/digits-urepa --sigma-rel 0.15
+      dic-repa sample runs/digits-urepa/averages/sigma_rel-0.15
+    """
+    from dic_repa.training.posthoc import list_snapshots, save_reconstruction
+    from dic_repa.training.run_folder import RunFolder
+
+    folder = RunFolder.open(run)
+    if sigma_rel is None:
+        for snapshot in list_snapshots(folder):
+            click.echo(f"step {snapshot.step:8d}  sigma_rel {snapshot.sigma_rel:g}  {snapshot.path}")
+        return
+    out = out or folder.path / "averages" / (f"sigma_rel-{sigma_rel:g}" + (f"-step-{step}" if step else ""))
+    step = save_reconstruction(folder, sigma_rel, out, step)
+    click.echo(f"average of width {sigma_rel:g} after step {step}: {out}")

@@ -1,0 +1,52 @@
+"""What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/two_processes.py FOLDER`.
+
+Writes the runs `ddp` (20 steps), `ddp-10` (the first 10 of them), `sharded` (20 steps under FSDP2), `poisoned` (one
+process alone meets values that are not finite) and `stopped` (one process alone is told to stop).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from small_runs import ALIGNED, PoisonedDigits, small_run
+
+from dic_repa.training import EMA, Preempted
+from dic_repa.training.randomness import data_order
+
+LONG = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    small_run(folder / "ddp", *LONG, base=ALIGNED)
+    small_run(folder / "ddp-10", *LONG, "train.steps=10", base=ALIGNED)
+    sharded = ["train.sharding=fsdp2", "train.sample_every=10", "sample.steps=1", "train.power_ema=[0.1]"]
+    small_run(folder / "sharded", *LONG, *sharded, base=ALIGNED)
+
+    order = data_order(seed=0, count=8000, batch_size=4)
+    third = [next(order) for _ in range(3)][2]
+    PoisonedDigits.poisoned = frozenset(third[2:])  # the second process's half of the third batch
+    every = ["train.steps=4", "train.checkpoint_every=1", "train.keep_checkpoints=4"]
+    small_run(folder / "poisoned", *every, "data.name=poisoned-digits")
+    small_run(folder / "poisoned-sharded", *every, "data.name=poisoned-digits", "train.sharding=fsdp2")
+
+    update = EMA.update
+
+    def signalled(self, denoiser, step=1):
+        update(self, denoiser, step)
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    EMA.update = signalled
+    try:
+        small_run(folder / "stopped")
+    except Preempted as reason:
+        (folder / f"stopped-{os.environ['RANK']}.txt").write_text(str(reason))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
