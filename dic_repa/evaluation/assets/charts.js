@@ -38,6 +38,7 @@ function linearTicks(low, high, count) {
 }
 
 function logTicks(low, high, most) {
+  if (high / low < 2.5) return linearTicks(low, high, most / 2);
   for (const factors of [[1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 7], [1, 2, 5], [1, 3], [1]]) {
     const ticks = [];
     for (let p = Math.floor(Math.log10(low)); p <= Math.log10(high); p++)

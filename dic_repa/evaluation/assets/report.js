@@ -9,7 +9,7 @@ const main = document.getElementById("top");
 const lowerIsBetter = (name) => /fid|kid|fd|frechet|distance|loss|mmd/i.test(name);
 const NAMES = {
   denoising: "Denoising loss", loss: "Total loss", gradient_norm: "Gradient norm", learning_rate: "Learning rate",
-  images_per_second: "Images per second", data_wait: "Share of time waiting for data", frechet: "Fréchet distance",
+  images_per_second: "Images per second", data_wait: "Share of time waiting for data", skipped: "Skipped steps", frechet: "Fréchet distance",
   recognised: "Recognised", fid: "FID", sfid: "sFID", kid: "KID", inception_score: "Inception Score", isc: "Inception Score",
   cka: "Linear CKA", cknna: "CKNNA", cosine: "Cosine through the head", linear_probe: "Linear probe accuracy",
 };
@@ -45,7 +45,7 @@ function overview() {
   main.append(el("div", { class: "intro" },
     el("h1", {}, RUNS.length === 1 ? RUNS[0].name : RUNS.length <= 4 ? RUNS.map((r) => r.name).join(" · ") : `${RUNS.length} runs`),
     el("span", { class: "muted" }, `generated ${DATA.generated}`)));
-  main.append(el("div", { class: "runs" }, ...RUNS.map(runCard)));
+  main.append(el("div", { class: `runs${RUNS.length > 4 ? " compact" : ""}` }, ...RUNS.map(runCard)));
   if (RUNS.length < 2) return;
   main.append(el("div", { class: "legend", role: "group", "aria-label": "Runs shown in the charts" }, ...RUNS.map((run) => {
     const key = el("svg", { viewBox: "0 0 20 10", "aria-hidden": "true" }, el("path", { class: "curve", style: `--c:${run.color};stroke-width:3`, d: "M1 5H19", "stroke-dasharray": run.dash }));
@@ -101,11 +101,12 @@ function curves() {
   add("Similarity to the encoder", aligned("token", -1), false, "cosine");
   add("Manifold loss", aligned("manifold", 1), true);
   if (names.size && [...names].some((n) => n.startsWith("alignment."))) simple("loss", false, "denoising + λ · alignment");
+  const idle = new Set(["skipped"].filter((name) => RUNS.every((run) => curve(run, name).every(([, y]) => !y))));
   const known = /^(step|seconds|loss|denoising|alignment\..*)$/;
   for (const name of ["gradient_norm", "images_per_second", "data_wait"]) if (names.has(name)) simple(name, name === "gradient_norm");
   const rates = RUNS.flatMap((run) => curve(run, "learning_rate").map(([, y]) => y));
   if (new Set(rates).size > 1) simple("learning_rate", false);
-  for (const name of [...names].sort()) if (!known.test(name) && !["gradient_norm", "images_per_second", "data_wait", "learning_rate"].includes(name)) simple(name, false);
+  for (const name of [...names].sort()) if (!known.test(name) && !idle.has(name) && !["gradient_norm", "images_per_second", "data_wait", "learning_rate"].includes(name)) simple(name, false);
 }
 
 /* ---- samples ------------------------------------------------------------------------------------------------- */
