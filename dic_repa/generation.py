@@ -175,7 +175,7 @@ def build_guidance(section: GuidanceSection | None) -> Guidance:
     if section is None:
         return Guidance(1.0)
     kind = {"cfg": Guidance, "cfg++": CFGPlusPlus}[section.kind]
-    return kind(section.scale, section.interval, section.channels, section.schedule, section.rescale)
+    return kind(section.scale, section.interval, section.channels, section.schedule, section.rescale, section.doubled)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dic_repa.errors import UserError, did_you_mean, unknown_name
 
@@ -34,6 +34,8 @@ def _named(part: Any) -> Any:
     raise ValueError(f"takes a name, or a mapping of name and arguments, not {part!r}")
 
 
+# YAML 1.1 reads a bare `no` as false.
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 Part = Annotated[Any, AfterValidator(_named)]  # such as v-shape, or {name: stop, steps: 100000}
 
 
@@ -101,7 +103,7 @@ class TrainSection(Section):
     )
     snapshot_every: Count | None = Field(None, description="steps between stored snapshots of power_ema; null: none")
     label_dropout: Probability = Field(0.1, description="share of labels replaced by the null class")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision of the denoiser; no: float32")
+    precision: Precision = Field("no", description="mixed precision of the denoiser; no: float32")
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
     tf32: bool = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
     compile: bool = Field(False, description="torch.compile the denoiser with its heads")
@@ -134,6 +136,9 @@ class GuidanceSection(Section):
     channels: Count | None = Field(None, description="guide the first so many channels only (DiT: 3); null: all")
     schedule: str = Field("constant", description="of the scale over the interval: constant, linear or cosine")
     rescale: Probability = Field(0.0, description="share to which the guided prediction keeps the class's contrast")
+    doubled: bool | None = Field(
+        None, description="both predictions in one batch, faster, or one by one in half the memory; null: as it fits"
+    )
     weak: str | None = Field(None, description="autoguidance: the checkpoint of a weaker model to move away from")
 
     @model_validator(mode="after")

@@ -60,7 +60,8 @@ class Field:
 
 
 def _times(x: Tensor, t: float | Tensor) -> Tensor:
-    return t.to(x).expand(len(x)) if isinstance(t, Tensor) else x.new_full((len(x),), t)
+    """`t` (B,), expanded from one value, by which a denoiser can tell that the rows share it."""
+    return (t.to(x) if isinstance(t, Tensor) else x.new_full((), t)).expand(len(x))
 
 
 def as_state(noise: Tensor) -> Tensor:

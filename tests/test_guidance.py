@@ -213,3 +213,28 @@ def test_other_bad_values_are_told():
 def test_a_model_without_null_class_is_told():
     with pytest.raises(UserError, match="null class"):
         Guidance().bind(lambda x, t, y: x, LABELS)
+
+
+def test_one_by_one_gives_what_the_doubled_batch_gives():
+    one_by_one, doubled = Model(), Model()
+    t = torch.full((2,), 0.5, dtype=torch.float64)
+    v = Guidance(1.5, EVERYWHERE, doubled=False).bind(one_by_one, LABELS)(NOISE, t)
+    torch.testing.assert_close(v, Guidance(1.5, EVERYWHERE, doubled=True).bind(doubled, LABELS)(NOISE, t))
+    assert one_by_one.batches == [2, 2]
+    assert doubled.batches == [4]
+
+
+def test_out_of_memory_goes_on_one_by_one():
+    class Small(Model):
+        def __call__(self, x, t, y):
+            if len(x) > 2:
+                raise torch.OutOfMemoryError
+            return super().__call__(x, t, y)
+
+    model, t = Small(), torch.full((2,), 0.5, dtype=torch.float64)
+    field = Guidance(1.5, EVERYWHERE).bind(model, LABELS)
+    torch.testing.assert_close(field(NOISE, t), guided(1.5))
+    field(NOISE, t)
+    assert model.batches == [2, 2, 2, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        Guidance(1.5, EVERYWHERE, doubled=True).bind(model, LABELS)(NOISE, t)

@@ -44,7 +44,7 @@ def test_authors_checkpoint_gives_the_authors_output(reference):
     with torch.no_grad():
         out = model(reference["x"], reference["t"], reference["y"])
     assert (out - reference["out"]).norm() <= 1e-5 * reference["out"].norm()
-    torch.testing.assert_close(tapped[0], reference["mid_after_block_1"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tapped[0], reference["mid_after_block_1"], rtol=1e-5, atol=5e-6)
 
 
 def test_authors_checkpoint_inside_a_torch_file(tmp_path, reference):

@@ -9,6 +9,7 @@ from oracle import OracleDiC, PlainDiC
 from safetensors.torch import load_file
 
 from dic_repa.models import DiC, load_authors_checkpoint
+from dic_repa.samplers import Guidance, sample_ode
 
 TOLERANCE = 1e-4
 
@@ -68,6 +69,18 @@ def test_eager_paths(layout, checkpointing):
 def test_plain_model_is_the_oracle_with_torchs_group_norm():
     plain, oracle = pair(PlainDiC)[1], pair()[1]
     assert_close(outputs_and_gradients(plain, plain, inputs()), outputs_and_gradients(oracle, oracle, inputs()))
+
+
+def test_a_time_that_the_batch_shares_is_embedded_once():
+    model, oracle = pair()
+    x, _, y = inputs()
+    shared = torch.tensor(0.3).expand(3)  # as samplers give it
+    rows = []
+    model.condition[0].time1.register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
+    expected = outputs_and_gradients(oracle, oracle, (x, torch.full((3,), 0.3), y))
+    assert_close(outputs_and_gradients(model, model, (x, shared, y)), expected)
+    sample_ode(Guidance(2.0, (0.0, 1.0)).bind(model, y), x, "euler", 1)
+    assert rows == [1, 1]
 
 
 def test_traced_whole():
