@@ -52,6 +52,7 @@ def test_overrides():
     assert recipe.sample.guidance.scale == 3
     assert recipe.plugins == ["a"]
     assert load_recipe("digits-urepa", ["alignments=[]"]).alignments == []
+    assert load_recipe("digits-urepa", ["train.precision=no"]).train.precision == "no"  # YAML's false
     assert isinstance(load_recipe("digits-cfg"), SamplingRecipe)
 
 
