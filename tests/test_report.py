@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dic_repa.cli.report import command
+from dic_repa.evaluation import report
 from dic_repa.evaluation.report import distinct_names, write_report
 from dic_repa.evaluation.report_data import MOST_GRIDS, MOST_POINTS
 from dic_repa.recipe import load_recipe
@@ -250,3 +251,26 @@ def test_measured_and_tuned_runs(make_run, tmp_path):
     _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
     assert shown["tuning"] is None
     assert "tune.json" in shown["problems"][0]
+
+
+def test_colours_can_be_told_from_their_background():
+    """WCAG's contrast: 4.5 to 1 for text and curves, on the surfaces of both themes."""
+    css = Path(report.__file__).with_name("assets").joinpath("report.css").read_text()
+    pairs = dict(re.findall(r"--([\w-]+): light-dark\((#\w{6}, #\w{6})\)", css))
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(a: str, b: str) -> float:
+        high, low = sorted((luminance(a), luminance(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for name in ["text", "muted", "accent", "warn", *(f"run-{i}" for i in range(8))]:
+        for surface in ("surface", "bg", "raised"):
+            for colour, behind in zip(pairs[name].split(", "), pairs[surface].split(", ")):
+                assert contrast(colour, behind) >= 4.5, (name, surface)
+    for colour, behind in zip(pairs["text"].split(", "), pairs["mark"].split(", ")):
+        assert contrast(colour, behind) >= 4.5
