@@ -17,7 +17,7 @@ from test_sample_scale import checkpoint  # noqa: F401  a fixture
 
 from dic_repa.cli import main
 from dic_repa.cli.evaluate import command
-from dic_repa.data.digits import load_digits, resize
+from dic_repa.data.digits import Digits, load_digits, resize
 from dic_repa.data.images import center_crop
 from dic_repa.errors import UserError
 from dic_repa.evaluation import Measure, frechet_distance, measure, open_images, scores, statistics
@@ -194,6 +194,14 @@ def test_processes_share_a_set_and_see_all_of_it(places, digits):
 
 def _any() -> FeatureSet:
     return FeatureSet(2, None, {"digits.features": (torch.zeros(64), torch.eye(64))})
+
+
+def test_a_data_set_is_a_reference_at_the_size_of_what_is_trained_on(digits):
+    from_name, from_data = (open_images(source) for source in ("digits", Digits("held-out", 16)))
+    assert from_name.size() == from_data.size() == (16, 16)
+    batch = next(from_name.batches([range(400)]))
+    assert (batch.int() - digits[1].int()).abs().max() <= 1  # by way of [-1, 1] and back
+    assert from_name.fingerprint == from_data.fingerprint != open_images(Digits("train", 16)).fingerprint
 
 
 def test_measure_takes_batches(digits):

@@ -47,6 +47,7 @@ def test_python_examples(monkeypatch, tmp_path):
     assert names["x0"].shape == (2, 1, 16, 16)
     assert names["x0"].isfinite().all()
     assert names["result"].bits_per_dim.isfinite().all()
+    exec(compile(block("python", "measure("), "README.md", "exec"), {})
 
 
 @pytest.mark.parametrize("line", [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()])
@@ -55,7 +56,7 @@ def test_commands_exist(line, dic_repa):
     command = line.split("#")[0].split(">")[0].split()
     if command[:1] != ["dic-repa"]:
         return
-    verb = command[1:3] if command[2:3] in (["show"], ["check"], ["compare"], ["data"]) else command[1:2]
+    verb = command[1:3] if command[2:3] in (["show"], ["diff"], ["check"], ["compare"], ["data"]) else command[1:2]
     text = dic_repa(*verb, "--help").stdout
     for option in command:
         if option.startswith("--"):

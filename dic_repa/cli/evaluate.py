@@ -17,7 +17,9 @@ ADM = "fid,sfid,is,prec,recall"
 
 @click.command("evaluate")
 @click.argument("samples", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, or statistics.")
+@click.option(
+    "--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or 'digits'."
+)
 @click.option("--metrics", help=f"Names with commas, see --list-metrics.  [default: {ADM}]")
 @click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format.")
 @click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights.")
@@ -58,7 +60,7 @@ def command(
       dic-repa evaluate runs/urepa-* runs/baseline-*
       dic-repa evaluate samples/xl --reference VIRTUAL_imagenet256_labeled.npz
       dic-repa evaluate theirs.npz --reference imagenet/val --resize 256 --metrics fid,kid,fd-dinov2 --bootstrap 20
-      dic-repa evaluate runs/digits-urepa --reference digits.npz --metrics fd-digits,prec-digits --num 1000
+      dic-repa evaluate runs/digits-urepa --reference digits --metrics fd-digits,prec-digits --num 1000
       accelerate launch -m dic_repa evaluate runs/xl --reference ref.npz --num 50000     on all GPUs of this machine
     """
     if reference is None and metrics is None:
@@ -156,18 +158,19 @@ def _sampled(path: Path, recipe: str | None, again: bool, processes, options: di
     from dic_repa.cli.sample import choose_labels
     from dic_repa.evaluation.runs import describe_sampling
     from dic_repa.evaluation.samples import samples_folder
-    from dic_repa.generation import build_sampler, load_checkpoint
+    from dic_repa.generation import build_sampler, check_sampling, load_checkpoint
     from dic_repa.recipe import Recipe
     from dic_repa.sample_folder import SampleFolder, sample_into, sample_spec
 
     given = load_recipe(recipe) if recipe else None
     loaded = load_checkpoint(path, processes.device, given if isinstance(given, Recipe) else None)
     settings = sample_settings((given or loaded.recipe).sample, **_sampling(options))
-    labels = choose_labels(loaded, settings)
+    labels, sampler = choose_labels(loaded, settings), build_sampler(loaded, settings)
+    check_sampling(settings, sampler.objective)
     place = samples_folder(path, describe_sampling(settings))
     mend = "pass --again to sample anew"
     folder = SampleFolder(place, sample_spec(loaded, settings, labels), mend)
-    sample_into(folder, build_sampler(loaded, settings), labels, processes, overwrite=again)
+    sample_into(folder, sampler, labels, processes, overwrite=again)
     return place
 
 

@@ -120,7 +120,7 @@ def command(
     """
     from accelerate import Accelerator
 
-    from dic_repa.generation import build_sampler, load_checkpoint
+    from dic_repa.generation import build_sampler, check_sampling, load_checkpoint
     from dic_repa.sample_folder import SampleFolder, sample_into, sample_spec
 
     processes = Accelerator()
@@ -129,6 +129,7 @@ def command(
     settings = sample_settings((given or loaded.recipe).sample, **options)
     labels = choose_labels(loaded, settings, classes, random_classes)
     sampler = build_sampler(loaded, settings)
+    check_sampling(settings, sampler.objective)  # before there is a folder
     sampler.trace = trajectory
     out = out or Path("samples") / checkpoint.resolve().name
     folder = SampleFolder(out, sample_spec(loaded, settings, labels, classes, random_classes))

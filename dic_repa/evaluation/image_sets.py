@@ -24,6 +24,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.npz import NpzFile
 
 THREADS = 8
+DIGITS = "digits"
 SAMPLES_FILE, SAMPLES_NPZ = "samples.json", "samples.npz"  # of `dic-repa sample`
 
 
@@ -80,14 +81,19 @@ class ImageSet:
 
 
 def open_images(source, resize: int | None = None) -> ImageSet:
-    """The images of a path, or of a data set whose samples are dicts with an `image` (C, H, W), float in [0, 1].
+    """The images of a path, of 'digits' (the held-out ones), or of a data set.
 
-    A path is a folder, zip or tar of image files, at any depth; an `.npz` with `arr_0` (N, H, W, C), uint8; or what
+    A data set's samples are dicts with `x` (1 or 3, H, W) in [-1, 1], or where that is latent an `image` in [0, 1]. A
+    path is a folder, zip or tar of image files, at any depth; an `.npz` with `arr_0` (N, H, W, C), uint8; or what
     `dic-repa prepare` or `datasets` wrote. `resize` crops each image to that size as ADM does. A UserError says what
     `source` lacks.
     """
     if not isinstance(source, (str, Path)):
         images = _of_dataset(source)
+    elif str(source) == DIGITS and not Path(source).exists():
+        from dic_repa.data.digits import Digits
+
+        images = _of_dataset(Digits("held-out", resize or 16))
     elif str(source).endswith(".npz"):
         images = _of_npz(Path(source))
     elif (Path(source) / "prepare.json").is_file() or (Path(source) / "state.json").is_file():
@@ -181,10 +187,15 @@ def _of_arrow(path: Path) -> ImageSet:
 
 
 def _of_dataset(data) -> ImageSet:
-    name = type(data).__name__
-    if not hasattr(data, "__len__") or not isinstance(data[0], dict) or "image" not in data[0]:
+    name, latent = type(data).__name__, getattr(getattr(data, "spec", None), "name", "none") != "none"
+    if not hasattr(data, "__len__") or not isinstance(data[0], dict) or not {"image", "x"} & data[0].keys():
         raise UserError(f"a {name} is no set of images: its samples must be dicts with an `image`")
-    load = lambda i: _from_float(data[i]["image"])  # noqa: E731
+    pixels = not latent and "x" in data[0]  # what an encoder sees, `image`, may be of another size
+
+    def load(index: int) -> np.ndarray:
+        sample = data[index]
+        return _from_float(sample["x"] / 2 + 0.5 if pixels else sample["image"])
+
     parts = [int(i) for i in torch.linspace(0, len(data) - 1, min(len(data), 64)).round()]
     probe = [hashlib.blake2b(load(i).tobytes(), digest_size=12).hexdigest() for i in parts]
     return ImageSet(name, len(data), load, _digest(len(data), probe), lambda i: f"image {i}")

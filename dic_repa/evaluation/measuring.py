@@ -52,8 +52,8 @@ class Measure:
     Args:
         metrics: names from `scores.names()`: fid, sfid, is, kid, prec, recall, fid-infinity, fd-dinov2, fd-digits, ...
         reference: a folder, zip or tar of images, an `.npz` (images, or ADM's mu, sigma, mu_s, sigma_s), a prepared or
-            Arrow data set, statistics saved by `save_statistics`, a data set in memory, or a FeatureSet; None for
-            metrics that need none.
+            Arrow data set, 'digits' (the held-out ones), statistics saved by `save_statistics`, a data set in memory,
+            or a FeatureSet; None for metrics that need none.
         device: where the networks run and the distances are computed.
         extractor_options: by extractor, what it is built with: {"inception": {"weights": FILE}}.
         batch_size: images at once in a network.
