@@ -21,6 +21,7 @@ import pytest
         ("model.options={blok: gated}", "blok"),
         ("model.options={block: gatted}", "did you mean gated?"),
         ("model.options={skips: dence}", "did you mean dense?"),
+        ("train.precision=fp16", "train.precision fp16 needs a GPU; take bf16, or no for float32"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(mistake, tmp_path, override, message):
