@@ -10,9 +10,11 @@ solver, whose steps suit a whole batch, the images change within its tolerances.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -155,11 +157,24 @@ def sample_into(
     with tqdm(total=total, unit="image", desc="sampling", disable=quiet) as bar:
         # The others are about as far as this one.
         advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
-        fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
+        with told_by_whom_it_befalls(accelerator):
+            fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and sampler.evaluations:
         folder.spec["evaluations_per_image"] = sampler.evaluations
         folder.write_spec()
+
+
+@contextlib.contextmanager
+def told_by_whom_it_befalls(accelerator: Accelerator) -> Iterator[None]:
+    """Print an error that one process has by itself, such as a damaged file: the command line prints those of the main
+    process, since most mistakes are all processes'."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if not accelerator.is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        raise
 
 
 def fill(

@@ -101,6 +101,7 @@ def measure_and_show(
     from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
     from dic_repa.evaluation.samples import is_checkpoint, record, save_record
+    from dic_repa.sample_folder import told_by_whom_it_befalls
 
     if options["out"] and len(samples) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
@@ -127,7 +128,7 @@ def measure_and_show(
     for path in samples:
         place = _sampled(path, recipe, again, processes, options) if is_checkpoint(path) else path
         images = open_images(place, options["resize"])
-        with _bar(f"measuring {place}", processes, len(images)) as bar:
+        with told_by_whom_it_befalls(processes), _bar(f"measuring {place}", processes, len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update)
         if not processes.is_main_process:
             continue

@@ -194,7 +194,7 @@ def _of_dataset(data) -> ImageSet:
 
     def load(index: int) -> np.ndarray:
         sample = data[index]
-        return _from_float(sample["x"] / 2 + 0.5 if pixels else sample["image"])
+        return _from_float((sample["x"] / 2 + 0.5).clamp(0, 1) if pixels else sample["image"])
 
     parts = [int(i) for i in torch.linspace(0, len(data) - 1, min(len(data), 64)).round()]
     probe = [hashlib.blake2b(load(i).tobytes(), digest_size=12).hexdigest() for i in parts]
