@@ -18,11 +18,11 @@ from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.models import create_denoiser, measure_cost
+from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.plugins import find_factory
 from dic_repa.registry import Registry
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-COMPILES = ("off", "default", "reduce-overhead", "max-autotune")  # the latter are torch.compile's modes
 
 
 @dataclass
@@ -35,7 +35,6 @@ class Case:
     precision: str
     inputs: tuple[Tensor, Tensor, Tensor]
     reference: Tensor
-    marks_steps: bool = False  # CUDA graphs want to know where one call's output may be overwritten
 
     @property
     def batch(self) -> int:
@@ -43,8 +42,6 @@ class Case:
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
-        if self.marks_steps:
-            torch.compiler.cudagraph_mark_step_begin()
         with precision(self.precision):
             return self.model(*self.inputs)
 
@@ -71,7 +68,6 @@ def bench_model(
     for name in precisions:
         check_precision(name, device)
     environment = describe_device(device)
-    allow_recompilation()
     cases = []
     for name in names:
         denoiser = random_denoiser(name).to(device)
@@ -81,15 +77,17 @@ def bench_model(
             references = [denoiser(*inputs) for inputs in batch_inputs]
         for kind, layout in itertools.product(precisions, layouts):
             model = copy.deepcopy(denoiser).to(dtype=DTYPES[kind], memory_format=LAYOUTS[layout])
-            models = [(_label(name, kind, layout if len(layouts) > 1 else "", mode), mode, model) for mode in compiles]
+            models = [
+                (case_label(name, kind, layout if len(layouts) > 1 else "", mode), mode, model) for mode in compiles
+            ]
             if layout == layouts[0]:
                 for baseline in baselines:
                     other = load_factory(baseline)(denoiser).to(device, DTYPES[kind]).eval()
                     models.append((f"{name} {kind} by {baseline.rpartition(':')[2]}", "off", other))
             for label, mode, model in models:
-                called = model if mode == "off" else torch.compile(model, mode=mode, dynamic=False)
+                called = model if mode == "off" else CompiledDenoiser(model, mode)
                 cases += [
-                    Case(label, called, gmacs, kind, (x.to(DTYPES[kind]), t, y), reference, mode != "off")
+                    Case(label, called, gmacs, kind, (x.to(DTYPES[kind]), t, y), reference)
                     for (x, t, y), reference in zip(batch_inputs, references)
                 ]
     limits = {kind: measure_peak(kind, device) for kind in precisions} if peaks else {}
@@ -110,15 +108,19 @@ def _row(case: Case, timing: Timing, limits: dict[str, float] | None, device: to
     return row
 
 
-def _label(name: str, kind: str, layout: str, mode: str) -> str:
+def case_label(name: str, kind: str, layout: str, mode: str) -> str:
     how = {"off": "eager", "default": "compiled"}.get(mode, mode)
     return " ".join(part for part in (name, kind, layout, how) if part)
 
 
 def random_denoiser(name: str, **options) -> nn.Module:
-    """The denoiser `name` with random weights, those that start at zero too: nothing may be skipped or trivial."""
+    """The denoiser `name` with random weights, those that start at zero too."""
     torch.manual_seed(0)
-    denoiser = create_denoiser(name, **options).eval().requires_grad_(False)
+    return randomise(create_denoiser(name, **options).eval().requires_grad_(False))
+
+
+def randomise(denoiser: nn.Module) -> nn.Module:
+    """Give random values to what starts at zero, so that nothing is skipped or trivial."""
     for parameter in denoiser.parameters():
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -149,12 +151,3 @@ def load_factory(name: str) -> Callable[[nn.Module], nn.Module]:
         public = [key for key, value in vars(module).items() if isinstance(value, type)]
         raise UserError(f"baseline '{name}': {path} has no '{attribute}' to call{did_you_mean(attribute, public)}")
     return getattr(module, attribute)
-
-
-def allow_recompilation(limit: int = 256) -> None:
-    """Let one piece of code be compiled for many models and shapes; beyond 8, torch falls back to eager silently."""
-    import torch._dynamo
-
-    for name in ("recompile_limit", "cache_size_limit"):  # the name until torch 2.6
-        if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, limit)

@@ -32,7 +32,8 @@ def command(
       dic-repa bench model DiC-S --baseline tests/oracle.py:PlainDiC
     """
     from dic_repa.bench.device import find_device
-    from dic_repa.bench.model import COMPILES, LAYOUTS, bench_model
+    from dic_repa.bench.model import LAYOUTS, bench_model
+    from dic_repa.models.compiled import COMPILE_MODES
 
     device = find_device(device)
     result = bench_model(
@@ -40,7 +41,7 @@ def command(
         device,
         precisions=listed(precision or "fp32"),
         layouts=listed(layout, LAYOUTS, "layout"),
-        compiles=listed(compile_, COMPILES, "compile mode"),
+        compiles=listed(compile_, COMPILE_MODES, "compile mode"),
         batches=parse_batches(batch, device),
         size=size,
         baselines=baseline,

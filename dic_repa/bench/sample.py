@@ -1,0 +1,151 @@
+"""`dic-repa bench sample`: the whole sampler, from noise to decoded images, side by side."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dic_repa.bench.device import DTYPES, check_precision, convolution_share, describe_device, peak_memory, precision
+from dic_repa.bench.model import case_label, randomise
+from dic_repa.bench.report import add_ratios, speed
+from dic_repa.bench.timing import Timing, interleave
+from dic_repa.build import build_decoder, build_denoiser, build_objective
+from dic_repa.errors import UserError, first_line
+from dic_repa.generation import Sampler
+from dic_repa.models import measure_cost
+from dic_repa.models.compiled import CompiledDenoiser
+from dic_repa.recipe import Recipe, load_training_recipe
+from dic_repa.training.dry_run import stand_in
+
+GUIDANCE = {"doubled": True, "one-by-one": False}
+
+
+class SampleCase:
+    """One batch of a sampler, decoded; the time of decoding is counted apart when it is asked for."""
+
+    def __init__(self, label: str, sampler: Sampler, kind: str, gmacs: float):
+        self.label, self.sampler, self.precision, self.gmacs = label, sampler, kind, gmacs
+        self.batch = sampler.settings.batch_size
+        self.labels = torch.arange(self.batch) % sampler.denoiser.num_classes
+
+    def __call__(self) -> list[Tensor]:
+        with precision(self.precision):
+            return list(self.sampler(self.labels))
+
+    def decode_share(self) -> float:
+        """The share of one call that goes into decoding."""
+        decode, spent = self.sampler.decode, 0.0
+
+        def timed(x: Tensor) -> Tensor:
+            nonlocal spent
+            _synchronise(x.device)
+            begin = time.perf_counter()
+            images = decode(x)
+            _synchronise(x.device)
+            spent += time.perf_counter() - begin
+            return images
+
+        self.sampler.decode = timed
+        begin = time.perf_counter()
+        try:
+            self()
+        finally:
+            self.sampler.decode = decode
+        return spent / (time.perf_counter() - begin)
+
+
+def bench_sample(
+    recipes: Sequence[str],
+    device: torch.device,
+    overrides: Sequence[str] = (),
+    precisions: Sequence[str] = ("fp32",),
+    compiles: Sequence[str] = ("off",),
+    guidance: Sequence[str] = ("doubled",),
+    batches: Sequence[int] = (8,),
+    rounds: int = 7,
+    seconds: float = 0.2,
+) -> dict:
+    """Time the sampler of each training recipe, with random weights, in each precision, compile mode, way of guidance
+    and batch size, interleaved: all its steps, guidance, and decoding. The solver's state is float32 throughout.
+
+    `overrides` of the recipes, such as sample.steps=250. Rows as for `bench_model`, with `evaluations` of the network
+    for each image, and `decode_share`.
+    """
+    for kind in precisions:
+        check_precision(kind, device)
+    environment, notes, cases = describe_device(device), [], []
+    for name in recipes:
+        recipe = load_training_recipe(name, overrides)
+        options = stand_in(recipe, notes).data.options
+        torch.manual_seed(0)
+        denoiser = build_denoiser(recipe.model, options["channels"], options["num_classes"])
+        randomise(denoiser.eval().requires_grad_(False).to(device))
+        gmacs = measure_cost(denoiser, recipe.data.size).macs / 1e9
+        decode = _decoder(recipe, device, notes)
+        guided = recipe.sample.guidance is not None and recipe.sample.guidance.scale != 1
+        for kind, mode in itertools.product(precisions, compiles):
+            model = copy.deepcopy(denoiser).to(DTYPES[kind])
+            model = model if mode == "off" else CompiledDenoiser(model, mode)
+            for way, batch in itertools.product(guidance if guided else guidance[:1], batches):
+                settings = recipe.sample.model_copy(deep=True, update={"batch_size": batch, "num": batch})
+                if guided:
+                    settings.guidance.doubled = GUIDANCE[way]
+                shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
+                sampler = Sampler(model, build_objective(recipe.objective), settings, shape, None, decode)
+                label = case_label(name, kind, way if guided and len(guidance) > 1 else "", mode)
+                cases.append(SampleCase(label, sampler, kind, gmacs))
+    timings = interleave(cases, device, rounds, seconds, warmup=1, description="sampling")
+    rows = [_row(case, timing, device) for case, timing in zip(cases, timings)]
+    add_ratios(rows)
+    return {
+        "environment": environment,
+        "after": describe_device(device),
+        "rows": rows,
+        "notes": [*dict.fromkeys(notes)],
+    }
+
+
+def _row(case: SampleCase, timing: Timing, device: torch.device) -> dict:
+    row = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
+    row["evaluations"] = case.sampler.evaluations
+    row["tflops"] = 2 * case.gmacs * case.sampler.evaluations * row["images_per_second"] / 1000
+    row["decode_share"] = case.decode_share()
+    row["memory_mb"] = peak_memory(case, device) / 1e6
+    row["time_in_convolutions"] = convolution_share(case, device)
+    return row
+
+
+def _decoder(recipe: Recipe, device: torch.device, notes: list[str]) -> Callable[[Tensor], Tensor]:
+    """The recipe's decoder; Stable Diffusion's with random weights where its weights cannot be had."""
+    try:
+        return build_decoder(recipe.data, device)
+    except UserError as error:
+        notes.append(
+            f"decoding by Stable Diffusion's decoder with random weights, which is as fast ({first_line(error)})"
+        )
+    from diffusers import AutoencoderKL
+
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def decode(x: Tensor) -> Tensor:
+        return (autoencoder.decode(x / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+
+    return decode
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

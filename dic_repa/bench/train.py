@@ -1,0 +1,213 @@
+"""`dic-repa bench train`: whole training steps of recipes, side by side, and where their time goes."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from dic_repa.alignment import AlignedDenoiser
+from dic_repa.bench.device import check_precision, convolution_share, describe_device, peak_memory, precision
+from dic_repa.bench.model import case_label, load_factory
+from dic_repa.bench.report import add_ratios, speed
+from dic_repa.bench.timing import Timing, interleave
+from dic_repa.data.images import unit_images
+from dic_repa.errors import UserError
+from dic_repa.models import measure_cost
+from dic_repa.models.compiled import allow_recompilation
+from dic_repa.recipe import Recipe, load_training_recipe
+from dic_repa.training.dry_run import stand_in, takes_pretrained
+from dic_repa.training.inputs import check_batch, step_inputs
+from dic_repa.training.loop import start_accelerator
+from dic_repa.training.parts import Parts, build_parts
+from dic_repa.training.run_folder import RunFolder
+
+PHASES = ("encoder", "forward", "alignment", "backward", "optimizer", "ema")
+MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the recipe's terms
+
+
+class Clock:
+    """Sums the time between marks by name; on a GPU by events on the stream, read when all is done."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.marks = device, []
+        self("start")
+
+    def __call__(self, name: str) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((name, event))
+        else:
+            self.marks.append((name, time.perf_counter()))
+
+    def shares(self) -> dict[str, float]:
+        """Each name's share of the whole; a name is for the time before its mark."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        sums = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (name, after) in itertools.pairwise(self.marks):
+            sums[name] += before.elapsed_time(after) if self.device.type == "cuda" else after - before
+        total = sum(sums.values())
+        return {name: seconds / total for name, seconds in sums.items()}
+
+
+class TrainCase:
+    """The training loop's step on one batch in memory, without its log and checkpoints."""
+
+    def __init__(self, label: str, recipe: Recipe, parts: Parts, accelerator: Accelerator, kind: str, gmacs: float):
+        self.label, self.recipe, self.parts, self.accelerator = label, recipe, parts, accelerator
+        self.precision, self.gmacs, self.batch, self.steps = kind, gmacs, recipe.train.batch_size, 0
+        batch = default_collate([parts.data[i] for i in range(self.batch)])
+        self.data = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        if "image" in self.data:
+            self.data["image"] = unit_images(self.data["image"])
+
+    def __call__(self, clock=lambda _name: None) -> Tensor:
+        parts, accelerator, settings = self.parts, self.accelerator, self.recipe.train
+        passes = check_batch(settings, 1)
+        scales = [1.0] * len(parts.alignments)
+        with precision(self.precision):
+            for inputs in step_inputs(parts, self.data, settings, self.steps, accelerator, passes, scales):
+                clock("encoder")
+                noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
+                out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
+                loss = parts.objective.loss(out.prediction, noisy)
+                clock("forward")
+                for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
+                    loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
+                clock("alignment")
+                accelerator.backward(loss / passes)
+                clock("backward")
+            accelerator.clip_grad_norm_(parts.model.parameters(), settings.gradient_clip or float("inf"))
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+            clock("optimizer")
+            self.steps += 1
+            for ema in parts.averages.values():
+                ema.update(parts.denoiser, self.steps)
+            clock("ema")
+        return loss
+
+
+class PlainEMA:
+    """The average as one writes it first, tensor by tensor: for the baselines."""
+
+    def __init__(self, denoiser: nn.Module, decay: float):
+        self.decay = decay
+        self.average = [parameter.detach().clone() for parameter in denoiser.parameters()]
+
+    @torch.no_grad()
+    def update(self, denoiser: nn.Module, step: int) -> None:
+        for average, parameter in zip(self.average, denoiser.parameters()):
+            average.mul_(self.decay).add_(parameter, alpha=1 - self.decay)
+
+
+def bench_train(
+    recipes: Sequence[str],
+    device: torch.device,
+    overrides: Sequence[str] = (),
+    precisions: Sequence[str] = ("fp32",),
+    compiles: Sequence[str] = ("off",),
+    batches: Sequence[int] = (8,),
+    baselines: Sequence[str] = (),
+    rounds: int = 7,
+    seconds: float = 0.2,
+) -> dict:
+    """Time a training step of each recipe in each precision, compiled or not, at each batch size, interleaved.
+
+    A step has the data's noise, the frozen encoders, the denoiser, its heads and losses, the backward pass, clipping,
+    the optimizer and the averages of the weights. Data is random and in memory; encoders have random weights where
+    theirs are not given as a file. A baseline runs the same step with its denoiser, torch's plain AdamW and an average
+    written tensor by tensor. Rows as for `bench_model`, and `phases`: the shares of a step.
+    """
+    for kind in precisions:
+        check_precision(kind, device)
+    if device.type == "cpu" and "fp16" in precisions:
+        raise UserError("training in fp16 needs a GPU; take bf16 or fp32")
+    environment, notes = describe_device(device), []
+    allow_recompilation()
+    cases = []
+    for name, kind, batch in itertools.product(recipes, precisions, batches):
+        recipe = _prepare(name, overrides, kind, batch, notes)
+        for mode in compiles:
+            recipe.train.compile = mode != "off"
+            parts, accelerator = _build(recipe, device)
+            gmacs = measure_cost(parts.denoiser, recipe.data.size).macs / 1e9
+            cases.append(TrainCase(case_label(name, kind, "", mode), recipe, parts, accelerator, kind, gmacs))
+        for baseline in baselines:
+            recipe.train.compile = False
+            parts, accelerator = _build(recipe, device)
+            _replace_denoiser(parts, load_factory(baseline), recipe, accelerator)
+            label = f"{name} {kind} by {baseline.rpartition(':')[2]}"
+            cases.append(TrainCase(label, recipe, parts, accelerator, kind, gmacs))
+    timings = interleave(cases, device, rounds, seconds, description="training steps")
+    rows = [_row(case, timing, device) for case, timing in zip(cases, timings)]
+    add_ratios(rows)
+    return {
+        "environment": environment,
+        "after": describe_device(device),
+        "rows": rows,
+        "notes": [*dict.fromkeys(notes), *map(_phases_line, rows)],
+    }
+
+
+def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: list[str]) -> Recipe:
+    recipe = stand_in(load_training_recipe(name, overrides), notes)
+    recipe.train.batch_size, recipe.train.micro_batch = batch, None
+    recipe.train.precision, recipe.train.tf32, recipe.train.trackers = MIXED[kind], kind == "tf32", []
+    for section in recipe.alignments:
+        section.cache = False
+        if takes_pretrained(section) and "weights" not in section.encoder_options:
+            section.encoder_options["pretrained"] = False
+            notes.append(f"{section.encoder} has random weights: they are as fast")
+    return recipe
+
+
+def _build(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = start_accelerator(recipe.train, RunFolder(Path(folder) / "run"))
+    if accelerator.device.type != device.type:
+        raise UserError(
+            f"training runs on {accelerator.device.type} here; set ACCELERATE_USE_CPU=true for --device cpu"
+        )
+    return build_parts(recipe, accelerator), accelerator
+
+
+def _replace_denoiser(parts: Parts, factory, recipe: Recipe, accelerator: Accelerator) -> None:
+    settings = recipe.train
+    parts.denoiser = factory(parts.denoiser).to(accelerator.device)
+    model = AlignedDenoiser(parts.denoiser, parts.alignments)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
+    )
+    parts.model, parts.optimizer = accelerator.prepare(model, optimizer)
+    parts.averages = {"ema": PlainEMA(parts.denoiser, settings.ema_decay)}
+
+
+def _row(case: TrainCase, timing: Timing, device: torch.device) -> dict:
+    row = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
+    row["tflops"] = (
+        3 * 2 * case.gmacs * row["images_per_second"] / 1000
+    )  # of the denoiser; the backward is two forwards
+    clock = Clock(device)
+    for _ in range(3):
+        case(clock)
+    row["phases"] = clock.shares()
+    row["memory_mb"] = peak_memory(case, device) / 1e6
+    row["time_in_convolutions"] = convolution_share(case, device)
+    return row
+
+
+def _phases_line(row: dict) -> str:
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in row["phases"].items())
+    return f"{row['label']}, batch {row['batch']}: {shares}"
