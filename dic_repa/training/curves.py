@@ -41,7 +41,7 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
         title, sign = _PANELS[panel]
         for run, lines in records.items():
             for series in sorted(n for n in names if n.split(".")[-1] == panel):
-                points = [(line["step"], sign * line[series]) for line in lines if series in line]
+                points = [(line["step"], sign * line[series]) for line in lines if line.get(series) is not None]
                 if points:
                     label = run if series.count(".") < 2 else f"{run} [{series.split('.')[1]}]"
                     axis.plot(*zip(*points), label=label, linewidth=1.4)
