@@ -211,9 +211,9 @@ function table(rows, scores) {
     ...scores.map((score) => el("td", { class: `number${row.scores[score] === best[score] && rows.length > 1 ? " best" : ""}` }, format(row.scores[score])))));
   body.forEach((tr) => tr.querySelector(".dot").setAttribute("style", tr.querySelector(".dot").getAttribute("style") + ";display:inline-block;margin-right:5px"));
   return el("details", { class: "card", style: "margin-top:14px", open: rows.length <= 12 },
-    el("summary", {}, `All ${rows.length} evaluations`),
+    el("summary", {}, rows.length === 1 ? "1 evaluation" : `All ${rows.length} evaluations`),
     el("div", { class: "table" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "Run"), el("th", { class: "number" }, "Step"), el("th", {}, "Samples"),
-      el("th", { class: "number" }, "Evaluations"), ...scores.map((score) => el("th", { class: "number" }, nice(score))))), el("tbody", {}, ...body))));
+      el("th", { class: "number", title: "Network evaluations per image" }, "NFE"), ...scores.map((score) => el("th", { class: "number" }, nice(score))))), el("tbody", {}, ...body))));
 }
 
 /* ---- alignment ----------------------------------------------------------------------------------------------- */
@@ -248,13 +248,15 @@ function probe() {
       new HeatMap({ rows: run.probe.taps, columns: run.probe.times, values: run.probe.scores[score], low, high, strong: run.probe.aligned ?? [], xTitle: "t", color: run.color, name: nice(score) }).node)));
     LineChart.all = LineChart.all.filter((chart) => chart.link !== "taps" && chart.link !== "times");
     const mean = (values) => { const v = values.filter((x) => x !== null); return v.length ? v.reduce((a, b) => a + b) / v.length : null; };
-    const names = shown.map((run) => run.probe.taps).reduce((a, b) => (b.length > a.length ? b : a), []);
+    /* Models of other taps have no names in common, but all have a depth. */
+    const taps = shown[0].probe.taps, alike = shown.every((run) => String(run.probe.taps) === String(taps));
+    const place = (run, k) => (alike ? k : k / Math.max(1, run.probe.taps.length - 1));
     const overTaps = shown.map((run) => ({ run: run.i, color: run.color, dash: run.dash, label: run.name,
-      points: run.probe.taps.map((tap, k) => [names.indexOf(tap), mean(run.probe.scores[score][k])]).filter(([x, y]) => x >= 0 && y !== null) }));
+      points: run.probe.taps.map((_, k) => [place(run, k), mean(run.probe.scores[score][k])]).filter(([, y]) => y !== null) }));
     const overTimes = shown.flatMap((run) => bestTap(run, score).map(({ tap, values }) => ({ run: run.i, color: run.color, dash: run.dash,
       label: `${run.name}, ${tap}`, points: run.probe.times.map((t, k) => [t, values[k]]).filter(([, y]) => y !== null) })));
     lines.replaceChildren(
-      ...(overTaps.some((s) => s.points.length > 1) ? [new LineChart({ title: `${nice(score)} by tap`, hint: "mean over noise levels", series: overTaps, names, xTitle: "tap", link: "taps", smooth: false, settings }).node] : []),
+      ...(overTaps.some((s) => s.points.length > 1) ? [new LineChart({ title: `${nice(score)} by tap`, hint: "mean over noise levels", series: overTaps, names: alike ? taps : null, xTitle: alike ? "tap" : "depth", link: "taps", smooth: false, settings }).node] : []),
       new LineChart({ title: `${nice(score)} over noise`, hint: "each run's best tap", series: overTimes, xTitle: "t", link: "times", smooth: false, settings }).node);
     lines.append(scale);
   };
