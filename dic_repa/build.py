@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,32 @@ def build_dataset(section: DataSection, split: str = "train"):
     except TypeError as error:
         raise UserError(f"data set '{section.name}' does not fit the recipe's `data`: {error}") from None
     return factory(split=split, size=section.size, **given, **section.options)
+
+
+@dataclass(frozen=True)
+class DataTraits:
+    """What the parts of a recipe need to know of its data. `image_size` is 0 where there are no images."""
+
+    channels: int
+    num_classes: int
+    image_channels: int
+    image_size: int
+
+
+def data_traits(section: DataSection) -> tuple[DataTraits, str]:
+    """The traits of the recipe's data, and why they had to be assumed; '' where the data is on this machine.
+
+    Assumed are Stable Diffusion's latents (or pixels, with the autoencoder `none`) and ImageNet's 1000 classes.
+    """
+    try:
+        data = build_dataset(section)
+        image = data[0].get("image")
+    except UserError as error:
+        pixels = section.autoencoder == "none"
+        size = section.size if pixels else 8 * section.size
+        return DataTraits(3 if pixels else 4, section.options.get("num_classes", 1000), 3, size), str(error)
+    channels, size = (0, 0) if image is None else (image.shape[0], image.shape[-1])
+    return DataTraits(data.channels, data.num_classes, channels, size), ""
 
 
 def build_decoder(section: DataSection, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:

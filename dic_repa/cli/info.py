@@ -39,6 +39,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
       dic-repa info DiC-XL DiT-XL/2 --size 32
       dic-repa info 'DiT-*/4'
       dic-repa info digits-urepa
+      dic-repa info ladder-1-isotropic ladder-8-gelu    recipes need no data for this: ImageNet's latents are assumed
     """
     import torch
 
@@ -66,7 +67,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
 
 def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> list[tuple[int, nn.Module]]:
     """Each size with the model or recipe of that `name`, which is one model for all sizes where it can be."""
-    from dic_repa.build import build_dataset, build_denoiser, import_plugins
+    from dic_repa.build import build_denoiser, data_traits, import_plugins
     from dic_repa.models import create_denoiser, list_denoisers
 
     if name not in list_denoisers():
@@ -76,7 +77,7 @@ def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> li
             raise unknown_name("model or recipe", name, [*models, *others])
         recipe = load_training_recipe(name, overrides)
         import_plugins(recipe)
-        data = build_dataset(recipe.data)
+        data, _ = data_traits(recipe.data)
         model = build_denoiser(recipe.model, data.channels, data.num_classes)
         return [(size, model) for size in sizes or (recipe.data.size,)]
     model = create_denoiser(name, **({"learn_sigma": True} if name.startswith("DiC") else {}))

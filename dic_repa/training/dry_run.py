@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
-from dic_repa.build import build_dataset, build_denoiser, build_objective, import_plugins
+from dic_repa.build import build_denoiser, build_objective, data_traits, import_plugins
 from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
@@ -33,7 +33,6 @@ from dic_repa.training.run_folder import RunFolder
 
 STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
-DOWNSAMPLE = 8  # of Stable Diffusion's autoencoder, where the data is not there to ask
 
 
 def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
@@ -84,24 +83,19 @@ def stand_in(recipe: Recipe, notes: list[str]) -> Recipe:
     """The recipe with random data of the right shapes, no progress grids and no feature cache; `notes` says what else
     had to be put in a thing's place."""
     trial = recipe.model_copy(deep=True)
-    try:
-        data = build_dataset(recipe.data)
-        image = data[0].get("image")
-        options = {"channels": data.channels, "num_classes": data.num_classes}
-        if image is not None:
-            options |= {"image_channels": image.shape[0], "image_size": image.shape[-1]}
-    except UserError as error:
-        pixels = recipe.data.autoencoder == "none"
-        options = {"channels": 3 if pixels else 4, "num_classes": recipe.data.options.get("num_classes", 1000)}
-        options["image_size"] = recipe.data.size * (1 if pixels else DOWNSAMPLE)
+    traits, missing = data_traits(recipe.data)
+    if missing:
         notes.append(
-            f"the data is not here ({first_line(error)}): {options['channels']} channels, {options['num_classes']} "
-            f"classes and images of {options['image_size']} px are assumed"
+            f"the data is not here ({missing}): {traits.channels} channels, {traits.num_classes} classes and images of "
+            f"{traits.image_size} px are assumed"
         )
+    if recipe.alignments and not traits.image_size:
+        raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")
+    options = {**vars(traits), "image_channels": traits.image_channels or 3, "image_size": traits.image_size or 1}
     trial.data = trial.data.model_copy(
         update={"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
     )
-    trial.train.sample_every = 0
+    trial.train.sample_every, trial.evaluate = 0, None
     for section in trial.alignments:
         if section.cache:
             section.cache = False
@@ -118,7 +112,7 @@ def build_shapes(trial: Recipe) -> dict:
     denoiser.set_gradient_checkpointing(trial.train.gradient_checkpointing)
     macs = measure_cost(denoiser, size).macs
     alignments, tokens, encoders = [], [], {}
-    image_size = (options.get("image_size", size),) * 2
+    image_size = (options["image_size"],) * 2
     for section in trial.alignments:
         encoder = random_encoder(section)
         grid = encoder.token_grid(image_size)
@@ -185,7 +179,8 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
                 if on_gpu:
                     torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - begin)
-                power.keep_last()  # the first steps compile, choose algorithms and warm up
+                if step == 0:
+                    power.forget()  # it compiles, chooses algorithms and warms up
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the step does not fit into the memory of {device_name(device)} ({first_line(error)}); lower "

@@ -11,7 +11,7 @@ import torch
 
 
 class PowerMeter:
-    """Samples the power of `device` in a thread while it is open; `watts` is the mean of what was kept.
+    """Samples the power of `device` in a thread while it is open; `watts` is their mean.
 
     None where there is no NVIDIA GPU, no nvidia-smi, or no sample.
     """
@@ -19,7 +19,6 @@ class PowerMeter:
     def __init__(self, device: torch.device, interval: float = 0.1):
         self.interval = interval
         self._samples: list[float] = []
-        self._kept: list[float] = []
         self._stop = threading.Event()
         self._command = None
         if device.type == "cuda" and shutil.which("nvidia-smi"):
@@ -37,13 +36,13 @@ class PowerMeter:
         if self._command:
             self._thread.join()
 
-    def keep_last(self) -> None:
-        """Forget all samples but those since the last call."""
-        self._kept, self._samples = self._samples, []
+    def forget(self) -> None:
+        """Leave out what was sampled so far."""
+        self._samples = []
 
     @property
     def watts(self) -> float | None:
-        return statistics.mean(self._kept) if self._kept else None
+        return statistics.mean(self._samples) if self._samples else None
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval):

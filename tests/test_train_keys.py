@@ -1,0 +1,70 @@
+"""Keys that change how a step is computed, but not what: compile, gradient checkpointing, mixed precision, TF32."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from small_runs import ALIGNED, assert_same, metrics, small_run, weights
+from torch import nn
+
+from dic_repa.models.dic import Block
+
+KEYS = ["train.steps=3", "train.precision=no"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("plain") / "run", *KEYS, base=ALIGNED)
+
+
+def test_compiled_run_follows_the_eager_one(tmp_path, monkeypatch, plain):
+    graphs = []
+
+    def count(graph, _inputs):  # what dynamo found, run as it is: no minutes of code generation
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    compiled = small_run(tmp_path / "compiled", *KEYS, "train.compile=true", base=ALIGNED)
+    torch._dynamo.reset()
+    convolutions = sum(str(node.target).count("conv2d") for graph in graphs for node in graph.graph.nodes)
+    assert convolutions >= 14  # 5 blocks of 2, stem, resampling, output
+    assert_same(weights(compiled.newest_checkpoint()), weights(plain.newest_checkpoint()), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, monkeypatch, plain):
+    runs = []
+    forward = Block._forward
+    monkeypatch.setattr(Block, "_forward", lambda *inputs: runs.append(torch.is_grad_enabled()) or forward(*inputs))
+    run = small_run(tmp_path / "run", *KEYS, "train.gradient_checkpointing=true", base=ALIGNED)
+    assert sum(runs) == 2 * 3 * 5  # each of 5 blocks in each of 3 steps forwards, and again on the way back
+    assert_same(weights(run.newest_checkpoint()), weights(plain.newest_checkpoint()), rtol=1e-6, atol=1e-7)
+
+
+def test_bf16_computes_in_half_and_keeps_whole_weights(tmp_path, monkeypatch, plain):
+    seen = set()
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: _note(seen, forward(self, x)))
+    run = small_run(tmp_path / "run", *KEYS[:1], "train.precision=bf16", base=ALIGNED)
+    assert torch.bfloat16 in seen
+    ours, theirs = metrics(run), metrics(plain)
+    for a, b in zip(ours, theirs):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    assert {tensor.dtype for name, tensor in weights(run.newest_checkpoint()).items()} == {torch.float32}
+
+
+def _note(seen: set, output: torch.Tensor) -> torch.Tensor:
+    seen.add(output.dtype)
+    return output
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_what_the_recipe_says(tmp_path, tf32):
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        small_run(tmp_path / "run", "train.steps=1", f"train.tf32={str(tf32).lower()}")
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
