@@ -191,7 +191,7 @@ BROWSER = next(
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_in_a_browser(make_run, tmp_path):
     """The script runs to its end on nasty names and gaps, draws each section, and is kept from the network."""
-    runs = [make_run("first", f"description={json.dumps(NASTY)}"), make_run("<b>second", done=7)]
+    runs = [make_run("first", f"description={json.dumps(NASTY)}"), make_run("<b>second {{DATA}}", done=7)]
     shutil.rmtree(runs[1].samples)
     page = write_report([run.path for run in runs], tmp_path / "page.html")
     done = subprocess.run(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
 
 from dic_repa import __version__
+from dic_repa.evaluation import metrics, scores
 from dic_repa.evaluation.report_data import read_run
 from dic_repa.training.run_folder import RunFolder, write_whole
 
@@ -35,19 +37,19 @@ def render(runs: list[dict]) -> str:
     """The page for runs as `read_run` gives them."""
     assets = resources.files("dic_repa.evaluation").joinpath("assets")
     generated = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    data = json.dumps({"version": __version__, "generated": generated, "runs": runs}, allow_nan=False)
+    known = {name: {"title": scores.get(name).title, "better": scores.get(name).better} for name in scores.names()}
+    for name in metrics.names():
+        known |= {score: {"better": better} for score, better in getattr(metrics.get(name), "better", {}).items()}
+    data = {"version": __version__, "generated": generated, "scores": known, "runs": runs}
     parts = {
         "TITLE": html.escape(", ".join(run["name"] for run in runs)),
         "STYLE": assets.joinpath("report.css").read_text("utf-8"),
         "SCRIPT": assets.joinpath("charts.js").read_text("utf-8") + assets.joinpath("report.js").read_text("utf-8"),
         # No text of a run can end the element that holds it: "<" appears in it only as an escape.
-        "DATA": data.replace("<", "\\u003c"),
+        "DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     }
     page = assets.joinpath("report.html").read_text("utf-8")
-    for name, part in parts.items():  # the data last, so that nothing in it is taken for a place to fill
-        before, _, after = page.partition(f"{{{{{name}}}}}")
-        page = before + part + after
-    return page
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
 
 def distinct_names(runs: Sequence[RunFolder]) -> list[str]:

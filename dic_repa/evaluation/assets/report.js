@@ -6,14 +6,15 @@ const RUNS = DATA.runs.map((run, i) => ({
 }));
 const settings = { hidden: new Set(), smooth: 0 };
 const main = document.getElementById("top");
-const lowerIsBetter = (name) => /fid|kid|fd|frechet|distance|loss|mmd/i.test(name);
+const lowerIsBetter = (name) => (DATA.scores[name]?.better ?? "lower") === "lower";
 const NAMES = {
   denoising: "Denoising loss", loss: "Total loss", gradient_norm: "Gradient norm", learning_rate: "Learning rate",
   images_per_second: "Images per second", data_wait: "Share of time waiting for data", skipped: "Skipped steps", frechet: "Fréchet distance",
-  recognised: "Recognised", fid: "FID", sfid: "sFID", kid: "KID", inception_score: "Inception Score", isc: "Inception Score",
+  recognised: "Recognised", sfid: "sFID",
   cka: "Linear CKA", cknna: "CKNNA", cosine: "Cosine through the head", linear_probe: "Linear probe accuracy",
 };
-const nice = (name) => NAMES[name] ?? (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
+const nice = (name) => NAMES[name] ?? titled(DATA.scores[name]?.title ?? name);
+const titled = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
 
 function section(id, title, ...controls) {
   const head = el("div", { class: "head" }, el("h2", {}, title), ...controls);
@@ -173,7 +174,7 @@ function metrics() {
       const key = `${row.run.i}\n${row.sampling}`;
       groups.set(key, [...(groups.get(key) ?? []), row]);
     }
-    const hint = lowerIsBetter(score) ? "lower is better" : "higher is better";
+    const hint = !DATA.scores[score] ? null : lowerIsBetter(score) ? "lower is better" : "higher is better";
     const reference = rows.map((row) => row.reference[score]).find((value) => value !== undefined);
     const lines = [...groups.values()].filter((group) => group.length > 1);
     if (lines.length) {
