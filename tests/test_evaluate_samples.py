@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,7 @@ from dic_repa.evaluation import Measure, frechet_distance, measure, open_images,
 from dic_repa.evaluation.digits import load_digits_classifier
 from dic_repa.evaluation.features import FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import as_uint8
+from dic_repa.evaluation.judging import Judge
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +214,24 @@ def test_measure_takes_batches(digits):
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     assert values[0] == pytest.approx(values[2], rel=1e-5)
+
+
+def test_a_judge_takes_batches_as_they_come(digits):
+    images, labels = digits[0][:, :1].float() / 255, load_digits("train")[1][:300]
+    judge = Judge(["fd-digits"], "digits")
+    alive = []
+
+    def batches():
+        for batch in images.split(100):
+            batch = batch.clone()
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+            assert sum(reference() is not None for reference in alive) <= 1, "batches are held on to"
+
+    assert judge(batches(), labels) == pytest.approx(judge(images, labels), rel=1e-6)
+    both = Judge(["digits", "fd-digits"], "digits")
+    assert both(iter(images.split(100)), labels) == both(images, labels)
 
 
 @pytest.mark.parametrize(

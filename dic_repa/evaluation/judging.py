@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,11 +51,18 @@ class Judge:
             raise unknown_name("score", score, self.better)
         return score
 
-    def __call__(self, images: Tensor, labels: Tensor) -> dict:
+    def __call__(self, images: Tensor | Iterable[Tensor], labels: Tensor) -> dict:
+        """The scores of images (N, C, H, W), or of batches of them: metrics take these as they come, and never hold all
+        of them; a judge of labelled images is given all at once."""
         found: dict = {}
+        if self.judges and not isinstance(images, Tensor):
+            images = torch.cat(list(images))
         for judge in self.judges:
             found |= judge(images, labels)
-        return found | (self.measure(images.split(self.measure.batch_size)).values if self.measure else {})
+        if self.measure is None:
+            return found
+        batches = images.split(self.measure.batch_size) if isinstance(images, Tensor) else images
+        return found | self.measure(batches).values
 
     def beats(self, score: str, value: float, other: float | None) -> bool:
         """Whether `value` is better than `other`; NaN never is, and anything else beats NaN or None."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dic_repa.build import build_class_names
 from dic_repa.errors import UserError
@@ -16,6 +17,8 @@ from dic_repa.evaluation.judging import Judge
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, write_whole
+
+ROWS, COLUMNS = 20, 12  # classes and images of each in the picture
 
 
 @dataclass
@@ -72,23 +75,36 @@ def evaluate_run(
     checkpoint = load_checkpoint(newest, "cuda" if torch.cuda.is_available() else "cpu")
     num_classes = checkpoint.denoiser.num_classes
     labels = balanced_labels(recipe, num_classes, sample.num)
-    batches = []
     sampler = build_sampler(checkpoint, sample)
-    for batch in sampler(labels):
-        batches.append((batch * 255).round() / 255)  # what is judged is what a PNG file keeps
-        progress(len(batch))
-    images = torch.cat(batches)
+    rows = [i for label in labels.unique()[:ROWS] for i in (labels == label).nonzero()[:COLUMNS, 0].tolist()]
+    shown: dict[int, Tensor] = {}
     device = next(checkpoint.denoiser.parameters()).device
-    judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device)(images, labels)
+    judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device)(
+        _as_kept(sampler(labels), rows, shown, progress), labels
+    )
     judged.evaluations = sampler.evaluations
-    save_judgement(judged, images, labels, build_class_names(recipe.data, num_classes))
+    pictures = torch.stack([shown[i] for i in rows])
+    save_judgement(judged, pictures, labels[rows], build_class_names(recipe.data, num_classes))
     return judged
+
+
+def _as_kept(
+    batches: Iterable[Tensor], rows: Sequence[int], shown: dict[int, Tensor], progress: Callable[[int], None]
+) -> Iterator[Tensor]:
+    """The batches as a PNG file keeps them, which is what is judged; the images of `rows` are put into `shown` too."""
+    start = 0
+    for batch in batches:
+        batch = (batch * 255).round() / 255
+        shown.update({i: batch[i - start].clone() for i in rows if start <= i < start + len(batch)})
+        start += len(batch)
+        progress(len(batch))
+        yield batch
 
 
 def save_judgement(judged: Judgement, images: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]) -> None:
     """Write the picture of the samples and the record of their scores."""
     judged.record.parent.mkdir(exist_ok=True)
-    save_grid(images, judged.picture, labels, class_names, columns=12)
+    save_grid(images, judged.picture, labels, class_names, COLUMNS)
     record = {**judged.identity(), "evaluations": judged.evaluations, "scores": judged.scores}
     write_whole(judged.record, json.dumps(record, indent=2) + "\n")
 
