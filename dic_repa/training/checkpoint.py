@@ -62,7 +62,7 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         {name: to_cpu(ema.model.state_dict(), main) for name, ema in parts.averages.items()},
         to_cpu(parts.optimizer.state_dict()["state"], main),
         accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        {"model": type(parts.ema.model).__name__, **parts.ema.model.config},
+        parts.ema.config,
     )
     return state if main else None
 

@@ -26,6 +26,8 @@ class EMA:
 
     def __init__(self, denoiser: nn.Module, decay: float = 0.9999):
         self.decay = decay
+        # What goes into config.json, taken now: sharding renames the class.
+        self.config = {"model": type(denoiser).__name__, **getattr(denoiser, "config", {})}
         self.model = copy.deepcopy(denoiser).float().eval().requires_grad_(False)
 
     def decay_at(self, step: int) -> float:
