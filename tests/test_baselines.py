@@ -14,7 +14,7 @@ from dic_repa.build import build_denoiser
 from dic_repa.errors import UserError
 from dic_repa.generation import build_sampler, load_checkpoint
 from dic_repa.models import create_denoiser, list_denoisers, load_authors_checkpoint, load_denoiser, measure_cost
-from dic_repa.models.authors_sit import authors_heads
+from dic_repa.models.authors_sit import authors_heads, infer_config
 from dic_repa.models.sit import position_embedding
 from dic_repa.models.uvit import UViT
 from dic_repa.objectives import DDPM
@@ -149,6 +149,19 @@ def test_checkpoints_that_cannot_be_told_or_are_others(public):
         load_authors_checkpoint({k: v for k, v in public.items() if k != "final_layer.linear.weight"}, family="DiT")
     with pytest.raises(UserError, match=r"missing: blocks\.1\.attn\.qkv\.weight"):
         load_authors_checkpoint({k: v for k, v in public.items() if k != "blocks.1.attn.qkv.weight"}, family="DiT")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("DiT-XL/2", (1152, 28)), ("SiT-B/4", (768, 12)), ("SiT-S/8", (384, 12))])
+def test_the_heads_of_a_published_size_are_its_presets(name, shape):
+    """The tensors don't show the number of heads: 72 channels each in XL, 64 in the others."""
+    with torch.device("meta"):
+        model = create_denoiser(name)
+        (width, depth), patch = shape, model.patch_size
+        state = {f"blocks.{i}.attn.proj.bias": torch.empty(width) for i in range(depth)}
+        state["x_embedder.proj.weight"] = torch.empty(width, 4, patch, patch)
+        state["y_embedder.embedding_table.weight"] = torch.empty(1001, width)
+        state["final_layer.linear.weight"] = torch.empty(model.out_channels * patch**2, width)
+    assert {**infer_config(state), "time_scale": 1.0} == model.config
 
 
 def test_positions_of_any_grid():
@@ -337,6 +350,8 @@ def test_names_and_options_of_denoisers():
         create_denoiser("SiT-S/2", widht=8)
     with pytest.raises(UserError, match="model SiT needs width and depth and num_heads; or name a preset: SiT-S/2"):
         create_denoiser("SiT")
+    with pytest.raises(UserError, match=r"model\.options: learn_sigma is a key of its own"):
+        build_denoiser(load_recipe("digits-sit", ["model.options.learn_sigma=true"]).model, 1, 10)
     with pytest.raises(UserError, match="divisible by its patch size 2, not 7x8"):
         small("SiT")(torch.randn(1, 3, 7, 8), torch.rand(1), torch.tensor([0]))
 

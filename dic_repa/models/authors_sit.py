@@ -48,7 +48,7 @@ def load_sit(state: dict[str, Tensor], name: str, family: str | None = None, **o
         raise unknown_name("family", family, FAMILIES)
     state = _number_blocks(state)
     try:
-        config = _infer_config(state)
+        config = infer_config(state)
         positions = state.pop("pos_embed")[0]
     except KeyError as missing:
         raise UserError(f"{name} is not a whole checkpoint of DiT, SiT or REPA: it has no {missing.args[0]}") from None
@@ -96,7 +96,8 @@ def _number_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {renamed(key): value for key, value in state.items()}
 
 
-def _infer_config(state: dict[str, Tensor]) -> dict:
+def infer_config(state: dict[str, Tensor]) -> dict:
+    """The arguments of `SiT` that the names and shapes of a state dict tell; a KeyError names what it lacks."""
     width, in_channels, patch_size = state["x_embedder.proj.weight"].shape[:3]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     presets = [preset_options(name) for name in list_denoisers("SiT-*")]

@@ -104,7 +104,7 @@ class SiT(Pretrained, nn.Module):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
-        if width < 4 or width % 4 or width % num_heads:
+        if num_heads < 1 or width < 4 or width % 4 or width % num_heads:
             raise UserError(f"width must be a multiple of 4 and of num_heads {num_heads}, not {width}")
         self.config = {
             "width": width,

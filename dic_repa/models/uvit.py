@@ -74,7 +74,7 @@ class UViT(Pretrained, nn.Module):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
-        if width % 2 or width % num_heads:
+        if num_heads < 1 or width < 2 or width % 2 or width % num_heads:
             raise UserError(f"width must be even and a multiple of num_heads {num_heads}, not {width}")
         if depth < 1 or depth % 2 == 0:
             raise UserError(f"depth must be an odd number, two halves and a middle block, not {depth}")
