@@ -17,6 +17,7 @@ from dic_repa.recipe import ModelSection, Recipe, SamplingRecipe, list_paper_row
 from dic_repa.recipe_diff import differences, flatten, paper_recipe
 
 ROWS = [name for name in list_recipes() if name.startswith(("imagenet", "dic-", "urepa-", "ladder-"))]
+TRAINING = [name for name in list_recipes() if isinstance(load_recipe(name), Recipe)]
 UREPA = [name for name in ROWS if "urepa" in name]
 
 # What the papers train all their rows with.
@@ -74,9 +75,9 @@ RESULTS = {
 
 
 @functools.cache
-def _denoiser(model: str):
+def _denoiser(model: str, channels: int = 4):
     with torch.device("meta"):
-        return build_denoiser(ModelSection.model_validate_json(model), channels=4, num_classes=1000)
+        return build_denoiser(ModelSection.model_validate_json(model), channels, num_classes=1000)
 
 
 def denoiser(recipe: Recipe):
@@ -110,7 +111,7 @@ def test_urepa_has_the_papers_alignment(name):
     blocks = denoiser(recipe).blocks()
     number = 1 + next(i for i, block in enumerate(blocks) if block is denoiser(recipe).get_submodule(alignment.tap))
     half = len(blocks) // 2
-    assert number == {"urepa-tap-4": 4, "urepa-tap-32": 32}.get(name, half if len(blocks) == 36 else 33)
+    assert number == {"urepa-tap-4": 4, "urepa-tap-32": 32}.get(name, half)
     heads = {"urepa-time-aware": "time-aware", "urepa-upsample-first": "mlp-upsample-first"}
     heads["urepa-upsample-between"] = "mlp-upsample-between"
     assert alignment.head == heads.get(name, "mlp")
@@ -120,29 +121,30 @@ def test_urepa_has_the_papers_alignment(name):
 
 
 @functools.cache  # many rows differ in steps or losses alone
-def shapes(model: str, alignments: str, size: int):
+def shapes(model: str, channels: int, alignments: str, size: int):
     """Shapes of prediction and projections for two images, all of it on the meta device."""
-    grid = (size // 2, size // 2)
+    grid, denoiser = (size // 2, size // 2), _denoiser(model, channels)
     with torch.device("meta"):
         aligned = AlignedDenoiser(
-            _denoiser(model),
+            denoiser,
             [
-                Alignment.build(_denoiser(model), tap, 768, grid, (size, size), head, **options)
+                Alignment.build(denoiser, tap, 768, grid, (size, size), head, **options)
                 for tap, head, options in json.loads(alignments)
             ],
         )
-        output = aligned(torch.empty(2, 4, size, size), torch.empty(2), torch.empty(2, dtype=torch.int64))
+        output = aligned(torch.empty(2, channels, size, size), torch.empty(2), torch.empty(2, dtype=torch.int64))
     return tuple(output.prediction.shape), [tuple(projection.shape) for projection in output.projections]
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_row_builds_on_the_meta_device(name):
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_recipe_builds_on_the_meta_device(name):
     recipe = load_recipe(name)
     check_sampling(recipe.sample, build_objective(recipe.objective))
-    size = recipe.data.size
+    size, channels = recipe.data.size, 1 if recipe.data.name == "digits" else 4
     alignments = json.dumps([(section.tap, section.head, section.head_options) for section in recipe.alignments])
-    prediction, projections = shapes(recipe.model.model_dump_json(), alignments, size)
-    assert prediction == (2, 8 if recipe.model.learn_sigma else 4, size, size)
+    prediction, projections = shapes(recipe.model.model_dump_json(), channels, alignments, size)
+    twice = recipe.objective.name == "ddpm"  # the variance is learned
+    assert prediction == (2, 2 * channels if twice else channels, size, size)
     assert projections == [(2, (size // 2) ** 2, 768)] * len(recipe.alignments)
 
 
