@@ -189,8 +189,12 @@ BROWSER = next(
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-def test_in_a_browser(make_run, tmp_path):
-    """The script runs to its end on nasty names and gaps, draws each section, and is kept from the network."""
+@pytest.mark.parametrize("window", ["390,844", "1280,900"])
+def test_in_a_browser(make_run, tmp_path, window):
+    """The script runs to its end on nasty names and gaps, and draws each section, with nothing in the console.
+
+    A request to a network would be there too: the page's own policy forbids all, and Chromium tells of each refusal.
+    """
     runs = [make_run("first", f"description={json.dumps(NASTY)}"), make_run("<b>second {{DATA}}", done=7)]
     shutil.rmtree(runs[1].samples)
     page = write_report([run.path for run in runs], tmp_path / "page.html")
@@ -207,7 +211,7 @@ def test_in_a_browser(make_run, tmp_path):
             *("--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"),
             *(
                 "--enable-logging=stderr",
-                "--window-size=390,844",
+                f"--window-size={window}",
                 "--virtual-time-budget=3000",
                 "--dump-dom",
                 page.as_uri(),

@@ -58,6 +58,7 @@ def cli(debug: bool):
       dic-repa train digits-urepa                   minutes on a laptop: train, sample, judge
       dic-repa sample runs/digits-urepa --recipe digits-cfg
       dic-repa evaluate runs/digits-urepa runs/digits-baseline
+      dic-repa report runs/digits-urepa runs/digits-baseline --open
       dic-repa recipes show digits-urepa
       dic-repa info DiC-XL
     """
