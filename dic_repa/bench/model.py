@@ -62,8 +62,9 @@ def bench_model(
     """Time the forward pass of each denoiser in each precision, layout, compile mode and batch size, interleaved.
 
     `baselines` are factories `package.module:name` or `file.py:name`, called with each denoiser: what they return runs
-    beside it, eager. Returns `environment` before and `after`, `peaks` (TFLOP/s by precision) and `rows`, one for each
-    case. A row's `difference` is the relative error of its output against the same denoiser's in float32, eager.
+    beside it, eager. `NAME=FACTORY` is for the denoiser of that name only. Returns `environment` before and `after`,
+    `peaks` (TFLOP/s by precision) and `rows`, one for each case. A row's `difference` is the relative error of its
+    output against the same denoiser's in float32, eager.
     """
     for name in precisions:
         check_precision(name, device)
@@ -81,7 +82,7 @@ def bench_model(
                 (case_label(name, kind, layout if len(layouts) > 1 else "", mode), mode, model) for mode in compiles
             ]
             if layout == layouts[0]:
-                for baseline in baselines:
+                for baseline in baselines_of(name, baselines):
                     other = load_factory(baseline)(denoiser).to(device, DTYPES[kind]).eval()
                     models.append((f"{name} {kind} by {baseline.rpartition(':')[2]}", "off", other))
             for label, mode, model in models:
@@ -134,6 +135,12 @@ def random_inputs(denoiser: nn.Module, batch: int, size: int, device: torch.devi
     t = torch.rand(batch, generator=generator)
     y = torch.randint(denoiser.num_classes, (batch,), generator=generator)
     return x.to(device), t.to(device), y.to(device)
+
+
+def baselines_of(name: str, baselines: Sequence[str]) -> list[str]:
+    """The factories that are for `name`: those without a name, and those with this one."""
+    split = [baseline.rpartition("=") for baseline in baselines]
+    return [factory for only, _, factory in split if only in ("", name)]
 
 
 def load_factory(name: str) -> Callable[[nn.Module], nn.Module]:

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.bench.device import check_precision, convolution_share, describe_device, peak_memory, precision
-from dic_repa.bench.model import case_label, load_factory
+from dic_repa.bench.model import baselines_of, case_label, load_factory
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
 from dic_repa.data.images import unit_images
@@ -143,7 +143,7 @@ def bench_train(
             parts, accelerator = _build(recipe, device)
             gmacs = measure_cost(parts.denoiser, recipe.data.size).macs / 1e9
             cases.append(TrainCase(case_label(name, kind, "", mode), recipe, parts, accelerator, kind, gmacs))
-        for baseline in baselines:
+        for baseline in baselines_of(name, baselines):
             recipe.train.compile = False
             parts, accelerator = _build(recipe, device)
             _replace_denoiser(parts, load_factory(baseline), recipe, accelerator)

@@ -62,8 +62,8 @@ def measuring_options(function: Callable) -> Callable:
             click.option(
                 "--baseline",
                 multiple=True,
-                metavar="FACTORY",
-                help="Run beside it what this function (file.py:name or module:name) makes of each denoiser.",
+                metavar="[NAME=]FACTORY",
+                help="Run beside it what the function file.py:name or module:name makes of all denoisers, or of NAME.",
             ),
             click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]"),
             click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Turns of each case."),

@@ -1,0 +1,41 @@
+"""`dic-repa bench paper`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dic_repa.cli.bench import finish
+from dic_repa.errors import is_main_process
+
+
+@click.command("paper")
+@click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="Folder for results.")
+@click.option("--small", is_flag=True, help="The same measurements with small models: minutes on a CPU.")
+@click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]")
+@click.option(
+    "--baseline", default="tests/oracle.py:PlainDiC", show_default=True, help="The plain DiC to compare with."
+)
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Turns of each case.")
+def command(out: Path, small: bool, device: str | None, baseline: str, rounds: int):
+    """Everything that compares with the papers' speed, in one go; a JSON file and a bar chart for each part.
+
+    DiC-XL and SiT-XL/2 at 32x32, batches 1, 32 and 128, in bf16 and TF32, compiled and eager, and a plain DiC beside
+    them; a training step with DINOv2-B; and guided sampling in 250 steps. Run from a clone of the repository, whose
+    tests/ hold the plain DiC.
+
+    \b
+    Examples:
+      dic-repa bench paper                    on a GPU of 80 GB
+      dic-repa bench paper --small            on a CPU
+    """
+    from dic_repa.bench.device import find_device
+    from dic_repa.bench.paper import measure_paper
+
+    found = find_device(device)
+    for name, result in measure_paper(found, small, baseline, rounds):
+        if is_main_process():
+            click.echo(f"\n{name}")
+            finish(result, False, out / f"{name}.json", out / f"{name}.png", name)
+    click.echo(f"\nsaved: {out}")

@@ -1,0 +1,119 @@
+"""The bench: what it counts and says, not how fast anything is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dic_repa.bench.device import convolution_share, peak_memory, precision
+from dic_repa.bench.model import bench_model, load_factory, random_denoiser
+from dic_repa.bench.paper import SMALL, measure_paper
+from dic_repa.bench.report import add_ratios, table
+from dic_repa.bench.timing import Timing, interleave
+from dic_repa.errors import UserError
+
+CPU = torch.device("cpu")
+ORACLE = Path(__file__).parent / "oracle.py"
+SHORT = {"rounds": 2, "seconds": 0.0}
+
+
+def test_calls_take_turns_after_a_warm_up():
+    made = []
+    timings = interleave([lambda: made.append("a"), lambda: made.append("b")], CPU, rounds=3, seconds=0.0, warmup=2)
+    assert "".join(made) == "aabb" + "ab" + "ba" + "ab"
+    assert [len(timing.seconds) for timing in timings] == [3, 3]
+
+
+def test_median_and_quartiles():
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 100.0))
+    assert timing.median == 3
+    assert timing.quartiles == (2, 4)
+
+
+def test_ratios_are_to_the_first_of_the_same_batch():
+    rows = [{"batch": b, "images_per_second": v} for b, v in ((1, 2.0), (8, 10.0), (1, 3.0), (8, 5.0))]
+    add_ratios(rows)
+    assert [row["ratio"] for row in rows] == [1, 1, 1.5, 0.5]
+    assert table(rows).splitlines()[0].split() == ["batch", "images/s", "to", "first"]
+
+
+def test_memory_and_convolutions_of_a_known_call():
+    x, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 3, 3)
+    assert (
+        4_000_000 <= peak_memory(lambda: x.repeat(4, 1, 1, 1), CPU) <= 4_300_000
+    )  # four times x's megabyte, and a bit
+    assert convolution_share(lambda: torch.conv2d(x, weight), CPU) > 0.9
+    assert convolution_share(lambda: x * 2, CPU) == 0
+
+
+def test_tf32_is_put_back():
+    before = torch.backends.cuda.matmul.allow_tf32
+    with precision("tf32"):
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_model_beside_the_oracle():
+    result = bench_model(
+        ["DiC-S"], CPU, ("fp32", "bf16"), batches=(1,), size=8, baselines=[f"DiC-S={ORACLE}:OracleDiC"], peaks=False,
+        **SHORT,
+    )  # fmt: skip
+    rows = {row["label"]: row for row in result["rows"]}
+    assert list(rows) == ["DiC-S fp32 eager", "DiC-S fp32 by OracleDiC", "DiC-S bf16 eager", "DiC-S bf16 by OracleDiC"]
+    # DiC's table: 5.87 GMACs at 32x32, which go with the area but for the conditioning.
+    assert rows["DiC-S fp32 eager"]["gmacs"] == pytest.approx(5.87 / 16, rel=0.02)
+    assert rows["DiC-S fp32 by OracleDiC"]["difference"] < 1e-5
+    assert 1e-4 < rows["DiC-S bf16 eager"]["difference"] < 0.1
+    assert result["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_nothing_is_left_at_zero():
+    denoiser = random_denoiser("SiT-S/2")
+    assert all(parameter.any() for parameter in denoiser.parameters() if parameter.ndim > 1)
+
+
+def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    narrow = ("model.width=8", "model.depths=[1,1,1,1,1]")
+    plan = dataclasses.replace(
+        SMALL, batches=(1,), size=8, precisions=("fp32",), recipes=("digits-urepa",), train_overrides=narrow,
+        sample_overrides=(*narrow, *SMALL.sample_overrides),
+    )  # fmt: skip
+    results = dict(measure_paper(CPU, True, f"{ORACLE}:PlainDiC", rounds=1, plan=plan))
+    assert list(results) == ["forward", "training-step", "sampling"]
+    assert [row["label"].split()[0] for row in results["forward"]["rows"]] == ["DiC-S", "DiC-S", "SiT-S/2"]
+    for row in results["training-step"]["rows"]:
+        assert sum(row["phases"].values()) == pytest.approx(1)
+        assert min(row["phases"].values()) > 0
+    # 4 steps on the grid 1, 0.68, 0.36, 0.04: the last three are guided.
+    assert [row["evaluations"] for row in results["sampling"]["rows"]] == [7, 7]
+
+
+def test_command(tmp_path, dic_repa):
+    options = ["--size=8", "--batch=1", "--rounds=1", "--seconds=0", "--no-peak"]
+    done = dic_repa("bench", "model", "DiC-S", *options, "--chart=speed.png", "--out=speed.json", "--json")
+    assert json.loads(done.stdout) == json.loads((tmp_path / "speed.json").read_text())
+    assert json.loads(done.stdout)["rows"][0]["label"] == "DiC-S fp32 eager"
+    assert Image.open(tmp_path / "speed.png").width > 500
+
+
+def test_mistakes(mistake, tmp_path):
+    (tmp_path / "mine.py").write_text("class Plain: ...\n")
+    assert "did you mean DiC-S" in mistake("bench", "model", "DiC-Z")
+    assert "did you mean bf16" in mistake("bench", "model", "DiC-S", "--precision=bf15")
+    assert "tf32 is a precision of NVIDIA GPUs" in mistake(
+        "bench", "model", "DiC-S", "--precision=tf32", "--device=cpu"
+    )
+    assert "--batch takes numbers of images" in mistake("bench", "model", "DiC-S", "--batch=one")
+    assert "did you mean reduce-overhead" in mistake("bench", "sample", "digits-urepa", "--compile=reduce-overhed")
+    assert "needs a GPU" in mistake("bench", "train", "digits-urepa", "--precision=fp16", "--device=cpu")
+    with pytest.raises(UserError, match="no file nowhere"):
+        load_factory("nowhere.py:Plain")
+    with pytest.raises(UserError, match="did you mean Plain"):
+        load_factory(f"{tmp_path / 'mine.py'}:Plan")
