@@ -71,9 +71,9 @@ def test_estimate_follows_the_recipe(dry_run):
     assert (memory["weights"], memory["optimizer"], memory["averages"]) == tuple(4 * parameters * k for k in (1, 2, 1))
     assert estimate("micro_batch=4")["memory_estimate"]["activations"] < 0.7 * memory["activations"]
     assert estimate("gradient_checkpointing=true")["memory_estimate"]["activations"] < 0.4 * memory["activations"]
-    assert estimate("more_ema_decays=[0.99]")["memory_estimate"]["averages"] == 8 * parameters
-    disk = estimate("keep_checkpoints=5", "keep_every=100_000", "checkpoint_every=50_000")["disk"]
-    assert (disk["checkpoint"], disk["kept"]) == (16 * parameters, 8)
+    more = estimate("more_ema_decays=[0.99]", "keep_checkpoints=5", "keep_every=100_000", "checkpoint_every=50_000")
+    assert more["memory_estimate"]["averages"] == 8 * parameters
+    assert (more["disk"]["checkpoint"], more["disk"]["kept"]) == (20 * parameters, 8)
 
 
 class TwoConvs(nn.Module):
@@ -98,4 +98,5 @@ def test_mistakes(mistake):
     assert "does not divide among 3 processes" in mistake("train", "dic-s", "--dry-run", "--processes=3")
     assert "did you mean mid.3" in mistake("train", "dic-xl-urepa", "--dry-run", "--set=alignments.0.tap=mid.33")
     assert "unknown encoder" in mistake("train", "dic-xl-urepa", "--dry-run", "--set=alignments.0.encoder=dinov22")
+    assert "go with --dry-run" in mistake("train", "dic-s", "--processes=3")
     assert "unknown solver" in mistake("train", "dic-s", "--dry-run", "--set=sample.solver=hein")

@@ -53,6 +53,8 @@ def command(
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
+    if (as_json or processes > 1) and not dry_run:
+        raise click.UsageError("--json and --processes go with --dry-run; a run has the processes it is launched in")
     settings = load_training_recipe(recipe, overrides)
     path = path or Path("runs") / Path(recipe).stem
     if dry_run:
