@@ -217,7 +217,7 @@ def save_png(image: Tensor, path: Path) -> None:
     """One image (C, H, W) in [0, 1], of one or three channels, as a PNG, written aside and renamed."""
     array = to_uint8(image).numpy()
     aside = path.with_name(f".writing-{path.name}")
-    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(aside, "PNG")
+    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(aside, "PNG", compress_level=1)
     os.replace(aside, path)
 
 

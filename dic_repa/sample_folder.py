@@ -17,11 +17,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -134,6 +135,11 @@ def sample_spec(
         "random_classes": random,
         "labels": labels.tolist(),
     }
+
+
+def patient_accelerator() -> Accelerator:
+    """An Accelerator whose processes wait a day for each other: one may be hours ahead, which is no sign of a fault."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
 
 
 def sample_into(

@@ -13,7 +13,7 @@ from dic_repa.errors import UserError, is_main_process, unknown_name
 VERBS = {
     "train": "Train a recipe; sample and judge at the end.",
     "sample": "Sample images from a run or a checkpoint.",
-    "evaluate": "Judge the samples of one run or of several.",
+    "evaluate": "Measure samples: of runs, a checkpoint, a folder, or anybody's .npz.",
     "report": "One HTML page about one run or several: curves, samples, metrics, recipes.",
     "probe": "Compare every stage of a denoiser with an encoder, over noise levels.",
     "tune": "Find the guidance scale and interval for the best score.",

@@ -94,18 +94,16 @@ def measure_and_show(
     samples: list[Path], reference: str | None, names: list[str], recipe: str | None, again: bool, **options
 ) -> None:
     """Measure each of `samples` against the reference, print a table, and record each."""
-    from accelerate import Accelerator
-
     from dic_repa.evaluation import Measure
     from dic_repa.evaluation.features import Share
     from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
     from dic_repa.evaluation.samples import is_checkpoint, record, save_record
-    from dic_repa.sample_folder import told_by_whom_it_befalls
+    from dic_repa.sample_folder import patient_accelerator, told_by_whom_it_befalls
 
     if options["out"] and len(samples) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
-    processes = Accelerator()
+    processes = patient_accelerator()
     device = processes.device
     share = Share(processes.process_index, processes.num_processes, processes.gather)
     extractor_options = _extractor_options(options)

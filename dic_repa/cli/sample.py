@@ -118,12 +118,10 @@ def command(
       dic-repa sample runs/digits-urepa --solver dopri5 --rtol 1e-4 --atol 1e-4
       accelerate launch -m dic_repa sample runs/digits-urepa --num 50000 --format npz    on all GPUs of this machine
     """
-    from accelerate import Accelerator
-
     from dic_repa.generation import build_sampler, check_sampling, load_checkpoint
-    from dic_repa.sample_folder import SampleFolder, sample_into, sample_spec
+    from dic_repa.sample_folder import SampleFolder, patient_accelerator, sample_into, sample_spec
 
-    processes = Accelerator()
+    processes = patient_accelerator()
     given = load_recipe(recipe) if recipe else None
     loaded = load_checkpoint(checkpoint, processes.device, given if isinstance(given, Recipe) else None)
     settings = sample_settings((given or loaded.recipe).sample, **options)
