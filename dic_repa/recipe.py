@@ -8,18 +8,16 @@ every mistake is one line that names the key and what it takes.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import types
 import typing
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dic_repa.errors import UserError, did_you_mean, unknown_name
+from dic_repa.errors import UserError, did_you_mean
+from dic_repa.recipe_files import override_key, read_recipe, read_shipped
 
 # Strict, because pydantic otherwise takes `true` for 1 and '200' for 200.
 Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
@@ -223,17 +221,12 @@ class SamplingRecipe(Section):
 
 def list_recipes() -> dict[str, str]:
     """The recipes that come with the package: name to description."""
-    return {name: raw.get("description", "") for name, raw in _shipped().items()}
+    return {name: raw.get("description", "") for name, raw in read_shipped().items()}
 
 
 def list_paper_rows() -> dict[str, str]:
     """The rows of papers that recipes of the package stand for: `paper.row` to the recipe's name."""
-    return {raw["paper"]["row"]: name for name, raw in _shipped().items() if "paper" in raw}
-
-
-def _shipped() -> dict[str, dict]:
-    files = {f.name[:-5]: f for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")}
-    return {name: _parse(files[name].read_text(encoding="utf-8"), name) for name in sorted(files)}
+    return {raw["paper"]["row"]: name for name, raw in read_shipped().items() if "paper" in raw}
 
 
 def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | SamplingRecipe:
@@ -241,9 +234,9 @@ def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) 
 
     A UserError names the near recipes or keys, or the key and what it takes.
     """
-    raw = _resolve(name_or_path, seen=())
+    raw = read_recipe(name_or_path)
     for override in overrides:
-        _override(raw, override)
+        override_key(raw, override)
     return validate(raw, name_or_path)
 
 
@@ -268,111 +261,6 @@ def validate(raw: dict, source: str | Path = "recipe") -> Recipe | SamplingRecip
 def to_yaml(recipe: BaseModel) -> str:
     """A recipe as YAML, all defaults included, in the schema's order."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
-
-
-def _resolve(name_or_path: str | Path, seen: tuple[str, ...]) -> dict:
-    text, label = _read(name_or_path)
-    if label in seen:
-        raise UserError(f"recipes name each other as their base: {' -> '.join([*seen, label])}")
-    raw = _parse(text, label)
-    base, resolved = raw.pop("base", None), {}
-    if base is not None:
-        if not isinstance(base, str):
-            raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
-        beside = Path(label).parent / base
-        resolved = _resolve(beside if beside.is_file() else base, (*seen, label))
-    resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
-    for key, value in raw.items():
-        if "." in str(key):
-            _assign(resolved, key, value, label)
-    return resolved
-
-
-def _read(name_or_path: str | Path) -> tuple[str, str]:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"there is no recipe file {path}")
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not a text file in UTF-8") from None
-    file = resources.files("dic_repa.recipes") / f"{name_or_path}.yaml"
-    if "/" in str(name_or_path) or not file.is_file():
-        names = [f.name[:-5] for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")]
-        raise unknown_name("recipe", str(name_or_path), names)
-    return file.read_text(encoding="utf-8"), str(name_or_path)
-
-
-def _parse(text: str, label: str) -> dict:
-    try:
-        raw = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{label} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{label} is not a recipe: it must be a mapping of keys to values")
-    return raw
-
-
-def _merge(base: dict, top: dict) -> dict:
-    merged = copy.deepcopy(base)
-    for key, value in top.items():
-        if key == "paper" or not isinstance(merged.get(key), dict):  # one row's results are not another's
-            merged[key] = copy.deepcopy(value)
-        elif value is None:
-            del merged[key]  # back to the section's defaults
-        else:
-            merged[key] = _merge(merged[key], value) if isinstance(value, dict) else value
-    return merged
-
-
-def _override(raw: dict, override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"--set takes key=value, such as train.steps=200, not '{override}'")
-    try:
-        value = parse_value(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {dotted}: '{text}' is not valid YAML") from None
-    _assign(raw, dotted, value, "--set")
-
-
-def _assign(raw: dict, dotted: str, value: Any, source: str) -> None:
-    """Set one dotted key of a raw recipe; `source` is who asks for it."""
-    *parents, last = dotted.split(".")
-    node: Any = raw
-    for part in parents:
-        if isinstance(node, dict) and node.get(part) is None:
-            node[part] = {}  # a section that the recipe leaves to its defaults
-        node = _child(node, part, f"{source} {dotted}")
-    if isinstance(node, list):
-        _child(node, last, f"{source} {dotted}")
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"{source} {dotted}: '{'.'.join(parents)}' has no keys of its own")
-
-
-def parse_value(text: str) -> Any:
-    """A value as YAML has it, but that 1e-3 is a number: YAML 1.1 takes it for a string, for want of a dot."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-def _child(node: Any, part: str, where: str) -> Any:
-    if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
-            raise UserError(f"{where}: there are {len(node)} entries, from 0; '{part}' is none of them")
-        return node[int(part)]
-    if isinstance(node, dict):
-        return node[part]
-    raise UserError(f"{where}: '{part}' is not inside a section")
 
 
 def _explain(schema: type[BaseModel], error: dict) -> str:

@@ -117,7 +117,7 @@ def _open(path: Path | None) -> Image.Image:
 
 def _parse(options: tuple[str, ...], weights: Path | None) -> dict:
     from dic_repa.errors import UserError
-    from dic_repa.recipe import parse_value
+    from dic_repa.recipe_files import parse_value
 
     parsed = {"weights": str(weights)} if weights else {}
     for option in options:
