@@ -7,6 +7,7 @@ hold whole tensors, and load in any number of processes.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from dic_repa.errors import UserError
 
 def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
     """Whether to shard: as the recipe or the launcher's configuration says, where there are several processes."""
-    return (sharding == "fsdp2" or accelerator.is_fsdp2) and accelerator.num_processes > 1
+    # Accelerate leaves its FSDP configuration aside where the processes run on CPUs; the launcher's wish is in the
+    # environment.
+    launched = accelerator.is_fsdp2 or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return (sharding == "fsdp2" or launched) and accelerator.num_processes > 1
 
 
 def shard(model: nn.Module, denoiser: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -80,6 +80,7 @@ def gradients(case: TrainCase) -> dict[str, Tensor]:
         noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
         out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
         loss = parts.objective.loss(out.prediction, noisy)
+        inputs.join()
         for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
             loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
         case.accelerator.backward(loss)
