@@ -81,6 +81,7 @@ class TrainCase:
                 noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
                 out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
                 loss = parts.objective.loss(out.prediction, noisy)
+                inputs.join()
                 clock("forward")
                 for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
                     loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
@@ -140,12 +141,12 @@ def bench_train(
         recipe = _prepare(name, overrides, kind, batch, notes)
         for mode in compiles:
             recipe.train.compile = mode != "off"
-            parts, accelerator = _build(recipe, device)
+            parts, accelerator = build_step(recipe, device)
             gmacs = measure_cost(parts.denoiser, recipe.data.size).macs / 1e9
             cases.append(TrainCase(case_label(name, kind, "", mode), recipe, parts, accelerator, kind, gmacs))
         for baseline in baselines_of(name, baselines):
             recipe.train.compile = False
-            parts, accelerator = _build(recipe, device)
+            parts, accelerator = build_step(recipe, device)
             _replace_denoiser(parts, load_factory(baseline), recipe, accelerator)
             label = f"{name} {kind} by {baseline.rpartition(':')[2]}"
             cases.append(TrainCase(label, recipe, parts, accelerator, kind, gmacs))
@@ -172,7 +173,8 @@ def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: 
     return recipe
 
 
-def _build(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator]:
+def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator]:
+    """What a recipe names, built in this process, whatever was built before it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     with tempfile.TemporaryDirectory() as folder:
         accelerator = start_accelerator(recipe.train, RunFolder(Path(folder) / "run"))

@@ -228,6 +228,7 @@ def run_step(
             noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
             out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
             loss = parts.objective.loss(out.prediction, noisy)
+            inputs.join()
             for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
                 loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
             accelerator.backward(loss / passes)

@@ -5,6 +5,7 @@ A step has a global batch; each process has a share of it, and goes through its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -74,6 +75,14 @@ class Inputs:
     noise: Tensor
     tokens: list[Tensor | None]  # None where the alignment's schedule is at 0
 
+    def join(self) -> None:
+        """Before the tokens are used: on a GPU they are computed beside the denoiser's forward pass."""
+        for tokens in self.tokens:
+            if tokens is not None and tokens.is_cuda:
+                current = torch.cuda.current_stream(tokens.device)
+                current.wait_stream(side_stream(tokens.device))
+                tokens.record_stream(current)
+
 
 def step_inputs(
     parts: Parts,
@@ -102,6 +111,28 @@ def step_inputs(
         tokens: list[Tensor | None] = [None] * len(scales)
         for i, encoder in enumerate(parts.encoders):
             if scales[i]:
-                with torch.no_grad():
-                    tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encoder(image)
+                tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encode(encoder, image, accelerator)
         yield Inputs(x, y, t, noise, tokens)
+
+
+def encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
+    """The frozen encoder's tokens, in the run's mixed precision; on a GPU on a second stream, see `Inputs.join`."""
+    stream = side_stream(images.device)
+    if stream is None:
+        return _encode(encoder, images, accelerator)
+    stream.wait_stream(torch.cuda.current_stream(images.device))
+    with torch.cuda.stream(stream):
+        images.record_stream(stream)
+        return _encode(encoder, images, accelerator)
+
+
+def _encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
+    with torch.inference_mode(), accelerator.autocast():
+        tokens = encoder(images)
+    return tokens.clone()  # the loss keeps it for its backward pass, for which an inference tensor is no good
+
+
+@functools.lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A second stream of a GPU, always the same."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -74,6 +74,7 @@ def train(
                     noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
                     out = model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
                     denoising = parts.objective.loss(out.prediction, noisy)
+                    inputs.join()
                     aligned = [
                         alignment.loss(projection, tokens, noisy.unit_time, scale)
                         for alignment, projection, tokens, scale in zip(
