@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from dic_repa.build import build_dataset, build_encoder
 from dic_repa.cli import main
 from dic_repa.errors import UserError
-from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
+from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe, unbiased_hsic
 from dic_repa.evaluation.probe import probe_checkpoint, stage_taps
 from dic_repa.models import DiC, create_denoiser
 from dic_repa.recipe import load_recipe, to_yaml
@@ -40,25 +41,30 @@ def cka_by_its_definition(x: np.ndarray, y: np.ndarray) -> float:
     return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
 
 
+def hsic_over_tuples(k: np.ndarray, m: np.ndarray) -> float:
+    """The unbiased HSIC as what it is: a mean over all ordered tuples of four different images."""
+    tuples = list(itertools.permutations(range(len(k)), 4))
+    return sum(k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in tuples) / len(tuples)
+
+
 def cknna_by_its_definition(x: np.ndarray, y: np.ndarray, k: int) -> float:
-    """The paper's sums, pair by pair."""
+    """The formula with explicit matrices, and neighbours by sorting."""
     x, y = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (x, y))
-    n = len(x)
+    n, ones = len(x), np.ones(len(x))
 
-    def nearest(f, i):
-        others = [j for j in range(n) if j != i]
-        return set(sorted(others, key=lambda j: -float(f[i] @ f[j]))[:k])
-
-    def total(f, g):
-        value = 0.0
+    def near(f):
+        mask = np.zeros((n, n))
         for i in range(n):
-            for j in nearest(f, i) & nearest(g, i):
-                a = f[i] @ f[j] - np.mean([f[i] @ f[m] for m in range(n)])
-                b = g[i] @ g[j] - np.mean([g[i] @ g[m] for m in range(n)])
-                value += a * b
-        return value
+            mask[i, sorted(set(range(n)) - {i}, key=lambda j: -float(f[i] @ f[j]))[:k]] = 1
+        return mask
 
-    return total(x, y) / np.sqrt(total(x, x) * total(y, y))
+    def hsic(a, b):
+        value = np.trace(a @ b) + (ones @ a @ ones) * (ones @ b @ ones) / ((n - 1) * (n - 2))
+        return (value - 2 / (n - 2) * (ones @ a @ b @ ones)) / (n * (n - 3))
+
+    a, b, near_x, near_y = x @ x.T, y @ y.T, near(x), near(y)
+    both = near_x * near_y
+    return hsic(a * both, b * both) / np.sqrt(hsic(a * near_x, a * near_x) * hsic(b * near_y, b * near_y))
 
 
 @pytest.mark.parametrize(("n", "wide"), [(40, 7), (12, 30)])  # more rows than columns, and fewer
@@ -78,17 +84,30 @@ def test_cka_of_known_answers():
     assert linear_cka(left, torch.ones(500, 3)) == 0
 
 
-@pytest.mark.parametrize("k", [1, 4, 23])
+@pytest.mark.parametrize("k", [2, 4, 23])
 def test_cknna_is_its_definition(k):
     x = features(0, 24, 6)
     y = torch.cat([x[:, :3], features(1, 24, 2)], dim=1)
     assert cknna(x, y, k) == pytest.approx(cknna_by_its_definition(x.numpy(), y.numpy(), k), rel=1e-10)
 
 
+def test_the_unbiased_hsic_is_a_mean_over_tuples():
+    x, y = features(0, 8, 3), features(1, 8, 2)
+    k, m = x @ x.mT, y @ y.mT
+    assert unbiased_hsic(k, m) == pytest.approx(hsic_over_tuples(k.numpy(), m.numpy()), rel=1e-10)
+
+
+def test_cknna_of_all_neighbours_is_unbiased_cka():
+    x, y = (torch.nn.functional.normalize(f, dim=1) for f in (features(0, 9, 4), features(1, 9, 3)))
+    k, m = (x @ x.mT).numpy(), (y @ y.mT).numpy()
+    expected = hsic_over_tuples(k, m) / np.sqrt(hsic_over_tuples(k, k) * hsic_over_tuples(m, m))
+    assert cknna(x, y, 8) == pytest.approx(expected, rel=1e-9)
+
+
 def test_cknna_of_known_answers():
     x = features(0, 300, 8)
     assert cknna(x, x @ rotation(8) * 7) == pytest.approx(1, abs=1e-12)
-    assert cknna(x, features(1, 300, 8)) < 0.1
+    assert abs(cknna(x, features(1, 300, 8))) < 0.1
     near = x + 0.05 * features(2, 300, 8)
     assert 0.6 < cknna(x, near) < 1
     assert cknna(x, features(1, 300, 8)) < cknna(x, x + features(2, 300, 8)) < cknna(x, near)
@@ -120,7 +139,7 @@ def test_features_that_cannot_be_compared():
         linear_cka(torch.zeros(3, 2), torch.zeros(4, 2))
     with pytest.raises(UserError, match="NaN"):
         linear_cka(torch.full((3, 2), torch.nan), torch.zeros(3, 2))
-    with pytest.raises(UserError, match="1 to 4 neighbours of 5 images, not 5"):
+    with pytest.raises(UserError, match="not 5 of 5"):
         cknna(torch.rand(5, 2), torch.rand(5, 2), 5)
 
 

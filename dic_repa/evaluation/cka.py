@@ -31,28 +31,43 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
     """Centred kernel nearest-neighbour alignment (Huh et al., arXiv 2405.07987): CKA over mutual neighbours alone.
 
-    With the rows of features x (N, D1) and y (N, D2) at unit length, kernels K = x x^T and L = y y^T and
-    a(i, j) = 1 where j is among the k nearest of i in both, and not i itself:
-    `A(K, L) / sqrt(A(K, K) A(L, L))`, `A(K, L) = sum_ij a(i, j) (K_ij - mean_l K_il) (L_ij - mean_l L_il)`, where
-    A(K, K) counts the neighbours in x, A(L, L) those in y. With k = N - 1 it is over all pairs. Unrelated features
-    have about k / N of their neighbours in common. UserError where k is not below N, or as `linear_cka`.
+    With the rows of features x (N, D1) and y (N, D2) at unit length, kernels K = x x^T and L = y y^T, and M_ij = 1
+    where j is among the k nearest of i in both, and not i itself:
+    `HSIC(M K, M L) / sqrt(HSIC(M_x K, M_x K) HSIC(M_y L, M_y L))`, products by element, M_x and M_y the neighbours in
+    one of the two. HSIC is the unbiased estimate, as in the authors' evaluation and the figures published with it.
+    With k = N - 1 this is unbiased CKA. Unrelated features give about 0, and may fall a little below.
+
+    UserError where k is not in 2 to N - 1, for fewer than 4 images, or as `linear_cka`.
     """
     x, y = _checked(x, y)
-    if not 1 <= k < len(x):
-        raise UserError(f"CKNNA takes 1 to {len(x) - 1} neighbours of {len(x)} images, not {k}")
+    if len(x) < 4 or not 2 <= k < len(x):
+        raise UserError(f"CKNNA takes at least 4 images and 2 to N - 1 neighbours, not {k} of {len(x)}")
     (kernel_x, near_x), (kernel_y, near_y) = _neighbours(x, k), _neighbours(y, k)
-    together = (kernel_x * kernel_y)[near_x & near_y].sum()
-    apart = (kernel_x[near_x].square().sum() * kernel_y[near_y].square().sum()).sqrt()
-    return (together / apart).item() if apart > 0 else 0.0
+    both = near_x & near_y
+    together = unbiased_hsic(kernel_x * both, kernel_y * both)
+    kernel_x, kernel_y = kernel_x * near_x, kernel_y * near_y
+    apart = unbiased_hsic(kernel_x, kernel_x) * unbiased_hsic(kernel_y, kernel_y)
+    return together / apart**0.5 if apart > 0 else 0.0
+
+
+def unbiased_hsic(k: Tensor, m: Tensor) -> float:
+    """The Hilbert-Schmidt independence criterion of kernels K and L (N, N), unbiased (Song et al. 2012, eq. 5).
+
+    `(tr(K L) + 1^T K 1 1^T L 1 / ((N - 1)(N - 2)) - 2 / (N - 2) 1^T K L 1) / (N (N - 3))`, without their diagonals.
+    """
+    n = len(k)
+    k, m = (kernel - kernel.diagonal().diag() for kernel in (k, m))
+    crossed = k.sum(dim=0) @ m.sum(dim=1)
+    total = (k * m.mT).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * crossed
+    return total.item() / (n * (n - 3))
 
 
 def _neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The kernel less its rows' means, and which k others of each row are the nearest, both (N, N)."""
+    """The kernel of the rows at unit length, and which k others of each row are the nearest, both (N, N)."""
     unit = torch.nn.functional.normalize(features, dim=1)
     kernel = unit @ unit.mT
     nearest = kernel.clone().fill_diagonal_(-torch.inf).topk(k, dim=1).indices
-    near = torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, nearest, True)
-    return kernel - kernel.mean(dim=1, keepdim=True), near
+    return kernel, torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, nearest, True)
 
 
 def linear_probe(
