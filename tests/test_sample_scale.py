@@ -70,7 +70,8 @@ def fill_in_part(checkpoint: Path, path: Path, num: int) -> None:
     folder = SampleFolder(path, sample_spec(loaded, settings, labels))
     folder.check()
     folder.begin()
-    fill(folder, build_sampler(loaded, settings), labels)
+    # Slowly, so that a kill has time to fall in between.
+    fill(folder, build_sampler(loaded, settings), labels, progress=lambda count: time.sleep(0.1))
 
 
 def test_a_thousand_samples_from_one_process_from_two_and_after_three_kills(sample, checkpoint, tmp_path):
@@ -208,7 +209,7 @@ def test_npz_is_read_as_it_was_written_and_damage_is_told(tmp_path):
 
 
 def test_writing_an_npz_holds_few_images_in_memory(tmp_path):
-    """A twenty-fifth of the images of `tests/measure_npz_memory.py`, each smaller; the README has what that measures."""
+    """A small part of what `tests/measure_npz_memory.py` writes; the README has what that measures in full."""
     script = Path(__file__).with_name("measure_npz_memory.py")
     command = [sys.executable, str(script), str(tmp_path / "a.npz"), "--num", "2000", "--size", "128"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
