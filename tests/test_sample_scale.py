@@ -90,7 +90,7 @@ def test_a_thousand_samples_from_one_process_from_two_and_after_three_kills(samp
     assert (tmp_path / "two/samples.json").read_text() == (tmp_path / "one/samples.json").read_text()
 
     killed, forks = tmp_path / "killed", multiprocessing.get_context("fork")
-    for goal in (120, 410, 777):
+    for goal in (120, 380, 610):
         process = forks.Process(target=fill_in_part, args=(checkpoint, killed, 1000))
         process.start()
         while len(list(killed.glob("0*.png"))) < goal and process.is_alive():

@@ -14,9 +14,6 @@ from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, describe_environment, write_whole
 
-# Columns of published numbers; a score's own title stands above those that are not here.
-ORDER = ("fid", "sfid", "is", "prec", "recall")
-
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is something to sample from: a run, or a checkpoint of a run or for inference."""
