@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 
 from dic_repa.build import build_decoder, build_objective, import_plugins
 from dic_repa.data.latents import pixels_decoder
+from dic_repa.decoding import decode_batches
 from dic_repa.errors import UserError
 from dic_repa.models import load_denoiser
+from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.training.run_folder import RunFolder
 
 _LABELS = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -107,26 +111,51 @@ class Sampler:
     trace: bool = False
     evaluations: int = 0
     states: Sequence[Tensor] = ()
+    _prepared: dict[int, tuple[nn.Module, nn.Module]] = field(default_factory=dict)  # by the identity of the original
 
     def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Samples of the classes `labels` (N,) with the `indices` (0 to N - 1 by default) that tell their noise."""
         indices = range(len(labels)) if indices is None else indices
         check_labels(labels, self.denoiser.num_classes)
         settings, info = self.settings, solver_info(self.settings.solver)
-        model, weak = self._as_model(self.denoiser, info), self.weak and self._as_model(self.weak, info)
+        model = self._as_model(self._prepare(self.denoiser), info)
+        weak = self.weak and self._as_model(self._prepare(self.weak), info)
         guidance, device = build_guidance(settings.guidance), next(self.denoiser.parameters()).device
-        for start in range(0, len(labels), settings.batch_size):
-            rows = slice(start, start + settings.batch_size)
-            field = guidance.bind(model, labels[rows].to(device), weak_model=weak)
-            noise = initial_noise(self.shape, settings.seed, indices[rows]).to(device)
-            options = self._options(info, indices[rows])
-            first = start == 0  # the details hold every state, which is too much to keep for each batch
-            x = sample(field, noise, settings.solver, **options, return_info=first)
-            if first:
-                x, details = x
-                self.evaluations, self.states = details.nfe, details.states if self.trace else ()
-            parts = x.split(settings.decode_batch)  # an autoencoder takes far more memory than the denoiser's data
-            yield torch.cat([self.decode(part).cpu() for part in parts])
+
+        def samples() -> Iterator[Tensor]:
+            for start in range(0, len(labels), settings.batch_size):
+                rows = slice(start, start + settings.batch_size)
+                velocity = guidance.bind(model, labels[rows].to(device), weak_model=weak)
+                noise = initial_noise(self.shape, settings.seed, indices[rows]).to(device)
+                options = self._options(info, indices[rows])
+                first = start == 0  # the details hold every state, which is too much to keep for each batch
+                x = sample(velocity, noise, settings.solver, **options, return_info=first)
+                if first:
+                    x, details = x
+                    self.evaluations, self.states = details.nfe, details.states if self.trace else ()
+                yield x
+
+        yield from decode_batches(samples(), self._decode)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        """In parts, since an autoencoder takes far more memory than the denoiser's data."""
+        return torch.cat([self.decode(part) for part in x.split(self.settings.decode_batch)])
+
+    def _prepare(self, denoiser: nn.Module) -> nn.Module:
+        """`denoiser` in the settings' precision, compiled where they say so.
+
+        Cast at each call, not for each batch or step: a run's averaged weights have moved on since the last grid.
+        """
+        dtype = DTYPES[self.settings.precision]
+        cast, prepared = self._prepared.get(id(denoiser), (None, None))
+        if prepared is None:
+            cast = denoiser if dtype == torch.float32 else copy.deepcopy(denoiser).to(dtype)
+            compiles = self.settings.compile != "off"
+            prepared = CompiledDenoiser(cast, self.settings.compile) if compiles else cast
+            self._prepared[id(denoiser)] = cast, prepared
+        elif cast is not denoiser:
+            cast.load_state_dict(denoiser.state_dict())
+        return prepared
 
     def _as_model(self, denoiser: nn.Module, info: SolverInfo):
         if info.process != "ddpm":
@@ -165,7 +194,7 @@ class _Nothing(nn.Module):
 
 def check_sampling(settings: SampleSection, objective) -> None:
     """A UserError now for what sampling by `settings` would fail on later: names, options and how they fit together."""
-    sampler = Sampler(_Nothing(), objective, settings.model_copy(update={"batch_size": 1}), (1, 1, 1))
+    sampler = Sampler(_Nothing(), objective, settings.model_copy(update={"batch_size": 1, "compile": "off"}), (1, 1, 1))
     for _ in sampler(torch.zeros(1, dtype=torch.int64)):
         pass
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dic_repa.bench.device import DTYPES, check_precision, convolution_share, describe_device, peak_memory, precision
+from dic_repa.bench.device import check_precision, convolution_share, describe_device, peak_memory, precision
 from dic_repa.bench.model import case_label, randomise
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
@@ -18,10 +17,10 @@ from dic_repa.build import build_decoder, build_denoiser, build_objective
 from dic_repa.errors import UserError, first_line
 from dic_repa.generation import Sampler
 from dic_repa.models import measure_cost
-from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.training.dry_run import stand_in
 
+IN_RECIPE = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 GUIDANCE = {"doubled": True, "one-by-one": False}
 
 
@@ -88,17 +87,17 @@ def bench_sample(
         gmacs = measure_cost(denoiser, recipe.data.size).macs / 1e9
         decode = _decoder(recipe, device, notes)
         guided = recipe.sample.guidance is not None and recipe.sample.guidance.scale != 1
-        for kind, mode in itertools.product(precisions, compiles):
-            model = copy.deepcopy(denoiser).to(DTYPES[kind])
-            model = model if mode == "off" else CompiledDenoiser(model, mode)
-            for way, batch in itertools.product(guidance if guided else guidance[:1], batches):
-                settings = recipe.sample.model_copy(deep=True, update={"batch_size": batch, "num": batch})
-                if guided:
-                    settings.guidance.doubled = GUIDANCE[way]
-                shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
-                sampler = Sampler(model, build_objective(recipe.objective), settings, shape, None, decode)
-                label = case_label(name, kind, way if guided and len(guidance) > 1 else "", mode)
-                cases.append(SampleCase(label, sampler, kind, gmacs))
+        for kind, mode, way, batch in itertools.product(
+            precisions, compiles, guidance if guided else guidance[:1], batches
+        ):
+            changes = {"batch_size": batch, "num": batch, "precision": IN_RECIPE[kind], "compile": mode}
+            settings = recipe.sample.model_copy(deep=True, update=changes)
+            if guided:
+                settings.guidance.doubled = GUIDANCE[way]
+            shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
+            sampler = Sampler(denoiser, build_objective(recipe.objective), settings, shape, None, decode)
+            label = case_label(name, kind, way if guided and len(guidance) > 1 else "", mode)
+            cases.append(SampleCase(label, sampler, kind, gmacs))
     timings = interleave(cases, device, rounds, seconds, warmup=1, description="sampling")
     rows = [_row(case, timing, device) for case, timing in zip(cases, timings)]
     add_ratios(rows)

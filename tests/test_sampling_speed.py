@@ -1,0 +1,74 @@
+"""Sampling in half precision and compiled: the same images within the precision, and what is cast or decoded when."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from dic_repa.decoding import decode_batches
+from dic_repa.generation import Sampler
+from dic_repa.models import DiC
+from dic_repa.objectives import FlowMatching
+from dic_repa.recipe import SampleSection
+
+LABELS = torch.arange(4)
+
+
+def small_sampler(**settings) -> Sampler:
+    torch.manual_seed(0)
+    denoiser = DiC(8, (1, 1, 1, 1, 1), in_channels=1, num_classes=4).requires_grad_(False)
+    torch.nn.init.normal_(denoiser.output.conv2.weight, std=0.02)
+    section = SampleSection(steps=3, batch_size=2, guidance={"scale": 2.0, "interval": [0.0, 0.7]}, **settings)
+    return Sampler(denoiser, FlowMatching(), section, (1, 8, 8))
+
+
+def images(sampler: Sampler) -> torch.Tensor:
+    return torch.cat(list(sampler(LABELS)))
+
+
+def test_half_precision_gives_the_same_images_within_its_rounding():
+    expected, half = images(small_sampler()), small_sampler(precision="bf16")
+    torch.testing.assert_close(images(half), expected, rtol=0, atol=0.02)
+    assert next(half.denoiser.parameters()).dtype == torch.float32  # a run goes on averaging into it
+
+
+def test_weights_are_cast_once_a_call_and_follow_the_original():
+    half, casts = small_sampler(precision="bf16"), []
+    before = images(half)
+    (cast, _) = next(iter(half._prepared.values()))
+    cast.register_load_state_dict_post_hook(lambda *_: casts.append(1))
+    for parameter in half.denoiser.parameters():
+        parameter.mul_(2)
+    after = images(half)
+    assert len(casts) == 1  # two batches of three steps
+    assert (after - before).abs().max() > 0.05
+    torch.testing.assert_close(cast.stem.weight, half.denoiser.stem.weight.bfloat16())
+
+
+def test_compiled_sampling(monkeypatch):
+    graphs = []
+
+    def count(graph, _inputs, **_options):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: compile_(model, backend=count, dynamic=dynamic))
+    compiled = images(small_sampler(compile="reduce-overhead"))
+    torch._dynamo.reset()
+    assert len(graphs) == 2  # one for the plain batch, one for the doubled
+    torch.testing.assert_close(compiled, images(small_sampler()), rtol=1e-5, atol=1e-5)
+
+
+def test_batches_are_decoded_as_they_come():
+    made = []
+
+    def samples():
+        for k in range(3):
+            made.append(k)
+            yield torch.full((1,), float(k))
+
+    decoded = decode_batches(samples(), functools.partial(torch.add, other=1))
+    assert [float(batch) for batch in decoded] == [1, 2, 3]
+    assert made == [0, 1, 2]
