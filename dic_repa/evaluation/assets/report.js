@@ -232,7 +232,7 @@ function probe() {
   node.append(lead, heats, lines);
   const explain = {
     cka: `How alike the pooled features of a tap and of ${encoders} arrange the same images: 1 up to rotation and scale, 0 unrelated.`,
-    cknna: `CKA over mutual nearest neighbours alone: whether a tap and ${encoders} agree on which images are close.`,
+    cknna: `Unbiased CKA over mutual nearest neighbours alone: whether a tap and ${encoders} agree on which images are close.`,
     linear_probe: "Share of held-out images whose class a linear classifier reads from the pooled features of a tap.",
     cosine: `Cosine similarity of the trained head's tokens with those of ${encoders}, where a tap has a head.`,
   };
