@@ -1,6 +1,6 @@
 """What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/two_processes.py FOLDER`.
 
-Writes the runs `ddp` (20 steps), `ddp-10` (the first 10 of them), `sharded` (20 steps under FSDP2), `poisoned` (one
+Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2), `poisoned` (one
 process alone meets values that are not finite) and `stopped` (one process alone is told to stop).
 """
 
@@ -22,7 +22,7 @@ LONG = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    small_run(folder / "ddp", *LONG, base=ALIGNED)
+    small_run(folder / "ddp", *LONG, "train.micro_batch=2", base=ALIGNED)
     small_run(folder / "ddp-10", *LONG, "train.steps=10", base=ALIGNED)
     sharded = ["train.sharding=fsdp2", "train.sample_every=10", "sample.steps=1", "train.power_ema=[0.1]"]
     small_run(folder / "sharded", *LONG, *sharded, base=ALIGNED)
