@@ -258,6 +258,7 @@ def test_what_is_odd_is_told(digits):
     images[:3] = 0
     found = Measure(["fd-digits"], _any())([images])
     assert "3 of 40 images are of a single colour each" in found.warnings
+    assert "the reference has 2 images, fewer than the samples: a bias of its own" in found.warnings
     assert any("40 samples are not more than the dimensions of digits.features (64)" in w for w in found.warnings)
 
 

@@ -14,7 +14,7 @@ from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import ImageSet
 from dic_repa.evaluation.reference import load_reference
-from dic_repa.evaluation.scores import scores
+from dic_repa.evaluation.scores import KID_SUBSET_SIZE, scores
 
 ADM_METRICS = ("fid", "sfid", "is", "prec", "recall")
 FULL_COUNT = 50_000  # samples behind a published FID
@@ -135,6 +135,11 @@ class Measure:
             if which:
                 few = f"{samples.count} samples are fewer than {FULL_COUNT}"
                 warnings.append(f"{few}, which biases upward: {which}{offer}")
+        if gaussian and reference and reference.count < min(samples.count, FULL_COUNT):
+            warnings.append(f"the reference has {reference.count} images, fewer than the samples: a bias of its own")
+        compared = min([samples.count, *(len(part) for part in reference.features.values())] if reference else [0])
+        if "kid" in self.metrics and compared < KID_SUBSET_SIZE:
+            warnings.append(f"kid is over subsets of {compared} images, where others take {KID_SUBSET_SIZE}")
         for which, count in (("samples", samples.count), ("reference images", reference.count if reference else None)):
             dims = {score.layer: len(reference.gaussians[score.layer][0]) for score in map(self.metrics.get, gaussian)}
             short = [f"{layer} ({dim})" for layer, dim in dims.items() if count is not None and count <= dim]
