@@ -47,7 +47,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
         raise UserError(f"there is no run or checkpoint folder {path}")
     folder = path
     if (path / "checkpoints").is_dir():
-        folder = RunFolder.open(path).newest_checkpoint()
+        folder = RunFolder.open(path).newest_checkpoint("ema")
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet")
     if (folder / "ema").is_dir():
