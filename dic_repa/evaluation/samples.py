@@ -25,7 +25,7 @@ def samples_folder(path: Path, described: str) -> Path:
     """Where the samples of a run or checkpoint are kept, whose settings `described` tells."""
     if (path / "checkpoints").is_dir():
         run = RunFolder.open(path)
-        newest = run.newest_checkpoint()
+        newest = run.newest_checkpoint("ema")
         if newest is None:
             raise UserError(f"{path} has no checkpoint yet")
         return run.path / "evaluation" / f"step_{checkpoint_step(newest):08d}-{described.replace(' ', '-')}"
