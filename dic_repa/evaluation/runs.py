@@ -59,7 +59,7 @@ def evaluate_run(
     batch.
     """
     run = RunFolder.open(path)
-    newest = run.newest_checkpoint()
+    newest = run.newest_checkpoint("ema")
     if newest is None:
         raise UserError(f"{path} has no checkpoint yet")
     recipe = run.recipe()
