@@ -56,7 +56,8 @@ def test_commands_exist(line, dic_repa):
     command = line.split("#")[0].split(">")[0].split()
     if command[:1] != ["dic-repa"]:
         return
-    verb = command[1:3] if command[2:3] in (["show"], ["diff"], ["check"], ["compare"], ["data"]) else command[1:2]
+    below = command[1] == "bench" or command[2:3] in (["show"], ["diff"], ["check"], ["compare"])
+    verb = command[1:3] if below else command[1:2]
     text = dic_repa(*verb, "--help").stdout
     for option in command:
         if option.startswith("--"):
