@@ -21,18 +21,26 @@ import torch
 from torch import Tensor
 
 from dic_repa.bench.device import describe_device
-from dic_repa.bench.train import Clock, TrainCase, _build, _prepare
+from dic_repa.bench.train import MIXED, Clock, TrainCase, build_step
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
+from dic_repa.recipe import load_training_recipe
+from dic_repa.training.dry_run import stand_in, takes_pretrained
 from dic_repa.training.inputs import step_inputs
 
 WARM_UP = 5  # steps before the clock runs: compilation, choice of kernels
 
 
 def build_case(name: str, overrides: list[str], precision: str, batch: int, compiled: bool, device) -> TrainCase:
-    recipe = _prepare(name, overrides, precision, batch, [])
-    recipe.train.compile = compiled
-    parts, accelerator = _build(recipe, device)
+    """A training step of the recipe on random data, its encoder with random weights where those are fetched."""
+    recipe = stand_in(load_training_recipe(name, overrides), [])
+    settings = recipe.train
+    settings.batch_size, settings.micro_batch, settings.compile = batch, None, compiled
+    settings.precision, settings.tf32 = MIXED[precision], False
+    for section in recipe.alignments:
+        if takes_pretrained(section) and "weights" not in section.encoder_options:
+            section.encoder_options["pretrained"] = False
+    parts, accelerator = build_step(recipe, device)
     gmacs = measure_cost(parts.denoiser, recipe.data.size).macs / 1e9
     return TrainCase("compiled" if compiled else "eager", recipe, parts, accelerator, precision, gmacs)
 
