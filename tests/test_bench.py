@@ -15,6 +15,7 @@ from dic_repa.bench.model import bench_model, load_factory, random_denoiser
 from dic_repa.bench.paper import SMALL, measure_paper
 from dic_repa.bench.report import add_ratios, table
 from dic_repa.bench.timing import Timing, interleave
+from dic_repa.cli import main
 from dic_repa.errors import UserError
 
 CPU = torch.device("cpu")
@@ -95,11 +96,14 @@ def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
     assert [row["evaluations"] for row in results["sampling"]["rows"]] == [7, 7]
 
 
-def test_command(tmp_path, dic_repa):
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     options = ["--size=8", "--batch=1", "--rounds=1", "--seconds=0", "--no-peak"]
-    done = dic_repa("bench", "model", "DiC-S", *options, "--chart=speed.png", "--out=speed.json", "--json")
-    assert json.loads(done.stdout) == json.loads((tmp_path / "speed.json").read_text())
-    assert json.loads(done.stdout)["rows"][0]["label"] == "DiC-S fp32 eager"
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "model", "DiC-S", *options, "--chart=speed.png", "--out=speed.json", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "speed.json").read_text())
+    assert printed["rows"][0]["label"] == "DiC-S fp32 eager"
     assert Image.open(tmp_path / "speed.png").width > 500
 
 

@@ -14,9 +14,9 @@ from dic_repa.samplers import Guidance, sample_ode
 TOLERANCE = 1e-4
 
 
-def pair(oracle=OracleDiC, width=16, **options):
+def pair(oracle=OracleDiC, width=16, depths=(4, 4, 2, 4, 4), **options):
     torch.manual_seed(0)
-    model = DiC(width, (4, 4, 2, 4, 4), in_channels=3, num_classes=5, time_scale=10.0, **options)
+    model = DiC(width, depths, in_channels=3, num_classes=5, time_scale=10.0, **options)
     for name, parameter in model.named_parameters():  # the output starts at zero, which would hide all behind it
         if name.startswith(("output", "condition")) or name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
@@ -85,7 +85,7 @@ def test_a_time_that_the_batch_shares_is_embedded_once():
 
 def test_traced_whole():
     """As torch.compile traces and differentiates it; generating code for the whole would take minutes."""
-    model, oracle = pair()
+    model, oracle = pair(depths=(2, 1, 1, 1, 2))
     compiled = torch.compile(model, backend="aot_eager")
     expected = outputs_and_gradients(oracle, oracle, inputs())
     assert_close(outputs_and_gradients(compiled, model, inputs()), expected)

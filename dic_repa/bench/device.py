@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dic_repa.errors import UserError, unknown_name
@@ -102,9 +103,9 @@ def convolution_share(call: Callable[[], object], device: torch.device) -> float
     with profile(activities=activities) as recorded:
         call()
     averages = recorded.key_averages()
-    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    total = sum(getattr(event, time) for event in averages)
-    if device.type == "cuda":  # a convolution's kernels count with the operation that launched them
-        within = [e for e in averages if e.key in ("aten::convolution", "aten::convolution_backward")]
+    if device.type == "cuda":  # an operation has the time of the kernels that it launched, which are entries too
+        total = sum(event.self_device_time_total for event in averages if event.device_type == DeviceType.CUDA)
+        within = [event for event in averages if event.key in ("aten::convolution", "aten::convolution_backward")]
         return sum(event.device_time_total for event in within) / max(total, 1e-9)
-    return sum(getattr(event, time) for event in averages if "conv" in event.key) / max(total, 1e-9)
+    total = sum(event.self_cpu_time_total for event in averages)
+    return sum(event.self_cpu_time_total for event in averages if "conv" in event.key) / max(total, 1e-9)

@@ -17,8 +17,9 @@ def command(recipes, overrides, batch, precision, compile_, baseline, device, ro
     """Whole training steps of recipes, side by side: encoder, denoiser, alignment, backward, optimizer and EMA.
 
     Data is random and in memory (`bench data` measures the loader), and encoders without a file of weights have random
-    ones. Below the table are the shares of a step; TFLOP/s counts the denoiser's forward three times. A --baseline
-    takes the denoiser's place, with torch's plain AdamW and an average of the weights written tensor by tensor.
+    ones. Below the table are the shares of a step; on a GPU the encoder runs beside the forward pass. TFLOP/s counts
+    the denoiser's forward three times. A --baseline takes the denoiser's place, with torch's plain AdamW and an average
+    of the weights written tensor by tensor.
 
     \b
     Examples:
