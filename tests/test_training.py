@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -106,7 +107,9 @@ def whole_run(tmp_path_factory):
 def start(folder, name, *arguments, **environment):
     command = [sys.executable, "-m", "dic_repa", "train", "digits-urepa", "--out", name, *ALIGNED, *arguments]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    # Of a parent in the background a child inherits that Ctrl-C is ignored.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def test_run_folder_has_all_that_ran(whole_run):
