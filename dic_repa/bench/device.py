@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -87,7 +89,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     now = most = 0
     for event in recorded.profiler.kineto_results.events():
@@ -100,7 +102,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 def convolution_share(call: Callable[[], object], device: torch.device) -> float:
     """The share of the device's busy time that one call spends in convolutions, forward and backward."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as recorded:
+    with _quiet(), profile(activities=activities) as recorded:
         call()
     averages = recorded.key_averages()
     if device.type == "cuda":  # an operation has the time of the kernels that it launched, which are entries too
@@ -109,3 +111,18 @@ def convolution_share(call: Callable[[], object], device: torch.device) -> float
         return sum(event.device_time_total for event in within) / max(total, 1e-9)
     total = sum(event.self_cpu_time_total for event in averages)
     return sum(event.self_cpu_time_total for event in averages if "conv" in event.key) / max(total, 1e-9)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on standard error: torch's profiler writes its own log there, from C++, and takes no level for it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
