@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dic_repa.build import build_dataset, build_encoder
 from dic_repa.cli import main
+from dic_repa.data.digits import Digits
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe, unbiased_hsic
 from dic_repa.evaluation.probe import probe_checkpoint, stage_taps
@@ -213,6 +214,21 @@ def test_the_null_class_keeps_the_label_from_the_probe(run):
     """Were the true class given, a tap behind the modulation would give it away."""
     record = probe_checkpoint(run.path, num=200, times=(1.0,), taps=["mid.0"]).record
     assert record["scores"]["linear_probe"][0][0] < 0.3  # pure noise: a tenth is chance
+
+
+def test_images_may_be_levels(run, monkeypatch):
+    """As data sets of image files hand them out; an encoder takes them as floats."""
+
+    def probed(kind):
+        class Converted(Digits):
+            def __getitem__(self, index):
+                sample = super().__getitem__(index)
+                return sample | {"image": kind((sample["image"] * 255).round().to(torch.uint8))}
+
+        monkeypatch.setattr("dic_repa.evaluation.probe.build_dataset", lambda data, split: Converted(split, data.size))
+        return probe_checkpoint(run.path, num=30, times=(0.5,), taps=["mid.0"]).record["scores"]
+
+    assert probed(lambda levels: levels) == probed(lambda levels: levels.float() / 255)
 
 
 def test_mistakes(mistake, run, tmp_path):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dic_repa.alignment.aligned import Alignment, feature_map, find_tap
 from dic_repa.build import build_alignment, build_dataset, build_encoder, build_objective
+from dic_repa.data.images import unit_images
 from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
@@ -214,6 +215,7 @@ def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, se
     try:
         for batch in DataLoader(data, batch_size=batch_size):
             batch = {name: value.to(device) for name, value in batch.items()}
+            batch["image"] = unit_images(batch["image"])
             count = len(batch["label"])
             generator = torch.Generator(device).manual_seed(seed)
             x = denoiser_data(data.dataset, batch, count, slice(0, count), generator)
