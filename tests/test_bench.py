@@ -87,9 +87,9 @@ def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
         sample_overrides=(*narrow, *SMALL.sample_overrides),
     )  # fmt: skip
     results = dict(measure_paper(CPU, True, f"{ORACLE}:PlainDiC", rounds=1, plan=plan))
-    assert list(results) == ["forward", "training-step", "sampling"]
+    assert list(results) == ["forward", "training-step-fp32", "sampling"]
     assert [row["label"].split()[0] for row in results["forward"]["rows"]] == ["DiC-S", "DiC-S", "SiT-S/2"]
-    for row in results["training-step"]["rows"]:
+    for row in results["training-step-fp32"]["rows"]:
         assert sum(row["phases"].values()) == pytest.approx(1)
         assert min(row["phases"].values()) > 0
     # 4 steps on the grid 1, 0.68, 0.36, 0.04: the last three are guided.
@@ -114,6 +114,9 @@ def test_mistakes(mistake, tmp_path):
     assert "tf32 is a precision of NVIDIA GPUs" in mistake(
         "bench", "model", "DiC-S", "--precision=tf32", "--device=cpu"
     )
+    assert "there is no device 'gpu' to measure" in mistake("bench", "model", "DiC-S", "--device=gpu")
+    if not torch.cuda.is_available():
+        assert "take --small" in mistake("bench", "paper")
     assert "--batch takes numbers of images" in mistake("bench", "model", "DiC-S", "--batch=one")
     assert "did you mean reduce-overhead" in mistake("bench", "sample", "digits-urepa", "--compile=reduce-overhed")
     assert "needs a GPU" in mistake("bench", "train", "digits-urepa", "--precision=fp16", "--device=cpu")

@@ -22,9 +22,18 @@ _SMI = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gp
 
 def find_device(name: str | None = None) -> torch.device:
     """The device of that name, by default the GPU where there is one; a UserError where it cannot be had."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"there is no device '{name}' to measure; take cpu, cuda or cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; take --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"there is no {device}, only {torch.cuda.device_count()} CUDA devices, numbered from 0")
+        torch.cuda.set_device(device)  # whose streams the events are recorded on
     return device
 
 
@@ -67,8 +76,14 @@ def describe_device(device: torch.device) -> dict[str, str | int]:
 def _clocks(device: torch.device) -> dict[str, str]:
     if shutil.which("nvidia-smi") is None:
         return {"clocks": "nvidia-smi was not found"}
-    command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader", f"--id={device.index or 0}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    # By its UUID, since nvidia-smi does not heed CUDA_VISIBLE_DEVICES.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = f"GPU-{uuid}" if uuid else str(device.index or 0)
+    command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader", f"--id={which}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {"clocks": "nvidia-smi does not tell"}
     return dict(zip(_SMI.split(","), (value.strip() for value in done.stdout.split(","))))
 
 
@@ -106,7 +121,10 @@ def convolution_share(call: Callable[[], object], device: torch.device) -> float
         call()
     averages = recorded.key_averages()
     if device.type == "cuda":  # an operation has the time of the kernels that it launched, which are entries too
-        total = sum(event.self_device_time_total for event in averages if event.device_type == DeviceType.CUDA)
+        # Annotated regions, as a compiled call and the optimizer's step are, span kernels that are counted already.
+        on_device = [event for event in averages if event.device_type == DeviceType.CUDA]
+        kernels = [event for event in on_device if not getattr(event, "is_user_annotation", False)]
+        total = sum(event.self_device_time_total for event in kernels)
         within = [event for event in averages if event.key in ("aten::convolution", "aten::convolution_backward")]
         return sum(event.device_time_total for event in within) / max(total, 1e-9)
     total = sum(event.self_cpu_time_total for event in averages)

@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dic_repa.bench.device import check_precision, convolution_share, describe_device, peak_memory, precision
-from dic_repa.bench.model import case_label, randomise
+from dic_repa.bench.device import check_precision, describe_device, precision
+from dic_repa.bench.model import case_label, inside, randomise
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
 from dic_repa.build import build_decoder, build_denoiser, build_objective
 from dic_repa.errors import UserError, first_line
 from dic_repa.generation import Sampler
 from dic_repa.models import measure_cost
+from dic_repa.models.compiled import GRAPH_MODES
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.training.dry_run import stand_in
 
@@ -114,8 +115,8 @@ def _row(case: SampleCase, timing: Timing, device: torch.device) -> dict:
     row["evaluations"] = case.sampler.evaluations
     row["tflops"] = 2 * case.gmacs * case.sampler.evaluations * row["images_per_second"] / 1000
     row["decode_share"] = case.decode_share()
-    row["memory_mb"] = peak_memory(case, device) / 1e6
-    row["time_in_convolutions"] = convolution_share(case, device)
+    if not (device.type == "cuda" and case.sampler.settings.compile in GRAPH_MODES):
+        row |= inside(case, device)
     return row
 
 

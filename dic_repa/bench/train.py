@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
-from dic_repa.bench.device import check_precision, convolution_share, describe_device, peak_memory, precision
-from dic_repa.bench.model import baselines_of, case_label, load_factory
+from dic_repa.bench.device import check_precision, describe_device, precision
+from dic_repa.bench.model import baselines_of, case_label, inside, load_factory
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
 from dic_repa.data.images import unit_images
@@ -66,6 +66,8 @@ class TrainCase:
     def __init__(self, label: str, recipe: Recipe, parts: Parts, accelerator: Accelerator, kind: str, gmacs: float):
         self.label, self.recipe, self.parts, self.accelerator = label, recipe, parts, accelerator
         self.precision, self.gmacs, self.batch, self.steps = kind, gmacs, recipe.train.batch_size, 0
+        # Accelerate has one state for the whole process, and reads its precision anew where the encoder is run.
+        self.state = dict(AcceleratorState._shared_state)
         batch = default_collate([parts.data[i] for i in range(self.batch)])
         self.data = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         if "image" in self.data:
@@ -73,6 +75,7 @@ class TrainCase:
 
     def __call__(self, clock=lambda _name: None) -> Tensor:
         parts, accelerator, settings = self.parts, self.accelerator, self.recipe.train
+        AcceleratorState._shared_state.update(self.state)
         passes = check_batch(settings, 1)
         scales = [1.0] * len(parts.alignments)
         with precision(self.precision):
@@ -205,9 +208,7 @@ def _row(case: TrainCase, timing: Timing, device: torch.device) -> dict:
     for _ in range(3):
         case(clock)
     row["phases"] = clock.shares()
-    row["memory_mb"] = peak_memory(case, device) / 1e6
-    row["time_in_convolutions"] = convolution_share(case, device)
-    return row
+    return row | inside(case, device)
 
 
 def _phases_line(row: dict) -> str:

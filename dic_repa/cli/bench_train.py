@@ -19,12 +19,12 @@ def command(recipes, overrides, batch, precision, compile_, baseline, device, ro
     Data is random and in memory (`bench data` measures the loader), and encoders without a file of weights have random
     ones. Below the table are the shares of a step; on a GPU the encoder runs beside the forward pass. TFLOP/s counts
     the denoiser's forward three times. A --baseline takes the denoiser's place, with torch's plain AdamW and an average
-    of the weights written tensor by tensor.
+    of the weights written tensor by tensor. All cases are in memory at once, each with its optimizer and averages.
 
     \b
     Examples:
       dic-repa bench train digits-urepa
-      dic-repa bench train dic-xl-urepa sit-xl-2-repa --batch 32 --precision bf16,tf32 --compile off,default
+      dic-repa bench train dic-xl-urepa sit-xl-2-repa --batch 32 --precision bf16 --compile off,default
       dic-repa bench train dic-s --set alignments=[] --batch 8 --baseline tests/oracle.py:PlainDiC
     """
     from dic_repa.bench.device import find_device

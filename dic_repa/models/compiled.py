@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class CompiledDenoiser(nn.Module):
@@ -18,7 +19,7 @@ class CompiledDenoiser(nn.Module):
     def __init__(self, denoiser: nn.Module, mode: str = "default"):
         super().__init__()
         allow_recompilation()
-        self.denoiser, self.graphs = denoiser, mode in ("reduce-overhead", "max-autotune")
+        self.denoiser, self.graphs = denoiser, mode in GRAPH_MODES
         self.compiled = torch.compile(denoiser, mode=mode, dynamic=False)
         self.in_channels, self.num_classes = denoiser.in_channels, denoiser.num_classes
 
