@@ -7,11 +7,18 @@ import torch
 from oracle import OracleDiC
 from test_sampling_speed import images, small_sampler
 
+from dic_repa.bench.device import precision
 from dic_repa.bench.timing import interleave
 from dic_repa.decoding import decode_batches
 from dic_repa.models import DiC
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    with precision("fp32"):  # TF32, which torch lets convolutions use by default, is good for three digits
+        yield
 
 
 def on_gpu(sampler):
