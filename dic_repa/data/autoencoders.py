@@ -54,8 +54,10 @@ class AutoencoderSpec:
         return x / self._per_channel(self.scale, x) + self._per_channel(self.shift, x)
 
     @staticmethod
-    def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+    def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor | float:
+        if len(set(values)) == 1:  # a number, since a copy to a GPU would wait for all that is under way there
+            return values[0]
+        return torch.tensor(values, dtype=like.dtype).view(-1, 1, 1).to(like.device, non_blocking=True)
 
 
 class Autoencoder(Protocol):
