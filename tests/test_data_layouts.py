@@ -127,6 +127,14 @@ def test_zips_are_read_as_folders(folder, tmp_path):
         torch.testing.assert_close(zipped[k]["image"], loose[k]["image"])
 
 
+def test_a_changed_image_of_repas_layout_makes_a_feature_cache_stale(folder, tmp_path):
+    shutil.copytree(folder / "repa", tmp_path / "repa")
+    before = RepaLayout(tmp_path / "repa", 16).fingerprint
+    assert RepaLayout(tmp_path / "repa", 16).fingerprint == before
+    Image.new("RGB", (32, 32)).save(tmp_path / "repa/images/00000/img00000007.png")
+    assert RepaLayout(tmp_path / "repa", 16).fingerprint != before
+
+
 def test_latents_without_images_cannot_be_aligned(folder, tmp_path):
     settings = recipe(folder, "dit", "dit")
     settings.alignments = validate({"alignments": [{"encoder": "digits-vit"}]}).alignments
@@ -145,7 +153,11 @@ def test_what_is_wrong_with_a_layout_is_said(folder, tmp_path):
         RepaLayout(folder / "repa", 16, num_classes=1)
     shutil.copytree(folder / "repa", tmp_path / "repa")
     labels = tmp_path / "repa/vae-sd/dataset.json"
-    labels.write_text(json.dumps({"labels": json.loads(labels.read_text())["labels"][1:]}))
+    table = json.loads(labels.read_text())["labels"]
+    labels.write_text(json.dumps({"labels": [[table[0][0], -1], *table[1:]]}))
+    with pytest.raises(UserError, match="the label -1"):
+        RepaLayout(tmp_path / "repa", 16)
+    labels.write_text(json.dumps({"labels": table[1:]}))
     with pytest.raises(UserError, match=r"misses 1 files, such as 00000/img-mean-std-00000000.npy"):
         RepaLayout(tmp_path / "repa", 16)
     (tmp_path / "repa/images/00000/img00000000.png").unlink()

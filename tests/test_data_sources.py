@@ -138,6 +138,9 @@ def test_labels_that_miss_files(tree, tmp_path):
     labels.with_suffix(".json").write_text(json.dumps(dict.fromkeys(names, -1)))
     with pytest.raises(UserError, match="has the label -1"):
         open_source(tree, labels.with_suffix(".json"))
+    labels.write_text("".join(f"{name},-1\n" for name in names))
+    with pytest.raises(UserError, match="has the label -1"):
+        open_source(tree, labels)
     labels.with_suffix(".json").write_text("[1, 2]")
     with pytest.raises(UserError, match="no labels file"):
         open_source(tree, labels.with_suffix(".json"))

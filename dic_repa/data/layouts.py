@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.data.autoencoders import load_spec
-from dic_repa.data.files import FileTree, open_tree
+from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, decode_image, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.errors import UserError
@@ -54,10 +55,18 @@ class RepaLayout(LatentDataset):
             )
         self.labels = self._read_labels()
         highest = max(self.labels)
+        if min(self.labels) < 0:
+            raise UserError(f"{path} has the label {min(self.labels)}; classes are numbered from 0")
         if num_classes is not None and highest >= num_classes:
             raise UserError(f"{path} has the label {highest}, which is beyond num_classes {num_classes}")
         self.class_names = tuple(str(k) for k in range(num_classes or highest + 1))
         self.check_size(size, _array(self.moments, self.moment_names[0]).shape[-1], str(path))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a feature cache knows the images by."""
+        place = self.images.path
+        return stamp([place] if place.is_file() else [place / name for name in self.image_names])
 
     def _read_labels(self) -> list[int]:
         try:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -121,7 +122,7 @@ def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[lis
     if missing := [name for name in names if name not in table]:
         raise UserError(f"{label_file} misses {_named(missing)} in it; add them, or remove the files")
     given = [table[name] for name in names]
-    if all(isinstance(label, int) or str(label).isdigit() for label in given):
+    if all(isinstance(label, int) or re.fullmatch(r"\s*-?[0-9]+\s*", str(label)) for label in given):
         numbers = [int(label) for label in given]
         if min(numbers) < 0:
             raise UserError(f"{label_file} has the label {min(numbers)}; classes are numbered from 0")
