@@ -37,7 +37,7 @@ def command(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int,
     from dic_repa.build import build_dataset, import_plugins
     from dic_repa.data.speed import loader_speed
     from dic_repa.training import train
-    from dic_repa.training.inputs import batches
+    from dic_repa.training.inputs import PREFETCH, batches
 
     settings = load_training_recipe(recipe, overrides)
     import_plugins(settings)
@@ -45,7 +45,9 @@ def command(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int,
     half = -(-steps // 2)  # the first half warms up, and is not reported
     with tempfile.TemporaryDirectory() as folder:
         speeds = _reading_and_preparing(data, Path(folder), samples, encoded, accelerator.device)
-        speeds["loader"] = loader_speed(batches(data, settings, accelerator, start=0), samples)
+        speeds["loader"] = loader_speed(
+            batches(data, settings, accelerator, start=0), samples, settings.data.workers, PREFETCH
+        )
         settings.train.steps, settings.train.log_every = 2 * half, half
         settings.train.sample_every, settings.train.checkpoint_every = 0, 2 * half
         run = train(settings, Path(folder) / "run")

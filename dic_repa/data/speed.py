@@ -61,10 +61,14 @@ def prepare_speed(source: Path, destination: Path, autoencoder: Autoencoder, siz
     return len(images) / (time.perf_counter() - start)
 
 
-def loader_speed(batches, count: int) -> float:
-    """Samples per second of an iterator of batches, over about `count` samples; the first batch starts the workers."""
-    next(batches)
-    begin, seen = time.perf_counter(), 0
-    while seen < count:
-        seen += len(next(batches)["label"])
+def loader_speed(batches, count: int, workers: int = 0, prefetch: int = 0) -> float:
+    """Samples per second of an iterator of batches, over `count` samples and four batches of each worker at least.
+
+    The clock runs once as many batches as the workers prepare ahead are gone: those were made while they started.
+    """
+    for _ in range(1 + workers * prefetch):
+        next(batches)
+    begin, seen, taken = time.perf_counter(), 0, 0
+    while seen < count or taken < 4 * workers:
+        seen, taken = seen + len(next(batches)["label"]), taken + 1
     return seen / (time.perf_counter() - begin)
