@@ -239,7 +239,7 @@ def test_measured_and_tuned_runs(make_run, tmp_path):
     (measured / "metrics.json").write_text(json.dumps({"metrics": {"fid": 12.5}, "warnings": []}))
     guided = [({"scale": s, "interval": [0.0, h]}, 9, s * h) for s in (1.5, 2.0) for h in (0.5, 1.0)]
     cells = [
-        {"sample": {"guidance": guidance, "num": num}, "scores": {"frechet": value}}
+        {"score": "frechet", "sample": {"guidance": guidance, "num": num}, "scores": {"frechet": value}}
         for guidance, num, value in [(None, 9, 7.0), *guided, ({"scale": 2.0, "interval": [0.0, 1.0]}, 99, 8.0)]
     ]
     best = [{"options": "--scale 1.5 --interval 0 0.5", "num": 99, "value": 0.75}]

@@ -14,10 +14,12 @@ from dic_repa.cli.tune import command
 from dic_repa.errors import UserError
 from dic_repa.evaluation import judge_digits, metrics
 from dic_repa.evaluation.judging import Judge
+from dic_repa.evaluation.report_data import _tuning
 from dic_repa.evaluation.tune import Tuner
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint
 from dic_repa.models import DiC
 from dic_repa.recipe import GuidanceSection, load_recipe, to_yaml
+from dic_repa.training.run_folder import RunFolder
 
 SCALES, INTERVALS = (1.0, 1.5, 2.0, 3.0), ((0.0, 0.5), (0.0, 1.0))
 
@@ -110,6 +112,21 @@ def test_it_goes_on_where_it_stopped(checkpoint, landscape):
     finished.record.write_text(finished.record.read_text()[:50])  # cut short: begin anew
     tuner(checkpoint).run()
     assert len(landscape.asked) >= 18
+
+
+def test_what_was_found_of_other_weights_is_not_taken_over(checkpoint, landscape, tmp_path):
+    few = {"scales": (1.0, 2.0), "intervals": ((0.0, 1.0),), "confirm": 0}
+    for score in ("loss", "gain", "loss"):
+        tuner(checkpoint, score=score, **few).run()
+    assert len(landscape.asked) == 4  # the other score's cells are kept
+    DiC(width=8, depths=(1, 1, 1, 1, 1), in_channels=1, num_classes=10).save_pretrained(checkpoint)
+    tuned = tuner(checkpoint, score="loss", **few).run()
+    assert len(landscape.asked) == 6
+    record = json.loads(tuned.record.read_text())
+    record["cells"][0]["scores"]["loss"] = 7  # of the weights that are gone
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune/tune.json").write_text(json.dumps(record))
+    assert _tuning(RunFolder(tmp_path), [])["values"] == [[tuned.cells[0].value, tuned.cells[1].value]]
 
 
 def test_the_judge_of_digits_counts(checkpoint):

@@ -7,16 +7,18 @@ is done, and a second call goes on where the first stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge, judge_of_score
 from dic_repa.generation import Checkpoint, balanced_labels, build_sampler
+from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
+from dic_repa.sample_folder import weights_fingerprint
 from dic_repa.training.run_folder import write_whole
 
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
@@ -101,6 +103,7 @@ class Tuner:
         self.file = self.folder / "tune.json"
         self.spec = {
             "checkpoint": str(self.loaded.source),
+            "weights": weights_fingerprint(self.loaded.source / WEIGHTS),
             "score": self.score,
             "reference": reference and str(reference),
         }
@@ -141,11 +144,8 @@ class Tuner:
         known = next((entry for entry in self.done if wanted.items() <= entry.items()), None)
         if known is None:
             labels = balanced_labels(self.loaded.recipe, self.loaded.denoiser.num_classes, num)
-            batches = []
-            for batch in build_sampler(self.loaded, settings)(labels):
-                batches.append((batch * 255).round() / 255)  # what is judged is what a PNG file keeps
-                progress(None, len(batch))
-            known = wanted | {"scores": self.judge(torch.cat(batches), labels)}
+            batches = build_sampler(self.loaded, settings)(labels)
+            known = wanted | {"scores": self.judge(_as_kept(batches, progress), labels)}
             self.done.append(known)
             self._write()
         cell = Cell(scale, interval, num, float(known["scores"][self.score]))
@@ -165,15 +165,22 @@ class Tuner:
     def _read(self) -> list[dict]:
         try:
             cells = json.loads(self.file.read_text())["cells"]
-            return [cell for cell in cells if isinstance(cell, dict) and self.score in cell.get("scores", {})]
+            return [cell for cell in cells if isinstance(cell, dict) and cell.get("score") in cell.get("scores", {})]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
 
     def _write(self, best: Sequence[Cell] = ()) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = {"score": self.score, "better": self.judge.better[self.score]}
+        record = self.spec | {"better": self.judge.better[self.score]}
         record["best"] = [vars(cell) | {"options": cell.options} for cell in best]
         write_whole(self.file, json.dumps(record | {"cells": self.done}, indent=1) + "\n")
+
+
+def _as_kept(batches: Iterable[Tensor], progress) -> Iterator[Tensor]:
+    """The batches as a PNG file keeps them, which is what is judged."""
+    for batch in batches:
+        yield (batch * 255).round() / 255
+        progress(None, len(batch))
 
 
 def _folder(source: Path) -> Path:
