@@ -11,6 +11,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from dic_repa.cli import main
+from dic_repa.errors import UserError
 from dic_repa.evaluation import judge_digits, metrics
 from dic_repa.evaluation.report_data import read_run
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint
@@ -43,10 +44,12 @@ def records(run: RunFolder) -> list[dict]:
 
 @pytest.fixture
 def judged(monkeypatch):
-    """A judge with scores known beforehand, one for each evaluation."""
-    values: list[float] = []
+    """A judge with scores known beforehand, one for each evaluation; None where it can tell nothing."""
+    values: list[float | None] = []
 
     def judge(images, labels):
+        if values[0] is None:
+            raise UserError(f"no score for {values.pop(0)}")
         return {"count": len(images), "loss": values.pop(0)}
 
     judge.better = {"loss": "lower"}
@@ -93,6 +96,13 @@ def test_a_best_step_between_checkpoints_is_saved(judged):
     done = run("run", *EVERY, "evaluate.metric=known")
     assert done.best()["step"] == 2
     assert done.checkpoint_path(2).is_dir()
+
+
+def test_samples_that_cannot_be_scored_do_not_end_a_run(judged, capfd):
+    judged += [None, 2.0]
+    done = run("run", *EVERY, "evaluate.metric=known", steps=4)
+    assert "the samples of step 2 cannot be scored (no score" in capfd.readouterr().err
+    assert done.best()["step"] == 4
 
 
 def test_a_resumed_run_finds_the_same_best(judged):

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
+from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe
 from dic_repa.training.parts import Parts
 from dic_repa.training.run_folder import RunFolder
@@ -52,31 +53,34 @@ class Evaluator:
         from dic_repa.generation import balanced_labels
 
         labels = balanced_labels(self.recipe, self.parts.data.num_classes, self.sample.num)
-        images, best = self._sample(labels), [None]
+        levels, best = self._sample(labels), [None]
         if self.accelerator.is_main_process:
-            best = [self._judge(step, images, labels)]
+            best = [self._judge(step, levels.float() / 255, labels)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(best)
         return best[0]
 
     def _sample(self, labels: Tensor) -> Tensor:
-        """The images of all labels as a PNG would keep them, in every process."""
+        """The images of all labels as a PNG would keep them, uint8, in every process."""
         sampler, processes = self.parts.sampler, self.accelerator.num_processes
         if processes == 1 or self.parts.sharded:  # sharded weights can be run by all processes together alone
-            levels = torch.cat([(batch * 255).round().byte() for batch in sampler(labels)])
-            return levels.float() / 255
+            return torch.cat([(batch * 255).round().byte() for batch in sampler(labels)])
         share = -(-len(labels) // processes)  # rounded up: as many in each process, for they are gathered
         mine = [(i * processes + self.accelerator.process_index) % len(labels) for i in range(share)]
         levels = torch.cat([(batch * 255).round().byte() for batch in sampler(labels[mine], mine)])
         gathered = self.accelerator.gather(levels.to(self.accelerator.device)).cpu()
         in_order = gathered.unflatten(0, (processes, share)).transpose(0, 1).flatten(0, 1)
-        return in_order[: len(labels)].float() / 255
+        return in_order[: len(labels)]
 
     def _judge(self, step: int, images: Tensor, labels: Tensor) -> dict | None:
         from dic_repa.evaluation.runs import Judgement, save_judgement
 
         judged = Judgement.of(self.run, step, self.recipe, self.sample)
-        judged.scores, judged.evaluations = self.judge(images, labels), self.parts.sampler.evaluations
+        try:
+            judged.scores, judged.evaluations = self.judge(images, labels), self.parts.sampler.evaluations
+        except UserError as error:  # such as images of a single colour, which a later step may mend
+            tqdm.write(f"warning: the samples of step {step} cannot be scored ({error})", file=sys.stderr)
+            return None
         shown = {name: judged.scores.get(name) for name in self.judge.better}
         numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
         self.accelerator.log({f"evaluate/{name}": value for name, value in numbers.items()}, step=step)
