@@ -40,7 +40,7 @@ def command():
     Examples:
       dic-repa bench model DiC-S DiC-B --batch 1,8 --chart speed.png
       dic-repa bench train digits-urepa --compile off,default
-      dic-repa bench sample digits-cfg --json
+      dic-repa bench sample digits-urepa --json
       dic-repa bench data mine.yaml
       dic-repa bench data mine.yaml --set data.workers=8 --json
     """

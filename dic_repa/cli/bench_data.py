@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from dic_repa.errors import UserError
 from dic_repa.recipe import load_training_recipe
 
 
@@ -75,10 +76,13 @@ def _reading_and_preparing(data, folder: Path, samples: int, encoded: int, devic
             folder / "loose", folder / "pixels", load_autoencoder("none"), size
         )
     if size >= 8 and isinstance(data, LatentDataset) and data.spec.name != "none":
+        try:
+            autoencoder = data.autoencoder.to(device)
+        except UserError as error:  # training needs only the moments
+            click.echo(f"prepare with {data.spec.name} is not measured: {error}", err=True)
+            return speeds
         write_loose_files(data, folder / "few", encoded)
-        speeds[f"prepare, {data.spec.name}"] = prepare_speed(
-            folder / "few", folder / "latents", data.autoencoder.to(device), size
-        )
+        speeds[f"prepare, {data.spec.name}"] = prepare_speed(folder / "few", folder / "latents", autoencoder, size)
     return speeds
 
 

@@ -41,7 +41,7 @@ def build_case(name: str, overrides: list[str], precision: str, batch: int, comp
         if takes_pretrained(section) and "weights" not in section.encoder_options:
             section.encoder_options["pretrained"] = False
     parts, accelerator = build_step(recipe, device)
-    gmacs = measure_cost(parts.denoiser, recipe.data.size).macs / 1e9
+    gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9  # which has no hooks
     return TrainCase("compiled" if compiled else "eager", recipe, parts, accelerator, precision, gmacs)
 
 
