@@ -50,6 +50,18 @@ def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def pixel_shuffle(x: Tensor) -> Tensor:
+    """`F.pixel_shuffle` by 2, (B, 4C, H, W) to (B, C, 2H, 2W), in channels_last on every device.
+
+    torch's own leaves channels_last on a GPU, and what follows would be copied to it and fro.
+    """
+    if not x.is_cuda:
+        return F.pixel_shuffle(x, 2)
+    b, c, h, w = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(b, h, w, c // 4, 2, 2)
+    return x.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
+
+
 class Condition(nn.Module):
     """SiLU(c) of one level: c is the sum of a timestep embedding and a row of a label table, both as wide as the level.
 
@@ -123,7 +135,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels * 2, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv(x), 2)
+        return pixel_shuffle(self.conv(x))
 
 
 class Output(nn.Module):
