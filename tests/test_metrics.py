@@ -131,6 +131,14 @@ def test_bootstrap_deviation_is_that_of_the_sampling():
         object.__delattr__(precision, "_inside")
 
 
+def test_bootstrap_of_kid_is_of_the_samples_not_of_the_subsets():
+    """With fewer samples than a subset has, every subset is all of them, which tells nothing of other samples."""
+    score, reference = scores.get("kid"), as_reference(draw(60, 4, 0), "inception.pool")
+    again = [score(draw(4000, 4, 0)[torch.randperm(4000)[:60]] + 0.5, reference) for _ in range(20)]
+    one = draw(4000, 4, 0)[:60] + 0.5
+    assert score.deviation(one, reference, 20) == pytest.approx(np.std(again), rel=0.6)
+
+
 def test_statistics_of_batches_are_those_of_the_whole():
     features = draw(500, 12, 11, 0.01, 300.0)  # a mean that is large against the spread
     running = RunningStatistics()

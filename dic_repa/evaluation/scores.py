@@ -134,20 +134,14 @@ class KernelDistance(Score):
     needs = "features"
 
     def __call__(self, features: Tensor, reference: FeatureSet) -> float:
-        return self._metric(features, reference)[0]
-
-    def deviation(self, features: Tensor, reference: FeatureSet, times: int, seed: int = 0) -> float:
-        return self._metric(features, reference)[1] / math.sqrt(KID_SUBSETS)  # the subsets are the resampling
-
-    def _metric(self, features: Tensor, reference: FeatureSet) -> tuple[float, float]:
-        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
         real = reference.features[self.layer]
         size = min(KID_SUBSET_SIZE, len(features), len(real))
         found = kid_features_to_metric(
             features.cpu(), real.cpu(), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
         )
-        return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+        return found[KEY_METRIC_KID_MEAN]
 
 
 class Precision(Score):
