@@ -301,6 +301,30 @@ def test_unfinished_samples_are_told(evaluate, places, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "out/000001.png")
     message = evaluate("out", "--reference", places / "real.npz", "--metrics", "fd-digits", fails=True)
     assert "out has 1 of its 3 images; run its `dic-repa sample` again" in message
+    np.savez(tmp_path / "out/samples.npz", np.zeros((2, 16, 16, 3), np.uint8))  # of an earlier, smaller --num
+    with pytest.raises(UserError, match="out has 1 of its 3 images"):
+        open_images(tmp_path / "out")
+    np.savez(tmp_path / "out/samples.npz", np.zeros((3, 16, 16, 3), np.uint8))
+    assert open_images(tmp_path / "out").source == str(tmp_path / "out")  # where samples.json is
+
+
+def test_sizes_are_compared_before_all_images_are_read(digits):
+    images = open_images(Digits("held-out", 28))
+    read = []
+    measure = Measure(["fd-digits"], FeatureSet(2, (16, 16), _any().gaussians))
+    with pytest.raises(UserError, match="the samples are 28x28, the reference 16x16"):
+        measure(images, progress=read.append)
+    assert not read
+
+
+def test_a_record_that_cannot_be_written_loses_no_scores(evaluate, places, monkeypatch):
+    def full(_path, _content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dic_repa.evaluation.samples.save_record", full)
+    output = evaluate(places / "samples.npz", "--reference", places / "real.npz", "--metrics", "fd-digits")
+    assert "samples.metrics.json cannot be written (No space left on device); name another file with --out" in output
+    assert "FD-digits" in output
 
 
 def test_inception_scores_are_measured_by_the_verb(evaluate, places, tmp_path):

@@ -103,6 +103,10 @@ def measure_and_show(
 
     if options["out"] and len(samples) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
+    if not names:
+        raise UserError("--metrics names no metric; see --list-metrics")
+    # Before the reference is read, so that a mistake is told at once.
+    opened = {path: open_images(path, options["resize"]) for path in samples if not is_checkpoint(path)}
     processes = patient_accelerator()
     device = processes.device
     share = Share(processes.process_index, processes.num_processes, processes.gather)
@@ -122,10 +126,10 @@ def measure_and_show(
     if options["save_statistics"] and measure.reference and processes.is_main_process:
         described = {n: {"weights": e.fingerprint, "resizing": e.resizing} for n, e in measure.extractors.items()}
         save_statistics(measure.reference, options["save_statistics"], described)
-    rows, notes = [], [note for extractor in measure.extractors.values() for note in extractor.notes]
+    rows, written, notes = [], [], [note for extractor in measure.extractors.values() for note in extractor.notes]
     for path in samples:
         place = _sampled(path, recipe, again, processes, options) if is_checkpoint(path) else path
-        images = open_images(place, options["resize"])
+        images = opened.get(path) or open_images(place, options["resize"])
         with told_by_whom_it_befalls(processes), _bar(f"measuring {place}", processes, len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update)
         if not processes.is_main_process:
@@ -135,12 +139,17 @@ def measure_and_show(
         file = options["out"] or (place / "metrics.json" if place.is_dir() else place.with_suffix(".metrics.json"))
         given = {key: str(value) for key, value in options.items() if value is not None}
         content = record(measured, measure, images, reference, given, str(device), processes.num_processes)
-        save_record(file, content)
+        try:
+            save_record(file, content)
+            written.append(str(file))
+        except OSError as error:
+            notes.append(f"{file} cannot be written ({error.strerror}); name another file with --out")
     if processes.is_main_process:
         _print_measured(rows, measure.metrics)
         for note in dict.fromkeys(notes):
             click.echo(f"note: {note}", err=True)
-        click.echo(f"record: {file}")
+        if written:
+            click.echo(f"record: {', '.join(written)}")
     processes.end_training()
 
 

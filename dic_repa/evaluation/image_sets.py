@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -143,8 +143,10 @@ def _of_samples(path: Path) -> ImageSet:
         raise UserError(f"{path / SAMPLES_FILE} is damaged; sample again with --overwrite") from None
     there = {entry.name for entry in os.scandir(path)}
     missing = [i for i in range(count) if f"{i:06d}.png" not in there]
-    if missing and (path / SAMPLES_NPZ).is_file():
-        return _of_npz(path / SAMPLES_NPZ)  # by --format npz, the images are there alone
+    if missing and (path / SAMPLES_NPZ).is_file():  # by --format npz, the images are there alone
+        images = _of_npz(path / SAMPLES_NPZ)
+        if len(images) == count:  # else more samples were asked for since
+            return replace(images, source=str(path))
     if missing:
         raise UserError(
             f"{path} has {count - len(missing)} of its {count} images; run its `dic-repa sample` again to finish them"

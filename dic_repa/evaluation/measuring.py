@@ -103,9 +103,12 @@ class Measure:
         since resampling repeats samples, which by itself makes a Fréchet distance larger. Raises UserError for images
         that are broken, of another size than the reference's, or of a single colour each.
         """
+        if isinstance(images, ImageSet):
+            self._check_size(images.size())  # before all of them are looked at
         found = extract(
             images, self.extractors, self.layers, None, False, self.device, self.batch_size, self.share, progress
         )
+        self._check_size(found.size)
         measured = Measured({}, found.count, found.size, warnings=self._warnings(found))
         for name, score in self.metrics.items():
             features = found.features[score.layer].to(self.device)
@@ -115,18 +118,20 @@ class Measure:
                 measured.intervals[name] = (value - margin, value + margin)
         return measured
 
+    def _check_size(self, size: tuple[int, int]) -> None:
+        if self.reference and self.reference.size not in (None, size):
+            (height, width), (other_height, other_width) = size, self.reference.size
+            raise UserError(
+                f"the samples are {width}x{height}, the reference {other_width}x{other_height}; take a reference of "
+                f"the samples' size, or crop both to one size with --resize"
+            )
+
     def _warnings(self, samples: FeatureSet) -> list[str]:
         reference, warnings = self.reference, []
         if samples.constant == samples.count:
             raise UserError(f"all {samples.count} images are of a single colour each; look at what made them")
         if samples.constant:
             warnings.append(f"{samples.constant} of {samples.count} images are of a single colour each")
-        if reference and reference.size and reference.size != samples.size:
-            (height, width), (other_height, other_width) = samples.size, reference.size
-            raise UserError(
-                f"the samples are {width}x{height}, the reference {other_width}x{other_height}; take a reference of "
-                f"the samples' size, or crop both to one size with --resize"
-            )
         gaussian = [name for name, score in self.metrics.items() if score.needs == "gaussian"]
         if gaussian and samples.count < FULL_COUNT:
             offers = [f"{name}-infinity" for name in gaussian if f"{name}-infinity" in scores]

@@ -11,6 +11,7 @@ import torch
 from dic_repa.errors import UserError
 from dic_repa.evaluation.image_sets import SAMPLES_FILE
 from dic_repa.evaluation.measuring import Measure, Measured
+from dic_repa.evaluation.reference import UNTOLD
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, describe_environment, write_whole
 
@@ -58,7 +59,7 @@ def record(measured: Measured, measure: Measure, images, reference, options: dic
 
 def _describe_reference(found) -> dict:
     return {
-        "count": found.count or None,
+        "count": found.count if found.count < UNTOLD else None,
         "size": found.size,
         "features": {layer: len(part) for layer, part in found.features.items()},
     }
