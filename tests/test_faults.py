@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -207,6 +208,22 @@ def test_second_run_in_a_process_may_have_another_precision(tmp_path):
     losses = [metrics(r)[1]["loss"] for r in (before, run, again)]  # the first one is of an output of zeros
     assert losses[0] == losses[2] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("place", ["the loader", "the step"])
+def test_error_leaves_no_loader_process_that_would_hang_the_exit(tmp_path, monkeypatch, place):
+    read = PoisonedDigits.__getitem__
+
+    def fail(self, *arguments):
+        if place == "the loader" and torch.utils.data.get_worker_info() is None:
+            return read(self, *arguments)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(*(PoisonedDigits, "__getitem__") if place == "the loader" else (EMA, "update"), fail)
+    with pytest.raises(ZeroDivisionError) as caught:  # whose traceback has all frames, as an uncaught one's
+        small_run(tmp_path / "run", "data.workers=1", "data.name=poisoned-digits")
+    assert not multiprocessing.active_children()
+    assert caught.traceback
 
 
 def test_stalled_loader_is_named(capsys):

@@ -58,11 +58,19 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
         prefetch_factor=PREFETCH if recipe.data.workers else None,
         worker_init_fn=leave_signals_to_parent,
     )
-    for batch in loader:
-        if not recipe.alignments and ("x" in batch or "moments" in batch):
-            batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
-        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        yield batch | {"image": unit_images(batch["image"])} if "image" in batch else batch
+    loading = iter(loader)
+    try:
+        for batch in loading:
+            if not recipe.alignments and ("x" in batch or "moments" in batch):
+                batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            yield batch | {"image": unit_images(batch["image"])} if "image" in batch else batch
+    finally:
+        if recipe.data.workers:
+            # Left to Python, which sends SIGTERM to what an error's traceback keeps alive, they would hang the exit.
+            loading._shutdown_workers()
+            for process in loading._workers:
+                process.kill()  # one that is stalled
 
 
 @dataclass

@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
@@ -66,6 +67,7 @@ def train(
         writer = stack.enter_context(CheckpointWriter(run))
         log = stack.enter_context(MetricLog(run, accelerator, settings, start))
         request = stack.enter_context(StopRequest())
+        stack.callback(incoming.close)
 
         for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
             scales = [alignment.schedule(step) for alignment in parts.alignments]
@@ -116,8 +118,13 @@ def start_accelerator(settings: TrainSection, run: RunFolder) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.precision:
         AcceleratorState._reset_state()  # one for the whole process, made by a run before this one
     project = ProjectConfiguration(logging_dir=str(run.path / "trackers"))
+    # The main process may fill a feature cache or judge samples while the others wait, longer than NCCL's ten minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(
-        mixed_precision=settings.precision, log_with=settings.trackers or None, project_config=project
+        mixed_precision=settings.precision,
+        log_with=settings.trackers or None,
+        project_config=project,
+        kwargs_handlers=[patience],
     )
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("train.precision fp16 needs a GPU; take bf16, or no for float32")
