@@ -114,6 +114,7 @@ def test_mistakes(mistake, tmp_path):
     assert "tf32 is a precision of NVIDIA GPUs" in mistake(
         "bench", "model", "DiC-S", "--precision=tf32", "--device=cpu"
     )
+    assert "name it speed.webp.png" in mistake("bench", "model", "DiC-S", "--chart=speed.webp")
     assert "there is no device 'gpu' to measure" in mistake("bench", "model", "DiC-S", "--device=gpu")
     if not torch.cuda.is_available():
         assert "take --small" in mistake("bench", "paper")

@@ -71,12 +71,20 @@ def measuring_options(function: Callable) -> Callable:
                 "--seconds", type=click.FloatRange(0), default=0.3, show_default=True, help="Length of one turn."
             ),
             click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-            click.option("--chart", type=click.Path(path_type=Path), help="Save a bar chart: a PNG file."),
+            click.option(
+                "--chart", type=click.Path(path_type=Path), callback=_png, help="Save a bar chart: a PNG file."
+            ),
             click.option("--out", type=click.Path(path_type=Path), help="Save the result: a JSON file."),
         ]
     ):
         function = option(function)
     return function
+
+
+def _png(_context, _parameter, path: Path | None) -> Path | None:
+    if path and path.suffix.lower() != ".png":  # said now, not when all is measured
+        raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
+    return path
 
 
 def listed(text: str, known: Collection[str] | None = None, kind: str = "") -> list[str]:
