@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from inception import write_inception
 from pictures import picture, write_tree
 from PIL import Image
+from safetensors import SafetensorError
 from test_sample_scale import checkpoint  # noqa: F401  a fixture
 
 from dic_repa.cli import main
@@ -134,6 +135,21 @@ def test_cached_statistics_are_read_only_where_all_is_the_same(evaluate, places,
         run()
     with pytest.raises(UserError, match="made with other weights or resizing of the extractor digits"):
         Measure(["fd-digits"], file)
+
+
+def test_a_cache_that_cannot_be_written_is_told(evaluate, places, monkeypatch):
+    options = ["--reference", places / "real.npz", "--metrics", "fd-digits"]
+    monkeypatch.setenv("DIC_REPA_STATISTICS", "/dev/null/statistics")
+    assert "warning: the reference's statistics are not cached" in evaluate(places / "samples.npz", *options)
+
+    def full(_tensors, path, _metadata):
+        Path(path).touch()
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("dic_repa.evaluation.reference.save_file", full)
+    saving = evaluate(places / "samples.npz", *options, "--no-cache", "--save-statistics", "s.safetensors", fails=True)
+    assert "s.safetensors cannot be written (No space left on device)" in saving
+    assert not list(Path().glob(".writing-*"))
 
 
 def test_saved_statistics_stand_in_for_the_images(evaluate, places):

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 from dic_repa.evaluation.extractors import Extractor
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
@@ -98,7 +99,10 @@ def _extracted(images: ImageSet, needed, extractors, run, cache: bool) -> Featur
             return statistics.read(file)
     found = run(images, extractors, statistics.layers, KEPT, True)
     if cache and os.environ.get("RANK", "0") == "0":
-        save_statistics(found, file, statistics.description())
+        try:
+            save_statistics(found, file, statistics.description())
+        except (UserError, OSError) as error:  # nothing is lost but time, the next time
+            print(f"warning: the reference's statistics are not cached: {error}", file=sys.stderr)
     return found
 
 
@@ -157,7 +161,8 @@ def statistics_folder() -> Path:
 def save_statistics(found: FeatureSet, path: str | Path, extractors: dict) -> None:
     """Write what a reference is compared by into a safetensors file, aside and then renamed.
 
-    `extractors` describes by name their weights and resizing; a file is read only where these are the same.
+    `extractors` describes by name their weights and resizing; a file is read only where these are the same. A UserError
+    or an OSError where it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,5 +171,10 @@ def save_statistics(found: FeatureSet, path: str | Path, extractors: dict) -> No
         tensors |= {f"mean/{layer}": mean.contiguous(), f"cov/{layer}": cov.contiguous()}
     record = {"count": found.count, "size": found.size, "extractors": extractors}
     aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    save_file(tensors, aside, {"statistics": json.dumps(record)})
-    os.replace(aside, path)
+    try:
+        save_file(tensors, aside, {"statistics": json.dumps(record)})
+        os.replace(aside, path)
+    except SafetensorError as error:  # such as a full disk, which is no OSError there
+        raise UserError(f"{path} cannot be written ({first_line(error)})") from None
+    finally:
+        aside.unlink(missing_ok=True)
