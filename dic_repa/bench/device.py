@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import shutil
@@ -112,6 +113,14 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
             now += event.nbytes()
             most = max(most, now)
     return most
+
+
+def free_memory(device: torch.device) -> None:
+    """Let go of models that nobody uses any more: compiled code holds on to them, and they to themselves by hooks."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def convolution_share(call: Callable[[], object], device: torch.device) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo
 
+from dic_repa.bench.device import free_memory
 from dic_repa.bench.model import bench_model
 from dic_repa.bench.sample import bench_sample
 from dic_repa.bench.train import bench_train
@@ -120,11 +119,3 @@ def measure_paper(
             seconds=0.0,
         ),
     )
-
-
-def free_memory(device: torch.device) -> None:
-    """Let go of the last part's models, which compiled code and cycles hold on to."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
