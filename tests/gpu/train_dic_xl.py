@@ -13,7 +13,6 @@ gradients differ. On a CPU, at a size that it can bear:
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -96,12 +95,6 @@ def gradients(case: TrainCase) -> dict[str, Tensor]:
     return {name: p.grad.float().cpu() for name, p in model.named_parameters()}
 
 
-def release(device: torch.device) -> None:
-    """Free what the last case had: a model and its hooks refer to each other, so only the collector finds it."""
-    gc.collect()
-    free_memory(device)
-
-
 def worst_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative difference (norm of the difference to norm) of a parameter's gradient, and whose it is."""
     differences = {
@@ -119,7 +112,7 @@ def compare_gradients(name: str, overrides: list[str], batch: int, device: torch
             case = build_case(name, overrides, precision, batch, compiled, device)
             found[precision, compiled] = gradients(case)
             del case
-            release(device)
+            free_memory(device)
     reference, rows = found["fp32", False], []
     eager_error = worst_difference(found["bf16", False], reference)[0]
     for key, limit in ((("fp32", True), 1e-3), (("bf16", False), None), (("bf16", True), 2 * eager_error)):
@@ -149,7 +142,7 @@ def main() -> int:
             results["steps"].append(measure(case, arguments.steps, device))
             print(json.dumps(results["steps"][-1]), flush=True)
             del case
-            release(device)
+            free_memory(device)
     results["gradients"] = compare_gradients(arguments.recipe, arguments.overrides, arguments.gradient_batch, device)
     for row in results["gradients"]:
         print(json.dumps(row))
