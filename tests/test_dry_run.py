@@ -48,6 +48,18 @@ def test_small_recipe_is_run_and_its_checkpoint_foretold(dry_run, tmp_path):
     assert written == pytest.approx(report["disk"]["checkpoint"], rel=0.1)  # headers weigh on so small a model
 
 
+@pytest.mark.usefixtures("dry_run")
+def test_parts_that_do_not_fit_are_told_in_a_line(monkeypatch, capsys):
+    def build(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("dic_repa.training.dry_run.build_parts", build)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--dry-run", "digits-urepa", *TINY])
+    assert exit.value.code == 2
+    assert "CUDA out of memory); lower train.micro_batch (now 8)" in capsys.readouterr().err
+
+
 def test_large_recipe_is_estimated_on_a_machine_without_gpu(dry_run):
     text = dry_run("dic-xl-urepa", "--processes=8", "--set=train.learning_rate=2e-4")
     assert "an ESTIMATE from shapes" in text

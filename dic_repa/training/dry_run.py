@@ -164,11 +164,11 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
     for section in trial.alignments:
         use_weights_that_are_here(section, notes)
     passes = check_batch(trial.train, accelerator.num_processes)
+    rows = trial.train.batch_size // accelerator.num_processes
     try:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         parts = build_parts(trial, accelerator)
-        rows = trial.train.batch_size // accelerator.num_processes
         batch = {k: v.to(device) for k, v in default_collate([parts.data[i] for i in range(rows)]).items()}
         batch["image"] = unit_images(batch["image"])
         seconds = []

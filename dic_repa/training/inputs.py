@@ -6,6 +6,7 @@ A step has a global batch; each process has a share of it, and goes through its 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,6 +66,10 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
                 batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             yield batch | {"image": unit_images(batch["image"])} if "image" in batch else batch
+    except UserError as error:
+        if not accelerator.is_main_process:  # the main one, which tells of errors, has not met this one
+            print(f"error: {error}", file=sys.stderr)
+        raise
     finally:
         if recipe.data.workers:
             # Left to Python, which sends SIGTERM to what an error's traceback keeps alive, they would hang the exit.

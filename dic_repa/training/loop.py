@@ -119,7 +119,7 @@ def start_accelerator(settings: TrainSection, run: RunFolder) -> Accelerator:
         AcceleratorState._reset_state()  # one for the whole process, made by a run before this one
     project = ProjectConfiguration(logging_dir=str(run.path / "trackers"))
     # The main process may fill a feature cache or judge samples while the others wait, longer than NCCL's ten minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = Accelerator(
         mixed_precision=settings.precision,
         log_with=settings.trackers or None,
