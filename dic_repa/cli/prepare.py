@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -48,7 +49,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
       dic-repa prepare flat/ data/pixels --labels flat.csv --size 64 --autoencoder none
       accelerate launch -m dic_repa prepare imagenet/train data/imagenet256      on all GPUs of this machine
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
@@ -56,7 +57,8 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
 
     settings = PrepareSettings(**options)
     images = open_source(source, labels, settings.skip_bad)
-    state = Accelerator()
+    # One process may be minutes behind, which NCCL would take for a fault.
+    state = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     encoder = load_autoencoder(autoencoder, state.device)
     if state.is_main_process:
         begin(images, destination, encoder.spec, settings)
