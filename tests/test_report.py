@@ -122,7 +122,7 @@ def test_nothing_is_fetched(make_run, tmp_path):
 def test_what_is_missing_or_damaged_is_left_out(make_run, tmp_path):
     run = make_run("going-on", done=7)
     with run.metrics_file.open("a") as file:
-        file.write('{"step": 8, "denoising": NaN}\n{"step": 9, "deno')
+        file.write('{"step": 8, "denoising": NaN}\n{"st\n{"step": 9, "deno')
     (run.samples / "step_00000010.png").write_bytes(b"\x89PNG cut short")
     (run.path / "evaluation/a.json").write_text('{"step":')
     (run.path / "probe/probe.json").write_text("[]")
@@ -137,6 +137,7 @@ def test_what_is_missing_or_damaged_is_left_out(make_run, tmp_path):
     assert broken["metrics"]["series"]["denoising"][-1] is None
     assert [s["step"] for s in broken["samples"]] == [20]
     assert (broken["evaluations"], broken["probe"], broken["environment"]) == ([], None, [])
+    assert len(broken["problems"]) == len(set(broken["problems"]))
     named = " ".join(broken["problems"])
     assert all(word in named for word in ("metrics.jsonl", "step_00000010.png", "a.json", "probe", "environment.json"))
     assert (empty["step"], empty["samples"], empty["metrics"]["series"]) == (0, [], {})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, is_main_process
 
 
 @click.command("probe")
@@ -51,6 +51,9 @@ def command(
         levels = []
     if not levels or not all(0 <= level <= 1 for level in levels):
         raise UserError(f"--times takes numbers from 0 (data) to 1 (noise) such as 0.2,0.5,0.8, not '{times}'")
+
+    if not is_main_process():
+        return  # it does not share its work, and two would write the same files
 
     import torch
     from tqdm import tqdm

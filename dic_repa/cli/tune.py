@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.sample import sample_settings
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, is_main_process
 
 
 @click.command("tune")
@@ -59,6 +59,9 @@ def command(
     spans = [tuple(_numbers("--intervals", part, ":")) for part in intervals.split(",")]
     if any(len(span) != 2 for span in spans):
         raise UserError(f"--intervals takes pairs such as 0:0.7,0.2:0.8, not '{intervals}'")
+
+    if not is_main_process():
+        return  # it does not share its work, and two would write the same files
 
     import torch
     from tqdm import tqdm

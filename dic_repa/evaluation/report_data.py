@@ -50,7 +50,7 @@ def read_run(run: RunFolder) -> dict:
         "tuning": _tuning(run, problems),
         "recipe": keys,
         "environment": _environment(run, problems),
-        "problems": problems,
+        "problems": list(dict.fromkeys(problems)),
     }
 
 
