@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import PoisonedDigits, assert_same, metrics, small_recipe, small_run, weights
+from small_runs import SMALL, PoisonedDigits, assert_same, metrics, small_recipe, small_run, weights
 
+from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.training import EMA, Preempted, RunFolder, train
 from dic_repa.training.loader_watch import LoaderWatch
@@ -132,6 +133,17 @@ def test_command_line_exits_with_75_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].strip() == "dic-repa train run/recipe.yaml --out run --resume"
     assert not list((tmp_path / "run").rglob(".writing-*"))
+
+
+def test_full_gpu_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    def update(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(EMA, "update", update)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "digits-urepa", "--out", str(tmp_path / "run"), *(f"--set={key}" for key in SMALL)])
+    assert exit.value.code == 2
+    assert "error: the GPU's memory is full (CUDA out of memory); lower train.micro_batch" in capsys.readouterr().err
 
 
 def test_stop_request_outside_the_main_thread_leaves_signals_alone():

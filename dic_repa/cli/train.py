@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.evaluate import evaluate_and_show
-from dic_repa.errors import is_main_process
+from dic_repa.errors import UserError, first_line, is_main_process
 from dic_repa.recipe import Recipe, load_training_recipe
 
 
@@ -61,6 +61,8 @@ def command(
         show_dry_run(settings, path, processes, as_json)
         return
 
+    from torch import OutOfMemoryError
+
     from dic_repa.training import Preempted, train
     from dic_repa.training.preemption import REQUEUE_CODE
 
@@ -77,6 +79,14 @@ def command(
         if is_main_process():
             click.echo(f"{reason}; to go on:\n  {resume_command(path)}", err=True)
         raise SystemExit(REQUEUE_CODE) from None
+    except OutOfMemoryError as error:
+        fault = UserError(
+            f"the GPU's memory is full ({first_line(error)}); lower train.micro_batch or set "
+            "train.gradient_checkpointing=true, which change nothing else: --resume goes on with them"
+        )
+        if not is_main_process():  # the main one, which tells of errors, may have enough
+            click.echo(f"error: {fault}", err=True)
+        raise fault from None
     except KeyboardInterrupt:
         if is_main_process():
             click.echo(interrupted_message(path), err=True)
