@@ -64,10 +64,10 @@ class SampleFolder:
             return
         mend = self.mend
         try:
-            before = json.loads((self.path / SAMPLES_FILE).read_text())
+            before = dict(json.loads((self.path / SAMPLES_FILE).read_text()))
         except FileNotFoundError:
             raise UserError(f"{self.path} exists and holds no samples; {mend}") from None
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{self.path / SAMPLES_FILE} is damaged; {mend}") from None
         fixed = set(_CHANGEABLE)
         if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":

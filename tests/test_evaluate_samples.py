@@ -333,14 +333,16 @@ def test_sizes_are_compared_before_all_images_are_read(digits):
     assert not read
 
 
-def test_a_record_that_cannot_be_written_loses_no_scores(evaluate, places, monkeypatch):
+def test_a_record_that_cannot_be_written_loses_no_scores(evaluate, places, monkeypatch, capsys):
     def full(_path, _content):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dic_repa.evaluation.samples.save_record", full)
-    output = evaluate(places / "samples.npz", "--reference", places / "real.npz", "--metrics", "fd-digits")
-    assert "samples.metrics.json cannot be written (No space left on device); name another file with --out" in output
-    assert "FD-digits" in output
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", f"{places}/samples.npz", "--reference", f"{places}/real.npz", "--metrics", "fd-digits"])
+    shown = capsys.readouterr()
+    assert "FD-digits" in shown.out
+    assert "samples.metrics.json cannot be written (No space left on device); name another file" in shown.err
 
 
 def test_inception_scores_are_measured_by_the_verb(evaluate, places, tmp_path):

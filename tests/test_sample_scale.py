@@ -116,6 +116,8 @@ def test_more_samples_are_added_and_others_refused(sample, mistake, checkpoint):
     assert "(sample.steps differ)" in mistake(*again, "--steps", "2")
     assert "(classes differ)" in mistake(*again, "--classes", "3")
     assert "out has 30 samples, more than 5" in mistake("sample", checkpoint, "--out", "out", "--num", "5")
+    Path("out/samples.json").write_text("[3]")
+    assert "samples.json is damaged; pass --overwrite" in mistake(*again)
     Path("other").mkdir()
     Path("other/thesis.txt").write_text("mine")
     assert "other exists and holds no samples" in mistake("sample", checkpoint, "--out", "other")

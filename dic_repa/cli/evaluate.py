@@ -126,7 +126,8 @@ def measure_and_show(
     if options["save_statistics"] and measure.reference and processes.is_main_process:
         described = {n: {"weights": e.fingerprint, "resizing": e.resizing} for n, e in measure.extractors.items()}
         save_statistics(measure.reference, options["save_statistics"], described)
-    rows, written, notes = [], [], [note for extractor in measure.extractors.values() for note in extractor.notes]
+    rows, written, unwritten = [], [], ""
+    notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
     for path in samples:
         place = _sampled(path, recipe, again, processes, options) if is_checkpoint(path) else path
         images = opened.get(path) or open_images(place, options["resize"])
@@ -143,13 +144,15 @@ def measure_and_show(
             save_record(file, content)
             written.append(str(file))
         except OSError as error:
-            notes.append(f"{file} cannot be written ({error.strerror}); name another file with --out")
+            unwritten = f"{file} cannot be written ({error.strerror}); name another file with --out"
     if processes.is_main_process:
         _print_measured(rows, measure.metrics)
         for note in dict.fromkeys(notes):
             click.echo(f"note: {note}", err=True)
         if written:
             click.echo(f"record: {', '.join(written)}")
+        if unwritten:
+            raise UserError(unwritten)  # now that the scores are shown
     processes.end_training()
 
 
