@@ -137,6 +137,16 @@ def test_cached_statistics_are_read_only_where_all_is_the_same(evaluate, places,
         Measure(["fd-digits"], file)
 
 
+def test_a_cache_that_one_process_lacks_is_read_by_none(places, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIC_REPA_STATISTICS", str(tmp_path))
+    seen = []
+    Measure(["fd-digits"], places / "real.npz")
+    for lacks in (False, True):
+        share = Share(gather=lambda mine, lacks=lacks: torch.cat([mine, ~mine]) if lacks and len(mine) == 1 else mine)
+        Measure(["fd-digits"], places / "real.npz", share=share, progress=lambda n: seen.append(n))
+        assert bool(seen) == lacks
+
+
 def test_a_cache_that_cannot_be_written_is_told(evaluate, places, monkeypatch):
     options = ["--reference", places / "real.npz", "--metrics", "fd-digits"]
     monkeypatch.setenv("DIC_REPA_STATISTICS", "/dev/null/statistics")

@@ -89,7 +89,8 @@ class Measure:
         self.reference: FeatureSet | None = None
         if needy:
             run = functools.partial(extract, device=device, batch_size=batch_size, share=share, progress=progress)
-            self.reference = load_reference(reference, list(needy.values()), self.extractors, run, resize, cache)
+            needed = list(needy.values())
+            self.reference = load_reference(reference, needed, self.extractors, run, resize, cache, self._agree)
 
     def __call__(
         self,
@@ -117,6 +118,10 @@ class Measure:
                 margin = 1.96 * score.deviation(features, self.reference, bootstrap, DEFAULT_SEED)
                 measured.intervals[name] = (value - margin, value + margin)
         return measured
+
+    def _agree(self, so: bool) -> bool:
+        """Whether something is so in all processes."""
+        return bool(self.share.gather(torch.tensor([so], device=self.device)).all()) if self.share else so
 
     def _check_size(self, size: tuple[int, int]) -> None:
         if self.reference and self.reference.size not in (None, size):

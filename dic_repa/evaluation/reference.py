@@ -39,8 +39,10 @@ def load_reference(
     run: Callable[..., FeatureSet],
     resize: int | None = None,
     cache: bool = True,
+    agree: Callable[[bool], bool] = bool,
 ) -> FeatureSet:
-    """The Gaussians and features of `source` that the scores `needed` take; `run` is `extract` with its device.
+    """The Gaussians and features of `source` that the scores `needed` take; `run` is `extract` with its device, and
+    `agree` tells whether something is so in all processes.
 
     `source`: see `Measure`. An `.npz` with stored statistics gives these to Fréchet distances, as in ADM's script, and
     its images, if it has some, to the rest. A UserError says what `source` lacks.
@@ -48,7 +50,7 @@ def load_reference(
     if isinstance(source, FeatureSet):
         return _complete(source, needed, "the reference")
     if not isinstance(source, (str, Path)):
-        return _extracted(open_images(source, resize), needed, extractors, run, cache)
+        return _extracted(open_images(source, resize), needed, extractors, run, cache, agree)
     if str(source).endswith(".safetensors"):
         found = _Statistics(extractors, needed).read(Path(source))
         return _complete(found, needed, str(source))
@@ -62,7 +64,7 @@ def load_reference(
     if not needed:
         stored.size = None
         return stored
-    found = _extracted(open_images(source, resize), needed, extractors, run, cache)
+    found = _extracted(open_images(source, resize), needed, extractors, run, cache, agree)
     # The covariance of a reference that stores its statistics is that of more images than it has.
     found.gaussians |= stored.gaussians
     found.count = max(found.count, stored.count)
@@ -91,12 +93,15 @@ def _complete(found: FeatureSet, needed: Sequence[Score], source: str) -> Featur
     return found
 
 
-def _extracted(images: ImageSet, needed, extractors, run, cache: bool) -> FeatureSet:
+def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) -> FeatureSet:
     statistics = _Statistics(extractors, needed)
-    file = statistics.cache_file(images)
+    file, cached = statistics.cache_file(images), None
     if cache and file.is_file():
         with contextlib.suppress(UserError):  # damaged: made anew
-            return statistics.read(file)
+            cached = statistics.read(file)
+    # Another machine may lack the file, or another command have written it just now; all extract, or none.
+    if agree(cached is not None):
+        return cached
     found = run(images, extractors, statistics.layers, KEPT, True)
     if cache and os.environ.get("RANK", "0") == "0":
         try:
