@@ -81,7 +81,7 @@ def random_labels(
     drawn = []
     for index in range(num):
         # A purpose of its own in the counter, beside those of dic_repa.samplers.noise.
-        bits = np.random.Philox(key=[index, seed], counter=[0, 0, 0, _LABELS])
+        bits = np.random.Philox(key=[index, seed & (2**64 - 1)], counter=[0, 0, 0, _LABELS])
         drawn.append(np.random.Generator(bits).integers(len(choices)))
     return choices[torch.tensor(drawn)]
 
