@@ -35,7 +35,7 @@ class RunningStatistics:
     def update(self, features: Tensor) -> None:
         """Add a batch (N, D); a UserError where it holds NaN or infinity."""
         for rows in features.split(8192):  # a bounded copy in float64
-            self._add(rows.double())
+            self._add((rows.cpu() if rows.device.type == "mps" else rows).double())  # Apple's GPUs have no float64
 
     def _add(self, rows: Tensor) -> None:
         if not rows.isfinite().all():

@@ -111,8 +111,9 @@ class Measure:
         )
         self._check_size(found.size)
         measured = Measured({}, found.count, found.size, warnings=self._warnings(found))
+        on_mps = torch.device(self.device).type == "mps"  # Apple's GPUs have no float64
         for name, score in self.metrics.items():
-            features = found.features[score.layer].to(self.device)
+            features = found.features[score.layer].to("cpu" if on_mps else self.device)
             measured.values[name] = value = score(features, self.reference)
             if bootstrap:
                 margin = 1.96 * score.deviation(features, self.reference, bootstrap, DEFAULT_SEED)
