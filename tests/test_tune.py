@@ -171,3 +171,10 @@ def test_mistakes(mistake, checkpoint):
     recipe = (checkpoint / "recipe.yaml").read_text().replace("label_dropout: 0.1", "label_dropout: 0.0")
     (checkpoint / "recipe.yaml").write_text(recipe)
     assert "no guidance to search" in mistake("tune", checkpoint)
+    loaded = load_checkpoint(checkpoint)
+    settings = loaded.recipe.sample.model_copy(update={"guidance": GuidanceSection(scale=2.0, weak=str(checkpoint))})
+    assert Tuner(loaded, "frechet", sample=settings, num=2).cells()  # a weaker model guides without a null class
+    loaded.recipe.train.label_dropout = 0.1
+    settings.guidance = GuidanceSection(kind="cfg++", scale=0.5)
+    with pytest.raises(UserError, match=r"CFG\+\+ guides at a scale of 1 too"):
+        Tuner(loaded, "frechet", sample=settings)

@@ -82,10 +82,13 @@ class Tuner:
     ):
         self.loaded, recipe = loaded, loaded.recipe
         device = next(loaded.denoiser.parameters()).device
-        if recipe.train.label_dropout in (0, 1):
+        self.sample = sample or recipe.sample
+        guidance = self.sample.guidance
+        if recipe.train.label_dropout in (0, 1) and not (guidance and guidance.weak):
             why = "without label dropout" if recipe.train.label_dropout == 0 else "without labels"
             raise UserError(f"{loaded.source} was trained {why}, so it has no guidance to search")
-        self.sample = sample or recipe.sample
+        if guidance and guidance.kind == "cfg++" and 1 in scales:
+            raise UserError("CFG++ guides at a scale of 1 too; give scales below 1, such as --scales 0.2,0.4,0.6,0.8")
         self.confirm, self.confirm_num = confirm, confirm_num or self.sample.num
         self.num = num or min(5000, max(200, self.sample.num // 10), self.confirm_num)
         self.scales, self.intervals = sorted(set(scales)), list(dict.fromkeys(intervals))
