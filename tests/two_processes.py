@@ -24,7 +24,13 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     small_run(folder / "ddp", *LONG, "train.micro_batch=2", base=ALIGNED)
     small_run(folder / "ddp-10", *LONG, "train.steps=10", base=ALIGNED)
-    sharded = ["train.sharding=fsdp2", "train.sample_every=10", "sample.steps=1", "train.power_ema=[0.1]"]
+    sharded = [
+        "train.sharding=fsdp2",
+        "train.sample_every=10",
+        "sample.steps=1",
+        "sample.precision=bf16",
+        "train.power_ema=[0.1]",
+    ]
     small_run(folder / "sharded", *LONG, *sharded, base=ALIGNED)
 
     order = data_order(seed=0, count=8000, batch_size=4)

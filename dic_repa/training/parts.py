@@ -84,7 +84,9 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         from dic_repa.generation import Checkpoint, build_sampler
 
         # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
-        sampler = build_sampler(Checkpoint(averages["ema"].model, recipe, Path("this run")), recipe.sample)
+        # In float32 where it is sharded, for a sharded model cannot be copied into another precision.
+        sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
+        sampler = build_sampler(Checkpoint(averages["ema"].model, recipe, Path("this run")), sample)
     ema = averages["ema"]
     return Parts(
         data, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, averages, sampler, sharded
