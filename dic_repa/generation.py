@@ -137,6 +137,11 @@ class Sampler:
 
         yield from decode_batches(samples(), self._decode)
 
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        device = next(self.denoiser.parameters()).device
+        return tuple(self.decode(torch.zeros(1, *self.shape, device=device)).shape[-2:])
+
     def _decode(self, x: Tensor) -> Tensor:
         """In parts, since an autoencoder takes far more memory than the denoiser's data."""
         return torch.cat([self.decode(part) for part in x.split(self.settings.decode_batch)])

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import TINY
+from pictures import write_tree
 from safetensors.torch import load_file
 
 from dic_repa.cli import main
@@ -138,4 +139,7 @@ def test_mistakes_are_told_before_the_run(mistake, tmp_path):
     assert "did you mean frechet" in mistake("train", "digits-urepa", *tiny, "--set=evaluate.best=frechett")
     assert "reference" in mistake("train", "digits-urepa", *tiny, "--set=evaluate.also=[fd-digits]")
     assert "did you mean fid" in mistake("train", "digits-urepa", *tiny, "--set=evaluate.also=[fidd]")
+    write_tree(tmp_path / "tree", {"cat": 2})
+    other_size = "--set=evaluate={metric: fd-digits, reference: tree, every: 1}"
+    assert "the samples are 16x16, the reference 50x40" in mistake("train", "digits-urepa", *tiny, other_size)
     assert not (tmp_path / "run").exists()

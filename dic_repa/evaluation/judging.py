@@ -51,6 +51,11 @@ class Judge:
             raise unknown_name("score", score, self.better)
         return score
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """A UserError where images of `size`, (H, W), cannot be compared with the reference."""
+        if self.measure:
+            self.measure.check_size(size)
+
     def __call__(self, images: Tensor | Iterable[Tensor], labels: Tensor) -> dict:
         """The scores of images (N, C, H, W), or of batches of them: metrics take these as they come, and never hold all
         of them; a judge of labelled images is given all at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,11 +105,12 @@ class Measure:
         that are broken, of another size than the reference's, or of a single colour each.
         """
         if isinstance(images, ImageSet):
-            self._check_size(images.size())  # before all of them are looked at
+            self.check_size(images.size())  # before all of them are looked at
+        else:
+            images = self._of_size(images)
         found = extract(
             images, self.extractors, self.layers, None, False, self.device, self.batch_size, self.share, progress
         )
-        self._check_size(found.size)
         measured = Measured({}, found.count, found.size, warnings=self._warnings(found))
         on_mps = torch.device(self.device).type == "mps"  # Apple's GPUs have no float64
         for name, score in self.metrics.items():
@@ -124,13 +125,19 @@ class Measure:
         """Whether something is so in all processes."""
         return bool(self.share.gather(torch.tensor([so], device=self.device)).all()) if self.share else so
 
-    def _check_size(self, size: tuple[int, int]) -> None:
-        if self.reference and self.reference.size not in (None, size):
+    def check_size(self, size: tuple[int, int]) -> None:
+        """A UserError where samples of `size`, (H, W), cannot be compared with the reference."""
+        if self.reference and self.reference.size not in (None, tuple(size)):
             (height, width), (other_height, other_width) = size, self.reference.size
             raise UserError(
                 f"the samples are {width}x{height}, the reference {other_width}x{other_height}; take a reference of "
-                f"the samples' size, or crop both to one size with --resize"
+                f"the samples' size (`dic-repa prepare` crops), or crop both by --resize of `dic-repa evaluate`"
             )
+
+    def _of_size(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for batch in batches:
+            self.check_size(batch.shape[-2:])
+            yield batch
 
     def _warnings(self, samples: FeatureSet) -> list[str]:
         reference, warnings = self.reference, []

@@ -42,6 +42,7 @@ class Evaluator:
 
         section = self.recipe.evaluate
         self.judge = Judge(section.names, section.reference, self.accelerator.device)
+        self.judge.check_size(self.parts.sampler.size())
         wanted = section.best or self.judge.main
         self.score = self.judge.check(wanted) if wanted else None
 
