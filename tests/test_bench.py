@@ -107,6 +107,14 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "speed.png").width > 500
 
 
+def test_a_full_gpu_is_told_in_a_line(mistake, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("dic_repa.bench.model.bench_model", full)
+    assert "take fewer or smaller models" in mistake("bench", "model", "DiC-S")
+
+
 def test_mistakes(mistake, tmp_path):
     (tmp_path / "mine.py").write_text("class Plain: ...\n")
     assert "did you mean DiC-S" in mistake("bench", "model", "DiC-Z")

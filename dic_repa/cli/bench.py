@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError, first_line, unknown_name
 
 VERBS = {
     "model": "The forward pass of denoisers: images per second, share of the device's peak, memory.",
@@ -26,6 +26,17 @@ class BenchGroup(click.Group):
 
     def get_command(self, _context, name):
         return import_module(f"dic_repa.cli.bench_{name}").command if name in VERBS else None
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for `bench --help`
+                raise
+            raise UserError(
+                f"the GPU's memory is full ({first_line(error)}); all that is compared is in memory at once: take fewer "
+                "or smaller models, precisions or batches"
+            ) from None
 
     def format_commands(self, _context, formatter):
         with formatter.section("Verbs"):
