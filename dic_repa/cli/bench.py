@@ -34,8 +34,8 @@ class BenchGroup(click.Group):
             if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for `bench --help`
                 raise
             raise UserError(
-                f"the GPU's memory is full ({first_line(error)}); all that is compared is in memory at once: take fewer "
-                "or smaller models, precisions or batches"
+                f"the GPU's memory is full ({first_line(error)}); all that is compared is in memory at once: take "
+                "fewer or smaller models, precisions or batches"
             ) from None
 
     def format_commands(self, _context, formatter):
