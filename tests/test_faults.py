@@ -333,6 +333,10 @@ def test_overwrite_takes_runs_only_and_spares_what_is_none(tmp_path):
         (tmp_path / "run" / left).write_text("")
     small_run(tmp_path / "run", "train.steps=1")
     assert not list(Path(tmp_path / "run").glob("lock"))
+    (tmp_path / "run/checkpoints").rename(tmp_path / "scratch")
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "scratch")
+    assert small_run(tmp_path / "run", "train.steps=1", overwrite=True).newest_checkpoint()
+    assert (tmp_path / "scratch/step_00000001").is_dir()  # what a link leads to is not ours to remove
 
 
 def test_appending_makes_the_file(tmp_path):

@@ -95,8 +95,9 @@ class RunFolder:
     def create(self, recipe: Recipe, overwrite: bool = False) -> None:
         """Make the folder for a new run, `check_new` allowing."""
         self.check_new(overwrite)
-        for entry in self._content() if self.path.exists() else ():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        content = self._content() if self.path.exists() else []
+        for entry in sorted(content, key=self.recipe_file.__eq__):  # it last: killed meanwhile, it is still a run
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.recipe_file, to_yaml(recipe))  # first: killed from here on, it can be resumed
         self._make_folders()
