@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dic_repa.data.images import unit_images
-from dic_repa.data.latents import data_shape, denoiser_data
+from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.parts import Parts
@@ -112,7 +112,7 @@ def step_inputs(
     of processes and passes.
     """
     generator = step_generator(settings.seed, step, accelerator.device)
-    t, noise = parts.objective.draw((settings.batch_size, *data_shape(parts.data)), generator)
+    t, noise = parts.objective.draw((settings.batch_size, *parts.shape), generator)
     uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
     rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
     y = batch["label"].masked_fill(uniform[rows] < settings.label_dropout, parts.data.num_classes)

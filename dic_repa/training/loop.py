@@ -60,13 +60,13 @@ def train(
     on_main_process(accelerator, evaluator.prepare)
     with ExitStack() as stack:
         checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
+        request = stack.enter_context(StopRequest())
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
         data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
         incoming = batches(data, recipe, accelerator, start)
         guard = StepGuard(accelerator, optimizer.optimizer)
         writer = stack.enter_context(CheckpointWriter(run))
         log = stack.enter_context(MetricLog(run, accelerator, settings, start))
-        request = stack.enter_context(StopRequest())
         stack.callback(incoming.close)
 
         for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):

@@ -34,6 +34,7 @@ class Parts:
     """All that a recipe names, built; `model` is the denoiser with its heads, wrapped for the processes."""
 
     data: Dataset
+    shape: tuple[int, int, int]  # (C, H, W) of the denoiser's data
     objective: object
     encoders: list  # None where the tokens come from a cache
     caches: dict[str, FeatureCache]  # under "tokens.N", for the alignment N
@@ -54,11 +55,12 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     torch.manual_seed(settings.seed)
     data = build_dataset(recipe.data)
+    shape = data_shape(data)
     if len(data) < accelerator.num_processes:
         raise UserError(f"{accelerator.num_processes} processes are more than the {len(data)} samples of the data")
     denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
-    forward_on_meta(denoiser, *data_shape(data)[-2:])  # finds a size that does not fit before the run's folder is made
+    forward_on_meta(denoiser, *shape[-2:])  # finds a size that does not fit before the run's folder is made
     encoders = [build_encoder(section, device) for section in recipe.alignments]
     alignments = [
         build_alignment(section, encoder, denoiser, data, device)
@@ -87,9 +89,20 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         # In float32 where it is sharded, for a sharded model cannot be copied into another precision.
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
         sampler = build_sampler(Checkpoint(averages["ema"].model, recipe, Path("this run")), sample)
-    ema = averages["ema"]
     return Parts(
-        data, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, averages, sampler, sharded
+        data,
+        shape,
+        objective,
+        encoders,
+        caches,
+        denoiser,
+        alignments,
+        model,
+        optimizer,
+        averages["ema"],
+        averages,
+        sampler,
+        sharded,
     )
 
 
