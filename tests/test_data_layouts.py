@@ -232,3 +232,12 @@ def test_bench_data(folder, tmp_path, monkeypatch, capsys):
     assert {name.split(",")[0] for name in speeds} == {"loose files", "prepare", "loader"}
     assert len(speeds) == 4  # prepare without and with the autoencoder
     assert ratios["loader"] == pytest.approx(speeds["loader"] / speeds["loose files"])
+
+
+@pytest.mark.parametrize("name", ["prepared", "repa"])
+def test_images_that_nobody_looks_at_are_left_out(folder, name):
+    data = build_dataset(recipe(folder, name, name).data)
+    whole = data[3]
+    data.with_images = False
+    assert data[3].keys() == whole.keys() - {"image"}
+    torch.testing.assert_close(data[3]["moments"], whole["moments"])

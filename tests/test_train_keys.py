@@ -9,7 +9,9 @@ import torch
 from small_runs import ALIGNED, assert_same, metrics, small_run, weights
 from torch import nn
 
+from dic_repa.encoders import create_encoder
 from dic_repa.models.dic import Block
+from dic_repa.training.parts import cast_weights
 
 KEYS = ["train.steps=3", "train.precision=no"]
 
@@ -68,3 +70,14 @@ def test_tf32_is_what_the_recipe_says(tmp_path, tf32):
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_weights_cast_once_give_the_same_tokens_as_autocast():
+    encoder = create_encoder("timm:vit_tiny_patch16_224", pretrained=False)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = encoder(images)
+        cast_weights(encoder, "bf16")
+        torch.testing.assert_close(encoder(images), expected, rtol=0, atol=0)
+    assert encoder.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert encoder.model.blocks[0].norm1.weight.dtype == torch.float32

@@ -28,6 +28,7 @@ class LatentDataset(Dataset):
     spec: AutoencoderSpec
     size: int
     class_names: tuple[str, ...]
+    with_images: bool = True  # False: leave out images that nobody looks at, where there are moments
 
     @property
     def channels(self) -> int:

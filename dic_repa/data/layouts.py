@@ -82,16 +82,17 @@ class RepaLayout(LatentDataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         shape = (2 * self.channels, self.size, self.size)
-        name = self.image_names[index]
-        if _suffix(name) == ".npy":
-            image = torch.from_numpy(_array(self.images, name).reshape(-1, *_array(self.images, name).shape[-2:]))
-        else:
-            image = to_levels(decode_image(self.images.read(name), name))
-        return {
+        sample = {
             "moments": _latents(self.moments, self.moment_names[index], shape),
-            "image": image,
             "label": torch.tensor(self.labels[index]),
         }
+        return sample | {"image": self._image(self.image_names[index])} if self.with_images else sample
+
+    def _image(self, name: str) -> Tensor:
+        if _suffix(name) != ".npy":
+            return to_levels(decode_image(self.images.read(name), name))
+        levels = _array(self.images, name)
+        return torch.from_numpy(levels.reshape(-1, *levels.shape[-2:]))
 
 
 class DitLayout(LatentDataset):

@@ -57,9 +57,11 @@ class Prepared(LatentDataset):
         flipped, index = divmod(index, self.count)
         k = bisect.bisect_right(self._parts.starts, index) - 1
         part, row = self._parts.columns[k], index - self._parts.starts[k]
-        with Image.open(io.BytesIO(part["image"][row].as_py())) as picture:
-            image = to_levels(picture)
-        sample = {"image": image.flip(-1) if flipped else image, "label": torch.tensor(part["label"][row])}
+        sample = {"label": torch.tensor(part["label"][row])}
+        if self.with_images or self.spec.name == "none":
+            with Image.open(io.BytesIO(part["image"][row].as_py())) as picture:
+                image = to_levels(picture)
+            sample["image"] = image.flip(-1) if flipped else image
         if self.spec.name == "none":
             return sample
         return sample | {"moments": torch.tensor(part["moments_flipped" if flipped else "moments"][row])}

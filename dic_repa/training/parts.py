@@ -21,7 +21,7 @@ from dic_repa.build import (
     build_objective,
     import_plugins,
 )
-from dic_repa.data.latents import data_shape
+from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.errors import UserError
 from dic_repa.models import forward_on_meta
 from dic_repa.recipe import Recipe, TrainSection
@@ -67,6 +67,10 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         for section, encoder in zip(recipe.alignments, encoders)
     ]
     caches = build_caches(recipe, encoders, data, accelerator)
+    if isinstance(data, LatentDataset):
+        data.with_images = any(encoder is not None for encoder in encoders)
+    for encoder in encoders:
+        cast_weights(encoder, settings.precision)
     averages = build_averages(denoiser.to(device), settings)
     model, sharded = AlignedDenoiser(denoiser, alignments).to(device), wants_sharding(settings.sharding, accelerator)
     if settings.compile:
@@ -104,6 +108,16 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         sampler,
         sharded,
     )
+
+
+def cast_weights(encoder, precision: str) -> None:
+    """Cast a frozen encoder's weights once that mixed precision would cast at each call: the result is the same."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is None or not isinstance(encoder, nn.Module):
+        return
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
 
 
 def build_averages(denoiser: nn.Module, settings: TrainSection) -> dict[str, EMA]:
