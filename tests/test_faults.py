@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from small_runs import SMALL, PoisonedDigits, assert_same, metrics, small_recipe, small_run, weights
 
 from dic_repa.cli import main
@@ -133,6 +134,25 @@ def test_command_line_exits_with_75_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].strip() == "dic-repa train run/recipe.yaml --out run --resume"
     assert not list((tmp_path / "run").rglob(".writing-*"))
+
+
+def test_signal_before_the_first_step_and_after_the_last_exits_with_75(tmp_path, monkeypatch, capsys):
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "digits-urepa", "--out=run", *TINY, "--set=alignments=[]", "--set=train.steps=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dic_repa.training.loop.build_parts", signalled)
+        with pytest.raises(SystemExit, match="75"):
+            main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1].strip() == "the same command"
+    with monkeypatch.context() as patch:
+        patch.setattr("dic_repa.cli.train.evaluate_and_show", signalled)
+        with pytest.raises(SystemExit, match="75"):
+            main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1].strip() == "dic-repa train run/recipe.yaml --out run --resume"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_full_gpu_is_told_in_a_line(tmp_path, monkeypatch, capsys):

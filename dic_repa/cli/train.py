@@ -64,20 +64,22 @@ def command(
     from torch import OutOfMemoryError
 
     from dic_repa.training import Preempted, train
-    from dic_repa.training.preemption import REQUEUE_CODE
+    from dic_repa.training.preemption import REQUEUE_CODE, preempted_by_signals
 
     begin = time.perf_counter()
     try:
-        run = train(settings, path, resume=resume, overwrite=overwrite, allow_change=allow_change)
-        if not is_main_process():
-            return
-        click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
-        if settings.evaluate:
-            evaluate_and_show([run.path])
-            click.echo(f"loss curves: {run.curves_file}")
+        with preempted_by_signals():
+            run = train(settings, path, resume=resume, overwrite=overwrite, allow_change=allow_change)
+            if not is_main_process():
+                return
+            click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
+            if settings.evaluate:
+                evaluate_and_show([run.path])
+                click.echo(f"loss curves: {run.curves_file}")
     except Preempted as reason:
         if is_main_process():
-            click.echo(f"{reason}; to go on:\n  {resume_command(path)}", err=True)
+            begun = (path / "recipe.yaml").is_file()
+            click.echo(f"{reason}; to go on:\n  {resume_command(path) if begun else 'the same command'}", err=True)
         raise SystemExit(REQUEUE_CODE) from None
     except OutOfMemoryError as error:
         fault = UserError(

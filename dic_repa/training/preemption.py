@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
@@ -34,6 +36,25 @@ class StopRequest:
 
     def _note(self, _number, _frame) -> None:
         self.received = True
+
+
+@contextlib.contextmanager
+def preempted_by_signals() -> Iterator[None]:
+    """While entered, SIGTERM and SIGUSR1 raise Preempted: for the time before the first step and after the last, when
+    there is nothing to save. `StopRequest` goes before, while it is entered.
+    """
+
+    def stop(_number, _frame) -> None:
+        raise Preempted("told to stop, with nothing left to save")
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave_signals_to_parent(_worker: int = 0) -> None:
