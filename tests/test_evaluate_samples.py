@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -383,3 +384,11 @@ def test_prepared_and_arrow_data_sets_are_references(tmp_path, mistake):
     rows.save_to_disk(tmp_path / "arrow")
     arrow = next(open_images(tmp_path / "arrow", resize=24).batches([range(3)])).permute(0, 2, 3, 1).numpy()
     assert (arrow == expected[:3]).all()
+    before = open_images(tmp_path / "arrow").fingerprint
+    shutil.rmtree(tmp_path / "arrow")
+    rows.map(lambda row: {"image": picture(9)}, load_from_cache_file=False).save_to_disk(tmp_path / "arrow")
+    assert open_images(tmp_path / "arrow").fingerprint != before  # cached statistics of it are stale
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match=r"has several splits; name one of them, such as .*splits/"):
+        open_images(tmp_path / "splits")
+    assert len(open_images(tmp_path / "splits/train")) == 3

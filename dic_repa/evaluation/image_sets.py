@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dic_repa.data.files import open_tree
+from dic_repa.data.files import open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, center_crop, decode_image
 from dic_repa.errors import UserError
 from dic_repa.evaluation.npz import NpzFile
@@ -96,6 +96,8 @@ def open_images(source, resize: int | None = None) -> ImageSet:
         images = _of_dataset(Digits("held-out", resize or 16))
     elif str(source).endswith(".npz"):
         images = _of_npz(Path(source))
+    elif (Path(source) / "dataset_dict.json").is_file():
+        raise UserError(f"{source} has several splits; name one of them, such as {Path(source) / 'validation'}")
     elif (Path(source) / "prepare.json").is_file() or (Path(source) / "state.json").is_file():
         images = _of_arrow(Path(source))
     else:
@@ -178,14 +180,17 @@ def _of_arrow(path: Path) -> ImageSet:
 
         data = Prepared(path, read_settings(path)["size"] // prepared_spec(path).downsample, flip=False)
         load = lambda i: _from_float(data[i]["image"])  # noqa: E731
-        return ImageSet(str(path), len(data), load, _digest((path / "state.json").read_text()), lambda i: f"image {i}")
+        return ImageSet(str(path), len(data), load, _arrow_digest(path), lambda i: f"image {i}")
     from dic_repa.data.sources import open_source
 
     source = open_source(path)
-    state = (path / "state.json").read_text()
-    return ImageSet(
-        str(path), len(source), lambda i: np.asarray(source.load(i)), _digest(state), source.names.__getitem__
-    )
+    load = lambda i: np.asarray(source.load(i))  # noqa: E731
+    return ImageSet(str(path), len(source), load, _arrow_digest(path), source.names.__getitem__)
+
+
+def _arrow_digest(path: Path) -> str:
+    # The names that state.json stands for stay when an image is replaced; the shards do not.
+    return _digest((path / "state.json").read_text(), stamp(path.glob("*.arrow")))
 
 
 def _of_dataset(data) -> ImageSet:
