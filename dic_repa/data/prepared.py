@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
 from dic_repa.data.files import stamp
-from dic_repa.data.images import to_levels
+from dic_repa.data.images import IMAGE_FORMATS, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.prepare import SETTINGS_FILE
 from dic_repa.errors import UserError
@@ -59,7 +59,8 @@ class Prepared(LatentDataset):
         part, row = self._parts.columns[k], index - self._parts.starts[k]
         sample = {"label": torch.tensor(part["label"][row])}
         if self.with_images or self.spec.name == "none":
-            with Image.open(io.BytesIO(part["image"][row].as_py())) as picture:
+            # The formats are named, since Pillow would try a dozen others first.
+            with Image.open(io.BytesIO(part["image"][row].as_py()), formats=[*IMAGE_FORMATS]) as picture:
                 image = to_levels(picture)
             sample["image"] = image.flip(-1) if flipped else image
         if self.spec.name == "none":
