@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,7 @@ class Sampler:
         guidance, device = build_guidance(settings.guidance), next(self.denoiser.parameters()).device
 
         def samples() -> Iterator[Tensor]:
+            nonlocal guidance
             for start in range(0, len(labels), settings.batch_size):
                 rows = slice(start, start + settings.batch_size)
                 velocity = guidance.bind(model, labels[rows].to(device), weak_model=weak)
@@ -133,6 +134,8 @@ class Sampler:
                 if first:
                     x, details = x
                     self.evaluations, self.states = details.nfe, details.states if self.trace else ()
+                if not velocity.doubled:  # nor will the next batch fit
+                    guidance = replace(guidance, doubled=False)
                 yield x
 
         yield from decode_batches(samples(), self._decode)

@@ -139,7 +139,7 @@ class GuidedField:
         self.time_range = getattr(model, "time_range", (0.0, 1.0))
         self.breakpoints = guidance.interval if guidance.active else ()
         self.evaluations = 1
-        self._doubled = guidance.doubled is not False
+        self.doubled = guidance.doubled is not False  # becomes False where the doubled batch did not fit
         self._step: tuple[float, float | None] | None = None
 
     def begin_step(self, t: float | None, s: float | None) -> None:
@@ -168,14 +168,14 @@ class GuidedField:
         if self.weak_model is not None:
             return self.model(x, t, self.y), self.weak_model(x, t, self.y)
         null = torch.full_like(self.y, self.model.num_classes)
-        if self._doubled:
+        if self.doubled:
             try:
                 times = t[:1].expand(2 * len(t))  # all the same: the model embeds one
                 return self.model(torch.cat([x, x]), times, torch.cat([self.y, null])).chunk(2)
             except torch.OutOfMemoryError:
                 if self.guidance.doubled:
                     raise
-                self._doubled = False
+                self.doubled = False
         return self.model(x, t, self.y), self.model(x, t, null)
 
 

@@ -72,3 +72,18 @@ def test_batches_are_decoded_as_they_come():
     decoded = decode_batches(samples(), functools.partial(torch.add, other=1))
     assert [float(batch) for batch in decoded] == [1, 2, 3]
     assert made == [0, 1, 2]
+
+
+def test_a_doubled_batch_that_does_not_fit_is_tried_once(monkeypatch):
+    expected, full = images(small_sampler()), []
+    forward = DiC.forward
+
+    def limited(self, x, t, y):
+        if len(x) > 2:
+            full.append(len(x))
+            raise torch.OutOfMemoryError
+        return forward(self, x, t, y)
+
+    monkeypatch.setattr(DiC, "forward", limited)
+    torch.testing.assert_close(images(small_sampler()), expected)
+    assert full == [4]  # in the first of two batches
