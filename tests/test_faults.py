@@ -25,7 +25,7 @@ from dic_repa.training import EMA, Preempted, RunFolder, train
 from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.lock import locked
 from dic_repa.training.metrics import append_whole
-from dic_repa.training.preemption import StopRequest
+from dic_repa.training.preemption import StopRequest, leave_signals_to_parent
 from dic_repa.training.randomness import data_order
 from dic_repa.training.run_folder import _git_state
 
@@ -362,3 +362,16 @@ def test_overwrite_takes_runs_only_and_spares_what_is_none(tmp_path):
 def test_appending_makes_the_file(tmp_path):
     append_whole(tmp_path / "new", "line\n")
     assert (tmp_path / "new").read_text() == "line\n"
+
+
+def test_a_loader_process_outlives_a_signal_but_not_for_ever(monkeypatch):
+    """Else an interpreter that exits with one alive, which gets SIGTERM and is waited for, would never end."""
+    monkeypatch.setattr("dic_repa.training.preemption.PATIENCE", 2)
+    worker = multiprocessing.get_context("fork").Process(target=lambda: (leave_signals_to_parent(), time.sleep(60)))
+    worker.start()
+    time.sleep(0.5)
+    worker.terminate()
+    worker.join(1)
+    assert worker.is_alive()
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGALRM

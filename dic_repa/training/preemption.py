@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+PATIENCE = 120  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
 
 
@@ -58,6 +59,9 @@ def preempted_by_signals() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_worker: int = 0) -> None:
-    """In a loader's process: the whole group is signalled, but it is the parent that says when to stop."""
+    """In a loader's process: the whole group is signalled, but it is the parent that says when to stop.
+
+    It has two minutes for that. Python sends SIGTERM too, to what is left at its exit, and waits for it to work.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: signal.alarm(PATIENCE))
