@@ -18,10 +18,10 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.pretrained import Pretrained
+from dic_repa.models.recompute import RecomputableBlock
 from dic_repa.registry import Registry
 
 PRESETS = {
@@ -83,7 +83,7 @@ class Condition(nn.Module):
 
 
 @blocks.register("dic")
-class Block(nn.Module):
+class Block(RecomputableBlock):
     """GroupNorm, GELU, conv; GroupNorm, modulate, GELU, conv; gate; plus the input.
 
     x (B, in_channels, H, W) and c (B, condition width) to (B, channels, H, W).
@@ -93,20 +93,12 @@ class Block(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, condition_width: int):
         super().__init__()
-        self.gradient_checkpointing = False
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.modulation = nn.Linear(condition_width, 3 * channels)
         self.norm2 = group_norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        # Checkpointing sits inside the module's call so that a tap's forward hook fires once, not again in the
-        # recomputation.
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, c, use_reentrant=False)
-        return self._forward(x, c)
 
     def _forward(self, x: Tensor, c: Tensor) -> Tensor:
         gate, scale, shift = self.modulation(c)[:, :, None, None].chunk(3, dim=1)
@@ -277,11 +269,6 @@ class DiC(Pretrained, nn.Module):
     def blocks(self) -> list[Block]:
         """All blocks, in the order in which they run."""
         return [*self.enc[0], *self.enc[1], *self.mid, *self.dec[1], *self.dec[0]]
-
-    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Trade a second forward pass of each block for the memory of its activations."""
-        for block in self.blocks():
-            block.gradient_checkpointing = enabled
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if x.shape[-2] % 4 or x.shape[-1] % 4:

@@ -1,28 +1,11 @@
-"""What the transformers share: blocks that can be recomputed, and the way between tokens and maps."""
+"""What the transformers share: the way between tokens and maps."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dic_repa.errors import UserError
-
-
-class RecomputableBlock(nn.Module):
-    """A block that computes `_forward`, with `gradient_checkpointing` a second time in the backward pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.gradient_checkpointing = False
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        # Checkpointing sits inside the module's call so that a tap's forward hook fires once, not again in the
-        # recomputation.
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, *inputs, use_reentrant=False)
-        return self._forward(*inputs)
 
 
 def patch_grid(name: str, size: tuple[int, int], patch_size: int) -> tuple[int, int]:
