@@ -33,6 +33,7 @@ from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import Checkpoint, Sampler, save_png
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
+from dic_repa.recipe_diff import flatten
 from dic_repa.samplers import solver_info
 from dic_repa.training.run_folder import write_whole
 
@@ -72,7 +73,7 @@ class SampleFolder:
         fixed = set(_CHANGEABLE)
         if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
             fixed -= {"sample.num", "sample.batch_size"}
-        old, new = _flat(before), _flat(self.spec)
+        old, new = flatten(before), flatten(self.spec)
         changed = [key for key in {**old, **new} if key not in fixed and old.get(key) != new.get(key)]
         if changed:
             raise UserError(f"{self.path} exists with other samples ({', '.join(changed)} differ); {mend}")
@@ -237,10 +238,3 @@ def _read_rgb(path: Path) -> np.ndarray:
             return np.array(image.convert("RGB"))
     except OSError as error:
         raise UserError(f"{path} is not a whole image ({error}); remove it and sample again") from None
-
-
-def _flat(value: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
-    return flat

@@ -24,8 +24,8 @@ from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
 from dic_repa.recipe import Recipe, load_training_recipe
-from dic_repa.training.dry_run import stand_in, takes_pretrained
-from dic_repa.training.inputs import check_batch, step_inputs
+from dic_repa.training.dry_run import run_step, stand_in, takes_pretrained
+from dic_repa.training.inputs import check_batch
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.parts import Parts, build_parts
 from dic_repa.training.run_folder import RunFolder
@@ -74,31 +74,11 @@ class TrainCase:
             self.data["image"] = unit_images(self.data["image"])
 
     def __call__(self, clock=lambda _name: None) -> Tensor:
-        parts, accelerator, settings = self.parts, self.accelerator, self.recipe.train
+        settings, accelerator = self.recipe.train, self.accelerator
         AcceleratorState._shared_state.update(self.state)
-        passes = check_batch(settings, 1)
-        scales = [1.0] * len(parts.alignments)
         with precision(self.precision):
-            for inputs in step_inputs(parts, self.data, settings, self.steps, accelerator, passes, scales):
-                clock("encoder")
-                noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
-                out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
-                loss = parts.objective.loss(out.prediction, noisy)
-                inputs.join()
-                clock("forward")
-                for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
-                    loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
-                clock("alignment")
-                accelerator.backward(loss / passes)
-                clock("backward")
-            accelerator.clip_grad_norm_(parts.model.parameters(), settings.gradient_clip or float("inf"))
-            parts.optimizer.step()
-            parts.optimizer.zero_grad()
-            clock("optimizer")
-            self.steps += 1
-            for ema in parts.averages.values():
-                ema.update(parts.denoiser, self.steps)
-            clock("ema")
+            loss = run_step(self.parts, self.data, settings, self.steps, accelerator, check_batch(settings, 1), clock)
+        self.steps += 1
         return loss
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
@@ -219,24 +220,34 @@ def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> No
 
 
 def run_step(
-    parts: Parts, batch: dict, settings: TrainSection, step: int, accelerator: Accelerator, passes: int
-) -> torch.Tensor:
-    """One step of the training loop, without its log and its checkpoints; the loss of its last pass."""
+    parts: Parts, batch: dict, settings: TrainSection, step: int, accelerator: Accelerator, passes: int,
+    clock: Callable[[str], None] = lambda _name: None,
+) -> torch.Tensor:  # fmt: skip
+    """One step of the training loop, without its log and its checkpoints; the loss of its last pass.
+
+    `clock` is called at the end of each phase with its name.
+    """
     scales = [1.0] * len(parts.alignments)
     for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes, scales)):
         with nullcontext() if k == passes - 1 else accelerator.no_sync(parts.model):
+            clock("encoder")
             noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
             out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
             loss = parts.objective.loss(out.prediction, noisy)
             inputs.join()
+            clock("forward")
             for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
                 loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
+            clock("alignment")
             accelerator.backward(loss / passes)
+            clock("backward")
     accelerator.clip_grad_norm_(parts.model.parameters(), settings.gradient_clip or float("inf"))
     parts.optimizer.step()
     parts.optimizer.zero_grad()
+    clock("optimizer")
     for ema in parts.averages.values():
         ema.update(parts.denoiser, step + 1)
+    clock("ema")
     return loss.detach()
 
 
