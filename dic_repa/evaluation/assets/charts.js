@@ -47,14 +47,17 @@ function logTicks(low, high, most) {
   }
 }
 
-/* Drawing changes sizes itself, so it waits for the frame after the one in which the observer looked. */
+/* The first drawing waits only until the running script has attached the node, so that no frame shows an empty chart.
+   Later ones change sizes themselves, so they wait for the frame after the one in which the observer looked. */
 function onResize(node, draw) {
   let width = 0;
-  new ResizeObserver(() => requestAnimationFrame(() => {
+  const look = () => {
     if (node.clientWidth === width) return;
     width = node.clientWidth;
     draw();
-  })).observe(node);
+  };
+  queueMicrotask(look);
+  new ResizeObserver(() => requestAnimationFrame(look)).observe(node);
 }
 
 /* An exponential average with its start corrected, so that the first value is not pulled towards zero. */
