@@ -174,34 +174,59 @@ def test_saved_statistics_stand_in_for_the_images(evaluate, places):
     )
 
 
-def test_an_adm_reference_gives_its_statistics_and_its_images(tmp_path, monkeypatch):
-    """FID is against the stored mu and sigma, precision against the images beside them."""
-    real, generator = FeatureSet(5), torch.Generator().manual_seed(0)
+class FakeInception(torch.nn.Module):
+    layers, resizing, notes, fingerprint = ("pool", "spatial", "logits"), "", (), ""
+
+    def __init__(self, weights=None):
+        super().__init__()
+
+    def forward(self, images):
+        flat = images.flatten(1).float()
+        return {"pool": flat[:, :96], "spatial": flat[:, :33], "logits": flat[:, :8]}
+
+
+@pytest.fixture
+def adm_reference(tmp_path, monkeypatch):
+    """ref.npz of statistics and 5 images of 16x16, ttur.npz of statistics alone, and what is in them."""
+    generator = torch.Generator().manual_seed(0)
     pool, spatial = (torch.randn(50, dim, generator=generator) for dim in (96, 33))
     (mu, sigma), (mu_s, sigma_s) = statistics(pool), statistics(spatial)
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "ref.npz", arr_0=images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     np.savez(tmp_path / "ttur.npz", mu=mu, sigma=sigma)
-
-    class FakeInception(torch.nn.Module):
-        layers, resizing, notes, fingerprint = ("pool", "spatial", "logits"), "", (), ""
-
-        def forward(self, images):
-            flat = images.flatten(1).float()
-            return {"pool": flat[:, :96], "spatial": flat[:, :33], "logits": flat[:, :8]}
-
     monkeypatch.setattr("dic_repa.evaluation.measuring.extractors.get", lambda name: FakeInception)
+    return images, mu, sigma_s
+
+
+def test_an_adm_reference_gives_its_statistics_and_its_images(tmp_path, adm_reference):
+    """FID is against the stored mu and sigma, precision against the images beside them."""
+    images, mu, sigma_s = adm_reference
     found = Measure(["fid", "sfid", "prec"], tmp_path / "ref.npz", cache=False).reference
     torch.testing.assert_close(found.gaussians["inception.pool"][0], mu)
     torch.testing.assert_close(found.gaussians["inception.spatial"][1], sigma_s)
     assert torch.equal(
         found.features["inception.pool"], FakeInception()(torch.tensor(images).permute(0, 3, 1, 2))["pool"]
     )
-    assert Measure(["fid", "is"], tmp_path / "ttur.npz").reference.features == real.features == {}
+    assert Measure(["fid", "is"], tmp_path / "ttur.npz").reference.features == {}
     with pytest.raises(UserError, match=r"ttur\.npz has statistics but no images, which precision needs"):
         Measure(["fid", "prec"], tmp_path / "ttur.npz")
     with pytest.raises(UserError, match=r"has no statistics of inception.spatial, which sFID needs"):
         Measure(["sfid"], tmp_path / "ttur.npz")
+
+
+def test_stored_statistics_are_not_resized_in_silence(evaluate, adm_reference):
+    """They are of the size of the images beside them, to which samples of another size can be cropped."""
+    np.savez("samples.npz", np.random.default_rng(1).integers(0, 256, (9, 24, 24, 3), dtype=np.uint8))
+    options = ["samples.npz", "--metrics", "fid", "--no-cache", "--reference"]
+    for metrics in ("fid", "fid,prec"):
+        refused = evaluate(*options, "ref.npz", "--metrics", metrics, "--resize", 12, fails=True)
+        assert "ref.npz has statistics of images of 16x16, which cannot be resized to 12" in refused
+    assert "the samples are 24x24, the reference 16x16" in evaluate(*options, "ref.npz", fails=True)
+    evaluate(*options, "ref.npz", "--resize", 12, "--metrics", "prec")  # of the images, which can be
+    evaluate(*options, "ref.npz", "--resize", 16, "--save-statistics", "ref.safetensors")
+    assert "images of 16x16, which" in evaluate(*options, "ref.safetensors", "--resize", 12, fails=True)
+    told = evaluate(*options, "ttur.npz", "--resize", 16)
+    assert "note: the samples were resized to 16; the reference's statistics are as they were stored" in told
 
 
 def test_processes_share_a_set_and_see_all_of_it(places, digits):

@@ -57,7 +57,7 @@ class Measure:
         device: where the networks run and the distances are computed.
         extractor_options: by extractor, what it is built with: {"inception": {"weights": FILE}}.
         batch_size: images at once in a network.
-        resize: crop the images of paths to this size, as ADM does.
+        resize: crop the images of paths to this size, as ADM does; stored statistics must be of that size.
         cache: keep the reference's statistics in the user's cache folder.
         share: of this process among others, for samples that are an `ImageSet` and for the reference.
 
@@ -78,7 +78,7 @@ class Measure:
         progress: Callable[[int], None] = lambda count: None,
     ):
         self.metrics = {name: scores.get(name) for name in metrics}
-        self.device, self.batch_size, self.share = device, batch_size, share
+        self.device, self.batch_size, self.share, self.resize = device, batch_size, share, resize
         self.layers = list(dict.fromkeys(score.layer for score in self.metrics.values()))
         names = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
         options = extractor_options or {}
@@ -156,6 +156,11 @@ class Measure:
         if gaussian and reference and reference.count < min(samples.count, FULL_COUNT):
             warnings.append(f"the reference has {reference.count} images, fewer than the samples: a bias of its own")
         compared = min([samples.count, *(len(part) for part in reference.features.values())] if reference else [0])
+        if self.resize and reference and reference.size is None:
+            warnings.append(
+                f"the samples were resized to {self.resize}; the reference's statistics are as they were stored, and "
+                "do not tell the size of their images"
+            )
         if "kid" in self.metrics and compared < KID_SUBSET_SIZE:
             warnings.append(f"kid is over subsets of {compared} images, where others take {KID_SUBSET_SIZE}")
         for which, count in (("samples", samples.count), ("reference images", reference.count if reference else None)):

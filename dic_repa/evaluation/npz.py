@@ -52,7 +52,7 @@ def write_npz(
 
 
 class NpzFile:
-    """The arrays of an `.npz` by name: `names`, `array(name)` in memory, `mapped(name)` as a memory map.
+    """The arrays of an `.npz` by name: `names`, `array(name)` in memory, `mapped(name)` as a memory map, `shape(name)`.
 
     Nothing is unpickled. Raises UserError for a file that is truncated or no `.npz`, and for an array it lacks.
     """
@@ -79,6 +79,14 @@ class NpzFile:
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
             raise self._damaged(error) from None
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The array's shape, from its header alone."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self._member(name)) as file:
+                return self._header(file)[0]
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+            raise self._damaged(error) from None
+
     def mapped(self, name: str) -> np.ndarray:
         """The array as it lies in the file; a compressed one is unpacked into a temporary file first."""
         info = self._member(name)
@@ -101,12 +109,16 @@ class NpzFile:
             return self._map(file)  # the map keeps the file's space until it is let go of
 
     @staticmethod
-    def _map(file) -> np.ndarray:
+    def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in read_header:
             raise ValueError(f"version {version} of the npy format")
-        shape, fortran, dtype = read_header[version](file)
+        return read_header[version](file)
+
+    @classmethod
+    def _map(cls, file) -> np.ndarray:
+        shape, fortran, dtype = cls._header(file)
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
         return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")

@@ -45,7 +45,8 @@ def load_reference(
     `agree` tells whether something is so in all processes.
 
     `source`: see `Measure`. An `.npz` with stored statistics gives these to Fréchet distances, as in ADM's script, and
-    its images, if it has some, to the rest. A UserError says what `source` lacks.
+    its images, if it has some, to the rest. A UserError says what `source` lacks, and tells statistics that are known
+    to be of images of another size than `resize`.
     """
     if isinstance(source, FeatureSet):
         return _complete(source, needed, "the reference")
@@ -53,16 +54,18 @@ def load_reference(
         return _extracted(open_images(source, resize), needed, extractors, run, cache, agree)
     if str(source).endswith(".safetensors"):
         found = _Statistics(extractors, needed).read(Path(source))
+        _check_resize(found, resize, str(source))
         return _complete(found, needed, str(source))
     stored = FeatureSet(0)
     if str(source).endswith(".npz"):
         stored = _stored(NpzFile(source))
         left = [s for s in needed if s.needs == "features" or s.layer not in stored.gaussians]
+        if len(left) < len(needed):
+            _check_resize(stored, resize, str(source))
         if stored.gaussians and "arr_0" not in NpzFile(source).names:
             return _complete(stored, needed, str(source))
         needed = left
     if not needed:
-        stored.size = None
         return stored
     found = _extracted(open_images(source, resize), needed, extractors, run, cache, agree)
     # The covariance of a reference that stores its statistics is that of more images than it has.
@@ -81,7 +84,19 @@ def _stored(file: NpzFile) -> FeatureSet:
             if not all(part.isfinite().all() for part in parts):
                 raise UserError(f"{file.path}: {mean} or {cov} holds NaN or infinity")
             found.gaussians[layer] = parts
+    if found.gaussians and "arr_0" in file.names and len(shape := file.shape("arr_0")) == 4:
+        found.size = shape[1:3]  # ADM stores the statistics of images like those beside them
     return found if found.gaussians else FeatureSet(0)
+
+
+def _check_resize(found: FeatureSet, resize: int | None, source: str) -> None:
+    """A UserError for statistics of images of a known size, which cannot be resized any more."""
+    if resize and found.size not in (None, (resize, resize)):
+        height, width = found.size
+        raise UserError(
+            f"{source} has statistics of images of {width}x{height}, which cannot be resized to {resize}; resize to "
+            f"their size, or give the images (a folder, or an .npz of arr_0 alone)"
+        )
 
 
 def _complete(found: FeatureSet, needed: Sequence[Score], source: str) -> FeatureSet:
