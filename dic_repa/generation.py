@@ -43,6 +43,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
     imported. A UserError says what `path` lacks.
     """
     path = Path(path)
+    if path.is_file():
+        raise UserError(f"{path} is a file; name the folder of a run or a checkpoint")
     if not path.is_dir():
         raise UserError(f"there is no run or checkpoint folder {path}")
     folder = path

@@ -241,3 +241,4 @@ def test_mistakes(mistake, run, tmp_path):
     assert "--times takes numbers" in mistake("probe", run.path, "--times", "0.5,2")
     assert "digits-vit" in mistake("probe", run.path, "--encoder", "digit-vit")
     assert "no run or checkpoint folder" in mistake("probe", "nowhere")
+    assert "recipe.yaml is a file; name the folder" in mistake("probe", baseline / "recipe.yaml")

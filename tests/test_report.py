@@ -181,7 +181,9 @@ def test_command_line(make_run):
 def test_mistakes(mistake, tmp_path):
     (tmp_path / "folder").mkdir()
     assert "folder is not a run" in mistake("report", "folder")
-    assert "nowhere is not a run" in mistake("report", "nowhere")
+    assert "nowhere is not a run: it does not exist" in mistake("report", "nowhere")
+    (tmp_path / "folder/recipe.yaml").write_text("")
+    assert "recipe.yaml is not a run: it is a file; name the folder" in mistake("report", "folder/recipe.yaml")
 
 
 BROWSER = next(

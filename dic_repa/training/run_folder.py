@@ -79,7 +79,8 @@ class RunFolder:
         """An existing run; a UserError where `path` is none."""
         run = cls(path)
         if not run.recipe_file.is_file():
-            what = "has no recipe.yaml" if run.path.is_dir() else "does not exist"
+            missing = "has no recipe.yaml" if run.path.is_dir() else "does not exist"
+            what = "is a file; name the folder of a run" if run.path.is_file() else missing
             raise UserError(f"{path} is not a run: it {what}")
         return run
 
