@@ -22,6 +22,7 @@ from small_runs import SMALL, PoisonedDigits, assert_same, metrics, small_recipe
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.training import EMA, Preempted, RunFolder, train
+from dic_repa.training.checkpoint import write_checkpoint
 from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.lock import locked
 from dic_repa.training.metrics import append_whole
@@ -76,6 +77,25 @@ def test_many_in_a_row_stop_the_run_and_dump_the_indices(tmp_path, poison):
     expected = [{"step": step, "indices": next(order)} for step in range(1, 8)][4:]
     assert json.loads((tmp_path / "run/not_finite.json").read_text()) == expected
     assert RunFolder(tmp_path / "run").newest_checkpoint().name == "step_00000004"
+
+
+def test_stop_is_told_beside_what_could_not_be_written(tmp_path, poison, monkeypatch):
+    """The disk fills up at the last checkpoint, and is still full when the indices are to be written."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    def write(folder, *arguments):
+        fail() if folder.name == "step_00000004" else write_checkpoint(folder, *arguments)
+
+    monkeypatch.setattr("dic_repa.training.loop.write_checkpoint", write)
+    monkeypatch.setattr("dic_repa.training.loop.write_whole", fail)
+    says = (
+        r"in the 2 steps up to 6, so the run stops; the indices of their samples could not be written "
+        r"\(.*No space left on device\); the checkpoint .*step_00000004 could not be written \(.*\); step_00000002 is"
+    )
+    with pytest.raises(UserError, match=says):
+        small_run(tmp_path / "run", "train.max_skipped=2", "train.checkpoint_every=2", *poison(5, 6))
 
 
 def test_gradient_that_is_not_finite_is_skipped_though_the_loss_is(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.checkpoint import (
     CheckpointWriter,
@@ -202,22 +202,31 @@ def save_what_is_due(
 def stop_not_finite(
     accelerator: Accelerator, run: RunFolder, writer: CheckpointWriter, verdict: Verdict, recipe: Recipe, count: int
 ) -> None:
-    """End a run whose steps change nothing any more, with the indices of what it saw."""
+    """End a run whose steps change nothing any more, with the indices of what it saw. What cannot be written is said
+    beside the cause, not in its place.
+    """
     settings, file = recipe.train, run.path / "not_finite.json"
 
-    def dump() -> None:
+    def dump() -> list[str]:
         first = verdict.step - verdict.in_a_row
         order = data_order(settings.seed, count, settings.batch_size, first)
         batches = [{"step": first + 1 + i, "indices": next(order)} for i in range(verdict.in_a_row)]
-        write_whole(file, json.dumps(batches) + "\n")
-        writer.finish()
+        try:
+            write_whole(file, json.dumps(batches) + "\n")
+            said = [f"the indices of their samples are in {file}"]
+        except OSError as error:
+            said = [f"the indices of their samples could not be written ({first_line(error)})"]
+        try:
+            writer.finish()
+        except UserError as error:
+            return [*said, str(error)]
+        newest = max(run.list_checkpoints(), default=None)
+        return [*said, f"{newest.name} is the last checkpoint" if newest else "there is no checkpoint yet"]
 
-    on_main_process(accelerator, dump)
-    newest = max(run.list_checkpoints(), default=None)
+    said = on_main_process(accelerator, dump)
     raise UserError(
         f"the loss or gradient was not finite in the {verdict.in_a_row} steps up to {verdict.step}, so the run stops; "
-        f"the indices of their samples are in {file}; "
-        + (f"{newest.name} is the last checkpoint" if newest else "there is no checkpoint yet")
+        + "; ".join(said)
     )
 
 
