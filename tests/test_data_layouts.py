@@ -14,7 +14,7 @@ from PIL import Image
 
 from dic_repa.build import build_class_names, build_dataset, build_decoder
 from dic_repa.cli import main
-from dic_repa.data.latents import denoiser_data
+from dic_repa.data.latents import denoiser_data, global_noise
 from dic_repa.data.layouts import DitLayout, RepaLayout
 from dic_repa.errors import UserError
 from dic_repa.generation import build_sampler, load_checkpoint
@@ -106,7 +106,7 @@ def test_posterior_noise_is_the_global_batch_cut_to_rows(folder):
 
     def draw(rows):
         part = {"moments": batch["moments"][rows]}
-        return denoiser_data(data, part, 6, rows, torch.Generator().manual_seed(3))
+        return denoiser_data(data, part, global_noise(6, rows, torch.Generator().manual_seed(3)))
 
     whole = draw(slice(0, 6))
     torch.testing.assert_close(torch.cat([draw(process_rows(6, k, 3)) for k in range(3)]), whole, rtol=0, atol=0)
@@ -205,7 +205,7 @@ def test_images_as_pixels_and_mirrored(folder):
     torch.testing.assert_close(data[13]["image"], data[1]["image"].flip(-1))
     assert data[1]["image"].shape == (3, 24, 24)
     batch = {"image": torch.rand(2, 3, 24, 24)}
-    pixels = denoiser_data(data, batch, 2, slice(0, 2), torch.Generator())
+    pixels = denoiser_data(data, batch, global_noise(2, slice(0, 2), torch.Generator()))
     torch.testing.assert_close(pixels, batch["image"] * 2 - 1)
 
 

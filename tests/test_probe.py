@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from dic_repa.build import build_dataset, build_encoder
 from dic_repa.cli import main
+from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.data.digits import Digits
+from dic_repa.data.latents import LatentDataset
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe, unbiased_hsic
 from dic_repa.evaluation.probe import probe_checkpoint, stage_taps
@@ -229,6 +231,27 @@ def test_images_may_be_levels(run, monkeypatch):
         return probe_checkpoint(run.path, num=30, times=(0.5,), taps=["mid.0"]).record["scores"]
 
     assert probed(lambda levels: levels) == probed(lambda levels: levels.float() / 255)
+
+
+def test_the_posteriors_noise_is_each_images_own(run, monkeypatch):
+    """Of data that is a posterior, with a spread that drowns its mean, the batch size changes nothing."""
+
+    class Moments(Digits, LatentDataset):
+        spec = AutoencoderSpec("a VAE", 1, 1, (0.0,), (1.0,))
+
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            x = sample.pop("x")
+            return sample | {"moments": torch.cat([x, torch.full_like(x, 3.0)])}
+
+    monkeypatch.setattr("dic_repa.evaluation.probe.build_dataset", lambda data, split: Moments(split, data.size))
+    one, other = (
+        probe_checkpoint(run.path, num=60, times=(0.0, 0.5), taps=["mid.0"], batch_size=size).record["scores"]
+        for size in (60, 20)
+    )
+    assert one.keys() == {"cka", "cknna", "linear_probe", "cosine"}
+    for name, rows in one.items():
+        assert other[name] == [pytest.approx(row, abs=2e-5) for row in rows]
 
 
 def test_mistakes(mistake, run, tmp_path):

@@ -63,14 +63,11 @@ def data_shape(data: Dataset) -> tuple[int, int, int]:
     return tuple(data[0]["x"].shape)
 
 
-def denoiser_data(
-    data: Dataset, batch: dict[str, Tensor], batch_size: int, rows: slice, generator: torch.Generator
-) -> Tensor:
-    """The denoiser's data (B, C, H, W) of one process's batch: z = mean + std * noise, x = (z - shift) * scale; the
-    images' pixels in [-1, 1] where there is no autoencoder.
+def denoiser_data(data: Dataset, batch: dict[str, Tensor], noise_like: Callable[[Tensor], Tensor]) -> Tensor:
+    """The denoiser's data (B, C, H, W) of a batch: z = mean + std * noise, x = (z - shift) * scale; the images' pixels
+    in [-1, 1] where there is no autoencoder.
 
-    The posterior's noise is drawn for the global `batch_size` and cut to the process's `rows`; none is drawn where
-    there is no posterior.
+    `noise_like` draws the posterior's noise, like the mean; it is not called where there is no posterior.
     """
     if "x" in batch:
         return batch["x"]
@@ -82,8 +79,12 @@ def denoiser_data(
         autoencoder = data.autoencoder.to(batch["image"].device)
         moments = torch.cat([autoencoder.encode(part) for part in batch["image"].split(ENCODE_BATCH)])
     mean, std = moments.chunk(2, dim=1)
-    noise = torch.randn((batch_size, *mean.shape[1:]), generator=generator, device=mean.device)
-    return data.spec.normalise(mean + std * noise[rows])
+    return data.spec.normalise(mean + std * noise_like(mean))
+
+
+def global_noise(batch_size: int, rows: slice, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Draws noise for the global `batch_size`, like one process's share of it, and cuts it to that process's `rows`."""
+    return lambda like: torch.randn((batch_size, *like.shape[1:]), generator=generator, device=like.device)[rows]
 
 
 def pixels_decoder(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from dic_repa.evaluation.probe_pictures import save_pictures
 from dic_repa.generation import load_checkpoint
 from dic_repa.models.cost import forward_on_meta
 from dic_repa.recipe import AlignmentSection, Recipe
-from dic_repa.samplers import initial_noise
+from dic_repa.samplers import StepNoise, initial_noise
 from dic_repa.training.run_folder import write_whole
 from dic_repa.weights import load_weights, read_tensors
 
@@ -217,9 +217,10 @@ def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, se
             batch = {name: value.to(device) for name, value in batch.items()}
             batch["image"] = unit_images(batch["image"])
             count = len(batch["label"])
-            generator = torch.Generator(device).manual_seed(seed)
-            x = denoiser_data(data.dataset, batch, count, slice(0, count), generator)
-            noise = initial_noise(tuple(x.shape[1:]), seed, range(start, start + count)).to(device)
+            indices = range(start, start + count)  # both noises are the images' own, whatever the batch size
+            posterior = StepNoise(seed, indices)
+            x = denoiser_data(data.dataset, batch, lambda mean, draw=posterior: draw(0, mean))
+            noise = initial_noise(tuple(x.shape[1:]), seed, indices).to(device)
             y = torch.full((count,), denoiser.num_classes, device=device)
             target = eyes(batch["image"])
             tokens.append(target.float().mean(dim=1).cpu())

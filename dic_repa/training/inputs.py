@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dic_repa.data.images import unit_images
-from dic_repa.data.latents import denoiser_data
+from dic_repa.data.latents import denoiser_data, global_noise
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.parts import Parts
@@ -116,7 +116,7 @@ def step_inputs(
     uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
     rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
     y = batch["label"].masked_fill(uniform[rows] < settings.label_dropout, parts.data.num_classes)
-    x = denoiser_data(parts.data, batch, settings.batch_size, rows, generator)
+    x = denoiser_data(parts.data, batch, global_noise(settings.batch_size, rows, generator))
     images = batch.get("image", x)  # latents without images have no encoder to show them to
     split = [tensor.chunk(passes) for tensor in (x, y, t[rows], noise[rows], images)]
     cached = {name: batch[name].chunk(passes) for name in parts.caches}
