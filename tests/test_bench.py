@@ -133,3 +133,56 @@ def test_mistakes(mistake, tmp_path):
         load_factory("nowhere.py:Plain")
     with pytest.raises(UserError, match="did you mean Plain"):
         load_factory(f"{tmp_path / 'mine.py'}:Plan")
+
+
+BASELINES = """
+from torch import nn
+from dic_repa.models import DiC
+
+def small(**options): return DiC(8, (1, 1, 1, 1, 1), **options)
+
+class TwoArguments(nn.Module):
+    def __init__(self, denoiser, more): ...
+
+class NoTime(nn.Module):
+    def __init__(self, denoiser):
+        super().__init__()
+    def forward(self, x): return x
+
+class Taller(nn.Module):
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+    def forward(self, x, t, y): return self.denoiser(x, t, y).repeat(1, 1, 2, 1)
+
+class Tuple(Taller):
+    def forward(self, x, t, y): return x, y
+
+def nothing(denoiser): ...
+"""
+
+
+def test_baseline_that_does_not_fit_is_told_in_a_line(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "baselines.py").write_text(BASELINES)
+    (tmp_path / "broken.py").write_text("def plain(:")
+    (tmp_path / "lacking.py").write_text("import no_such_module")
+
+    def says(baseline):
+        return mistake("bench", "model", "baselines:small", "--size=8", "--no-peak", f"--baseline={baseline}")
+
+    assert "does not fit (TypeError: " in says("baselines.py:TwoArguments")
+    assert "it is called with the denoiser, and returns" in says("baselines:TwoArguments")
+    assert "takes 2 positional arguments but 4 were given" in says("baselines.py:NoTime")
+    assert "does not fit (AttributeError: 'NoneType'" in says("baselines.py:nothing")
+    assert "gives an output of shape (1, 4, 16, 8), the denoiser one of shape (1, 4, 8, 8)" in says("baselines:Taller")
+    assert "gives tuple, the denoiser one of shape" in says("baselines.py:Tuple")
+    assert "importing it gives SyntaxError" in says("broken.py:plain")
+    assert "importing it gives ModuleNotFoundError: No module named 'no_such_module'" in says("lacking:plain")
+    assert "plugin 'nowhere' was not found" in says("nowhere:plain")
+    assert "write FILE.py:FUNCTION" in says("baselines.py")
+    assert "unknown name in --baseline DiC-S=a.py:A: 'DiC-S'; known: baselines:small" in says("DiC-S=a.py:A")
+    train = ["bench", "train", "digits-urepa", "--batch=1", "--set=model.width=8"]
+    assert "gives an output of shape (1, 1, 32, 16)" in mistake(*train, "--baseline=baselines.py:Taller")

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from dic_repa.bench.device import DTYPES, check_precision, convolution_share, de
 from dic_repa.bench.peak import measure_peak
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
-from dic_repa.errors import UserError, did_you_mean
+from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.plugins import find_factory
@@ -68,6 +69,7 @@ def bench_model(
     """
     for name in precisions:
         check_precision(name, device)
+    check_baselines(names, baselines)
     environment = describe_device(device)
     cases = []
     for name in names:
@@ -83,7 +85,7 @@ def bench_model(
             ]
             if layout == layouts[0]:
                 for baseline in baselines_of(name, baselines):
-                    other = load_factory(baseline)(denoiser).to(device, DTYPES[kind]).eval()
+                    other = build_baseline(baseline, denoiser, size).to(DTYPES[kind]).eval()
                     models.append((f"{name} {kind} by {baseline.rpartition(':')[2]}", "off", other))
             for label, mode, model in models:
                 called = model if mode == "off" else CompiledDenoiser(model, mode)
@@ -152,18 +154,63 @@ def baselines_of(name: str, baselines: Sequence[str]) -> list[str]:
     return [factory for only, _, factory in split if only in ("", name)]
 
 
+def check_baselines(names: Sequence[str], baselines: Sequence[str]) -> None:
+    """A UserError for a baseline of what is not among the `names` to be measured."""
+    for baseline in baselines:
+        only, equals, _ = baseline.rpartition("=")
+        if equals and only not in names:
+            raise unknown_name(f"name in --baseline {baseline}:", only, names)
+
+
+def build_baseline(name: str, denoiser: nn.Module, size: int) -> nn.Module:
+    """What the factory `name` makes of `denoiser`, on its device, tried on one input of `size`.
+
+    A UserError where it cannot be made or called, or where its output has not the denoiser's shape.
+    """
+    factory, device = load_factory(name), next(denoiser.parameters()).device
+    inputs = random_inputs(denoiser, 1, size, device)
+    with torch.no_grad():
+        expected = denoiser(*inputs)
+        try:
+            other = factory(denoiser).to(device)
+            out = other(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # anything that a function of the user's own may raise
+            raise UserError(
+                f"baseline '{name}' does not fit ({type(error).__name__}: {first_line(error)}); it is called with the "
+                "denoiser, and returns an nn.Module that is called with (x, t, y)"
+            ) from error
+    shape = getattr(out, "shape", None)
+    if shape != expected.shape:
+        given = type(out).__name__ if shape is None else f"an output of shape {tuple(shape)}"
+        raise UserError(f"baseline '{name}' gives {given}, the denoiser one of shape {tuple(expected.shape)}")
+    return other
+
+
 def load_factory(name: str) -> Callable[[nn.Module], nn.Module]:
     """The function `package.module:name` or `file.py:name`; a UserError where there is none."""
-    place, _, attribute = name.rpartition(":")
-    if not place.endswith(".py"):
-        return find_factory(Registry("baseline"), "dic_repa.baselines", name)
-    path = Path(place)
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise UserError(f"baseline '{name}' names no function; write FILE.py:FUNCTION or package.module:FUNCTION")
+    try:
+        if not place.endswith(".py"):
+            return find_factory(Registry("baseline"), "dic_repa.baselines", name)
+        module = _import_file(Path(place), name)
+    except UserError:
+        raise
+    except Exception as error:  # of the module itself, or of what it imports
+        raise UserError(f"baseline '{name}': importing it gives {type(error).__name__}: {first_line(error)}") from error
+    if not callable(getattr(module, attribute, None)):
+        public = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UserError(f"baseline '{name}': {place} has no '{attribute}' to call{did_you_mean(attribute, public)}")
+    return getattr(module, attribute)
+
+
+def _import_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise UserError(f"baseline '{name}': there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not callable(getattr(module, attribute, None)):
-        public = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(f"baseline '{name}': {path} has no '{attribute}' to call{did_you_mean(attribute, public)}")
-    return getattr(module, attribute)
+    return module

@@ -16,10 +16,9 @@ from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.bench.device import check_precision, describe_device, precision
-from dic_repa.bench.model import baselines_of, case_label, inside, load_factory
+from dic_repa.bench.model import baselines_of, build_baseline, case_label, check_baselines, inside
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
-from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
@@ -70,8 +69,6 @@ class TrainCase:
         self.state = dict(AcceleratorState._shared_state)
         batch = default_collate([parts.data[i] for i in range(self.batch)])
         self.data = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        if "image" in self.data:
-            self.data["image"] = unit_images(self.data["image"])
 
     def __call__(self, clock=lambda _name: None) -> Tensor:
         settings, accelerator = self.recipe.train, self.accelerator
@@ -117,6 +114,7 @@ def bench_train(
         check_precision(kind, device)
     if device.type == "cpu" and "fp16" in precisions:
         raise UserError("training in fp16 needs a GPU; take bf16 or fp32")
+    check_baselines(recipes, baselines)
     environment, notes = describe_device(device), []
     allow_recompilation()
     cases = []
@@ -131,7 +129,7 @@ def bench_train(
         for baseline in baselines_of(name, baselines):
             recipe.train.compile = False
             parts, accelerator = build_step(recipe, device)
-            _replace_denoiser(parts, load_factory(baseline), recipe, accelerator)
+            _replace_denoiser(parts, baseline, recipe, accelerator)
             label = f"{name} {kind} by {baseline.rpartition(':')[2]}"
             cases.append(TrainCase(label, recipe, parts, accelerator, kind, gmacs))
     timings = interleave(cases, device, rounds, seconds, description="training steps")
@@ -169,9 +167,9 @@ def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator
     return build_parts(recipe, accelerator), accelerator
 
 
-def _replace_denoiser(parts: Parts, factory, recipe: Recipe, accelerator: Accelerator) -> None:
+def _replace_denoiser(parts: Parts, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
     settings = recipe.train
-    parts.denoiser = factory(parts.denoiser).to(accelerator.device)
+    parts.denoiser = build_baseline(baseline, parts.denoiser, recipe.data.size)
     model = AlignedDenoiser(parts.denoiser, parts.alignments)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
