@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec, decode_in_batches, load_autoencoder
+from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
 
 ENCODE_BATCH = 32  # images encoded at once in a training step, whatever the step's batch
@@ -74,10 +75,10 @@ def denoiser_data(data: Dataset, batch: dict[str, Tensor], noise_like: Callable[
     if "moments" in batch:
         moments = batch["moments"].float()
     elif data.spec.name == "none":
-        return batch["image"] * 2 - 1
+        return unit_images(batch["image"]) * 2 - 1
     else:
         autoencoder = data.autoencoder.to(batch["image"].device)
-        moments = torch.cat([autoencoder.encode(part) for part in batch["image"].split(ENCODE_BATCH)])
+        moments = torch.cat([autoencoder.encode(unit_images(part)) for part in batch["image"].split(ENCODE_BATCH)])
     mean, std = moments.chunk(2, dim=1)
     return data.spec.normalise(mean + std * noise_like(mean))
 

@@ -20,7 +20,6 @@ from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.build import build_denoiser, build_objective, data_traits, import_plugins
-from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
@@ -171,7 +170,6 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
             torch.cuda.reset_peak_memory_stats(device)
         parts = build_parts(trial, accelerator)
         batch = {k: v.to(device) for k, v in default_collate([parts.data[i] for i in range(rows)]).items()}
-        batch["image"] = unit_images(batch["image"])
         seconds = []
         with PowerMeter(device) as power:
             for step in range(STEPS):

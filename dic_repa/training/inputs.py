@@ -64,8 +64,7 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
         for batch in loading:
             if not recipe.alignments and ("x" in batch or "moments" in batch):
                 batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-            yield batch | {"image": unit_images(batch["image"])} if "image" in batch else batch
+            yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     except UserError as error:
         if not accelerator.is_main_process:  # the main one, which tells of errors, has not met this one
             print(f"error: {error}", file=sys.stderr)
@@ -141,7 +140,7 @@ def encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
 
 def _encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
     with torch.inference_mode(), accelerator.autocast():
-        tokens = encoder(images)
+        tokens = encoder(unit_images(images))
     return tokens.clone()  # the loss keeps it for its backward pass, for which an inference tensor is no good
 
 
