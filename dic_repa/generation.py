@@ -126,11 +126,18 @@ class Sampler:
 
         def samples() -> Iterator[Tensor]:
             nonlocal guidance
-            for start in range(0, len(labels), settings.batch_size):
-                rows = slice(start, start + settings.batch_size)
+            size = settings.batch_size
+            for start in range(0, len(labels), size):
+                rows = list(range(start, min(start + size, len(labels))))
+                wanted = len(rows)
+                # Compiled for a full batch, the last one repeats an image to be of that size, rather than compile anew.
+                # An adaptive solver's steps suit all that is in a batch, so there it would change the others.
+                if start and settings.compile != "off" and info.kind != "adaptive":
+                    rows += rows[-1:] * (size - wanted)
                 velocity = guidance.bind(model, labels[rows].to(device), weak_model=weak)
-                noise = initial_noise(self.shape, settings.seed, indices[rows]).to(device)
-                options = self._options(info, indices[rows])
+                places = [indices[row] for row in rows]
+                noise = initial_noise(self.shape, settings.seed, places).to(device)
+                options = self._options(info, places)
                 first = start == 0  # the details hold every state, which is too much to keep for each batch
                 x = sample(velocity, noise, settings.solver, **options, return_info=first)
                 if first:
@@ -138,7 +145,7 @@ class Sampler:
                     self.evaluations, self.states = details.nfe, details.states if self.trace else ()
                 if not velocity.doubled:  # nor will the next batch fit
                     guidance = replace(guidance, doubled=False)
-                yield x
+                yield x[:wanted]
 
         yield from decode_batches(samples(), self._decode)
 

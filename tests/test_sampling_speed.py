@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 
 from dic_repa.decoding import decode_batches
@@ -23,8 +24,8 @@ def small_sampler(**settings) -> Sampler:
     return Sampler(denoiser, FlowMatching(), section, (1, 8, 8))
 
 
-def images(sampler: Sampler) -> torch.Tensor:
-    return torch.cat(list(sampler(LABELS)))
+def images(sampler: Sampler, labels: torch.Tensor = LABELS) -> torch.Tensor:
+    return torch.cat(list(sampler(labels)))
 
 
 def test_half_precision_gives_the_same_images_within_its_rounding():
@@ -46,19 +47,36 @@ def test_weights_are_cast_once_a_call_and_follow_the_original():
     torch.testing.assert_close(cast.stem.weight, half.denoiser.stem.weight.bfloat16())
 
 
-def test_compiled_sampling(monkeypatch):
-    graphs = []
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile has been given to compile, which here runs as it is."""
+    given = []
 
-    def count(graph, _inputs, **_options):
-        graphs.append(graph)
+    def keep(graph, _inputs, **_options):
+        given.append(graph)
         return graph.forward
 
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: compile_(model, backend=count, dynamic=dynamic))
-    compiled = images(small_sampler(compile="reduce-overhead"))
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: compile_(model, backend=keep, dynamic=dynamic))
+    yield given
     torch._dynamo.reset()
+
+
+def test_compiled_sampling(graphs):
+    compiled = images(small_sampler(compile="reduce-overhead"))
     assert len(graphs) == 2  # one for the plain batch, one for the doubled
     torch.testing.assert_close(compiled, images(small_sampler()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
+def test_a_smaller_last_batch_is_not_compiled_for(graphs, solver):
+    sampler = small_sampler(compile="default", solver=solver)
+    batches = list(sampler(LABELS[:3]))
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert len(graphs) == 2  # as for full batches
+    torch.testing.assert_close(torch.cat(batches), images(sampler)[:3], rtol=0, atol=0)
+    images(sampler, LABELS[:1])
+    assert len(graphs) == 3  # where all there is fits into one batch, it is of that size; doubled, of the full one's
 
 
 def test_batches_are_decoded_as_they_come():
