@@ -19,9 +19,11 @@ from dic_repa.decoding import decode_batches
 from dic_repa.errors import UserError
 from dic_repa.models import load_denoiser
 from dic_repa.models.compiled import CompiledDenoiser
+from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.training.run_folder import RunFolder
+from dic_repa.weights import weights_fingerprint
 
 _LABELS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +44,19 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
     `recipe` stands in for the one that a checkpoint of ours has beside its weights, and others lack. Its plugins are
     imported. A UserError says what `path` lacks.
     """
+    folder = weights_folder(path)
+    if (folder / "recipe.yaml").is_file():
+        recipe = load_training_recipe(folder / "recipe.yaml")
+    if recipe is None:
+        raise UserError(
+            f"{folder} has no recipe.yaml to tell objective and data size; give a training recipe (--recipe)"
+        )
+    import_plugins(recipe)
+    return Checkpoint(load_denoiser(folder).to(device), recipe, folder)
+
+
+def weights_folder(path: str | Path) -> Path:
+    """Where the weights that `load_checkpoint` takes of `path` are."""
     path = Path(path)
     if path.is_file():
         raise UserError(f"{path} is a file; name the folder of a run or a checkpoint")
@@ -52,16 +67,16 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
         folder = RunFolder.open(path).newest_checkpoint("ema")
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet")
-    if (folder / "ema").is_dir():
-        folder = folder / "ema"
-    if (folder / "recipe.yaml").is_file():
-        recipe = load_training_recipe(folder / "recipe.yaml")
-    if recipe is None:
-        raise UserError(
-            f"{folder} has no recipe.yaml to tell objective and data size; give a training recipe (--recipe)"
-        )
-    import_plugins(recipe)
-    return Checkpoint(load_denoiser(folder).to(device), recipe, folder)
+    return folder / "ema" if (folder / "ema").is_dir() else folder
+
+
+def weak_weights(settings: SampleSection) -> dict[str, str]:
+    """The weaker model that `settings` guide with, as what tells samples from others; nothing where there is none.
+
+    Its path would not tell that it has been trained on, or written over.
+    """
+    weak = settings.guidance and settings.guidance.weak
+    return {"weak_weights": weights_fingerprint(weights_folder(weak) / WEIGHTS)} if weak else {}
 
 
 def balanced_labels(recipe: Recipe, num_classes: int, num: int, classes: Sequence[int] | None = None) -> Tensor:

@@ -11,7 +11,6 @@ solver, whose steps suit a whole batch, the images change within its tolerances.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -21,7 +20,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import Tensor
@@ -30,16 +28,18 @@ from tqdm import tqdm
 from dic_repa.errors import UserError
 from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.evaluation.npz import NpzFile, write_npz
-from dic_repa.generation import Checkpoint, Sampler, save_png
+from dic_repa.generation import Checkpoint, Sampler, save_png, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe_diff import flatten
 from dic_repa.samplers import solver_info
 from dic_repa.training.run_folder import write_whole
+from dic_repa.weights import weights_fingerprint
 
 WRITERS = 4  # threads that compress PNG files while the next batch is sampled
 _CHANGEABLE = {
     "checkpoint",  # where it is; what it is, its weights tell
+    "sample.guidance.weak",
     "sample.num",
     "sample.batch_size",
     "sample.decode_batch",
@@ -130,6 +130,7 @@ def sample_spec(
     return {
         "checkpoint": str(checkpoint.source),
         "weights": weights_fingerprint(checkpoint.source / WEIGHTS),
+        **weak_weights(settings),
         "sample": settings.model_dump(mode="json"),
         "evaluations_per_image": None,
         "classes": classes,
@@ -219,17 +220,6 @@ def fill(
             progress(len(batch))
         for done in written:
             done.result()
-
-
-def weights_fingerprint(path: Path) -> str:
-    """Of a weights file's size and of 64 places in it: any training step changes them all, and it takes no time."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=12)
-    with path.open("rb") as file:
-        for place in torch.linspace(0, max(0, size - 4096), 64).long().tolist():
-            file.seek(place)
-            digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 def _read_rgb(path: Path) -> np.ndarray:

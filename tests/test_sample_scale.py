@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dic_repa.build import build_denoiser
 from dic_repa.cli import main
@@ -121,6 +123,23 @@ def test_more_samples_are_added_and_others_refused(sample, mistake, checkpoint):
     Path("other").mkdir()
     Path("other/thesis.txt").write_text("mine")
     assert "other exists and holds no samples" in mistake("sample", checkpoint, "--out", "other")
+
+
+def test_samples_away_from_other_weak_weights_are_others(sample, mistake, checkpoint):
+    """A weaker model that was written over is told from what it was; one that was moved is the same."""
+    weak = Path(shutil.copytree(checkpoint, "weak")) / "model.safetensors"
+    weights = load_file(weak)
+    save_file({name: 0.9 * tensor for name, tensor in weights.items()}, weak)
+    options = ["--scale", "1.5", "--batch-size", "3", "--out", "out", "--weak"]
+    sample("--num", "3", *options, "weak")
+    shutil.move("weak", "moved")
+    sample("--num", "6", *options, "moved")
+    save_file({name: 0.8 * tensor for name, tensor in weights.items()}, "moved/model.safetensors")
+    again = ["sample", checkpoint, "--num", "6", *options]
+    assert "out exists with other samples (weak_weights differ)" in mistake(*again, "moved")
+    assert "weak_weights differ" in mistake(*again[:-1])
+    Path("moved/model.safetensors").unlink()
+    assert "moved" in mistake(*again, "moved")
 
 
 def test_random_classes_are_of_seed_and_index(sample):

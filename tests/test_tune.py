@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation import judge_digits, metrics
 from dic_repa.evaluation.judging import Judge
 from dic_repa.evaluation.report_data import _tuning
+from dic_repa.evaluation.runs import Judgement
 from dic_repa.evaluation.tune import Tuner
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint
 from dic_repa.models import DiC
@@ -178,3 +180,20 @@ def test_mistakes(mistake, checkpoint):
     settings.guidance = GuidanceSection(kind="cfg++", scale=0.5)
     with pytest.raises(UserError, match=r"CFG\+\+ guides at a scale of 1 too"):
         Tuner(loaded, "frechet", sample=settings)
+
+
+def test_records_of_guidance_by_a_weaker_model_know_its_weights(checkpoint, tmp_path):
+    """One that was written over makes other samples: neither a search nor a judgement goes on with the earlier ones."""
+    weak, loaded = shutil.copytree(checkpoint, tmp_path / "weak"), load_checkpoint(checkpoint)
+    sample = loaded.recipe.sample.model_copy(update={"guidance": GuidanceSection(scale=2.0, weak=str(weak))})
+
+    def identities():
+        tuner = Tuner(loaded, "frechet", sample=sample, num=2, out=tmp_path / "out")
+        return tuner.spec, Judgement.of(RunFolder(tmp_path), 4, loaded.recipe, sample).identity()
+
+    before = identities()
+    assert identities() == before
+    for parameter in loaded.denoiser.parameters():
+        parameter.data += 1
+    loaded.denoiser.save_pretrained(weak)
+    assert all(new != old for new, old in zip(identities(), before))

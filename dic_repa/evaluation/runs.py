@@ -14,7 +14,7 @@ from torch import Tensor
 from dic_repa.build import build_class_names
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge
-from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid
+from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid, weak_weights
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, write_whole
 
@@ -43,8 +43,8 @@ class Judgement:
 
     def identity(self) -> dict:
         """What tells a record of the same judgement from others."""
-        metric = "+".join(self.recipe.evaluate.names)
-        return {"step": self.step, "metric": metric, "sample": self.sample.model_dump(mode="json")}
+        metric, sample = "+".join(self.recipe.evaluate.names), self.sample.model_dump(mode="json")
+        return {"step": self.step, "metric": metric, "sample": sample, **weak_weights(self.sample)}
 
 
 def evaluate_run(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge, judge_of_score
-from dic_repa.generation import Checkpoint, balanced_labels, build_sampler
+from dic_repa.generation import Checkpoint, balanced_labels, build_sampler, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
-from dic_repa.sample_folder import weights_fingerprint
 from dic_repa.training.run_folder import write_whole
+from dic_repa.weights import weights_fingerprint
 
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.0, 0.85), (0.0, 1.0), (0.2, 0.8))
@@ -109,6 +109,7 @@ class Tuner:
             "weights": weights_fingerprint(self.loaded.source / WEIGHTS),
             "score": self.score,
             "reference": reference and str(reference),
+            **weak_weights(self.sample),
         }
         self.done = self._read()
 
