@@ -43,6 +43,20 @@ def test_frechet_scores_match_scipy(name, dim):
     assert score(samples, as_reference(real, score.layer)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_sfid_matches_scipy_at_all_its_dimensions():
+    """Of 2,023, with more samples than that; the root's trace as what it is, by the eigenvalues of the product."""
+    generator, sets = torch.Generator().manual_seed(0), []
+    for count, scale, shift in ((2600, 1.0, 0.0), (3000, 1.2, 0.1)):
+        mix = torch.eye(2023) + 0.5 * torch.randn(2023, 2023, generator=generator) / 2023**0.5
+        sets.append(torch.randn(count, 2023, generator=generator) @ mix * scale + shift)
+    a, b = (features.double().numpy() for features in sets)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(scipy.linalg.eigvals(cov_a @ cov_b).real).sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+    score = scores.get("sfid")
+    assert score(sets[0], as_reference(sets[1], score.layer)) == pytest.approx(expected, rel=1e-4)
+
+
 def test_frechet_distance_of_two_gaussians_in_closed_form():
     """For N(0, I) and N(m, s^2 I) it is |m|^2 + D (1 - s)^2, which sampled features come near."""
     dim, scale, shift, score = 16, 1.5, 0.5, scores.get("fid")
