@@ -2,10 +2,11 @@
 
     python tests/kill_often.py --kills 50
 
-Each session is a process of its own that trains or resumes the same run until it gets a SIGKILL: at a random moment, at
-the moment when a checkpoint is begun or named, or at a random moment with a file of the newest checkpoint cut short, a
-byte of it changed, or it removed afterwards. In the end the weights, their averages, the optimizer's state and the
-logged losses must be those of the undisturbed run, bit for bit, and nothing may be left behind.
+Each session is a process of its own that trains or resumes the same run until it gets a SIGKILL: while it starts, at a
+random moment, at the moment when a checkpoint is begun or named, or at a random moment with a file of the newest
+checkpoint cut short, a byte of it changed, or it removed afterwards. The kills are spread over the whole run; the last
+comes while its last checkpoint is written. In the end the weights, their averages, the optimizer's state and the logged
+losses must be those of the undisturbed run, bit for bit, and nothing may be left behind.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,13 +34,15 @@ from dic_repa.recipe import load_recipe
 from dic_repa.training import train
 from dic_repa.training.run_folder import RunFolder, checkpoint_step
 
+MOMENTS = ["starting", "random", "writing", "named", "random and damaged"]
+EVERY = 4  # steps from a checkpoint to the next
 SMALL = [
     "model.width=8",
     "model.depths=[1,1,1,1,1]",
     "alignments=[]",
     "train.batch_size=4",
     "train.log_every=4",
-    "train.checkpoint_every=4",
+    f"train.checkpoint_every={EVERY}",
     "train.keep_checkpoints=3",
     "train.sample_every=0",
     "train.power_ema=[0.05,0.1]",
@@ -74,19 +78,37 @@ def ended(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def wait_for_moment(child: int, run: RunFolder, moment: str, chance: random.Random, duration: float) -> int | None:
-    """Return when it is time to kill the session; its exit code where it ended before."""
-    deadline, before = time.monotonic() + chance.uniform(0.05, duration), set(run.list_checkpoints())
-    while (code := ended(child)) is None:
-        written = any(run.checkpoints.glob(".writing-*"))
-        named = set(run.list_checkpoints()) - before
-        if (moment == "writing" and written) or (moment == "named" and named):
-            time.sleep(chance.choice([0, 0.002, 0.01]))
-            return None
-        if time.monotonic() > deadline + (0 if moment == "random" else 10):
-            return None
+def wait_for_moment(
+    child: int, run: RunFolder, moment: str, goal: int, chance: random.Random, seconds: float
+) -> int | None:
+    """Return when it is time to kill the session, near the step `goal`; its exit code where it ended before.
+
+    `seconds` is about the time from a checkpoint to the next.
+    """
+    if moment == "starting":
+        return wait(child, lambda: False, chance.uniform(0, 0.5))
+    code = wait(child, lambda: newest_step(run) >= goal - EVERY)
+    if code is None and moment == "writing":
+        code = wait(child, lambda: any(run.checkpoints.glob(".writing-*")))
+    elif code is None and moment == "named":
+        before = newest_step(run)
+        code = wait(child, lambda: newest_step(run) > before)
+    if code is None:
+        longest = seconds if moment.startswith("random") else 0.01
+        code = wait(child, lambda: False, chance.choice([0, chance.uniform(0, longest)]))
+    return code
+
+
+def wait(child: int, condition: Callable[[], bool], seconds: float = 60) -> int | None:
+    """Until `condition` holds or `seconds` are over; the session's exit code where it ends before."""
+    deadline = time.monotonic() + seconds
+    while (code := ended(child)) is None and time.monotonic() < deadline and not condition():
         time.sleep(0.0005)
     return code
+
+
+def newest_step(run: RunFolder) -> int:
+    return max(map(checkpoint_step, run.list_checkpoints()), default=0)
 
 
 def damage(run: RunFolder, chance: random.Random) -> str:
@@ -115,14 +137,15 @@ def run_undisturbed(path: Path, steps: int) -> float:
 
 
 def kill_until_done(
-    whole: RunFolder, path: Path, kills: int, steps: int, chance: random.Random, duration: float
+    whole: RunFolder, path: Path, kills: int, steps: int, chance: random.Random, seconds: float
 ) -> Counter:
     """The disturbed run; how often it was killed, and how."""
     run, happened = RunFolder(path), Counter()
-    while sum(happened.values()) < kills:
-        moment = chance.choice(["random", "writing", "named", "random and damaged"])
+    while (done := sum(happened.values())) < kills:
+        moment = "writing" if done == kills - 1 else chance.choice(MOMENTS)
+        goal = steps * (done + 1) // kills
         child = begin_session(path, steps)
-        code = wait_for_moment(child, run, moment.split()[0], chance, duration)
+        code = wait_for_moment(child, run, moment, goal, chance, seconds)
         if code is not None:
             assert code == 0, path.with_name("errors.txt").read_text()
             compare(whole, run)
@@ -131,11 +154,10 @@ def kill_until_done(
             continue
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        happened[moment] += 1
+        print(f"kill {done + 1} ({moment}) after the checkpoint of step {newest_step(run)}", flush=True)
         if moment.endswith("damaged"):
             print(f"  {damage(run, chance)}")
-        happened[moment] += 1
-        newest = max(map(checkpoint_step, run.list_checkpoints()), default=0)
-        print(f"kill {sum(happened.values())} ({moment}) at step {newest} or later", flush=True)
     run_undisturbed(path, steps)
     return happened
 
@@ -174,8 +196,7 @@ def main(kills: int, steps: int, seed: int, folder: Path) -> Counter:
     whole, killed = RunFolder(folder / "whole"), RunFolder(folder / "killed")
     seconds = run_undisturbed(whole.path, steps)
     print(f"undisturbed: {steps} steps in {seconds:.1f} s")
-    # Late enough for most sessions to get a few checkpoints further, early enough for one run to outlast many of them.
-    happened = kill_until_done(whole, killed.path, kills, steps, random.Random(seed), 1.5 * seconds / kills + 0.5)
+    happened = kill_until_done(whole, killed.path, kills, steps, random.Random(seed), seconds * EVERY / steps)
     compare(whole, killed)
     return happened
 

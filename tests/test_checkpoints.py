@@ -234,9 +234,7 @@ def test_read_only_checkpoint_folder_keeps_the_old_one(disk, whole, tmp_path, mo
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_kills_change_nothing(tmp_path):
-    """The short form of `python tests/kill_often.py`: three kills, one of them with damage, at moments of every run's
-    own.
-    """
+    """The short form of `python tests/kill_often.py`: three kills, at moments of every run's own."""
     script = (
         "import kill_often, pathlib; kill_often.main(kills=3, steps=40, seed={seed}, folder=pathlib.Path({folder!r}))"
     )
