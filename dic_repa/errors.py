@@ -5,10 +5,12 @@ The command line prints it as a single line and exits with code 2; a traceback i
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -23,6 +25,18 @@ class UserError(ValueError):
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def told_by_whom_it_befalls() -> Iterator[None]:
+    """Print an error that one process has by itself, such as a damaged file: the command line prints those of the main
+    process alone, since most mistakes are all processes'."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if not is_main_process():
+            print(f"\nerror: {error}", file=sys.stderr)  # a line of its own, below the main process's progress bar
+        raise
 
 
 def first_line(error: BaseException, most: int = 160) -> str:

@@ -10,10 +10,8 @@ solver, whose steps suit a whole batch, the images change within its tolerances.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -25,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, told_by_whom_it_befalls
 from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import Checkpoint, Sampler, save_png, weak_weights
@@ -165,24 +163,12 @@ def sample_into(
     with tqdm(total=total, unit="image", desc="sampling", disable=quiet) as bar:
         # The others are about as far as this one.
         advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
-        with told_by_whom_it_befalls(accelerator):
+        with told_by_whom_it_befalls():
             fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and sampler.evaluations:
         folder.spec["evaluations_per_image"] = sampler.evaluations
         folder.write_spec()
-
-
-@contextlib.contextmanager
-def told_by_whom_it_befalls(accelerator: Accelerator) -> Iterator[None]:
-    """Print an error that one process has by itself, such as a damaged file: the command line prints those of the main
-    process, since most mistakes are all processes'."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        if not accelerator.is_main_process:
-            print(f"error: {error}", file=sys.stderr)
-        raise
 
 
 def fill(

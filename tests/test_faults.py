@@ -278,6 +278,24 @@ def test_error_leaves_no_loader_process_that_would_hang_the_exit(tmp_path, monke
     assert caught.traceback
 
 
+@pytest.mark.parametrize("error", [UserError("a.png is damaged"), PermissionError(13, "Permission denied", "a.png")])
+def test_process_whose_data_fails_says_so_though_it_is_not_the_main_one(tmp_path, monkeypatch, capsys, error):
+    read, indices = PoisonedDigits.__getitem__, []
+
+    def fail(self, index):
+        indices.append(index)
+        if len(indices) > 6:
+            raise error
+        return read(self, index)
+
+    monkeypatch.setattr(PoisonedDigits, "__getitem__", fail)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(type(error)):
+        small_run(tmp_path / "run", "data.name=poisoned-digits", "data.workers=0")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == [f"error: {error}"]
+
+
 def test_stalled_loader_is_named(capsys):
     class Accelerator:
         process_index = 3

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from dic_repa.build import build_denoiser
 from dic_repa.cli import main
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, told_by_whom_it_befalls
 from dic_repa.evaluation import open_images
 from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import build_sampler, load_checkpoint, random_labels
 from dic_repa.recipe import SampleSection, load_training_recipe, to_yaml
-from dic_repa.sample_folder import SampleFolder, fill, sample_spec, told_by_whom_it_befalls
+from dic_repa.sample_folder import SampleFolder, fill, sample_spec
 
 RECIPE = load_training_recipe(
     "digits-urepa", ["model.width=8", "model.depths=[1,1,1,1,1]", "sample.solver=euler", "sample.steps=1"]
@@ -187,10 +186,10 @@ def test_a_sample_of_nan_is_named(checkpoint, tmp_path):
         fill(folder, build_sampler(loaded, settings), torch.arange(4))
 
 
-def test_an_error_of_one_process_is_printed_by_it(capsys):
-    for main_process, printed in ((False, "error: disk is full\n"), (True, "")):
-        accelerator = SimpleNamespace(is_main_process=main_process)
-        with pytest.raises(UserError, match="disk is full"), told_by_whom_it_befalls(accelerator):
+def test_an_error_of_one_process_is_printed_by_it(capsys, monkeypatch):
+    for rank, printed in (("1", "\nerror: disk is full\n"), ("0", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match="disk is full"), told_by_whom_it_befalls():
             raise UserError("disk is full")
         assert capsys.readouterr().err == printed
 

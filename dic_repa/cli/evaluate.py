@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.sample import sample_settings, sampling_options
-from dic_repa.errors import UserError, is_main_process
+from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls
 from dic_repa.recipe import load_recipe
 
 ADM = "fid,sfid,is,prec,recall"
@@ -99,7 +99,7 @@ def measure_and_show(
     from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
     from dic_repa.evaluation.samples import is_checkpoint, record, save_record
-    from dic_repa.sample_folder import patient_accelerator, told_by_whom_it_befalls
+    from dic_repa.sample_folder import patient_accelerator
 
     if options["out"] and len(samples) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
@@ -131,7 +131,7 @@ def measure_and_show(
     for path in samples:
         place = _sampled(path, recipe, again, processes, options) if is_checkpoint(path) else path
         images = opened.get(path) or open_images(place, options["resize"])
-        with told_by_whom_it_befalls(processes), _bar(f"measuring {place}", processes, len(images)) as bar:
+        with told_by_whom_it_befalls(), _bar(f"measuring {place}", processes, len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update)
         if not processes.is_main_process:
             continue

@@ -6,7 +6,6 @@ A step has a global batch; each process has a share of it, and goes through its 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dic_repa.data.images import unit_images
 from dic_repa.data.latents import denoiser_data, global_noise
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, told_by_whom_it_befalls
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.parts import Parts
 from dic_repa.training.preemption import leave_signals_to_parent
@@ -61,14 +60,11 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
     )
     loading = iter(loader)
     try:
-        for batch in loading:
-            if not recipe.alignments and ("x" in batch or "moments" in batch):
-                batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
-            yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-    except UserError as error:
-        if not accelerator.is_main_process:  # the main one, which tells of errors, has not met this one
-            print(f"error: {error}", file=sys.stderr)
-        raise
+        with told_by_whom_it_befalls():
+            for batch in loading:
+                if not recipe.alignments and ("x" in batch or "moments" in batch):
+                    batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
+                yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     finally:
         if recipe.data.workers:
             # Left to Python, which sends SIGTERM to what an error's traceback keeps alive, they would hang the exit.
