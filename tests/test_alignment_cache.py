@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 
+import datasets as hf
 import numpy as np
 import pytest
 import torch
+from pictures import picture, write_tree
 from safetensors.torch import load_file
 from torch import nn
 
 from dic_repa.alignment import cache as cache_module
-from dic_repa.alignment.cache import WithTokens, cache_key, feature_cache
+from dic_repa.alignment.cache import HASHED_IMAGES, WithTokens, cache_key, feature_cache, spread
 from dic_repa.data import Digits, datasets
+from dic_repa.data.image_folder import ImageFolder
 from dic_repa.encoders import create_encoder
 from dic_repa.encoders.digits import DigitsViT
 from dic_repa.errors import UserError
@@ -95,6 +99,42 @@ def test_the_key_covers_encoder_weights_preprocessing_and_data(data, encoder):
     assert cache_key("digits-vit", {}, encoder, other) != key
     assert cache_key("digits-vit", {}, encoder, FewDigits("held-out")) != key
     assert cache_key("digits-vit", {}, encoder, Digits()) != key  # more of them
+
+
+@pytest.mark.parametrize("kind", ["folder", "linked", "zip", "disk", "parquet", "hub"])
+def test_the_key_covers_images_that_are_not_hashed(tmp_path, monkeypatch, encoder, kind):
+    """One of 70 is replaced, under its name and label, beside those of which the key has the pixels."""
+    tree, place = write_tree(tmp_path / "tree", {"cat": 30, "dog": 40}, (16, 16)), str(tmp_path / "place")
+    load = hf.load_dataset
+    rows = lambda: load("imagefolder", data_dir=str(tree), split="train", cache_dir=str(tmp_path / "cache"))  # noqa: E731
+    if kind == "folder":
+        place = str(tree)
+    elif kind == "linked":
+        (tmp_path / "place").mkdir()
+        for name in ("cat", "dog"):
+            (tmp_path / "place" / name).symlink_to(tree / name)
+    elif kind == "hub":
+        place = "somebody/pictures"
+        monkeypatch.setattr(hf, "load_dataset", lambda name, split: rows())
+
+    def key():
+        if kind == "zip":
+            shutil.make_archive(place, "zip", tree)
+        elif kind == "disk":
+            rows().save_to_disk(place)
+        elif kind == "parquet":
+            (tmp_path / "place").mkdir(exist_ok=True)
+            rows().to_parquet(f"{place}/train.parquet")
+        return opened()
+
+    def opened():
+        return cache_key("digits-vit", {}, encoder, ImageFolder(place + ".zip" * (kind == "zip"), size=16))
+
+    before = key()
+    assert opened() == before
+    unseen = next(i for i in range(30, 70) if i not in spread(70, HASHED_IMAGES))
+    picture(99, (16, 16)).save(tree / f"dog/{unseen - 30:03d}.png")
+    assert key() != before
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "others"])

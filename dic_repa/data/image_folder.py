@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dic_repa.data.autoencoders import load_spec
-from dic_repa.data.files import stamp
 from dic_repa.data.images import center_crop, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.sources import open_source
@@ -45,10 +44,8 @@ class ImageFolder(LatentDataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """What a feature cache knows the images by; of a data set on the hub, its names alone."""
-        path = Path(self.source.path)
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        return f"{self.source.fingerprint()} {stamp(files)} {self.size} {self.flip}"
+        """What a feature cache knows the images by."""
+        return f"{self.source.state()} {self.size} {self.flip}"
 
     def __len__(self) -> int:
         return len(self.source) * (2 if self.flip else 1)

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from dic_repa.data.files import FileTree, open_tree
+from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, BadImage, decode_image
 from dic_repa.errors import UserError
 from dic_repa.hub import offline_without_network
@@ -35,6 +35,8 @@ class ImageSource:
     class_names: tuple[str, ...]
     load_bytes: Callable[[int], bytes] = field(repr=False)
     rejected: tuple[str, ...] = ()
+    files: Sequence[Path] = field(repr=False, default=())  # that the images are in
+    version: str = ""  # of a data set on the hub, which has no files of ours
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,6 +55,10 @@ class ImageSource:
         for value in (list(self.names), list(map(int, self.labels)), self.class_names):
             digest.update(json.dumps(value).encode())
         return digest.hexdigest()
+
+    def state(self) -> str:
+        """`fingerprint`, and that of the files: tells without reading them whether any image was changed."""
+        return f"{self.fingerprint()} {stamp(self.files)} {self.version}"
 
 
 @dataclass
@@ -101,7 +107,8 @@ def open_source(path: str | Path, labels: str | Path | None = None, skip_bad: bo
         numbers, class_names = read_labels(text, str(label_file), names)
     else:
         numbers, class_names = _labels_of_folders(tree, names)
-    return ImageSource(path, names, numbers, class_names, _ReadNamed(tree.read, names), rejected)
+    files = [tree.path / name for name in names] if tree.path.is_dir() else [tree.path]
+    return ImageSource(path, names, numbers, class_names, _ReadNamed(tree.read, names), rejected, files)
 
 
 def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -162,14 +169,19 @@ def _open_hugging_face(path: str) -> ImageSource:
     import datasets
 
     place, _, split = (path, "", "") if Path(path).exists() else path.partition(":")
+    files, version = [], ""
     try:
         if (Path(place) / "state.json").is_file() or (Path(place) / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(place)
             data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            if not Path(place).exists():
-                offline_without_network()
+            files = [Path(part["filename"]) for part in data.cache_files]
+        elif Path(place).exists():
             data = datasets.load_dataset(place, split=split or "train")
+            files = list(Path(place).rglob("*.parquet"))  # not the Arrow files that were made of these
+        else:
+            offline_without_network()
+            data = datasets.load_dataset(place, split=split or "train")
+            version = str(getattr(data, "_fingerprint", ""))  # covers the hub's commit and the split
     except Exception as error:  # anything from ConnectionError to DatasetNotFoundError and ValueError
         reason = (str(error) or repr(error)).strip().splitlines()[0]
         missing = "" if Path(place).exists() else f"there is no folder {path}, and "
@@ -187,7 +199,7 @@ def _open_hugging_face(path: str) -> ImageSource:
         raise UserError(f"{path}: {unlabelled} images have no label; choose another split, ID:SPLIT")
 
     names = [f"{path}#{k}" for k in range(len(labels))]
-    return ImageSource(path, names, labels, class_names, _ReadColumn(rows, image))
+    return ImageSource(path, names, labels, class_names, _ReadColumn(rows, image), files=files, version=version)
 
 
 def _only_column(data, kind: type, preferred: str, path: str) -> str:
