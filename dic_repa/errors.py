@@ -27,14 +27,19 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def tells_of_errors() -> bool:
+    """Whether the command line prints this process's errors: the first process of each machine, since most mistakes are
+    all processes', and some, such as data that is not there, all of a machine's."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
 @contextlib.contextmanager
 def told_by_whom_it_befalls() -> Iterator[None]:
-    """Print an error that one process has by itself, such as a damaged file: the command line prints those of the main
-    process alone, since most mistakes are all processes'."""
+    """Print an error that one process has by itself, such as a damaged file, where the command line will not."""
     try:
         yield
     except (UserError, OSError) as error:
-        if not is_main_process():
+        if not tells_of_errors():
             print(f"\nerror: {error}", file=sys.stderr)  # a line of its own, below the main process's progress bar
         raise
 

@@ -79,6 +79,12 @@ def test_both_stop_after_the_same_step_when_one_is_told_to(runs):
     assert RunFolder(runs / "stopped").newest_checkpoint().name == "step_00000004"
 
 
+def test_data_that_one_lacks_is_told_by_both(runs):
+    said = [(runs / f"absent-{rank}.txt").read_text() for rank in (0, 1)]
+    assert said == ["there is no data folder"] * 2
+    assert not (runs / "absent").exists()
+
+
 def test_stages_are_those_of_the_paper_and_leave_nothing_out_twice():
     denoiser = DiC(width=8, depths=(1, 2, 3, 2, 1), in_channels=1, num_classes=10)
     found = stages(denoiser)

@@ -1,7 +1,8 @@
 """What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/two_processes.py FOLDER`.
 
 Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2), `poisoned` (one
-process alone meets values that are not finite) and `stopped` (one process alone is told to stop).
+process alone meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and
+`absent-1.txt` tell what each says where one alone has no data.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from small_runs import ALIGNED, PoisonedDigits, small_run
 
+from dic_repa.errors import UserError
 from dic_repa.training import EMA, Preempted
 from dic_repa.training.randomness import data_order
 
@@ -39,6 +41,19 @@ def main(folder: Path) -> None:
     every = ["train.steps=4", "train.checkpoint_every=1", "train.keep_checkpoints=4"]
     small_run(folder / "poisoned", *every, "data.name=poisoned-digits")
     small_run(folder / "poisoned-sharded", *every, "data.name=poisoned-digits", "train.sharding=fsdp2")
+
+    read = PoisonedDigits.__init__
+
+    def absent(self, *arguments, **options):
+        if os.environ["RANK"] == "1":
+            raise UserError("there is no data folder")
+        read(self, *arguments, **options)
+
+    PoisonedDigits.__init__ = absent
+    try:
+        small_run(folder / "absent", "data.name=poisoned-digits")
+    except UserError as error:
+        (folder / f"absent-{os.environ['RANK']}.txt").write_text(str(error))
 
     update = EMA.update
 

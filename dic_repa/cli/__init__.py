@@ -8,7 +8,7 @@ from importlib import import_module
 import click
 
 from dic_repa import __version__
-from dic_repa.errors import UserError, is_main_process, unknown_name
+from dic_repa.errors import UserError, tells_of_errors, unknown_name
 
 VERBS = {
     "train": "Train a recipe; sample and judge at the end.",
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, click.ClickException, OSError) as error:
         if debug:
             raise
-        if is_main_process():  # what one process finds wrong, each of them does
+        if tells_of_errors():
             click.echo(f"error: {_message(error)}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.evaluate import evaluate_and_show
-from dic_repa.errors import UserError, first_line, is_main_process
+from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors
 from dic_repa.recipe import Recipe, load_training_recipe
 
 
@@ -86,7 +86,7 @@ def command(
             f"the GPU's memory is full ({first_line(error)}); lower train.micro_batch or set "
             "train.gradient_checkpointing=true, which change nothing else: --resume goes on with them"
         )
-        if not is_main_process():  # the main one, which tells of errors, may have enough
+        if not tells_of_errors():  # the one that does may have enough
             click.echo(f"error: {fault}", err=True)
         raise fault from None
     except KeyboardInterrupt:

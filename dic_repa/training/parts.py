@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -54,14 +56,18 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     import_plugins(recipe)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     torch.manual_seed(settings.seed)
-    data = build_dataset(recipe.data)
-    shape = data_shape(data)
+
+    def read_data() -> tuple[Dataset, tuple[int, int, int]]:
+        data = build_dataset(recipe.data)
+        return data, data_shape(data)
+
+    data, shape = in_all_processes(accelerator, read_data)
     if len(data) < accelerator.num_processes:
         raise UserError(f"{accelerator.num_processes} processes are more than the {len(data)} samples of the data")
     denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
     forward_on_meta(denoiser, *shape[-2:])  # finds a size that does not fit before the run's folder is made
-    encoders = [build_encoder(section, device) for section in recipe.alignments]
+    encoders = in_all_processes(accelerator, lambda: [build_encoder(section, device) for section in recipe.alignments])
     alignments = [
         build_alignment(section, encoder, denoiser, data, device)
         for section, encoder in zip(recipe.alignments, encoders)
@@ -108,6 +114,23 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         sampler,
         sharded,
     )
+
+
+def in_all_processes(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Do `action` in every process, and return each its own result; a UserError or OSError of one, such as for a file
+    that it alone cannot read, is raised in all of them.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except (UserError, OSError) as error:
+        failure = error
+    if accelerator.num_processes > 1:
+        failures = gather_object([failure])
+        failure = failure or next(filter(None, failures), None)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def cast_weights(encoder, precision: str) -> None:
