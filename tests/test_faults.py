@@ -22,7 +22,7 @@ from small_runs import SMALL, PoisonedDigits, assert_same, metrics, small_recipe
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.training import EMA, Preempted, RunFolder, train
-from dic_repa.training.checkpoint import write_checkpoint
+from dic_repa.training.checkpoint import CheckpointWriter, write_checkpoint
 from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.lock import locked
 from dic_repa.training.metrics import append_whole
@@ -402,14 +402,44 @@ def test_appending_makes_the_file(tmp_path):
     assert (tmp_path / "new").read_text() == "line\n"
 
 
-def test_a_loader_process_outlives_a_signal_but_not_for_ever(monkeypatch):
-    """Else an interpreter that exits with one alive, which gets SIGTERM and is waited for, would never end."""
-    monkeypatch.setattr("dic_repa.training.preemption.PATIENCE", 2)
-    worker = multiprocessing.get_context("fork").Process(target=lambda: (leave_signals_to_parent(), time.sleep(60)))
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
+def test_a_loader_process_obeys_its_parent_alone():
+    """A signal to the whole group must not cost the batches of the step that is going on, nor hang Python's exit."""
+    ready, done = multiprocessing.Pipe()
+
+    def work() -> None:
+        leave_signals_to_parent()
+        while True:
+            done.send(done.recv())
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
     worker.start()
-    time.sleep(0.5)
+    ready.send("begun")
+    assert ready.recv() == "begun"
+    for name in ("USR1", "TERM", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        ready.send(name)
+        assert ready.recv() == name
     worker.terminate()
-    worker.join(1)
-    assert worker.is_alive()
     worker.join(30)
-    assert worker.exitcode == -signal.SIGALRM
+    assert worker.exitcode == 0
+
+
+def test_an_interrupt_leaves_what_is_being_written_whole(tmp_path):
+    begun, written = threading.Event(), []
+
+    def write() -> None:
+        begun.set()
+        time.sleep(1)
+        written.append(True)
+
+    def interrupt() -> None:
+        begun.wait()
+        time.sleep(0.2)  # the main thread waits by now
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(RunFolder(tmp_path)) as writer:
+        writer.start(1, write)
+        writer.finish()
+    assert written

@@ -14,8 +14,8 @@ import json
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,14 +159,13 @@ class CheckpointWriter:
 
     run: RunFolder
     failure: str | None = field(default=None, init=False)
-    _bug: BaseException | None = field(default=None, init=False)
-    _thread: threading.Thread | None = field(default=None, init=False)
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
+    _job: Future | None = field(default=None, init=False)
 
     def start(self, step: int, write: Callable[[], None]) -> None:
         """Begin to write the state of `step`."""
         self._wait()
-        self._thread = threading.Thread(target=self._work, args=(step, write), name="checkpoint")
-        self._thread.start()
+        self._job = self._pool.submit(self._work, step, write)
 
     def finish(self) -> None:
         """Wait for the last job; a UserError where it failed."""
@@ -178,14 +177,11 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._thread is not None:
-            self._thread.join()  # whatever ended the run: what is being written shall be whole
+        self._pool.shutdown()  # whatever ended the run, Ctrl-C in `_wait` too: what is being written shall be whole
 
     def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        if self._bug is not None:
-            raise self._bug
+        if self._job is not None:
+            self._job.result()  # not a thread's join, which before Python 3.13 an interrupt ends for good
 
     def _work(self, step: int, write: Callable[[], None]) -> None:
         self.failure = None
@@ -197,8 +193,6 @@ class CheckpointWriter:
             folder = self.run.checkpoint_path(step)
             self.failure = f"the checkpoint {folder} could not be written ({first_line(error)}); {kept}"
             tqdm.write(f"warning: {self.failure}; the run goes on", file=sys.stderr)
-        except BaseException as error:
-            self._bug = error
 
 
 def _flush(path: Path) -> None:

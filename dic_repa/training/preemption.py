@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
-PATIENCE = 120  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
 
 
@@ -59,9 +59,16 @@ def preempted_by_signals() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_worker: int = 0) -> None:
-    """In a loader's process: the whole group is signalled, but it is the parent that says when to stop.
-
-    It has two minutes for that. Python sends SIGTERM too, to what is left at its exit, and waits for it to work.
+    """In a loader's process: whoever signals the whole group, it is the parent that says when to stop, after a
+    checkpoint and a grid that may take minutes. A SIGTERM of the parent's own is Python's at its exit, and is obeyed.
     """
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: signal.alarm(PATIENCE))
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, where there are no schedulers to send them
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
