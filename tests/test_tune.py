@@ -96,16 +96,30 @@ def test_it_goes_on_where_it_stopped(checkpoint, landscape):
     class Stopped(Exception):
         pass
 
-    def stop(cell, _count):
-        if cell is not None and len(landscape.asked) == 4:
-            raise Stopped
+    def stop_at(asked):
+        def stop(cell, _count):
+            if cell is not None and len(landscape.asked) == asked:
+                raise Stopped
+
+        return stop
 
     with pytest.raises(Stopped):
-        tuner(checkpoint).run(stop)
+        tuner(checkpoint).run(stop_at(4))
     before = list(landscape.asked)
-    finished = tuner(checkpoint).run()
+    kept = []
+    finished = tuner(checkpoint).run(lambda cell, count: cell and kept.append(count))
+    assert kept == [20] * 4 + [0] * 5
     assert len(landscape.asked) == len(set(landscape.asked)) == 9  # none was done twice
     assert landscape.asked[:4] == before
+    finished.picture.unlink()
+    (checkpoint / "tune/tune.json").write_text(json.dumps({"cells": []}))
+    with pytest.raises(Stopped):  # the grid is drawn, and its best told, before the confirmation
+        tuner(checkpoint).run(stop_at(17))
+    assert finished.picture.is_file()
+    assert len(json.loads(finished.record.read_text())["best"]) == 2
+    landscape.asked[9:] = []
+    tuner(checkpoint).run()
+    landscape.asked[9:] = []
     again = tuner(checkpoint).run()
     assert len(landscape.asked) == 9
     assert again.best == finished.best

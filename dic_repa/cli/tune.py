@@ -72,13 +72,15 @@ def command(
     loaded = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     sample = sample_settings(loaded.recipe.sample, **options)
     tuner = Tuner(loaded, metric, reference, sample, chosen, spans, num, confirm, confirm_num, out)
-    total = len(tuner.cells()) * tuner.num + confirm * tuner.confirm_num
+    cells = len(tuner.cells())
+    total = cells * tuner.num + min(confirm, cells) * tuner.confirm_num
     with tqdm(total=total, unit="image", desc="tuning", delay=0.1) as bar:
 
         def progress(cell: Cell | None, count: int) -> None:
             if cell is None:
                 bar.update(count)
             else:
+                bar.total -= count  # there already, so no work of this call
                 bar.write(f"{cell.options:32} {cell.num:6} samples  {tuner.score} {cell.value:.4g}")
 
         tuned = tuner.run(progress)

@@ -24,7 +24,8 @@ MOST_POINTS = 1500  # of a curve: more than a screen has pixels
 MOST_GRIDS = 60  # of the samples over training
 WIDEST = 1100  # pixels of an inlined picture
 LARGEST = 150_000  # bytes of a PNG that is inlined as it is
-_SEARCH = ("checkpoint", "weights", "score", "reference")  # what the cells of one guidance search have in common
+# What the cells of one guidance search have in common.
+_SEARCH = ("checkpoint", "weights", "weak_weights", "score", "reference")
 
 
 def read_run(run: RunFolder) -> dict:
@@ -206,7 +207,7 @@ def _tuning(run: RunFolder, problems: list[str]) -> dict | None:
         record = _read_json(file)
         score, best = record["score"], record["best"]
         # The file keeps the cells of other searches too: of another score, or before the run was trained on.
-        own = [c for c in record["cells"] if all(c.get(key) == record[key] for key in _SEARCH if key in record)]
+        own = [c for c in record["cells"] if all(c.get(key) == record.get(key) for key in _SEARCH)]
         cells = [(c["sample"]["guidance"], c["sample"]["num"], _number(c["scores"][score])) for c in own]
         few = min(num for _, num, _ in cells)
         values = {(g["scale"], tuple(g["interval"])): value for g, num, value in cells if g and num == few}

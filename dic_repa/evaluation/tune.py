@@ -111,7 +111,7 @@ class Tuner:
             "reference": reference and str(reference),
             **weak_weights(self.sample),
         }
-        self.done = self._read()
+        self.done, self.best = self._read(), []
 
     def cells(self) -> list[tuple[float, tuple[float, float]]]:
         """What the grid asks for; one cell for all intervals where the scale is 1."""
@@ -119,21 +119,20 @@ class Tuner:
         return plain + [(scale, interval) for scale in self.scales if scale != 1 for interval in self.intervals]
 
     def run(self, progress: Callable[[Cell | None, int], None] = lambda cell, count: None) -> Tuned:
-        """Search, confirm, draw. `progress(None, count)` is told of images, `progress(cell, 0)` of a cell."""
+        """Search, confirm, draw. `progress(None, count)` is told of images, `progress(cell, count)` of a cell that is
+        done and how many of its images an earlier call had sampled.
+        """
         found = [self._cell(scale, interval, self.num, progress) for scale, interval in self.cells()]
         best = self.ranked(found)[: self.confirm]
-        confirmed = self.ranked([self._cell(c.scale, c.interval, self.confirm_num, progress) for c in best])
-        picture = self.folder / "tune.png"
-        tuned = Tuned(
-            (confirmed or self.ranked(found))[0],
-            found,
-            confirmed,
-            self.score,
-            self.judge.better[self.score],
-            self.file,
-            picture,
-        )
-        self._write(confirmed or best)
+        self._finish(found, [])  # to be looked at while the best are confirmed, which may take long
+        confirmed = [self._cell(c.scale, c.interval, self.confirm_num, progress) for c in best]
+        return self._finish(found, self.ranked(confirmed))
+
+    def _finish(self, found: list[Cell], confirmed: list[Cell]) -> Tuned:
+        better, picture, ranked = self.judge.better[self.score], self.folder / "tune.png", self.ranked(found)
+        tuned = Tuned((confirmed or ranked)[0], found, confirmed, self.score, better, self.file, picture)
+        self.best = confirmed or ranked[: max(1, self.confirm)]
+        self._write()
         save_heat_map(tuned, self.intervals, picture)
         return tuned
 
@@ -146,6 +145,7 @@ class Tuner:
         settings = self._settings(scale, interval, num)
         wanted = self.spec | {"sample": settings.model_dump(mode="json")}
         known = next((entry for entry in self.done if wanted.items() <= entry.items()), None)
+        kept = num if known else 0
         if known is None:
             labels = balanced_labels(self.loaded.recipe, self.loaded.denoiser.num_classes, num)
             batches = build_sampler(self.loaded, settings)(labels)
@@ -153,7 +153,7 @@ class Tuner:
             self.done.append(known)
             self._write()
         cell = Cell(scale, interval, num, float(known["scores"][self.score]))
-        progress(cell, 0)
+        progress(cell, kept)
         return cell
 
     def _settings(self, scale: float, interval: tuple[float, float], num: int) -> SampleSection:
@@ -173,10 +173,10 @@ class Tuner:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
 
-    def _write(self, best: Sequence[Cell] = ()) -> None:
+    def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.spec | {"better": self.judge.better[self.score]}
-        record["best"] = [vars(cell) | {"options": cell.options} for cell in best]
+        record["best"] = [vars(cell) | {"options": cell.options} for cell in self.best]
         write_whole(self.file, json.dumps(record | {"cells": self.done}, indent=1) + "\n")
 
 
@@ -212,7 +212,7 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
         for j, value in enumerate(row):
             red, green, blue, _ = shown.cmap(shown.norm(value))
             color = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-            axis.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9, color=color)
+            axis.text(j, i, f"{value:#.3g}".rstrip("."), ha="center", va="center", fontsize=9, color=color)
     for k, cell in enumerate(tuned.confirmed):
         rows = range(len(intervals)) if cell.scale == 1 else [list(intervals).index(cell.interval)]
         for i in rows:
@@ -221,7 +221,10 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
     axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axis.set_yticks(range(len(intervals)), [f"{low:g} to {high:g}" for low, high in intervals])
     axis.set(xlabel="guidance scale", ylabel="interval of t")
-    axis.set_title(f"{tuned.score} ({tuned.better} is better), {tuned.cells[0].num} samples a cell", fontsize=10)
+    title = f"{tuned.score} ({tuned.better} is better), {tuned.cells[0].num} samples a cell"
+    if tuned.confirmed:
+        title += f"\nframed: the best, confirmed with {tuned.best.num} samples"
+    axis.set_title(title, fontsize=10)
     figure.colorbar(shown, ax=axis)
     figure.savefig(path, dpi=120)
     plt.close(figure)
