@@ -62,8 +62,16 @@ def test_oracle_gives_the_authors_output():
 def test_eager_paths(layout, checkpointing):
     model, oracle = pair(gradient_checkpointing=checkpointing)
     model.to(memory_format=layout)
+    kept = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(
+                lambda _m, given: kept.append(given[0].is_contiguous(memory_format=layout))
+            )
     expected = outputs_and_gradients(oracle, oracle, inputs())
     assert_close(outputs_and_gradients(model, model, inputs()), expected)
+    assert kept
+    assert all(kept)
 
 
 def test_plain_model_is_the_oracle_with_torchs_group_norm():

@@ -60,6 +60,12 @@ def test_sharded_run_samples_and_its_average_loads(runs):
         assert DiC.from_pretrained(run.checkpoint_path(20) / name).config["width"] == 8
 
 
+def test_sharded_convolutions_have_the_layout_of_their_weights(runs):
+    called, mixed = map(int, (runs / "layouts.txt").read_text().split())
+    assert called > 20 * 10  # ten in the smallest denoiser, for each step
+    assert mixed == 0
+
+
 @pytest.mark.parametrize("name", ["poisoned", "poisoned-sharded"])
 def test_both_skip_what_one_cannot_take(runs, name):
     run = RunFolder(runs / name)

@@ -1,8 +1,9 @@
 """What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/two_processes.py FOLDER`.
 
-Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2), `poisoned` (one
-process alone meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and
-`absent-1.txt` tell what each says where one alone has no data.
+Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2; `layouts.txt` counts
+its convolutions' calls, and those of another layout than their weights), `poisoned` (one process alone meets values
+that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt` tell what each
+says where one alone has no data.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 from small_runs import ALIGNED, PoisonedDigits, small_run
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dic_repa.errors import UserError
 from dic_repa.training import EMA, Preempted
@@ -33,7 +36,22 @@ def main(folder: Path) -> None:
         "sample.precision=bf16",
         "train.power_ema=[0.1]",
     ]
-    small_run(folder / "sharded", *LONG, *sharded, base=ALIGNED)
+    called = mixed = 0
+
+    def note(module, given):
+        nonlocal called, mixed
+        if isinstance(module, nn.Conv2d) and not given[0].is_meta:
+            called += 1
+            layouts = (torch.channels_last, torch.contiguous_format)
+            both = (
+                [tensor.is_contiguous(memory_format=one) for one in layouts] for tensor in (given[0], module.weight)
+            )
+            mixed += not any(map(all, zip(*both)))
+
+    with register_module_forward_pre_hook(note):
+        small_run(folder / "sharded", *LONG, *sharded, base=ALIGNED)
+    if os.environ["RANK"] == "0":
+        (folder / "layouts.txt").write_text(f"{called} {mixed}")
 
     order = data_order(seed=0, count=8000, batch_size=4)
     third = [next(order) for _ in range(3)][2]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.models.layout import layout_of, pixel_shuffle
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.models.recompute import RecomputableBlock
 from dic_repa.registry import Registry
@@ -48,18 +49,6 @@ def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def pixel_shuffle(x: Tensor) -> Tensor:
-    """`F.pixel_shuffle` by 2, (B, 4C, H, W) to (B, C, 2H, 2W), in channels_last on every device.
-
-    torch's own leaves channels_last on a GPU, and what follows would be copied to it and fro.
-    """
-    if not x.is_cuda:
-        return F.pixel_shuffle(x, 2)
-    b, c, h, w = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(b, h, w, c // 4, 2, 2)
-    return x.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
 
 
 class Condition(nn.Module):
@@ -141,9 +130,9 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(x).permute(0, 2, 3, 1)  # no copy in channels_last
+        h = self.conv1(x).permute(0, 2, 3, 1)  # no copy in channels_last, neither this nor back
         h = F.layer_norm(h, h.shape[-1:], eps=1e-6).permute(0, 3, 1, 2)
-        return self.conv2(h * (1 + scale) + shift)
+        return self.conv2((h * (1 + scale) + shift).contiguous(memory_format=layout_of(self.conv1.weight)))
 
 
 class DiC(Pretrained, nn.Module):
@@ -151,7 +140,8 @@ class DiC(Pretrained, nn.Module):
     int64.
 
     H and W are any multiples of 4. `y == num_classes` is the null class. The output has `in_channels` channels, twice
-    as many with `learn_sigma` (the second half is the variance of a DDPM-trained model).
+    as many with `learn_sigma` (the second half is the variance of a DDPM-trained model). Activations are laid out in
+    memory as the weights are: channels_last, unless the model is moved `to(memory_format=torch.contiguous_format)`.
 
     Args:
         width: C, the channels of level 0; even.
@@ -275,7 +265,8 @@ class DiC(Pretrained, nn.Module):
             raise UserError(f"DiC takes heights and widths divisible by 4, not {x.shape[-2]}x{x.shape[-1]}")
         c = [condition(t, y) for condition in self.condition]
         c = c * 3 if len(c) == 1 else c
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        # Not the stem's layout: of one channel it would be both. Of sharded weights, the output's are whole by now.
+        x = self.stem(x.contiguous(memory_format=layout_of(self.output.conv1.weight)))
         skips = []
         for level in (0, 1):
             pushing = pushing_blocks(len(self.enc[level]), self.skip_stride)

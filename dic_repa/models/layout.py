@@ -1,0 +1,28 @@
+"""Where in memory the channels of feature maps lie: a network keeps to one layout from end to end, its weights'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def layout_of(weight: Tensor) -> torch.memory_format:
+    """channels_last or contiguous: the layout of a convolution's weight (C, C', k, k) of several channels and k > 1.
+
+    That of any other is both at once.
+    """
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def pixel_shuffle(x: Tensor) -> Tensor:
+    """`F.pixel_shuffle` by 2, (B, 4C, H, W) to (B, C, 2H, 2W), which keeps channels_last on every device.
+
+    torch's own leaves it on a GPU, and what follows would be copied to it and fro.
+    """
+    if not (x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)):
+        return F.pixel_shuffle(x, 2)
+    b, c, h, w = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(b, h, w, c // 4, 2, 2)
+    return x.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
