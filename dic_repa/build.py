@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,12 @@ def build_dataset(section: DataSection, split: str = "train"):
         inspect.signature(factory).bind(split=split, size=section.size, **given, **section.options)
     except TypeError as error:
         raise UserError(f"data set '{section.name}' does not fit the recipe's `data`: {error}") from None
-    return factory(split=split, size=section.size, **given, **section.options)
+    try:
+        return factory(split=split, size=section.size, **given, **section.options)
+    except TypeError as error:
+        if not section.options:
+            raise
+        raise UserError(f"data set '{section.name}' does not take these options: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
         data = build_dataset(section)
         image = data[0].get("image")
     except UserError as error:
+        if section.path and Path(section.path).exists():  # it is here, and does not fit
+            raise
         pixels = section.autoencoder == "none"
         size = section.size if pixels else 8 * section.size
         return DataTraits(3 if pixels else 4, section.options.get("num_classes", 1000), 3, size), str(error)

@@ -21,6 +21,7 @@ from dic_repa.recipe_files import override_key, read_recipe, read_shipped
 
 # Strict, because pydantic otherwise takes `true` for 1 and '200' for 200.
 Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Time = Annotated[float, Field(ge=0, le=1, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Name = Annotated[str, Field(min_length=1)]
@@ -89,7 +90,7 @@ class TrainSection(Section):
     micro_batch: Count | None = Field(None, description="at most so many images in one pass of one process; null: all")
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
-    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="of the averaged weights that are sampled from")

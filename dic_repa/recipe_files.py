@@ -83,11 +83,7 @@ def override_key(raw: dict, override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set takes key=value, such as train.steps=200, not '{override}'")
-    try:
-        value = parse_value(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {dotted}: '{text}' is not valid YAML") from None
-    _assign(raw, dotted, value, "--set")
+    _assign(raw, dotted, parse_value(text, f"--set {dotted}"), "--set")
 
 
 def _assign(raw: dict, dotted: str, value: Any, source: str) -> None:
@@ -107,9 +103,14 @@ def _assign(raw: dict, dotted: str, value: Any, source: str) -> None:
         raise UserError(f"{source} {dotted}: '{'.'.join(parents)}' has no keys of its own")
 
 
-def parse_value(text: str) -> Any:
-    """A value as YAML has it, but that 1e-3 is a number: YAML 1.1 takes it for a string, for want of a dot."""
-    value = yaml.safe_load(text)
+def parse_value(text: str, source: str) -> Any:
+    """A value as YAML has it, but that 1e-3 is a number: YAML 1.1 takes it for a string, for want of a dot. A UserError
+    names its `source` where it cannot be read.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{source}: '{text}' is not valid YAML") from None
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)

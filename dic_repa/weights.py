@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dic_repa.errors import UserError, first_line
 
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has another name in torch and in safetensors
+
 
 def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dict[str, str] | None = None) -> None:
     """`tensors` as a safetensors file, which stores plain contiguous tensors only."""

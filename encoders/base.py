@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError, first_line, unknown_name
 from dic_repa.plugins import entry_points, find_factory
 from dic_repa.registry import Registry
 
@@ -89,7 +89,14 @@ def create_encoder(name: str, **options: Any) -> Encoder:
         for option in options:
             if option not in parameters:
                 raise unknown_name(f"option of encoder {name}:", option, parameters)
-    encoder = factory(**options)
+    try:
+        encoder = factory(**options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise UserError(f"encoder {name} does not take these options: {first_line(error)}") from error
     if isinstance(encoder, nn.Module):
         encoder.eval().requires_grad_(False)
     return encoder

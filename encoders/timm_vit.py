@@ -82,11 +82,13 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
     if not pretrained:
         return model
     offline_without_network()
+    published = model.pretrained_cfg
+    del model  # a second one of 7 B parameters would not fit everywhere
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **model_args)
     except OSError as error:
-        hub = model.pretrained_cfg.get("hf_hub_id")
-        what = f"model.safetensors of '{hub}' on the Hugging Face hub" if hub else model.pretrained_cfg["url"]
+        hub = published.get("hf_hub_id")
+        what = f"model.safetensors of '{hub}' on the Hugging Face hub" if hub else published["url"]
         raise UserError(
             f"the weights of '{name}' cannot be fetched from here; on a machine that can, fetch {what}, put it on this "
             "one and give its path with weights=FILE"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -45,6 +48,17 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     found |= {f"ema {name}": tensor for name, tensor in load_file(checkpoint / "ema/model.safetensors").items()}
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     return found | {f"optimizer {i} {name}": tensor for i, values in state.items() for name, tensor in values.items()}
+
+
+@contextlib.contextmanager
+def full_disk(limit: int = 2000) -> Iterator[None]:
+    """A write beyond `limit` bytes of a file fails as one to a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def assert_same(a: dict, b: dict, rtol: float = 0, atol: float = 0) -> None:

@@ -76,6 +76,11 @@ def test_damage_is_found_and_the_newest_whole_checkpoint_taken(copy, capsys, nam
 def test_damage_outside_a_part_does_not_matter_to_it(copy):
     cut_short(copy.checkpoint_path(8) / "optimizer.pt")
     assert copy.newest_checkpoint("ema").name == "step_00000008"
+    (copy.checkpoint_path(8) / "ema-0.5").mkdir()
+    (copy.checkpoint_path(8) / "ema-0.5/file").touch()
+    write_manifest(copy.checkpoint_path(8))
+    (copy.checkpoint_path(8) / "ema-0.5/file").write_text("of another average")
+    assert copy.newest_checkpoint("ema").name == "step_00000008"
     flip_a_bit(copy.checkpoint_path(8) / "ema/model.safetensors")
     assert copy.newest_checkpoint("ema").name == "step_00000004"
 

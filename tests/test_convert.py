@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import DATA
 from safetensors.torch import load_file, save_file
+from small_runs import full_disk
 
 from dic_repa.cli import main
 from dic_repa.cli.convert import load
@@ -108,6 +109,16 @@ def test_mistakes(mistake, checkpoint, tmp_path):
     assert "has no DiC with another skips or block" in mistake("convert", "rung", "out.pt")
     assert "did you mean dic-s-ddpm" in mistake("convert", AUTHORS, "out", "--recipe", "dic-s-dpm")
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("target", ["new", "new.pt", "new.safetensors", "old"])
+def test_a_full_disk_leaves_what_was_there(convert, mistake, tmp_path, target):
+    convert(AUTHORS, "old")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    with full_disk():
+        assert f"{target} could not be written" in mistake("convert", AUTHORS, target, "--overwrite")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
+    assert sorted(tmp_path.glob("*")) == [tmp_path / "old"]
 
 
 def test_load_reads_every_kind(checkpoint, tmp_path):

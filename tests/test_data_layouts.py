@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from dic_repa.build import build_class_names, build_dataset, build_decoder
 from dic_repa.cli import main
 from dic_repa.data.latents import denoiser_data, global_noise
 from dic_repa.data.layouts import DitLayout, RepaLayout
+from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError
 from dic_repa.generation import build_sampler, load_checkpoint
 from dic_repa.recipe import validate
@@ -169,6 +171,31 @@ def test_what_is_wrong_with_a_layout_is_said(folder, tmp_path):
         DitLayout(tmp_path / "dit", 16)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_named_in_one_line(folder, tmp_path, workers):
+    shutil.copytree(folder / "repa", tmp_path / "repa")
+    moments = tmp_path / "repa/vae-sd/00000/img-mean-std-00000003.npy"
+    moments.unlink()
+    moments.symlink_to("nowhere")
+    settings = recipe(tmp_path, "repa", "repa", workers=workers, autoencoder=str(folder / "vae"))
+    with pytest.raises(UserError, match=r"^[^\n]*img-mean-std-00000003\.npy cannot be read [^\n]*$"):
+        train(settings, tmp_path / "run")
+    Image.new("RGB", (30, 32)).save(tmp_path / "repa/images/00000/img00000002.png")
+    with pytest.raises(UserError, match=r"img00000002.png is 3x32x30, the first image 3x32x32"):
+        RepaLayout(tmp_path / "repa", 16)[2]
+
+
+def test_an_encrypted_zip_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
+        archive.writestr("cat/0.png", b"secret")
+    content = bytearray((tmp_path / "locked.zip").read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1  # the flag that says so
+    (tmp_path / "locked.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"cat/0.png cannot be read .*encrypted"):
+        open_source(tmp_path / "locked.zip").load(0)
+
+
 def test_pickled_arrays_are_refused(folder, tmp_path):
     shutil.copytree(folder / "dit", tmp_path / "dit")
     np.save(tmp_path / "dit/toy_labels/000.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
@@ -184,6 +211,8 @@ def test_the_data_block_says_what_does_not_fit():
         build(name="prepared", size=16)
     with pytest.raises(UserError, match="'flop'"):
         build(name="images", path="x", size=16, options={"flop": True})
+    with pytest.raises(UserError, match="does not take these options"):
+        build(name="images", path=".", size=16, options={"labels": 5})
     with pytest.raises(UserError, match="unknown data set 'prepard'; did you mean prepared"):
         build(name="prepard")
     assert len(build(name="digits", size=16)) == 8000

@@ -7,14 +7,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from scipy import integrate
-from small_runs import small_run
+from small_runs import full_disk, small_run
 
 from dic_repa.cli.ema import command
 from dic_repa.errors import UserError
 from dic_repa.models import DiC
 from dic_repa.training import PowerEMA
 from dic_repa.training.ema import gamma_to_sigma_rel, sigma_rel_to_gamma
-from dic_repa.training.posthoc import combination, list_snapshots, profile_products, reconstruct
+from dic_repa.training.posthoc import combination, list_snapshots, profile_products, reconstruct, save_reconstruction
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +114,9 @@ def test_verb_makes_the_average_that_another_run_kept(tmp_path):
         torch.stack([(other[name] - kept[name]).norm() for name in kept]).norm() for other in (made, near)
     )
     assert error < 0.05 * distance
+    with full_disk(), pytest.raises(UserError, match="could not be written"):
+        save_reconstruction(stored, 0.08, tmp_path / "unwritten")
+    assert not (tmp_path / "unwritten").exists()
     exact, step = reconstruct(stored, 0.1, 12)
     assert step == 12
     other = DiC.from_pretrained(stored.checkpoint_path(12) / "ema-sigma_rel-0.1").state_dict()

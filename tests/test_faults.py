@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -251,6 +252,7 @@ def test_other_recipe_is_refused_unless_allowed(tmp_path):
     assert run.recipe().train.weight_decay == 0.1
     with pytest.raises(UserError, match="does not fit this AlignedDenoiser"):
         small_run(run.path, "model.width=12", "train.steps=5", resume=True, allow_change=True)
+    assert run.recipe().model.options["width"] == 8  # a recipe that does not fit is not taken over
 
 
 def test_second_run_in_a_process_may_have_another_precision(tmp_path):
@@ -439,7 +441,8 @@ def test_an_interrupt_leaves_what_is_being_written_whole(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt), CheckpointWriter(RunFolder(tmp_path)) as writer:
+    with contextlib.suppress(KeyboardInterrupt), CheckpointWriter(RunFolder(tmp_path)) as writer:
         writer.start(1, write)
         writer.finish()
+        pytest.fail("the interrupt came too late")
     assert written

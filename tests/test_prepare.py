@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import torch
 from pictures import as_file, picture, save_vae, write_tree
 from prepare_slowly import run as prepare_quickly
+from small_runs import full_disk
 from torch.utils.data import DataLoader
 
 from dic_repa.cli import main
@@ -180,6 +180,15 @@ def test_two_processes_give_the_same(prepared, tmp_path, dic_repa):
     assert shards(tmp_path / "two") == shards(prepared)
 
 
+def test_a_bad_file_of_another_process_is_named(tmp_path, dic_repa):
+    write_tree(tmp_path / "tree", {"cat": 3, "dog": 3})
+    (tmp_path / "tree/dog/001.png").write_bytes(as_file(picture(0))[:60])
+    arguments = ["prepare", "tree", "out", "--size=16", "--autoencoder=none", "--shard-size=3"]
+    done = dic_repa(*arguments, processes=2, check=False)
+    assert done.returncode
+    assert done.stderr.count("error: dog/001.png is not a whole image") == 1
+
+
 def test_bad_files_are_named_and_counted(tmp_path, capsys):
     write_tree(tmp_path / "tree", {"cat": 3, "dog": 4})
     (tmp_path / "tree/dog/001.png").write_bytes(as_file(picture(0))[:60])
@@ -188,7 +197,9 @@ def test_bad_files_are_named_and_counted(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2
-    assert "error: dog/001.png is not a whole image" in capsys.readouterr().err.splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: dog/001.png is not a whole image")
+    assert line.endswith("restore it, or pass --skip-bad")
     assert not (tmp_path / "out/state.json").exists()
     assert all(datasets.Dataset.from_file(str(file)).num_rows == 3 for file in (tmp_path / "out").glob("*.arrow"))
     assert not list((tmp_path / "out").glob(".*"))
@@ -249,13 +260,8 @@ def test_autoencoder_that_cannot_be_had(tmp_path, mistake, monkeypatch):
 
 def test_full_disk_leaves_nothing_half_written(tmp_path):
     write_tree(tmp_path / "tree", {"cat": 8})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))  # a write beyond fails as one to a full disk does
-    try:
-        with pytest.raises(UserError, match=r"data-00000-of-00002.arrow could not be written .*make room"):
-            prepare_quickly(tmp_path / "tree", tmp_path / "out", seconds=0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(9000), pytest.raises(UserError, match=r"data-00000-of-00002.arrow could not be written .*make room"):
+        prepare_quickly(tmp_path / "tree", tmp_path / "out", seconds=0)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["prepare.json"]
 
 

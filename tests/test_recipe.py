@@ -67,6 +67,7 @@ def test_overrides():
         ("train.steps=many", "train.steps should be a valid integer"),
         ("train.precision=fp8", "train.precision should be 'no', 'bf16' or 'fp16', not 'fp8'"),
         ("train.label_dropout=1.5", "train.label_dropout should be less than or equal to 1, not 1.5"),
+        ("train.betas=[1.0, 0.9]", "train.betas.0 should be less than 1, not 1"),
         ("train.learning_rate=.nan", "train.learning_rate should be a finite number"),
         ("train.micro_batch=5", "batch_size 64 is not a multiple of micro_batch 5"),
         ("sample.guidance.interval=[0.7, 0.2]", "interval must rise"),

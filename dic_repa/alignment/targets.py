@@ -26,7 +26,7 @@ class SpatialNorm:
     """
 
     def __init__(self, gamma: float = 0.6, eps: float = 1e-6):
-        self.gamma, self.eps = gamma, eps
+        self.gamma, self.eps = float(gamma), float(eps)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         tokens = tokens.double() if tokens.itemsize > 4 else tokens.float()

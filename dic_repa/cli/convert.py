@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import click
 
-from dic_repa.errors import UserError
+from dic_repa.aside import write_aside
+from dic_repa.errors import UserError, first_line
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FILES = (".pt", ".pth", ".safetensors")
@@ -51,12 +50,18 @@ def command(
 
     import torch
 
+    from dic_repa.weights import WRITE_ERRORS
+
     model, recipe_file = load(source, weights, family)
     model.to(getattr(torch, DTYPES[dtype]))
-    if target.suffix in FILES:
-        _write_authors(model, target)
-    else:
-        _write_folder(model, target, recipe, recipe_file)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix in FILES:
+            _write_authors(model, target)
+        else:
+            _write_folder(model, target, recipe, recipe_file)
+    except WRITE_ERRORS as error:
+        raise UserError(f"{target} could not be written ({first_line(error)})") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
     click.echo(
@@ -115,33 +120,21 @@ def _write_authors(model, target: Path) -> None:
     from dic_repa.weights import save_tensors
 
     state = authors_state_dict(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".writing-{target.name}")
-    try:
+    with write_aside(target) as aside:
         if target.suffix == ".safetensors":
             save_tensors(state, aside)
         else:
             torch.save({"ema": state}, aside)  # where the authors' sampling looks first
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _write_folder(model, target: Path, recipe: str | None, recipe_file: Path | None) -> None:
     from dic_repa.recipe import load_training_recipe, to_yaml
 
     text = to_yaml(load_training_recipe(recipe or recipe_file)) if recipe or recipe_file else None
-    aside = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with write_aside(target) as aside:
         model.save_pretrained(aside)
         if text:
             (aside / "recipe.yaml").write_text(text)
-        if target.exists():
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _existing(file: Path) -> Path | None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from dic_repa.encoders import Card
 
+PICTURES = (".png", ".jpg", ".webp")
+
 
 @click.group("encoders", invoke_without_command=True)
 @click.option("--plugin", "plugins", metavar="MODULE", multiple=True, help="Import a module that registers encoders.")
@@ -59,13 +61,16 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     """
     from dic_repa.data.images import center_crop, to_tensor
     from dic_repa.encoders import check_tokens, create_encoder
+    from dic_repa.errors import UserError
 
+    out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
+    if out.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {out} is no picture; end it in {', '.join(PICTURES)}")
     picture = _open(image)
     encoder = create_encoder(name, **_parse(options, weights))
     pixels = to_tensor(center_crop(picture, size))[None]
     tokens = check_tokens(name, encoder, pixels)[0].float()
     rows, columns = encoder.token_grid((size, size))
-    out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
     _save(pixels[0], tokens, (rows, columns), out)
     norms = tokens.norm(dim=1)
     click.echo(
@@ -124,7 +129,7 @@ def _parse(options: tuple[str, ...], weights: Path | None) -> dict:
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise UserError(f"--option takes key=value, such as layer=-2, not '{option}'")
-        parsed[key] = parse_value(value)
+        parsed[key] = parse_value(value, f"--option {key}")
     return parsed
 
 

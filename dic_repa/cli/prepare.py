@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, told_by_whom_it_befalls
 
 
 @click.command("prepare")
@@ -63,7 +63,8 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     if state.is_main_process:
         begin(images, destination, encoder.spec, settings)
     state.wait_for_everyone()
-    write_shards(images, destination, encoder, settings, state.process_index, state.num_processes)
+    with told_by_whom_it_befalls():
+        write_shards(images, destination, encoder, settings, state.process_index, state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(images, destination, encoder.spec, settings)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -81,8 +82,8 @@ class _ZipReader:
             self.handle, self.process = zipfile.ZipFile(self.path), os.getpid()
         try:
             return self.handle.read(name)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise OSError(f"{name} in {self.path} is damaged ({error})") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last for an encrypted one
+            raise OSError(f"{name} in {self.path} cannot be unpacked ({error})") from None
 
     def __getstate__(self):
         return {"path": self.path, "handle": None, "process": None}

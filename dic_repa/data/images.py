@@ -33,7 +33,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged data
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or repr(error)
-        raise BadImage(f"{name} is not a whole image ({reason}); remove it, or pass --skip-bad") from None
+        raise BadImage(f"{name} is not a whole image ({reason}); restore it") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

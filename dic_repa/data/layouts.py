@@ -86,11 +86,21 @@ class RepaLayout(LatentDataset):
             "moments": _latents(self.moments, self.moment_names[index], shape),
             "label": torch.tensor(self.labels[index]),
         }
-        return sample | {"image": self._image(self.image_names[index])} if self.with_images else sample
+        if not self.with_images:
+            return sample
+        image = self._image(self.image_names[index])
+        if image.shape != self.image_shape:
+            found, first = ("x".join(map(str, shape)) for shape in (image.shape, self.image_shape))
+            raise UserError(f"{self.images.path}/{self.image_names[index]} is {found}, the first image {first}")
+        return sample | {"image": image}
+
+    @cached_property
+    def image_shape(self) -> torch.Size:
+        return self._image(self.image_names[0]).shape
 
     def _image(self, name: str) -> Tensor:
         if _suffix(name) != ".npy":
-            return to_levels(decode_image(self.images.read(name), name))
+            return to_levels(decode_image(_read(self.images, name), name))
         levels = _array(self.images, name)
         return torch.from_numpy(levels.reshape(-1, *levels.shape[-2:]))
 
@@ -157,9 +167,18 @@ def _only_folder(path: Path, ending: str) -> FileTree:
 def _array(tree: FileTree, name: str) -> np.ndarray:
     """A .npy file; never anything pickled."""
     try:
-        return np.load(io.BytesIO(tree.read(name)), allow_pickle=False)
+        return np.load(io.BytesIO(_read(tree, name)), allow_pickle=False)
+    except UserError:
+        raise
     except (ValueError, EOFError) as error:
         raise UserError(f"{tree.path}/{name} is no whole .npy file of numbers ({error})") from None
+
+
+def _read(tree: FileTree, name: str) -> bytes:
+    try:
+        return tree.read(name)
+    except OSError as error:
+        raise UserError(f"{tree.path}/{name} cannot be read ({error}); restore it") from None
 
 
 def _latents(tree: FileTree, name: str, shape: tuple[int, int, int]) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import sys
 from collections import deque
@@ -25,13 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dic_repa.aside import ASIDE, write_aside
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels, unit_images
 from dic_repa.data.sources import ImageSource
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 
 SETTINGS_FILE = "prepare.json"
-_ASIDE = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def begin(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, s
         if differs := [key for key in wanted if _content(wanted[key]) != _content(found.get(key))]:
             raise UserError(f"{destination} was begun with another {', '.join(differs)}; choose another folder")
         return
-    if destination.is_dir() and any(not entry.name.startswith(_ASIDE) for entry in destination.iterdir()):
+    if destination.is_dir() and any(not entry.name.startswith(ASIDE) for entry in destination.iterdir()):
         raise UserError(f"{destination} holds something else already; choose another folder")
     destination.mkdir(parents=True, exist_ok=True)
     write_json(file, wanted)
@@ -202,10 +201,10 @@ def _encoded(
     def load(index: int):
         try:
             image = source.load(index)
-        except BadImage:
+        except BadImage as error:
             if settings.skip_bad:
                 return None
-            raise
+            raise BadImage(f"{error}, or pass --skip-bad") from None
         cropped = center_crop(image, settings.size)
         row = {
             "image": {"bytes": encode_file(cropped, settings.image_format), "path": None},
@@ -230,7 +229,10 @@ def _encoded(
 
 
 def _moments(autoencoder: Autoencoder, images: torch.Tensor) -> np.ndarray:
-    moments = autoencoder.encode(images.to(autoencoder.device)).half()
+    try:
+        moments = autoencoder.encode(images.to(autoencoder.device)).half()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full ({first_line(error)}); lower --batch-size") from None
     if not moments.isfinite().all():
         raise UserError(f"{autoencoder.spec.name} gives moments beyond float16's range; it cannot be used")
     return moments.cpu().numpy()
@@ -256,16 +258,11 @@ def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int, bar)
 @contextlib.contextmanager
 def _whole_or_not(path: Path):
     """A name to write to, which becomes `path` once it is whole and on the disk; a fault leaves nothing."""
-    aside = path.with_name(f"{_ASIDE}{path.name}")
     try:
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with write_aside(path) as aside:
+            yield aside
     except OSError as error:
         free = shutil.disk_usage(path.parent).free / 1e9
         raise UserError(
             f"{path} could not be written ({error}; {free:.1f} GB free); make room and run the same command again"
         ) from None
-    finally:
-        aside.unlink(missing_ok=True)

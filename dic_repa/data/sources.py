@@ -46,7 +46,7 @@ class ImageSource:
         try:
             data = self.load_bytes(index)
         except OSError as error:
-            raise BadImage(f"{self.names[index]} cannot be read ({error}); restore it, or pass --skip-bad") from None
+            raise BadImage(f"{self.names[index]} cannot be read ({error}); restore it") from None
         return decode_image(data, self.names[index])
 
     def fingerprint(self) -> str:
@@ -198,7 +198,8 @@ def _open_hugging_face(path: str) -> ImageSource:
     if unlabelled := sum(not 0 <= value < len(class_names) for value in labels):
         raise UserError(f"{path}: {unlabelled} images have no label; choose another split, ID:SPLIT")
 
-    names = [f"{path}#{k}" for k in range(len(labels))]
+    name = Path(place).resolve().name if Path(place).exists() else path  # however it was typed
+    names = [f"{name}#{k}" for k in range(len(labels))]
     return ImageSource(path, names, labels, class_names, _ReadColumn(rows, image), files=files, version=version)
 
 

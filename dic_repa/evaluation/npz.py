@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dic_repa.aside import write_aside
 from dic_repa.errors import UserError, first_line
 
 _LOCAL_HEADER = 30  # bytes in front of a zip member's name
@@ -26,29 +27,24 @@ def write_npz(
     `labels` (N,) become `arr_1`. Written aside and renamed. Raises UserError where the batches do not make up `shape`.
     """
     path = Path(path)
-    aside = path.with_name(f".writing-{path.name}")
-    try:
-        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
-            # force_zip64, since 50,000 images of 256 px pass the 4 GiB that a plain zip member can have.
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
-                np.lib.format.write_array_header_1_0(member, header)
-                written = 0
-                for batch in images:
-                    if batch.dtype != np.uint8 or batch.shape[1:] != tuple(shape[1:]):
-                        raise UserError(
-                            f"{path} takes uint8 images {tuple(shape[1:])}, not {batch.dtype} {batch.shape[1:]}"
-                        )
-                    member.write(np.ascontiguousarray(batch).data)
-                    written += len(batch)
-            if written != shape[0]:
-                raise UserError(f"{path} was to have {shape[0]} images, but there are {written}")
-            if labels is not None:
-                with archive.open("arr_1.npy", "w") as member:
-                    np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with write_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+        # force_zip64, since 50,000 images of 256 px pass the 4 GiB that a plain zip member can have.
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
+            np.lib.format.write_array_header_1_0(member, header)
+            written = 0
+            for batch in images:
+                if batch.dtype != np.uint8 or batch.shape[1:] != tuple(shape[1:]):
+                    raise UserError(
+                        f"{path} takes uint8 images {tuple(shape[1:])}, not {batch.dtype} {batch.shape[1:]}"
+                    )
+                member.write(np.ascontiguousarray(batch).data)
+                written += len(batch)
+        if written != shape[0]:
+            raise UserError(f"{path} was to have {shape[0]} images, but there are {written}")
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
 
 
 class NpzFile:

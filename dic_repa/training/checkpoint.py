@@ -11,8 +11,6 @@ A checkpoint is written aside, flushed and renamed, in a thread, from a copy in 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +20,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dic_repa.aside import write_aside
 from dic_repa.errors import UserError, first_line
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import Recipe, to_yaml
@@ -34,9 +32,7 @@ from dic_repa.training.manifest import write_manifest
 from dic_repa.training.parts import Parts
 from dic_repa.training.run_folder import RunFolder, checkpoint_step
 from dic_repa.training.sharding import cut_like, to_cpu
-from dic_repa.weights import load_weights, read_tensors, save_tensors
-
-_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has another name in torch and in safetensors
+from dic_repa.weights import WRITE_ERRORS, load_weights, read_tensors, save_tensors
 
 
 @dataclass
@@ -69,10 +65,9 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
 
 def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None:
     """Write a whole checkpoint at `folder`, or none."""
-    aside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(folder) as aside:
+        aside.mkdir()
         save_tensors(state.model, aside / "model.safetensors")
         for name, tensors in state.averages.items():
             (aside / name).mkdir()
@@ -82,15 +77,6 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
         torch.save({"state": state.optimizer, "scaler": state.scaler}, aside / "optimizer.pt")
         (aside / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
         write_manifest(aside)
-        for path in [*aside.rglob("*"), aside]:
-            _flush(path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if folder.exists():  # of a run that went on from an earlier one
-        shutil.rmtree(folder)
-    os.replace(aside, folder)
-    _flush(folder.parent)
 
 
 def write_snapshots(run: RunFolder, state: TrainingState, averages: dict[str, EMA]) -> None:
@@ -99,14 +85,8 @@ def write_snapshots(run: RunFolder, state: TrainingState, averages: dict[str, EM
     for name, ema in averages.items():
         if isinstance(ema, PowerEMA):
             path = run.snapshots / f"step_{state.step:08d}-{name.removeprefix('ema-')}.safetensors"
-            aside = path.with_name(f".writing-{path.name}")
-            try:
+            with write_aside(path) as aside:
                 save_tensors(state.averages[name], aside)
-                _flush(aside)
-            except BaseException:
-                aside.unlink(missing_ok=True)
-                raise
-            os.replace(aside, path)
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int:
@@ -187,17 +167,9 @@ class CheckpointWriter:
         self.failure = None
         try:
             write()
-        except _WRITE_ERRORS as error:
+        except WRITE_ERRORS as error:
             newest = max(self.run.list_checkpoints(), key=checkpoint_step, default=None)
             kept = f"{newest.name} is whole" if newest else "there is none before it"
             folder = self.run.checkpoint_path(step)
             self.failure = f"the checkpoint {folder} could not be written ({first_line(error)}); {kept}"
             tqdm.write(f"warning: {self.failure}; the run goes on", file=sys.stderr)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,7 +31,8 @@ def find_damage(folder: Path, part: str = "") -> str | None:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"its {MANIFEST} cannot be read"
-    expected = {name: entry for name, entry in expected.items() if name.startswith(part)}
+    if part:
+        expected = {name: entry for name, entry in expected.items() if name.startswith(f"{part}/")}
     try:
         for name, (size, _) in expected.items():  # sizes first: that is quick, and finds most of what happens
             if (found := (folder / name).stat().st_size) != size:

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.aside import write_aside
+from dic_repa.errors import UserError, first_line
 from dic_repa.training.ema import sigma_rel_to_gamma
 from dic_repa.training.run_folder import RunFolder
-from dic_repa.weights import read_tensors, save_tensors
+from dic_repa.weights import WRITE_ERRORS, read_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,14 @@ def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: in
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint yet")
     tensors, step = reconstruct(run, sigma_rel, step)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "recipe.yaml"):
-        shutil.copyfile(newest / "ema" / name, folder / name)
     made = {"sigma_rel": sigma_rel, "step": step, "run": str(run.path)}
-    save_tensors(tensors, folder / "model.safetensors", {"post-hoc EMA": json.dumps(made)})
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with write_aside(folder) as aside:
+            aside.mkdir()
+            for name in ("config.json", "recipe.yaml"):
+                shutil.copyfile(newest / "ema" / name, aside / name)
+            save_tensors(tensors, aside / "model.safetensors", {"post-hoc EMA": json.dumps(made)})
+    except WRITE_ERRORS as error:
+        raise UserError(f"{folder} could not be written ({first_line(error)})") from None
     return step

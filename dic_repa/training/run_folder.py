@@ -22,6 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dic_repa.aside import write_aside
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 from dic_repa.training.manifest import find_damage
@@ -100,8 +101,12 @@ class RunFolder:
         for entry in sorted(content, key=self.recipe_file.__eq__):  # it last: killed meanwhile, it is still a run
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.recipe_file, to_yaml(recipe))  # first: killed from here on, it can be resumed
+        self.save_recipe(recipe)  # first: killed from here on, it can be resumed
         self._make_folders()
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Write what the run is made by from here on."""
+        write_whole(self.recipe_file, to_yaml(recipe))
 
     def _make_folders(self) -> None:
         for folder in (self.samples, self.checkpoints):
@@ -125,7 +130,8 @@ class RunFolder:
     def resume(self, recipe: Recipe, allow_change: bool = False) -> Path | None:
         """Make an existing run ready to go on, and return the checkpoint to go on from; None where there is none yet.
 
-        Removes what is newer than that: steps that are about to be done again, and checkpoints that are damaged.
+        Removes what is newer than that: steps that are about to be done again, and checkpoints that are damaged. The
+        old recipe stays until `save_recipe`: the checkpoint may turn out not to fit the new one.
         """
         self.check_resume(recipe, allow_change)
         newest = self.newest_checkpoint()
@@ -140,7 +146,6 @@ class RunFolder:
                 snapshot.unlink()
         for left in [*self.path.glob(".writing-*"), *self.path.glob("*/.writing-*")]:  # of a run that was killed
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        write_whole(self.recipe_file, to_yaml(recipe))
         self._make_folders()
         self._cut_metrics(done)
         return newest
@@ -212,16 +217,8 @@ class RunFolder:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file aside and rename it, so that a kill or a full disk leaves the old one or the new one, whole."""
-    aside = path.with_name(f".writing-{path.name}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def checkpoint_step(folder: Path) -> int:
