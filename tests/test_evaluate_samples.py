@@ -333,6 +333,23 @@ def test_mistakes(evaluate, places, tmp_path):
     assert "wrong.pth (Inception weights) does not fit" in wrong
 
 
+def test_a_reference_that_is_odd_is_told(evaluate, places, tmp_path):
+    images = np.zeros((20, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "black.npz", images)
+    options = [places / "samples.npz", "--metrics", "fd-digits", "--reference"]
+    refused = evaluate(*options, "black.npz", fails=True)
+    assert refused == "black.npz: all 20 images are of a single colour each; they are no reference"
+    np.savez(tmp_path / "one.npz", images[:1])
+    assert evaluate(*options, "one.npz", fails=True) == "one.npz: a set to measure takes at least two images, not 1"
+    shutil.copytree(places / "folder", tmp_path / "folder")
+    (tmp_path / "folder/notes.txt").write_text("not an image")
+    Image.new("RGB", (16, 16)).save(tmp_path / "folder/black.png")
+    for _ in range(2):  # extracted, and from the cache
+        told = evaluate(*options, "folder")
+        assert "note: folder: 1 files are no images and were left out (notes.txt)" in told
+        assert "note: 1 images of the reference are of a single colour each" in told
+
+
 def test_a_folder_with_other_files(evaluate, places, tmp_path):
     mixed = tmp_path / "mixed"
     mixed.mkdir()

@@ -247,7 +247,7 @@ def test_inception_without_weights_says_what_to_fetch(monkeypatch, tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path, weights):
     torch.save(Digits().model.state_dict(), tmp_path / "digits.pth")
-    with pytest.raises(UserError, match=r"digits.pth \(Inception weights\) does not fit") as error:
+    with pytest.raises(UserError, match=r"digits.pth \(Inception weights\) does not fit this InceptionV3") as error:
         Inception(tmp_path / "digits.pth")
     assert "\n" not in str(error.value)
     torch.save(torch.nn.Linear, tmp_path / "pickle.pth")

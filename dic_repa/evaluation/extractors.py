@@ -84,7 +84,7 @@ def _torch_fidelity_inception() -> nn.Module:
     except ImportError:
         raise UserError("Inception's features need torch-fidelity: pip install torch-fidelity") from None
 
-    class WithoutFile(FeatureExtractorInceptionV3):
+    class InceptionV3(FeatureExtractorInceptionV3):
         # Its constructor would unpickle any file it is given, or fetch one: it gets an empty one, and loads nothing.
         def load_state_dict(self, state, *args, **kwargs):
             return super().load_state_dict(state, *args, **kwargs) if state else None
@@ -93,7 +93,7 @@ def _torch_fidelity_inception() -> nn.Module:
     torch.save({}, nothing)
     nothing.seek(0)
     features = ["2048", "logits_unbiased"]
-    return WithoutFile("inception-v3-compat", features, feature_extractor_weights_path=nothing)
+    return InceptionV3("inception-v3-compat", features, feature_extractor_weights_path=nothing)
 
 
 def _inception_file() -> Path:

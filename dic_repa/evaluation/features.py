@@ -27,6 +27,7 @@ class FeatureSet:
     gaussians: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
     constant: int = 0  # images of a single colour
+    notes: tuple[str, ...] = ()  # what a reader of scores should know of the images
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def extract(
         count += total
         progress(total)
     if count < 2:
-        raise UserError(f"a set to measure takes at least two images, not {count}")
+        which = f"{images.source}: " if isinstance(images, ImageSet) else ""
+        raise UserError(f"{which}a set to measure takes at least two images, not {count}")
     gaussians = {layer: tuple(part.cpu() for part in sums.result()) for layer, sums in running.items()}
     return FeatureSet(count, size, gaussians, {k: torch.cat(parts) for k, parts in kept.items()}, constant)
 

@@ -156,6 +156,10 @@ class Measure:
         if gaussian and reference and reference.count < min(samples.count, FULL_COUNT):
             warnings.append(f"the reference has {reference.count} images, fewer than the samples: a bias of its own")
         compared = min([samples.count, *(len(part) for part in reference.features.values())] if reference else [0])
+        if reference:
+            warnings += reference.notes
+        if reference and reference.constant:
+            warnings.append(f"{reference.constant} images of the reference are of a single colour each")
         if self.resize and reference and reference.size is None:
             warnings.append(
                 f"the samples were resized to {self.resize}; the reference's statistics are as they were stored, and "

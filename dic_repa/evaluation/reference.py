@@ -116,8 +116,12 @@ def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) ->
             cached = statistics.read(file)
     # Another machine may lack the file, or another command have written it just now; all extract, or none.
     if agree(cached is not None):
+        cached.notes = images.notes
         return cached
     found = run(images, extractors, statistics.layers, KEPT, True)
+    if found.constant == found.count:
+        raise UserError(f"{images.source}: all {found.count} images are of a single colour each; they are no reference")
+    found.notes = images.notes
     if cache and os.environ.get("RANK", "0") == "0":
         try:
             save_statistics(found, file, statistics.description())
@@ -162,6 +166,7 @@ class _Statistics:
                 what = "lacks" if theirs is None else "was made with other weights or resizing of"
                 raise UserError(f"{path} {what} the extractor {name}; make it again from the images")
         found = FeatureSet(record["count"], tuple(record["size"]) if record["size"] else None)
+        found.constant = record.get("constant", 0)
         for name, tensor in tensors.items():
             kind, _, layer = name.partition("/")
             if kind == "features":
@@ -189,7 +194,7 @@ def save_statistics(found: FeatureSet, path: str | Path, extractors: dict) -> No
     tensors = {f"features/{layer}": part.contiguous() for layer, part in found.features.items()}
     for layer, (mean, cov) in found.gaussians.items():
         tensors |= {f"mean/{layer}": mean.contiguous(), f"cov/{layer}": cov.contiguous()}
-    record = {"count": found.count, "size": found.size, "extractors": extractors}
+    record = {"count": found.count, "size": found.size, "constant": found.constant, "extractors": extractors}
     aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         save_file(tensors, aside, {"statistics": json.dumps(record)})
