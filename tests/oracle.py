@@ -26,7 +26,7 @@ def per_channel(x):
 
 
 def sinusoids(t):
-    frequencies = torch.tensor([math.exp(-math.log(10_000) * k / 128) for k in range(128)], device=t.device)
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
     angles = t[:, None] * frequencies
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
