@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from small_runs import small_recipe
 
 from dic_repa.bench.device import convolution_share, peak_memory, precision
 from dic_repa.bench.model import bench_model, load_factory, random_denoiser
 from dic_repa.bench.paper import SMALL, measure_paper
 from dic_repa.bench.report import add_ratios, table
 from dic_repa.bench.timing import Timing, interleave
+from dic_repa.bench.train import build_step, replace_denoiser
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 
@@ -72,6 +75,15 @@ def test_model_beside_the_oracle():
     assert rows["DiC-S fp32 by OracleDiC"]["difference"] < 1e-5
     assert 1e-4 < rows["DiC-S bf16 eager"]["difference"] < 0.1
     assert result["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_a_baseline_does_not_keep_what_it_replaces(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    recipe = small_recipe()
+    parts, accelerator = build_step(recipe, CPU)
+    replaced = [weakref.ref(part) for part in (parts.denoiser, parts.ema.model, parts.optimizer.optimizer)]
+    replace_denoiser(parts, f"{ORACLE}:OracleDiC", recipe, accelerator)
+    assert [part() for part in replaced] == [None] * 3
 
 
 def test_nothing_is_left_at_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import tempfile
 import time
@@ -129,7 +130,7 @@ def bench_train(
         for baseline in baselines_of(name, baselines):
             recipe.train.compile = False
             parts, accelerator = build_step(recipe, device)
-            _replace_denoiser(parts, baseline, recipe, accelerator)
+            replace_denoiser(parts, baseline, recipe, accelerator)
             label = f"{name} {kind} by {baseline.rpartition(':')[2]}"
             cases.append(TrainCase(label, recipe, parts, accelerator, kind, gmacs))
     timings = interleave(cases, device, rounds, seconds, description="training steps")
@@ -167,22 +168,26 @@ def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator
     return build_parts(recipe, accelerator), accelerator
 
 
-def _replace_denoiser(parts: Parts, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
+def replace_denoiser(parts: Parts, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Train what the factory `baseline` makes of the denoiser in its place; the denoiser and its average are let go of."""
     settings = recipe.train
     parts.denoiser = build_baseline(baseline, parts.denoiser, recipe.data.size)
+    parts.model = parts.optimizer = parts.ema = parts.sampler = parts.averages = None
+    accelerator.free_memory()  # it holds on to what it has prepared
+    gc.collect()  # what is replaced holds on to itself, by hooks
     model = AlignedDenoiser(parts.denoiser, parts.alignments)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
     )
     parts.model, parts.optimizer = accelerator.prepare(model, optimizer)
-    parts.averages = {"ema": PlainEMA(parts.denoiser, settings.ema_decay)}
+    parts.ema = PlainEMA(parts.denoiser, settings.ema_decay)
+    parts.averages = {"ema": parts.ema}
 
 
 def _row(case: TrainCase, timing: Timing, device: torch.device) -> dict:
     row = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
-    row["tflops"] = (
-        3 * 2 * case.gmacs * row["images_per_second"] / 1000
-    )  # of the denoiser; the backward is two forwards
+    # Of the denoiser, whose backward pass is two forward passes.
+    row["tflops"] = 3 * 2 * case.gmacs * row["images_per_second"] / 1000
     clock = Clock(device)
     for _ in range(3):
         case(clock)
