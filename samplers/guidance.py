@@ -124,9 +124,8 @@ class CFGPlusPlus(Guidance):
 class GuidedField:
     """(x (B, C, ...), t (B,), all times the same) -> velocity.
 
-    Whether a step is guided is decided where it starts,
-    for all of its evaluations (as in the REPA authors' sampler). Of a model that gives more channels than x has, those
-    beyond are never guided.
+    Whether a step is guided is decided where it starts, for all of its evaluations (as in the REPA authors' sampler).
+    Of a model that gives more channels than x has, those beyond are never guided.
     """
 
     def __init__(self, guidance: Guidance, model: Model, y: Tensor, weak_model: Model | None = None):
