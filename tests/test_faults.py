@@ -252,7 +252,7 @@ def test_other_recipe_is_refused_unless_allowed(tmp_path):
     assert run.recipe().train.weight_decay == 0.1
     with pytest.raises(UserError, match="does not fit this AlignedDenoiser"):
         small_run(run.path, "model.width=12", "train.steps=5", resume=True, allow_change=True)
-    assert run.recipe().model.options["width"] == 8  # a recipe that does not fit is not taken over
+    assert run.recipe().model.width == 8  # a recipe that does not fit is not taken over
 
 
 def test_second_run_in_a_process_may_have_another_precision(tmp_path):

@@ -62,6 +62,8 @@ def train(
         checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
         request = stack.enter_context(StopRequest())
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
+        if resume:
+            on_main_process(accelerator, lambda: run.save_recipe(recipe))
         data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
         incoming = batches(data, recipe, accelerator, start)
         guard = StepGuard(accelerator, optimizer.optimizer)
