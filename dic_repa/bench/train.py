@@ -169,7 +169,7 @@ def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator
 
 
 def replace_denoiser(parts: Parts, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Train what the factory `baseline` makes of the denoiser in its place; the denoiser and its average are let go of."""
+    """Train what the factory `baseline` makes of the denoiser in its place, and let go of all that was about that."""
     settings = recipe.train
     parts.denoiser = build_baseline(baseline, parts.denoiser, recipe.data.size)
     parts.model = parts.optimizer = parts.ema = parts.sampler = parts.averages = None
