@@ -11,6 +11,7 @@ from gaussian_mixture import GaussianMixture
 from safetensors.torch import load_file
 
 from dic_repa.errors import UserError
+from dic_repa.models import DiC
 from dic_repa.objectives import DDPM, create_objective
 from dic_repa.samplers import Guidance, sample, sample_ddpm, sample_ode
 
@@ -55,6 +56,21 @@ def test_samples_of_the_reference():
     torch.testing.assert_close(got, REFERENCE["sample.10"], rtol=1e-5, atol=1e-5)
     got = sample_ddpm(reference_model, REFERENCE["sample.z"], "ddim", steps=10)
     torch.testing.assert_close(got, REFERENCE["sample.ddim10"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("solver", ["ddpm", "heun"])
+def test_a_step_is_embedded_once_for_all_rows(solver, dtype):
+    denoiser = DiC(8, (1, 1, 1, 1, 1), num_classes=3, learn_sigma=True).to(dtype)
+    rows = []
+    denoiser.condition[0].time1.register_forward_hook(lambda _m, given, _o: rows.append(len(given[0])))
+    ddpm = solver == "ddpm"
+    model = OBJECTIVE.noise_model(denoiser) if ddpm else OBJECTIVE.velocity_model(denoiser)
+    options = {"schedule": OBJECTIVE.schedule, "seed": 0, "indices": [0, 1]} if ddpm else {"path": OBJECTIVE.path}
+    guided = Guidance(2.0, (0.0, 0.6)).bind(model, torch.tensor([0, 1]))
+    with torch.no_grad():
+        sample(guided, torch.randn(2, 4, 4, 4), solver, steps=2, **options)
+    assert set(rows) == {1}
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ class Noisy:
         return self.t
 
 
+def once(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """`function` of the times t (B,), expanded again from one value where t is, as samplers give it.
+
+    So a denoiser still sees that the rows share their time, and embeds one.
+    """
+    return function(t[:1]).expand(len(t)) if t.stride(0) == 0 else function(t)
+
+
 def run_denoiser(denoiser, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The output of `denoiser` (x, t, y), run in the dtype of its parameters, in x's dtype (at least float32).
 
@@ -60,7 +68,7 @@ def run_denoiser(denoiser, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """
     parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
     dtype = x.dtype if parameter is None else parameter.dtype
-    output = denoiser(x.to(dtype), t.to(torch.promote_types(dtype, torch.float32)), y)
+    output = denoiser(x.to(dtype), once(lambda t: t.to(torch.promote_types(dtype, torch.float32)), t), y)
     return output.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -80,7 +88,7 @@ class VelocityModel:
         return t
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        output = run_denoiser(self.denoiser, x, self.embedded_time(t), y)
+        output = run_denoiser(self.denoiser, x, once(self.embedded_time, t), y)
         value = prediction_channels(output, x.shape[1])
         return self.path.convert(value, x.to(value.dtype), t.to(value.dtype), self.prediction, "velocity")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.objectives.base import Noisy, VelocityModel, objectives, run_denoiser
+from dic_repa.objectives.base import Noisy, VelocityModel, objectives, once, run_denoiser
 from dic_repa.paths import VPPath
 from dic_repa.samplers.beta_schedule import BetaSchedule
 from dic_repa.samplers.ddpm import split_output
@@ -131,7 +131,8 @@ class DDPMNoiseModel:
         self.num_classes = getattr(denoiser, "num_classes", None)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return run_denoiser(self.denoiser, x, torch.round(t.double() * self.num_steps) - 1, y)
+        step = once(lambda t: torch.round(t.double() * self.num_steps) - 1, t)
+        return run_denoiser(self.denoiser, x, step, y)
 
 
 class DDPMVelocityModel(VelocityModel):
