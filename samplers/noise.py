@@ -41,8 +41,8 @@ class StepNoise:
     A row depends on (seed, its index, step) alone and is independent of `initial_noise`. Raises UserError where `like`
     has another number of rows than there are indices.
 
-    One thread of the CPU draws it, about 12 ns a number: 2 to 7 ms for 32 latents of 4x32x32, by the CPU. A GPU is still
-    busy with the step before in this time, unless its steps are as short.
+    One thread of the CPU draws it, in 2 to 7 ms for 32 latents of 4x32x32. A GPU is busy with the step before at that
+    time, unless its steps are as short.
     """
 
     def __init__(self, seed: int, indices: Sequence[int]):
