@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from dic_repa.alignment import Alignment
 from dic_repa.data import datasets
-from dic_repa.data.autoencoders import load_autoencoder
+from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
 from dic_repa.data.images import unit_images
 from dic_repa.data.latents import autoencoder_decoder, data_shape, pixels_decoder
 from dic_repa.data.layouts import DEFAULT_AUTOENCODER
 from dic_repa.data.prepared import prepared_spec
+from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import create_denoiser, find_denoiser
 from dic_repa.objectives import create_objective
@@ -77,17 +78,44 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
     return DataTraits(data.channels, data.num_classes, channels, size), ""
 
 
-def build_decoder(section: DataSection, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """From the denoiser's data to images in [0, 1]; the training data itself is not needed if its autoencoder is named.
+def build_decoder(
+    section: DataSection,
+    device: torch.device | str = "cpu",
+    saved: SavedData | None = None,
+    place: str | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """From the denoiser's data to images in [0, 1].
 
-    A UserError where an autoencoder is needed and cannot be found.
+    The training data itself is not needed where `saved` tells of it, or the recipe names its autoencoder. `place` is
+    where the autoencoder is now, if it is no longer under its name. A UserError where it cannot be found, or is another
+    than `saved` tells of.
     """
-    name = section.autoencoder
+    if saved and saved.autoencoder:
+        return _saved_decoder(saved.autoencoder, device, place)
+    name = place or section.autoencoder
     if section.name == "prepared":
         name = name or prepared_spec(section.path).name
     elif section.name in ("repa", "dit"):
         name = name or DEFAULT_AUTOENCODER
     return pixels_decoder if name in (None, "none") else autoencoder_decoder(load_autoencoder(name, device))
+
+
+def _saved_decoder(
+    spec: AutoencoderSpec, device: torch.device | str, place: str | None
+) -> Callable[[Tensor], Tensor]:
+    if spec.name == "none":
+        return pixels_decoder
+    mend = "name its folder with --autoencoder (sample.autoencoder in a recipe)"
+    try:
+        autoencoder = load_autoencoder(place or spec.name, device)
+    except UserError as error:
+        raise UserError(f"the model was trained behind the autoencoder {spec.name}; {mend}: {error}") from None
+    if not spec.same_weights(autoencoder.spec):
+        raise UserError(
+            f"the weights of {place or spec.name} are not those of the autoencoder that the model was trained behind "
+            f"({spec.name}); {mend}"
+        )
+    return autoencoder_decoder(autoencoder)
 
 
 def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]:

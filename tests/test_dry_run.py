@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub.constants
 import pytest
 import torch
 from conftest import TINY
@@ -21,7 +22,7 @@ from dic_repa.training.memory_estimate import activation_bytes
 def dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
     def run(*arguments) -> str:
         with pytest.raises(SystemExit) as exit:
@@ -67,6 +68,7 @@ def test_large_recipe_is_estimated_on_a_machine_without_gpu(dry_run):
     assert "train.learning_rate: 0.0002 instead of 0.0001" in text
     assert "FID_ODE 1.74" in text
     assert "the data is not here" in text
+    assert "training would not begin: the autoencoder stabilityai/sd-vae-ft-ema cannot be fetched" in text
     assert "no steps were run" in text
 
 
@@ -106,9 +108,13 @@ def test_activations_in_closed_form():
     assert activation_bytes(model, [], (4, 3, 8, 8), mixed=False) == 4 * 4 * 64 * (3 + 16 + 3)
 
 
-def test_mistakes(mistake):
+def test_mistakes(mistake, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "does not divide among 3 processes" in mistake("train", "dic-s", "--dry-run", "--processes=3")
     assert "did you mean mid.3" in mistake("train", "dic-xl-urepa", "--dry-run", "--set=alignments.0.tap=mid.33")
     assert "unknown encoder" in mistake("train", "dic-xl-urepa", "--dry-run", "--set=alignments.0.encoder=dinov22")
     assert "go with --dry-run" in mistake("train", "dic-s", "--processes=3")
+    (tmp_path / "images").mkdir()
+    wrong = ["--set=data={name: repa, path: images, size: 32}", "--set=alignments=[]"]
+    assert "neither images/ nor images.zip" in mistake("train", "dic-s", "--dry-run", *wrong)
     assert "unknown solver" in mistake("train", "dic-s", "--dry-run", "--set=sample.solver=hein")

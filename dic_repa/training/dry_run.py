@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
-from dic_repa.build import build_denoiser, build_objective, data_traits, import_plugins
+from dic_repa.build import build_decoder, build_denoiser, build_objective, data_traits, import_plugins
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
@@ -95,12 +95,24 @@ def stand_in(recipe: Recipe, notes: list[str]) -> Recipe:
     trial.data = trial.data.model_copy(
         update={"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
     )
+    if recipe.train.sample_every or (recipe.evaluate and recipe.evaluate.every):
+        note_missing_decoder(recipe, missing, notes)
     trial.train.sample_every, trial.evaluate = 0, None
     for section in trial.alignments:
         if section.cache:
             section.cache = False
             notes.append(f"{section.encoder} runs in these steps; in the run its tokens come from the cache")
     return trial
+
+
+def note_missing_decoder(recipe: Recipe, missing: str, notes: list[str]) -> None:
+    """What would keep the run from drawing its grids: an autoencoder that is not here."""
+    if missing and not recipe.data.autoencoder:
+        return  # the data will name it
+    try:
+        build_decoder(recipe.data)
+    except UserError as error:
+        notes.append(f"as it is here, training would not begin: {error}")
 
 
 def build_shapes(trial: Recipe) -> dict:

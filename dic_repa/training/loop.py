@@ -212,9 +212,9 @@ def stop_not_finite(
     def dump() -> list[str]:
         first = verdict.step - verdict.in_a_row
         order = data_order(settings.seed, count, settings.batch_size, first)
-        batches = [{"step": first + 1 + i, "indices": next(order)} for i in range(verdict.in_a_row)]
+        skipped = [{"step": first + 1 + i, "indices": next(order)} for i in range(verdict.in_a_row)]
         try:
-            write_whole(file, json.dumps(batches) + "\n")
+            write_whole(file, json.dumps(skipped) + "\n")
             said = [f"the indices of their samples are in {file}"]
         except OSError as error:
             said = [f"the indices of their samples could not be written ({first_line(error)})"]

@@ -24,6 +24,7 @@ from dic_repa.build import (
     import_plugins,
 )
 from dic_repa.data.latents import LatentDataset, data_shape
+from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError
 from dic_repa.models import forward_on_meta
 from dic_repa.recipe import Recipe, TrainSection
@@ -98,21 +99,22 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
         # In float32 where it is sharded, for a sharded model cannot be copied into another precision.
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
-        sampler = build_sampler(Checkpoint(averages["ema"].model, recipe, Path("this run")), sample)
+        source = Checkpoint(averages["ema"].model, recipe, Path("this run"), SavedData.of(data))
+        sampler = build_sampler(source, sample)
     return Parts(
-        data,
-        shape,
-        objective,
-        encoders,
-        caches,
-        denoiser,
-        alignments,
-        model,
-        optimizer,
-        averages["ema"],
-        averages,
-        sampler,
-        sharded,
+        data=data,
+        shape=shape,
+        objective=objective,
+        encoders=encoders,
+        caches=caches,
+        denoiser=denoiser,
+        alignments=alignments,
+        model=model,
+        optimizer=optimizer,
+        ema=averages["ema"],
+        averages=averages,
+        sampler=sampler,
+        sharded=sharded,
     )
 
 

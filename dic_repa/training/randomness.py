@@ -14,7 +14,7 @@ import torch
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator from which time, noise and label dropout of `step` are drawn, in this order."""
+    """The generator from which `step` draws times, noise, dropped labels and the posterior's noise, in this order."""
     return torch.Generator(device).manual_seed(_stream(seed, "step") + step)
 
 
