@@ -16,4 +16,15 @@ register_dataset("dit")(DitLayout)
 register_dataset("images")(ImageFolder)
 register_dataset("random")(RandomData)
 
-__all__ = ["Digits", "RandomData", "datasets", "load_digits", "register_dataset", "resize"]
+__all__ = [
+    "Digits",
+    "DitLayout",
+    "ImageFolder",
+    "Prepared",
+    "RandomData",
+    "RepaLayout",
+    "datasets",
+    "load_digits",
+    "register_dataset",
+    "resize",
+]
