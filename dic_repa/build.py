@@ -100,9 +100,7 @@ def build_decoder(
     return pixels_decoder if name in (None, "none") else autoencoder_decoder(load_autoencoder(name, device))
 
 
-def _saved_decoder(
-    spec: AutoencoderSpec, device: torch.device | str, place: str | None
-) -> Callable[[Tensor], Tensor]:
+def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str | None) -> Callable[[Tensor], Tensor]:
     if spec.name == "none":
         return pixels_decoder
     mend = "name its folder with --autoencoder (sample.autoencoder in a recipe)"

@@ -13,13 +13,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from dic_repa.build import build_decoder, build_objective, import_plugins
+from dic_repa.build import build_class_names, build_decoder, build_objective, import_plugins
 from dic_repa.data.latents import pixels_decoder
+from dic_repa.data.saved import SavedData
 from dic_repa.decoding import decode_batches
 from dic_repa.errors import UserError
 from dic_repa.models import load_denoiser
 from dic_repa.models.compiled import CompiledDenoiser
-from dic_repa.models.pretrained import WEIGHTS
+from dic_repa.models.pretrained import CONFIG, WEIGHTS
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.training.run_folder import RunFolder
@@ -31,11 +32,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Checkpoint:
-    """A denoiser to sample from, with the recipe that it was trained by."""
+    """A denoiser to sample from, with the recipe that it was trained by and what is known of its data."""
 
     denoiser: nn.Module
     recipe: Recipe
     source: Path
+    data: SavedData | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names; their numbers where nothing tells them."""
+        if self.data:
+            return self.data.class_names
+        return build_class_names(self.recipe.data, self.denoiser.num_classes)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None) -> Checkpoint:
@@ -47,12 +56,14 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
     folder = weights_folder(path)
     if (folder / "recipe.yaml").is_file():
         recipe = load_training_recipe(folder / "recipe.yaml")
+    if recipe is None and not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}")
     if recipe is None:
         raise UserError(
-            f"{folder} has no recipe.yaml to tell objective and data size; give a training recipe (--recipe)"
+            f"{folder} has no recipe.yaml to tell objective and data size; put a training recipe there, or pass --recipe"
         )
     import_plugins(recipe)
-    return Checkpoint(load_denoiser(folder).to(device), recipe, folder)
+    return Checkpoint(load_denoiser(folder).to(device), recipe, folder, SavedData.read(folder))
 
 
 def weights_folder(path: str | Path) -> Path:
@@ -63,7 +74,8 @@ def weights_folder(path: str | Path) -> Path:
     if not path.is_dir():
         raise UserError(f"there is no run or checkpoint folder {path}")
     folder = path
-    if (path / "checkpoints").is_dir():
+    is_run = (path / "recipe.yaml").is_file() and not (path / CONFIG).is_file()
+    if is_run or (path / "checkpoints").is_dir():
         folder = RunFolder.open(path).newest_checkpoint("ema")
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet")
@@ -265,7 +277,8 @@ def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:
             "sample without guidance, or with a weaker model (guidance.weak)"
         )
     shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
-    decode = build_decoder(recipe.data, next(denoiser.parameters()).device)
+    device = next(denoiser.parameters()).device
+    decode = build_decoder(recipe.data, device, checkpoint.data, settings.autoencoder)
     return Sampler(denoiser, build_objective(recipe.objective), settings, shape, weak, decode)
 
 

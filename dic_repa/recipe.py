@@ -176,6 +176,7 @@ class SampleSection(Section):
     num: Count = Field(50_000, description="how many images")
     batch_size: Count = Field(64)
     decode_batch: Count = Field(16, description="images that the autoencoder decodes at once")
+    autoencoder: str | None = Field(None, description="where it is now; null: where it was in training")
     seed: int = Field(0, ge=0)
 
 

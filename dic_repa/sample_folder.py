@@ -41,6 +41,7 @@ _CHANGEABLE = {
     "sample.num",
     "sample.batch_size",
     "sample.decode_batch",
+    "sample.autoencoder",  # checked by its weights
     "evaluations_per_image",
     "labels",
 }

@@ -128,13 +128,17 @@ def _write_authors(model, target: Path) -> None:
 
 
 def _write_folder(model, target: Path, recipe: str | None, recipe_file: Path | None) -> None:
+    from dic_repa.data.saved import SavedData
     from dic_repa.recipe import load_training_recipe, to_yaml
 
+    data = SavedData.read(recipe_file.parent) if recipe_file else None
     text = to_yaml(load_training_recipe(recipe or recipe_file)) if recipe or recipe_file else None
     with write_aside(target) as aside:
         model.save_pretrained(aside)
         if text:
             (aside / "recipe.yaml").write_text(text)
+        if data:
+            data.write(aside)
 
 
 def _existing(file: Path) -> Path | None:

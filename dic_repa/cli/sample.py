@@ -66,6 +66,7 @@ def sampling_options(command: Callable) -> Callable:
             click.option("--compile", help="torch.compile's mode; reduce-overhead: CUDA graphs.  [default: off]"),
             click.option("--batch-size", type=int, help="Images at once, in each process."),
             click.option("--decode-batch", type=int, help="Images that an autoencoder decodes at once.  [default: 16]"),
+            click.option("--autoencoder", help="Where it is, if not where it was in training: a folder or a hub id."),
             click.option("--seed", type=int, help="With an image's index it determines the image's noise."),
         ]
     ):
@@ -168,14 +169,12 @@ def choose_labels(loaded, settings: SampleSection, classes: str | None = None, r
 def _save_grid(folder, loaded, labels) -> None:
     import torch
 
-    from dic_repa.build import build_class_names
     from dic_repa.generation import load_png, save_grid
 
     columns = 10
     shown = [i for label in labels.unique()[:20] for i in (labels == label).nonzero()[:columns, 0].tolist()]
     images = torch.stack([load_png(folder.file(i)) for i in shown])
-    class_names = build_class_names(loaded.recipe.data, loaded.denoiser.num_classes)
-    save_grid(images, folder.path / "grid.png", labels[shown], class_names, columns)
+    save_grid(images, folder.path / "grid.png", labels[shown], loaded.class_names, columns)
 
 
 def _save_trajectory(path: Path, sampler) -> None:

@@ -45,6 +45,13 @@ class AutoencoderSpec:
     def from_dict(cls, content: dict) -> AutoencoderSpec:
         return cls(**content | {"shift": tuple(content["shift"]), "scale": tuple(content["scale"])})
 
+    def same_weights(self, other: AutoencoderSpec) -> bool:
+        """Whether both are one autoencoder, by whatever name; told by channels and scale if not by fingerprints."""
+        if self.fingerprint and other.fingerprint:
+            return self.fingerprint == other.fingerprint
+        mine, its = ({**spec.to_dict(), "name": "", "fingerprint": ""} for spec in (self, other))
+        return mine == its
+
     def normalise(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) to the denoiser's data: (z - shift) * scale."""
         return (z - self._per_channel(self.shift, z)) * self._per_channel(self.scale, z)

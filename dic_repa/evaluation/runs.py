@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dic_repa.build import build_class_names
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge
 from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid, weak_weights
@@ -84,7 +83,7 @@ def evaluate_run(
     )
     judged.evaluations = sampler.evaluations
     pictures = torch.stack([shown[i] for i in rows])
-    save_judgement(judged, pictures, labels[rows], build_class_names(recipe.data, num_classes))
+    save_judgement(judged, pictures, labels[rows], checkpoint.class_names)
     return judged
 
 

@@ -1,9 +1,9 @@
 """What a training run needs to go on as if it had not stopped: weights, averages, the optimizer's state, the step.
 
 model.safetensors   the denoiser and the heads          ema/            config.json, model.safetensors, recipe.yaml:
-optimizer.pt        plain tensors, never unpickled                      all that sampling needs, `DiC.from_pretrained`
-state.json          the step                            ema-0.999/, ... the other averages, alike
-manifest.json       sizes and SHA-256 of all these
+optimizer.pt        plain tensors, never unpickled                      and data.json: all that sampling needs, also
+state.json          the step                                            for `DiC.from_pretrained`
+manifest.json       sizes and SHA-256 of all these      ema-0.999/, ... the other averages, alike
 
 A checkpoint is written aside, flushed and renamed, in a thread, from a copy in CPU memory: training goes on meanwhile.
 """
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dic_repa.aside import write_aside
+from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import Recipe, to_yaml
@@ -45,6 +46,7 @@ class TrainingState:
     optimizer: dict[str, Any]  # by the parameters' order
     scaler: dict | None
     config: dict  # of the denoiser
+    data: SavedData
 
 
 def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingState | None:
@@ -59,6 +61,7 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         to_cpu(parts.optimizer.state_dict()["state"], main),
         accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         parts.ema.config,
+        SavedData.of(parts.data),
     )
     return state if main else None
 
@@ -73,8 +76,10 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
             (aside / name).mkdir()
             (aside / name / CONFIG).write_text(json.dumps(state.config, indent=2) + "\n")
             (aside / name / "recipe.yaml").write_text(to_yaml(recipe))
+            state.data.write(aside / name)
             save_tensors(tensors, aside / name / "model.safetensors")
-        torch.save({"state": state.optimizer, "scaler": state.scaler}, aside / "optimizer.pt")
+        with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not tell of a full disk
+            torch.save({"state": state.optimizer, "scaler": state.scaler}, file)
         (aside / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
         write_manifest(aside)
 
@@ -171,5 +176,13 @@ class CheckpointWriter:
             newest = max(self.run.list_checkpoints(), key=checkpoint_step, default=None)
             kept = f"{newest.name} is whole" if newest else "there is none before it"
             folder = self.run.checkpoint_path(step)
-            self.failure = f"the checkpoint {folder} could not be written ({first_line(error)}); {kept}"
+            self.failure = f"the checkpoint {folder} could not be written ({first_line(_cause(error))}); {kept}"
             tqdm.write(f"warning: {self.failure}; the run goes on", file=sys.stderr)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's error that torch's own came of, such as a full disk's; `error` where there is none."""
+    before = error
+    while before is not None and not isinstance(before, OSError):
+        before = before.__context__
+    return before or error

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from dic_repa.aside import write_aside
+from dic_repa.data.saved import DATA_FILE
 from dic_repa.errors import UserError, first_line
 from dic_repa.training.ema import sigma_rel_to_gamma
 from dic_repa.training.run_folder import RunFolder
@@ -102,8 +103,9 @@ def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: in
         folder.parent.mkdir(parents=True, exist_ok=True)
         with write_aside(folder) as aside:
             aside.mkdir()
-            for name in ("config.json", "recipe.yaml"):
-                shutil.copyfile(newest / "ema" / name, aside / name)
+            for name in ("config.json", "recipe.yaml", DATA_FILE):
+                if (file := newest / "ema" / name).is_file():  # older checkpoints tell nothing of their data
+                    shutil.copyfile(file, aside / name)
             save_tensors(tensors, aside / "model.safetensors", {"post-hoc EMA": json.dumps(made)})
     except WRITE_ERRORS as error:
         raise UserError(f"{folder} could not be written ({first_line(error)})") from None
