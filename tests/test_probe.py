@@ -264,4 +264,9 @@ def test_mistakes(mistake, run, tmp_path):
     assert "--times takes numbers" in mistake("probe", run.path, "--times", "0.5,2")
     assert "digits-vit" in mistake("probe", run.path, "--encoder", "digit-vit")
     assert "no run or checkpoint folder" in mistake("probe", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty is neither a run nor a checkpoint" in mistake("probe", "empty")
+    (tmp_path / "empty/recipe.yaml").write_text(to_yaml(recipe))
+    for line in (("probe", "empty"), ("sample", "empty")):
+        assert "empty has no checkpoint yet" in mistake(*line)
     assert "recipe.yaml is a file; name the folder" in mistake("probe", baseline / "recipe.yaml")
