@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -158,6 +159,18 @@ def test_failed_write_is_told_at_once_and_raised_at_the_end_only(tmp_path, capsy
             writer.finish()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_is_named_though_torch_says_something_else(tmp_path, capsys):
+    def save():
+        with open("/dev/full", "wb", buffering=0) as file:
+            torch.save(torch.zeros(100_000), file)
+
+    with CheckpointWriter(RunFolder(tmp_path)) as writer:
+        writer.start(1, save)
+        with pytest.raises(UserError, match="No space left on device"):
+            writer.finish()
+
+
 def test_mistake_of_ours_while_writing_is_no_warning(tmp_path):
     with CheckpointWriter(RunFolder(tmp_path)) as writer:
         writer.start(1, lambda: {}["missing"])
@@ -220,6 +233,8 @@ def test_read_only_checkpoint_folder_keeps_the_old_one(disk, whole, tmp_path, mo
 
     def update_and_mount(self, denoiser, step):
         if step == 6:
+            while not run.list_checkpoints():  # that of step 4 may still be being written
+                time.sleep(0.01)
             mount("--bind", str(run.checkpoints))
             mount("-o", "remount,bind,ro")
         update(self, denoiser, step)
