@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from dic_repa.errors import UserError
 from dic_repa.models import load_denoiser
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.pretrained import CONFIG, WEIGHTS
+from dic_repa.precision import tf32
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.training.run_folder import RunFolder
 from dic_repa.weights import weights_fingerprint
 
 _LABELS = 3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -166,7 +168,8 @@ class Sampler:
                 noise = initial_noise(self.shape, settings.seed, places).to(device)
                 options = self._options(info, places)
                 first = start == 0  # the details hold every state, which is too much to keep for each batch
-                x = sample(velocity, noise, settings.solver, **options, return_info=first)
+                with self._exactly():
+                    x = sample(velocity, noise, settings.solver, **options, return_info=first)
                 if first:
                     x, details = x
                     self.evaluations, self.states = details.nfe, details.states if self.trace else ()
@@ -183,7 +186,12 @@ class Sampler:
 
     def _decode(self, x: Tensor) -> Tensor:
         """In parts, since an autoencoder takes far more memory than the denoiser's data."""
-        return torch.cat([self.decode(part) for part in x.split(self.settings.decode_batch)])
+        with self._exactly():
+            return torch.cat([self.decode(part) for part in x.split(self.settings.decode_batch)])
+
+    def _exactly(self) -> AbstractContextManager[None]:
+        """As exactly as the settings' precision says, whatever training or a measurement has asked for."""
+        return tf32(self.settings.precision == "tf32")
 
     def _prepare(self, denoiser: nn.Module) -> nn.Module:
         """`denoiser` in the settings' precision, compiled where they say so.

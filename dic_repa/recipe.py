@@ -167,8 +167,10 @@ class SampleSection(Section):
     clip: bool | None = Field(None, description="of ddpm and ddim: keep the data prediction in [-1, 1]")
     options: dict[str, Any] | None = Field(None, description="arguments of a torchdiffeq method")
     guidance: GuidanceSection | None = Field(None, description="null: none")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of the denoiser, its weights cast once; the solver's state is float32 always"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of the denoiser, its weights cast once; the solver's state is float32 always. tf32: float32 with "
+        "products that a GPU rounds, the decoder's too",
     )
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
         "off", description="torch.compile's mode; reduce-overhead: with CUDA graphs, where there is a GPU"

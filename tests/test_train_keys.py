@@ -62,16 +62,6 @@ def _note(seen: set, output: torch.Tensor) -> torch.Tensor:
     return output
 
 
-@pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_is_what_the_recipe_says(tmp_path, tf32):
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        small_run(tmp_path / "run", "train.steps=1", f"train.tf32={str(tf32).lower()}")
-        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
 def test_weights_cast_once_give_the_same_tokens_as_autocast():
     encoder = create_encoder("timm:vit_tiny_patch16_224", pretrained=False)
     images = torch.rand(2, 3, 32, 32)

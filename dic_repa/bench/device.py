@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.precision import tf32
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMI = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
@@ -46,18 +48,9 @@ def check_precision(name: str, device: torch.device) -> None:
         raise UserError("tf32 is a precision of NVIDIA GPUs; on this device take fp32, bf16 or fp16")
 
 
-@contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
+def precision(name: str) -> AbstractContextManager[None]:
     """Let float32 products use TF32 where `name` is tf32, and nowhere else; as it was afterwards."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = name == "tf32"
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+    return tf32(name == "tf32")
 
 
 def describe_device(device: torch.device) -> dict[str, str | int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dic_repa.bench.device import check_precision, describe_device, precision
+from dic_repa.bench.device import check_precision, describe_device
 from dic_repa.bench.model import case_label, inside, randomise
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
@@ -21,21 +21,19 @@ from dic_repa.models.compiled import GRAPH_MODES
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.training.dry_run import stand_in
 
-IN_RECIPE = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 GUIDANCE = {"doubled": True, "one-by-one": False}
 
 
 class SampleCase:
     """One batch of a sampler, decoded; the time of decoding is counted apart when it is asked for."""
 
-    def __init__(self, label: str, sampler: Sampler, kind: str, gmacs: float):
-        self.label, self.sampler, self.precision, self.gmacs = label, sampler, kind, gmacs
+    def __init__(self, label: str, sampler: Sampler, gmacs: float):
+        self.label, self.sampler, self.gmacs = label, sampler, gmacs
         self.batch = sampler.settings.batch_size
         self.labels = torch.arange(self.batch) % sampler.denoiser.num_classes
 
     def __call__(self) -> list[Tensor]:
-        with precision(self.precision):
-            return list(self.sampler(self.labels))
+        return list(self.sampler(self.labels))
 
     def decode_share(self) -> float:
         """The share of one call that goes into decoding."""
@@ -91,14 +89,14 @@ def bench_sample(
         for kind, mode, way, batch in itertools.product(
             precisions, compiles, guidance if guided else guidance[:1], batches
         ):
-            changes = {"batch_size": batch, "num": batch, "precision": IN_RECIPE[kind], "compile": mode}
+            changes = {"batch_size": batch, "num": batch, "precision": kind, "compile": mode}
             settings = recipe.sample.model_copy(deep=True, update=changes)
             if guided:
                 settings.guidance.doubled = GUIDANCE[way]
             shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
             sampler = Sampler(denoiser, build_objective(recipe.objective), settings, shape, None, decode)
             label = case_label(name, kind, way if guided and len(guidance) > 1 else "", mode)
-            cases.append(SampleCase(label, sampler, kind, gmacs))
+            cases.append(SampleCase(label, sampler, gmacs))
     timings = interleave(cases, device, rounds, seconds, warmup=1, description="sampling")
     rows = [_row(case, timing, device) for case, timing in zip(cases, timings)]
     add_ratios(rows)

@@ -62,7 +62,7 @@ def sampling_options(command: Callable) -> Callable:
             click.option("--rescale", type=float, help="Share to which guidance keeps the contrast, from 0 to 1."),
             click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
             click.option("--weak", help="Autoguidance: a run or checkpoint of a weaker model to move away from."),
-            click.option("--precision", help="fp32, bf16 or fp16: of the denoiser.  [default: fp32]"),
+            click.option("--precision", help="fp32, tf32, bf16 or fp16: of the denoiser.  [default: fp32]"),
             click.option("--compile", help="torch.compile's mode; reduce-overhead: CUDA graphs.  [default: off]"),
             click.option("--batch-size", type=int, help="Images at once, in each process."),
             click.option("--decode-batch", type=int, help="Images that an autoencoder decodes at once.  [default: 16]"),

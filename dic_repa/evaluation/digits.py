@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dic_repa.data.digits import NUM_CLASSES, load_digits, resize
 from dic_repa.errors import UserError
 from dic_repa.evaluation.frechet import frechet_distance, statistics
+from dic_repa.precision import tf32
 
 IMAGE_SIZE = 16
 FEATURES = 64
@@ -122,6 +123,7 @@ def load_digits_classifier(device: torch.device | str = "cpu") -> DigitsClassifi
     return model.eval().requires_grad_(False).to(device)
 
 
+@tf32(False)
 @torch.no_grad()
 def _read(images: Tensor) -> tuple[Tensor, Tensor]:
     """Features (N, 64) and predicted classes (N,), both on the CPU, of images (N, 1, H, W)."""

@@ -12,6 +12,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import Extractor
 from dic_repa.evaluation.frechet import RunningStatistics
 from dic_repa.evaluation.image_sets import ImageSet, as_uint8
+from dic_repa.precision import tf32
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Share:
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
+@tf32(False)
 def extract(
     images: ImageSet | Iterable[Tensor],
     extractors: dict[str, Extractor],

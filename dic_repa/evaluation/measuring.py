@@ -15,6 +15,7 @@ from dic_repa.evaluation.features import FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import ImageSet
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.evaluation.scores import KID_SUBSET_SIZE, scores
+from dic_repa.precision import tf32
 
 ADM_METRICS = ("fid", "sfid", "is", "prec", "recall")
 FULL_COUNT = 50_000  # samples behind a published FID
@@ -92,6 +93,7 @@ class Measure:
             needed = list(needy.values())
             self.reference = load_reference(reference, needed, self.extractors, run, resize, cache, self._agree)
 
+    @tf32(False)
     def __call__(
         self,
         images: ImageSet | Iterable[Tensor],

@@ -26,6 +26,7 @@ from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
 from dic_repa.evaluation.probe_pictures import save_pictures
 from dic_repa.generation import load_checkpoint
 from dic_repa.models.cost import forward_on_meta
+from dic_repa.precision import tf32
 from dic_repa.recipe import AlignmentSection, Recipe
 from dic_repa.samplers import StepNoise, initial_noise
 from dic_repa.training.run_folder import write_whole
@@ -196,6 +197,7 @@ def _trained_heads(
     return heads
 
 
+@tf32(False)
 @torch.no_grad()
 def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, seed, device, progress):
     """Pooled features {(tap, t): (N, C)}, mean cosines {(tap, t)}, the encoder's pooled tokens (N, D), labels (N,)."""

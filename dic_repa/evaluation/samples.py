@@ -6,8 +6,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
-
 from dic_repa.errors import UserError
 from dic_repa.evaluation.image_sets import SAMPLES_FILE
 from dic_repa.evaluation.measuring import Measure, Measured
@@ -51,7 +49,7 @@ def record(measured: Measured, measure: Measure, images, reference, options: dic
             for name, extractor in measure.extractors.items()
         },
         "options": options,
-        "precision": {"networks": "float32", "tf32": torch.backends.cudnn.allow_tf32, "statistics": "float64"},
+        "precision": {"networks": "float32", "tf32": False, "statistics": "float64"},
         **describe_environment(device, processes),
     }
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
+from dic_repa.precision import tf32
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.checkpoint import (
     CheckpointWriter,
@@ -50,7 +51,12 @@ def train(
     `torchrun`), with the same result. Raises Preempted when a SIGTERM or SIGUSR1 has ended it, with its state saved;
     UserError where the run cannot begin, or stops for losses or gradients that are not finite.
     """
-    settings, run = recipe.train, RunFolder(path)
+    with tf32(recipe.train.tf32):
+        return _train(recipe, RunFolder(path), resume, overwrite, allow_change)
+
+
+def _train(recipe: Recipe, run: RunFolder, resume: bool, overwrite: bool, allow_change: bool) -> RunFolder:
+    settings = recipe.train
     accelerator = start_accelerator(settings, run)
     passes = check_batch(settings, accelerator.num_processes)
     parts = build_parts(recipe, accelerator)

@@ -27,6 +27,7 @@ from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError
 from dic_repa.models import forward_on_meta
+from dic_repa.precision import allow_tf32
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.sharding import shard, wants_sharding
@@ -55,7 +56,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     """Everything on the device, with initial weights that depend on the seed alone."""
     settings, device = recipe.train, accelerator.device
     import_plugins(recipe)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    allow_tf32(settings.tf32)
     torch.manual_seed(settings.seed)
 
     def read_data() -> tuple[Dataset, tuple[int, int, int]]:
