@@ -8,7 +8,8 @@ from importlib import import_module
 import click
 
 from dic_repa import __version__
-from dic_repa.errors import UserError, tells_of_errors, unknown_name
+from dic_repa.cli.groups import Group
+from dic_repa.errors import UserError, tells_of_errors
 
 VERBS = {
     "train": "Train a recipe; sample and judge at the end.",
@@ -28,7 +29,7 @@ VERBS = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """Finds a verb's module only when it is called; the summaries above serve the overview."""
 
     def list_commands(self, _context):
@@ -36,11 +37,6 @@ class LazyGroup(click.Group):
 
     def get_command(self, _context, name):
         return import_module(f"dic_repa.cli.{name}").command if name in VERBS else None
-
-    def resolve_command(self, context, args):
-        if args and args[0] not in VERBS:
-            raise unknown_name("verb", args[0], VERBS)
-        return super().resolve_command(context, args)
 
     def format_commands(self, _context, formatter):
         with formatter.section("Verbs"):
@@ -71,6 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.exit(cli.main([a for a in arguments if a != "--debug"], prog_name="dic-repa", standalone_mode=False) or 0)
     except (UserError, click.ClickException, OSError) as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # click's for a group alone; versions before 8.2 have none
+            click.echo(error.format_message())
+            sys.exit(0)
         if debug:
             raise
         if tells_of_errors():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli.groups import Group
 from dic_repa.errors import UserError, first_line, unknown_name
 
 VERBS = {
@@ -20,7 +21,7 @@ VERBS = {
 }
 
 
-class BenchGroup(click.Group):
+class BenchGroup(Group):
     def list_commands(self, _context):
         return list(VERBS)
 

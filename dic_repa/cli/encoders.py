@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dic_repa.cli.groups import Group
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".webp")
 
 
-@click.group("encoders", invoke_without_command=True)
+@click.group("encoders", cls=Group, invoke_without_command=True)
 @click.option("--plugin", "plugins", metavar="MODULE", multiple=True, help="Import a module that registers encoders.")
 @click.pass_context
 def command(context: click.Context, plugins: tuple[str, ...]):

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from dic_repa.cli.groups import Group
 from dic_repa.recipe import list_recipes, load_recipe, to_yaml
 
 # By the first word of a recipe's name.
@@ -22,7 +23,7 @@ OTHERS = "imagenet256"
 BASELINES = ("sit", "dit", "u")
 
 
-@click.group("recipes", invoke_without_command=True)
+@click.group("recipes", cls=Group, invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context):
     """List the recipes that come with the package, a line each.

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli.groups import Group
 from dic_repa.errors import UserError
 from dic_repa.samplers.catalog import list_solvers
 
 
-@click.group("solvers", invoke_without_command=True)
+@click.group("solvers", cls=Group, invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context):
     """List the solvers: order, network evaluations per step, deterministic or not, and when to take which.
