@@ -62,7 +62,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
         raise UserError(f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}")
     if recipe is None:
         raise UserError(
-            f"{folder} has no recipe.yaml to tell objective and data size; put a training recipe there, or pass --recipe"
+            f"{folder} has no recipe.yaml to tell objective and data size; put a training recipe there or pass --recipe"
         )
     import_plugins(recipe)
     return Checkpoint(load_denoiser(folder).to(device), recipe, folder, SavedData.read(folder))
