@@ -20,7 +20,7 @@ function section(id, title, ...controls) {
   const head = el("div", { class: "head" }, el("h2", {}, title), ...controls);
   const node = el("section", { id }, head);
   main.append(node);
-  document.getElementById("nav").append(el("a", { href: `#${id}` }, title));
+  document.getElementById("nav").append(el("a", { href: `#${id}` }, title.split(" ")[0]));  // a phone has room for a word of each
   return node;
 }
 
