@@ -2,6 +2,7 @@
 
 A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
 merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
+Of the base's `model` section nothing is left where the recipe names a model of another family: SiT has no DiC's depths.
 `load_recipe` finds a file or one of the recipes that come with the package, applies `--set` overrides and validates;
 every mistake is one line that names the key and what it takes.
 """

@@ -31,6 +31,7 @@ def read_recipe(name_or_path: str | Path, seen: tuple[str, ...] = ()) -> dict:
             raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
         beside = Path(label).parent / base
         resolved = read_recipe(beside if beside.is_file() else base, (*seen, label))
+        _drop_other_model(resolved, raw)
     resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
     for key, value in raw.items():
         if "." in str(key):
@@ -64,6 +65,19 @@ def _parse(text: str, label: str) -> dict:
     if not isinstance(raw, dict):
         raise UserError(f"{label} is not a recipe: it must be a mapping of keys to values")
     return raw
+
+
+def _drop_other_model(base: dict, top: dict) -> None:
+    """Empty the `model` section of `base` where `top` names a model of another family, whose sizes are other keys."""
+    section, model = top.get("model"), base.get("model")
+    name = top.get("model.name") or (section.get("name") if isinstance(section, dict) else None)
+    if name and isinstance(model, dict) and _family(name) != _family(model.get("name", "DiC")):
+        del base["model"]
+
+
+def _family(model: str) -> str:
+    """'DiC' of 'DiC-XL'."""
+    return str(model).partition("-")[0]
 
 
 def _merge(base: dict, top: dict) -> dict:

@@ -35,6 +35,16 @@ def test_base_beside_the_file_and_deep_merge(tmp_path):
     assert recipe.train.batch_size == load_recipe("digits-urepa").train.batch_size
 
 
+def test_another_model_inherits_no_keys_of_the_base_s(tmp_path):
+    for text in ("model: {name: SiT-S/2}", "model.name: SiT-S/2", "model: {name: 'mine:Net', options: {blocks: 3}}"):
+        (tmp_path / "other.yaml").write_text(f"base: digits-urepa\n{text}\n")
+        other = load_recipe(tmp_path / "other.yaml").model
+        assert (other.width, other.depths, other.time_scale) == (None, None, 1.0)
+    assert other.options == {"blocks": 3}
+    (tmp_path / "larger.yaml").write_text("base: digits-ddpm\nmodel: {name: DiC-S}\n")
+    assert load_recipe(tmp_path / "larger.yaml").model.learn_sigma  # of the same family: all the rest stays
+
+
 def test_overrides():
     recipe = load_recipe(
         "digits-urepa",
