@@ -14,7 +14,7 @@ from dic_repa.alignment import Alignment
 from dic_repa.data import datasets
 from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
 from dic_repa.data.images import unit_images
-from dic_repa.data.latents import autoencoder_decoder, data_shape, pixels_decoder
+from dic_repa.data.latents import data_shape, pixels_decoder
 from dic_repa.data.layouts import DEFAULT_AUTOENCODER
 from dic_repa.data.prepared import prepared_spec
 from dic_repa.data.saved import SavedData
@@ -84,7 +84,7 @@ def build_decoder(
     saved: SavedData | None = None,
     place: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """From the denoiser's data to images in [0, 1].
+    """From the denoiser's data to images in [0, 1], of a batch at once: whoever calls it bounds the batch.
 
     The training data itself is not needed where `saved` tells of it, or the recipe names its autoencoder. `place` is
     where the autoencoder is now, if it is no longer under its name. A UserError where it cannot be found, or is another
@@ -97,7 +97,7 @@ def build_decoder(
         name = name or prepared_spec(section.path).name
     elif section.name in ("repa", "dit"):
         name = name or DEFAULT_AUTOENCODER
-    return pixels_decoder if name in (None, "none") else autoencoder_decoder(load_autoencoder(name, device))
+    return pixels_decoder if name in (None, "none") else load_autoencoder(name, device).decode
 
 
 def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str | None) -> Callable[[Tensor], Tensor]:
@@ -113,7 +113,7 @@ def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str
             f"the weights of {place or spec.name} are not those of the autoencoder that the model was trained behind "
             f"({spec.name}); {mend}"
         )
-    return autoencoder_decoder(autoencoder)
+    return autoencoder.decode
 
 
 def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]:

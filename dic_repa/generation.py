@@ -130,7 +130,7 @@ class Sampler:
         settings: the solver with its options, guidance, batch size and seed.
         shape: (C, H, W) of the denoiser's data.
         weak: a denoiser of the same objective for autoguidance.
-        decode: from the denoiser's data to images in [0, 1].
+        decode: from the denoiser's data to images in [0, 1], `settings.decode_batch` at once.
     """
 
     denoiser: nn.Module
@@ -177,15 +177,15 @@ class Sampler:
                     guidance = replace(guidance, doubled=False)
                 yield x[:wanted]
 
-        yield from decode_batches(samples(), self._decode)
+        yield from decode_batches(samples(), self.to_images)
 
     def size(self) -> tuple[int, int]:
         """(H, W) of the images."""
         device = next(self.denoiser.parameters()).device
         return tuple(self.decode(torch.zeros(1, *self.shape, device=device)).shape[-2:])
 
-    def _decode(self, x: Tensor) -> Tensor:
-        """In parts, since an autoencoder takes far more memory than the denoiser's data."""
+    def to_images(self, x: Tensor) -> Tensor:
+        """States x decoded, `decode_batch` at once, since an autoencoder takes far more memory than they do."""
         with self._exactly():
             return torch.cat([self.decode(part) for part in x.split(self.settings.decode_batch)])
 

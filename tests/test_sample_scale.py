@@ -17,14 +17,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_sampling_speed import small_sampler
 
-from dic_repa.build import build_denoiser
+from dic_repa.build import build_decoder, build_denoiser
 from dic_repa.cli import main
+from dic_repa.cli.sample import _save_trajectory
+from dic_repa.data.autoencoders import Pixels
 from dic_repa.errors import UserError, told_by_whom_it_befalls
 from dic_repa.evaluation import open_images
 from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import build_sampler, load_checkpoint, random_labels
-from dic_repa.recipe import SampleSection, load_training_recipe, to_yaml
+from dic_repa.recipe import DataSection, SampleSection, load_training_recipe, to_yaml
 from dic_repa.sample_folder import SampleFolder, fill, sample_spec
 
 RECIPE = load_training_recipe(
@@ -205,6 +208,25 @@ def test_decoding_in_small_batches_changes_nothing(checkpoint):
     assert torch.equal(images[1], images[16])
     assert torch.equal(images[3], images[16])
     assert sizes == [1] * 7 + [3, 3, 1] + [7]
+
+
+def test_an_autoencoder_is_given_what_decode_batch_says(monkeypatch, tmp_path):
+    sizes = []
+
+    class Counting(Pixels):
+        def decode(self, x):
+            sizes.append(len(x))
+            return super().decode(x)
+
+    monkeypatch.setattr("dic_repa.build.load_autoencoder", lambda *_: Counting())
+    sampler = small_sampler(decode_batch=20)
+    sampler.settings.batch_size = 25
+    sampler.decode = build_decoder(DataSection(name="repa", size=8))
+    list(sampler(torch.zeros(25, dtype=torch.int64)))
+    assert sizes == [20, 5]
+    sampler.settings.decode_batch, sampler.states = 2, [torch.zeros(4, 1, 8, 8)]
+    _save_trajectory(tmp_path / "trajectory.png", sampler)
+    assert sizes[2:] == [2, 2]
 
 
 def test_npz_is_read_as_it_was_written_and_damage_is_told(tmp_path):

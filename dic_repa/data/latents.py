@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec, decode_in_batches, load_autoencoder
+from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
 
@@ -91,8 +91,3 @@ def global_noise(batch_size: int, rows: slice, generator: torch.Generator) -> Ca
 def pixels_decoder(x: Tensor) -> Tensor:
     """Pixels in [-1, 1] to images in [0, 1]."""
     return (x.float() / 2 + 0.5).clamp(0, 1)
-
-
-def autoencoder_decoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
-    """The autoencoder's `decode`, in batches of bounded size."""
-    return lambda x: decode_in_batches(autoencoder, x)
