@@ -169,6 +169,10 @@ def test_saved_statistics_stand_in_for_the_images(evaluate, places):
     evaluate(places / "folder", "--reference", "real.safetensors", *common, "--out", "b.json")
     first, second = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
     assert first["metrics"] == second["metrics"]
+    assert first["reference"]["fingerprint"] == second["reference"]["fingerprint"]
+    evaluate(places / "folder", "--reference", places / "samples.npz", *common, "--out", "c.json")
+    third = json.loads(Path("c.json").read_text())
+    assert third["reference"]["fingerprint"] != first["reference"]["fingerprint"] != ""
     assert "no whole file of statistics" in evaluate(
         places / "folder", "--reference", "b.safetensors", *common, fails=True
     )

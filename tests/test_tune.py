@@ -172,9 +172,10 @@ def test_judges():
 
 def test_command_line(checkpoint, landscape, tmp_path):
     line = [str(checkpoint), "--num", "20", "--confirm-num", "40", "--scales", "1,2", "--intervals", "0:0.5,0:1"]
+    line += ["--steps", "3", "--seed", "1"]
     done = CliRunner().invoke(command, [*line, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert f"use: dic-repa sample {checkpoint} --scale 2 --interval 0 1" in done.output
+    assert f"use: dic-repa sample {checkpoint} --scale 2 --interval 0 1 --steps 3 --seed 1\n" in done.output
     assert (tmp_path / "out/tune.png").is_file()
 
 

@@ -86,7 +86,8 @@ def command(
         tuned = tuner.run(progress)
     best = tuned.best
     click.echo(f"best {tuned.score}: {best.value:.4g} with {best.num} samples")
-    click.echo(f"use: dic-repa sample {checkpoint} {best.options}")
+    given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
+    click.echo(f"use: dic-repa sample {checkpoint} {best.options}{given}")
     click.echo(f"heat map: {tuned.picture}; record: {tuned.record}")
 
 

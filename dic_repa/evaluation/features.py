@@ -29,6 +29,7 @@ class FeatureSet:
     features: dict[str, Tensor] = field(default_factory=dict)
     constant: int = 0  # images of a single colour
     notes: tuple[str, ...] = ()  # what a reader of scores should know of the images
+    fingerprint: str = ""  # of the images, or of the statistics where there are no images
 
 
 @dataclass(frozen=True)

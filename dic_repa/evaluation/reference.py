@@ -86,6 +86,7 @@ def _stored(file: NpzFile) -> FeatureSet:
             found.gaussians[layer] = parts
     if found.gaussians and "arr_0" in file.names and len(shape := file.shape("arr_0")) == 4:
         found.size = shape[1:3]  # ADM stores the statistics of images like those beside them
+    found.fingerprint = file.checksum()
     return found if found.gaussians else FeatureSet(0)
 
 
@@ -116,12 +117,12 @@ def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) ->
             cached = statistics.read(file)
     # Another machine may lack the file, or another command have written it just now; all extract, or none.
     if agree(cached is not None):
-        cached.notes = images.notes
+        cached.notes, cached.fingerprint = images.notes, images.fingerprint
         return cached
     found = run(images, extractors, statistics.layers, KEPT, True)
     if found.constant == found.count:
         raise UserError(f"{images.source}: all {found.count} images are of a single colour each; they are no reference")
-    found.notes = images.notes
+    found.notes, found.fingerprint = images.notes, images.fingerprint
     if cache and os.environ.get("RANK", "0") == "0":
         try:
             save_statistics(found, file, statistics.description())
@@ -166,7 +167,7 @@ class _Statistics:
                 what = "lacks" if theirs is None else "was made with other weights or resizing of"
                 raise UserError(f"{path} {what} the extractor {name}; make it again from the images")
         found = FeatureSet(record["count"], tuple(record["size"]) if record["size"] else None)
-        found.constant = record.get("constant", 0)
+        found.constant, found.fingerprint = record.get("constant", 0), record.get("fingerprint", "")
         for name, tensor in tensors.items():
             kind, _, layer = name.partition("/")
             if kind == "features":
@@ -194,7 +195,8 @@ def save_statistics(found: FeatureSet, path: str | Path, extractors: dict) -> No
     tensors = {f"features/{layer}": part.contiguous() for layer, part in found.features.items()}
     for layer, (mean, cov) in found.gaussians.items():
         tensors |= {f"mean/{layer}": mean.contiguous(), f"cov/{layer}": cov.contiguous()}
-    record = {"count": found.count, "size": found.size, "constant": found.constant, "extractors": extractors}
+    record = {name: getattr(found, name) for name in ("count", "size", "constant", "fingerprint")}
+    record["extractors"] = extractors
     aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         save_file(tensors, aside, {"statistics": json.dumps(record)})

@@ -58,6 +58,7 @@ def _describe_reference(found) -> dict:
     return {
         "count": found.count if found.count < UNTOLD else None,
         "size": found.size,
+        "fingerprint": found.fingerprint,
         "features": {layer: len(part) for layer, part in found.features.items()},
     }
 
