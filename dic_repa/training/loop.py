@@ -51,20 +51,16 @@ def train(
     `torchrun`), with the same result. Raises Preempted when a SIGTERM or SIGUSR1 has ended it, with its state saved;
     UserError where the run cannot begin, or stops for losses or gradients that are not finite.
     """
-    with tf32(recipe.train.tf32):
-        return _train(recipe, RunFolder(path), resume, overwrite, allow_change)
-
-
-def _train(recipe: Recipe, run: RunFolder, resume: bool, overwrite: bool, allow_change: bool) -> RunFolder:
-    settings = recipe.train
-    accelerator = start_accelerator(settings, run)
-    passes = check_batch(settings, accelerator.num_processes)
-    parts = build_parts(recipe, accelerator)
-    model, optimizer = parts.model, parts.optimizer
-    check_ending(recipe, parts.objective)
-    evaluator = Evaluator(recipe, run, parts, accelerator)
-    on_main_process(accelerator, evaluator.prepare)
+    settings, run = recipe.train, RunFolder(path)
     with ExitStack() as stack:
+        stack.enter_context(tf32(settings.tf32))
+        accelerator = start_accelerator(settings, run)
+        passes = check_batch(settings, accelerator.num_processes)
+        parts = build_parts(recipe, accelerator)
+        model, optimizer = parts.model, parts.optimizer
+        check_ending(recipe, parts.objective)
+        evaluator = Evaluator(recipe, run, parts, accelerator)
+        on_main_process(accelerator, evaluator.prepare)
         checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
         request = stack.enter_context(StopRequest())
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
