@@ -16,6 +16,7 @@ from dic_repa.bench.device import convolution_share, peak_memory, precision
 from dic_repa.bench.model import bench_model, load_factory, random_denoiser
 from dic_repa.bench.paper import SMALL, measure_paper
 from dic_repa.bench.report import add_ratios, table
+from dic_repa.bench.sample import bench_sample
 from dic_repa.bench.timing import Timing, interleave
 from dic_repa.bench.train import build_step, replace_denoiser
 from dic_repa.cli import main
@@ -75,6 +76,18 @@ def test_model_beside_the_oracle():
     assert rows["DiC-S fp32 by OracleDiC"]["difference"] < 1e-5
     assert 1e-4 < rows["DiC-S bf16 eager"]["difference"] < 0.1
     assert result["environment"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler_maruyama", 2), ("dopri5", 3)])
+def test_a_sampler_is_profiled_over_two_steps(monkeypatch, solver, evaluations):
+    profiled = []
+    monkeypatch.setattr("dic_repa.bench.sample.inside", lambda case, _: profiled.append(case()) or {"case": case})
+    steps = "null" if solver == "dopri5" else 12
+    overrides = ["model.width=8", "model.depths=[1,1,1,1,1]", f"sample.solver={solver}", f"sample.steps={steps}"]
+    (row,) = bench_sample(["digits-urepa"], CPU, overrides, batches=(2,), **SHORT)["rows"]
+    assert len(profiled) == 1
+    assert row["case"].sampler.evaluations == evaluations
+    assert row["evaluations"] > 10
 
 
 def test_a_baseline_does_not_keep_what_it_replaces(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +20,17 @@ from dic_repa.generation import Sampler
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import GRAPH_MODES
 from dic_repa.recipe import Recipe, load_training_recipe
+from dic_repa.samplers import solver_info
 from dic_repa.training.dry_run import stand_in
 
 GUIDANCE = {"doubled": True, "one-by-one": False}
 
 
 class SampleCase:
-    """One batch of a sampler, decoded; the time of decoding is counted apart when it is asked for."""
+    """One batch of a sampler, decoded; the time of decoding is counted apart when it is asked for.
+
+    `shortened` is the same in two steps, with the same models: a profile of hundreds would take minutes and gigabytes.
+    """
 
     def __init__(self, label: str, sampler: Sampler, gmacs: float):
         self.label, self.sampler, self.gmacs = label, sampler, gmacs
@@ -34,6 +39,13 @@ class SampleCase:
 
     def __call__(self) -> list[Tensor]:
         return list(self.sampler(self.labels))
+
+    def shortened(self) -> SampleCase:
+        changes: dict = {"steps": 2, "grid": None}
+        if solver_info(self.sampler.settings.solver).kind == "adaptive":
+            changes |= {"solver": "heun", "rtol": None, "atol": None, "options": None}
+        settings = self.sampler.settings.model_copy(update=changes)
+        return SampleCase(self.label, dataclasses.replace(self.sampler, settings=settings), self.gmacs)
 
     def decode_share(self) -> float:
         """The share of one call that goes into decoding."""
@@ -72,7 +84,7 @@ def bench_sample(
     and batch size, interleaved: all its steps, guidance, and decoding. The solver's state is float32 throughout.
 
     `overrides` of the recipes, such as sample.steps=250. Rows as for `bench_model`, with `evaluations` of the network
-    for each image, and `decode_share`.
+    for each image, and `decode_share`; memory and the share of the convolutions are those of two steps.
     """
     for kind in precisions:
         check_precision(kind, device)
@@ -114,7 +126,7 @@ def _row(case: SampleCase, timing: Timing, device: torch.device) -> dict:
     row["tflops"] = 2 * case.gmacs * case.sampler.evaluations * row["images_per_second"] / 1000
     row["decode_share"] = case.decode_share()
     if not (device.type == "cuda" and case.sampler.settings.compile in GRAPH_MODES):
-        row |= inside(case, device)
+        row |= inside(case.shortened(), device)
     return row
 
 
