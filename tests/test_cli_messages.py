@@ -22,3 +22,9 @@ def test_unknown_verbs_of_groups(mistake):
     assert mistake("recipes", "digits").endswith("; known: diff, show")
     assert mistake("encoders", "dinov2-vit-b").endswith("; known: check")
     assert mistake("solvers", "heun").endswith("; known: compare")
+
+
+def test_a_metric_without_its_reference_is_told_before_training(mistake, tmp_path):
+    said = mistake("train", "digits-baseline", "--set=evaluate.also=[fid]", "--set=train.steps=1")
+    assert "fid compares with real images: give a reference (--reference, or evaluate.reference" in said
+    assert not list(tmp_path.iterdir())

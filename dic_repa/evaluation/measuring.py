@@ -47,6 +47,15 @@ class Measured:
     warnings: list[str] = field(default_factory=list)
 
 
+def check_reference(metrics: Sequence[str], reference) -> None:
+    """A UserError where some of the `metrics` compare with real images and the `reference` is missing."""
+    needy = [name for name in metrics if scores.get(name).needs]
+    if needy and reference is None:
+        compare = "compares" if len(needy) == 1 else "compare"
+        mend = "give a reference (--reference, or evaluate.reference in a recipe)"
+        raise UserError(f"{', '.join(needy)} {compare} with real images: {mend}")
+
+
 class Measure:
     """Scores sets of samples against one reference, whose features are computed once.
 
@@ -83,14 +92,12 @@ class Measure:
         self.layers = list(dict.fromkeys(score.layer for score in self.metrics.values()))
         names = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
         options = extractor_options or {}
-        needy = {name: score for name, score in self.metrics.items() if score.needs}
-        if needy and reference is None:
-            raise UserError(f"{', '.join(needy)} compare with real images: give a reference (--reference)")
+        check_reference(metrics, reference)
         self.extractors = {name: extractors.get(name)(**options.get(name, {})).to(device) for name in names}
         self.reference: FeatureSet | None = None
-        if needy:
+        needed = [score for score in self.metrics.values() if score.needs]
+        if needed:
             run = functools.partial(extract, device=device, batch_size=batch_size, share=share, progress=progress)
-            needed = list(needy.values())
             self.reference = load_reference(reference, needed, self.extractors, run, resize, cache, self._agree)
 
     @tf32(False)
