@@ -112,13 +112,41 @@ def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
         sample_overrides=(*narrow, *SMALL.sample_overrides),
     )  # fmt: skip
     results = dict(measure_paper(CPU, True, f"{ORACLE}:PlainDiC", rounds=1, plan=plan))
-    assert list(results) == ["forward", "training-step-fp32", "sampling"]
-    assert [row["label"].split()[0] for row in results["forward"]["rows"]] == ["DiC-S", "DiC-S", "SiT-S/2"]
-    for row in results["training-step-fp32"]["rows"]:
+    assert list(results) == ["forward-fp32", "train-fp32", "sample-fp32"]
+    assert [row["label"].split()[0] for row in results["forward-fp32"]["rows"]] == ["DiC-S", "DiC-S", "SiT-S/2"]
+    for row in results["train-fp32"]["rows"]:
         assert sum(row["phases"].values()) == pytest.approx(1)
         assert min(row["phases"].values()) > 0
     # 4 steps on the grid 1, 0.68, 0.36, 0.04: the last three are guided.
-    assert [row["evaluations"] for row in results["sampling"]["rows"]] == [7, 7]
+    assert [row["evaluations"] for row in results["sample-fp32"]["rows"]] == [7, 7]
+
+
+def test_a_part_of_the_papers_measurements_alone(tmp_path, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def measured(part):
+        def bench(*_arguments, **options):
+            asked.append((part, *options["precisions"]))
+            if asked[-1] == ("train", "fp32"):  # as when a lent machine is taken away: what is measured is kept
+                raise UserError("the machine is gone")
+            row = {"label": part, "batch": 1, "images_per_second": 1.0, "spread": [1.0, 1.0], "ratio": 1.0}
+            return {"environment": {}, "rows": [row]}
+
+        return bench
+
+    for name, part in (("model", "forward"), ("train", "train"), ("sample", "sample")):
+        monkeypatch.setattr(f"dic_repa.bench.paper.bench_{name}", measured(part))
+    paper = ["bench", "paper", "--small", "--device=cpu"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*paper, "--only=sample,forward", "--precision=bf16", "--out=some"])
+    assert asked == [("forward", "bf16"), ("sample", "bf16")]
+    assert "the machine is gone" in mistake(*paper, "--only=train")
+    assert sorted(file.name for file in tmp_path.glob("*/*.json")) == [
+        "forward-bf16.json", "sample-bf16.json", "train-bf16.json",
+    ]  # fmt: skip
+    assert "did you mean train" in mistake(*paper, "--only=trian")
+    assert "did you mean bf16 or fp32" in mistake(*paper, "--precision=fp16")
 
 
 def test_command(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from dic_repa.bench.device import free_memory
 from dic_repa.bench.model import bench_model
 from dic_repa.bench.sample import bench_sample
 from dic_repa.bench.train import bench_train
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, unknown_name
+
+PARTS = ("forward", "train", "sample")
 
 
 @dataclass(frozen=True)
@@ -64,58 +67,67 @@ SMALL = Plan(
 
 
 def measure_paper(
-    device: torch.device, small: bool, baseline: str, rounds: int = 7, plan: Plan | None = None
+    device: torch.device,
+    small: bool,
+    baseline: str,
+    rounds: int = 7,
+    plan: Plan | None = None,
+    only: Collection[str] = PARTS,
 ) -> Iterator[tuple[str, dict]]:
-    """Yields (name, result) for 'forward', 'training-step-PRECISION' of each precision and 'sampling'; see the
-    functions called.
+    """Yields (name, result) of each part in `only`, as soon as it is measured: 'forward-PRECISION' for each precision,
+    then 'train-PRECISION', then 'sample-PRECISION'; see the functions called.
 
-    The plain `baseline` runs beside DiC. A UserError for the full size without a GPU.
+    The plain `baseline` runs beside DiC. A UserError for an unknown part, and for the full size without a GPU.
     """
+    for name in only:
+        if name not in PARTS:
+            raise unknown_name("part", name, PARTS)
     if device.type != "cuda" and not small:
         raise UserError("models of full size need a GPU; take --small, which runs on a CPU")
     plan = plan or (SMALL if small else FULL)
-    yield (
-        "forward",
-        bench_model(
-            plan.models,
-            device,
-            precisions=plan.precisions,
-            compiles=plan.compiles,
-            batches=plan.batches,
-            size=plan.size,
-            baselines=[f"{plan.models[0]}={baseline}"],
-            rounds=rounds,
-            seconds=plan.seconds,
-        ),
-    )
+    measures = {"forward": _forward, "train": _train, "sample": _sample}
     # What takes turns is in memory all at once, with its optimizer and averages: all precisions would not fit in 80 GB.
-    for kind in plan.precisions:
+    for part, kind in itertools.product([part for part in PARTS if part in only], plan.precisions):
+        yield f"{part}-{kind}", measures[part](plan, kind, device, baseline, rounds)
         free_memory(device)
-        yield (
-            f"training-step-{kind}",
-            bench_train(
-                plan.recipes,
-                device,
-                plan.train_overrides,
-                precisions=(kind,),
-                compiles=plan.compiles,
-                batches=[plan.train_batch],
-                rounds=rounds,
-                seconds=plan.seconds,
-            ),
-        )
-    free_memory(device)
-    yield (
-        "sampling",
-        bench_sample(
-            plan.recipes[:1],
-            device,
-            plan.sample_overrides,
-            precisions=plan.precisions,
-            compiles=plan.sample_compiles,
-            guidance=("doubled", "one-by-one"),
-            batches=[plan.sample_batch],
-            rounds=min(rounds, 3),
-            seconds=0.0,
-        ),
+
+
+def _forward(plan: Plan, kind: str, device: torch.device, baseline: str, rounds: int) -> dict:
+    return bench_model(
+        plan.models,
+        device,
+        precisions=(kind,),
+        compiles=plan.compiles,
+        batches=plan.batches,
+        size=plan.size,
+        baselines=[f"{plan.models[0]}={baseline}"],
+        rounds=rounds,
+        seconds=plan.seconds,
+    )
+
+
+def _train(plan: Plan, kind: str, device: torch.device, _baseline: str, rounds: int) -> dict:
+    return bench_train(
+        plan.recipes,
+        device,
+        plan.train_overrides,
+        precisions=(kind,),
+        compiles=plan.compiles,
+        batches=[plan.train_batch],
+        rounds=rounds,
+        seconds=plan.seconds,
+    )
+
+
+def _sample(plan: Plan, kind: str, device: torch.device, _baseline: str, rounds: int) -> dict:
+    return bench_sample(
+        plan.recipes[:1],
+        device,
+        plan.sample_overrides,
+        precisions=(kind,),
+        compiles=plan.sample_compiles,
+        guidance=("doubled", "one-by-one"),
+        batches=[plan.sample_batch],
+        rounds=min(rounds, 3),
+        seconds=0.0,
     )
