@@ -1,15 +1,39 @@
-"""The README's examples run as they stand there."""
+"""The README and the pages of docs/: examples run as they stand there; commands, recipes and links lead somewhere."""
 
 from __future__ import annotations
 
+import fnmatch
+import functools
+import importlib.util
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
+import click
 import pytest
+import torch
 from conftest import TINY
+from pictures import write_tree
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+from dic_repa.cli import cli
+from dic_repa.data import datasets
+from dic_repa.encoders import list_encoders
+from dic_repa.models import list_denoisers
+from dic_repa.recipe import DataSection, EvaluateSection, SampleSection, TrainSection, list_recipes, load_recipe
+from dic_repa.samplers import initial_noise, sample_ode
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*")]
+}
+CODE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+BLOCKS = [match.groups() for text in PAGES.values() for match in CODE.finditer(text)]
+PROSE = {page: CODE.sub("", text) for page, text in PAGES.items()}
+INLINE = sorted({" ".join(code.split()) for text in PROSE.values() for code in re.findall(r"`([^`]+)`", text)})
+SMALL = [option for option in TINY if "model." not in option]  # for what is no DiC
+SHORT = ["--set=train.steps=2", "--set=evaluate=null"]
 
 
 def block(language: str, contains: str) -> str:
@@ -17,23 +41,104 @@ def block(language: str, contains: str) -> str:
     return text
 
 
+def examples() -> dict[str, str]:
+    """The files that a reader is told to save: their names stand in the paragraph before."""
+    files = {}
+    for text in PAGES.values():
+        for match in CODE.finditer(text):
+            paragraph = text[: match.start()].rstrip().rpartition("\n\n")[2]
+            names = re.findall(r"`([\w-]+\.(?:py|yaml))`", paragraph)
+            if match[1] in ("python", "yaml") and names:
+                assert names[-1] not in files
+                files[names[-1]] = match[2]
+    return files
+
+
+def write_examples(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_text(examples()[name])
+
+
+def commands() -> list[str]:
+    """All lines of bash blocks, and the commands in prose that have arguments."""
+    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.replace("\\\n", " ").splitlines()]
+    return [line.strip() for line in lines if line.strip()] + [c for c in INLINE if c.startswith("dic-repa ")]
+
+
+def dic_repa_arguments(line: str) -> list[str]:
+    """Those of `dic-repa` in a line, behind a launcher too; [] where it calls something else."""
+    words = shlex.split(line, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
+    for name in ("dic-repa", "dic_repa", "recipes/accelerate/slurm.sh"):
+        if name in words[:1] or (name in words and words[0] in ("accelerate", "torchrun", "sbatch")):
+            return ["train"] * name.endswith(".sh") + words[words.index(name) + 1 :]
+    return []
+
+
+def commands_of(page_or_recipe: str) -> list[list[str]]:
+    lines = block("bash", page_or_recipe).splitlines()
+    return [arguments for line in lines if (arguments := dic_repa_arguments(line))]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Call `dic-repa` with a list of arguments in an empty folder; what is imported from there is forgotten afterwards.
+
+    In this process, since each start costs seconds.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield functools.partial(cli.main, standalone_mode=False)
+    for name, module in list(sys.modules.items()):
+        if (file := getattr(module, "__file__", None)) and Path(file).is_relative_to(tmp_path):
+            del sys.modules[name]
+
+
 def test_plugging_in_an_encoder(dic_repa, tmp_path):
-    (tmp_path / "my_encoder.py").write_text(block("python", "my-patches"))
-    (tmp_path / "my_recipe.yaml").write_text(block("yaml", "plugins: [my_encoder]"))
-    (command,) = [text for _, text in BLOCKS if "my_recipe.yaml" in text and "dic-repa train" in text]
-    verb, recipe = command.split()[1:]
-    dic_repa(verb, recipe, *TINY, "--set=model.depths=[1,1,2,1,1]", "--set=train.steps=2", "--set=evaluate=null")
+    write_examples(tmp_path, "my_encoder.py", "my_recipe.yaml")
+    ((verb, recipe),) = commands_of("my_recipe.yaml")
+    dic_repa(verb, recipe, *TINY, "--set=model.depths=[1,1,2,1,1]", *SHORT)
     line = (tmp_path / "runs/my_recipe/metrics.jsonl").read_text()
     assert "alignment.0.token" in line
     assert "alignment.1.token" in line
 
 
-def test_naming_a_class_of_ones_own(dic_repa, tmp_path):
-    for name, text in {"my_encoder": "my-patches", "my_head": "class PooledHead"}.items():
-        (tmp_path / f"{name}.py").write_text(block("python", text))
-    (tmp_path / "mine.yaml").write_text(block("yaml", "my_head:PooledHead"))
-    dic_repa("train", "mine.yaml", *TINY, "--set=train.steps=2", "--set=evaluate=null")
-    assert "alignment.0.token" in (tmp_path / "runs/mine/metrics.jsonl").read_text()
+def test_naming_a_class_of_ones_own(here, tmp_path):
+    write_examples(tmp_path, "my_encoder.py", "my_head.py", "my_head.yaml")
+    here(["train", "my_head.yaml", *TINY, *SHORT])
+    assert "alignment.0.token" in (tmp_path / "runs/my_head/metrics.jsonl").read_text()
+
+
+def test_a_denoiser_of_ones_own(here, tmp_path):
+    write_examples(tmp_path, "my_model.py", "my_model.yaml")
+    train, sample = commands_of("my_model.yaml")
+    here([*train, *SMALL, *SHORT])
+    assert "alignment.0.token" in (tmp_path / "runs/my_model/metrics.jsonl").read_text()
+    here([*sample, "--num=4"])
+    assert len(list((tmp_path / "samples").rglob("0*.png"))) == 4
+    (config,) = (tmp_path / "runs/my_model").glob("checkpoints/*/ema/config.json")
+    assert json.loads(config.read_text())["width"] == 12
+
+
+def test_a_data_set_of_ones_own(here, tmp_path):
+    write_examples(tmp_path, "my_data.py", "my_data.yaml")
+    train, sample = commands_of("my_data.yaml")
+    here([*train, *TINY, *SHORT])
+    assert "alignment.0.token" in (tmp_path / "runs/my_data/metrics.jsonl").read_text()
+    here([*sample, "--num=4", "--classes=1"])
+    assert len(list((tmp_path / "samples").rglob("0*.png"))) == 4
+
+
+def test_pixels_of_ones_own(here, tmp_path):
+    write_tree(tmp_path / "pictures", {"night": 3, "day": 3}, size=(72, 64))
+    write_examples(tmp_path, "mine.yaml", "mine-pixels.yaml")
+    prepare, train, sample = commands_of("mine-pixels.yaml")
+    here(prepare)
+    assert json.loads((tmp_path / "data/pixels/prepare.json").read_text())["class_names"] == ["day", "night"]
+    here([*train, *TINY, "--set=train.batch_size=2", *SHORT])
+    here([*sample, "--num=2", "--steps=1"])
+    assert len(list((tmp_path / "samples").rglob("0*.png"))) == 2
 
 
 def test_python_examples(monkeypatch, tmp_path):
@@ -42,23 +147,99 @@ def test_python_examples(monkeypatch, tmp_path):
     tiny = [option.removeprefix("--set=") for option in TINY]
     training = block("python", "load_recipe(").replace('["train.steps=200"]', f"{['train.steps=200', *tiny]}")
     names = {}
-    for code in (training, block("python", "Guidance("), block("python", "log_likelihood(")):
+    for code in (training, *(block("python", text) for text in ("Guidance(", "log_likelihood(", "def my_midpoint("))):
         exec(compile(code, "README.md", "exec"), names)
     assert names["x0"].shape == (2, 1, 16, 16)
     assert names["x0"].isfinite().all()
     assert names["result"].bits_per_dim.isfinite().all()
+    noise = initial_noise((1, 16, 16), seed=0, indices=[0, 1])
+    torch.testing.assert_close(names["mine"], sample_ode(names["velocity"], noise, solver="midpoint", steps=20))
     exec(compile(block("python", "measure("), "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("line", [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()])
-def test_commands_exist(line, dic_repa):
-    """Each option of each dic-repa command in the README is one that the verb knows."""
-    command = line.split("#")[0].split(">")[0].split()
-    if command[:1] != ["dic-repa"]:
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_commands_exist(line, tmp_path):
+    """A dic-repa command has options and values that its verb takes; its recipes exist and take its overrides."""
+    arguments = dic_repa_arguments(line)
+    command, names = cli, []
+    while isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
+        names.append(arguments.pop(0))
+        command = command.get_command(None, names[-1])
+        assert command is not None, f"{names}: no such verb"
+    if not arguments or "--help" in arguments:  # no command of ours, or a verb alone
         return
-    below = command[1] == "bench" or command[2:3] in (["show"], ["diff"], ["check"], ["compare"])
-    verb = command[1:3] if below else command[1:2]
-    text = dic_repa(*verb, "--help").stdout
-    for option in command:
-        if option.startswith("--"):
-            assert option in text, line
+    params = command.make_context(names[-1], arguments).params
+    write_examples(tmp_path, *[name for name in examples() if name.endswith(".yaml")])
+    for recipe in recipes_of(names, params):
+        load_recipe(tmp_path / recipe if recipe.endswith(".yaml") else recipe, params.get("overrides", ()))
+
+
+def recipes_of(verb: list[str], params: dict) -> list[str]:
+    """The recipes that a command names, but for those of a finished run and those with a shell's variable in them."""
+    named = [params[key] for key in ("recipe", "recipe_name", "a", "b") if params.get(key)]
+    if verb in (["bench", "train"], ["bench", "sample"]):
+        named += params["recipes"]
+    return [recipe for recipe in named if not re.search(r"[$/]|^RECIPE$", recipe)]
+
+
+@pytest.mark.parametrize("text", [text for kind, text in BLOCKS if kind == "yaml"])
+def test_recipes_are_valid(text, tmp_path):
+    write_examples(tmp_path, *[name for name in examples() if name.endswith(".yaml")])
+    (tmp_path / "block.yaml").write_text(text)
+    load_recipe(tmp_path / "block.yaml")
+
+
+def test_names_in_prose():
+    """Recipes, and keys of recipes, that are named in the text."""
+    known = {*list_recipes(), *list_encoders(), *datasets.names(), *list_denoisers()}
+    sections = {"train": TrainSection, "data": DataSection, "sample": SampleSection, "evaluate": EvaluateSection}
+    looked_at = 0
+    for code in INLINE:
+        if re.fullmatch(r"(dic|sit|dit|u-vit|digits|ladder|urepa|sample|dinov2)-[\w.*-]+", code):
+            assert fnmatch.filter(known, code), code
+            looked_at += 1
+        if (key := re.match(r"(\w+)\.(\w+)\b(?!/)", code)) and key[1] in sections and not code.endswith(".yaml"):
+            assert key[2] in sections[key[1]].model_fields, code
+            looked_at += 1
+        if re.fullmatch(r"(recipes|tests|docs|dic_repa)/[\w./-]+\.\w+", code):
+            assert (ROOT / code).is_file(), code
+            looked_at += 1
+    assert looked_at > 50
+
+
+def test_scripts_exist():
+    lines = [line for line in [*commands(), *INLINE] if not dic_repa_arguments(line)]
+    found = 0
+    for line in lines + [line for line in commands() if line.startswith(("accelerate", "sbatch"))]:
+        for word in line.split():
+            if re.match(r"(recipes|tests)/[\w./-]+\.(py|sh|yaml)", word):
+                assert (ROOT / word.partition(":")[0]).is_file(), line
+                found += 1
+        if module := re.match(r"python -m (dic_repa[\w.]+)", line):
+            assert importlib.util.find_spec(module[1]), line
+            found += 1
+    assert found > 8
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", CODE.sub("", text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", PROSE[page])
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.resolve().is_file(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_the_readme_leads_to_every_page():
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in PAGES["README.md"]
