@@ -25,6 +25,7 @@ Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Time = Annotated[float, Field(ge=0, le=1, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Images = Annotated[int, Field(ge=1, le=10_000_000, strict=True)]  # each has a label in memory and in samples.json
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -176,7 +177,7 @@ class SampleSection(Section):
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
         "off", description="torch.compile's mode; reduce-overhead: with CUDA graphs, where there is a GPU"
     )
-    num: Count = Field(50_000, description="how many images")
+    num: Images = Field(50_000, description="how many images")
     batch_size: Count = Field(64)
     decode_batch: Count = Field(16, description="images that the autoencoder decodes at once")
     autoencoder: str | None = Field(None, description="where it is now; null: where it was in training")
@@ -188,7 +189,7 @@ class EvaluateSection(Section):
     also: list[Name] = Field(default_factory=list, description="further metrics: sfid, is, ...")
     reference: str | None = Field(None, description="real images that fid and its like compare with")
     every: int = Field(0, ge=0, description="steps between evaluations in training; 0: at the end alone")
-    num: Count | None = Field(None, description="samples of an evaluation in training; null: sample.num")
+    num: Images | None = Field(None, description="samples of an evaluation in training; null: sample.num")
     best: str | None = Field(None, description="the score whose best checkpoint is kept; null: the metric's")
 
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dic_repa.aside import write_aside
 from dic_repa.cli import main
+from dic_repa.recipe import load_recipe, to_yaml
 
 
 @pytest.mark.parametrize("group", [[], ["bench"]])
@@ -28,3 +30,36 @@ def test_a_metric_without_its_reference_is_told_before_training(mistake, tmp_pat
     said = mistake("train", "digits-baseline", "--set=evaluate.also=[fid]", "--set=train.steps=1")
     assert "fid compares with real images: give a reference (--reference, or evaluate.reference" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_is_told_before_the_work(mistake, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "recipe.yaml").write_text(to_yaml(load_recipe("digits-baseline")))
+    for command in (
+        ["report", "runs", "--out", "folder"],
+        ["solvers", "compare", "nowhere", "--out", "folder"],
+        ["evaluate", "nowhere", "--reference", "digits", "--out", "folder"],
+        ["evaluate", "nowhere", "--reference", "digits", "--save-statistics", "folder"],
+    ):
+        assert mistake(*command) == "error: folder is a folder; name a file"
+    for command in (["probe", "nowhere", "--out"], ["tune", "nowhere", "--out"], ["prepare", "nowhere"]):
+        assert mistake(*command, "file") == "error: file is a file; name a folder"
+        assert mistake(*command, "file/x") == "error: file/x cannot be written: file is a file"
+    assert (tmp_path / "folder" / "precious").exists()
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("")
+    with pytest.raises(IsADirectoryError), write_aside(tmp_path / "folder") as aside:
+        aside.write_text("")
+    assert [file.name for file in tmp_path.rglob("*")] == ["folder", "precious"]
+
+
+def test_counts_out_of_range(mistake, tmp_path):
+    assert "takes whole numbers from 1" in mistake("solvers", "compare", "run", "--evaluations", "0")
+    said = mistake("train", "digits-baseline", "--set=sample.num=1000000000000")
+    assert "sample.num should be less than or equal to 10000000" in said

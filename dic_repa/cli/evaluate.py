@@ -94,6 +94,7 @@ def measure_and_show(
     samples: list[Path], reference: str | None, names: list[str], recipe: str | None, again: bool, **options
 ) -> None:
     """Measure each of `samples` against the reference, print a table, and record each."""
+    from dic_repa.aside import check_file
     from dic_repa.evaluation import Measure
     from dic_repa.evaluation.features import Share
     from dic_repa.evaluation.image_sets import open_images
@@ -105,6 +106,9 @@ def measure_and_show(
         raise UserError("--out names one record, and there are several samples; leave it out")
     if not names:
         raise UserError("--metrics names no metric; see --list-metrics")
+    for option in ("out", "save_statistics"):
+        if options[option]:
+            check_file(options[option])
     # Before the reference is read, so that a mistake is told at once.
     opened = {path: open_images(path, options["resize"]) for path in samples if not is_checkpoint(path)}
     processes = patient_accelerator()

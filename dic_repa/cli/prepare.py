@@ -51,11 +51,13 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    from dic_repa.aside import check_folder
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
     from dic_repa.data.sources import open_source
 
     settings = PrepareSettings(**options)
+    check_folder(destination)
     images = open_source(source, labels, settings.skip_bad)
     # One process may be minutes behind, which NCCL would take for a fault.
     state = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])

@@ -58,9 +58,12 @@ def command(
     import torch
     from tqdm import tqdm
 
+    from dic_repa.aside import check_folder
     from dic_repa.evaluation.probe import probe_checkpoint
     from dic_repa.evaluation.probe_pictures import TITLES
 
+    if out:
+        check_folder(out)
     with tqdm(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:
         probed = probe_checkpoint(
             checkpoint,

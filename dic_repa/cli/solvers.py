@@ -52,16 +52,20 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
     Example:
       dic-repa solvers compare runs/digits-urepa --solvers euler,heun,ab2 --evaluations 8,16,32
     """
+    from dic_repa.aside import check_file
     from dic_repa.evaluation.solvers import compare_solvers, save_comparison
 
     budgets = [int(part) for part in evaluations.split(",") if part.strip().isdigit()]
-    if len(budgets) < evaluations.count(",") + 1:
-        raise UserError(f"--evaluations takes whole numbers such as 6,12,24, not '{evaluations}'")
+    if len(budgets) < evaluations.count(",") + 1 or min(budgets) < 1:
+        raise UserError(f"--evaluations takes whole numbers from 1 such as 6,12,24, not '{evaluations}'")
+    out = out or run / "evaluation" / "solvers.png"
+    check_file(out)
     points = []
     for point in compare_solvers(run, solvers.split(","), budgets, num):
         points.append(point)
         share = "" if point.recognised is None else f"{point.recognised:.1%} recognised, "
         click.echo(f"{point.solver:15} {point.evaluations:4} evaluations  {share}Fréchet distance {point.frechet:.2f}")
-    out = out or run / "evaluation" / "solvers.png"
+    if not points:
+        raise UserError(f"no solver of {solvers} takes as few as {max(budgets)} evaluations: allow more")
     save_comparison(points, out)
     click.echo(f"plot: {out}")

@@ -66,9 +66,12 @@ def command(
     import torch
     from tqdm import tqdm
 
+    from dic_repa.aside import check_folder
     from dic_repa.evaluation.tune import Cell, Tuner
     from dic_repa.generation import load_checkpoint
 
+    if out:
+        check_folder(out)
     loaded = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     sample = sample_settings(loaded.recipe.sample, **options)
     tuner = Tuner(loaded, metric, reference, sample, chosen, spans, num, confirm, confirm_num, out)
