@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -164,8 +165,15 @@ def sample_into(
     with tqdm(total=total, unit="image", desc="sampling", disable=quiet) as bar:
         # The others are about as far as this one.
         advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
-        with told_by_whom_it_befalls():
-            fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
+        try:
+            with told_by_whom_it_befalls():
+                fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
+        except KeyboardInterrupt:
+            if not quiet:
+                same = "the same command, without --overwrite or --again," if overwrite else "the same command"
+                done = f"{len(folder.numbered())} of {folder.num} images are in {folder.path}"
+                bar.write(f"interrupted; {done}, and {same} goes on with the others", file=sys.stderr)
+            raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and sampler.evaluations:
         folder.spec["evaluations_per_image"] = sampler.evaluations
