@@ -160,20 +160,21 @@ def sample_into(
     missing, processes = folder.missing(), accelerator.num_processes
     accelerator.wait_for_everyone()  # before one of them writes what another would count
     total, quiet = sum(map(len, missing)), not accelerator.is_main_process
+    if not total:
+        return
     if total < folder.num and not quiet:
         print(f"{folder.path} has {folder.num - total} of {folder.num} images already; sampling the other {total}")
-    with tqdm(total=total, unit="image", desc="sampling", disable=quiet) as bar:
-        # The others are about as far as this one.
-        advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
-        try:
-            with told_by_whom_it_befalls():
-                fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
-        except KeyboardInterrupt:
-            if not quiet:
-                same = "the same command, without --overwrite or --again," if overwrite else "the same command"
-                done = f"{len(folder.numbered())} of {folder.num} images are in {folder.path}"
-                bar.write(f"interrupted; {done}, and {same} goes on with the others", file=sys.stderr)
-            raise
+    try:
+        with tqdm(total=total, unit="image", desc="sampling", disable=quiet) as bar, told_by_whom_it_befalls():
+            # The others are about as far as this one.
+            advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
+            fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
+    except KeyboardInterrupt:
+        if not quiet:
+            same = "the same command, without --overwrite or --again," if overwrite else "the same command"
+            done = f"{len(folder.numbered())} of {folder.num} images are in {folder.path}"
+            print(f"interrupted; {done}, and {same} goes on with the others", file=sys.stderr)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and sampler.evaluations:
         folder.spec["evaluations_per_image"] = sampler.evaluations
