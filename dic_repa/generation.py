@@ -1,9 +1,8 @@
-"""From a trained denoiser to images: batches of samples, PNG files and a labelled grid."""
+"""From a trained denoiser to batches of images."""
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from dic_repa.build import build_class_names, build_decoder, build_objective, import_plugins
@@ -288,63 +286,3 @@ def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:
     device = next(denoiser.parameters()).device
     decode = build_decoder(recipe.data, device, checkpoint.data, settings.autoencoder)
     return Sampler(denoiser, build_objective(recipe.objective), settings, shape, weak, decode)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images (..., C, H, W) in [0, 1] as uint8 (..., H, W, C), rounded to the nearest level."""
-    return (images * 255).round().to(torch.uint8).movedim(-3, -1)
-
-
-def save_png(image: Tensor, path: Path) -> None:
-    """One image (C, H, W) in [0, 1], of one or three channels, as a PNG, written aside and renamed."""
-    array = to_uint8(image).numpy()
-    aside = path.with_name(f".writing-{path.name}")
-    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(aside, "PNG", compress_level=1)
-    os.replace(aside, path)
-
-
-def load_png(path: Path) -> Tensor:
-    """A PNG as (C, H, W) in [0, 1]; a UserError names a file that is no whole image."""
-    try:
-        with Image.open(path) as image:
-            array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path} is not a whole image ({error})") from None
-    return torch.from_numpy(array).view(*array.shape[:2], -1).movedim(-1, 0).float() / 255
-
-
-def save_grid(
-    images: Tensor,
-    path: Path,
-    labels: Tensor,
-    class_names: Sequence[str],
-    columns: int,
-    height: int = 480,
-    most: int = 20,
-) -> None:
-    """Images (N, C, H, W) in [0, 1] as one picture, a row for each class, its name in front.
-
-    At most `columns` of each of the first `most` classes are shown; small images are enlarged by a whole number until
-    the grid is about `height`.
-    """
-    rows = [(int(label), images[labels == label][:columns]) for label in labels.unique()[:most]]
-    size = images.shape[-1]
-    scale = max(1, height // (size * len(rows)))
-    cell, gap = size * scale, max(2, scale // 2)
-    font = ImageFont.load_default(size=max(11, min(28, cell // 2)))
-    margin = int(max(font.getlength(_name(label, class_names)) for label, _ in rows)) + 16
-    widest = max(len(row) for _, row in rows)
-    sheet = Image.new("RGB", (margin + widest * (cell + gap), len(rows) * (cell + gap) + gap), (250, 250, 250))
-    draw = ImageDraw.Draw(sheet)
-    for i, (label, row) in enumerate(rows):
-        top = gap + i * (cell + gap)
-        draw.text((margin - 8, top + cell // 2), _name(label, class_names), fill=(40, 40, 40), font=font, anchor="rm")
-        for j, image in enumerate(row):
-            array = to_uint8(image.expand(3, -1, -1) if len(image) == 1 else image[:3]).numpy()
-            tile = Image.fromarray(array).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + j * (cell + gap), top))
-    sheet.save(path)
-
-
-def _name(label: int, class_names: Sequence[str]) -> str:
-    return class_names[label] if label < len(class_names) else "none"

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from dic_repa.errors import UserError, told_by_whom_it_befalls
 from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.evaluation.npz import NpzFile, write_npz
-from dic_repa.generation import Checkpoint, Sampler, save_png, weak_weights
+from dic_repa.generation import Checkpoint, Sampler, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
+from dic_repa.pictures import save_png
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe_diff import flatten
 from dic_repa.samplers import solver_info

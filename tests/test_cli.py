@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dic_repa.cli import VERBS
-from dic_repa.generation import load_png
+from dic_repa.pictures import load_png
 from dic_repa.recipe import list_recipes
 
 

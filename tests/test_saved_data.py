@@ -13,7 +13,8 @@ from small_runs import SMALL
 
 from dic_repa.cli import main
 from dic_repa.data.autoencoders import _loaded
-from dic_repa.generation import load_checkpoint, load_png
+from dic_repa.generation import load_checkpoint
+from dic_repa.pictures import load_png
 from dic_repa.training.posthoc import save_reconstruction
 from dic_repa.training.run_folder import RunFolder
 

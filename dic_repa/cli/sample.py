@@ -169,7 +169,7 @@ def choose_labels(loaded, settings: SampleSection, classes: str | None = None, r
 def _save_grid(folder, loaded, labels) -> None:
     import torch
 
-    from dic_repa.generation import load_png, save_grid
+    from dic_repa.pictures import load_png, save_grid
 
     columns = 10
     shown = [i for label in labels.unique()[:20] for i in (labels == label).nonzero()[:columns, 0].tolist()]
@@ -181,7 +181,7 @@ def _save_trajectory(path: Path, sampler) -> None:
     """Nine states of the first images, from noise at the left to the image at the right, a row each."""
     import torch
 
-    from dic_repa.generation import save_grid
+    from dic_repa.pictures import save_grid
 
     stages = torch.linspace(0, len(sampler.states) - 1, min(9, len(sampler.states))).round().long().tolist()
     images = torch.stack([sampler.to_images(sampler.states[stage][:10]).cpu() for stage in stages], dim=1)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge
-from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, save_grid, weak_weights
+from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, weak_weights
+from dic_repa.pictures import save_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, write_whole
 

@@ -248,7 +248,8 @@ def due(step: int, every: int | None, last: int) -> bool:
 
 def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, write: bool = True) -> None:
     """A grid of samples of the averaged weights: a few of each of the first ten classes, the same noise every time."""
-    from dic_repa.generation import balanced_labels, save_grid
+    from dic_repa.generation import balanced_labels
+    from dic_repa.pictures import save_grid
 
     shown, columns = min(10, parts.data.num_classes), 6
     labels = balanced_labels(recipe, parts.data.num_classes, shown * columns)
