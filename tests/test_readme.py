@@ -197,9 +197,10 @@ def test_names_in_prose():
     sections = {"train": TrainSection, "data": DataSection, "sample": SampleSection, "evaluate": EvaluateSection}
     looked_at = 0
     for code in INLINE:
-        if re.fullmatch(r"(dic|sit|dit|u-vit|digits|ladder|urepa|sample|dinov2)-[\w.*-]+", code):
-            assert fnmatch.filter(known, code), code
-            looked_at += 1
+        for word in set(code.split()) - {"dic-repa"}:
+            if re.fullmatch(r"(dic|sit|dit|u-vit|digits|ladder|urepa|sample|dinov2)-[\w.*-]+", word):
+                assert fnmatch.filter(known, word), code
+                looked_at += 1
         if (key := re.match(r"(\w+)\.(\w+)\b(?!/)", code)) and key[1] in sections and key[2] != "json":
             assert key[2] in sections[key[1]].model_fields, code
             looked_at += 1
