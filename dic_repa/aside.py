@@ -18,7 +18,7 @@ def check_file(path: Path) -> None:
     """A UserError where no file can come to be at `path`; an older one there will be replaced."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
-    _check_parents(path)
+    check_parents(path)
 
 
 def check_folder(path: Path) -> None:
@@ -26,10 +26,11 @@ def check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a folder")
     if not path.exists():
-        _check_parents(path)
+        check_parents(path)
 
 
-def _check_parents(path: Path) -> None:
+def check_parents(path: Path) -> None:
+    """A UserError where nothing can be made at `path`, since it is below a file or a folder that is not to be written."""
     place = next(parent for parent in path.parents if parent.exists())
     if not place.is_dir():
         raise UserError(f"{path} cannot be written: {place} is a file")

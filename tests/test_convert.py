@@ -13,7 +13,7 @@ from small_runs import full_disk
 
 from dic_repa.cli import main
 from dic_repa.cli.convert import load
-from dic_repa.models import DiC
+from dic_repa.models import DiC, create_denoiser
 from dic_repa.recipe import load_recipe, to_yaml
 
 AUTHORS = DATA / "authors_dic_tiny.safetensors"
@@ -109,6 +109,24 @@ def test_mistakes(mistake, checkpoint, tmp_path):
     assert "has no DiC with another skips or block" in mistake("convert", "rung", "out.pt")
     assert "did you mean dic-s-ddpm" in mistake("convert", AUTHORS, "out", "--recipe", "dic-s-dpm")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_recipe_that_is_not_the_model_s(mistake):
+    DiC(8, (1, 1, 1, 1, 1), in_channels=1, num_classes=10).save_pretrained("digits")
+    DiC(8, (1, 1, 1, 1, 1), in_channels=1, num_classes=7).save_pretrained("others")
+    assert "has 4 channels, the model is for 1" in mistake("convert", "digits", "out", "--recipe", "dic-s")
+    assert "has 10 classes, the model is for 7" in mistake("convert", "others", "out", "--recipe", "digits-baseline")
+    create_denoiser("SiT", 1, 10, width=32, depth=1, num_heads=1, patch_size=3).save_pretrained("patches")
+    assert "divisible by its patch size 3, not 16x16" in mistake("convert", "patches", "out", "--recipe", "digits-baseline")
+    assert not Path("out").exists()
+
+
+def test_targets_that_cannot_be(mistake):
+    assert "px.foo: .foo is no ending that convert writes" in mistake("convert", AUTHORS, "px.foo")
+    for target in ("/proc/x", "/proc/x.pt", "/proc/x.safetensors"):
+        said = mistake("convert", AUTHORS, target)
+        assert f"{target} could not be written" in said
+        assert ".writing" not in said
 
 
 @pytest.mark.parametrize("target", ["new", "new.pt", "new.safetensors", "old"])

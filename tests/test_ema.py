@@ -94,7 +94,7 @@ def test_combination_for_a_stored_width_is_the_snapshot():
     np.testing.assert_allclose(factors, [0, 0, 0, 1], atol=1e-6)
 
 
-def test_verb_makes_the_average_that_another_run_kept(tmp_path):
+def test_verb_makes_the_average_that_another_run_kept(tmp_path, mistake, capsys):
     """One run stores snapshots of two widths; the other keeps a third width as it goes. Same seed, same weights."""
     stored = small_run(
         tmp_path / "stored",
@@ -124,5 +124,8 @@ def test_verb_makes_the_average_that_another_run_kept(tmp_path):
         torch.testing.assert_close(exact[name], tensor, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="has no snapshot of step 13; it has 2, 4, 6"):
         reconstruct(stored, 0.1, 13)
+    none = small_run(tmp_path / "none", "train.steps=1")
     with pytest.raises(UserError, match=r"has no snapshots; train with train.power_ema"):
-        reconstruct(small_run(tmp_path / "none", "train.steps=1"), 0.1)
+        reconstruct(none, 0.1)
+    capsys.readouterr()
+    assert "has no snapshots; train with train.power_ema" in mistake("ema", none.path)

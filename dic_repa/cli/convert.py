@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dic_repa.aside import write_aside
+from dic_repa.aside import check_parents, write_aside
 from dic_repa.errors import UserError, first_line
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -35,7 +35,7 @@ def command(
 
     SOURCE is a run, one of its checkpoints, a folder or hub id that `save_pretrained` made, or a file of the authors'
     public code (DiC, and to read also DiT, SiT and REPA). TARGET is a file in the DiC authors' layout if it ends in
-    .pt or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads.
+    .pt, .pth or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads.
 
     \b
     Examples:
@@ -43,6 +43,9 @@ def command(
       dic-repa convert DiC-XL.pt dic-xl --recipe dic-xl-ddpm           the authors' file, ready to sample from
       dic-repa convert runs/mine DiC-mine.pt                           for the authors' code
     """
+    if target.suffix[1:].isalpha() and target.suffix not in FILES and not target.is_dir():
+        known = f"{', '.join(FILES)} are files"
+        raise UserError(f"{target}: {target.suffix} is no ending that convert writes; {known}, and a folder has none")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; pass --overwrite to replace it")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
@@ -52,7 +55,10 @@ def command(
 
     from dic_repa.weights import WRITE_ERRORS
 
+    check_parents(target)
     model, recipe_file = load(source, weights, family)
+    if recipe:
+        check_recipe(recipe, model)
     model.to(getattr(torch, DTYPES[dtype]))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +102,24 @@ def load(source: Path, weights: str = "ema", family: str | None = None):
     return model, _existing(folder / averages[0] / "recipe.yaml")
 
 
+def check_recipe(name: str, model) -> None:
+    """A UserError where `model` cannot have been trained by the recipe `name`: for other channels, classes or sizes."""
+    from dic_repa.build import data_traits, import_plugins
+    from dic_repa.models import forward_on_meta
+    from dic_repa.recipe import load_training_recipe
+
+    recipe = load_training_recipe(name)
+    import_plugins(recipe)
+    traits, assumed = data_traits(recipe.data)
+    known = {"channels": (traits.channels, model.in_channels)}
+    if not assumed or "num_classes" in recipe.data.options:
+        known["classes"] = (traits.num_classes, model.num_classes)
+    for what, (wanted, found) in known.items():
+        if wanted != found:
+            raise UserError(f"the data of {name} has {wanted} {what}, the model is for {found}; name its own recipe")
+    forward_on_meta(model, recipe.data.size, recipe.data.size)
+
+
 def _load_raw(model, file: Path) -> None:
     from dic_repa.weights import load_weights, read_tensors
 
@@ -124,7 +148,8 @@ def _write_authors(model, target: Path) -> None:
         if target.suffix == ".safetensors":
             save_tensors(state, aside)
         else:
-            torch.save({"ema": state}, aside)  # where the authors' sampling looks first
+            with aside.open("wb") as file:  # given its path, torch would tell of another cause than the disk's
+                torch.save({"ema": state}, file)  # where the authors' sampling looks first
 
 
 def _write_folder(model, target: Path, recipe: str | None, recipe_file: Path | None) -> None:

@@ -24,12 +24,14 @@ def command(run: Path, sigma_rel: float | None, step: int | None, out: Path | No
       dic-repa ema runs/digits-urepa --sigma-rel 0.15
       dic-repa sample runs/digits-urepa/averages/sigma_rel-0.15
     """
-    from dic_repa.training.posthoc import list_snapshots, save_reconstruction
+    from dic_repa.training.posthoc import list_snapshots, no_snapshots, save_reconstruction
     from dic_repa.training.run_folder import RunFolder
 
     folder = RunFolder.open(run)
     if sigma_rel is None:
-        for snapshot in list_snapshots(folder):
+        if not (snapshots := list_snapshots(folder)):
+            raise no_snapshots(folder)
+        for snapshot in snapshots:
             click.echo(f"step {snapshot.step:8d}  sigma_rel {snapshot.sigma_rel:g}  {snapshot.path}")
         return
     out = out or folder.path / "averages" / (f"sigma_rel-{sigma_rel:g}" + (f"-step-{step}" if step else ""))

@@ -42,6 +42,12 @@ def list_snapshots(run: RunFolder) -> list[Snapshot]:
     return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
 
 
+def no_snapshots(run: RunFolder) -> UserError:
+    """The error for a run that has stored none, or not yet."""
+    settings = "train.power_ema=[0.05,0.1] and train.snapshot_every=STEPS"
+    return UserError(f"{run.path} has no snapshots; train with {settings} to make averages later")
+
+
 def profile_products(
     steps_a: np.ndarray, gammas_a: np.ndarray, steps_b: np.ndarray, gammas_b: np.ndarray
 ) -> np.ndarray:
@@ -74,9 +80,7 @@ def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tu
     """
     snapshots, gamma = list_snapshots(run), sigma_rel_to_gamma(sigma_rel)
     if not snapshots:
-        raise UserError(
-            f"{run.path} has no snapshots; train with train.power_ema and train.snapshot_every to make averages later"
-        )
+        raise no_snapshots(run)
     step = step or snapshots[-1].step
     snapshots = [snapshot for snapshot in snapshots if snapshot.step <= step]
     if not snapshots or snapshots[-1].step < step:
