@@ -30,7 +30,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_parents(path: Path) -> None:
-    """A UserError where nothing can be made at `path`, since it is below a file or a folder that is not to be written."""
+    """A UserError where nothing can be made at `path`: below a file, or in a folder that may not be written to."""
     place = next(parent for parent in path.parents if parent.exists())
     if not place.is_dir():
         raise UserError(f"{path} cannot be written: {place} is a file")

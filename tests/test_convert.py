@@ -117,7 +117,9 @@ def test_a_recipe_that_is_not_the_model_s(mistake):
     assert "has 4 channels, the model is for 1" in mistake("convert", "digits", "out", "--recipe", "dic-s")
     assert "has 10 classes, the model is for 7" in mistake("convert", "others", "out", "--recipe", "digits-baseline")
     create_denoiser("SiT", 1, 10, width=32, depth=1, num_heads=1, patch_size=3).save_pretrained("patches")
-    assert "divisible by its patch size 3, not 16x16" in mistake("convert", "patches", "out", "--recipe", "digits-baseline")
+    assert "divisible by its patch size 3, not 16x16" in mistake(
+        "convert", "patches", "out", "--recipe", "digits-baseline"
+    )
     assert not Path("out").exists()
 
 
