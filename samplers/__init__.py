@@ -20,6 +20,7 @@ _EXPORTS = {
     "initial_noise": "noise",
     "list_solvers": "catalog",
     "log_likelihood": "likelihood",
+    "register_solver": "steps",
     "sample": "dispatch",
     "sample_ddpm": "ddpm",
     "sample_ode": "ode",

@@ -103,9 +103,15 @@ GUIDANCE_SCHEDULES = {
 _BY_NAME = {info.name: info for info in _SOLVERS}
 
 
+def add_solver(info: SolverInfo) -> None:
+    """List a solver of one's own. Raises UserError where another has its name."""
+    if _BY_NAME.setdefault(info.name, info) != info:
+        raise UserError(f"solver '{info.name}' is there already; choose another name")
+
+
 def list_solvers(process: str | None = None) -> list[SolverInfo]:
     """All solvers, or those of one `process` ('ode', 'sde' or 'ddpm'), in the order in which to read about them."""
-    return [info for info in _SOLVERS if process in (None, info.process)]
+    return [info for info in _BY_NAME.values() if process in (None, info.process)]
 
 
 def solver_info(name: str, process: str | None = None) -> SolverInfo:

@@ -6,6 +6,8 @@ steps is a class whose objects are such functions, one for each run.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from dic_repa.paths import Path
 from dic_repa.registry import Registry
+from dic_repa.samplers.catalog import SolverInfo, add_solver
 from dic_repa.samplers.field import Field
 
 Step = Callable[[Field, Tensor, float, float], Tensor]
@@ -27,8 +30,32 @@ def one_step(name: str) -> Callable[[Step], Step]:
     """Decorator that files a step function which needs no memory."""
 
     def decorate(step: Step) -> Step:
-        step_solvers.register(name)(lambda: step)
+        @functools.wraps(step)
+        def factory() -> Step:
+            return step
+
+        step_solvers.register(name)(factory)
         return step
+
+    return decorate
+
+
+def register_solver(
+    name: str, order: int = 1, evaluations: int = 1, description: str = "of your own"
+) -> Callable[[Step | type], Step | type]:
+    """Decorator that makes a fixed-step ODE solver of a step function, or of a class of them where it has a memory;
+    `order` and `evaluations` a step are what `dic-repa solvers` tells of it.
+
+        @register_solver("my-euler")
+        def my_euler(field, x, t, s):  # x (B, ...) from time t to s, both floats; field(x, t) is the velocity
+            return x + (s - t) * field(x, t)
+
+    Raises UserError where another solver has this name.
+    """
+
+    def decorate(step: Step | type) -> Step | type:
+        add_solver(SolverInfo(name, "ode", "fixed", order, evaluations, True, description))
+        return (step_solvers.register if inspect.isclass(step) else one_step)(name)(step)
 
     return decorate
 

@@ -251,7 +251,7 @@ def test_npz_is_read_as_it_was_written_and_damage_is_told(tmp_path):
 
 
 def test_writing_an_npz_holds_few_images_in_memory(tmp_path):
-    """A small part of what `tests/measure_npz_memory.py` writes; the README has what that measures in full."""
+    """A small part of what `tests/measure_npz_memory.py` writes; docs/sampling.md has what that measures in full."""
     script = Path(__file__).with_name("measure_npz_memory.py")
     command = [sys.executable, str(script), str(tmp_path / "a.npz"), "--num", "2000", "--size", "128"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -20,7 +20,7 @@ resume=()
 [ -f "$run/recipe.yaml" ] && resume=(--resume)
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=29500 OMP_NUM_THREADS=1
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} OMP_NUM_THREADS=1
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun no longer takes it over from sbatch, and one core would feed a GPU
 # For FSDP2 instead of data parallel: --set train.sharding=fsdp2
 launch='RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec python -m dic_repa train "$@"'
