@@ -45,7 +45,12 @@ def told_by_whom_it_befalls() -> Iterator[None]:
 
 
 def first_line(error: BaseException, most: int = 160) -> str:
-    """The first sentence of somebody else's error, for the middle of a line of ours; its kind where it has no text."""
+    """The first sentence of somebody else's error, for the middle of a line of ours; its kind where it has no text.
+
+    One of ours is a line already, and is left whole.
+    """
+    if isinstance(error, UserError):
+        return str(error)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"\x1b\[[0-9;]*m", "", lines[0]).split(". ")[0][:most]
 

@@ -23,7 +23,7 @@ from dic_repa.models.pretrained import CONFIG, WEIGHTS
 from dic_repa.precision import tf32
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
-from dic_repa.training.run_folder import RunFolder
+from dic_repa.training.run_folder import RunFolder, meant_runs
 from dic_repa.weights import weights_fingerprint
 
 _LABELS = 3
@@ -57,7 +57,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
     if (folder / "recipe.yaml").is_file():
         recipe = load_training_recipe(folder / "recipe.yaml")
     if recipe is None and not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}")
+        raise UserError(
+            f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}{meant_runs(folder)}"
+        )
     if recipe is None:
         raise UserError(
             f"{folder} has no recipe.yaml to tell objective and data size; put a training recipe there or pass --recipe"
@@ -70,7 +72,7 @@ def weights_folder(path: str | Path) -> Path:
     """Where the weights that `load_checkpoint` takes of `path` are."""
     path = Path(path)
     if path.is_file():
-        raise UserError(f"{path} is a file; name the folder of a run or a checkpoint")
+        raise UserError(f"{path} is a file; {_folder_of(path)}")
     if not path.is_dir():
         raise UserError(f"there is no run or checkpoint folder {path}")
     folder = path
@@ -80,6 +82,15 @@ def weights_folder(path: str | Path) -> Path:
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet")
     return folder / "ema" if (folder / "ema").is_dir() else folder
+
+
+def _folder_of(file: Path) -> str:
+    """What to name in place of a file."""
+    if (file.parent / CONFIG).is_file():
+        return f"name its folder, {file.parent}"
+    if file.suffix in (".pt", ".pth", ".safetensors"):
+        return "`dic-repa convert` makes a folder of the authors' weights, to sample from"
+    return "name the folder of a run or a checkpoint"
 
 
 def weak_weights(settings: SampleSection) -> dict[str, str]:

@@ -50,6 +50,10 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
             raise UserError(f"{path} is not a text file in UTF-8") from None
     file = resources.files("dic_repa.recipes") / f"{name_or_path}.yaml"
     if "/" in str(name_or_path) or not file.is_file():
+        if (path / "recipe.yaml").is_file():
+            raise UserError(f"{path} is a run; name its recipe, {path / 'recipe.yaml'}")
+        if path.exists():
+            raise UserError(f"{path} is no recipe: name a file that ends in .yaml, or one of `dic-repa recipes`")
         names = [f.name[:-5] for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")]
         raise unknown_name("recipe", str(name_or_path), names)
     return file.read_text(encoding="utf-8"), str(name_or_path)

@@ -24,7 +24,7 @@ from timm.data.constants import (
 )
 
 from dic_repa.encoders.base import Card, register_encoder
-from dic_repa.encoders.timm_vit import TimmViT
+from dic_repa.encoders.timm_vit import WEIGHTS_OPTION, TimmViT
 from dic_repa.errors import UserError
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -151,7 +151,7 @@ def _register(name: str, family: Family) -> None:
     ) -> TimmViT:
         if pretrained and weights is None and not family.in_timm:
             raise UserError(
-                f"timm has no weights of '{name}'; fetch them from {family.source} and give weights=FILE, or "
+                f"timm has no weights of '{name}'; fetch them from {family.source} and give {WEIGHTS_OPTION}, or "
                 "pretrained=False for random ones"
             )
         mean, std = family.statistics

@@ -15,6 +15,8 @@ from dic_repa.errors import UserError, first_line, unknown_name
 from dic_repa.hub import offline_without_network
 from dic_repa.weights import load_weights, read_tensors
 
+WEIGHTS_OPTION = "--weights FILE (in a recipe: encoder_options: {weights: FILE})"
+
 
 @register_encoder("timm:")
 class TimmViT(FrozenViT):
@@ -91,12 +93,12 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
         what = f"model.safetensors of '{hub}' on the Hugging Face hub" if hub else published["url"]
         raise UserError(
             f"the weights of '{name}' cannot be fetched from here; on a machine that can, fetch {what}, put it on this "
-            "one and give its path with weights=FILE"
+            f"one and give {WEIGHTS_OPTION}"
         ) from error
     except RuntimeError as error:
         reason = first_line(error).rstrip(":.")
         raise UserError(
-            f"no weights of timm's fit '{name}' ({reason}); give weights=FILE or pretrained=False"
+            f"no weights of timm's fit '{name}' ({reason}); give {WEIGHTS_OPTION}, or pretrained=False"
         ) from error
 
 

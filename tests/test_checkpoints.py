@@ -16,6 +16,7 @@ import torch
 from small_runs import assert_same, metrics, small_recipe, small_run, weights
 
 from dic_repa.errors import UserError
+from dic_repa.generation import weights_folder
 from dic_repa.models import DiC
 from dic_repa.training import EMA, RunFolder, train
 from dic_repa.training.checkpoint import CheckpointWriter
@@ -71,7 +72,9 @@ def test_damage_is_found_and_the_newest_whole_checkpoint_taken(copy, capsys, nam
     assert found is None if says is None else found.startswith(says)
     expected = "step_00000008" if says is None else "step_00000004"
     assert copy.newest_checkpoint().name == expected
-    assert (f"warning: {newest} is damaged: " in capsys.readouterr().err) == (says is not None)
+    said = capsys.readouterr().err
+    assert (f"warning: {newest} is damaged: " in said) == (says is not None)
+    assert ("; taking step_00000004\n" in said) == (says is not None)
 
 
 def test_damage_outside_a_part_does_not_matter_to_it(copy):
@@ -105,8 +108,10 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(copy, whole):
 def test_run_without_a_whole_checkpoint_does_not_begin_anew_in_silence(copy):
     for step in (4, 8):
         (copy.checkpoint_path(step) / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"all checkpoints of .* are damaged; remove .*checkpoints to begin anew"):
+    with pytest.raises(UserError, match=r"all checkpoints of .* are damaged.* remove .*checkpoints to begin anew"):
         train(small_recipe(), copy.path, resume=True)
+    with pytest.raises(UserError, match=r"are damaged \(step_00000008: .*; step_00000004: .*\); restore one$"):
+        weights_folder(copy.path)
 
 
 def test_keep_the_last_and_every_nth(tmp_path):

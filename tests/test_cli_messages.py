@@ -63,3 +63,26 @@ def test_counts_out_of_range(mistake, tmp_path):
     assert "takes whole numbers from 1" in mistake("solvers", "compare", "run", "--evaluations", "0")
     said = mistake("train", "digits-baseline", "--set=sample.num=1000000000000")
     assert "sample.num should be less than or equal to 10000000" in said
+
+
+def test_what_is_no_recipe(mistake, tmp_path):
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "recipe.yaml").write_text(to_yaml(load_recipe("digits-baseline")))
+    (tmp_path / "README.md").write_text("")
+    assert mistake("train", "runs/mine").endswith("runs/mine is a run; name its recipe, runs/mine/recipe.yaml")
+    assert "README.md is no recipe: name a file that ends in .yaml" in mistake("train", "README.md")
+
+
+def test_what_is_no_run(mistake, tmp_path):
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "recipe.yaml").write_text(to_yaml(load_recipe("digits-baseline")))
+    for verb in ("sample", "report", "ema"):
+        assert mistake(verb, "runs").endswith("; did you mean runs/mine?")
+        assert mistake(verb, "runs/mine/checkpoints").endswith("; did you mean runs/mine?")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(b"")
+    (tmp_path / "one" / "config.json").write_text("{}")
+    assert mistake("sample", "one/model.safetensors").endswith("is a file; name its folder, one")
+    assert "`dic-repa convert` makes a folder of" in mistake("sample", "two/model.safetensors")
+    assert "is not a run, so it is not overwritten" in mistake("train", "digits-baseline", "--out", "two")

@@ -115,7 +115,7 @@ def test_mocos_small_vit_has_twelve_heads():
 
 
 def test_weights_that_timm_does_not_have_are_asked_for():
-    with pytest.raises(UserError, match=r"fetch them from https://.*vit-b-300ep\.pth\.tar and give weights=FILE"):
+    with pytest.raises(UserError, match=r"fetch them from https://.*vit-b-300ep\.pth\.tar and give --weights FILE"):
         create_encoder("mocov3-vit-b")
     with pytest.raises(UserError, match=r"'dinov2-vit-x'; did you mean dinov2-vit"):
         create_encoder("dinov2-vit-x")
@@ -125,7 +125,7 @@ def test_an_unreachable_hub_names_repository_and_file(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        UserError, match=r"model\.safetensors of 'timm/vit_small_patch14_dinov2\.lvd142m'.*weights=FILE"
+        UserError, match=r"model\.safetensors of 'timm/vit_small_patch14_dinov2\.lvd142m'.*--weights FILE"
     ):
         create_encoder("dinov2-vit-s")
 
@@ -178,5 +178,5 @@ def test_an_unreachable_server_names_the_file(monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
-    with pytest.raises(UserError, match=r"fetch https://.*IN1K-vit\.h\.14-300e\.pth\.tar, .*weights=FILE"):
+    with pytest.raises(UserError, match=r"fetch https://.*IN1K-vit\.h\.14-300e\.pth\.tar, .*--weights FILE"):
         create_encoder("ijepa-vit-h", **SMALL)

@@ -58,6 +58,8 @@ def command(
     settings = load_training_recipe(recipe, overrides)
     path = path or Path("runs") / Path(recipe).stem
     if dry_run:
+        if resume:
+            click.echo("note: --resume is ignored: --dry-run tries the first steps of a run", err=True)
         show_dry_run(settings, path, processes, as_json)
         return
 

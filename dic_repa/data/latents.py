@@ -51,8 +51,9 @@ class LatentDataset(Dataset):
 
     def check_size(self, size: int, found: int, what: str) -> None:
         if size != found:
+            kind = "pixels" if self.spec.name == "none" else f"latents of {self.spec.name}"
             raise UserError(
-                f"data.size is {size}, but {what} holds {found}x{found} of {self.spec.name}; set data.size={found}, "
+                f"data.size is {size}, but {what} holds {found}x{found} {kind}; set data.size={found}, "
                 "or prepare the data anew"
             )
 

@@ -82,17 +82,17 @@ class RunFolder:
         if not run.recipe_file.is_file():
             missing = "has no recipe.yaml" if run.path.is_dir() else "does not exist"
             what = "is a file; name the folder of a run" if run.path.is_file() else missing
-            raise UserError(f"{path} is not a run: it {what}")
+            raise UserError(f"{path} is not a run: it {what}{meant_runs(run.path)}")
         return run
 
     def check_new(self, overwrite: bool = False) -> None:
         """A UserError unless a new run can begin here: in a folder that is empty or, with `overwrite`, holds a run."""
         if not self.path.exists() or (self.path.is_dir() and not self._content()):
             return
-        if not overwrite:
-            raise UserError(f"{self.path} exists; pass --resume to go on with it, or --overwrite to begin anew")
         if not self.recipe_file.is_file():
             raise UserError(f"{self.path} is not a run, so it is not overwritten; choose another folder with --out")
+        if not overwrite:
+            raise UserError(f"{self.path} exists; pass --resume to go on with it, or --overwrite to begin anew")
 
     def create(self, recipe: Recipe, overwrite: bool = False) -> None:
         """Make the folder for a new run, `check_new` allowing."""
@@ -160,14 +160,18 @@ class RunFolder:
         A damaged one is named on standard error and passed over; a UserError where all of them are damaged. `part`
         looks only at what is below that folder of a checkpoint, such as 'ema'.
         """
-        folders = sorted(self.list_checkpoints(), key=checkpoint_step, reverse=True)
-        for folder in folders:
+        damages: dict[Path, str] = {}
+        for folder in sorted(self.list_checkpoints(), key=checkpoint_step, reverse=True):
             damage = find_damage(folder, part)
             if damage is None:
+                for damaged, why in damages.items():
+                    print(f"warning: {damaged} is damaged: {why}; taking {folder.name}", file=sys.stderr)
                 return folder
-            print(f"warning: {folder} is damaged: {damage}", file=sys.stderr)
-        if folders:
-            raise UserError(f"all checkpoints of {self.path} are damaged; remove {self.checkpoints} to begin anew")
+            damages[folder] = damage
+        if damages:
+            why = "; ".join(f"{folder.name}: {damage}" for folder, damage in damages.items())
+            mend = "restore one" if part else f"restore one, or remove {self.checkpoints} to begin anew"
+            raise UserError(f"all checkpoints of {self.path} are damaged ({why}); {mend}")
         return None
 
     def list_checkpoints(self) -> list[Path]:
@@ -219,6 +223,13 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file aside and rename it, so that a kill or a full disk leaves the old one or the new one, whole."""
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def meant_runs(path: Path) -> str:
+    """'; did you mean runs/mine?' for a folder of runs, or one inside a run; '' where there is none to mean."""
+    inside = path.is_dir() and (path.parent / "recipe.yaml").is_file() and (path.parent / "checkpoints").is_dir()
+    runs = [path.parent] if inside else sorted(file.parent for file in path.glob("*/recipe.yaml"))
+    return f"; did you mean {' or '.join(map(str, runs[:3]))}?" if runs else ""
 
 
 def checkpoint_step(folder: Path) -> int:
