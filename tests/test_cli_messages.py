@@ -86,3 +86,9 @@ def test_what_is_no_run(mistake, tmp_path):
     assert mistake("sample", "one/model.safetensors").endswith("is a file; name its folder, one")
     assert "`dic-repa convert` makes a folder of" in mistake("sample", "two/model.safetensors")
     assert "is not a run, so it is not overwritten" in mistake("train", "digits-baseline", "--out", "two")
+
+
+def test_a_run_without_a_judge_is_told_before_any_is_sampled(mistake, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").write_text(to_yaml(load_recipe("digits-baseline", ["evaluate=null"])))
+    assert "has no `evaluate` section to say how to judge it; give a --reference" in mistake("evaluate", "mine")

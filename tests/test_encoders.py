@@ -179,13 +179,13 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
 def test_a_hub_that_cannot_be_reached_says_what_to_fetch(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"timm/vit_tiny_patch16_224\.augreg.* weights=FILE") as error:
+    with pytest.raises(UserError, match=r"timm/vit_tiny_patch16_224\.augreg.* --weights FILE") as error:
         create_encoder("timm:vit_tiny_patch16_224")
     assert "\n" not in str(error.value)
 
 
 def test_a_model_without_weights_of_its_own_says_so():
-    with pytest.raises(UserError, match=r"No pretrained weights exist.* give weights=FILE or pretrained=False"):
+    with pytest.raises(UserError, match=r"No pretrained weights exist.* give --weights FILE .*, or pretrained=False"):
         create_encoder("timm:vit_base_patch16_gap_224", **TINY)
 
 

@@ -213,7 +213,7 @@ def _number(value: float) -> str:
 
 def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> None:
     """Judge each run with a progress bar, then print the table and, for a single run, where its picture is."""
-    from dic_repa.evaluation.runs import evaluate_run
+    from dic_repa.evaluation.runs import evaluate_run, no_judge
     from dic_repa.training.run_folder import RunFolder
 
     if not is_main_process():
@@ -221,6 +221,8 @@ def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool =
     for run in runs:
         if run.exists() and not (run / "recipe.yaml").is_file():
             raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
+        if RunFolder.open(run).recipe().evaluate is None:
+            raise no_judge(run)
     given = load_recipe(recipe).sample if recipe else None
     judgements = []
     for run in runs:

@@ -64,7 +64,7 @@ def evaluate_run(
         raise UserError(f"{path} has no checkpoint yet")
     recipe = run.recipe()
     if recipe.evaluate is None:
-        raise UserError(f"the recipe of {path} has no `evaluate` section, which says how to judge its samples")
+        raise no_judge(path)
     sample = sample or recipe.sample
     step = checkpoint_step(newest)
     judged = Judgement.of(run, step, recipe, sample)
@@ -86,6 +86,11 @@ def evaluate_run(
     pictures = torch.stack([shown[i] for i in rows])
     save_judgement(judged, pictures, labels[rows], checkpoint.class_names)
     return judged
+
+
+def no_judge(path: str | Path) -> UserError:
+    """The error for a run whose recipe does not say how to judge its samples."""
+    return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; give a --reference")
 
 
 def _as_kept(
