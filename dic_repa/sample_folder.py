@@ -22,7 +22,6 @@ import numpy as np
 from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dic_repa.errors import UserError, told_by_whom_it_befalls
 from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
@@ -30,6 +29,7 @@ from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import Checkpoint, Sampler, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.pictures import save_png
+from dic_repa.progress import progress_bar
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe_diff import flatten
 from dic_repa.samplers import solver_info
@@ -166,7 +166,7 @@ def sample_into(
     if total < folder.num and not quiet:
         print(f"{folder.path} has {folder.num - total} of {folder.num} images already; sampling the other {total}")
     try:
-        with tqdm(total=total, unit="image", desc="sampling", disable=quiet) as bar, told_by_whom_it_befalls():
+        with progress_bar(total=total, unit="image", desc="sampling", disable=quiet) as bar, told_by_whom_it_befalls():
             # The others are about as far as this one.
             advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
             fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)

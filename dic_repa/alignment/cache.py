@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
+from dic_repa.progress import progress_bar
 
 BATCH = 64
 HASHED_IMAGES, PROBED_IMAGES = 32, 4
@@ -155,7 +155,7 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Dataset, devic
         with aside.open("wb") as out, torch.random.fork_rng(devices=[]):  # a loader draws a seed from torch's generator
             np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
             images = DataLoader(_Images(data), batch_size=BATCH, num_workers=workers)
-            for batch in tqdm(images, desc=f"caching {file.name}", unit="batch", mininterval=1):
+            for batch in progress_bar(images, desc=f"caching {file.name}", unit="batch"):
                 tokens = encoder(unit_images(batch.to(device))).to(torch.float16)
                 if not tokens.isfinite().all():
                     raise UserError("the encoder's tokens exceed what float16 holds (65504); set cache: false")

@@ -190,9 +190,9 @@ def _sampled(path: Path, recipe: str | None, again: bool, processes, options: di
 
 
 def _bar(label: str, processes, total: int | None = None):
-    from tqdm import tqdm
+    from dic_repa.progress import progress_bar
 
-    return tqdm(total=total, desc=label, unit="image", disable=not processes.is_main_process, leave=False)
+    return progress_bar(total=total, desc=label, unit="image", disable=not processes.is_main_process, leave=False)
 
 
 def _print_measured(rows: list, metrics: dict) -> None:

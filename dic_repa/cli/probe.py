@@ -56,15 +56,15 @@ def command(
         return  # it does not share its work, and two would write the same files
 
     import torch
-    from tqdm import tqdm
 
     from dic_repa.aside import check_folder
     from dic_repa.evaluation.probe import probe_checkpoint
     from dic_repa.evaluation.probe_pictures import TITLES
+    from dic_repa.progress import progress_bar
 
     if out:
         check_folder(out)
-    with tqdm(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:
+    with progress_bar(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:
         probed = probe_checkpoint(
             checkpoint,
             encoder,

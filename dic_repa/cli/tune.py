@@ -64,11 +64,11 @@ def command(
         return  # it does not share its work, and two would write the same files
 
     import torch
-    from tqdm import tqdm
 
     from dic_repa.aside import check_folder
     from dic_repa.evaluation.tune import Cell, Tuner
     from dic_repa.generation import load_checkpoint
+    from dic_repa.progress import progress_bar
 
     if out:
         check_folder(out)
@@ -77,7 +77,7 @@ def command(
     tuner = Tuner(loaded, metric, reference, sample, chosen, spans, num, confirm, confirm_num, out)
     cells = len(tuner.cells())
     total = cells * tuner.num + min(confirm, cells) * tuner.confirm_num
-    with tqdm(total=total, unit="image", desc="tuning", delay=0.1) as bar:
+    with progress_bar(total=total, unit="image", desc="tuning", delay=0.1) as bar:
 
         def progress(cell: Cell | None, count: int) -> None:
             if cell is None:

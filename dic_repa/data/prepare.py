@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dic_repa.aside import ASIDE, write_aside
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels, unit_images
 from dic_repa.data.sources import ImageSource
 from dic_repa.errors import UserError, first_line
+from dic_repa.progress import progress_bar
 
 SETTINGS_FILE = "prepare.json"
 
@@ -88,14 +87,7 @@ def write_shards(
     total = sum(len(_rows(shard, source, settings)) for shard in todo)
     label = "encoding" if processes == 1 else f"encoding (process 1 of {processes})"
     with (
-        tqdm(
-            total=total,
-            desc=label,
-            unit="image",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
-            disable=process > 0 or not total,
-        ) as bar,
+        progress_bar(total=total, desc=label, unit="image", disable=process > 0 or not total) as bar,
         ThreadPoolExecutor(settings.workers) as pool,
     ):
         for shard in todo:

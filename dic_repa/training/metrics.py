@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from dic_repa.progress import progress_bar
 from dic_repa.recipe import TrainSection
 from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.run_folder import RunFolder, describe_environment, write_whole
@@ -50,14 +51,12 @@ class MetricLog:
             with contextlib.suppress(OSError, ValueError):
                 sessions = json.loads(self.run.environment_file.read_text())
             write_whole(self.run.environment_file, json.dumps([*sessions, environment], indent=2) + "\n")
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=self.settings.steps,
             initial=self.start,
             unit="step",
             desc=self.run.path.name,
             disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
         )
         self.watch = LoaderWatch(self.settings.loader_timeout, self.accelerator)
         self.since = time.perf_counter()
@@ -140,7 +139,7 @@ class MetricLog:
         if record["skipped"]:
             shown["skipped"] = record["skipped"]
         shown["img/s"] = f"{record['images_per_second']:.0f}"
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix(shown, refresh=sys.stderr.isatty())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
