@@ -46,6 +46,7 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     labelled = all(point.recognised is not None for point in points)
     size = (5.2 * (1 + labelled), 3.8)
@@ -62,8 +63,12 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
     axes[0][0].set(title="Fréchet distance (lower is better)", yscale="log")
     if labelled:
         axes[0][1].set(title="recognised, % (higher is better)")
+    costs = sorted({point.evaluations for point in points})
+    ticks = [cost for before, cost in zip([0, *costs], costs) if cost > 1.3 * before]  # the others would overlap
     for axis in axes[0]:
         axis.set(xlabel="network evaluations per image", xscale="log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(fontsize=8)

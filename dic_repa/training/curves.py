@@ -30,6 +30,7 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     records = {run.path.name: read_metrics(run) for run in runs}
     names = {name for lines in records.values() for line in lines for name in line}
@@ -44,8 +45,9 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
                 points = [(line["step"], sign * line[series]) for line in lines if line.get(series) is not None]
                 if points:
                     label = run if series.count(".") < 2 else f"{run} [{series.split('.')[1]}]"
-                    axis.plot(*zip(*points), label=label, linewidth=1.4)
+                    axis.plot(*zip(*points), label=label, linewidth=1.4, marker="o" if len(points) == 1 else None)
         axis.set(title=title, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     if panels[0] == "denoising":

@@ -1,0 +1,38 @@
+"""The plots that runs and verbs leave behind, by what is drawn in them."""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+
+from dic_repa.evaluation.solvers import Point, save_comparison
+from dic_repa.training.curves import save_curves
+from dic_repa.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, which are not closed."""
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    yield plt
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_curves_of_a_single_point_are_seen(tmp_path, figures):
+    run = RunFolder(tmp_path)
+    run.metrics_file.write_text(json.dumps({"step": 2, "loss/denoising": 1.5, "denoising": 1.5}) + "\n")
+    save_curves([run])
+    lines = figures.gcf().axes[0].lines
+    assert [line.get_marker() for line in lines] == ["o"]
+
+
+def test_costs_of_solvers_are_written_out(tmp_path, figures):
+    save_comparison([Point("heun", n, 0.5, 10.0 + n) for n in (6, 12, 13, 24, 48)], tmp_path / "solvers.png")
+    figure = figures.gcf()
+    for axis in figure.axes:
+        figure.canvas.draw()
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["6", "12", "24", "48"]
+        assert not any(label.get_text() for label in axis.get_xticklabels(minor=True))
