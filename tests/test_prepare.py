@@ -210,6 +210,18 @@ def test_bad_files_are_named_and_counted(tmp_path, capsys):
     assert len(Prepared("out", size=16)) == 6
 
 
+def test_summary_counts_the_classes(tmp_path, capsys):
+    for classes, said in (
+        ({"a": 3}, "3 of 3 images, 1 class (a)"),
+        ({"a": 2, "b": 2}, "4 of 4 images, 2 classes of 2 images each"),
+        ({"a": 1, "b": 2}, "3 of 3 images, 2 classes from 1 (a) to 2 (b) images"),
+    ):
+        name = "".join(f"{key}{count}" for key, count in classes.items())
+        write_tree(tmp_path / name, classes)
+        prepare(name, f"{name}-out", autoencoder="none")
+        assert f"{name}-out: {said}\n" in capsys.readouterr().out
+
+
 def test_small_images_and_emptied_classes_are_reported(tmp_path):
     write_tree(tmp_path / "tree", {"cat": 4, "dog": 1}, size=(12, 20))
     (tmp_path / "tree/dog/000.png").write_bytes(b"no image")

@@ -135,3 +135,5 @@ def finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, ti
     click.echo(table(result["rows"]))
     for line in result.get("notes", []):
         click.echo(line)
+    for file in filter(None, (chart, out)):
+        click.echo(f"written: {file}")

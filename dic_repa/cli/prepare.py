@@ -74,13 +74,20 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     state.end_training()
 
 
+def _classes(report) -> str:
+    """'2 classes of 30 images each', or from which to which."""
+    (small, few), (large, many) = report.smallest_class, report.largest_class
+    if report.classes == 1:
+        return f"1 class ({small})"
+    each = f"of {few} images each" if few == many else f"from {few} ({small}) to {many} ({large}) images"
+    return f"{report.classes} classes {each}"
+
+
 def _report(destination: Path, images, autoencoder) -> None:
     from dic_repa.data.check import check_prepared
 
     report = check_prepared(destination, images, autoencoder)
-    (small, few), (large, many) = report.smallest_class, report.largest_class
-    side = f"from {few} ({small}) to {many} ({large}) images each"
-    click.echo(f"{destination}: {report.images} of {report.expected} images in {report.classes} classes, {side}")
+    click.echo(f"{destination}: {report.images} of {report.expected} images, {_classes(report)}")
     if report.skipped:
         shown = ", ".join(report.skipped[:5]) + (", ..." if len(report.skipped) > 5 else "")
         click.echo(f"skipped {len(report.skipped)}: {shown}")

@@ -77,7 +77,10 @@ def command(
             click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
             if settings.evaluate:
                 evaluate_and_show([run.path])
-                click.echo(f"loss curves: {run.curves_file}")
+            click.echo(f"loss curves: {run.curves_file}")
+            if settings.train.sample_every:
+                click.echo(f"samples over training: {run.samples}")
+            click.echo(f"to sample from it: {shlex.join(['dic-repa', 'sample', str(run.path)])}")
     except Preempted as reason:
         if is_main_process():
             begun = (path / "recipe.yaml").is_file()
