@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_runs import small_run
+from small_runs import small_recipe, small_run
 from test_sampling_speed import images, small_sampler
 
+from dic_repa.bench.train import bench_train
 from dic_repa.evaluation import Measure, judge_digits
 from dic_repa.evaluation.digits import DigitsClassifier
 from dic_repa.models import DiC
 from dic_repa.precision import tf32
+from dic_repa.training.dry_run import dry_run
 
 
 def flags() -> tuple[bool, bool]:
@@ -66,6 +68,14 @@ def test_scores_are_exact(seen):
     Measure(["fd-digits"], [{"image": digit} for digit in (digits * 255).byte()], cache=False)([digits])
     assert len(seen) >= 3
     assert set(seen) == {(False, False)}
+
+
+def test_trying_a_recipe_out_puts_back_what_it_sets(seen, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    dry_run(small_recipe("train.tf32=true"), tmp_path / "run")
+    assert (True, True) in seen
+    narrow = ["model.width=8", "model.depths=[1,1,1,1,1]", "alignments=[]"]
+    bench_train(["digits-urepa"], torch.device("cpu"), narrow, batches=(1,), rounds=1, seconds=0.0)
 
 
 @pytest.mark.parametrize("allowed", [True, False])

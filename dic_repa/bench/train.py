@@ -23,6 +23,7 @@ from dic_repa.bench.timing import Timing, interleave
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
+from dic_repa.precision import tf32
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.training.dry_run import run_step, stand_in, takes_pretrained
 from dic_repa.training.inputs import check_batch
@@ -93,6 +94,7 @@ class PlainEMA:
             average.mul_(self.decay).add_(parameter, alpha=1 - self.decay)
 
 
+@tf32(False)  # put back what building the parts sets
 def bench_train(
     recipes: Sequence[str],
     device: torch.device,

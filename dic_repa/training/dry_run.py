@@ -22,6 +22,7 @@ from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.build import build_decoder, build_denoiser, build_objective, data_traits, import_plugins
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
+from dic_repa.precision import tf32
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
 from dic_repa.recipe_diff import differences, paper_recipe
 from dic_repa.training.inputs import check_batch, step_inputs
@@ -35,6 +36,7 @@ STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
 
 
+@tf32(False)  # put back what building the parts sets
 def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     """What training `recipe` into `path` takes, as a plain dict; see `dic-repa train --dry-run`.
 
