@@ -151,6 +151,7 @@ class Sampler:
     trace: bool = False
     evaluations: int = 0
     states: Sequence[Tensor] = ()
+    times: Sequence[float] = ()
     _prepared: dict[int, tuple[nn.Module, nn.Module]] = field(default_factory=dict)  # by the identity of the original
 
     def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -181,7 +182,9 @@ class Sampler:
                     x = sample(velocity, noise, settings.solver, **options, return_info=first)
                 if first:
                     x, details = x
-                    self.evaluations, self.states = details.nfe, details.states if self.trace else ()
+                    self.evaluations = details.nfe
+                    if self.trace:
+                        self.states, self.times = details.states, details.times
                 if not velocity.doubled:  # nor will the next batch fit
                     guidance = replace(guidance, doubled=False)
                 yield x[:wanted]

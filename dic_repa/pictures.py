@@ -45,11 +45,12 @@ def save_grid(
     columns: int,
     height: int = 480,
     most: int = 20,
+    headings: Sequence[str] = (),
 ) -> None:
     """Images (N, C, H, W) in [0, 1] as one picture, a row for each class, its name in front.
 
     At most `columns` of each of the first `most` classes are shown; small images are enlarged by a whole number until
-    the grid is about `height`.
+    the grid is about `height`. `headings` are put above the columns.
     """
     rows = [(int(label), images[labels == label][:columns]) for label in labels.unique()[:most]]
     size = images.shape[-1]
@@ -58,10 +59,15 @@ def save_grid(
     font = ImageFont.load_default(size=max(11, min(28, cell // 2)))
     margin = int(max(font.getlength(_name(label, class_names)) for label, _ in rows)) + 16
     widest = max(len(row) for _, row in rows)
-    sheet = Image.new("RGB", (margin + widest * (cell + gap), len(rows) * (cell + gap) + gap), (250, 250, 250))
+    small = ImageFont.load_default(size=max(8, min(28, cell // 4)))
+    head = int(small.size) + 8 if headings else 0
+    sheet = Image.new("RGB", (margin + widest * (cell + gap), head + len(rows) * (cell + gap) + gap), (250, 250, 250))
     draw = ImageDraw.Draw(sheet)
+    for j, heading in enumerate(headings[:widest]):
+        middle = margin + j * (cell + gap) + cell // 2
+        draw.text((middle, head // 2 + 2), heading, fill=(40, 40, 40), font=small, anchor="mm")
     for i, (label, row) in enumerate(rows):
-        top = gap + i * (cell + gap)
+        top = head + gap + i * (cell + gap)
         draw.text((margin - 8, top + cell // 2), _name(label, class_names), fill=(40, 40, 40), font=font, anchor="rm")
         for j, image in enumerate(row):
             array = to_uint8(image.expand(3, -1, -1) if len(image) == 1 else image[:3]).numpy()

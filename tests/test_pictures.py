@@ -6,8 +6,10 @@ import json
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 from dic_repa.evaluation.solvers import Point, save_comparison
+from dic_repa.pictures import load_png, save_grid
 from dic_repa.training.curves import save_curves
 from dic_repa.training.run_folder import RunFolder
 
@@ -27,6 +29,17 @@ def test_curves_of_a_single_point_are_seen(tmp_path, figures):
     save_curves([run])
     lines = figures.gcf().axes[0].lines
     assert [line.get_marker() for line in lines] == ["o"]
+
+
+def test_headings_of_a_grid_are_above_its_columns(tmp_path):
+    images, rows = torch.zeros(6, 1, 8, 8), torch.arange(2).repeat_interleave(3)
+    for name, headings in (("without", ()), ("with", ("t=1.00", "t=0.50", "t=0.00"))):
+        save_grid(images, tmp_path / f"{name}.png", rows, ["", ""], 3, headings=headings)
+    without, headed = (load_png(tmp_path / f"{name}.png") for name in ("without", "with"))
+    extra = headed.shape[1] - without.shape[1]
+    assert torch.equal(headed[:, extra:], without)
+    thirds = headed[0, :extra, 16:].chunk(3, dim=1)
+    assert all(part.min() < 0.5 for part in thirds)
 
 
 def test_costs_of_solvers_are_written_out(tmp_path, figures):

@@ -225,6 +225,7 @@ def test_an_autoencoder_is_given_what_decode_batch_says(monkeypatch, tmp_path):
     list(sampler(torch.zeros(25, dtype=torch.int64)))
     assert sizes == [20, 5]
     sampler.settings.decode_batch, sampler.states = 2, [torch.zeros(4, 1, 8, 8)]
+    sampler.times = [0.0]
     _save_trajectory(tmp_path / "trajectory.png", sampler)
     assert sizes[2:] == [2, 2]
 

@@ -186,7 +186,8 @@ def _save_trajectory(path: Path, sampler) -> None:
     stages = torch.linspace(0, len(sampler.states) - 1, min(9, len(sampler.states))).round().long().tolist()
     images = torch.stack([sampler.to_images(sampler.states[stage][:10]).cpu() for stage in stages], dim=1)
     rows = torch.arange(len(images)).repeat_interleave(len(stages))
-    save_grid(images.flatten(0, 1), path, rows, [""] * len(images), columns=len(stages))
+    headings = [f"t={sampler.times[stage]:.2f}" for stage in stages]
+    save_grid(images.flatten(0, 1), path, rows, [""] * len(images), columns=len(stages), headings=headings)
     click.echo(f"from noise to image: {path}")
 
 
