@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 from dic_repa.aside import write_aside
 from dic_repa.cli import main
@@ -57,6 +58,15 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     with pytest.raises(IsADirectoryError), write_aside(tmp_path / "folder") as aside:
         aside.write_text("")
     assert [file.name for file in tmp_path.rglob("*")] == ["folder", "precious"]
+
+
+def test_an_autoencoder_that_is_not_here_is_told_without_a_warning(mistake, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "labels.csv").write_text("a.png,0\n")
+    assert "cannot be fetched from the hub" in mistake("prepare", tmp_path, "out", "--autoencoder=someone/vae")
+    assert not [warning for warning in recwarn if "local_dir_use_symlinks" in str(warning.message)]
 
 
 def test_counts_out_of_range(mistake, tmp_path):

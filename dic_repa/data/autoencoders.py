@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -204,10 +205,15 @@ class _Explained:
 
         self.verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
+        self.warnings = warnings.catch_warnings()
+        self.warnings.__enter__()
+        # Of an argument that diffusers passes on to the hub's client, and nobody else.
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
 
     def __exit__(self, kind, error, _traceback):
         from diffusers.utils import logging
 
+        self.warnings.__exit__(None, None, None)
         logging.set_verbosity(self.verbosity)
         if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
             return
