@@ -7,6 +7,8 @@ from PIL import Image
 
 from dic_repa.aside import write_aside
 from dic_repa.cli import main
+from dic_repa.cli.sample import parse_classes
+from dic_repa.errors import UserError
 from dic_repa.recipe import load_recipe, to_yaml
 
 
@@ -67,6 +69,24 @@ def test_an_autoencoder_that_is_not_here_is_told_without_a_warning(mistake, tmp_
     (tmp_path / "labels.csv").write_text("a.png,0\n")
     assert "cannot be fetched from the hub" in mistake("prepare", tmp_path, "out", "--autoencoder=someone/vae")
     assert not [warning for warning in recwarn if "local_dir_use_symlinks" in str(warning.message)]
+
+
+def test_classes_by_number_and_by_name():
+    names = ("cat", "dog", "0-1", "7", "tench, Tinca tinca")
+    for text, classes in (
+        ("1", [1]),
+        ("0-2,4", [0, 1, 2, 4]),
+        ("dog, cat", [1, 0]),
+        ("none", [5]),
+        ("tench, Tinca tinca", [4]),
+        ("0-1", [0, 1]),
+    ):
+        assert parse_classes(text, 5, names) == classes
+    for text, said in (("dgo", "did you mean dog"), ("7", "the classes 0 to 4"), ("2-1", "numbers and ranges")):
+        with pytest.raises(UserError, match=said):
+            parse_classes(text, 5, names)
+    with pytest.raises(UserError, match="not 'x'"):
+        parse_classes("x", 2, ("0", "1"))
 
 
 def test_counts_out_of_range(mistake, tmp_path):

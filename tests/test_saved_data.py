@@ -63,6 +63,8 @@ def test_sampled_without_the_data(run):
         call("sample", source, "--out", out)
         assert torch.equal(images(out), images("samples/run"))
     assert len(images("samples/run").unique()) > 100
+    call("sample", "moved", "--classes", "dog", "--out", "dogs")
+    assert json.loads(Path("dogs/samples.json").read_text())["labels"] == [1] * 4
 
 
 @pytest.mark.parametrize("run", ["latents"], indirect=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, did_you_mean
 from dic_repa.recipe import Recipe, SampleSection, load_recipe, validate
 from dic_repa.samplers.catalog import DIFFUSION_FORMS, GUIDANCE_SCHEDULES, LAST_STEPS, TIME_GRIDS, solver_info
 
@@ -78,7 +78,7 @@ def sampling_options(command: Callable) -> Callable:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the images.  [default: samples/NAME]")
 @click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
-@click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or none.  [default: all, in turn]")
+@click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or their names, or none.  [default: all, in turn]")
 @click.option("--random-classes", is_flag=True, help="Draw each image's class, from the seed and its index.")
 @click.option(
     "--format",
@@ -160,7 +160,7 @@ def choose_labels(loaded, settings: SampleSection, classes: str | None = None, r
     from dic_repa.generation import balanced_labels, random_labels
 
     num_classes = loaded.denoiser.num_classes
-    chosen = parse_classes(classes, num_classes)
+    chosen = parse_classes(classes, num_classes, loaded.class_names) if classes else None
     if random:
         return random_labels(loaded.recipe, num_classes, settings.num, chosen, settings.seed)
     return balanced_labels(loaded.recipe, num_classes, settings.num, chosen)
@@ -222,18 +222,27 @@ def _parse_grid(text: str) -> dict:
         raise UserError(f"--grid takes a name, name:argument=number or times such as 1,0.5,0, not '{text}'") from None
 
 
-def parse_classes(text: str | None, num_classes: int) -> list[int] | None:
-    """'3', '0,4,7', '0-9' and 'none' (the null class) as lists; a UserError names what is wrong."""
+def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int] | None:
+    """'3', '0,4,7', '0-9', names such as 'cat,dog', and 'none' (the null class) as lists; a UserError names what is
+    wrong. What may be a number is one, whatever the classes are called.
+    """
     if text is None:
         return None
     if text == "none":
         return [num_classes]
+    if "," in text and text in names:
+        return [names.index(text)]
     classes = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not (last.isdigit() and int(last) >= int(first))):
-            raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9, not '{text}'")
-        classes += range(int(first), int(last or first) + 1)
-    if not classes or max(classes) >= num_classes:
+    for part in map(str.strip, text.split(",")):
+        first, dash, last = part.partition("-")
+        if first.isdigit() and (not dash or (last.isdigit() and int(last) >= int(first))):
+            classes += range(int(first), int(last or first) + 1)
+        elif part in names:
+            classes.append(names.index(part))
+        else:
+            named = [name for name in names if not name.isdigit()]
+            meant = f", or names{did_you_mean(part, named)}" if named else f", not '{text}'"
+            raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9{meant}")
+    if max(classes) >= num_classes:
         raise UserError(f"--classes {text}: the model has the classes 0 to {num_classes - 1}")
     return classes
