@@ -27,6 +27,7 @@ from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels, unit_images
 from dic_repa.data.sources import ImageSource
 from dic_repa.errors import UserError, first_line
+from dic_repa.precision import tf32
 from dic_repa.progress import progress_bar
 
 SETTINGS_FILE = "prepare.json"
@@ -222,7 +223,8 @@ def _encoded(
 
 def _moments(autoencoder: Autoencoder, images: torch.Tensor) -> np.ndarray:
     try:
-        moments = autoencoder.encode(images.to(autoencoder.device)).half()
+        with tf32(False):
+            moments = autoencoder.encode(images.to(autoencoder.device)).half()
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is full ({first_line(error)}); lower --batch-size") from None
     if not moments.isfinite().all():

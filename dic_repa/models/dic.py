@@ -132,7 +132,7 @@ class Output(nn.Module):
         shift, scale = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(x).permute(0, 2, 3, 1)  # no copy in channels_last, neither this nor back
         h = F.layer_norm(h, h.shape[-1:], eps=1e-6).permute(0, 3, 1, 2)
-        return self.conv2((h * (1 + scale) + shift).contiguous(memory_format=layout_of(self.conv1.weight)))
+        return self.conv2((h * (1 + scale) + shift).contiguous(memory_format=layout_of(x)))
 
 
 class DiC(Pretrained, nn.Module):
@@ -154,6 +154,8 @@ class DiC(Pretrained, nn.Module):
         zero_gates: start each block as the identity. The authors' code means to, but does not: theirs is the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
+
+    layout: torch.memory_format | None = None  # of the activations, where it shall not be that of the weights
 
     def __init__(
         self,
@@ -265,8 +267,9 @@ class DiC(Pretrained, nn.Module):
             raise UserError(f"DiC takes heights and widths divisible by 4, not {x.shape[-2]}x{x.shape[-1]}")
         c = [condition(t, y) for condition in self.condition]
         c = c * 3 if len(c) == 1 else c
-        # Not the stem's layout: of one channel it would be both. Of sharded weights, the output's are whole by now.
-        x = self.stem(x.contiguous(memory_format=layout_of(self.output.conv1.weight)))
+        # Not the stem's: of one channel it would be both. Of sharded weights, the output's are whole by now.
+        layout = self.layout or layout_of(self.output.conv1.weight)
+        x = self.stem(x.contiguous(memory_format=layout))
         skips = []
         for level in (0, 1):
             pushing = pushing_blocks(len(self.enc[level]), self.skip_stride)

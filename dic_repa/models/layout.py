@@ -7,12 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def layout_of(weight: Tensor) -> torch.memory_format:
-    """channels_last or contiguous: the layout of a convolution's weight (C, C', k, k) of several channels and k > 1.
-
-    That of any other is both at once.
+def layout_of(tensor: Tensor) -> torch.memory_format:
+    """channels_last or contiguous: the layout of a feature map or of a convolution's weight, of several channels and
+    larger than 1x1; any other has both at once.
     """
-    last = weight.is_contiguous(memory_format=torch.channels_last)
+    last = tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
