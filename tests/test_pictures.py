@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dic_repa.evaluation.solvers import Point, save_comparison
+from dic_repa.evaluation.tune import Cell, Tuned, save_heat_map
 from dic_repa.pictures import load_png, save_grid
 from dic_repa.training.curves import save_curves
 from dic_repa.training.run_folder import RunFolder
@@ -40,6 +41,14 @@ def test_headings_of_a_grid_are_above_its_columns(tmp_path):
     assert torch.equal(headed[:, extra:], without)
     thirds = headed[0, :extra, 16:].chunk(3, dim=1)
     assert all(part.min() < 0.5 for part in thirds)
+
+
+def test_a_heat_map_names_its_score_in_words(tmp_path, figures):
+    cells = [Cell(scale, (0.0, 0.7), 100, scale) for scale in (1.0, 2.0)]
+    for score, title in (("frechet", "Fréchet distance (lower"), ("fid", "FID (lower")):
+        tuned = Tuned(cells[0], cells, [], score, "lower", tmp_path / "tune.json", tmp_path / "tune.png")
+        save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
+        assert figures.gcf().axes[0].get_title().startswith(title)
 
 
 def test_costs_of_solvers_are_written_out(tmp_path, figures):

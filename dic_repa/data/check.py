@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dic_repa.data.autoencoders import Autoencoder, decode_in_batches
@@ -79,22 +79,25 @@ def _preview(data: Prepared, autoencoder: Autoencoder, path: Path) -> float | No
     samples = [data[index] for index in chosen]
     images = unit_images(torch.stack([sample["image"] for sample in samples]))
     if autoencoder.spec.name == "none":
-        _save(images[None], path)
+        _save(images[None], path, "stored images")
         return None
     means = torch.stack([sample["moments"] for sample in samples]).float().chunk(2, dim=1)[0]
     decoded = decode_in_batches(autoencoder, autoencoder.spec.normalise(means)).cpu()
-    _save(torch.stack([images, decoded]), path)
+    _save(torch.stack([images, decoded]), path, "stored images, below each its round trip")
     return float(psnr(images, decoded).mean())
 
 
-def _save(versions: Tensor, path: Path, columns: int = 8, gap: int = 4) -> None:
+def _save(versions: Tensor, path: Path, caption: str, columns: int = 8, gap: int = 4) -> None:
     """(V, N, 3, H, W) in [0, 1] as a picture in which the V versions of an image stand above each other."""
     count, side = versions.shape[1], versions.shape[-1]
     rows = -(-count // columns) * len(versions)
-    sheet = Image.new("RGB", (min(columns, count) * (side + gap) + gap, rows * (side + gap) + gap), "white")
+    font = ImageFont.load_default(size=14)
+    head, width = 22, max(min(columns, count) * (side + gap), int(font.getlength(caption)) + gap) + gap
+    sheet = Image.new("RGB", (width, head + rows * (side + gap) + gap), "white")
+    ImageDraw.Draw(sheet).text((gap, head // 2 + 1), caption, fill=(40, 40, 40), font=font, anchor="lm")
     pixels = (versions * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
     for v in range(len(versions)):
         for k in range(count):
-            top = (k // columns * len(versions) + v) * (side + gap) + gap
+            top = head + (k // columns * len(versions) + v) * (side + gap) + gap
             sheet.paste(Image.fromarray(pixels[v, k]), (k % columns * (side + gap) + gap, top))
     sheet.save(path)

@@ -57,13 +57,14 @@ def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -
                     values,
                     ".-",
                     color=plt.cm.plasma(0.9 * share),
-                    label=f"{name} t = {t:g}".strip(),
+                    label=f"{name}  {t:g}".strip(),
                 )
         axis.set_title(TITLES[measure], fontsize=10)
         axis.tick_params("x", rotation=60, labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    style = {"loc": "upper left", "bbox_to_anchor": (1, 1), "fontsize": 8, "title_fontsize": 8}
+    axes[0][-1].legend(title="t (0 data, 1 noise)", **style)
     lines.savefig(files[1], dpi=120)
     plt.close(lines)
     return files
