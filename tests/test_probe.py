@@ -269,4 +269,4 @@ def test_mistakes(mistake, run, tmp_path):
     (tmp_path / "empty/recipe.yaml").write_text(to_yaml(recipe))
     for line in (("probe", "empty"), ("sample", "empty")):
         assert "empty has no checkpoint yet" in mistake(*line)
-    assert "recipe.yaml is a file; name the folder" in mistake("probe", baseline / "recipe.yaml")
+    assert "recipe.yaml is a file; name its folder" in mistake("probe", baseline / "recipe.yaml")
