@@ -25,7 +25,8 @@ Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Time = Annotated[float, Field(ge=0, le=1, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
-Images = Annotated[int, Field(ge=1, le=10_000_000, strict=True)]  # each has a label in memory and in samples.json
+MOST_IMAGES = 10_000_000  # each has a label in memory and in samples.json
+Images = Annotated[int, Field(ge=1, le=MOST_IMAGES, strict=True)]
 Name = Annotated[str, Field(min_length=1)]
 
 

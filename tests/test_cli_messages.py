@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from PIL import Image
 
 from dic_repa.aside import write_aside
 from dic_repa.cli import main
 from dic_repa.cli.sample import parse_classes
 from dic_repa.errors import UserError
+from dic_repa.models import DiC
+from dic_repa.pictures import save_png
 from dic_repa.recipe import load_recipe, to_yaml
 
 
@@ -116,6 +119,30 @@ def test_what_is_no_run(mistake, tmp_path):
     assert mistake("sample", "one/model.safetensors").endswith("is a file; name its folder, one")
     assert "`dic-repa convert` makes a folder of" in mistake("sample", "two/model.safetensors")
     assert "is not a run, so it is not overwritten" in mistake("train", "digits-baseline", "--out", "two")
+
+
+def test_an_interrupt_while_sampling_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    DiC(8, (1, 1, 1, 1, 1), in_channels=1, num_classes=10).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "recipe.yaml").write_text(to_yaml(load_recipe("digits-baseline", ["sample.steps=1"])))
+    arguments = ["sample", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--num", "4", "--batch-size", "2"]
+
+    def interrupted(folder, *_):
+        save_png(torch.zeros(1, 16, 16), folder.file(0))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dic_repa.sample_folder.fill", interrupted)
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+    assert exit.value.code == 130
+    assert f"1 of 4 images are in {tmp_path / 'out'}, and the same command goes on" in capsys.readouterr().err
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 0
+    assert "sampling" not in capsys.readouterr().out.splitlines()[-1]  # the second time there is nothing to do
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 4
 
 
 def test_a_run_without_a_judge_is_told_before_any_is_sampled(mistake, tmp_path):

@@ -38,9 +38,15 @@ def run(request, tmp_path, monkeypatch) -> RunFolder:
     monkeypatch.chdir(tmp_path / "there")
     write_tree(Path("tree"), {"cat": 3, "dog": 3})
     save_vae(Path("vae"), scaling_factor=0.5, shift_factor=0.1)
-    size, autoencoder = {"pixels": (16, "none"), "latents": (32, "vae")}[request.param]
-    call("prepare", "tree", "data", f"--size={size}", f"--autoencoder={autoencoder}")
-    call("train", "digits-urepa", "--out=run", *(f"--set={key}" for key in SETTINGS))
+    settings = SETTINGS
+    if request.param in ("pixels", "latents"):
+        size, autoencoder = {"pixels": (16, "none"), "latents": (32, "vae")}[request.param]
+        call("prepare", "tree", "data", f"--size={size}", f"--autoencoder={autoencoder}")
+    else:
+        Path("tree").rename("data")
+        autoencoder = {"images": "none", "encoded images": "vae"}[request.param]
+        settings = [*SETTINGS, "data.name=images", f"data.autoencoder={autoencoder}"]
+    call("train", "digits-urepa", "--out=run", *(f"--set={key}" for key in settings))
     shutil.rmtree("data")
     monkeypatch.chdir(tmp_path)
     return RunFolder(tmp_path / "there" / "run")
@@ -50,7 +56,7 @@ def images(folder: str) -> torch.Tensor:
     return torch.stack([load_png(Path(folder) / f"{i:06d}.png") for i in range(4)])
 
 
-@pytest.mark.parametrize("run", ["pixels", "latents"], indirect=True)
+@pytest.mark.parametrize("run", ["pixels", "latents", "images", "encoded images"], indirect=True)
 def test_sampled_without_the_data(run):
     ema = run.checkpoint_path(2) / "ema"
     call("convert", run.path, "converted")

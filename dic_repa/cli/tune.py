@@ -8,6 +8,7 @@ import click
 
 from dic_repa.cli.sample import sample_settings
 from dic_repa.errors import UserError, is_main_process
+from dic_repa.recipe import MOST_IMAGES
 
 
 @click.command("tune")
@@ -23,9 +24,13 @@ from dic_repa.errors import UserError, is_main_process
     show_default=True,
     help="Intervals of t to try (0 data, 1 noise).",
 )
-@click.option("--num", type=click.IntRange(2), help="Samples of each cell.  [default: a tenth, from 200 to 5000]")
+@click.option(
+    "--num", type=click.IntRange(2, MOST_IMAGES), help="Samples of each cell.  [default: a tenth, from 200 to 5000]"
+)
 @click.option("--confirm", type=click.IntRange(0), default=3, show_default=True, help="Best cells to sample anew.")
-@click.option("--confirm-num", type=click.IntRange(2), help="Samples of each of them.  [default: the recipe's num]")
+@click.option(
+    "--confirm-num", type=click.IntRange(2, MOST_IMAGES), help="Samples of each of them.  [default: the recipe's num]"
+)
 @click.option("--solver", help="From `dic-repa solvers`.  [default: the recipe's]")
 @click.option("--steps", type=int, help="Of a fixed-step solver.")
 @click.option("--batch-size", type=int, help="Images at once.")

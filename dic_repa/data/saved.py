@@ -25,10 +25,10 @@ class SavedData:
     @classmethod
     def of(cls, data) -> SavedData:
         """That of a data set; with the fingerprint of the autoencoder's weights, where they are known or loaded."""
-        loaded = vars(data).get("autoencoder")
-        spec = getattr(loaded or data, "spec", None)
+        loaded = vars(data).get("autoencoder")  # not asked for by its name, which would load it
+        spec = getattr(loaded, "spec", None) or getattr(data, "spec", None)
         names = getattr(data, "class_names", range(data.num_classes))
-        return cls(spec, tuple(map(str, names)))
+        return cls(spec if isinstance(spec, AutoencoderSpec) else None, tuple(map(str, names)))
 
     @classmethod
     def read(cls, folder: Path) -> SavedData | None:
