@@ -34,6 +34,7 @@ from dic_repa.recipe import MOST_IMAGES
 @click.option("--solver", help="From `dic-repa solvers`.  [default: the recipe's]")
 @click.option("--steps", type=int, help="Of a fixed-step solver.")
 @click.option("--batch-size", type=int, help="Images at once.")
+@click.option("--autoencoder", help="Where it is, if not where it was in training: a folder or a hub id.")
 @click.option("--seed", type=int, help="Of the noise, which is the same in every cell.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/tune]")
 def command(
