@@ -36,8 +36,8 @@ def shard(model: nn.Module, denoiser: nn.Module, accelerator: Accelerator) -> nn
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     model.to(memory_format=torch.contiguous_format)  # it takes no others
     if accelerator.device.type == "cuda":
-        # A GPU's half-precision convolutions are channels_last inside. So they reorder the weights, which are few beside
-        # the activations, and those shall not be reordered too.
+        # A GPU's half-precision convolutions are channels_last inside. They reorder the weights then, which are few
+        # beside the activations; those need not be reordered too.
         denoiser.layout = torch.channels_last
     for stage in stages(denoiser):
         fully_shard(stage, mesh=mesh)
