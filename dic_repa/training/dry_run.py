@@ -51,6 +51,8 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     check_ending(recipe, build_objective(recipe.objective))
     notes: list[str] = []
     trial = stand_in(recipe, notes)
+    if recipe.train.sample_every or (recipe.evaluate and recipe.evaluate.every):
+        note_missing_decoder(recipe, notes)
     if launched == 1:
         trial.train.batch_size //= processes
     shapes = build_shapes(trial)
@@ -97,8 +99,6 @@ def stand_in(recipe: Recipe, notes: list[str]) -> Recipe:
     trial.data = trial.data.model_copy(
         update={"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
     )
-    if recipe.train.sample_every or (recipe.evaluate and recipe.evaluate.every):
-        note_missing_decoder(recipe, missing, notes)
     trial.train.sample_every, trial.evaluate = 0, None
     for section in trial.alignments:
         if section.cache:
@@ -107,10 +107,10 @@ def stand_in(recipe: Recipe, notes: list[str]) -> Recipe:
     return trial
 
 
-def note_missing_decoder(recipe: Recipe, missing: str, notes: list[str]) -> None:
+def note_missing_decoder(recipe: Recipe, notes: list[str]) -> None:
     """What would keep the run from drawing its grids: an autoencoder that is not here."""
-    if missing and not recipe.data.autoencoder:
-        return  # the data will name it
+    if not recipe.data.autoencoder and not Path(recipe.data.path or ".").exists():
+        return  # the data, which is not here, will name it
     try:
         build_decoder(recipe.data)
     except UserError as error:
