@@ -85,3 +85,25 @@ def mistake(tmp_path, monkeypatch, capsys):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def plugin_folder(tmp_path, monkeypatch):
+    """An empty current folder; what is imported from it, and what that registers, is forgotten afterwards."""
+    from dic_repa.alignment import heads
+    from dic_repa.data import datasets
+    from dic_repa.encoders import base
+    from dic_repa.models.registry import denoisers
+    from dic_repa.samplers import catalog
+    from dic_repa.samplers.steps import step_solvers
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for registry in (base._encoders, heads, datasets, denoisers, step_solvers):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(catalog, "_BY_NAME", dict(catalog._BY_NAME))
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if (file := getattr(module, "__file__", None)) and Path(file).is_relative_to(tmp_path):
+            del sys.modules[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from dic_repa.cli.encoders import command
-from dic_repa.encoders import base, create_encoder, list_encoders
+from dic_repa.encoders import create_encoder, list_encoders
 from dic_repa.errors import UserError
 from dic_repa.plugins import import_plugin
 from dic_repa.recipe import load_recipe
@@ -70,18 +69,8 @@ TINY = ["train.steps=2", "train.batch_size=4", "train.sample_every=0", "model.wi
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty current folder; what is imported from it is forgotten afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(base._encoders, "_entries", dict(base._encoders._entries))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).is_relative_to(tmp_path):
-            del sys.modules[name]
+def folder(plugin_folder):
+    return plugin_folder
 
 
 def run(folder, recipe: str):

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import click
@@ -81,18 +80,9 @@ def commands_of(page_or_recipe: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """Call `dic-repa` with a list of arguments in an empty folder; what is imported from there is forgotten afterwards.
-
-    In this process, since each start costs seconds.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield functools.partial(cli.main, standalone_mode=False)
-    for name, module in list(sys.modules.items()):
-        if (file := getattr(module, "__file__", None)) and Path(file).is_relative_to(tmp_path):
-            del sys.modules[name]
+def here(plugin_folder):
+    """Call `dic-repa` with a list of arguments in an empty folder; in this process, since each start costs seconds."""
+    return functools.partial(cli.main, standalone_mode=False)
 
 
 def test_plugging_in_an_encoder(dic_repa, tmp_path):
