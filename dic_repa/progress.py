@@ -1,14 +1,64 @@
-"""Progress bars that leave few lines in a log file."""
+"""How much is said besides results, warnings and errors: progress bars, headers and notes obey one level.
+
+    set_verbosity("quiet")     neither bars nor notes                            dic-repa ... --quiet
+    set_verbosity("normal")    bars and notes
+    set_verbosity("verbose")   details too, and what the libraries below log     dic-repa ... --verbose
+
+A result goes to standard output by `print`, a warning or an error to standard error, at every level.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
+from dic_repa.errors import is_main_process, unknown_name
+
+LEVELS = ("quiet", "normal", "verbose")
+LIBRARIES = ("accelerate", "timm", "huggingface_hub", "diffusers", "datasets")
+_level = "normal"
+
+
+def set_verbosity(level: str) -> None:
+    """Say as much as `level`, one of `LEVELS`, from now on, in this process."""
+    global _level
+    if level not in LEVELS:
+        raise unknown_name("verbosity", level, LEVELS)
+    if level == "verbose":
+        logging.basicConfig(format="%(name)s: %(message)s")  # to standard error
+    if level == "quiet":  # the bars of downloads, read when these libraries are imported
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    for library in LIBRARIES:
+        logging.getLogger(library).setLevel(logging.INFO if level == "verbose" else logging.NOTSET)
+    _level = level
+
+
+def verbosity() -> str:
+    """The level that is set, one of `LEVELS`."""
+    return _level
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a header or a note, unless quiet: by the main process alone, above a progress bar, on standard error or
+    `file`."""
+    if _level != "quiet" and is_main_process():
+        tqdm.write(text, file=file or sys.stderr)
+
+
+def detail(text: str) -> None:
+    """Print on standard error what only helps to find out what happened, if verbose."""
+    if _level == "verbose" and is_main_process():
+        tqdm.write(text, file=sys.stderr)
+
 
 def progress_bar(iterable=None, **options) -> tqdm:
-    """A `tqdm` bar; where standard error is no terminal, a new state every ten seconds at most."""
+    """A `tqdm` bar, none if quiet; where standard error is no terminal, a new state every ten seconds at most."""
     if not sys.stderr.isatty():
         options["mininterval"] = 10
+    if _level == "quiet":
+        options["disable"] = True
     return tqdm(iterable, dynamic_ncols=True, **options)

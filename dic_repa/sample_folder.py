@@ -29,7 +29,7 @@ from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import Checkpoint, Sampler, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.pictures import save_png
-from dic_repa.progress import progress_bar
+from dic_repa.progress import progress_bar, say
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe_diff import flatten
 from dic_repa.samplers import solver_info
@@ -164,7 +164,7 @@ def sample_into(
     if not total:
         return
     if total < folder.num and not quiet:
-        print(f"{folder.path} has {folder.num - total} of {folder.num} images already; sampling the other {total}")
+        say(f"{folder.path} has {folder.num - total} of {folder.num} images already; sampling the other {total}")
     try:
         with progress_bar(total=total, unit="image", desc="sampling", disable=quiet) as bar, told_by_whom_it_befalls():
             # The others are about as far as this one.

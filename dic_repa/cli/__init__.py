@@ -28,6 +28,8 @@ VERBS = {
     "recipes": "List the recipes, show one, or compare two.",
 }
 
+FLAGS = ("--quiet", "--verbose", "--debug")
+
 
 class LazyGroup(Group):
     """Finds a verb's module only when it is called; the summaries above serve the overview."""
@@ -45,9 +47,13 @@ class LazyGroup(Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="dic-repa")
+@click.option("--quiet", is_flag=True, help="Only results, warnings and errors: no header, bars or notes.")
+@click.option("--verbose", is_flag=True, help="More details, and what the libraries log.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool):
+def cli(**_flags: bool):
     """Train DiC with U-REPA, sample from it, and measure the samples.
+
+    --quiet, --verbose and --debug may stand anywhere on the line.
 
     \b
     Examples:
@@ -63,9 +69,13 @@ def cli(debug: bool):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, with 2 after a mistake that the user can mend, with 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments  # anywhere on the line, since one adds it to a command that has just failed
+    # Anywhere on the line, since one adds them to a command that has just failed.
+    flags = {flag for flag in FLAGS if flag in arguments}
+    debug = "--debug" in flags
     try:
-        sys.exit(cli.main([a for a in arguments if a != "--debug"], prog_name="dic-repa", standalone_mode=False) or 0)
+        _set_verbosity(flags)
+        arguments = [argument for argument in arguments if argument not in FLAGS]
+        sys.exit(cli.main(arguments, prog_name="dic-repa", standalone_mode=False) or 0)
     except (UserError, click.ClickException, OSError) as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # click's for a group alone; versions before 8.2 have none
             click.echo(error.format_message())
@@ -77,6 +87,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+
+
+def _set_verbosity(flags: set[str]) -> None:
+    from dic_repa.progress import set_verbosity
+
+    if flags >= {"--quiet", "--verbose"}:
+        raise click.UsageError("--quiet and --verbose exclude each other")
+    set_verbosity("quiet" if "--quiet" in flags else "verbose" if "--verbose" in flags else "normal")
 
 
 def _message(error: Exception) -> str:

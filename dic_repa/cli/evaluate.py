@@ -10,6 +10,7 @@ import click
 
 from dic_repa.cli.sample import sample_settings, sampling_options
 from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls
+from dic_repa.progress import say
 from dic_repa.recipe import load_recipe
 
 ADM = "fid,sfid,is,prec,recall"
@@ -152,7 +153,7 @@ def measure_and_show(
     if processes.is_main_process:
         _print_measured(rows, measure.metrics)
         for note in dict.fromkeys(notes):
-            click.echo(f"note: {note}", err=True)
+            say(f"note: {note}")
         if written:
             click.echo(f"record: {', '.join(written)}")
         if unwritten:
