@@ -126,6 +126,15 @@ def random_labels(
     return choices[torch.tensor(drawn)]
 
 
+def draw_labels(
+    recipe: Recipe, num_classes: int, settings: SampleSection, classes: Sequence[int] | None = None
+) -> Tensor:
+    """The labels (settings.num,) of samples of the `classes`, balanced or random, as `settings.classes` says."""
+    if settings.classes == "random":
+        return random_labels(recipe, num_classes, settings.num, classes, settings.seed)
+    return balanced_labels(recipe, num_classes, settings.num, classes)
+
+
 @dataclass
 class Sampler:
     """All that turns noise into images: `sampler(labels)` yields batches (B, C, H, W) in [0, 1], on the CPU, in order.
@@ -189,7 +198,9 @@ class Sampler:
                     guidance = replace(guidance, doubled=False)
                 yield x[:wanted]
 
-        yield from decode_batches(samples(), self.to_images)
+        for images in decode_batches(samples(), self.to_images):
+            # Who writes or judges them rounds to the nearest level, which leaves these as they are.
+            yield (images * 255).floor() / 255 if settings.pixels == "truncate" else images
 
     def size(self) -> tuple[int, int]:
         """(H, W) of the images."""

@@ -179,6 +179,12 @@ class SampleSection(Section):
         "off", description="torch.compile's mode; reduce-overhead: with CUDA graphs, where there is a GPU"
     )
     num: Images = Field(50_000, description="how many images")
+    classes: Literal["balanced", "random"] = Field(
+        "balanced", description="each class as often as the others, or each image's drawn at random (REPA, SiT, DiC)"
+    )
+    pixels: Literal["round", "truncate"] = Field(
+        "round", description="to the nearest of 256 levels (DiT, DiC), or to the one below (REPA)"
+    )
     batch_size: Count = Field(64)
     decode_batch: Count = Field(16, description="images that the autoencoder decodes at once")
     autoencoder: str | None = Field(None, description="where it is now; null: where it was in training")

@@ -124,9 +124,7 @@ class SampleFolder:
         write_npz(self.path / SAMPLES_NPZ, self.arrays(), (self.num, *first.shape), np.array(self.spec["labels"]))
 
 
-def sample_spec(
-    checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None = None, random: bool = False
-) -> dict:
+def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None = None) -> dict:
     """What determines the images of a folder, as JSON has it."""
     return {
         "checkpoint": str(checkpoint.source),
@@ -135,7 +133,6 @@ def sample_spec(
         "sample": settings.model_dump(mode="json"),
         "evaluations_per_image": None,
         "classes": classes,
-        "random_classes": random,
         "labels": labels.tolist(),
     }
 

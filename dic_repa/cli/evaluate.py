@@ -140,11 +140,11 @@ def measure_and_show(
             measured = measure(images, options["bootstrap"] or 0, bar.update)
         if not processes.is_main_process:
             continue
-        rows.append((str(path), measured))
         notes += [*images.notes, *measured.warnings]
         file = options["out"] or (place / "metrics.json" if place.is_dir() else place.with_suffix(".metrics.json"))
         given = {key: str(value) for key, value in options.items() if value is not None}
         content = record(measured, measure, images, reference, given, str(device), processes.num_processes)
+        rows.append((str(path), content["samples"].get("sampling", {}).get("sample", {}).get("classes", ""), measured))
         try:
             save_record(file, content)
             written.append(str(file))
@@ -197,14 +197,14 @@ def _bar(label: str, processes, total: int | None = None):
 
 
 def _print_measured(rows: list, metrics: dict) -> None:
-    """A row for each set of samples, a column for each metric."""
-    table = [("samples", "images", *(score.title for score in metrics.values()))]
-    for path, measured in rows:
+    """A row for each set of samples, a column for each metric and one for how the classes were drawn."""
+    table = [("samples", "images", "classes", *(score.title for score in metrics.values()))]
+    for path, classes, measured in rows:
         cells = []
         for name, value in measured.values.items():
             low, high = measured.intervals.get(name, (None, None))
             cells.append(_number(value) + (f" [{_number(low)}, {_number(high)}]" if low is not None else ""))
-        table.append((path, str(measured.count), *cells))
+        table.append((path, str(measured.count), classes or "unknown", *cells))
     _print_rows(table, left=(0,))
 
 

@@ -44,6 +44,11 @@ def sampling_options(command: Callable) -> Callable:
     for option in reversed(
         [
             click.option("--num", type=int, help="How many images."),
+            click.option(
+                "--random-classes/--balanced-classes",
+                default=None,
+                help="Draw each image's class, from the seed and its index; or each class as often as the others.",
+            ),
             click.option("--solver", help="A name from `dic-repa solvers`."),
             click.option("--steps", type=int, help="Steps of a fixed-step solver."),
             click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver.  [default: 1e-5]"),
@@ -78,8 +83,7 @@ def sampling_options(command: Callable) -> Callable:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the images.  [default: samples/NAME]")
 @click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
-@click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or their names, or none.  [default: all, in turn]")
-@click.option("--random-classes", is_flag=True, help="Draw each image's class, from the seed and its index.")
+@click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or their names, or none.  [default: all]")
 @click.option(
     "--format",
     "form",
@@ -96,7 +100,6 @@ def command(
     out: Path | None,
     recipe: str | None,
     classes: str | None,
-    random_classes: bool,
     form: str,
     trajectory: bool,
     overwrite: bool,
@@ -128,12 +131,12 @@ def command(
     given = load_recipe(recipe) if recipe else None
     loaded = load_checkpoint(checkpoint, processes.device, given if isinstance(given, Recipe) else None)
     settings = sample_settings((given or loaded.recipe).sample, **options)
-    labels = choose_labels(loaded, settings, classes, random_classes)
+    labels = choose_labels(loaded, settings, classes)
     sampler = build_sampler(loaded, settings)
     check_sampling(settings, sampler.objective)  # before there is a folder
     sampler.trace = trajectory
     out = out or Path("samples") / checkpoint.resolve().name
-    folder = SampleFolder(out, sample_spec(loaded, settings, labels, classes, random_classes))
+    folder = SampleFolder(out, sample_spec(loaded, settings, labels, classes))
     if form == "npz" and not overwrite and folder.has_npz():
         folder.check()
         if processes.is_main_process:
@@ -155,15 +158,13 @@ def command(
     processes.end_training()
 
 
-def choose_labels(loaded, settings: SampleSection, classes: str | None = None, random: bool = False):
-    """The label of each image, balanced over the classes or drawn at random."""
-    from dic_repa.generation import balanced_labels, random_labels
+def choose_labels(loaded, settings: SampleSection, classes: str | None = None):
+    """The label of each image, of the `classes` that the command line names."""
+    from dic_repa.generation import draw_labels
 
     num_classes = loaded.denoiser.num_classes
     chosen = parse_classes(classes, num_classes, loaded.class_names) if classes else None
-    if random:
-        return random_labels(loaded.recipe, num_classes, settings.num, chosen, settings.seed)
-    return balanced_labels(loaded.recipe, num_classes, settings.num, chosen)
+    return draw_labels(loaded.recipe, num_classes, settings, chosen)
 
 
 def _save_grid(folder, loaded, labels) -> None:
@@ -194,6 +195,8 @@ def _save_trajectory(path: Path, sampler) -> None:
 def sample_settings(base: SampleSection, **options) -> SampleSection:
     """`base` with the options that were given, validated as if they stood in a recipe."""
     given = {name: value for name, value in options.items() if value is not None}
+    if "random_classes" in given:
+        given["classes"] = "random" if given.pop("random_classes") else "balanced"
     raw = base.model_dump(mode="json")
     if (solver := given.get("solver")) and _family(solver) != _family(base.solver):
         raw |= dict.fromkeys(_SOLVER_KEYS)  # what the recipe says of another kind of solver does not fit this one

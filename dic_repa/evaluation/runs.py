@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge
-from dic_repa.generation import balanced_labels, build_sampler, load_checkpoint, weak_weights
+from dic_repa.generation import build_sampler, draw_labels, load_checkpoint, weak_weights
 from dic_repa.pictures import save_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, write_whole
@@ -74,7 +74,7 @@ def evaluate_run(
 
     checkpoint = load_checkpoint(newest, "cuda" if torch.cuda.is_available() else "cpu")
     num_classes = checkpoint.denoiser.num_classes
-    labels = balanced_labels(recipe, num_classes, sample.num)
+    labels = draw_labels(recipe, num_classes, sample)
     sampler = build_sampler(checkpoint, sample)
     rows = [i for label in labels.unique()[:ROWS] for i in (labels == label).nonzero()[:COLUMNS, 0].tolist()]
     shown: dict[int, Tensor] = {}
@@ -126,6 +126,10 @@ def _read_record(path: Path, wanted: dict) -> dict | None:
 def describe_sampling(sample: SampleSection) -> str:
     """'500 heun 20', and behind it all that is no default, as in 'cfg 1.8 0.0 0.7': short enough for a file's name."""
     words = [sample.num, sample.solver] + ([sample.steps] if sample.steps else [])
+    if sample.classes == "random":
+        words.append("random classes")
+    if sample.pixels == "truncate":
+        words.append("truncated")
     if sample.seed:
         words += ["seed", sample.seed]
     for key in ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta", "clip"):

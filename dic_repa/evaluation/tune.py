@@ -16,7 +16,7 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.evaluation import scores
 from dic_repa.evaluation.judging import Judge, judge_of_score
-from dic_repa.generation import Checkpoint, balanced_labels, build_sampler, weak_weights
+from dic_repa.generation import Checkpoint, build_sampler, draw_labels, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.training.run_folder import write_whole
@@ -149,7 +149,7 @@ class Tuner:
         known = next((entry for entry in self.done if wanted.items() <= entry.items()), None)
         kept = num if known else 0
         if known is None:
-            labels = balanced_labels(self.loaded.recipe, self.loaded.denoiser.num_classes, num)
+            labels = draw_labels(self.loaded.recipe, self.loaded.denoiser.num_classes, settings)
             batches = build_sampler(self.loaded, settings)(labels)
             known = wanted | {"scores": self.judge(_as_kept(batches, progress), labels)}
             self.done.append(known)

@@ -51,9 +51,9 @@ class Evaluator:
 
     def __call__(self, step: int) -> dict | None:
         """The record of the best checkpoint, for `RunFolder.mark_best`, if this step is it; else None."""
-        from dic_repa.generation import balanced_labels
+        from dic_repa.generation import draw_labels
 
-        labels = balanced_labels(self.recipe, self.parts.data.num_classes, self.sample.num)
+        labels = draw_labels(self.recipe, self.parts.data.num_classes, self.sample)
         levels, best = self._sample(labels), [None]
         if self.accelerator.is_main_process:
             best = [self._judge(step, levels.float() / 255, labels)]
