@@ -105,11 +105,12 @@ def weak_weights(settings: SampleSection) -> dict[str, str]:
 def balanced_labels(recipe: Recipe, num_classes: int, num: int, classes: Sequence[int] | None = None) -> Tensor:
     """Labels (num,) that go round the `classes`, so that each is drawn as often as the others.
 
-    By default all classes; only the null class for a model that was trained without labels (label dropout 1), which
-    knows no other.
+    By default all classes; only the null class for a model that was trained without labels (data without classes, or
+    label dropout 1), which knows no other.
     """
     if classes is None:
-        classes = [num_classes] if recipe.train.label_dropout == 1 else range(num_classes)
+        without = not num_classes or recipe.train.label_dropout == 1
+        classes = [num_classes] if without else range(num_classes)
     return torch.tensor(list(classes), dtype=torch.int64).repeat(num // len(classes) + 1)[:num]
 
 
@@ -117,7 +118,7 @@ def random_labels(
     recipe: Recipe, num_classes: int, num: int, classes: Sequence[int] | None = None, seed: int = 0
 ) -> Tensor:
     """Labels (num,) drawn from the same `classes`, each from (seed, its index) alone."""
-    choices = balanced_labels(recipe, num_classes, len(classes) if classes else num_classes, classes).unique()
+    choices = balanced_labels(recipe, num_classes, len(classes) if classes else max(1, num_classes), classes).unique()
     drawn = []
     for index in range(num):
         # A purpose of its own in the counter, beside those of dic_repa.samplers.noise.
@@ -287,9 +288,14 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     wrong = labels[(labels < 0) | (labels > num_classes)]
     if len(wrong):
         raise UserError(
-            f"label {int(wrong[0])} is out of range: the model has the classes 0 to {num_classes - 1}, "
+            f"label {int(wrong[0])} is out of range: the model has {classes_in_words(num_classes)}, "
             f"and {num_classes} for none"
         )
+
+
+def classes_in_words(num_classes: int) -> str:
+    """'the classes 0 to 9', or 'no classes'."""
+    return f"the classes 0 to {num_classes - 1}" if num_classes else "no classes"
 
 
 def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:
@@ -302,6 +308,11 @@ def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:
     if guidance and guidance.weak:
         device = next(denoiser.parameters()).device
         weak = load_checkpoint(guidance.weak, device).denoiser
+    elif guidance and guidance.scale != 1 and not denoiser.num_classes:
+        raise UserError(
+            f"{checkpoint.source} was trained on data without classes, so there is no class to guide towards; sample "
+            "without guidance (--scale 1; sample.guidance=null in a recipe)"
+        )
     elif guidance and guidance.scale != 1 and recipe.train.label_dropout == 0:
         raise UserError(
             f"{checkpoint.source} was trained without label dropout, so it has no null class to guide with; "

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 
+MOST_ROWS = 20  # of a grid
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images (..., C, H, W) in [0, 1] as uint8 (..., H, W, C), rounded to the nearest level."""
@@ -37,6 +39,15 @@ def load_png(path: Path) -> Tensor:
     return torch.from_numpy(array).view(*array.shape[:2], -1).movedim(-1, 0).float() / 255
 
 
+def shown_in_grid(labels: Tensor, columns: int) -> list[int]:
+    """The indices of the images, by their labels (N,), that a grid shows: a row of each of the first classes, or as
+    many rows of the only one.
+    """
+    found = labels.unique()[:MOST_ROWS]
+    each = columns * MOST_ROWS if len(found) == 1 else columns
+    return [i for label in found for i in (labels == label).nonzero()[:each, 0].tolist()]
+
+
 def save_grid(
     images: Tensor,
     path: Path,
@@ -44,15 +55,16 @@ def save_grid(
     class_names: Sequence[str],
     columns: int,
     height: int = 480,
-    most: int = 20,
     headings: Sequence[str] = (),
 ) -> None:
     """Images (N, C, H, W) in [0, 1] as one picture, a row for each class, its name in front.
 
-    At most `columns` of each of the first `most` classes are shown; small images are enlarged by a whole number until
-    the grid is about `height`. `headings` are put above the columns.
+    Which are shown, `shown_in_grid` says; small images are enlarged by a whole number until the grid is about `height`.
+    `headings` are put above the columns.
     """
-    rows = [(int(label), images[labels == label][:columns]) for label in labels.unique()[:most]]
+    shown = shown_in_grid(labels, columns)
+    images, labels = images[shown], labels[shown]
+    rows = [(int(label), row) for label in labels.unique() for row in images[labels == label].split(columns)]
     size = images.shape[-1]
     scale = max(1, height // (size * len(rows)))
     cell, gap = size * scale, max(2, scale // 2)

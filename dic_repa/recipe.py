@@ -64,7 +64,7 @@ class DataSection(Section):
     path: str | None = Field(None, description="where the data is; null: the data set needs none")
     size: int = Field(16, ge=4, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)")
     autoencoder: str | None = Field(None, description="none (pixels), a hub id or a folder; null: the data set's own")
-    options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, labels, num_classes")
+    options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, labels, ...")
     workers: int = Field(0, ge=0, description="loader processes of each training process")
 
 

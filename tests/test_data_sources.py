@@ -76,6 +76,31 @@ def test_flat_with_labels_is_the_same(tree, tmp_path, kind):
     assert contents(source) == expected
 
 
+def test_flat_without_labels_is_one_class(tmp_path):
+    flat = write_tree(tmp_path, {"photos": 3}) / "photos"
+    zipped(flat, tmp_path / "flat.zip")
+    with tarfile.open(tmp_path / "flat.tar", "w") as archive:
+        archive.add(flat, ".")
+    source = open_source(flat)
+    assert source.names == ["000.png", "001.png", "002.png"]
+    assert (list(source.labels), source.class_names) == ([0, 0, 0], ("images",))
+    for packed in ("flat.zip", "flat.tar"):
+        assert contents(open_source(tmp_path / packed)) == contents(source)
+    (flat / "empty").mkdir()
+    with pytest.raises(UserError, match="in no class folder, beside folders"):
+        open_source(flat)
+
+
+def test_unlabelled_images_are_of_no_class(tree, tmp_path):
+    (tree / "loose.png").write_bytes(as_file(picture(9)))
+    source = open_source(tree, unlabelled=True)
+    assert (len(source), set(source.labels), source.class_names) == (6, {0}, ())
+    (tree / "labels.csv").write_text("loose.png,7\n")
+    assert len(open_source(tree, unlabelled=True)) == 6
+    with pytest.raises(UserError, match=r"labels\.csv labels them; leave out one"):
+        open_source(tree, tree / "labels.csv", unlabelled=True)
+
+
 @pytest.mark.parametrize("kind", ["disk", "parquet"])
 def test_hugging_face_is_the_same(tree, tmp_path, kind):
     data = datasets.load_dataset("imagefolder", data_dir=str(tree), split="train", cache_dir=str(tmp_path / "cache"))
@@ -85,6 +110,8 @@ def test_hugging_face_is_the_same(tree, tmp_path, kind):
         (tmp_path / "hf").mkdir()
         data.to_parquet(tmp_path / "hf" / "train.parquet")
     assert contents(open_source(tmp_path / "hf")) == contents(open_source(tree))
+    source = open_source(tmp_path / "hf", unlabelled=True)
+    assert (len(source), set(source.labels), source.class_names) == (5, {0}, ())
 
 
 def test_fingerprint_sees_names_and_labels(tree, tmp_path):
@@ -113,7 +140,7 @@ def test_what_is_wrong_is_said(tree, tmp_path):
     assert open_source(tree, skip_bad=True).rejected == ("dog/notes.txt",)
     (tree / "dog" / "notes.txt").unlink()
     (tree / "loose.png").write_bytes(as_file(picture(0)))
-    with pytest.raises(UserError, match=r"loose.png\) is in no class folder"):
+    with pytest.raises(UserError, match=r"loose.png\) is in no class folder, beside folders; .*--labels.*--unlabelled"):
         open_source(tree)
     (tmp_path / "nothing").mkdir()
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:

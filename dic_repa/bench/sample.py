@@ -35,7 +35,7 @@ class SampleCase:
     def __init__(self, label: str, sampler: Sampler, gmacs: float):
         self.label, self.sampler, self.gmacs = label, sampler, gmacs
         self.batch = sampler.settings.batch_size
-        self.labels = torch.arange(self.batch) % sampler.denoiser.num_classes
+        self.labels = torch.arange(self.batch) % max(1, sampler.denoiser.num_classes)
 
     def __call__(self) -> list[Tensor]:
         return list(self.sampler(self.labels))

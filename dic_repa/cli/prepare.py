@@ -21,6 +21,7 @@ from dic_repa.errors import UserError, told_by_whom_it_befalls
     help="A hub id or a local folder of diffusers.AutoencoderKL (:SUBFOLDER within a pipeline); none: pixels.",
 )
 @click.option("--labels", help="A labels file for flat images: CSV rows 'file,label', or JSON as REPA's dataset.json.")
+@click.option("--unlabelled", is_flag=True, help="All images are of no class, wherever they lie.")
 @click.option("--flip", is_flag=True, help="Store the mirrored images' moments too, and train on both.")
 @click.option(
     "--images",
@@ -34,11 +35,12 @@ from dic_repa.errors import UserError, told_by_whom_it_befalls
 @click.option("--shard-size", type=click.IntRange(1), default=1000, show_default=True, help="Images of one shard.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images encoded at once.")
 @click.option("--workers", type=click.IntRange(1), default=8, show_default=True, help="Threads that read and crop.")
-def command(source: str, destination: Path, autoencoder: str, labels: str | None, **options):
+def command(source: str, destination: Path, autoencoder: str, labels: str | None, unlabelled: bool, **options):
     """Crop and encode the images of SOURCE into the data set DESTINATION.
 
-    SOURCE is a folder, zip or tar with a folder for each class, or a flat one with a labels file (dataset.json,
-    labels.json or labels.csv in it, or --labels), or a Hugging Face data set (ID, ID:SPLIT or a local folder).
+    SOURCE is a folder, zip or tar with a folder for each class, or a flat one, with a labels file (dataset.json,
+    labels.json or labels.csv in it, or --labels) or without, as one class; or a Hugging Face data set (ID, ID:SPLIT or
+    a local folder).
     Stopped or killed, the same command goes on with the shards that are missing. `datasets.load_from_disk` opens the
     result; a recipe reads it with `data: {name: prepared, path: DESTINATION, size: 32}`.
 
@@ -46,6 +48,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     Examples:
       dic-repa prepare imagenet/train data/imagenet256 --skip-bad
       dic-repa prepare pictures.zip data/pictures --size 512 --autoencoder weights/sd-vae-ft-mse
+      dic-repa prepare photos data/photos --size 64 --autoencoder none           one class; --unlabelled: none
       dic-repa prepare flat/ data/pixels --labels flat.csv --size 64 --autoencoder none
       accelerate launch -m dic_repa prepare imagenet/train data/imagenet256      on all GPUs of this machine
     """
@@ -58,7 +61,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
 
     settings = PrepareSettings(**options)
     check_folder(destination)
-    images = open_source(source, labels, settings.skip_bad)
+    images = open_source(source, labels, settings.skip_bad, unlabelled)
     # One process may be minutes behind, which NCCL would take for a fault.
     state = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     encoder = load_autoencoder(autoencoder, state.device)
@@ -76,6 +79,8 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
 
 def _classes(report) -> str:
     """'2 classes of 30 images each', or from which to which."""
+    if not report.classes:
+        return "without classes"
     (small, few), (large, many) = report.smallest_class, report.largest_class
     if report.classes == 1:
         return f"1 class ({small})"

@@ -146,7 +146,8 @@ def command(
     if processes.is_main_process:
         _save_grid(folder, loaded, labels)
         evaluations = folder.spec["evaluations_per_image"] or "an unknown number of"
-        click.echo(f"{len(labels)} images, {evaluations} evaluations each, and a picture of them: {out / 'grid.png'}")
+        what = "images" if loaded.denoiser.num_classes else "images without classes"
+        click.echo(f"{len(labels)} {what}, {evaluations} evaluations each, and a picture of them: {out / 'grid.png'}")
         if trajectory and sampler.states:
             _save_trajectory(out / "trajectory.png", sampler)
         if form != "png":
@@ -170,10 +171,10 @@ def choose_labels(loaded, settings: SampleSection, classes: str | None = None):
 def _save_grid(folder, loaded, labels) -> None:
     import torch
 
-    from dic_repa.pictures import load_png, save_grid
+    from dic_repa.pictures import load_png, save_grid, shown_in_grid
 
     columns = 10
-    shown = [i for label in labels.unique()[:20] for i in (labels == label).nonzero()[:columns, 0].tolist()]
+    shown = shown_in_grid(labels, columns)
     images = torch.stack([load_png(folder.file(i)) for i in shown])
     save_grid(images, folder.path / "grid.png", labels[shown], loaded.class_names, columns)
 
@@ -247,5 +248,7 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ())
             meant = f", or names{did_you_mean(part, named)}" if named else f", not '{text}'"
             raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9{meant}")
     if max(classes) >= num_classes:
-        raise UserError(f"--classes {text}: the model has the classes 0 to {num_classes - 1}")
+        from dic_repa.generation import classes_in_words
+
+        raise UserError(f"--classes {text}: the model has {classes_in_words(num_classes)}")
     return classes

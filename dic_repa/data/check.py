@@ -21,13 +21,15 @@ PREVIEW = 64
 
 @dataclass
 class Report:
-    """What `check_prepared` found. `psnr` is in dB, the mean over the previewed images; None without an autoencoder."""
+    """What `check_prepared` found. `psnr` is in dB, the mean over the previewed images; None without an autoencoder.
+    The smallest and the largest class are None where there are no classes.
+    """
 
     images: int
     expected: int
     classes: int
-    smallest_class: tuple[str, int]
-    largest_class: tuple[str, int]
+    smallest_class: tuple[str, int] | None
+    largest_class: tuple[str, int] | None
     empty_classes: list[str]
     skipped: list[str]
     enlarged: int
@@ -57,8 +59,8 @@ def check_prepared(path: str | Path, source: ImageSource, autoencoder: Autoencod
         images=len(data),
         expected=len(source),
         classes=len(names),
-        smallest_class=(names[by_size[0][1]], by_size[0][0]),
-        largest_class=(names[by_size[-1][1]], by_size[-1][0]),
+        smallest_class=(names[by_size[0][1]], by_size[0][0]) if names else None,
+        largest_class=(names[by_size[-1][1]], by_size[-1][0]) if names else None,
         empty_classes=[names[k] for count, k in by_size if count == 0],
         skipped=sorted([name for name in source.names if name not in stored] + list(source.rejected)),
         enlarged=sum(min(side) < settings["size"] for side in sides),

@@ -121,8 +121,10 @@ def _open_tar(path: Path) -> FileTree:
         packed = ".tar." in path.name or path.suffix == ".tgz"
         hint = "; decompress a .tar.gz first, since its files cannot be read one by one" if packed else ""
         raise UserError(f"{path} is neither a folder, a zip nor an uncompressed tar ({error}){hint}") from None
-    places = {member.name: (member.offset_data, member.size) for member in members}
-    return _archive(path, {member.name: member.isdir() for member in members}, _TarReader(path, places))
+    named = {PurePosixPath(member.name).as_posix(): member for member in members}  # ./cat.png is cat.png
+    places = {name: (member.offset_data, member.size) for name, member in named.items()}
+    entries = {name: member.isdir() for name, member in named.items() if name != "."}
+    return _archive(path, entries, _TarReader(path, places))
 
 
 def _archive(path: Path, entries: dict[str, bool], read: Callable[[str], bytes]) -> FileTree:

@@ -24,8 +24,9 @@ class ImageFolder(LatentDataset):
         path: a folder, zip, tar or Hugging Face data set.
         size: height and width of the denoiser's data; the images' is that times the autoencoder's reduction.
         autoencoder: 'none' for pixels, a hub id or a local folder.
-        labels: a labels file, for a flat folder.
+        labels: a labels file, for a flat folder; without one, it is one class.
         skip_bad: leave out files that are no image by their names. A damaged one stops the run all the same.
+        unlabelled: all images are of no class, wherever they lie.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class ImageFolder(LatentDataset):
         labels: str | None = None,
         flip: bool = False,
         skip_bad: bool = False,
+        unlabelled: bool = False,
     ):
         self.size, self.spec, self.flip = size, load_spec(autoencoder), flip
-        self.source = open_source(path, labels, skip_bad)
+        self.source = open_source(path, labels, skip_bad, unlabelled)
         self.class_names = self.source.class_names
 
     @cached_property

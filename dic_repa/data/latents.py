@@ -23,7 +23,8 @@ ENCODE_BATCH = 32  # images encoded at once in a training step, whatever the ste
 class LatentDataset(Dataset):
     """Base of the data sets behind an autoencoder; its weights are loaded when they are first used.
 
-    Attributes: `spec`, `channels` of x, `size` of x, `num_classes`, `class_names`, `autoencoder`.
+    Attributes: `spec`, `channels` of x, `size` of x, `num_classes`, `class_names`, `autoencoder`. Without classes,
+    `num_classes` is 0 and every label 0: the null class.
     """
 
     spec: AutoencoderSpec

@@ -169,7 +169,7 @@ def _features(spec: AutoencoderSpec, source: ImageSource, settings: PrepareSetti
         {
             "image": ImageFeature(),
             **moments,
-            "label": ClassLabel(names=list(source.class_names)),
+            "label": ClassLabel(names=list(source.class_names)) if source.class_names else Value("int64"),
             "name": Value("string"),
             "width": Value("int32"),
             "height": Value("int32"),

@@ -30,7 +30,7 @@ class RandomData(Dataset):
         shape = (COUNT, image_channels, image_size, image_size)
         self.x = torch.randn(COUNT, channels, size, size, generator=generator)
         self.images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        self.labels = torch.randint(num_classes, (COUNT,), generator=generator)
+        self.labels = torch.randint(max(1, num_classes), (COUNT,), generator=generator)
 
     def __len__(self) -> int:
         return self.length

@@ -1,5 +1,5 @@
-"""Where images come from: a class-per-folder tree or a flat one with a labels file (each a folder, zip or tar), or a
-Hugging Face data set. All become an `ImageSource`, in an order that depends on names alone.
+"""Where images come from: a class-per-folder tree or a flat one, with a labels file or without (each a folder, zip or
+tar), or a Hugging Face data set. All become an `ImageSource`, in an order that depends on names alone.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from dic_repa.errors import UserError
 from dic_repa.hub import offline_without_network
 
 LABEL_FILES = ("dataset.json", "labels.json", "labels.csv")
+ONLY_CLASS = "images"  # of flat images without labels; not the folder's name, which may change between two calls
 
 
 @dataclass
 class ImageSource:
-    """Labelled images: `names[i]`, `labels[i]` and the picture `load(i)`; `rejected` were no image by their names."""
+    """Labelled images: `names[i]`, `labels[i]` and the picture `load(i)`; `rejected` were no image by their names.
+
+    Images without classes have no `class_names`, and the label 0, which is then the null class.
+    """
 
     path: str
     names: Sequence[str]
@@ -80,17 +84,22 @@ class _ReadColumn:
         return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
 
 
-def open_source(path: str | Path, labels: str | Path | None = None, skip_bad: bool = False) -> ImageSource:
-    """The images at `path`: a folder, zip or tar (a class per folder, or flat with a `labels` file, by default
-    dataset.json, labels.json or labels.csv in it), or a Hugging Face data set, local or 'ID[:SPLIT]' on the hub.
+def open_source(
+    path: str | Path, labels: str | Path | None = None, skip_bad: bool = False, unlabelled: bool = False
+) -> ImageSource:
+    """The images at `path`: a folder, zip or tar (a class per folder; or flat with a `labels` file, by default
+    dataset.json, labels.json or labels.csv in it; or flat without, which is one class), or a Hugging Face data set,
+    local or 'ID[:SPLIT]' on the hub. `unlabelled` takes all images without a class, wherever they lie.
 
     A UserError for files that are no image (unless `skip_bad`), an empty class, or labels that miss files.
     """
     path = str(path)
+    if labels and unlabelled:
+        raise UserError(f"the images are to be unlabelled, and {labels} labels them; leave out one of the two")
     if _is_hugging_face(path):
         if labels:
             raise UserError("a Hugging Face data set has its own labels; leave the labels file out")
-        return _open_hugging_face(path)
+        return _open_hugging_face(path, unlabelled)
     tree = open_tree(path)
     inside = [name for name in LABEL_FILES if name in tree.names]
     beside = Path(os.path.relpath(labels, path)).as_posix() if labels else ""
@@ -101,7 +110,9 @@ def open_source(path: str | Path, labels: str | Path | None = None, skip_bad: bo
     names = [name for name in tree.names if PurePosixPath(name).suffix.lower() in EXTENSIONS]
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    if labels or inside:
+    if unlabelled:
+        numbers, class_names = [0] * len(names), ()
+    elif labels or inside:
         label_file = Path(labels) if labels else f"{path}/{inside[0]}"
         text = label_file.read_bytes() if labels else tree.read(inside[0])
         numbers, class_names = read_labels(text, str(label_file), names)
@@ -140,12 +151,19 @@ def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[lis
 
 
 def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tuple[str, ...]]:
-    """The class is the first folder, below any folders that hold everything (the 'train/' of a zip)."""
+    """The class is the first folder, below any folders that hold everything (the 'train/' of a zip); all images are one
+    class where none is in a folder.
+    """
+    if not tree.folders and not any("/" in name for name in names):
+        return [0] * len(names), (ONLY_CLASS,)
     depth = 0
     while len({name.split("/")[depth] for name in names}) == 1 and all(name.count("/") > depth + 1 for name in names):
         depth += 1
     if loose := [name for name in names if name.count("/") <= depth]:
-        raise UserError(f"{tree.path}: {_named(loose)} in no class folder; move them, or give a labels file (--labels)")
+        raise UserError(
+            f"{tree.path}: {_named(loose)} in no class folder, beside folders; move them into one, give a labels file "
+            "(--labels), or take all without classes (--unlabelled)"
+        )
     classes = [name.split("/")[depth] for name in names]
     base = "".join(part + "/" for part in names[0].split("/")[:depth])
     folders = {folder[len(base) :].split("/")[0] for folder in tree.folders if folder.startswith(base)} - {""}
@@ -165,7 +183,7 @@ def _is_hugging_face(path: str) -> bool:
     return not local.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def _open_hugging_face(path: str) -> ImageSource:
+def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
     import datasets
 
     place, _, split = (path, "", "") if Path(path).exists() else path.partition(":")
@@ -190,17 +208,26 @@ def _open_hugging_face(path: str) -> ImageSource:
             "elsewhere (`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
         ) from None
     image = _only_column(data, datasets.Image, "image", path)
-    label = _only_column(data, datasets.ClassLabel, "label", path)
+    labels, class_names = ([0] * len(data), ()) if without_labels else _labels_of_column(data, path)
     rows = data.cast_column(image, datasets.Image(decode=False))
-    class_names = tuple(data.features[label].names)
-    labels = data.select_columns([label]).with_format("arrow")[:][label].to_pylist()
-    labels = [-1 if value is None else value for value in labels]
-    if unlabelled := sum(not 0 <= value < len(class_names) for value in labels):
-        raise UserError(f"{path}: {unlabelled} images have no label; choose another split, ID:SPLIT")
-
     name = Path(place).resolve().name if Path(place).exists() else path  # however it was typed
     names = [f"{name}#{k}" for k in range(len(labels))]
     return ImageSource(path, names, labels, class_names, _ReadColumn(rows, image), files=files, version=version)
+
+
+def _labels_of_column(data, path: str) -> tuple[list[int], tuple[str, ...]]:
+    import datasets
+
+    label = _only_column(data, datasets.ClassLabel, "label", path)
+    class_names = tuple(data.features[label].names)
+    labels = data.select_columns([label]).with_format("arrow")[:][label].to_pylist()
+    labels = [-1 if value is None else value for value in labels]
+    if missing := sum(not 0 <= value < len(class_names) for value in labels):
+        raise UserError(
+            f"{path}: {missing} images have no label; choose another split, ID:SPLIT, or take all without classes "
+            "(--unlabelled)"
+        )
+    return labels, class_names
 
 
 def _only_column(data, kind: type, preferred: str, path: str) -> str:

@@ -14,11 +14,11 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge
 from dic_repa.generation import build_sampler, draw_labels, load_checkpoint, weak_weights
-from dic_repa.pictures import save_grid
+from dic_repa.pictures import save_grid, shown_in_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, write_whole
 
-ROWS, COLUMNS = 20, 12  # classes and images of each in the picture
+COLUMNS = 12  # images of each class in the picture
 
 
 @dataclass
@@ -76,7 +76,7 @@ def evaluate_run(
     num_classes = checkpoint.denoiser.num_classes
     labels = draw_labels(recipe, num_classes, sample)
     sampler = build_sampler(checkpoint, sample)
-    rows = [i for label in labels.unique()[:ROWS] for i in (labels == label).nonzero()[:COLUMNS, 0].tolist()]
+    rows = shown_in_grid(labels, COLUMNS)
     shown: dict[int, Tensor] = {}
     device = next(checkpoint.denoiser.parameters()).device
     judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device)(

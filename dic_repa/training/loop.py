@@ -251,7 +251,7 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, 
     from dic_repa.generation import balanced_labels
     from dic_repa.pictures import save_grid
 
-    shown, columns = min(10, parts.data.num_classes), 6
+    shown, columns = max(1, min(10, parts.data.num_classes)), 6
     labels = balanced_labels(recipe, parts.data.num_classes, shown * columns)
     if recipe.train.label_dropout < 1:
         labels = labels % shown
