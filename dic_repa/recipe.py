@@ -2,7 +2,8 @@
 
 A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
 merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
-Of the base's `model` section nothing is left where the recipe names a model of another family: SiT has no DiC's depths.
+Of the base's `model` section nothing is left where the recipe names a model of another family: SiT has no DiC's depths;
+nor of its `data.options` where the recipe names another data set.
 `load_recipe` finds a file or one of the recipes that come with the package, applies `--set` overrides and validates;
 every mistake is one line that names the key and what it takes.
 """
@@ -210,7 +211,11 @@ class PaperSection(Section):
 
     row: str = Field(description="paper, model, steps and guidance: unique among the recipes")
     results: dict[str, float] = Field(default_factory=dict, description="published: FID, IS, GMACs, parameters_M, ...")
-    differs: str = Field("", description="what is not as in the paper, or not known of it")
+    elsewhere: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="what the row reports of another network than this one: its name to results"
+    )
+    source: str = Field("", description="where the results, and values that the paper does not state, are from")
+    differs: str = Field("", description="what is not as in the paper, and which values have no source")
 
 
 class Recipe(Section):

@@ -32,6 +32,7 @@ def read_recipe(name_or_path: str | Path, seen: tuple[str, ...] = ()) -> dict:
         beside = Path(label).parent / base
         resolved = read_recipe(beside if beside.is_file() else base, (*seen, label))
         _drop_other_model(resolved, raw)
+        _drop_other_data(resolved, raw)
     resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
     for key, value in raw.items():
         if "." in str(key):
@@ -79,6 +80,14 @@ def _drop_other_model(base: dict, top: dict) -> None:
         del base["model"]
 
 
+def _drop_other_data(base: dict, top: dict) -> None:
+    """Empty `data.options` of `base` where `top` names another data set, which has other options."""
+    section, data = top.get("data"), base.get("data")
+    name = top.get("data.name") or (section.get("name") if isinstance(section, dict) else None)
+    if name and isinstance(data, dict) and name != data.get("name"):
+        data.pop("options", None)
+
+
 def _family(model: str) -> str:
     """'DiC' of 'DiC-XL'."""
     return str(model).partition("-")[0]
@@ -101,7 +110,9 @@ def override_key(raw: dict, override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set takes key=value, such as train.steps=200, not '{override}'")
-    _assign(raw, dotted, parse_value(text, f"--set {dotted}"), "--set")
+    value = parse_value(text, f"--set {dotted}")
+    _drop_other_data(raw, {dotted: value})
+    _assign(raw, dotted, value, "--set")
 
 
 def _assign(raw: dict, dotted: str, value: Any, source: str) -> None:

@@ -92,7 +92,7 @@ def test_check_at_the_end(prepared, tmp_path):
     assert report["psnr"] == pytest.approx(np.mean(10 * np.log10(1 / errors)), abs=0.02)
 
 
-def test_samples(prepared):
+def test_samples(prepared, tmp_path):
     data = Prepared(prepared, size=16)
     assert (len(data), data.num_classes, data.channels, data.class_names) == (14, 2, 4, ("cat", "dog"))
     stored = datasets.load_from_disk(prepared).with_format("numpy")
@@ -106,6 +106,11 @@ def test_samples(prepared):
     with pytest.raises(IndexError):
         data[14]
     assert len(Prepared(prepared, size=16, flip=False)) == 7
+    plain = Path(shutil.copytree(prepared, tmp_path / "plain"))
+    (plain / "prepare.json").write_text((plain / "prepare.json").read_text().replace('"flip": true', '"flip": false'))
+    assert len(Prepared(plain, size=16)) == 7
+    with pytest.raises(UserError, match=r"plain holds no mirrored images, .* prepare it with --flip"):
+        Prepared(plain, size=16, flip=True)
 
 
 def test_fingerprint_tells_changed_images_and_mirrored_ones(tmp_path):

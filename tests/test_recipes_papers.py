@@ -11,6 +11,7 @@ import torch
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.build import build_denoiser, build_objective
 from dic_repa.cli import main
+from dic_repa.cli.dry_run import _paper
 from dic_repa.errors import UserError
 from dic_repa.generation import check_sampling
 from dic_repa.recipe import ModelSection, Recipe, SamplingRecipe, list_paper_rows, list_recipes, load_recipe
@@ -28,7 +29,6 @@ COMMON = {
     "train.warmup_steps": 0,
     "train.betas": [0.9, 0.999],
     "train.weight_decay": 0.0,
-    "train.gradient_clip": 1.0,
     "train.ema_decay": 0.9999,
     "train.label_dropout": 0.1,
     "train.seed": 0,
@@ -45,8 +45,10 @@ STEPS = {
     "dic-h-ddpm-512": 3_000_000,
     "dic-xl-urepa": 1_000_000,
     "dic-h-urepa": 1_000_000,
+    **{name: 100_000 for name in ROWS if name.startswith("urepa-")},
 }
 RESULTS = {
+    "dic-s-ddpm": {"FID": 58.68, "IS": 25.82},
     "dic-xl-ddpm": {"FID": 13.11, "IS": 100.15},
     "dic-h-ddpm": {"FID": 11.36, "IS": 106.52},
     "dic-h-ddpm-600k": {"FID": 9.73, "IS": 118.57},
@@ -55,14 +57,6 @@ RESULTS = {
     "dic-xl-ddpm-512": {"FID": 3.04, "IS": 271.77},
     "dic-h-ddpm-512": {"FID": 2.96, "IS": 293.54},
     "dic-xl-urepa": {"FID_ODE": 1.74, "FID_SDE": 1.75},
-    "urepa-w0": {"FID": 6.25},
-    "urepa-w2": {"FID": 5.81},
-    "urepa-w3": {"FID": 5.72},
-    "urepa-w4": {"FID": 5.79},
-    "urepa-tap-4": {"FID": 9.4},
-    "urepa-tap-32": {"FID": 13.1},
-    "urepa-time-aware": {"FID": 5.63},
-    "urepa-time-weight": {"FID": 5.58},
     "ladder-1-isotropic": {"FID": 29.31, "GMACs": 115.6},
     "ladder-2-isotropic-skips": {"FID": 15.07, "GMACs": 117.1},
     "ladder-3-unet-dense-skips": {"FID": 14.65, "GMACs": 115.2},
@@ -71,6 +65,17 @@ RESULTS = {
     "ladder-6-mid-modulation": {"FID": 8.80},
     "ladder-7-gates": {"FID": 6.54},
     "ladder-8-gelu": {"FID": 6.26, "GMACs": 116.1},
+}
+# U-REPA's ablations are of SiT↓, so none of these numbers is a DiC-XL recipe's own.
+OF_SIT_DOWN = {
+    "urepa-w0": 6.25,
+    "urepa-w2": 5.81,
+    "urepa-w3": 5.72,
+    "urepa-w4": 5.79,
+    "urepa-tap-4": 9.4,
+    "urepa-tap-32": 13.1,
+    "urepa-time-aware": 5.63,
+    "urepa-time-weight": 5.58,
 }
 
 
@@ -94,6 +99,14 @@ def test_row_has_the_papers_values(name):
     if name in RESULTS:
         assert RESULTS[name].items() <= recipe.paper.results.items()
     ddpm = "ddpm" in name or name.startswith("ladder-")
+    # The DiC authors' code neither clips the gradient nor leaves images unmirrored, and rounds pixels; REPA's does.
+    drawn = {"gradient_clip": None, "flip": True, "pixels": "round"}
+    if not ddpm:
+        drawn = {"gradient_clip": 1.0, "flip": False, "pixels": "truncate"}
+    sample, flip = recipe.sample, recipe.data.options["flip"]
+    assert {"gradient_clip": recipe.train.gradient_clip, "flip": flip, "pixels": sample.pixels} == drawn
+    assert sample.classes == "random"
+    assert sample.guidance is None or sample.guidance.channels == (3 if ddpm else None)
     assert recipe.objective.name == ("ddpm" if ddpm else "flow-matching")
     assert recipe.model.learn_sigma == ddpm
 
@@ -118,6 +131,27 @@ def test_urepa_has_the_papers_alignment(name):
     assert alignment.time_weight == ("v-shape" if name == "urepa-time-weight" else "constant")
     guidance = recipe.sample.guidance
     assert (guidance.scale, guidance.interval) == (1.8 if name.startswith("urepa-") else 1.65, (0.0, 0.7))
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("urepa-")])
+def test_a_number_of_sit_down_is_not_dics(name):
+    paper = load_recipe(name).paper
+    assert paper.results == {}
+    assert "on DiC-XL, no published number" in paper.differs
+    assert paper.elsewhere == ({"SiT↓": {"FID": OF_SIT_DOWN[name]}} if name in OF_SIT_DOWN else {})
+
+
+def test_a_dry_run_says_whose_number_it_is():
+    lines = _paper({**load_recipe("urepa-w3").paper.model_dump(), "recipe": "urepa-w3", "changed": {}})
+    row = "arXiv 2503.18414, ablations, w = 3, MLP first, 100K steps"
+    assert lines[0] == ("paper", f"{row}: no published number of this network, FID 5.72 of SiT↓")
+
+
+def test_another_data_set_has_other_options(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: dic-xl-ddpm\ndata: {name: dit, path: data/features}\n")
+    assert load_recipe(tmp_path / "mine.yaml").data.options == {}
+    assert load_recipe("dic-xl-urepa", ["data.name=repa"]).data.options == {}
+    assert load_recipe("dic-xl-urepa", ["data.name=prepared"]).data.options == {"flip": False}
 
 
 @functools.cache  # many rows differ in steps or losses alone
@@ -165,6 +199,8 @@ def test_sampling_recipes():
         sample = recipe.sample
         guidance = sample.guidance and (sample.guidance.scale, sample.guidance.interval)
         assert (sample.solver, sample.steps, guidance, sample.num) == (solver, steps, guided, 50_000)
+        assert (sample.classes, sample.pixels) == ("random", "round" if solver == "ddpm" else "truncate")
+        assert sample.guidance is None or sample.guidance.channels == (3 if solver == "ddpm" else None)
         check_sampling(sample, build_objective(load_recipe("dic-xl-ddpm" if solver == "ddpm" else "dic-xl").objective))
 
 

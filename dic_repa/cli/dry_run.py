@@ -67,7 +67,10 @@ def _scaling(report: dict) -> str:
 def _paper(paper: dict | None) -> list[tuple[str, str]]:
     if paper is None:
         return [("paper", "no row of a paper")]
-    results = ", ".join(f"{name} {value:g}" for name, value in paper["results"].items())
+    results = _results(paper["results"])
+    if not results and paper["elsewhere"]:
+        others = ", ".join(f"{_results(values)} of {network}" for network, values in paper["elsewhere"].items())
+        results = f"no published number of this network, {others}"
     rows = [("paper", paper["row"] + (f": {results}" if results else ""))]
     if paper["differs"]:
         rows.append(("", paper["differs"]))
@@ -77,6 +80,10 @@ def _paper(paper: dict | None) -> list[tuple[str, str]]:
         f"{key}: {json.dumps(mine)} instead of {json.dumps(theirs)}" for key, (theirs, mine) in paper["changed"].items()
     ]
     return rows + [("", line) for line in changed or [f"all keys as in the recipe {paper['recipe']}"]]
+
+
+def _results(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 
 def _gib(count: float) -> str:

@@ -32,11 +32,16 @@ class Prepared(LatentDataset):
         path: the folder.
         size: height and width of the denoiser's data.
         autoencoder: the same autoencoder, where it is no longer found under the name that it had in preparation.
-        flip: use the mirrored images, where they are stored.
+        flip: use the mirrored images; by default where they are stored. A UserError where they are asked for and not.
     """
 
     def __init__(
-        self, path: str | Path, size: int, split: str = "train", autoencoder: str | None = None, flip: bool = True
+        self,
+        path: str | Path,
+        size: int,
+        split: str = "train",
+        autoencoder: str | None = None,
+        flip: bool | None = None,
     ):
         settings, state = read_settings(path), Path(path) / "state.json"
         if not state.is_file():
@@ -45,7 +50,12 @@ class Prepared(LatentDataset):
         self.spec = prepared_spec(path, autoencoder)
         self.class_names = tuple(settings["class_names"])
         self.check_size(size, settings["size"] // self.spec.downsample, str(path))
-        self.flip = flip and settings["flip"]
+        if flip and not settings["flip"]:
+            raise UserError(
+                f"{path} holds no mirrored images, which data.options.flip asks for: prepare it with --flip, or set "
+                "data.options.flip=false to train without"
+            )
+        self.flip = settings["flip"] if flip is None else flip
         self.files = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
 
     def __len__(self) -> int:
