@@ -10,52 +10,57 @@ every mistake is one line that names the key and what it takes.
 
 from __future__ import annotations
 
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dic_repa.errors import UserError, did_you_mean
+from dic_repa.errors import UserError
 from dic_repa.recipe_files import override_key, read_recipe, read_shipped
-
-# Strict, because pydantic otherwise takes `true` for 1 and '200' for 200.
-Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
-BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
-Time = Annotated[float, Field(ge=0, le=1, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-MOST_IMAGES = 10_000_000  # each has a label in memory and in samples.json
-Images = Annotated[int, Field(ge=1, le=MOST_IMAGES, strict=True)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-def _named(part: Any) -> Any:
-    if isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("name"), str)):
-        return part
-    raise ValueError(f"takes a name, or a mapping of name and arguments, not {part!r}")
-
-
-# YAML 1.1 reads a bare `no` as false.
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
-Part = Annotated[Any, AfterValidator(_named)]  # such as v-shape, or {name: stop, steps: 100000}
+from dic_repa.recipe_keys import explain_mistake
+from dic_repa.recipe_values import (
+    REAL,
+    WHOLE,
+    BelowOne,
+    Count,
+    Images,
+    Name,
+    Natural,
+    NotNegative,
+    Part,
+    Positive,
+    Precision,
+    Probability,
+    Time,
+    write_yaml,
+)
 
 
 class Section(BaseModel):
-    """A part of a recipe, in which unknown keys are errors."""
+    """A part of a recipe, in which unknown keys are errors, from a file and from Python."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a key as if it stood in a recipe; what it does not take is a UserError, and changes nothing."""
+        try:
+            changed = type(self).model_validate({**self.__dict__, name: value})
+        except ValidationError as error:
+            raise UserError("; ".join(explain_mistake(type(self), e) for e in error.errors())) from None
+        super().__setattr__(name, getattr(changed, name))
 
 
 class ModelSection(Section):
     name: str = Field("DiC", description="a preset (`dic-repa info`), or DiC, SiT, DiT or U-ViT with sizes")
-    width: int | None = Field(None, ge=2, description="channels of the first level, or of a token")
+    width: Annotated[int, Field(ge=2, strict=True), WHOLE] | None = Field(
+        None, description="channels of the first level, or of a token"
+    )
     depths: tuple[Count, Count, Count, Count, Count] | None = Field(
         None, description="blocks of the stages: encoder, encoder, middle, decoder, decoder"
     )
     learn_sigma: bool = Field(False, description="twice the output channels; the second half is a variance")
-    time_scale: float = Field(1.0, gt=0, description="multiplies t before its embedding")
+    time_scale: Positive = Field(1.0, description="multiplies t before its embedding")
     zero_gates: bool = Field(False, description="start each block as the identity")
     options: dict[str, Any] = Field(default_factory=dict, description="other arguments of the denoiser's constructor")
 
@@ -63,14 +68,16 @@ class ModelSection(Section):
 class DataSection(Section):
     name: str = Field("digits", description="digits, prepared, repa, dit, images, random, or one of your own")
     path: str | None = Field(None, description="where the data is; null: the data set needs none")
-    size: int = Field(16, ge=4, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)")
+    size: Annotated[int, Field(ge=4, strict=True), WHOLE] = Field(
+        16, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)"
+    )
     autoencoder: str | None = Field(None, description="none (pixels), a hub id or a folder; null: the data set's own")
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, labels, ...")
-    workers: int = Field(0, ge=0, description="loader processes of each training process")
+    workers: Natural = Field(0, description="loader processes of each training process")
 
 
 class ObjectiveSection(Section):
-    name: str = Field("flow-matching", description="what is trained for")
+    name: str = Field("flow-matching", description="flow-matching, ddpm, or one of your own")
     options: dict[str, Any] = Field(default_factory=dict, description="its arguments: path, time, prediction, ...")
 
 
@@ -78,13 +85,15 @@ class AlignmentSection(Section):
     encoder: str = Field(description="the frozen encoder whose tokens are the targets")
     encoder_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the encoder")
     tap: str = Field("mid.0", description="the submodule of the denoiser whose output is aligned")
-    head: str = Field("mlp", description="projects the tapped feature map to the encoder's tokens")
+    head: str = Field("mlp", description="what projects the tapped feature map to the encoder's tokens")
     head_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the head")
-    weight: float = Field(0.5, ge=0, description="lambda, of the whole alignment loss")
-    manifold_weight: float = Field(3.0, ge=0, description="w, of the manifold term against the token term")
+    weight: NotNegative = Field(0.5, description="lambda, of the whole alignment loss")
+    manifold_weight: NotNegative = Field(3.0, description="w, of the manifold term against the token term")
     target: Part = Field("tokens", description="what is compared with: tokens or spatial-norm (iREPA)")
-    time_weight: Part = Field("constant", description="over t: constant or v-shape")
-    schedule: Part = Field("constant", description="over steps: constant, cosine, stop or stop-at-similarity")
+    time_weight: Part = Field("constant", description="of the alignment over t: constant or v-shape")
+    schedule: Part = Field(
+        "constant", description="of the alignment over steps: constant, cosine, stop or stop-at-similarity"
+    )
     cache: bool = Field(False, description="compute the data's tokens once, into the feature cache")
 
 
@@ -92,16 +101,16 @@ class TrainSection(Section):
     steps: Count = Field(400_000, description="optimizer steps")
     batch_size: Count = Field(256, description="images of one step, over all processes")
     micro_batch: Count | None = Field(None, description="at most so many images in one pass of one process; null: all")
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
-    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: no clipping")
+    learning_rate: Positive = Field(1e-4, description="AdamW's, after the warm-up")
+    warmup_steps: Natural = Field(0, description="steps over which the learning rate rises to its value")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="AdamW's decays of the gradient's two moments")
+    weight_decay: NotNegative = Field(0.0, description="AdamW's")
+    gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="of the averaged weights that are sampled from")
     more_ema_decays: list[Probability] = Field(
         default_factory=list, description="averages kept beside it, in ema-DECAY/"
     )
-    power_ema: list[Annotated[float, Field(gt=0, le=0.2886)]] = Field(
+    power_ema: list[Annotated[float, Field(gt=0, le=0.2886, strict=True), REAL]] = Field(
         default_factory=list, description="sigma_rel of power-function averages, for any average after the run: two"
     )
     snapshot_every: Count | None = Field(None, description="steps between stored snapshots of power_ema; null: none")
@@ -110,16 +119,14 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
     tf32: bool = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
     compile: bool = Field(False, description="torch.compile the denoiser with its heads")
-    seed: int = Field(0, ge=0)
+    seed: Natural = Field(0, description="with a step's number, all that its randomness comes from")
     log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
-    sample_every: int = Field(10_000, ge=0, description="steps between grids of samples; 0: none")
+    sample_every: Natural = Field(10_000, description="steps between grids of samples; 0: none")
     checkpoint_every: Count = Field(10_000, description="steps between checkpoints; the last step has one too")
     keep_checkpoints: Count = Field(2, description="how many of the newest stay")
     keep_every: Count | None = Field(None, description="checkpoints of multiples of this step stay too; null: none")
     max_skipped: Count = Field(10, description="steps in a row with a loss or gradient not finite that end the run")
-    loader_timeout: float = Field(
-        60.0, gt=0, description="seconds without a batch after which a warning names the step"
-    )
+    loader_timeout: Positive = Field(60.0, description="seconds without a batch after which a warning names the step")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="who is told the metrics besides metrics.jsonl"
     )
@@ -134,7 +141,7 @@ class TrainSection(Section):
 
 class GuidanceSection(Section):
     kind: Literal["cfg", "cfg++"] = Field("cfg", description="classifier-free guidance, or CFG++ (scale in [0, 1])")
-    scale: float = Field(1.65, ge=0, description="1: none; above: towards the class")
+    scale: NotNegative = Field(1.65, description="1: none; above: towards the class")
     interval: tuple[Time, Time] = Field((0.0, 0.7), description="the times in which guidance acts (0 data, 1 noise)")
     channels: Count | None = Field(None, description="guide the first so many channels only (DiT: 3); null: all")
     schedule: str = Field("constant", description="of the scale over the interval: constant, linear or cosine")
@@ -160,17 +167,17 @@ class GridSection(Section):
 class SampleSection(Section):
     solver: str = Field("heun", description="a name from `dic-repa solvers`")
     steps: Count | None = Field(None, description="of a fixed-step solver; null: 50 for an ODE, 250 for an SDE or DDPM")
-    rtol: float | None = Field(None, gt=0, description="relative tolerance of an adaptive solver")
-    atol: float | None = Field(None, gt=0, description="absolute tolerance of an adaptive solver")
+    rtol: Positive | None = Field(None, description="relative tolerance of an adaptive solver")
+    atol: Positive | None = Field(None, description="absolute tolerance of an adaptive solver")
     grid: GridSection | None = Field(None, description="where the steps are; null: uniform in time")
     diffusion: str | None = Field(None, description="an SDE's w(t); null: linear")
-    diffusion_norm: float | None = Field(None, gt=0, description="multiplies w(t)")
+    diffusion_norm: Positive | None = Field(None, description="multiplies w(t)")
     last_step: str | None = Field(None, description="an SDE's last step: mean, tweedie, euler or none; null: mean")
     last_step_size: Time | None = Field(None, description="an SDE's time left for the last step; null: 0.04")
     eta: Probability | None = Field(None, description="of ddim: 0 adds no noise, 1 as much as ddpm")
     clip: bool | None = Field(None, description="of ddpm and ddim: keep the data prediction in [-1, 1]")
     options: dict[str, Any] | None = Field(None, description="arguments of a torchdiffeq method")
-    guidance: GuidanceSection | None = Field(None, description="null: none")
+    guidance: GuidanceSection | None = Field(None, description="towards the class; null: none")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         "fp32",
         description="of the denoiser, its weights cast once; the solver's state is float32 always. tf32: float32 with "
@@ -181,22 +188,24 @@ class SampleSection(Section):
     )
     num: Images = Field(50_000, description="how many images")
     classes: Literal["balanced", "random"] = Field(
-        "balanced", description="each class as often as the others, or each image's drawn at random (REPA, SiT, DiC)"
+        "balanced", description="balanced: each as often as the others; random: drawn for each image (REPA, SiT, DiC)"
     )
     pixels: Literal["round", "truncate"] = Field(
-        "round", description="to the nearest of 256 levels (DiT, DiC), or to the one below (REPA)"
+        "round", description="round: to the nearest of 256 levels (DiT, DiC); truncate: to the one below (REPA)"
     )
-    batch_size: Count = Field(64)
+    batch_size: Count = Field(64, description="images at once, in each process")
     decode_batch: Count = Field(16, description="images that the autoencoder decodes at once")
-    autoencoder: str | None = Field(None, description="where it is now; null: where it was in training")
-    seed: int = Field(0, ge=0)
+    autoencoder: str | None = Field(
+        None, description="where the autoencoder is now, a folder or a hub id; null: where it was in training"
+    )
+    seed: Natural = Field(0, description="with an image's index, all that its noise comes from")
 
 
 class EvaluateSection(Section):
     metric: str = Field("digits", description="who judges the samples: digits, or a metric such as fid")
     also: list[Name] = Field(default_factory=list, description="further metrics: sfid, is, ...")
     reference: str | None = Field(None, description="real images that fid and its like compare with")
-    every: int = Field(0, ge=0, description="steps between evaluations in training; 0: at the end alone")
+    every: Natural = Field(0, description="steps between evaluations in training; 0: at the end alone")
     num: Images | None = Field(None, description="samples of an evaluation in training; null: sample.num")
     best: str | None = Field(None, description="the score whose best checkpoint is kept; null: the metric's")
 
@@ -221,26 +230,30 @@ class PaperSection(Section):
 class Recipe(Section):
     """All that determines a training run, the samples at its end and how they are judged."""
 
-    description: str = ""
-    paper: PaperSection | None = Field(None, description="null: no row of a paper")
+    description: str = Field("", description="a line for the reader, shown by `dic-repa recipes`")
+    paper: PaperSection | None = Field(None, description="the row of a paper that this stands for; null: none")
     plugins: list[Name] = Field(
         default_factory=list, description="modules to import first: they register your own parts"
     )
-    model: ModelSection = Field(default_factory=ModelSection)
-    data: DataSection = Field(default_factory=DataSection)
-    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
-    alignments: list[AlignmentSection] = Field(default_factory=list, description="empty: the plain baseline")
-    train: TrainSection = Field(default_factory=TrainSection)
-    sample: SampleSection = Field(default_factory=SampleSection)
-    evaluate: EvaluateSection | None = Field(None, description="null: no judgement at the end of the run")
+    model: ModelSection = Field(default_factory=ModelSection, description="the denoiser")
+    data: DataSection = Field(default_factory=DataSection, description="what it is trained on")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="what it is trained for")
+    alignments: list[AlignmentSection] = Field(
+        default_factory=list, description="what its hidden states are aligned to; empty: the plain baseline"
+    )
+    train: TrainSection = Field(default_factory=TrainSection, description="how it is trained")
+    sample: SampleSection = Field(default_factory=SampleSection, description="how it is sampled from")
+    evaluate: EvaluateSection | None = Field(
+        None, description="how samples are judged, at the end of the run too; null: not at all"
+    )
 
 
 class SamplingRecipe(Section):
     """How to sample from a finished run: a recipe with a `sample` section and no model."""
 
-    description: str = ""
-    paper: PaperSection | None = None
-    sample: SampleSection
+    description: str = Field("", description="a line for the reader, shown by `dic-repa recipes`")
+    paper: PaperSection | None = Field(None, description="the row of a paper that this stands for; null: none")
+    sample: SampleSection = Field(description="how it is sampled from")
 
 
 def list_recipes() -> dict[str, str]:
@@ -279,35 +292,9 @@ def validate(raw: dict, source: str | Path = "recipe") -> Recipe | SamplingRecip
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(schema, e) for e in error.errors())) from None
+        raise UserError(f"{source}: " + "; ".join(explain_mistake(schema, e) for e in error.errors())) from None
 
 
 def to_yaml(recipe: BaseModel) -> str:
     """A recipe as YAML, all defaults included, in the schema's order."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
-
-
-def _explain(schema: type[BaseModel], error: dict) -> str:
-    location = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        fields = _fields_at(schema, error["loc"][:-1])
-        return f"unknown key '{location}'{did_you_mean(str(error['loc'][-1]), fields)}"
-    if error["type"] == "missing":
-        return f"{location} is missing"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if error["type"] == "value_error":
-        return f"{location}: {message}" if location else message
-    return f"{location} {message}, not {error['input']!r}"
-
-
-def _fields_at(schema: type[BaseModel], location: tuple) -> list[str]:
-    """The keys of the section at `location`, which may pass through lists and optional sections."""
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = schema.model_fields[part].annotation
-        while not isinstance(annotation, type) or isinstance(annotation, types.GenericAlias):
-            inner = [a for a in typing.get_args(annotation) if a is not type(None)]
-            annotation = inner[0]
-        schema = annotation
-    return list(schema.model_fields)
+    return write_yaml(recipe.model_dump(mode="json"))

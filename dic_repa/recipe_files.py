@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from importlib import resources
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.recipe_values import read_yaml
 
 
 def read_shipped() -> dict[str, dict]:
@@ -62,7 +62,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
 
 def _parse(text: str, label: str) -> dict:
     try:
-        raw = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        raw = read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
@@ -133,17 +133,11 @@ def _assign(raw: dict, dotted: str, value: Any, source: str) -> None:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """A value as YAML has it, but that 1e-3 is a number: YAML 1.1 takes it for a string, for want of a dot. A UserError
-    names its `source` where it cannot be read.
-    """
+    """A value as a recipe has it. A UserError names its `source` where it cannot be read."""
     try:
-        value = yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"{source}: '{text}' is not valid YAML") from None
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
 
 
 def _child(node: Any, part: str, where: str) -> Any:

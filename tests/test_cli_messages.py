@@ -27,7 +27,7 @@ def test_a_group_alone_prints_its_help(group, capsys):
 
 def test_unknown_verbs_of_groups(mistake):
     assert mistake("bench", "modl").endswith("unknown bench verb 'modl'; did you mean model?")
-    assert mistake("recipes", "digits").endswith("; known: diff, show")
+    assert mistake("recipes", "digits").endswith("; known: diff, explain, show")
     assert mistake("encoders", "dinov2-vit-b").endswith("; known: check")
     assert mistake("solvers", "heun").endswith("; known: compare")
 

@@ -172,7 +172,7 @@ def test_commands_exist(line, tmp_path):
         return
     params = command.make_context(names[-1], arguments).params
     write_examples(tmp_path, *[name for name in examples() if name.endswith(".yaml")])
-    for shown, saved in re.findall(r"dic-repa recipes show (\S+) > (\S+)", "\n".join(commands())):
+    for shown, saved in re.findall(r"dic-repa recipes show (\S+)(?: --comments)? > (\S+)", "\n".join(commands())):
         (tmp_path / saved).write_text(f"base: {shown}\n")
     for recipe in recipes_of(names, params):
         load_recipe(tmp_path / recipe if recipe.endswith(".yaml") else recipe, params.get("overrides", ()))

@@ -148,7 +148,7 @@ def bench_train(
 
 def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: list[str]) -> Recipe:
     recipe = stand_in(load_training_recipe(name, overrides), notes)
-    recipe.train.batch_size, recipe.train.micro_batch = batch, None
+    recipe.train.micro_batch, recipe.train.batch_size = None, batch
     recipe.train.precision, recipe.train.tf32, recipe.train.trackers = MIXED[kind], kind == "tf32", []
     for section in recipe.alignments:
         section.cache = False

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from dic_repa.cli.groups import Group
-from dic_repa.recipe import list_recipes, load_recipe, to_yaml
+from dic_repa.recipe import Recipe, list_recipes, load_recipe, to_yaml
+from dic_repa.recipe_keys import Key, commented_yaml, find_keys, list_keys
 
 # By the first word of a recipe's name.
 GROUPS = {
@@ -33,6 +34,7 @@ def command(context: click.Context):
       dic-repa recipes
       dic-repa recipes show digits-urepa > mine.yaml      a starting point; a path works wherever a name does
       dic-repa recipes diff dic-xl dic-xl-urepa           what differs, key by key
+      dic-repa recipes explain train.ema_decay            what a key means and takes; without a key, all of them
     """
     if context.invoked_subcommand is not None:
         return
@@ -52,15 +54,40 @@ def command(context: click.Context):
 @command.command("show")
 @click.argument("recipe")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key; repeatable.")
-def show(recipe: str, overrides: tuple[str, ...]):
+@click.option("--comments", is_flag=True, help="Above each key, what it means and its default, as a comment.")
+def show(recipe: str, overrides: tuple[str, ...], comments: bool):
     """Print RECIPE (a name or a YAML file) resolved, all defaults included.
 
     \b
     Examples:
       dic-repa recipes show dic-xl-urepa
+      dic-repa recipes show digits-urepa --comments > mine.yaml
       dic-repa recipes show dic-xl-urepa --set train.batch_size=128 > mine.yaml
     """
-    click.echo(to_yaml(load_recipe(recipe, overrides)), nl=False)
+    loaded = load_recipe(recipe, overrides)
+    click.echo(commented_yaml(loaded) if comments else to_yaml(loaded), nl=False)
+
+
+@command.command("explain")
+@click.argument("key", required=False)
+def explain(key: str | None):
+    """Print what KEY of a recipe, such as train.ema_decay, or each key of a section means, takes and is by default.
+
+    Without KEY, all of them. N is the number of an entry in a list, from 0.
+
+    \b
+    Examples:
+      dic-repa recipes explain train.ema_decay
+      dic-repa recipes explain sample.guidance
+      dic-repa recipes explain alignments.tap
+    """
+    keys = find_keys(Recipe, key) if key else list_keys(Recipe).values()
+    click.echo("\n".join(map(_explanation, keys)))
+
+
+def _explanation(key: Key) -> str:
+    default = f"; default: {key.default_text}" if key.default_text else ""
+    return f"{key.name}\n    {key.description}\n    {key.takes}{default}"
 
 
 @command.command("diff")

@@ -8,7 +8,7 @@ import click
 
 from dic_repa.cli.groups import Group
 from dic_repa.errors import UserError
-from dic_repa.recipe import MOST_IMAGES
+from dic_repa.recipe_values import MOST_IMAGES
 from dic_repa.samplers.catalog import list_solvers
 
 

@@ -8,7 +8,7 @@ import click
 
 from dic_repa.cli.sample import sample_settings
 from dic_repa.errors import UserError, is_main_process
-from dic_repa.recipe import MOST_IMAGES
+from dic_repa.recipe_values import MOST_IMAGES
 
 
 @click.command("tune")
