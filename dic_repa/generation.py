@@ -16,15 +16,17 @@ from dic_repa.build import build_class_names, build_decoder, build_objective, im
 from dic_repa.data.latents import pixels_decoder
 from dic_repa.data.saved import SavedData
 from dic_repa.decoding import decode_batches
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, did_you_mean
 from dic_repa.models import load_denoiser
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.pretrained import CONFIG, WEIGHTS
 from dic_repa.precision import tf32
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
+from dic_repa.training.ema import RAW
+from dic_repa.training.manifest import MANIFEST, find_damage
 from dic_repa.training.run_folder import RunFolder, meant_runs
-from dic_repa.weights import weights_fingerprint
+from dic_repa.weights import load_weights, read_tensors, weights_fingerprint
 
 _LABELS = 3
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,11 +49,14 @@ class Checkpoint:
         return build_class_names(self.recipe.data, self.denoiser.num_classes)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None) -> Checkpoint:
-    """The averaged weights of a run (of its newest checkpoint), of one checkpoint, or of an inference checkpoint.
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None, weights: str | None = None
+) -> Checkpoint:
+    """The denoiser of a run (of its newest checkpoint), of one checkpoint, or of an inference checkpoint.
 
-    `recipe` stands in for the one that a checkpoint of ours has beside its weights, and others lack. Its plugins are
-    imported. A UserError says what `path` lacks.
+    `weights` are 'ema', the average that is sampled from; 'raw', the model itself; or a further average such as
+    'ema-0.999'. By default those of the recipe's `sample` section. `recipe` stands in for the one that a checkpoint of
+    ours has beside its weights, and others lack. Its plugins are imported. A UserError says what `path` lacks.
     """
     folder = weights_folder(path)
     if (folder / "recipe.yaml").is_file():
@@ -65,7 +70,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", recipe
             f"{folder} has no recipe.yaml to tell objective and data size; put a training recipe there or pass --recipe"
         )
     import_plugins(recipe)
-    return Checkpoint(load_denoiser(folder).to(device), recipe, folder, SavedData.read(folder))
+    if weights is None:
+        weights = "ema" if folder == Path(path) else recipe.sample.weights
+    source = folder if weights == "ema" else _other_weights(folder, weights)
+    denoiser = load_denoiser(folder if weights == RAW else source)
+    if weights == RAW:
+        load_raw(denoiser, source)
+    return Checkpoint(denoiser.to(device), recipe, source, SavedData.read(folder))
 
 
 def weights_folder(path: str | Path) -> Path:
@@ -82,6 +93,26 @@ def weights_folder(path: str | Path) -> Path:
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet")
     return folder / "ema" if (folder / "ema").is_dir() else folder
+
+
+def load_raw(denoiser: nn.Module, checkpoint: Path) -> None:
+    """Load the weights themselves of a training checkpoint, which are in one file with the heads'."""
+    prefix, tensors = "denoiser.", read_tensors(checkpoint / WEIGHTS)[0]
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    load_weights(denoiser, own, checkpoint / WEIGHTS)
+
+
+def _other_weights(ema: Path, name: str) -> Path:
+    """The folder of the weights `name` in the checkpoint that the folder `ema` is in."""
+    checkpoint = ema.parent
+    if not (checkpoint / MANIFEST).is_file():
+        raise UserError(f"{ema} has one set of weights alone, so not the weights '{name}'; leave --weights out")
+    there = [RAW, *sorted(file.parent.name for file in checkpoint.glob(f"ema*/{CONFIG}"))]
+    if name not in there:
+        raise UserError(f"{checkpoint} has no weights '{name}'{did_you_mean(name, there)}")
+    if damage := find_damage(checkpoint, WEIGHTS if name == RAW else name):
+        raise UserError(f"{checkpoint} is damaged: {damage}")
+    return checkpoint if name == RAW else checkpoint / name
 
 
 def _folder_of(file: Path) -> str:

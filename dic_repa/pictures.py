@@ -14,6 +14,7 @@ from torch import Tensor
 from dic_repa.errors import UserError
 
 MOST_ROWS = 20  # of a grid
+INK, BACKGROUND = (40, 40, 40), (250, 250, 250)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -48,15 +49,33 @@ def shown_in_grid(labels: Tensor, columns: int) -> list[int]:
     return [i for label in found for i in (labels == label).nonzero()[:each, 0].tolist()]
 
 
-def save_grid(
+def save_grid(images: Tensor, path: Path, labels: Tensor, class_names: Sequence[str], columns: int, **options) -> None:
+    """Write `draw_grid`'s picture of the images."""
+    draw_grid(images, labels, class_names, columns, **options).save(path)
+
+
+def save_side_by_side(pictures: dict[str, Image.Image], path: Path) -> None:
+    """Write pictures of the same height as one, each under its title."""
+    font = ImageFont.load_default(size=20)
+    head, gap = 36, 24
+    width = sum(picture.width for picture in pictures.values()) + gap * (len(pictures) - 1)
+    sheet = Image.new("RGB", (width, head + max(picture.height for picture in pictures.values())), BACKGROUND)
+    draw, left = ImageDraw.Draw(sheet), 0
+    for title, picture in pictures.items():
+        draw.text((left + picture.width // 2, head // 2), title, fill=INK, font=font, anchor="mm")
+        sheet.paste(picture, (left, head))
+        left += picture.width + gap
+    sheet.save(path)
+
+
+def draw_grid(
     images: Tensor,
-    path: Path,
     labels: Tensor,
     class_names: Sequence[str],
     columns: int,
     height: int = 480,
     headings: Sequence[str] = (),
-) -> None:
+) -> Image.Image:
     """Images (N, C, H, W) in [0, 1] as one picture, a row for each class, its name in front.
 
     Which are shown, `shown_in_grid` says; small images are enlarged by a whole number until the grid is about `height`.
@@ -73,19 +92,19 @@ def save_grid(
     widest = max(len(row) for _, row in rows)
     small = ImageFont.load_default(size=max(8, min(28, cell // 4)))
     head = int(small.size) + 8 if headings else 0
-    sheet = Image.new("RGB", (margin + widest * (cell + gap), head + len(rows) * (cell + gap) + gap), (250, 250, 250))
+    sheet = Image.new("RGB", (margin + widest * (cell + gap), head + len(rows) * (cell + gap) + gap), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for j, heading in enumerate(headings[:widest]):
         middle = margin + j * (cell + gap) + cell // 2
-        draw.text((middle, head // 2 + 2), heading, fill=(40, 40, 40), font=small, anchor="mm")
+        draw.text((middle, head // 2 + 2), heading, fill=INK, font=small, anchor="mm")
     for i, (label, row) in enumerate(rows):
         top = head + gap + i * (cell + gap)
-        draw.text((margin - 8, top + cell // 2), _name(label, class_names), fill=(40, 40, 40), font=font, anchor="rm")
+        draw.text((margin - 8, top + cell // 2), _name(label, class_names), fill=INK, font=font, anchor="rm")
         for j, image in enumerate(row):
             array = to_uint8(image.expand(3, -1, -1) if len(image) == 1 else image[:3]).numpy()
             tile = Image.fromarray(array).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + j * (cell + gap), top))
-    sheet.save(path)
+    return sheet
 
 
 def _name(label: int, class_names: Sequence[str]) -> str:

@@ -107,6 +107,9 @@ class TrainSection(Section):
     weight_decay: NotNegative = Field(0.0, description="AdamW's")
     gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="of the averaged weights that are sampled from")
+    ema_warmup: bool = Field(
+        True, strict=True, description="an average's decay after n steps is at most (1 + n) / (10 + n)"
+    )
     more_ema_decays: list[Probability] = Field(
         default_factory=list, description="averages kept beside it, in ema-DECAY/"
     )
@@ -186,6 +189,7 @@ class SampleSection(Section):
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
         "off", description="torch.compile's mode; reduce-overhead: with CUDA graphs, where there is a GPU"
     )
+    weights: Name = Field("ema", description="ema; raw: the model itself; or a further average, such as ema-0.999")
     num: Images = Field(50_000, description="how many images")
     classes: Literal["balanced", "random"] = Field(
         "balanced", description="balanced: each as often as the others; random: drawn for each image (REPA, SiT, DiC)"

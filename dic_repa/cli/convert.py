@@ -80,6 +80,7 @@ def load(source: Path, weights: str = "ema", family: str | None = None):
 
     A UserError says what `source` is not, or lacks.
     """
+    from dic_repa.generation import load_raw
     from dic_repa.models import load_authors_checkpoint, load_denoiser
     from dic_repa.training.run_folder import RunFolder
 
@@ -98,7 +99,7 @@ def load(source: Path, weights: str = "ema", family: str | None = None):
     _import_plugins(folder / averages[0] / "recipe.yaml")
     model = load_denoiser(folder / (averages[0] if weights == "raw" else weights))
     if weights == "raw":
-        _load_raw(model, folder / "model.safetensors")
+        load_raw(model, folder)
     return model, _existing(folder / averages[0] / "recipe.yaml")
 
 
@@ -118,14 +119,6 @@ def check_recipe(name: str, model) -> None:
         if wanted != found:
             raise UserError(f"the data of {name} has {wanted} {what}, the model is for {found}; name its own recipe")
     forward_on_meta(model, recipe.data.size, recipe.data.size)
-
-
-def _load_raw(model, file: Path) -> None:
-    from dic_repa.weights import load_weights, read_tensors
-
-    prefix = "denoiser."  # the others are the alignments' heads
-    tensors = read_tensors(file)[0]
-    load_weights(model, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}, file)
 
 
 def _import_plugins(recipe_file: Path) -> None:

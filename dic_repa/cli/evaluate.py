@@ -179,7 +179,8 @@ def _sampled(path: Path, recipe: str | None, again: bool, processes, options: di
     from dic_repa.sample_folder import SampleFolder, sample_into, sample_spec
 
     given = load_recipe(recipe) if recipe else None
-    loaded = load_checkpoint(path, processes.device, given if isinstance(given, Recipe) else None)
+    weights = options["weights"] or (given.sample.weights if given else None)
+    loaded = load_checkpoint(path, processes.device, given if isinstance(given, Recipe) else None, weights)
     settings = sample_settings((given or loaded.recipe).sample, **_sampling(options))
     labels, sampler = choose_labels(loaded, settings), build_sampler(loaded, settings)
     check_sampling(settings, sampler.objective)

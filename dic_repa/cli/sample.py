@@ -49,6 +49,7 @@ def sampling_options(command: Callable) -> Callable:
                 default=None,
                 help="Draw each image's class, from the seed and its index; or each class as often as the others.",
             ),
+            click.option("--weights", help="ema; raw: the model itself; or a further average, such as ema-0.999."),
             click.option("--solver", help="A name from `dic-repa solvers`."),
             click.option("--steps", type=int, help="Steps of a fixed-step solver."),
             click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver.  [default: 1e-5]"),
@@ -129,13 +130,15 @@ def command(
 
     processes = patient_accelerator()
     given = load_recipe(recipe) if recipe else None
-    loaded = load_checkpoint(checkpoint, processes.device, given if isinstance(given, Recipe) else None)
+    weights = options["weights"] or (given.sample.weights if given else None)
+    loaded = load_checkpoint(checkpoint, processes.device, given if isinstance(given, Recipe) else None, weights)
     settings = sample_settings((given or loaded.recipe).sample, **options)
     labels = choose_labels(loaded, settings, classes)
     sampler = build_sampler(loaded, settings)
     check_sampling(settings, sampler.objective)  # before there is a folder
     sampler.trace = trajectory
-    out = out or Path("samples") / checkpoint.resolve().name
+    others = "" if settings.weights == "ema" else f"-{settings.weights}"
+    out = out or Path("samples") / f"{checkpoint.resolve().name}{others}"
     folder = SampleFolder(out, sample_spec(loaded, settings, labels, classes))
     if form == "npz" and not overwrite and folder.has_npz():
         folder.check()

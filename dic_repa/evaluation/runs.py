@@ -72,7 +72,8 @@ def evaluate_run(
         judged.scores, judged.evaluations = record["scores"], record["evaluations"]
         return judged
 
-    checkpoint = load_checkpoint(newest, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = load_checkpoint(newest, device, weights=sample.weights)
     num_classes = checkpoint.denoiser.num_classes
     labels = draw_labels(recipe, num_classes, sample)
     sampler = build_sampler(checkpoint, sample)
@@ -130,6 +131,8 @@ def describe_sampling(sample: SampleSection) -> str:
         words.append("random classes")
     if sample.pixels == "truncate":
         words.append("truncated")
+    if sample.weights != "ema":
+        words += ["weights", sample.weights]
     if sample.seed:
         words += ["seed", sample.seed]
     for key in ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta", "clip"):

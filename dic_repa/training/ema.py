@@ -1,13 +1,16 @@
 """Averages of a denoiser's weights over the steps; one of them is what one samples from.
 
-`EMA` forgets at a constant rate. `PowerEMA` (Karras et al., arXiv 2312.02696) weighs step tau of t by tau^gamma, so its
-width is a share of the training so far, `sigma_rel`; from stored snapshots of two of them any other width can be made
-after the run (`posthoc.py`).
+`EMA` forgets at a constant rate, after a warm-up in which it forgets faster: without, it would be mostly the initial
+weights for the first 1 / (1 - decay) steps. `PowerEMA` (Karras et al., arXiv 2312.02696) weighs step tau of t by
+tau^gamma, so its width is a share of the training so far, `sigma_rel`; from stored snapshots of two of them any other
+width can be made after the run (`posthoc.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,11 +18,15 @@ from torch import nn
 
 from dic_repa.errors import UserError
 
+RAW = "raw"  # the name of the weights themselves, among those of their averages
 WIDEST = 0.2886  # sigma_rel of gamma 0, the mean of all steps; below that, gamma rises
 
 
 class EMA:
     """`average <- decay * average + (1 - decay) * weights` after each step, in float32.
+
+    With `warmup` the decay after n steps is at most (1 + n) / (10 + n), so that the average is a tenth of the steps
+    behind the weights until it reaches `decay`.
 
     Made before the denoiser is wrapped or hooked: `model` is a plain copy of it in eval mode, ready to sample from.
 
@@ -29,15 +36,22 @@ class EMA:
     number of the host.
     """
 
-    def __init__(self, denoiser: nn.Module, decay: float = 0.9999):
-        self.decay = decay
+    def __init__(self, denoiser: nn.Module, decay: float = 0.9999, warmup: bool = False):
+        self.decay, self.warmup = decay, warmup
         # What goes into config.json, taken now: sharding renames the class.
         self.config = {"model": type(denoiser).__name__, **getattr(denoiser, "config", {})}
         self.model = copy.deepcopy(denoiser).float().eval().requires_grad_(False)
 
     def decay_at(self, step: int) -> float:
         """The decay of the update after `step` steps, counted from 1."""
-        return self.decay
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    def lag(self, step: int) -> float:
+        """How many steps the average is behind the weights after `step` of them, if these move by the same in each."""
+        behind = 0.0
+        for n in range(1, step + 1):
+            behind = self.decay_at(n) * (behind + 1)
+        return behind
 
     @torch.no_grad()
     def update(self, denoiser: nn.Module, step: int = 1) -> None:
@@ -45,6 +59,17 @@ class EMA:
         torch._foreach_lerp_(_local(self.model.parameters()), _local(denoiser.parameters()), 1 - self.decay_at(step))
         for average, buffer in zip(self.model.buffers(), denoiser.buffers()):
             average.copy_(buffer)
+
+    @contextlib.contextmanager
+    def raw(self, denoiser: nn.Module) -> Iterator[None]:
+        """While entered, `model` has the denoiser's own weights in place of their average."""
+        mine, theirs = ([*_local(m.parameters()), *m.buffers()] for m in (self.model, denoiser))
+        kept = [tensor.clone() for tensor in mine]
+        try:
+            _copy(theirs, mine)
+            yield
+        finally:
+            _copy(kept, mine)
 
 
 class PowerEMA(EMA):
@@ -72,6 +97,12 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 def gamma_to_sigma_rel(gamma: float) -> float:
     """The width of the power function's profile, as a share of the training time."""
     return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
+
+
+@torch.no_grad()
+def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    for source, target in zip(sources, targets):
+        target.copy_(source)
 
 
 def _local(parameters) -> list[torch.Tensor]:

@@ -1,4 +1,5 @@
-"""`evaluate.every`: samples of the averaged weights are scored in training, and the best checkpoint is kept.
+"""`evaluate.every`: samples are scored in training, of the weights that `sample.weights` names, and the best checkpoint
+is kept.
 
 Nothing of it touches the training's randomness: a sample's noise belongs to (sample.seed, its index), and a run with
 evaluations ends with the same weights as one without.
@@ -7,6 +8,7 @@ evaluations ends with the same weights as one without.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe
+from dic_repa.training.ema import RAW
 from dic_repa.training.parts import Parts
 from dic_repa.training.run_folder import RunFolder
 
@@ -54,7 +57,8 @@ class Evaluator:
         from dic_repa.generation import draw_labels
 
         labels = draw_labels(self.recipe, self.parts.data.num_classes, self.sample)
-        levels, best = self._sample(labels), [None]
+        with self.parts.ema.raw(self.parts.denoiser) if self.sample.weights == RAW else nullcontext():
+            levels, best = self._sample(labels), [None]
         if self.accelerator.is_main_process:
             best = [self._judge(step, levels.float() / 255, labels)]
         if self.accelerator.num_processes > 1:

@@ -40,6 +40,8 @@ from dic_repa.training.sharding import wants_sharding, whole
 from dic_repa.training.step_guard import StepGuard, Verdict
 from dic_repa.training.trackers import check_trackers, start_trackers
 
+FAR_BEHIND = 0.1  # of the steps so far: an average with warm-up is, until its warm-up is over
+
 
 def train(
     recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False, allow_change: bool = False
@@ -247,17 +249,26 @@ def due(step: int, every: int | None, last: int) -> bool:
 
 
 def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, write: bool = True) -> None:
-    """A grid of samples of the averaged weights: a few of each of the first ten classes, the same noise every time."""
+    """A grid of samples of the averaged weights: a few of each of the first ten classes, the same noise every time.
+
+    While the average is far behind, those of the weights as they are now stand beside them.
+    """
     from dic_repa.generation import balanced_labels
-    from dic_repa.pictures import save_grid
+    from dic_repa.pictures import draw_grid, save_side_by_side
 
     shown, columns = max(1, min(10, parts.data.num_classes)), 6
     labels = balanced_labels(recipe, parts.data.num_classes, shown * columns)
     if recipe.train.label_dropout < 1:
         labels = labels % shown
-    images = torch.cat(list(parts.sampler(labels)))
+    images = {"averaged weights": torch.cat(list(parts.sampler(labels)))}
+    if parts.ema.lag(step) > FAR_BEHIND * step:
+        with parts.ema.raw(parts.denoiser):
+            images["raw weights"] = torch.cat(list(parts.sampler(labels)))
+    if not write:
+        return
+    grids = {title: draw_grid(half, labels, parts.data.class_names, columns=10) for title, half in images.items()}
+    file = run.samples / f"step_{step:08d}.png"
     try:
-        if write:
-            save_grid(images, run.samples / f"step_{step:08d}.png", labels, parts.data.class_names, columns=10)
+        save_side_by_side(grids, file) if len(grids) > 1 else grids["averaged weights"].save(file)
     except OSError as error:
         tqdm.write(f"warning: the grid of step {step} cannot be written ({error.strerror})", file=sys.stderr)

@@ -22,7 +22,7 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path, part: str = "") -> str | None:
     """What is wrong with the checkpoint `folder`, in a few words; None where all is as its manifest says.
 
-    `part` is a folder inside it, such as 'ema', where the rest does not matter.
+    `part` is a folder or a file inside it, such as 'ema', where the rest does not matter.
     """
     try:
         listed = json.loads((folder / MANIFEST).read_text())["files"]
@@ -32,7 +32,7 @@ def find_damage(folder: Path, part: str = "") -> str | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"its {MANIFEST} cannot be read"
     if part:
-        expected = {name: entry for name, entry in expected.items() if name.startswith(f"{part}/")}
+        expected = {name: entry for name, entry in expected.items() if f"{name}/".startswith(f"{part}/")}
     try:
         for name, (size, _) in expected.items():  # sizes first: that is quick, and finds most of what happens
             if (found := (folder / name).stat().st_size) != size:

@@ -25,11 +25,11 @@ from dic_repa.build import (
 )
 from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, did_you_mean
 from dic_repa.models import forward_on_meta
 from dic_repa.precision import allow_tf32
 from dic_repa.recipe import Recipe, TrainSection
-from dic_repa.training.ema import EMA, PowerEMA
+from dic_repa.training.ema import EMA, RAW, PowerEMA
 from dic_repa.training.sharding import shard, wants_sharding
 
 
@@ -80,6 +80,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     for encoder in encoders:
         cast_weights(encoder, settings.precision)
     averages = build_averages(denoiser.to(device), settings)
+    ema = sampled_average(averages, recipe.sample.weights)
     model, sharded = AlignedDenoiser(denoiser, alignments).to(device), wants_sharding(settings.sharding, accelerator)
     if settings.compile:
         model.compile()
@@ -100,7 +101,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
         # In float32 where it is sharded, for a sharded model cannot be copied into another precision.
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
-        source = Checkpoint(averages["ema"].model, recipe, Path("this run"), SavedData.of(data))
+        source = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data))
         sampler = build_sampler(source, sample)
     return Parts(
         data=data,
@@ -112,7 +113,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         alignments=alignments,
         model=model,
         optimizer=optimizer,
-        ema=averages["ema"],
+        ema=ema,
         averages=averages,
         sampler=sampler,
         sharded=sharded,
@@ -148,9 +149,17 @@ def cast_weights(encoder, precision: str) -> None:
 
 def build_averages(denoiser: nn.Module, settings: TrainSection) -> dict[str, EMA]:
     """The averages of the weights that the recipe asks for, by the names of their folders in a checkpoint."""
-    averages = {"ema": EMA(denoiser, settings.ema_decay)}
-    averages |= {f"ema-{decay:g}": EMA(denoiser, decay) for decay in settings.more_ema_decays}
+    decays = {"ema": settings.ema_decay, **{f"ema-{decay:g}": decay for decay in settings.more_ema_decays}}
+    averages = {name: EMA(denoiser, decay, settings.ema_warmup) for name, decay in decays.items()}
     return averages | {f"ema-sigma_rel-{width:g}": PowerEMA(denoiser, width) for width in settings.power_ema}
+
+
+def sampled_average(averages: dict[str, EMA], weights: str) -> EMA:
+    """The average that `sample.weights` names; the first where it names the model itself."""
+    known = [RAW, *averages]
+    if weights not in known:
+        raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
+    return averages["ema" if weights == RAW else weights]
 
 
 def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: Accelerator) -> nn.Module:

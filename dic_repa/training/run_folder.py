@@ -25,6 +25,7 @@ from pathlib import Path
 from dic_repa.aside import write_aside
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
+from dic_repa.recipe_files import read_recipe
 from dic_repa.training.manifest import find_damage
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
@@ -152,13 +153,15 @@ class RunFolder:
 
     def recipe(self) -> Recipe:
         """The recipe that the run was begun with."""
-        return load_training_recipe(self.recipe_file)
+        # All its keys are there. A run from before there was a warm-up of the average has none.
+        older = "ema_warmup" not in (read_recipe(self.recipe_file).get("train") or {"ema_warmup": None})
+        return load_training_recipe(self.recipe_file, ["train.ema_warmup=false"] if older else ())
 
     def newest_checkpoint(self, part: str = "") -> Path | None:
         """The whole checkpoint with the most steps; None where there is none at all.
 
         A damaged one is named on standard error and passed over; a UserError where all of them are damaged. `part`
-        looks only at what is below that folder of a checkpoint, such as 'ema'.
+        looks only at that folder or file of a checkpoint, such as 'ema'.
         """
         damages: dict[Path, str] = {}
         for folder in sorted(self.list_checkpoints(), key=checkpoint_step, reverse=True):
