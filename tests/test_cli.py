@@ -34,11 +34,11 @@ def run(tmp_path_factory):
 def test_train_samples_and_judges(run):
     folder, output = run
     assert "recognised" in output
-    assert "Fréchet distance" in output
+    assert "FD-digits" in output
     record = json.loads(next((folder / "evaluation").glob("*.json")).read_text())
     assert record["scores"]["count"] == 20
     assert 0 <= record["scores"]["recognised"] <= 1
-    assert record["scores"]["frechet"] > 0
+    assert record["scores"]["fd-digits"] > 0
     with Image.open(folder / "samples/step_00000004.png") as grid:
         assert min(grid.size) > 100
 
@@ -94,7 +94,7 @@ def test_evaluate_several_runs_and_reads_what_is_known(run, dic_repa, tmp_path):
     scores = [
         json.loads(next((f / "evaluation").glob("*.json")).read_text())["scores"] for f in (folder, tmp_path / "other")
     ]
-    values = [score["frechet"] for score in scores]
+    values = [score["fd-digits"] for score in scores]
     spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
     (summary,) = [line for line in lines if "(2 seeds)" in line]
     assert summary.endswith(spread)

@@ -75,10 +75,10 @@ def test_the_scores_are_those_of_the_averaged_weights():
     labels = balanced_labels(loaded.recipe, 10, 12)
     images = torch.cat(list(build_sampler(loaded, loaded.recipe.sample)(labels)))
     expected = judge_digits((images * 255).round() / 255, labels)
-    assert found[-1]["scores"]["frechet"] == pytest.approx(expected["frechet"], rel=1e-9)
+    assert found[-1]["scores"]["fd-digits"] == pytest.approx(expected["fd-digits"], rel=1e-9)
     assert [e["step"] for e in read_run(done)["evaluations"]] == [2, 4, 6, 8]
-    best = min(found, key=lambda record: record["scores"]["frechet"])
-    assert done.best() == {"step": best["step"], "score": "frechet", "value": best["scores"]["frechet"]}
+    best = min(found, key=lambda record: record["scores"]["fd-digits"])
+    assert done.best() == {"step": best["step"], "score": "fd-digits", "value": best["scores"]["fd-digits"]}
 
 
 def test_the_best_checkpoint_is_kept(judged):
@@ -130,14 +130,14 @@ def test_two_processes_score_as_one(dic_repa, tmp_path):
         main(["train", "digits-baseline", "--out", "one", *options])
     one, two = (records(RunFolder(tmp_path / name))[0]["scores"] for name in ("one", "two"))
     assert two["count"] == 13
-    assert two["frechet"] == pytest.approx(one["frechet"], rel=1e-3)
+    assert two["fd-digits"] == pytest.approx(one["fd-digits"], rel=1e-3)
     assert two["recognised"] == one["recognised"]
 
 
 def test_mistakes_are_told_before_the_run(mistake, tmp_path):
     tiny = [*TINY, "--out", "run", "--set=train.steps=2", "--set=evaluate.every=1"]
-    assert "did you mean frechet" in mistake("train", "digits-urepa", *tiny, "--set=evaluate.best=frechett")
-    assert "reference" in mistake("train", "digits-urepa", *tiny, "--set=evaluate.also=[fd-digits]")
+    assert "did you mean fd-digits" in mistake("train", "digits-urepa", *tiny, "--set=evaluate.best=fd-digit")
+    assert "reference" in mistake("train", "digits-urepa", *tiny, "--set=evaluate.also=[prec-digits]")
     assert "did you mean fid" in mistake("train", "digits-urepa", *tiny, "--set=evaluate.also=[fidd]")
     write_tree(tmp_path / "tree", {"cat": 2})
     other_size = "--set=evaluate={metric: fd-digits, reference: tree, every: 1}"

@@ -83,7 +83,7 @@ def test_a_folder_and_an_npz_of_the_same_images_score_the_same(evaluate, places,
         output = evaluate(places / samples, *options, "--out", "record.json")
         record = json.loads(Path("record.json").read_text())
         assert record["metrics"]["fd-digits"] == pytest.approx(expected, rel=1e-4)
-        assert f"{expected:.4g}" in output
+        assert f"{expected:.2f}" in output
         assert (
             "300 samples are fewer than 50000, which biases upward: fd-digits; the metric fd-digits-infinity" in output
         )

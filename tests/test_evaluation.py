@@ -86,7 +86,7 @@ def test_real_digits_are_recognised(held_out):
     scores = judge_digits(images, labels)
     assert scores["recognised"] >= 0.98
     assert scores["recognised"] == scores["recognised_count"] / 2000 == scores["reference"]["recognised"]
-    assert scores["frechet"] == pytest.approx(0, abs=1e-6)
+    assert scores["fd-digits"] == pytest.approx(0, abs=1e-6)
     assert scores["count"] == scores["reference"]["count"] == 2000
     counts = torch.bincount(labels, minlength=10)
     right = sum(share * counts[int(digit)].item() for digit, share in scores["recognised_by_class"].items())
@@ -105,7 +105,7 @@ def test_images_of_no_class_count_for_the_distance_alone(held_out):
     scores = judge_digits(images[:200], torch.cat([known, null]))
     alone = judge_digits(images[:100], known)
     assert scores["recognised"] == alone["recognised"]
-    assert scores["frechet"] == judge_digits(images[:200], labels[:200])["frechet"]
+    assert scores["fd-digits"] == judge_digits(images[:200], labels[:200])["fd-digits"]
     assert judge_digits(images[:100], null)["recognised"] is None
 
 
@@ -115,12 +115,12 @@ def test_scores_tell_good_digits_from_bad(held_out, generator):
     noisy = (images + 0.3 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
     good, bad = judge_digits(images, labels), judge_digits(noisy, labels)
     assert bad["recognised"] < good["recognised"] - 0.2
-    assert bad["frechet"] > 10 * good["frechet"]
+    assert bad["fd-digits"] > 10 * good["fd-digits"]
     # All of one class are read well, and yet are far from the spread of real ones.
     images, labels = held_out
     ones = judge_digits(images[labels == 1], labels[labels == 1])
     assert ones["recognised"] > 0.95
-    assert ones["frechet"] > 10 * ones["reference"]["frechet"]
+    assert ones["fd-digits"] > 10 * ones["reference"]["fd-digits"]
     assert ones["recognised_by_class"]["0"] is None
 
 

@@ -45,14 +45,17 @@ def test_headings_of_a_grid_are_above_its_columns(tmp_path):
 
 def test_a_heat_map_names_its_score_in_words(tmp_path, figures):
     cells = [Cell(scale, (0.0, 0.7), 100, scale) for scale in (1.0, 2.0)]
-    for score, title in (("frechet", "Fréchet distance (lower"), ("fid", "FID (lower")):
+    for score, title in (("fd-digits", "FD-digits (lower"), ("fid", "FID (lower")):
         tuned = Tuned(cells[0], cells, [], score, "lower", tmp_path / "tune.json", tmp_path / "tune.png")
         save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
         assert figures.gcf().axes[0].get_title().startswith(title)
 
 
 def test_costs_of_solvers_are_written_out(tmp_path, figures):
-    save_comparison([Point("heun", n, 0.5, 10.0 + n) for n in (6, 12, 13, 24, 48)], tmp_path / "solvers.png")
+    save_comparison(
+        [Point("heun", n, {"recognised": 0.5, "fd-digits": 10.0 + n}) for n in (6, 12, 13, 24, 48)],
+        tmp_path / "solvers.png",
+    )
     figure = figures.gcf()
     for axis in figure.axes:
         figure.canvas.draw()

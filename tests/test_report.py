@@ -42,7 +42,7 @@ def make_run(tmp_path):
         run.environment_file.write_text(json.dumps([{"command": ["dic-repa", "train"], "packages": {"torch": "2.5"}}]))
         folder = run.path / "evaluation"
         folder.mkdir()
-        scores = {"count": 9, "recognised": 0.9, "frechet": 1.5, "by": {"0": 1}, "reference": {"frechet": 1.25}}
+        scores = {"count": 9, "recognised": 0.9, "fd-digits": 1.5, "by": {"0": 1}, "reference": {"fd-digits": 1.25}}
         record = {"step": 40, "metric": "digits", "sample": {"num": 9}, "evaluations": 39, "scores": scores}
         (folder / "a.json").write_text(json.dumps(record))
         (run.path / "probe").mkdir()
@@ -96,7 +96,7 @@ def test_the_page_holds_what_the_runs_have(make_run, tmp_path):
     assert kind == "data:image/png;base64"
     assert Image.open(io.BytesIO(base64.b64decode(content))).getpixel((0, 0)) == (20, 0, 0)
     (judged,) = first["evaluations"]
-    assert (judged["scores"], judged["reference"]) == ({"recognised": 0.9, "frechet": 1.5}, {"frechet": 1.25})
+    assert (judged["scores"], judged["reference"]) == ({"recognised": 0.9, "fd-digits": 1.5}, {"fd-digits": 1.25})
     assert first["probe"]["scores"]["cka"] == [[0.1, 0.2], [0.3, None]]
     assert first["environment"][0]["packages.torch"] == "2.5"
     assert (first["recipe"]["train.seed"], second["recipe"]["train.seed"]) == ("0", "7")
@@ -242,12 +242,12 @@ def test_measured_and_tuned_runs(make_run, tmp_path):
     (measured / "metrics.json").write_text(json.dumps({"metrics": {"fid": 12.5}, "warnings": []}))
     guided = [({"scale": s, "interval": [0.0, h]}, 9, s * h) for s in (1.5, 2.0) for h in (0.5, 1.0)]
     cells = [
-        {"score": "frechet", "sample": {"guidance": guidance, "num": num}, "scores": {"frechet": value}}
+        {"score": "fd-digits", "sample": {"guidance": guidance, "num": num}, "scores": {"fd-digits": value}}
         for guidance, num, value in [(None, 9, 7.0), *guided, ({"scale": 2.0, "interval": [0.0, 1.0]}, 99, 8.0)]
     ]
     best = [{"options": "--scale 1.5 --interval 0 0.5", "num": 99, "value": 0.75}]
     (run.path / "tune").mkdir()
-    record = {"score": "frechet", "better": "lower", "best": best, "cells": cells}
+    record = {"score": "fd-digits", "better": "lower", "best": best, "cells": cells}
     (run.path / "tune/tune.json").write_text(json.dumps(record))
     _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
     assert {"fid": 12.5} in [e["scores"] for e in shown["evaluations"]]

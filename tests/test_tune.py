@@ -148,24 +148,24 @@ def test_what_was_found_of_other_weights_is_not_taken_over(checkpoint, landscape
 def test_the_judge_of_digits_counts(checkpoint):
     """With the real sampler and judge, the search's value is what the judge says of the same samples."""
     tuned = tuner(checkpoint, scales=(1.0, 2.0), intervals=((0.0, 1.0),), confirm=0).run()
-    assert tuned.score == "frechet"
+    assert tuned.score == "fd-digits"
     loaded = load_checkpoint(checkpoint)
     for cell, guidance in zip(tuned.cells, (None, GuidanceSection(scale=2.0, interval=(0.0, 1.0)))):
         settings = loaded.recipe.sample.model_copy(update={"guidance": guidance, "num": 20})
         labels = balanced_labels(loaded.recipe, 10, 20)
         images = torch.cat(list(build_sampler(loaded, settings)(labels)))
-        assert cell.value == pytest.approx(judge_digits((images * 255).round() / 255, labels)["frechet"], rel=1e-9)
+        assert cell.value == pytest.approx(judge_digits((images * 255).round() / 255, labels)["fd-digits"], rel=1e-9)
     assert tuned.best.value == min(cell.value for cell in tuned.cells)
 
 
 def test_judges():
     judge = Judge(["digits"])
-    assert (judge.main, judge.better["recognised"]) == ("frechet", "higher")
-    assert judge.beats("frechet", 1.0, 2.0)
+    assert (judge.main, judge.better["recognised"]) == ("fd-digits", "higher")
+    assert judge.beats("fd-digits", 1.0, 2.0)
     assert judge.beats("recognised", 2.0, 1.0)
-    assert judge.beats("frechet", 1.0, None)
-    assert not judge.beats("frechet", math.nan, 2.0)
-    assert judge.beats("frechet", 5.0, math.nan)
+    assert judge.beats("fd-digits", 1.0, None)
+    assert not judge.beats("fd-digits", math.nan, 2.0)
+    assert judge.beats("fd-digits", 5.0, math.nan)
     with pytest.raises(UserError, match="did you mean digits"):
         Judge(["digit"])
 
@@ -183,18 +183,18 @@ def test_mistakes(mistake, checkpoint):
     assert "--scales takes numbers" in mistake("tune", checkpoint, "--scales", "1,two")
     assert "pairs such as" in mistake("tune", checkpoint, "--intervals", "0.7")
     assert "interval 0.9:0.1" in mistake("tune", checkpoint, "--intervals", "0.9:0.1")
-    assert "did you mean frechet" in mistake("tune", checkpoint, "--metric", "frechett")
-    assert "reference" in mistake("tune", checkpoint, "--metric", "fd-digits")
+    assert "did you mean fd-digits" in mistake("tune", checkpoint, "--metric", "fd-digit")
+    assert "reference" in mistake("tune", checkpoint, "--metric", "prec-digits")
     recipe = (checkpoint / "recipe.yaml").read_text().replace("label_dropout: 0.1", "label_dropout: 0.0")
     (checkpoint / "recipe.yaml").write_text(recipe)
     assert "no guidance to search" in mistake("tune", checkpoint)
     loaded = load_checkpoint(checkpoint)
     settings = loaded.recipe.sample.model_copy(update={"guidance": GuidanceSection(scale=2.0, weak=str(checkpoint))})
-    assert Tuner(loaded, "frechet", sample=settings, num=2).cells()  # a weaker model guides without a null class
+    assert Tuner(loaded, "fd-digits", sample=settings, num=2).cells()  # a weaker model guides without a null class
     loaded.recipe.train.label_dropout = 0.1
     settings.guidance = GuidanceSection(kind="cfg++", scale=0.5)
     with pytest.raises(UserError, match=r"CFG\+\+ guides at a scale of 1 too"):
-        Tuner(loaded, "frechet", sample=settings)
+        Tuner(loaded, "fd-digits", sample=settings)
 
 
 def test_records_of_guidance_by_a_weaker_model_know_its_weights(checkpoint, tmp_path):
@@ -203,7 +203,7 @@ def test_records_of_guidance_by_a_weaker_model_know_its_weights(checkpoint, tmp_
     sample = loaded.recipe.sample.model_copy(update={"guidance": GuidanceSection(scale=2.0, weak=str(weak))})
 
     def identities():
-        tuner = Tuner(loaded, "frechet", sample=sample, num=2, out=tmp_path / "out")
+        tuner = Tuner(loaded, "fd-digits", sample=sample, num=2, out=tmp_path / "out")
         return tuner.spec, Judgement.of(RunFolder(tmp_path), 4, loaded.recipe, sample).identity()
 
     before = identities()

@@ -210,7 +210,8 @@ def _print_measured(rows: list, metrics: dict) -> None:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+    """To two digits behind the point, as the papers give FID; what is below 1, such as a share, to three that count."""
+    return f"{value:.2f}" if abs(value) >= 0.9995 or not value else f"{value:#.3g}"
 
 
 def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> None:
@@ -224,7 +225,7 @@ def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool =
         if run.exists() and not (run / "recipe.yaml").is_file():
             raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
         if RunFolder.open(run).recipe().evaluate is None:
-            raise no_judge(run)
+            raise no_judge(run, "give a --reference")
     given = load_recipe(recipe).sample if recipe else None
     judgements = []
     for run in runs:
@@ -236,19 +237,17 @@ def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool =
         click.echo(f"samples: {judgements[0].picture}")
 
 
-# How the scores of the judge of digits are shown; those of other judges go by their own names.
-_COLUMNS = {"recognised": ("recognised", lambda v: f"{v:.1%}"), "frechet": ("Fréchet distance", lambda v: f"{v:.2f}")}
 _NO_COLUMN = {"count", "recognised_count", "reference"}
 
 
 def _print_judgements(judgements) -> None:
+    from dic_repa.evaluation.judging import title
     from dic_repa.evaluation.runs import describe_sampling
 
     shown = [
         key for key, value in judgements[0].scores.items() if key not in _NO_COLUMN and not isinstance(value, dict)
     ]
-    headings = [_COLUMNS.get(key, (key,))[0] for key in shown]
-    rows = [("run", "step", "samples", *headings)]
+    rows = [("run", "step", "samples", *map(title, shown))]
     for j in judgements:
         rows.append(
             (str(j.run), str(j.step), describe_sampling(j.sample), *(_score(k, j.scores.get(k)) for k in shown))
@@ -260,7 +259,7 @@ def _print_judgements(judgements) -> None:
         if len(group) > 1:
             group = list(group.values())
             name = _common_start([str(j.run) for j in group]) + "*"
-            spreads = [_spread_of(key, [j.scores.get(key) for j in group]) for key in shown]
+            spreads = [_spread([j.scores.get(key) for j in group]) for key in shown]
             rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
     reference = judgements[0].scores.get("reference")
     if isinstance(reference, dict):
@@ -271,16 +270,7 @@ def _print_judgements(judgements) -> None:
 def _score(key: str, value) -> str:
     if value is None:
         return "no labels" if key == "recognised" else ""
-    if key in _COLUMNS:
-        return _COLUMNS[key][1](value)
     return _number(value) if isinstance(value, float) else str(value)
-
-
-def _spread_of(key: str, values: list) -> str:
-    values = [value for value in values if isinstance(value, (int, float))]
-    if len(values) < 2:
-        return ""
-    return _spread([100 * value for value in values], 1) + " %" if key == "recognised" else _spread(values, 2)
 
 
 def _print_rows(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> None:
@@ -300,5 +290,10 @@ def _common_start(names: list[str]) -> str:
     return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*names)))
 
 
-def _spread(values: list[float], digits: int) -> str:
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+def _spread(values: list) -> str:
+    """Mean and standard deviation, to the digits of the mean."""
+    values = [value for value in values if isinstance(value, (int, float))]
+    if len(values) < 2:
+        return ""
+    mean = _number(statistics.mean(values))
+    return f"{mean} ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}"

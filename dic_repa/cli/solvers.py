@@ -56,6 +56,7 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
       dic-repa solvers compare runs/digits-urepa --solvers euler,heun,ab2 --evaluations 8,16,32
     """
     from dic_repa.aside import check_file
+    from dic_repa.evaluation.judging import title
     from dic_repa.evaluation.solvers import compare_solvers, save_comparison
 
     budgets = [int(part) for part in evaluations.split(",") if part.strip().isdigit()]
@@ -66,8 +67,8 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
     points = []
     for point in compare_solvers(run, solvers.split(","), budgets, num):
         points.append(point)
-        share = "" if point.recognised is None else f"{point.recognised:.1%} recognised, "
-        click.echo(f"{point.solver:15} {point.evaluations:4} evaluations  {share}Fréchet distance {point.frechet:.2f}")
+        shown = ", ".join(f"{title(score)} {value:.4g}" for score, value in point.scores.items())
+        click.echo(f"{point.solver:15} {point.evaluations:4} evaluations  {shown}")
     if not points:
         raise UserError(f"no solver of {solvers} takes as few as {max(budgets)} evaluations: allow more")
     save_comparison(points, out)

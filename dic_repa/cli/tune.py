@@ -14,7 +14,7 @@ from dic_repa.recipe_values import MOST_IMAGES
 @click.command("tune")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
-    "--metric", help="What counts: frechet or recognised for digits, fid, ...  [default: the recipe's judge's]"
+    "--metric", help="What counts: fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]"
 )
 @click.option("--reference", help="Real images for fid and its like: a folder, an .npz, statistics.")
 @click.option("--scales", default="1,1.25,1.5,1.75,2,2.5", show_default=True, help="Guidance scales to try.")
@@ -72,6 +72,7 @@ def command(
     import torch
 
     from dic_repa.aside import check_folder
+    from dic_repa.evaluation.judging import title
     from dic_repa.evaluation.tune import Cell, Tuner
     from dic_repa.generation import load_checkpoint
     from dic_repa.progress import progress_bar
@@ -90,11 +91,11 @@ def command(
                 bar.update(count)
             else:
                 bar.total -= count  # there already, so no work of this call
-                bar.write(f"{cell.options:32} {cell.num:6} samples  {tuner.score} {cell.value:.4g}")
+                bar.write(f"{cell.options:32} {cell.num:6} samples  {title(tuner.score)} {cell.value:.4g}")
 
         tuned = tuner.run(progress)
     best = tuned.best
-    click.echo(f"best {tuned.score}: {best.value:.4g} with {best.num} samples")
+    click.echo(f"best {title(tuned.score)}: {best.value:.4g} with {best.num} samples")
     given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
     click.echo(f"use: dic-repa sample {checkpoint} {best.options}{given}")
     click.echo(f"heat map: {tuned.picture}; record: {tuned.record}")

@@ -59,10 +59,13 @@ def judge_digits(images: Tensor, labels: Tensor) -> dict:
     - `count`: N; `recognised_count` and `recognised`: how many, and which share of those with a class, are read as it;
       the share is None where no image was asked to show one (label 10, the null class);
     - `recognised_by_class`: that share for each class, by its name; None where no image should show it;
-    - `frechet`: the Fréchet distance of the judge's features to those of the 2,000 held-out digits;
+    - `fd-digits`: the Fréchet distance of the judge's features to those of the 2,000 held-out digits, as the metric of
+      that name measures it against `digits`;
     - `reference`: the bounds that real digits set: `recognised`, the share of the held-out ones that the judge reads
-      right, and `frechet`, the distance to them of the first `count` training digits: as many as were judged, because
-      the distance grows as samples get fewer.
+      right, and `fd-digits`, the distance to them of the first `count` training digits: as many as were judged,
+      because the distance grows as samples get fewer.
+
+    Shares lie in [0, 1].
 
     Raises UserError for fewer than two images, other shapes or types, values that are not in [0, 1], and unknown
     labels.
@@ -78,12 +81,13 @@ def judge_digits(images: Tensor, labels: Tensor) -> dict:
         "recognised_count": int(right.sum()),
         "recognised": right[asked].double().mean().item() if asked.any() else None,
         "recognised_by_class": {str(d): r.double().mean().item() if len(r) else None for d, r in enumerate(by_class)},
-        "frechet": frechet_distance(*statistics(features), *_held_out()[0]),
+        "fd-digits": frechet_distance(*statistics(features), *_held_out()[0]),
         "reference": _reference(len(images)),
     }
 
 
-judge_digits.better = {"frechet": "lower", "recognised": "higher"}  # the first is what a search goes by
+judge_digits.better = {"fd-digits": "lower", "recognised": "higher"}  # the first is what a search goes by
+judge_digits.most = {"recognised": 1.0}
 
 
 def _check(images: Tensor, labels: Tensor) -> None:
@@ -147,6 +151,6 @@ def _reference(count: int) -> dict:
     features, _ = _read(images[:count])
     return {
         "recognised": recognised,
-        "frechet": frechet_distance(*statistics(features), *held_out),
+        "fd-digits": frechet_distance(*statistics(features), *held_out),
         "count": len(features),
     }

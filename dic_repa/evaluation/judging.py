@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import unknown_name
 from dic_repa.evaluation import Measure, metrics, scores
 
 
@@ -19,6 +19,33 @@ def check_names(names: Sequence[str]) -> None:
             raise unknown_name("metric", name, [*metrics.names(), *scores.names()])
 
 
+def directions(name: str) -> dict[str, str]:
+    """'higher' or 'lower', which is better, for each score that the judge or metric of this name gives."""
+    return {name: scores.get(name).better} if name in scores else getattr(metrics.get(name), "better", {})
+
+
+def all_directions() -> dict[str, str]:
+    """The directions of all scores that are known."""
+    return {score: better for name in [*metrics.names(), *scores.names()] for score, better in directions(name).items()}
+
+
+def measured(names: Sequence[str], reference) -> list[str]:
+    """The metrics among `names`, but for those that a judge among them gives as well where there is no `reference`."""
+    judged = {score for name in names if name in metrics for score in directions(name)}
+    return [name for name in names if name in scores and not (reference is None and name in judged)]
+
+
+def title(score: str) -> str:
+    """How a score is called where it is shown: a metric by its title ('FD-digits'), another by its name."""
+    return scores.get(score).title if score in scores else score
+
+
+def todays_names(scores: dict) -> dict:
+    """The scores of a record by the names of today: earlier versions kept fd-digits as `frechet`."""
+    renamed = {"fd-digits" if name == "frechet" else name: value for name, value in scores.items()}
+    return {name: todays_names(value) if name == "reference" else value for name, value in renamed.items()}
+
+
 class Judge:
     """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1].
 
@@ -27,19 +54,16 @@ class Judge:
         reference: the real images that metrics compare with, as `Measure` takes them; its features are computed once.
 
     `better` is 'higher' or 'lower' for each score that has a direction; its first is the `main` one. A judge of your
-    own tells it by an attribute `better`. Raises UserError for unknown names and a reference that is missing.
+    own tells it by an attribute `better`, and by `most` what a score cannot exceed (1 for a share), for the report.
+    Raises UserError for unknown names and a reference that is missing.
     """
 
     def __init__(self, names: Sequence[str], reference=None, device: str | torch.device = "cpu"):
         check_names(names)
         self.judges = [metrics.get(name) for name in names if name in metrics]
-        measured = [name for name in names if name in scores]
-        self.measure = Measure(measured, reference, device) if measured else None
-        self.better: dict[str, str] = {}
-        for name in names:
-            self.better |= (
-                {name: scores.get(name).better} if name in scores else getattr(metrics.get(name), "better", {})
-            )
+        own = measured(names, reference)
+        self.measure = Measure(own, reference, device) if own else None
+        self.better = {score: better for name in names for score, better in directions(name).items()}
 
     @property
     def main(self) -> str | None:
@@ -79,12 +103,10 @@ class Judge:
 
 
 def judge_of_score(score: str, judge: str | None, reference, device: str | torch.device = "cpu") -> Judge:
-    """Who gives `score`: a metric of that name against `reference`, or else the `judge` that a recipe names."""
-    if score in scores:
+    """Who gives `score`: the `judge` that a recipe names, unless there is a `reference` to measure a metric against."""
+    judged = directions(judge) if judge else {}
+    if score in scores and (reference is not None or score not in judged):
         return Judge([score], reference, device)
-    if judge is None:
-        raise unknown_name("metric", score, scores.names())
-    found = Judge([judge], reference, device)
-    if score not in found.better:
-        raise UserError(str(unknown_name("metric", score, [*found.better, *scores.names()])))
-    return found
+    if score not in judged:
+        raise unknown_name("metric", score, [*judged, *scores.names()])
+    return Judge([judge], reference, device)

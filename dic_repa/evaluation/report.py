@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dic_repa import __version__
 from dic_repa.evaluation import metrics, scores
+from dic_repa.evaluation.judging import directions, title
 from dic_repa.evaluation.report_data import read_run
 from dic_repa.training.run_folder import RunFolder, write_whole
 
@@ -37,10 +38,7 @@ def render(runs: list[dict]) -> str:
     """The page for runs as `read_run` gives them."""
     assets = resources.files("dic_repa.evaluation").joinpath("assets")
     generated = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    known = {name: {"title": scores.get(name).title, "better": scores.get(name).better} for name in scores.names()}
-    for name in metrics.names():
-        known |= {score: {"better": better} for score, better in getattr(metrics.get(name), "better", {}).items()}
-    data = {"version": __version__, "generated": generated, "scores": known, "runs": runs}
+    data = {"version": __version__, "generated": generated, "scores": _known_scores(), "runs": runs}
     parts = {
         "TITLE": html.escape(", ".join(run["name"] for run in runs)),
         "STYLE": assets.joinpath("report.css").read_text("utf-8"),
@@ -50,6 +48,16 @@ def render(runs: list[dict]) -> str:
     }
     page = assets.joinpath("report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+
+
+def _known_scores() -> dict[str, dict]:
+    """What the page has to know of each score: its title, which direction is better, and the most that it can be."""
+    known = {}
+    for name in [*metrics.names(), *scores.names()]:
+        most = {name: scores.get(name).most} if name in scores else getattr(metrics.get(name), "most", {})
+        for score, better in directions(name).items():
+            known[score] = {"title": title(score), "better": better, "most": most.get(score)}
+    return known
 
 
 def distinct_names(runs: Sequence[RunFolder]) -> list[str]:

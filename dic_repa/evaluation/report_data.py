@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.evaluation.judging import todays_names
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.training.run_folder import RunFolder
 
@@ -137,7 +138,7 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
         elif (
             isinstance(record, dict) and isinstance(record.get("scores"), dict) and isinstance(record.get("step"), int)
         ):
-            scores = record["scores"]
+            scores = todays_names(record["scores"])
             reference = scores.get("reference")
             found.append(
                 {

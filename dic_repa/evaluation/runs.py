@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.judging import Judge
+from dic_repa.evaluation.judging import Judge, todays_names
 from dic_repa.generation import build_sampler, draw_labels, load_checkpoint, weak_weights
 from dic_repa.pictures import save_grid, shown_in_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
@@ -89,9 +89,10 @@ def evaluate_run(
     return judged
 
 
-def no_judge(path: str | Path) -> UserError:
+def no_judge(path: str | Path, mend: str = "") -> UserError:
     """The error for a run whose recipe does not say how to judge its samples."""
-    return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; give a --reference")
+    mend = mend or f"add one to {Path(path) / 'recipe.yaml'}, such as `evaluate: {{metric: fid, reference: FOLDER}}`"
+    return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; {mend}")
 
 
 def _as_kept(
@@ -120,7 +121,7 @@ def _read_record(path: Path, wanted: dict) -> dict | None:
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(path.read_text())
         if {key: record.get(key) for key in wanted} == wanted:
-            return record
+            return record | {"scores": todays_names(record["scores"])}
     return None
 
 

@@ -33,6 +33,7 @@ class Score:
     title: str
     better: ClassVar[str] = "lower"
     needs: ClassVar[str] = "gaussian"  # of the reference: gaussian, features, or nothing
+    most: ClassVar[float | None] = None  # what it cannot exceed: 1 for a share
 
     def __call__(self, features: Tensor, reference: FeatureSet | None) -> float:
         """The score of the samples' features (N, D)."""
@@ -149,6 +150,7 @@ class Precision(Score):
 
     better = "higher"
     needs = "features"
+    most = 1.0
 
     def __call__(self, features: Tensor, reference: FeatureSet) -> float:
         return self._inside(features, reference).double().mean().item()

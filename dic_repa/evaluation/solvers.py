@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dic_repa.errors import UserError
+from dic_repa.evaluation.judging import all_directions, title
 from dic_repa.evaluation.runs import evaluate_run
 from dic_repa.recipe import SampleSection
 from dic_repa.samplers import solver_info
@@ -19,8 +22,7 @@ class Point:
 
     solver: str
     evaluations: int
-    recognised: float | None
-    frechet: float
+    scores: dict[str, float]
 
 
 def compare_solvers(run: str | Path, solvers: Sequence[str], budgets: Sequence[int], num: int) -> Iterator[Point]:
@@ -37,32 +39,37 @@ def compare_solvers(run: str | Path, solvers: Sequence[str], budgets: Sequence[i
             settings = [{"steps": budget // each} for budget in budgets if budget >= each]
         for options in settings:
             judged = evaluate_run(run, SampleSection(solver=info.name, num=num, batch_size=100, **options))
-            yield Point(info.name, judged.evaluations, judged.scores["recognised"], judged.scores["frechet"])
+            found = {name: value for name, value in judged.scores.items() if isinstance(value, float)}
+            if not found:
+                raise UserError(f"the recipe of {run} gives no score to plot")
+            yield Point(info.name, judged.evaluations, found)
 
 
 def save_comparison(points: Sequence[Point], path: str | Path) -> None:
-    """Plot both scores over the evaluations, a line for each solver; stochastic ones dashed, adaptive ones dotted."""
+    """Plot each score over the evaluations, a line for each solver; stochastic ones dashed, adaptive ones dotted."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogFormatter, NullFormatter
 
-    labelled = all(point.recognised is not None for point in points)
-    size = (5.2 * (1 + labelled), 3.8)
-    figure, axes = plt.subplots(1, 1 + labelled, figsize=size, squeeze=False, layout="constrained")
+    better = all_directions()
+    shown = list(dict.fromkeys(score for point in points for score in point.scores))
+    size = (5.2 * len(shown), 3.8)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained")
     for i, solver in enumerate(dict.fromkeys(point.solver for point in points)):
         info = solver_info(solver)
         own = sorted((p for p in points if p.solver == solver), key=lambda p: p.evaluations)
         line = "--" if not info.deterministic else ":" if info.kind == "adaptive" else "-"
         style = {"label": solver, "linestyle": line, "marker": "osv^D*XP"[i % 8], "markersize": 5, "linewidth": 1.4}
-        costs = [p.evaluations for p in own]
-        axes[0][0].plot(costs, [p.frechet for p in own], **style)
-        if labelled:
-            axes[0][1].plot(costs, [100 * p.recognised for p in own], **style)
-    axes[0][0].set(title="Fréchet distance (lower is better)", yscale="log")
-    if labelled:
-        axes[0][1].set(title="recognised, % (higher is better)")
+        for axis, score in zip(axes[0], shown):
+            axis.plot([p.evaluations for p in own], [p.scores.get(score, math.nan) for p in own], **style)
+    for axis, score in zip(axes[0], shown):
+        axis.set_title(f"{title(score)} ({better[score]} is better)" if score in better else title(score))
+        if better.get(score) == "lower" and all(point.scores.get(score, 1) > 0 for point in points):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())  # 5.3 rather than 5.3 x 10^0
+            axis.yaxis.set_minor_formatter(LogFormatter())
     costs = sorted({point.evaluations for point in points})
     ticks = [cost for before, cost in zip([0, *costs], costs) if cost > 1.3 * before]  # the others would overlap
     for axis in axes[0]:

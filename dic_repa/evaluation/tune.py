@@ -14,8 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation import scores
-from dic_repa.evaluation.judging import Judge, judge_of_score
+from dic_repa.evaluation.judging import Judge, judge_of_score, title
 from dic_repa.generation import Checkpoint, build_sampler, draw_labels, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
@@ -23,7 +22,6 @@ from dic_repa.training.run_folder import write_whole
 from dic_repa.weights import weights_fingerprint
 
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
-TITLES = {"frechet": "Fréchet distance"}  # of a judge's scores; metrics have their own
 INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.0, 0.85), (0.0, 1.0), (0.2, 0.8))
 
 
@@ -61,7 +59,7 @@ class Tuner:
 
     Args:
         loaded: what `dic_repa.generation.load_checkpoint` gives for a run or a checkpoint.
-        score: what counts: a score of the recipe's judge (digits: frechet, recognised), or a metric such as fid.
+        score: what counts: a score of the recipe's judge (digits: fd-digits, recognised), or a metric such as fid.
         reference: the real images that a metric compares with.
         sample: the sampler; by default the recipe's, whose guidance is replaced.
         num: samples of each cell.
@@ -223,11 +221,10 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
     axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axis.set_yticks(range(len(intervals)), [f"{low:g} to {high:g}" for low, high in intervals])
     axis.set(xlabel="guidance scale", ylabel="interval of t")
-    shown_as = scores.get(tuned.score).title if tuned.score in scores else TITLES.get(tuned.score, tuned.score)
-    title = f"{shown_as} ({tuned.better} is better), {tuned.cells[0].num} samples a cell"
+    heading = f"{title(tuned.score)} ({tuned.better} is better), {tuned.cells[0].num} samples a cell"
     if tuned.confirmed:
-        title += f"\nframed: the best, confirmed with {tuned.best.num} samples"
-    axis.set_title(title, fontsize=10)
+        heading += f"\nframed: the best, confirmed with {tuned.best.num} samples"
+    axis.set_title(heading, fontsize=10)
     figure.colorbar(shown, ax=axis)
     figure.savefig(path, dpi=130)
     plt.close(figure)

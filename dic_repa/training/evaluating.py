@@ -78,6 +78,7 @@ class Evaluator:
         return in_order[: len(labels)]
 
     def _judge(self, step: int, images: Tensor, labels: Tensor) -> dict | None:
+        from dic_repa.evaluation.judging import title
         from dic_repa.evaluation.runs import Judgement, save_judgement
 
         judged = Judgement.of(self.run, step, self.recipe, self.sample)
@@ -95,7 +96,7 @@ class Evaluator:
             other = before.get("value") if before.get("score") == self.score else None
             if self.judge.beats(self.score, numbers[self.score], other):
                 self.best = best = {"step": step, "score": self.score, "value": numbers[self.score]}
-        words = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        words = ", ".join(f"{title(name)} {value:.4g}" for name, value in numbers.items())
         tqdm.write(f"step {step}: {words}{', the best so far' if best else ''}", file=sys.stderr)
         try:
             save_judgement(judged, images, labels, self.parts.data.class_names)

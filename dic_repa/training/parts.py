@@ -171,15 +171,14 @@ def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: A
 
 def check_ending(recipe: Recipe, objective) -> None:
     """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
-    from dic_repa.evaluation import scores
-    from dic_repa.evaluation.judging import check_names
+    from dic_repa.evaluation.judging import check_names, measured
     from dic_repa.evaluation.measuring import check_reference
     from dic_repa.generation import check_sampling
 
     check_sampling(recipe.sample, objective)
     if recipe.evaluate:
         check_names(recipe.evaluate.names)
-        check_reference([name for name in recipe.evaluate.names if name in scores], recipe.evaluate.reference)
+        check_reference(measured(recipe.evaluate.names, recipe.evaluate.reference), recipe.evaluate.reference)
 
 
 def build_caches(recipe: Recipe, encoders: list, data: Dataset, accelerator: Accelerator) -> dict[str, FeatureCache]:

@@ -9,8 +9,7 @@ const main = document.getElementById("top");
 const lowerIsBetter = (name) => (DATA.scores[name]?.better ?? "lower") === "lower";
 const NAMES = {
   denoising: "Denoising loss", loss: "Total loss", gradient_norm: "Gradient norm", learning_rate: "Learning rate",
-  images_per_second: "Images per second", data_wait: "Share of time waiting for data", skipped: "Skipped steps", frechet: "Fréchet distance",
-  recognised: "Recognised", sfid: "sFID",
+  images_per_second: "Images per second", data_wait: "Share of time waiting for data", skipped: "Skipped steps",
   cka: "Linear CKA", cknna: "CKNNA", cosine: "Cosine through the head", linear_probe: "Linear probe accuracy",
 };
 const nice = (name) => NAMES[name] ?? titled(DATA.scores[name]?.title ?? name);
