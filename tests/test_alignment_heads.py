@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,29 @@ def test_conv_head_sees_three_by_three(feature):
     assert head.layer.weight.shape == (7, 5, 3, 3)
     expected = F.conv2d(F.pad(feature, (1, 1, 1, 1)), head.layer.weight, head.layer.bias)
     torch.testing.assert_close(head(feature, torch.rand(2)), tokens(up(expected)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mlp", "mlp-upsample-between", "mlp-upsample-first", "time-aware"])
+def test_projections_start_as_large_as_repas(name):
+    """Xavier's variance 2 / (fan in + fan out), and what is left of a normal's square behind each SiLU."""
+    torch.manual_seed(0)
+    head = heads.get(name)(1152, 768, (8, 8))
+    assert all(layer.bias.abs().max() == 0 for layer in head.layers if isinstance(layer, nn.Linear))
+    z = torch.randn(2_000_000, generator=torch.Generator().manual_seed(1))
+    rms, widths = 1.0, [1152, 2048, 2048, 768]
+    for index, (before, after) in enumerate(itertools.pairwise(widths)):
+        rms = (F.silu(rms * z) if index else z).square().mean().sqrt().item() * (2 * before / (before + after)) ** 0.5
+    projected = head(torch.randn(8, 1152, 8, 8), torch.rand(8)).square().mean().sqrt().item()
+    assert projected == pytest.approx(rms, rel=0.02)
+    assert projected == pytest.approx(0.316, rel=0.02)  # measured with REPA's projector; PyTorch's own start: 0.055
+
+
+@torch.no_grad()
+def test_irepas_convolution_starts_from_pytorchs_values():
+    torch.manual_seed(0)
+    weight = heads.get("conv")(64, 32, (8, 8)).layer.weight
+    assert weight.abs().max().item() == pytest.approx((9 * 64) ** -0.5, rel=0.01)  # uniform within 1 / sqrt(fan in)
 
 
 @pytest.mark.parametrize("name", ["mlp", "mlp-upsample-between", "mlp-upsample-first"])
