@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, repeat
+
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.paths import expand_as
 
 Index = int | Tensor  # a step, or one step for each row (B,)
+VARIANCES = ("large", "small")
 
 
 class BetaSchedule:
     """x_i = sqrt(abar_i) x + sqrt(1 - abar_i) eps at the steps i = 0 ... N - 1, with abar the product of 1 - beta.
 
     `times[i]` is the time of step i in (0, 1]: (its number in the original schedule + 1) / (the original's steps).
+    `fixed_variance` is that of a model that learns none: 'large', beta, as in DiT and ADM; 'small', the posterior's.
     Methods take a step as an int, or one for each row as a tensor (B,).
     """
 
-    def __init__(self, betas: Tensor, times: list[float] | None = None):
-        self.betas = betas.double()
+    def __init__(self, betas: Tensor, times: list[float] | None = None, fixed_variance: str = "large"):
+        if fixed_variance not in VARIANCES:
+            raise unknown_name("fixed variance", fixed_variance, VARIANCES)
+        self.betas, self.fixed_variance = betas.double(), fixed_variance
         self.times = times or [(i + 1) / len(betas) for i in range(len(betas))]
         self.alpha_bar = torch.cumprod(1 - self.betas, 0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
@@ -35,13 +41,17 @@ class BetaSchedule:
             "of_state": (1 - before) * (1 - self.betas).sqrt() / (1 - self.alpha_bar),
             "log_beta": self.betas.log(),
             "log_posterior": posterior.log(),
+            # Beta, but for the first step: with it the data would be less likely than they need be.
+            "log_large": torch.cat([posterior[:1], self.betas[1:]]).log(),
         }
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
     @classmethod
-    def linear(cls, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> BetaSchedule:
+    def linear(
+        cls, steps: int = 1000, start: float = 1e-4, end: float = 0.02, fixed_variance: str = "large"
+    ) -> BetaSchedule:
         """Betas that rise linearly (Ho et al. 2020; ADM, DiT and DiC)."""
-        return cls(torch.linspace(start, end, steps, dtype=torch.float64))
+        return cls(torch.linspace(start, end, steps, dtype=torch.float64), fixed_variance=fixed_variance)
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -72,7 +82,9 @@ class BetaSchedule:
 
     def log_variance(self, fraction: Tensor | None, x: Tensor, i: Index) -> Tensor:
         """The log variance of the model's step: between the posterior's, where `fraction` is -1, and log beta, where it
-        is 1 (Nichol and Dhariwal 2021, eq. 15); without a fraction, the posterior's."""
+        is 1 (Nichol and Dhariwal 2021, eq. 15); without a fraction, `fixed_variance`."""
+        if fraction is None and self.fixed_variance == "large":
+            return torch.ones_like(x) * self.at("log_large", i, x)
         low = self.log_posterior_variance(x, i)
         if fraction is None:
             return low
@@ -80,7 +92,9 @@ class BetaSchedule:
         return share * self.at("log_beta", i, x) + (1 - share) * low
 
     def respaced(self, steps: int, strided: bool = False) -> BetaSchedule:
-        """The schedule over `steps` of these steps: from the first to the last, or every k-th from the first.
+        """The schedule over `steps` of these steps: evenly from the first to the last, or every k-th from the first.
+
+        They are ADM's and DiT's, its sums of rounded numbers included; one step alone is the first, as there.
 
         Raises UserError for a count that is out of range or, strided, not to be had with a whole stride.
         """
@@ -90,10 +104,11 @@ class BetaSchedule:
         if strided:
             kept = _strided(count, steps)
         else:
-            kept = [round(i * (count - 1) / max(steps - 1, 1)) for i in range(steps)] if steps > 1 else [count - 1]
+            stride = (count - 1) / max(steps - 1, 1)
+            kept = [round(i) for i in accumulate(repeat(stride, steps - 1), initial=0.0)]
         alpha_bar = self.alpha_bar[kept]
         before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        return BetaSchedule(1 - alpha_bar / before, [self.times[i] for i in kept])
+        return BetaSchedule(1 - alpha_bar / before, [self.times[i] for i in kept], self.fixed_variance)
 
 
 def _strided(count: int, steps: int) -> list[int]:

@@ -63,6 +63,15 @@ _SOLVERS = (
         "a corrected euler_maruyama, of second order; not for a diffusion that is large near the data",
     ),
     SolverInfo(
+        "heun-sit",
+        "sde",
+        "fixed",
+        1,
+        2,
+        False,
+        "SiT's Heun: a step's noise first, then heun; for its numbers, stochastic_heun is more accurate",
+    ),
+    SolverInfo(
         "ou",
         "sde",
         "fixed",

@@ -33,7 +33,7 @@ def sample_ddpm(
     """From `noise` (B, C, ...) to data over `steps` respaced steps of `schedule` (by default 1000 linear betas).
 
     `model_fn` (x, t (B,)) -> (B, C or 2C, ...) predicts the noise and, where it has 2C channels, how far the log
-    variance lies between that of the posterior (-1) and beta (1); without them it is the posterior's. Step i of N has
+    variance lies between that of the posterior (-1) and beta (1); without them it is the schedule's. Step i of N has
     the time t = (i + 1) / N, so that guidance intervals mean what they mean elsewhere: bind what `DDPM.noise_model`
     makes of a denoiser.
 

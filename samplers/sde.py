@@ -54,6 +54,14 @@ def stochastic_heun(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -
     return x + 0.5 * (s - t) * (drift + sde.drift(end, s)) + noise
 
 
+@sde_steps.register("heun-sit")
+def heun_sit(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
+    """SiT's: all of the step's noise first, then Heun's step of the drift from there. Of weak order 1."""
+    noisy = x + sde.noise(x, t, s, z)
+    drift = sde.drift(noisy, t)
+    return noisy + 0.5 * (s - t) * (drift + sde.drift(noisy + (s - t) * drift, s))
+
+
 @sde_steps.register("ou")
 def ornstein_uhlenbeck(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
     """The SDE solved exactly for a data prediction D that stays what it is at the step's start.

@@ -16,6 +16,7 @@ from dic_repa.objectives import DDPM, create_objective
 from dic_repa.samplers import Guidance, sample, sample_ddpm, sample_ode
 
 REFERENCE = load_file(FilePath(__file__).parent / "data/ddpm_reference.safetensors")
+DIT = load_file(FilePath(__file__).parent / "data/sit_dit_reference.safetensors")
 OBJECTIVE = DDPM()
 MIXTURE = GaussianMixture([[-1.0], [0.5]], [0.4, 0.6], 0.3)
 
@@ -80,6 +81,27 @@ def test_a_step_is_embedded_once_for_all_rows(solver, dtype):
 def test_respaced_steps_of_the_reference(steps, strided, name):
     times = torch.tensor(OBJECTIVE.schedule.respaced(steps, strided).times)
     assert torch.equal((1000 * times).round().long() - 1, REFERENCE[name])
+
+
+@pytest.mark.parametrize("steps", [1, 21, 23, 27, 35, 39])
+def test_respaced_steps_are_dits_where_rounding_decides(steps):
+    times = torch.tensor(OBJECTIVE.schedule.respaced(steps).times)
+    assert torch.equal((1000 * times).round().long() - 1, DIT[f"dit.steps.{steps}"])
+
+
+def test_a_fixed_variance_is_dits():
+    noise_fn = lambda i, x: REFERENCE["sample.noise"][i]  # noqa: E731
+    noise_alone = lambda x, t: reference_model(x, t)[:, :4]  # noqa: E731
+    got = sample_ddpm(noise_alone, REFERENCE["sample.z"], steps=10, noise_fn=noise_fn)
+    torch.testing.assert_close(got, DIT["dit.large.10"], rtol=1e-5, atol=1e-5)
+    large, small = DDPM().schedule, DDPM(fixed_variance="small").schedule
+    x, fraction = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    for i in (1, 500, 999):
+        assert large.log_variance(None, x, i) == large.log_variance(fraction, x, i)
+        assert small.log_variance(None, x, i) == small.log_variance(-fraction, x, i)
+        assert small.respaced(1000).fixed_variance == "small"
+    with pytest.raises(UserError, match="large"):
+        DDPM(fixed_variance="larg")
 
 
 class NoisePredictor(torch.nn.Module):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path as FilePath
+
 import pytest
 import torch
 from gaussian_mixture import GaussianMixture
+from safetensors.torch import load_file
 
 from dic_repa.errors import UserError
 from dic_repa.objectives import FlowMatching, LogNormal, create_objective, create_weighting, resolution_shift
 from dic_repa.paths import PREDICTIONS, CosinePath, LinearPath, VPPath, create_path
 
+SIT = load_file(FilePath(__file__).parent / "data/sit_dit_reference.safetensors")
 PATHS = [LinearPath(), CosinePath(), VPPath()]
 SHAPE = (512, 2, 4, 4)
 
@@ -84,7 +88,7 @@ def test_shifted_times():
     torch.testing.assert_close(shifted / (1 - shifted), 2 * plain / (1 - plain), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("weighting", ["velocity", "likelihood", "min-snr-gamma"])
+@pytest.mark.parametrize("weighting", ["noise", "velocity", "likelihood", "min-snr-gamma"])
 @pytest.mark.parametrize("path", PATHS, ids=repr)
 def test_weighted_loss_is_the_same_for_every_prediction(path, weighting):
     """One wrong denoiser, put as each of the predictions, has one loss: the weights undo the change of units."""
@@ -116,12 +120,26 @@ def test_weights_are_those_of_sit_and_min_snr(name):
         ("min-snr-gamma", "data"): torch.clamp((c.alpha / c.sigma) ** 2, max=5.0),
         ("velocity", "velocity"): torch.ones_like(t),
         ("none", "noise"): torch.ones_like(t),
+        ("noise", "noise"): torch.ones_like(t),
+        ("noise", "score"): c.sigma**2,
     }
     for (weighting, prediction), weight in expected.items():
         torch.testing.assert_close(create_weighting(weighting)(path, t, prediction), weight, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("weighting", ["none", "velocity", "likelihood", "min-snr-gamma"])
+@pytest.mark.parametrize("prediction", ["score", "noise"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "vp"])
+def test_losses_are_those_of_sits_code(name, prediction):
+    """Numbers that SiT's code gave; what it calls no weighting is the error of the noise, of a score too."""
+    x, noise, output, t = (SIT[f"loss.{key}"] for key in ("x", "noise", "prediction", "t"))
+    for theirs, ours in ((None, "noise"), ("velocity", "velocity"), ("likelihood", "likelihood")):
+        objective = FlowMatching(path=name, prediction=prediction, weighting=ours)
+        noisy = objective.corrupt(x, t, noise)
+        loss = noisy.weight * (output - noisy.target).square().flatten(1).mean(1)
+        torch.testing.assert_close(loss, SIT[f"loss.{name}.{prediction}.{theirs}"], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("weighting", ["none", "noise", "velocity", "likelihood", "min-snr-gamma"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("path", PATHS, ids=repr)
 def test_targets_and_weights_are_finite_at_all_times_that_are_drawn(path, prediction, weighting):

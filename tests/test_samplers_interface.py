@@ -162,7 +162,7 @@ class ConvDenoiser(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "solver", ["heun", "dpmpp-2m", "rk4", "euler_maruyama", "stochastic_heun", "ou", "ddpm", "ddim"]
+    "solver", ["heun", "dpmpp-2m", "rk4", "euler_maruyama", "stochastic_heun", "heun-sit", "ou", "ddpm", "ddim"]
 )
 def test_images_do_not_depend_on_the_batches(solver):
     torch.manual_seed(0)

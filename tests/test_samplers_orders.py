@@ -115,7 +115,8 @@ def test_weak_order_of_sde_solvers(info):
     if info.name == "ou":
         assert max(errors) < 1e-12  # it gets the mean of Gaussian data right in any number of steps
     else:
-        assert abs(slope(steps, errors) - info.order) < 0.15
+        # The mean of Gaussian data is the ODE's, of which SiT's heun is of second order like any other.
+        assert abs(slope(steps, errors) - (2 if info.name == "heun-sit" else info.order)) < 0.15
 
 
 @pytest.mark.parametrize("form", ["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"])

@@ -1,4 +1,4 @@
-"""The samplers against the REPA authors' own, on Gaussian classes whose velocity is known exactly."""
+"""The samplers against the REPA authors' own and SiT's, on Gaussian classes whose velocity is known exactly."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dic_repa.paths import create_path
 from dic_repa.samplers import Guidance, sample_ode, sample_sde
 
 REFERENCE = load_file(FilePath(__file__).parent / "data/repa_reference.safetensors")
+SIT = load_file(FilePath(__file__).parent / "data/sit_dit_reference.safetensors")
 VARIANCE = 0.25
 
 
@@ -53,6 +54,23 @@ def test_sde(name, scale):
         noise_fn=lambda step, like: REFERENCE["sde.noise"][step],
     )
     torch.testing.assert_close(got, REFERENCE[f"sde.euler_maruyama.{name}.cfg{scale}"], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", ["linear", "sigma", "decreasing"])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_heun_of_sit(name, form):
+    """Against SiT's own, with the same noise."""
+    path = create_path(name)
+
+    def velocity(x, t):
+        c = path.coefficients(t.reshape(-1, 1, 1, 1))
+        residual = (x - c.alpha * SIT["sit.mu"]) / (VARIANCE * c.alpha**2 + c.sigma**2)
+        return c.d_alpha * (SIT["sit.mu"] + c.alpha * VARIANCE * residual) + c.d_sigma * c.sigma * residual
+
+    given = {"steps": 20, "diffusion": form, "noise_fn": lambda step, like: SIT["sit.noise"][step]}
+    got = sample_sde(velocity, SIT["sit.z"], path, "heun-sit", **given)
+    torch.testing.assert_close(got, SIT[f"sit.heun.{name}.{form}"], rtol=1e-5, atol=1e-5)  # its times are float32
+    assert (sample_sde(velocity, SIT["sit.z"], path, "stochastic_heun", **given) - got).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

@@ -33,18 +33,24 @@ class DDPM:
     """|noise prediction - noise|^2 + L_vlb on linear betas (Nichol and Dhariwal 2021, eq. 16 without its 0.001).
 
     L_vlb trains the variance alone: the mean that it sees is detached. `learned_variance=False` leaves it out, and the
-    surplus channels of a `learn_sigma` denoiser with it. The denoiser gets the step as a float, 0 to `steps` - 1.
+    surplus channels of a `learn_sigma` denoiser with it. The denoiser gets the step as a float, 0 to `steps` - 1. One
+    that learns no variance is sampled with the `fixed_variance`, 'large' (DiT's) or 'small'; see `BetaSchedule`.
     """
 
     def __init__(
-        self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, learned_variance: bool = True
+        self,
+        steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        learned_variance: bool = True,
+        fixed_variance: str = "large",
     ):
         if steps < 2 or not 0 < beta_start <= beta_end < 1:
             raise UserError(
                 f"ddpm with {steps} steps and betas from {beta_start} to {beta_end}: "
                 "give at least 2 steps and betas that rise within (0, 1)"
             )
-        self.schedule = BetaSchedule.linear(steps, beta_start, beta_end)
+        self.schedule = BetaSchedule.linear(steps, beta_start, beta_end, fixed_variance)
         self.learned_variance = learned_variance
         # The continuous limit of the schedule, on which `velocity_model` puts the denoiser.
         self.path = VPPath(beta_min=steps * beta_start, beta_max=steps * beta_end)

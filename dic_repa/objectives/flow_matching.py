@@ -22,7 +22,7 @@ class FlowMatching:
         path: 'linear', 'cosine' or 'vp'.
         time: how t is drawn: 'uniform', 'logit-normal' or 'log-normal' (both with mean and std).
         prediction: what the denoiser gives: 'velocity', 'noise', 'score' or 'data'.
-        weighting: w: 'none', 'velocity', 'likelihood' or 'min-snr-gamma' (gamma).
+        weighting: w: 'none', 'noise', 'velocity', 'likelihood' or 'min-snr-gamma' (gamma).
         shift: multiplies t / (1 - t) of every drawn time; see `resolution_shift`.
 
     `path`, `time` and `weighting` are names, mappings of `name` and arguments, or objects. Raises UserError for unknown

@@ -34,6 +34,18 @@ class NoWeighting:
         return torch.ones_like(t)
 
 
+@weightings.register("noise")
+@dataclass(frozen=True)
+class NoiseWeighting:
+    """The squared error of the noise that the prediction amounts to: of a score, sigma^2 times its own, as SiT's code
+    trains it where it is asked for no weighting."""
+
+    unit: ClassVar[str | None] = "noise"
+
+    def __call__(self, path: Path, t: Tensor, prediction: str) -> Tensor:
+        return path.jacobian(t, prediction, "noise").square()
+
+
 @weightings.register("velocity")
 @dataclass(frozen=True)
 class VelocityWeighting:
