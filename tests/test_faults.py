@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -332,28 +331,6 @@ def test_line_that_does_not_fit_is_written_later_and_once(tmp_path):
 
     assert os.waitpid(fork(write), 0)[1] == 0
     assert file.read_text() == "one\ntwo, longer\n"
-
-
-def test_metrics_reach_tensorboard(tmp_path):
-    if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("needs tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = small_run(tmp_path / "run", "train.steps=3", "train.trackers=[tensorboard]")
-    events = EventAccumulator(str(run.path / "trackers/dic-repa"))
-    events.Reload()
-    found = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert found == [(r["step"], pytest.approx(r["loss"])) for r in metrics(run)]
-
-
-def test_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest)
-    )
-    with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install 'dic-repa\[wandb\]'"):
-        small_run(tmp_path / "run", "train.trackers=[wandb]")
-    assert not (tmp_path / "run").exists()
 
 
 def test_git_state_is_that_of_the_package_alone(tmp_path):

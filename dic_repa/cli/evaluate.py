@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from dic_repa.cli.sample import sample_settings, sampling_options
 from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls
 from dic_repa.progress import say
 from dic_repa.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from dic_repa.evaluation.runs import Judgement
 
 ADM = "fid,sfid,is,prec,recall"
 
@@ -214,13 +218,13 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 0.9995 or not value else f"{value:#.3g}"
 
 
-def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> None:
+def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> list[Judgement]:
     """Judge each run with a progress bar, then print the table and, for a single run, where its picture is."""
     from dic_repa.evaluation.runs import evaluate_run, no_judge
     from dic_repa.training.run_folder import RunFolder
 
     if not is_main_process():
-        return  # a judge looks at few images: one process does it
+        return []  # a judge looks at few images: one process does it
     for run in runs:
         if run.exists() and not (run / "recipe.yaml").is_file():
             raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
@@ -235,6 +239,7 @@ def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool =
     _print_judgements(judgements)
     if len(judgements) == 1:
         click.echo(f"samples: {judgements[0].picture}")
+    return judgements
 
 
 _NO_COLUMN = {"count", "recognised_count", "reference"}

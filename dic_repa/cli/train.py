@@ -67,16 +67,18 @@ def command(
 
     from dic_repa.training import Preempted, train
     from dic_repa.training.preemption import REQUEUE_CODE, preempted_by_signals
+    from dic_repa.training.trackers import Trackers
 
     begin = time.perf_counter()
     try:
-        with preempted_by_signals():
-            run = train(settings, path, resume=resume, overwrite=overwrite, allow_change=allow_change)
+        with preempted_by_signals(), Trackers() as trackers:
+            run = train(settings, path, resume, overwrite, allow_change, trackers)
             if not is_main_process():
                 return
             click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
             if settings.evaluate:
-                evaluate_and_show([run.path])
+                (judged,) = evaluate_and_show([run.path])
+                trackers.log_final(judged.scores, judged.picture, judged.step)
             click.echo(f"loss curves: {run.curves_file}")
             if settings.train.sample_every:
                 click.echo(f"samples over training: {run.samples}")

@@ -21,6 +21,7 @@ from dic_repa.recipe import Recipe
 from dic_repa.training.ema import RAW
 from dic_repa.training.parts import Parts
 from dic_repa.training.run_folder import RunFolder
+from dic_repa.training.trackers import Trackers
 
 
 class Evaluator:
@@ -29,8 +30,9 @@ class Evaluator:
     The records are those of `dic-repa evaluate`, in RUN/evaluation. Processes share the sampling; the main one judges.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator):
+    def __init__(self, recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator, trackers: Trackers):
         self.recipe, self.run, self.parts, self.accelerator = recipe, run, parts, accelerator
+        self.trackers = trackers
         section = recipe.evaluate
         self.every = section.every if section else 0
         self.best: dict | None = None  # what is being written just now is not on the disk yet
@@ -89,7 +91,7 @@ class Evaluator:
             return None
         shown = {name: judged.scores.get(name) for name in self.judge.better}
         numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
-        self.accelerator.log({f"evaluate/{name}": value for name, value in numbers.items()}, step=step)
+        self.trackers.log({f"evaluate/{name}": value for name, value in numbers.items()}, step, "evaluate")
         best = None
         if self.score in numbers:
             before = self.best or self.run.best() or {}

@@ -38,32 +38,36 @@ from dic_repa.training.randomness import data_order
 from dic_repa.training.run_folder import RunFolder, write_whole
 from dic_repa.training.sharding import wants_sharding, whole
 from dic_repa.training.step_guard import StepGuard, Verdict
-from dic_repa.training.trackers import check_trackers, start_trackers
+from dic_repa.training.trackers import Trackers, check_trackers
 
 FAR_BEHIND = 0.1  # of the steps so far: an average with warm-up is, until its warm-up is over
 
 
 def train(
-    recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False, allow_change: bool = False
-) -> RunFolder:
+    recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False, allow_change: bool = False,
+    trackers: Trackers | None = None,
+) -> RunFolder:  # fmt: skip
     """Train what `recipe` says into the run folder `path`, and return it.
 
     The folder must be new, unless `resume` goes on from its newest whole checkpoint (with `allow_change`, also with
-    another recipe) or `overwrite` removes it. Runs in as many processes as it was launched in (`accelerate launch`,
-    `torchrun`), with the same result. Raises Preempted when a SIGTERM or SIGUSR1 has ended it, with its state saved;
-    UserError where the run cannot begin, or stops for losses or gradients that are not finite.
+    another recipe) or `overwrite` removes it. `trackers` are left open, for what comes after the training. Runs in as
+    many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result. Raises Preempted when
+    a SIGTERM or SIGUSR1 has ended it, with its state saved; UserError where the run cannot begin, or stops for losses
+    or gradients that are not finite.
     """
     settings, run = recipe.train, RunFolder(path)
     with ExitStack() as stack:
         stack.enter_context(tf32(settings.tf32))
+        trackers = trackers or stack.enter_context(Trackers())
         accelerator = start_accelerator(settings, run)
         passes = check_batch(settings, accelerator.num_processes)
         parts = build_parts(recipe, accelerator)
         model, optimizer = parts.model, parts.optimizer
         check_ending(recipe, parts.objective)
-        evaluator = Evaluator(recipe, run, parts, accelerator)
+        evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
         on_main_process(accelerator, evaluator.prepare)
         checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
+        on_main_process(accelerator, lambda: trackers.start(accelerator, run, recipe, resume))
         request = stack.enter_context(StopRequest())
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
         if resume:
@@ -72,7 +76,7 @@ def train(
         incoming = batches(data, recipe, accelerator, start)
         guard = StepGuard(accelerator, optimizer.optimizer)
         writer = stack.enter_context(CheckpointWriter(run))
-        log = stack.enter_context(MetricLog(run, accelerator, settings, start))
+        log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers))
         stack.callback(incoming.close)
 
         for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
@@ -109,7 +113,7 @@ def train(
             if verdict.in_a_row >= settings.max_skipped:
                 stop_not_finite(accelerator, run, writer, verdict, recipe, len(data))
             with log.paused():
-                save_what_is_due(step + 1, verdict.stop, run, writer, accelerator, parts, recipe, evaluator)
+                save_what_is_due(step + 1, verdict.stop, run, writer, accelerator, parts, recipe, evaluator, trackers)
             if verdict.stop and step + 1 < settings.steps:
                 on_main_process(accelerator, writer.finish)
                 raise Preempted(f"{run.path} was told to stop, and has saved step {step + 1}")
@@ -154,9 +158,7 @@ def open_run(
             return run.resume(recipe, allow_change)
         return run.create(recipe, overwrite)
 
-    checkpoint = on_main_process(accelerator, prepare)
-    start_trackers(accelerator, run, recipe)
-    return checkpoint
+    return on_main_process(accelerator, prepare)
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
@@ -178,7 +180,7 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
 
 def save_what_is_due(
     step: int, stop: bool, run: RunFolder, writer: CheckpointWriter, accelerator: Accelerator, parts: Parts,
-    recipe: Recipe, evaluator: Evaluator,
+    recipe: Recipe, evaluator: Evaluator, trackers: Trackers,
 ) -> None:  # fmt: skip
     """After `step` steps: scores, a checkpoint, snapshots of the averages, a grid of samples. Written by the main
     process; a step that scores best has a checkpoint too."""
@@ -203,6 +205,7 @@ def save_what_is_due(
     takes_part = accelerator.is_main_process or parts.sharded
     if takes_part and settings.sample_every and due(step, settings.sample_every, settings.steps):
         save_progress_grid(run, step, parts, recipe, accelerator.is_main_process)
+        trackers.log_picture("samples", run.samples / f"step_{step:08d}.png", step)
 
 
 def stop_not_finite(

@@ -25,6 +25,7 @@ from dic_repa.progress import progress_bar
 from dic_repa.recipe import TrainSection
 from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.run_folder import RunFolder, describe_environment, write_whole
+from dic_repa.training.trackers import Trackers
 
 
 class MetricLog:
@@ -37,8 +38,11 @@ class MetricLog:
     seconds. A value that is not finite is null, and counts in no average.
     """
 
-    def __init__(self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int):
+    def __init__(
+        self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, trackers: Trackers
+    ):
         self.run, self.accelerator, self.settings, self.start = run, accelerator, settings, start
+        self.trackers = trackers
         self.sums: dict[str, Tensor] = {}
         self.steps: dict[str, Tensor] = {}
         self.images, self.pause, self.wait = 0, 0.0, 0.0
@@ -65,8 +69,6 @@ class MetricLog:
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self.bar.close()
         self.watch.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
         if error is None and self.accelerator.is_main_process and self.run.metrics_file.is_file():
             from dic_repa.training.curves import save_curves
 
@@ -131,7 +133,8 @@ class MetricLog:
         except OSError as error:
             tqdm.write(f"warning: {self.run.metrics_file} cannot be written ({error.strerror}); tried again later",
                        file=sys.stderr)  # fmt: skip
-        self.accelerator.log({name: value for name, value in record.items() if value is not None}, record["step"])
+        told = {name: value for name, value in record.items() if value is not None}
+        self.trackers.log(told, told.pop("step"))
         shown = {"loss": "not finite" if record["loss"] is None else f"{record['loss']:.3f}"}
         tokens = [value for name, value in record.items() if name.endswith(".token") and value is not None]
         if tokens:
