@@ -22,7 +22,7 @@ from dic_repa.recipe import load_recipe
 from dic_repa.training.ema import EMA
 from dic_repa.training.inputs import check_batch
 from dic_repa.training.randomness import data_order, process_rows, step_generator
-from dic_repa.training.run_folder import RunFolder, changed_keys
+from dic_repa.training.run_folder import RunFolder
 
 ALIGNED = [*TINY, "--set=evaluate=null", "--set=train.steps=8", "--set=train.checkpoint_every=4"]
 
@@ -87,13 +87,6 @@ def test_batch_that_does_not_divide_is_refused():
     settings = load_recipe("digits-urepa", ["train.batch_size=96", "train.micro_batch=32"]).train
     with pytest.raises(UserError, match="micro_batch 32 does not divide the 48 images"):
         check_batch(settings, 2)
-
-
-def test_resume_refuses_a_recipe_that_changes_the_run():
-    before, after = load_recipe("digits-urepa"), load_recipe("digits-urepa", ["train.steps=9", "sample.steps=3"])
-    assert changed_keys(before.model_dump(), after.model_dump()) == []
-    after = load_recipe("digits-urepa", ["train.seed=9", "model.width=8"])
-    assert changed_keys(before.model_dump(), after.model_dump()) == ["model.width", "train.seed"]
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +156,10 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    command = [line for line in stderr.splitlines() if line][-1].split()
-    assert command == "dic-repa train stopped/recipe.yaml --out stopped --resume".split()
-    assert "is whole. To go on:" in stderr
+    said, _, command = stderr.splitlines()[-1].partition("; to go on: ")
+    assert said.startswith("interrupted; the checkpoint of step ")
+    assert command == "dic-repa train --resume stopped"
+    command = command.split()
     step = int(RunFolder(tmp_path / "stopped").newest_checkpoint().name[5:])
     done = subprocess.run(
         [sys.executable, "-m", "dic_repa", *command[1:], f"--set=train.steps={step + 2}"],

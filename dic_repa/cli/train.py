@@ -12,15 +12,16 @@ import click
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors
 from dic_repa.recipe import Recipe, load_training_recipe
+from dic_repa.training.run_folder import RunFolder, checkpoint_step
 
 
 @click.command("train")
-@click.argument("recipe")
+@click.argument("recipe", required=False)
 @click.option("--out", "path", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/RECIPE]")
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
 )
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of a run.")
 @click.option("--allow-change", is_flag=True, help="With --resume: also with a recipe that changes the run.")
 @click.option("--overwrite", is_flag=True, help="Remove a run of that name and begin anew.")
 @click.option("--dry-run", is_flag=True, help="Three steps on random data, and what the whole run would take.")
@@ -29,14 +30,17 @@ from dic_repa.recipe import Recipe, load_training_recipe
 )
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 def command(
-    recipe: str, path: Path | None, overrides: tuple[str, ...], resume: bool, allow_change: bool, overwrite: bool,
-    dry_run: bool, processes: int, as_json: bool,
+    recipe: str | None, path: Path | None, overrides: tuple[str, ...], resume: bool, allow_change: bool,
+    overwrite: bool, dry_run: bool, processes: int, as_json: bool,
 ):  # fmt: skip
     """Train RECIPE (a name from `dic-repa recipes`, or a YAML file) into a run folder.
 
     Samples from the averaged weights and judges them at the end, where the recipe has an `evaluate` section. Ctrl-C is
     safe: the newest checkpoint stays whole, and the command to go on is printed. SIGTERM and SIGUSR1 save a checkpoint
     first and exit with code 75, on which a scheduler can requeue the job.
+
+    --resume goes on with the run that RECIPE or --out names, by its own recipe. A recipe or --set that differs from it
+    is named key by key; what would change the run needs --allow-change.
 
     --dry-run builds all of it, runs three steps on random data and prints parameters, memory, speed, time and energy to
     the end, the disk that checkpoints take, and where the recipe departs from its row of a paper. It writes nothing and
@@ -46,7 +50,8 @@ def command(
     Examples:
       dic-repa train digits-urepa
       dic-repa train digits-urepa --out runs/quick --set train.steps=200
-      dic-repa train digits-urepa --resume
+      dic-repa train --resume runs/quick
+      dic-repa train --resume runs/quick --set train.steps=1000
       dic-repa train dic-xl-urepa --dry-run --processes 8     does it fit, and how long will it take?
       dic-repa train dic-xl-urepa --set data.path=/data/imagenet256 --set train.micro_batch=16
       accelerate launch -m dic_repa train dic-xl-urepa        on all GPUs of this machine
@@ -55,12 +60,14 @@ def command(
         raise click.UsageError("--resume and --overwrite exclude each other")
     if (as_json or processes > 1) and not dry_run:
         raise click.UsageError("--json and --processes go with --dry-run; a run has the processes it is launched in")
-    settings = load_training_recipe(recipe, overrides)
-    path = path or Path("runs") / Path(recipe).stem
+    settings, path = choose_recipe(recipe, path, overrides, resume)
     if dry_run:
         if resume:
             click.echo("note: --resume is ignored: --dry-run tries the first steps of a run", err=True)
         show_dry_run(settings, path, processes, as_json)
+        return
+
+    if resume and is_finished(settings, path, allow_change):
         return
 
     from torch import OutOfMemoryError
@@ -76,17 +83,13 @@ def command(
             if not is_main_process():
                 return
             click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
-            if settings.evaluate:
-                (judged,) = evaluate_and_show([run.path])
+            judged = show_results(run, settings)
+            if judged:
                 trackers.log_final(judged.scores, judged.picture, judged.step)
-            click.echo(f"loss curves: {run.curves_file}")
-            if settings.train.sample_every:
-                click.echo(f"samples over training: {run.samples}")
-            click.echo(f"to sample from it: {shlex.join(['dic-repa', 'sample', str(run.path)])}")
     except Preempted as reason:
         if is_main_process():
             begun = (path / "recipe.yaml").is_file()
-            click.echo(f"{reason}; to go on:\n  {resume_command(path) if begun else 'the same command'}", err=True)
+            click.echo(f"{reason}; to go on: {resume_command(path) if begun else 'the same command'}", err=True)
         raise SystemExit(REQUEUE_CODE) from None
     except OutOfMemoryError as error:
         fault = UserError(
@@ -102,21 +105,64 @@ def command(
         raise
 
 
+def choose_recipe(
+    recipe: str | None, path: Path | None, overrides: tuple[str, ...], resume: bool
+) -> tuple[Recipe, Path]:
+    """The recipe, and the run's folder; with `resume` those of a run that `recipe` or `path` alone names."""
+    if resume and (recipe is None or _names_a_run(recipe)):
+        if recipe is None and path is None:
+            raise click.UsageError("--resume without a recipe takes the run: dic-repa train --resume runs/NAME")
+        if recipe and path and Path(recipe).resolve() != path.resolve():
+            raise click.UsageError(f"--resume names two runs, {recipe} and {path}; leave --out out")
+        folder = path or Path(recipe)
+        return RunFolder.open(folder).recipe(overrides), folder
+    if recipe is None:
+        raise click.UsageError("Missing argument 'RECIPE': a name from `dic-repa recipes`, or a YAML file")
+    return load_training_recipe(recipe, overrides), path or Path("runs") / Path(recipe).stem
+
+
+def _names_a_run(recipe: str) -> bool:
+    """Whether a run is meant, which may not be there, and not a recipe."""
+    return (Path(recipe) / "recipe.yaml").is_file() or ("/" in recipe and Path(recipe).suffix not in (".yaml", ".yml"))
+
+
+def is_finished(settings: Recipe, path: Path, allow_change: bool) -> bool:
+    """Whether there is nothing to go on with, which is said; a run whose end was cut off before it was judged is."""
+    run, steps = RunFolder(path), settings.train.steps
+    run.check_resume(settings, allow_change)
+    if not run.is_finished(steps):
+        return False
+    if is_main_process():
+        click.echo(f"{path} is finished: {steps} of {steps} steps")
+        judged = any(run.path.glob(f"evaluation/step_{steps:08d}-*.json"))
+        show_results(run, settings.model_copy(update={"evaluate": None}) if judged else settings)
+    return True
+
+
+def show_results(run: RunFolder, settings: Recipe):
+    """Judge a run at its end, where it says how, and tell where everything is; the judgement."""
+    judged = evaluate_and_show([run.path])[0] if settings.evaluate else None
+    if run.curves_file.is_file():
+        click.echo(f"loss curves: {run.curves_file}")
+    if settings.train.sample_every:
+        click.echo(f"samples over training: {run.samples}")
+    click.echo(f"to sample from it: {shlex.join(['dic-repa', 'sample', str(run.path)])}")
+    return judged
+
+
 def interrupted_message(path: Path) -> str:
     """What is safe, and how to go on."""
-    from dic_repa.training.run_folder import RunFolder, checkpoint_step
-
     run = RunFolder(path)
-    newest = run.newest_checkpoint()
     if not run.recipe_file.is_file():
         return "interrupted before the run began"
+    newest = max(run.list_checkpoints(), key=checkpoint_step, default=None)
     safe = f"the checkpoint of step {checkpoint_step(newest)} is whole" if newest else "there is no checkpoint yet"
-    return f"interrupted; {safe}. To go on:\n  {resume_command(path)}"
+    return f"interrupted; {safe}; to go on: {resume_command(path)}"
 
 
 def resume_command(path: Path) -> str:
     """The line that goes on with the run at `path`."""
-    return shlex.join(["dic-repa", "train", str(path / "recipe.yaml"), "--out", str(path), "--resume"])
+    return shlex.join(["dic-repa", "train", "--resume", str(path)])
 
 
 def show_dry_run(settings: Recipe, path: Path, processes: int, as_json: bool) -> None:

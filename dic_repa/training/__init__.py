@@ -1,8 +1,25 @@
-"""Training: the loop, the averaged weights, checkpoints, the run's folder, its randomness, and what may go wrong."""
+"""Training: the loop, the averaged weights, checkpoints, the run's folder, its randomness, and what may go wrong.
 
-from dic_repa.training.ema import EMA, PowerEMA
-from dic_repa.training.loop import train
-from dic_repa.training.preemption import Preempted
-from dic_repa.training.run_folder import RunFolder
+The names load on first use: what only looks at a run's folder has no need of torch.
+"""
 
-__all__ = ["EMA", "PowerEMA", "Preempted", "RunFolder", "train"]
+from importlib import import_module
+
+_EXPORTS = {
+    "EMA": "ema",
+    "PowerEMA": "ema",
+    "Preempted": "preemption",
+    "RunFolder": "run_folder",
+    "train": "loop",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(f"dic_repa.training.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'dic_repa.training' has no attribute '{name}'")
+
+
+def __dir__():
+    return sorted(__all__)

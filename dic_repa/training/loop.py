@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
 from dic_repa.precision import tf32
+from dic_repa.progress import say
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.checkpoint import (
     CheckpointWriter,
@@ -56,6 +57,8 @@ def train(
     or gradients that are not finite.
     """
     settings, run = recipe.train, RunFolder(path)
+    for line in run.check_resume(recipe, allow_change) if resume else ():
+        say(f"note: other than before, {line}")
     with ExitStack() as stack:
         stack.enter_context(tf32(settings.tf32))
         trackers = trackers or stack.enter_context(Trackers())

@@ -20,18 +20,19 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dic_repa.aside import write_aside
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
+from dic_repa.recipe_diff import ABSENT, differences
 from dic_repa.recipe_files import read_recipe
 from dic_repa.training.manifest import find_damage
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
 _HARMLESS = {
-    "description",
-    "paper",
     "sample",
     "evaluate",
     "train.steps",
@@ -116,17 +117,34 @@ class RunFolder:
     def _content(self) -> list[Path]:
         return [entry for entry in self.path.iterdir() if entry.name != "lock" and entry.name[0] != "."]
 
-    def check_resume(self, recipe: Recipe, allow_change: bool = False) -> None:
-        """A UserError if there is no run to go on with, or `recipe` would change what it computes."""
+    def check_resume(self, recipe: Recipe, allow_change: bool = False) -> list[str]:
+        """How `recipe` differs from the run's own, 'train.steps: 60 -> 1000', a line for each key; a UserError if there
+        is no run to go on with, or a difference would change what it computes.
+        """
         if not self.path.exists():
             raise UserError(f"there is no run at {self.path} to resume; leave --resume out to begin one")
-        before = RunFolder.open(self.path).recipe()
-        changed = changed_keys(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
-        if changed and not allow_change:
+        different = differences(RunFolder.open(self.path).recipe(), recipe)
+        lines = {key: f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in different.items()}
+        changing = [line for key, line in lines.items() if changes_the_run(key)]
+        if changing and not allow_change:
             raise UserError(
-                f"{self.path} was begun with another recipe; these keys differ: {', '.join(changed)}; "
+                f"{self.path} was begun with another recipe; these keys differ: {', '.join(changing)}; "
                 "set them back, or pass --allow-change to go on with the new ones"
             )
+        return list(lines.values())
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the whole checkpoint of the last of `steps` is there; a UserError where there are later ones."""
+        last = max(map(checkpoint_step, self.list_checkpoints()), default=0)  # without reading any of them
+        if last < steps:
+            return False
+        newest = self.newest_checkpoint()
+        self._check_steps(checkpoint_step(newest), steps)
+        return checkpoint_step(newest) == steps
+
+    def _check_steps(self, done: int, steps: int) -> None:
+        if done > steps:
+            raise UserError(f"{self.path} has done {done} steps already, more than train.steps {steps}")
 
     def resume(self, recipe: Recipe, allow_change: bool = False) -> Path | None:
         """Make an existing run ready to go on, and return the checkpoint to go on from; None where there is none yet.
@@ -137,8 +155,7 @@ class RunFolder:
         self.check_resume(recipe, allow_change)
         newest = self.newest_checkpoint()
         done = checkpoint_step(newest) if newest else 0
-        if done > recipe.train.steps:
-            raise UserError(f"{self.path} has done {done} steps already, more than train.steps {recipe.train.steps}")
+        self._check_steps(done, recipe.train.steps)
         for folder in self.list_checkpoints():
             if checkpoint_step(folder) > done:
                 shutil.rmtree(folder)
@@ -151,11 +168,11 @@ class RunFolder:
         self._cut_metrics(done)
         return newest
 
-    def recipe(self) -> Recipe:
-        """The recipe that the run was begun with."""
+    def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe that the run was begun with; `overrides` as in `load_recipe`."""
         # All its keys are there. A run from before there was a warm-up of the average has none.
         older = "ema_warmup" not in (read_recipe(self.recipe_file).get("train") or {"ema_warmup": None})
-        return load_training_recipe(self.recipe_file, ["train.ema_warmup=false"] if older else ())
+        return load_training_recipe(self.recipe_file, ["train.ema_warmup=false"] * older + list(overrides))
 
     def newest_checkpoint(self, part: str = "") -> Path | None:
         """The whole checkpoint with the most steps; None where there is none at all.
@@ -240,17 +257,14 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def changed_keys(before: dict, after: dict, prefix: str = "") -> list[str]:
-    """The dotted keys in which two recipes differ, except those that leave the weights' trajectory as it is."""
-    changed = []
-    for key in {**before, **after}:
-        dotted = prefix + key
-        old, new = before.get(key), after.get(key)
-        if dotted in _HARMLESS or old == new:
-            continue
-        both = isinstance(old, dict) and isinstance(new, dict)
-        changed += changed_keys(old, new, dotted + ".") if both else [dotted]
-    return changed
+def changes_the_run(key: str) -> bool:
+    """Whether another value of that dotted key of a recipe changes the weights' trajectory."""
+    parts = key.split(".")
+    return not any(".".join(parts[: n + 1]) in _HARMLESS for n in range(len(parts)))
+
+
+def _shown(value: Any) -> str:
+    return value if value == ABSENT else json.dumps(value)
 
 
 def describe_environment(device: str, processes: int) -> dict:
