@@ -145,14 +145,16 @@ class TrainSection(Section):
 class GuidanceSection(Section):
     kind: Literal["cfg", "cfg++"] = Field("cfg", description="classifier-free guidance, or CFG++ (scale in [0, 1])")
     scale: NotNegative = Field(1.65, description="1: none; above: towards the class")
-    interval: tuple[Time, Time] = Field((0.0, 0.7), description="the times in which guidance acts (0 data, 1 noise)")
+    interval: tuple[Time, Time] = Field((0.0, 0.7), description="when guidance acts: 0 is data, 1 is noise")
     channels: Count | None = Field(None, description="guide the first so many channels only (DiT: 3); null: all")
     schedule: str = Field("constant", description="of the scale over the interval: constant, linear or cosine")
     rescale: Probability = Field(0.0, description="share to which the guided prediction keeps the class's contrast")
     doubled: bool | None = Field(
         None, description="both predictions in one batch, faster, or one by one in half the memory; null: as it fits"
     )
-    weak: str | None = Field(None, description="autoguidance: the checkpoint of a weaker model to move away from")
+    weak: str | None = Field(
+        None, description="autoguidance: a run or checkpoint of a weaker model, to move away from; null: none"
+    )
 
     @model_validator(mode="after")
     def _interval_is_upright(self):
@@ -170,15 +172,15 @@ class GridSection(Section):
 class SampleSection(Section):
     solver: str = Field("heun", description="a name from `dic-repa solvers`")
     steps: Count | None = Field(None, description="of a fixed-step solver; null: 50 for an ODE, 250 for an SDE or DDPM")
-    rtol: Positive | None = Field(None, description="relative tolerance of an adaptive solver")
-    atol: Positive | None = Field(None, description="absolute tolerance of an adaptive solver")
-    grid: GridSection | None = Field(None, description="where the steps are; null: uniform in time")
-    diffusion: str | None = Field(None, description="an SDE's w(t); null: linear")
-    diffusion_norm: Positive | None = Field(None, description="multiplies w(t)")
-    last_step: str | None = Field(None, description="an SDE's last step: mean, tweedie, euler or none; null: mean")
-    last_step_size: Time | None = Field(None, description="an SDE's time left for the last step; null: 0.04")
-    eta: Probability | None = Field(None, description="of ddim: 0 adds no noise, 1 as much as ddpm")
-    clip: bool | None = Field(None, description="of ddpm and ddim: keep the data prediction in [-1, 1]")
+    rtol: Positive | None = Field(None, description="relative tolerance of an adaptive solver; null: 1e-5")
+    atol: Positive | None = Field(None, description="absolute tolerance of an adaptive solver; null: 1e-5")
+    grid: GridSection | None = Field(None, description="where the steps are; null: uniform")
+    diffusion: str | None = Field(None, description="how much noise an SDE adds, w(t); null: linear")
+    diffusion_norm: Positive | None = Field(None, description="multiplies an SDE's w(t); null: 1")
+    last_step: str | None = Field(None, description="how an SDE ends: mean, tweedie, euler or none; null: mean")
+    last_step_size: Time | None = Field(None, description="the time that an SDE's last step covers; null: 0.04")
+    eta: Probability | None = Field(None, description="noise of ddim: 0 adds none, 1 as much as ddpm; null: 0")
+    clip: bool | None = Field(None, description="keep the data prediction of ddpm and ddim in [-1, 1]; null: false")
     options: dict[str, Any] | None = Field(None, description="arguments of a torchdiffeq method")
     guidance: GuidanceSection | None = Field(None, description="towards the class; null: none")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
@@ -187,7 +189,7 @@ class SampleSection(Section):
         "products that a GPU rounds, the decoder's too",
     )
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
-        "off", description="torch.compile's mode; reduce-overhead: with CUDA graphs, where there is a GPU"
+        "off", description="mode of torch.compile; reduce-overhead: with CUDA graphs, where there is a GPU"
     )
     weights: Name = Field("ema", description="ema; raw: the model itself; or a further average, such as ema-0.999")
     num: Images = Field(50_000, description="how many images")

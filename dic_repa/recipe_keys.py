@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from dic_repa.errors import UserError, did_you_mean
@@ -144,6 +145,14 @@ def _places(node: yaml.Node, dotted: str = "") -> Iterator[tuple[int, int, str]]
 
 def _comment(column: int) -> dict[str, str]:
     return {"initial_indent": " " * column + "# ", "subsequent_indent": " " * column + "# "}
+
+
+def find_field(schema: type[BaseModel], dotted: str) -> FieldInfo:
+    """The schema's own field of a dotted key that is known to be there."""
+    *sections, last = dotted.split(".")
+    for section in sections:
+        schema = _section_of(schema.model_fields[section].annotation)
+    return schema.model_fields[last]
 
 
 def explain_mistake(schema: type[BaseModel], error: dict) -> str:

@@ -181,7 +181,7 @@ def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
     )
     assert "needs a model trained with the objective ddpm" in mistake("sample", folder, "--solver", "ddim")
     assert "with scale 3.0: give a scale between 0 and 1" in mistake("sample", folder, "--cfgpp", "--scale", "3")
-    assert "sample.steps should be greater than or equal to 1" in mistake("sample", folder, "--steps", "0")
+    assert "'--steps': takes whole numbers from 1, not '0'" in mistake("sample", folder, "--steps", "0")
     assert "interval must rise" in mistake("sample", folder, "--interval", "0.7", "0.2")
     assert "the model has the classes 0 to 9" in mistake("sample", folder, "--classes", "10")
     assert "--classes takes numbers" in mistake("sample", folder, "--classes", "5-2")

@@ -45,7 +45,10 @@ class LazyGroup(Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+
+
+@click.group(cls=LazyGroup, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name="dic-repa")
 @click.option("--quiet", is_flag=True, help="Only results, warnings and errors: no header, bars or notes.")
 @click.option("--verbose", is_flag=True, help="More details, and what the libraries log.")

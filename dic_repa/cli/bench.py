@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.groups import Group
+from dic_repa.cli.options import Count, option_group
 from dic_repa.errors import UserError, first_line, unknown_name
 
 VERBS = {
@@ -58,38 +59,46 @@ def command():
     """
 
 
+_COMPARED = option_group(
+    "What is compared",
+    click.option("--batch", help="Batch sizes, such as 1,32,128.  [default: 1,32 on a GPU, 1,8 on a CPU]"),
+    click.option("--precision", help="fp32, tf32, bf16, fp16, or several: bf16,tf32.  [default: fp32]"),
+    click.option(
+        "--compile",
+        "compile_",
+        default="off",
+        help="off, default, reduce-overhead (CUDA graphs), max-autotune, or several: off,default.",
+    ),
+    click.option(
+        "--baseline",
+        multiple=True,
+        metavar="[NAME=]FACTORY",
+        help="Run beside it what the function file.py:name or module:name makes of all denoisers, or of NAME.",
+    ),
+)
+_TIMING = option_group(
+    "How it is measured",
+    click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]"),
+    click.option("--rounds", type=Count(1), default=7, help="Turns of each case."),
+    click.option("--seconds", type=click.FloatRange(0), default=0.3, help="Length of one turn."),
+)
+_RESULTS = option_group(
+    "What is written",
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    click.option(
+        "--chart",
+        type=click.Path(path_type=Path),
+        callback=lambda *given: _png(*given),
+        help="A bar chart: a PNG file.",
+    ),
+    click.option("--out", type=click.Path(path_type=Path), help="Save the result: a JSON file."),
+)
+
+
 def measuring_options(function: Callable) -> Callable:
     """The options that every measuring verb takes."""
-    for option in reversed(
-        [
-            click.option("--batch", help="Batch sizes, such as 1,32,128.  [default: 1,32 on a GPU, 1,8 on a CPU]"),
-            click.option("--precision", help="fp32, tf32, bf16, fp16, or several: bf16,tf32.  [default: fp32]"),
-            click.option(
-                "--compile",
-                "compile_",
-                default="off",
-                show_default=True,
-                help="off, default, reduce-overhead (CUDA graphs), max-autotune, or several: off,default.",
-            ),
-            click.option(
-                "--baseline",
-                multiple=True,
-                metavar="[NAME=]FACTORY",
-                help="Run beside it what the function file.py:name or module:name makes of all denoisers, or of NAME.",
-            ),
-            click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]"),
-            click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Turns of each case."),
-            click.option(
-                "--seconds", type=click.FloatRange(0), default=0.3, show_default=True, help="Length of one turn."
-            ),
-            click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-            click.option(
-                "--chart", type=click.Path(path_type=Path), callback=_png, help="Save a bar chart: a PNG file."
-            ),
-            click.option("--out", type=click.Path(path_type=Path), help="Save the result: a JSON file."),
-        ]
-    ):
-        function = option(function)
+    for options in (_RESULTS, _TIMING, _COMPARED):
+        function = options(function)
     return function
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
 from dic_repa.recipe import load_training_recipe
 
@@ -17,9 +18,9 @@ from dic_repa.recipe import load_training_recipe
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
 )
-@click.option("--samples", type=click.IntRange(1), default=2000, show_default=True, help="How many to read.")
-@click.option("--steps", type=click.IntRange(2), default=20, show_default=True, help="Training steps to time.")
-@click.option("--encoded", type=click.IntRange(1), default=64, show_default=True, help="How many to encode.")
+@click.option("--samples", type=Count(1), default=2000, help="How many to read.")
+@click.option("--steps", type=Count(2), default=20, help="Training steps to time.")
+@click.option("--encoded", type=Count(1), default=64, help="How many to encode.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int, steps: int, as_json: bool):
     """Images per second of RECIPE's data, and the share of a training step that is spent waiting for them.

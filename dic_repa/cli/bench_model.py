@@ -5,12 +5,13 @@ from __future__ import annotations
 import click
 
 from dic_repa.cli.bench import finish, listed, measuring_options, parse_batches
+from dic_repa.cli.options import Command, Count
 
 
-@click.command("model")
+@click.command("model", cls=Command)
 @click.argument("names", nargs=-1, required=True)
-@click.option("--size", type=click.IntRange(4), default=32, show_default=True, help="Height and width of the latent.")
-@click.option("--layout", default="channels_last", show_default=True, help="channels_last, contiguous: of the weights.")
+@click.option("--size", type=Count(4), default=32, help="Height and width of the latent.")
+@click.option("--layout", default="channels_last", help="channels_last, contiguous: of the weights.")
 @click.option("--no-peak", is_flag=True, help="Do not measure the device's peak.")
 @measuring_options
 def command(

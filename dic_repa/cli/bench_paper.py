@@ -8,19 +8,18 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.bench import finish, listed
+from dic_repa.cli.options import Count
 from dic_repa.errors import is_main_process
 
 
 @click.command("paper")
-@click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="Folder for results.")
+@click.option("--out", type=click.Path(path_type=Path), default="bench", help="Folder for results.")
 @click.option("--small", is_flag=True, help="The same measurements with small models: minutes on a CPU.")
 @click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]")
-@click.option(
-    "--baseline", default="tests/oracle.py:PlainDiC", show_default=True, help="The plain DiC to compare with."
-)
-@click.option("--only", default="forward,train,sample", show_default=True, help="Which parts to measure.")
+@click.option("--baseline", default="tests/oracle.py:PlainDiC", help="The plain DiC to compare with.")
+@click.option("--only", default="forward,train,sample", help="Which parts to measure.")
 @click.option("--precision", help="Which precisions.  [default: bf16,tf32; with --small bf16,fp32]")
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Turns of each case.")
+@click.option("--rounds", type=Count(1), default=7, help="Turns of each case.")
 def command(out: Path, small: bool, device: str | None, baseline: str, only: str, precision: str | None, rounds: int):
     """Everything that compares with the papers' speed, in one go; a JSON file and a bar chart for each part in each
     precision, written as soon as it is measured, so that a GPU lent for minutes can do one at a time.

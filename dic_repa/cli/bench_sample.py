@@ -5,16 +5,15 @@ from __future__ import annotations
 import click
 
 from dic_repa.cli.bench import finish, listed, measuring_options, parse_batches
+from dic_repa.cli.options import Command
 
 
-@click.command("sample")
+@click.command("sample", cls=Command)
 @click.argument("recipes", nargs=-1, required=True)
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipes; repeatable."
 )
-@click.option(
-    "--guidance", default="doubled", show_default=True, help="doubled (batch), one-by-one, or both: doubled,one-by-one."
-)
+@click.option("--guidance", default="doubled", help="doubled (batch), one-by-one, or both: doubled,one-by-one.")
 @measuring_options
 def command(
     recipes, overrides, guidance, batch, precision, compile_, baseline, device, rounds, seconds, as_json, chart, out

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from dic_repa.cli.bench import finish, listed, measuring_options, parse_batches
+from dic_repa.cli.options import Command
 
 
-@click.command("train")
+@click.command("train", cls=Command)
 @click.argument("recipes", nargs=-1, required=True)
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipes; repeatable."

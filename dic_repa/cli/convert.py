@@ -16,11 +16,10 @@ FILES = (".pt", ".pth", ".safetensors")
 @click.command("convert")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the weights.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of the weights.")
 @click.option(
     "--weights",
     default="ema",
-    show_default=True,
     help="Which of a training checkpoint: ema, another average such as ema-0.999, or raw (not averaged).",
 )
 @click.option(

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli.options import Count
+
 
 @click.command("ema")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--sigma-rel", type=float, help="Width of the average, as a share of the training: 0.01 to 0.25.")
-@click.option("--step", type=click.IntRange(1), help="As if training had ended here.  [default: the last snapshot]")
+@click.option("--step", type=Count(1), help="As if training had ended here.  [default: the last snapshot]")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder.  [default: RUN/averages/sigma_rel-...]")
 def command(run: Path, sigma_rel: float | None, step: int | None, out: Path | None):
     """Make an average of RUN's weights of any width after the run, from its stored snapshots (post-hoc EMA).

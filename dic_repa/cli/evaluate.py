@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dic_repa.cli.sample import sample_settings, sampling_options
+from dic_repa.cli.options import Command, Count, option_group
+from dic_repa.cli.sampling_options import sample_settings, sampling_options
 from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls
 from dic_repa.progress import say
 from dic_repa.recipe import load_recipe
@@ -20,26 +21,44 @@ if TYPE_CHECKING:
 ADM = "fid,sfid,is,prec,recall"
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=Command)
 @click.argument("samples", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or 'digits'."
+@option_group(
+    "Metrics and their reference",
+    click.option(
+        "--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or 'digits'."
+    ),
+    click.option("--metrics", help=f"Names from --list-metrics, with commas.  [default: {ADM}]"),
+    click.option(
+        "--list-metrics",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=lambda *arguments: _list_metrics(*arguments),
+        help="List the metrics.",
+    ),
+    click.option("--fid-infinity", is_flag=True, help="Also extrapolate FID to infinitely many samples."),
+    click.option("--bootstrap", type=Count(2), metavar="N", help="Confidence intervals from N resamplings."),
+    click.option("--resize", type=Count(8), metavar="SIZE", help="Crop all images to SIZE first, as ADM does."),
+    click.option("--out", type=click.Path(path_type=Path), help="The record.  [default: metrics.json beside SAMPLES]"),
 )
-@click.option("--metrics", help=f"Names with commas, see --list-metrics.  [default: {ADM}]")
-@click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format.")
-@click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights.")
-@click.option("--dinov2-encoder", help="Another ViT in its place, from `dic-repa encoders`.")
-@click.option("--fid-infinity", is_flag=True, help="Also extrapolate FID to infinitely many samples.")
-@click.option("--bootstrap", type=click.IntRange(2), metavar="N", help="Confidence intervals from N resamplings.")
-@click.option("--resize", type=click.IntRange(8), metavar="SIZE", help="Crop all images to SIZE first, as ADM does.")
-@click.option("--feature-batch", type=click.IntRange(1), default=64, show_default=True, help="Images in a network.")
-@click.option("--save-statistics", type=click.Path(path_type=Path), help="Keep the reference's in this .safetensors.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor write cached statistics of the reference.")
-@click.option("--out", type=click.Path(path_type=Path), help="The record.  [default: metrics.json beside the samples]")
-@click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
+@option_group(
+    "Networks that look at the images",
+    click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format."),
+    click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights."),
+    click.option("--dinov2-encoder", help="Another ViT in its place, from `dic-repa encoders`."),
+    click.option("--feature-batch", type=Count(1), default=64, help="Images in a network at once."),
+    click.option(
+        "--save-statistics", type=click.Path(path_type=Path), help="Keep the reference's in this .safetensors."
+    ),
+    click.option("--no-cache", is_flag=True, help="Neither read nor write cached statistics of the reference."),
+)
+@option_group(
+    "How a run or a checkpoint is sampled first",
+    click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]"),
+    click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before."),
+)
 @sampling_options
-@click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before.")
-@click.option("--list-metrics", is_flag=True, is_eager=True, expose_value=False, callback=lambda *a: _list_metrics(*a))
 def command(
     samples: tuple[Path, ...],
     reference: str | None,
@@ -58,6 +77,8 @@ def command(
     IS is over parts of 5,000 samples as in ADM's script (is-torch-fidelity: 10 parts, shuffled). Precision and recall
     compare with at most 10,000 reference images, k = 3. An ADM reference .npz gives its stored statistics to FID and
     sFID, and its images to the rest.
+
+    An option with [recipe, else ...] overrides that key of the recipe's `sample` section, as in `dic-repa sample`.
 
     \b
     Examples:

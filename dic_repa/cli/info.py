@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dic_repa.cli.options import Count
 from dic_repa.errors import unknown_name
 from dic_repa.recipe import list_recipes, load_training_recipe
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--size",
     "sizes",
-    type=click.IntRange(4),
+    type=Count(4),
     multiple=True,
     help="Height and width of the latent.  [default: 32 and 64]",
 )

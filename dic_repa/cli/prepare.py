@@ -7,34 +7,42 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, told_by_whom_it_befalls
 
 
-@click.command("prepare")
+@click.command("prepare", cls=Command)
 @click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--size", type=click.IntRange(8), default=256, show_default=True, help="Of the centre crop, in pixels.")
-@click.option(
-    "--autoencoder",
-    default="stabilityai/sd-vae-ft-ema",
-    show_default=True,
-    help="A hub id or a local folder of diffusers.AutoencoderKL (:SUBFOLDER within a pipeline); none: pixels.",
+@option_group(
+    "Which images, and of which classes",
+    click.option("--labels", help="A file for flat images: CSV rows 'file,label', or JSON as REPA's dataset.json."),
+    click.option("--unlabelled", is_flag=True, help="All images are of no class, wherever they lie."),
+    click.option("--skip-bad", is_flag=True, help="Leave out files that are no whole image, and name them at the end."),
 )
-@click.option("--labels", help="A labels file for flat images: CSV rows 'file,label', or JSON as REPA's dataset.json.")
-@click.option("--unlabelled", is_flag=True, help="All images are of no class, wherever they lie.")
-@click.option("--flip", is_flag=True, help="Store the mirrored images' moments too, and train on both.")
-@click.option(
-    "--images",
-    "image_format",
-    type=click.Choice(["webp", "png", "jpeg"]),
-    default="webp",
-    show_default=True,
-    help="Format of the stored crops: webp and png are lossless, jpeg (quality 95) is half as large.",
+@option_group(
+    "What becomes of them",
+    click.option("--size", type=Count(8), default=256, help="Of the centre crop, in pixels."),
+    click.option(
+        "--autoencoder",
+        default="stabilityai/sd-vae-ft-ema",
+        help="A hub id or a local folder of diffusers.AutoencoderKL (:SUBFOLDER within a pipeline); none: pixels.",
+    ),
+    click.option("--flip", is_flag=True, help="Store the mirrored images' moments too, and train on both."),
+    click.option(
+        "--images",
+        "image_format",
+        type=click.Choice(["webp", "png", "jpeg"]),
+        default="webp",
+        help="Format of the stored crops: webp and png are lossless, jpeg (quality 95) is half as large.",
+    ),
 )
-@click.option("--skip-bad", is_flag=True, help="Leave out files that are no whole image, and name them at the end.")
-@click.option("--shard-size", type=click.IntRange(1), default=1000, show_default=True, help="Images of one shard.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images encoded at once.")
-@click.option("--workers", type=click.IntRange(1), default=8, show_default=True, help="Threads that read and crop.")
+@option_group(
+    "Speed and memory",
+    click.option("--shard-size", type=Count(1), default=1000, help="Images of one shard."),
+    click.option("--batch-size", type=Count(1), default=32, help="Images encoded at once."),
+    click.option("--workers", type=Count(1), default=8, help="Threads that read and crop."),
+)
 def command(source: str, destination: Path, autoencoder: str, labels: str | None, unlabelled: bool, **options):
     """Crop and encode the images of SOURCE into the data set DESTINATION.
 

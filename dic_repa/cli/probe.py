@@ -6,21 +6,18 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli.options import Count
 from dic_repa.errors import UserError, is_main_process
 
 
 @click.command("probe")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--encoder", help="Whom to compare with.  [default: the encoder of the recipe's first alignment]")
-@click.option(
-    "--num", type=click.IntRange(20), default=1000, show_default=True, help="Images; half train the linear probe."
-)
-@click.option(
-    "--times", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", show_default=True, help="Noise levels in [0, 1]."
-)
+@click.option("--num", type=Count(20), default=1000, help="Images; half train the linear probe.")
+@click.option("--times", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="Noise levels in [0, 1].")
 @click.option("--taps", help="Submodules, such as enc.0.1,mid.0.  [default: a few of each stage]")
-@click.option("--per-stage", type=click.IntRange(1), default=4, show_default=True, help="Taps of each stage at most.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--per-stage", type=Count(1), default=4, help="Taps of each stage at most.")
+@click.option("--batch-size", type=Count(1), default=64)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/probe]")
 def command(
     checkpoint: Path,

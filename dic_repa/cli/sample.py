@@ -2,99 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from dic_repa.cli.options import Command, option_group
+from dic_repa.cli.sampling_options import EPILOG, sample_settings, sampling_options
 from dic_repa.errors import UserError, did_you_mean
-from dic_repa.recipe import Recipe, SampleSection, load_recipe, validate
-from dic_repa.samplers.catalog import DIFFUSION_FORMS, GUIDANCE_SCHEDULES, LAST_STEPS, TIME_GRIDS, solver_info
+from dic_repa.recipe import Recipe, SampleSection, load_recipe
 
 
-def _choices(title: str, known: dict[str, str]) -> str:
-    width = max(map(len, known))
-    return f"\b\n{title}\n" + "\n".join(f"  {name:{width}}  {meaning}" for name, meaning in known.items()) + "\n\n"
-
-
-_EPILOG = (
-    _choices("Time grids (--grid; arguments behind a colon: shifted:shift=3):", TIME_GRIDS)
-    + _choices("Diffusion forms of an SDE (--diffusion):", DIFFUSION_FORMS)
-    + _choices("Last steps of an SDE (--last-step):", LAST_STEPS)
-    + _choices("Guidance schedules (--schedule):", GUIDANCE_SCHEDULES)
-)
-_SOLVER_KEYS = (
-    "steps",
-    "grid",
-    "options",
-    "clip",
-    "rtol",
-    "atol",
-    "diffusion",
-    "diffusion_norm",
-    "last_step",
-    "last_step_size",
-    "eta",
-)
-_GUIDANCE_KEYS = ("scale", "interval", "channels", "schedule", "rescale", "weak", "kind")
-
-
-def sampling_options(command: Callable) -> Callable:
-    """The options that override a recipe's `sample` section; `sample_settings` takes them."""
-    for option in reversed(
-        [
-            click.option("--num", type=int, help="How many images."),
-            click.option(
-                "--random-classes/--balanced-classes",
-                default=None,
-                help="Draw each image's class, from the seed and its index; or each class as often as the others.",
-            ),
-            click.option("--weights", help="ema; raw: the model itself; or a further average, such as ema-0.999."),
-            click.option("--solver", help="A name from `dic-repa solvers`."),
-            click.option("--steps", type=int, help="Steps of a fixed-step solver."),
-            click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver.  [default: 1e-5]"),
-            click.option("--atol", type=float, help="Absolute tolerance of an adaptive solver.  [default: 1e-5]"),
-            click.option("--grid", help="Where the steps are, see below; or the times, such as 1,0.5,0."),
-            click.option("--diffusion", help="How much noise an SDE adds, see below.  [default: linear]"),
-            click.option("--diffusion-norm", type=float, help="Multiplies the diffusion.  [default: 1]"),
-            click.option("--last-step", help="How an SDE ends, see below.  [default: mean]"),
-            click.option("--last-step-size", type=float, help="The time that this step covers.  [default: 0.04]"),
-            click.option("--eta", type=float, help="Noise of ddim, from 0 to 1.  [default: 0]"),
-            click.option("--clip", is_flag=True, default=None, help="ddpm, ddim: keep the data prediction in [-1, 1]."),
-            click.option("--scale", type=float, help="Guidance: 1 is none, above goes towards the class."),
-            click.option("--interval", type=(float, float), help="When guidance acts; 0 is data, 1 is noise."),
-            click.option("--channels", type=int, help="Guide the first so many channels only."),
-            click.option("--schedule", help="How the scale changes over the interval, see below."),
-            click.option("--rescale", type=float, help="Share to which guidance keeps the contrast, from 0 to 1."),
-            click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
-            click.option("--weak", help="Autoguidance: a run or checkpoint of a weaker model to move away from."),
-            click.option("--precision", help="fp32, tf32, bf16 or fp16: of the denoiser.  [default: fp32]"),
-            click.option("--compile", help="torch.compile's mode; reduce-overhead: CUDA graphs.  [default: off]"),
-            click.option("--batch-size", type=int, help="Images at once, in each process."),
-            click.option("--decode-batch", type=int, help="Images that an autoencoder decodes at once.  [default: 16]"),
-            click.option("--autoencoder", help="Where it is, if not where it was in training: a folder or a hub id."),
-            click.option("--seed", type=int, help="With an image's index it determines the image's noise."),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-@click.command("sample", epilog=_EPILOG)
+@click.command("sample", cls=Command, epilog=EPILOG)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the images.  [default: samples/NAME]")
-@click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]")
-@click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or their names, or none.  [default: all]")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["png", "npz", "both"]),
-    default="png",
-    show_default=True,
-    help="PNG files, ADM's samples.npz (arr_0: uint8 N,H,W,3; arr_1: labels), or both.",
+@option_group(
+    "What to sample, and where to",
+    click.option("--out", type=click.Path(path_type=Path), help="Folder for the images.  [default: samples/NAME]"),
+    click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]"),
+    click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or their names, or none.  [default: all]"),
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(["png", "npz", "both"]),
+        default="png",
+        help="PNG files, ADM's samples.npz (arr_0: uint8 N,H,W,3; arr_1: labels), or both.",
+    ),
+    click.option("--trajectory", is_flag=True, help="Also a picture of the way from noise to image: trajectory.png."),
+    click.option("--overwrite", is_flag=True, help="Write into a folder that holds other samples, in their place."),
 )
-@click.option("--trajectory", is_flag=True, help="Also a picture of the way from noise to image: trajectory.png.")
-@click.option("--overwrite", is_flag=True, help="Write into a folder that holds other samples, in their place.")
 @sampling_options
 def command(
     checkpoint: Path,
@@ -115,6 +50,8 @@ def command(
 
     Which solver? heun with 20 to 50 steps is a safe choice; ab2 or dpmpp-2m where evaluations are dear; euler_maruyama
     with 250 steps is what the papers report; dopri5 (no --steps, but --rtol and --atol) where accuracy matters most.
+
+    An option with [recipe, else ...] overrides that key of the recipe's `sample` section.
 
     \b
     Examples:
@@ -194,39 +131,6 @@ def _save_trajectory(path: Path, sampler) -> None:
     headings = [f"t={sampler.times[stage]:.2f}" for stage in stages]
     save_grid(images.flatten(0, 1), path, rows, [""] * len(images), columns=len(stages), headings=headings)
     click.echo(f"from noise to image: {path}")
-
-
-def sample_settings(base: SampleSection, **options) -> SampleSection:
-    """`base` with the options that were given, validated as if they stood in a recipe."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if "random_classes" in given:
-        given["classes"] = "random" if given.pop("random_classes") else "balanced"
-    raw = base.model_dump(mode="json")
-    if (solver := given.get("solver")) and _family(solver) != _family(base.solver):
-        raw |= dict.fromkeys(_SOLVER_KEYS)  # what the recipe says of another kind of solver does not fit this one
-    if "grid" in given:
-        given["grid"] = _parse_grid(given["grid"])
-    guidance = {name: given.pop(name) for name in _GUIDANCE_KEYS if name in given}
-    if guidance:
-        raw["guidance"] = {**(raw["guidance"] or {}), **guidance}
-    return validate({"sample": raw | given}, "sampling").sample
-
-
-def _family(solver: str) -> tuple[str, str]:
-    info = solver_info(solver)
-    return info.process, info.kind
-
-
-def _parse_grid(text: str) -> dict:
-    """'karras', 'shifted:shift=3', or the times themselves: '1,0.5,0'."""
-    try:
-        if text[:1].isdigit():
-            return {"times": [float(part) for part in text.split(",")]}
-        name, _, arguments = text.partition(":")
-        pairs = [pair.partition("=") for pair in arguments.split(",") if pair]
-        return {"name": name, "options": {key.strip(): float(value) for key, _, value in pairs}}
-    except ValueError:
-        raise UserError(f"--grid takes a name, name:argument=number or times such as 1,0.5,0, not '{text}'") from None
 
 
 def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int] | None:

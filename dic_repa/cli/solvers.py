@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.groups import Group
+from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
 from dic_repa.recipe_values import MOST_IMAGES
 from dic_repa.samplers.catalog import list_solvers
@@ -39,11 +40,9 @@ def command(context: click.Context):
 
 @command.command("compare")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--solvers", default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou", show_default=True)
-@click.option("--evaluations", default="6,12,24,48,96", show_default=True, help="Network evaluations per image.")
-@click.option(
-    "--num", type=click.IntRange(2, MOST_IMAGES), default=500, show_default=True, help="Samples for each point."
-)
+@click.option("--solvers", default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou")
+@click.option("--evaluations", default="6,12,24,48,96", help="Network evaluations per image.")
+@click.option("--num", type=Count(2, MOST_IMAGES), default=500, help="Samples for each point.")
 @click.option("--out", type=click.Path(path_type=Path), help="The plot.  [default: RUN/evaluation/solvers.png]")
 def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | None):
     """Sample RUN with each solver at each cost, judge the samples, and plot quality against cost.

@@ -10,25 +10,33 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.evaluate import evaluate_and_show
+from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.training.run_folder import RunFolder, checkpoint_step
 
 
-@click.command("train")
+@click.command("train", cls=Command)
 @click.argument("recipe", required=False)
-@click.option("--out", "path", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/RECIPE]")
-@click.option(
-    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
+@option_group(
+    "The run",
+    click.option("--out", "path", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/RECIPE]"),
+    click.option(
+        "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
+    ),
+    click.option("--overwrite", is_flag=True, help="Remove a run of that name and begin anew."),
 )
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of a run.")
-@click.option("--allow-change", is_flag=True, help="With --resume: also with a recipe that changes the run.")
-@click.option("--overwrite", is_flag=True, help="Remove a run of that name and begin anew.")
-@click.option("--dry-run", is_flag=True, help="Three steps on random data, and what the whole run would take.")
-@click.option(
-    "--processes", type=click.IntRange(1), default=1, help="With --dry-run: how many the run will have.  [default: 1]"
+@option_group(
+    "Going on with a run",
+    click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of a run."),
+    click.option("--allow-change", is_flag=True, help="With --resume: also with a recipe that changes the run."),
 )
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
+@option_group(
+    "Trying it out",
+    click.option("--dry-run", is_flag=True, help="Three steps on random data, and what the whole run would take."),
+    click.option("--processes", type=Count(1), default=1, help="With --dry-run: how many the run will have."),
+    click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON."),
+)
 def command(
     recipe: str | None, path: Path | None, overrides: tuple[str, ...], resume: bool, allow_change: bool,
     overwrite: bool, dry_run: bool, processes: int, as_json: bool,

@@ -6,37 +6,41 @@ from pathlib import Path
 
 import click
 
-from dic_repa.cli.sample import sample_settings
+from dic_repa.cli.options import Command, Count, option_group, recipe_option
+from dic_repa.cli.sampling_options import sample_settings
 from dic_repa.errors import UserError, is_main_process
 from dic_repa.recipe_values import MOST_IMAGES
 
 
-@click.command("tune")
+@click.command("tune", cls=Command)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--metric", help="What counts: fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]"
+@option_group(
+    "What is tried, and what counts",
+    click.option(
+        "--metric", help="What counts: fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]"
+    ),
+    click.option("--reference", help="Real images for fid and its like: a folder, an .npz, statistics."),
+    click.option("--scales", default="1,1.25,1.5,1.75,2,2.5", help="Guidance scales to try."),
+    click.option(
+        "--intervals", default="0:0.5,0:0.7,0:0.85,0:1,0.2:0.8", help="Intervals of t to try (0 data, 1 noise)."
+    ),
+    click.option(
+        "--num", type=Count(2, MOST_IMAGES), help="Samples of each cell.  [default: a tenth, from 200 to 5000]"
+    ),
+    click.option("--confirm", type=Count(0), default=3, help="Best cells to sample anew."),
+    click.option(
+        "--confirm-num", type=Count(2, MOST_IMAGES), help="Samples of each of them.  [default: the recipe's num]"
+    ),
+    click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/tune]"),
 )
-@click.option("--reference", help="Real images for fid and its like: a folder, an .npz, statistics.")
-@click.option("--scales", default="1,1.25,1.5,1.75,2,2.5", show_default=True, help="Guidance scales to try.")
-@click.option(
-    "--intervals",
-    default="0:0.5,0:0.7,0:0.85,0:1,0.2:0.8",
-    show_default=True,
-    help="Intervals of t to try (0 data, 1 noise).",
+@option_group(
+    "How it is sampled, where not as the recipe says",
+    recipe_option("--solver", "sample.solver"),
+    recipe_option("--steps", "sample.steps", "Steps {}", type=Count(1)),
+    recipe_option("--batch-size", "sample.batch_size", type=Count(1)),
+    recipe_option("--autoencoder", "sample.autoencoder"),
+    recipe_option("--seed", "sample.seed", type=Count(0)),
 )
-@click.option(
-    "--num", type=click.IntRange(2, MOST_IMAGES), help="Samples of each cell.  [default: a tenth, from 200 to 5000]"
-)
-@click.option("--confirm", type=click.IntRange(0), default=3, show_default=True, help="Best cells to sample anew.")
-@click.option(
-    "--confirm-num", type=click.IntRange(2, MOST_IMAGES), help="Samples of each of them.  [default: the recipe's num]"
-)
-@click.option("--solver", help="From `dic-repa solvers`.  [default: the recipe's]")
-@click.option("--steps", type=int, help="Of a fixed-step solver.")
-@click.option("--batch-size", type=int, help="Images at once.")
-@click.option("--autoencoder", help="Where it is, if not where it was in training: a folder or a hub id.")
-@click.option("--seed", type=int, help="Of the noise, which is the same in every cell.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/tune]")
 def command(
     checkpoint: Path,
     metric: str | None,

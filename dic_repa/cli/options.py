@@ -1,0 +1,73 @@
+"""Options of verbs: headed groups in --help, counts as people write them, options that override a recipe's key."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from dic_repa.recipe import Recipe
+from dic_repa.recipe_keys import find_field
+from dic_repa.recipe_values import whole_number
+
+OTHERS = "Options"
+
+
+class Command(click.Command):
+    """A verb whose --help lists its options under the headings of `option_group`."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(context):
+            if isinstance(option, click.Option) and (record := option.get_help_record(context)):
+                groups.setdefault(getattr(option, "group", OTHERS), []).append(record)
+        for title, records in sorted(groups.items(), key=lambda entry: entry[0] == OTHERS):
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def option_group(title: str, *options: Callable) -> Callable:
+    """A decorator of a verb that adds the `options`, as `click.option` makes them, under one heading."""
+
+    def decorate(function: Callable) -> Callable:
+        before = len(getattr(function, "__click_params__", []))
+        for option in reversed(options):
+            function = option(function)
+        for parameter in function.__click_params__[before:]:
+            parameter.group = title
+        return function
+
+    return decorate
+
+
+class Count(click.ParamType):
+    """A whole number from `least` to `most`, also as 5e4 or 50_000."""
+
+    name = "count"
+
+    def __init__(self, least: int = 1, most: int | None = None):
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        number = whole_number(value)
+        if isinstance(number, int) and self.least <= number and (self.most is None or number <= self.most):
+            return number
+        most = "" if self.most is None else f" to {self.most}"
+        self.fail(f"takes whole numbers from {self.least}{most}, not '{value}'", parameter, context)
+
+
+def recipe_option(name: str, key: str, form: str = "{}", **settings: Any) -> Callable:
+    """An option that overrides a dotted `key` of a recipe, with the schema's words and default; `form` may put others
+    around the words. What the recipe says, and where it says nothing the schema, is the default.
+    """
+    field = find_field(Recipe, key)
+    words, _, null = (field.description or "").partition("; null: ")
+    default = null if field.default is None else field.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    if typing.get_origin(field.annotation) is typing.Literal:
+        settings.setdefault("type", click.Choice(typing.get_args(field.annotation)))
+    text = form.format(words)
+    return click.option(name, default=None, help=f"{text[0].upper()}{text[1:]}.  [recipe, else {default}]", **settings)

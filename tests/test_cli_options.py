@@ -1,0 +1,69 @@
+"""Options: headed groups with their defaults in --help, counts as people write them, guidance without a scale."""
+
+from __future__ import annotations
+
+import re
+
+import click
+import pytest
+
+from dic_repa.cli import VERBS, cli
+from dic_repa.cli.options import Count
+from dic_repa.cli.sampling_options import sample_settings
+from dic_repa.errors import UserError
+from dic_repa.recipe import SampleSection
+
+
+def help_of(*names: str) -> str:
+    command, context = cli, click.Context(cli, info_name="dic-repa", **cli.context_settings)
+    for name in names:
+        command = command.get_command(context, name)
+        context = click.Context(command, info_name=name, parent=context, **command.context_settings)
+    return command.get_help(context)
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "tune", "prepare", "bench model"])
+def test_a_long_help_is_in_groups(verb):
+    text = help_of(*verb.split())
+    headings = re.findall(r"^([A-Z][^:\n]*):$", text, flags=re.MULTILINE)
+    assert len(headings) >= 3
+    assert headings[-1 if verb != "sample" else headings.index("Options")] == "Options"
+
+
+def test_help_shows_defaults_and_nothing_that_is_not_there():
+    for verb in VERBS:
+        assert "see below" not in help_of(verb)
+    text = " ".join(help_of("evaluate").split())
+    assert "Images in a network at once. [default: 64]" in text
+    for verb in ("sample", "evaluate"):
+        text = " ".join(help_of(verb).split())
+        assert "Steps of a fixed-step solver. [recipe, else 50 for an ODE, 250 for an SDE or DDPM]" in text
+        assert "--interval <FLOAT FLOAT>... When guidance acts: 0 is data, 1 is noise. [recipe, else 0.0 0.7]" in text
+        assert "An option with [recipe, else ...] overrides that key of the recipe's `sample` section" in text
+        assert "tf32|bf16|fp16]" in text
+
+
+def test_counts():
+    count = Count(2, 60_000)
+    for text, number in (("5e4", 50_000), ("50_000", 50_000), ("2", 2), (3.0, 3)):
+        assert count.convert(text, None, None) == number
+    for wrong in ("1", "1.5", "6e5", "many", "true", "1e-1", "nan"):
+        with pytest.raises(click.BadParameter, match=f"takes whole numbers from 2 to 60000, not '{wrong}'"):
+            count.convert(wrong, None, None)
+
+
+def test_counts_on_the_command_line(mistake):
+    assert "Invalid value for '--num': takes whole numbers from 1, not '1.5'" in mistake("sample", "x", "--num", "1.5")
+    assert "there is no run or checkpoint folder x" in mistake("sample", "x", "--num", "5e4", "--steps", "1e1")
+    assert "takes whole numbers from 1, not '0'" in mistake("train", "digits-urepa", "--dry-run", "--processes", "0")
+
+
+def test_guidance_needs_a_scale():
+    plain, guided = SampleSection(), SampleSection(guidance={"scale": 2.0})
+    for option, value in (("interval", (0.0, 0.5)), ("channels", 3), ("weak", "runs/small"), ("rescale", 0.5)):
+        with pytest.raises(UserError, match=f"--{option} needs --scale: the recipe has no guidance"):
+            sample_settings(plain, **{option: value})
+        assert getattr(sample_settings(guided, **{option: value}).guidance, option) == value
+        assert sample_settings(plain, scale=3.0, **{option: value}).guidance.scale == 3.0
+    with pytest.raises(UserError, match="--cfgpp needs --scale"):
+        sample_settings(plain, kind="cfg++")
