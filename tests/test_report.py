@@ -6,52 +6,26 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from report_runs import NASTY, report_run
 
 from dic_repa.cli.report import command
 from dic_repa.evaluation import report
 from dic_repa.evaluation.report import distinct_names, write_report
 from dic_repa.evaluation.report_data import MOST_GRIDS, MOST_POINTS
+from dic_repa.evaluation.runs import describe_sampling
 from dic_repa.recipe import load_recipe
 from dic_repa.training.run_folder import RunFolder
-
-NASTY = "</script><script>window.hurt = 1</script><img src=http://example.com/x.png>"
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """A run's folder as training leaves it, with curves and pictures whose values are known."""
-
-    def make(name: str, *overrides: str, steps: int = 40, done: int = 40, recipe: str = "digits-urepa") -> RunFolder:
-        run = RunFolder(tmp_path / name)
-        run.create(load_recipe(recipe, [f"train.steps={steps}", *overrides]))
-        lines = [
-            {"step": s, "loss": 2 / s, "denoising": 1 / s, "alignment.0.token": -s / 100, "gradient_norm": 1.0}
-            for s in range(1, done + 1)
-        ]
-        run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for step in (10, 20):
-            Image.new("RGB", (8, 6), (step, 0, 0)).save(run.samples / f"step_{step:08d}.png")
-        run.environment_file.write_text(json.dumps([{"command": ["dic-repa", "train"], "packages": {"torch": "2.5"}}]))
-        folder = run.path / "evaluation"
-        folder.mkdir()
-        scores = {"count": 9, "recognised": 0.9, "fd-digits": 1.5, "by": {"0": 1}, "reference": {"fd-digits": 1.25}}
-        record = {"step": 40, "metric": "digits", "sample": {"num": 9}, "evaluations": 39, "scores": scores}
-        (folder / "a.json").write_text(json.dumps(record))
-        (run.path / "probe").mkdir()
-        probe = {"step": 40, "encoder": "digits-vit", "times": [0.1, 0.5], "taps": ["enc.0.0", "mid.0"]}
-        probe |= {"aligned": ["mid.0"], "scores": {"cka": [[0.1, 0.2], [0.3, float("nan")]]}}
-        (run.path / "probe/probe.json").write_text(json.dumps(probe))
-        return run
-
-    return make
+    return lambda name, *overrides, **options: report_run(tmp_path / name, *overrides, **options)
 
 
 class Page(HTMLParser):
@@ -186,55 +160,6 @@ def test_mistakes(mistake, tmp_path):
     assert "recipe.yaml is not a run: it is a file; name the folder" in mistake("report", "folder/recipe.yaml")
 
 
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-@pytest.mark.parametrize("window", ["390,844", "1280,900"])
-def test_in_a_browser(make_run, tmp_path, window):
-    """The script runs to its end on nasty names and gaps, and draws each section, with nothing in the console.
-
-    A request to a network would be there too: the page's own policy forbids all, and Chromium tells of each refusal.
-    """
-    runs = [make_run("first", f"description={json.dumps(NASTY)}"), make_run("<b>second {{DATA}}", done=7)]
-    shutil.rmtree(runs[1].samples)
-    page = write_report([run.path for run in runs], tmp_path / "page.html")
-    done = subprocess.run(
-        [
-            *(
-                BROWSER,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--no-first-run",
-                "--disable-background-networking",
-            ),
-            *("--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"),
-            *(
-                "--enable-logging=stderr",
-                f"--window-size={window}",
-                "--virtual-time-budget=3000",
-                "--dump-dom",
-                page.as_uri(),
-            ),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    drawn = re.sub(r'<script id="data".*?</script>', "", done.stdout, flags=re.DOTALL)
-    for identifier in ("curves", "samples", "metrics", "alignment", "recipe", "machine"):
-        assert f'<section id="{identifier}"' in drawn
-    assert drawn.count('class="curve"') >= 6
-    assert "&lt;b&gt;second" in drawn
-    assert "&lt;img src=http" in drawn
-    assert "<img src=http" not in drawn
-    assert drawn.rstrip().endswith("</html>")
-
-
 def test_measured_and_tuned_runs(make_run, tmp_path):
     run = make_run("a")
     measured = run.path / "evaluation/step_00000040-9-heun-2"
@@ -258,6 +183,20 @@ def test_measured_and_tuned_runs(make_run, tmp_path):
     _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
     assert shown["tuning"] is None
     assert "tune.json" in shown["problems"][0]
+
+
+def test_samples_that_are_judged_and_measured_are_shown_once(make_run, tmp_path):
+    run = make_run("a", "sample.solver=dpmpp-2m", "sample.num=9")
+    sample = run.recipe().sample
+    record = json.loads((run.path / "evaluation/a.json").read_text()) | {"sample": sample.model_dump(mode="json")}
+    (run.path / "evaluation/a.json").write_text(json.dumps(record))
+    measured = run.path / "evaluation" / f"step_00000040-{describe_sampling(sample).replace(' ', '-')}"
+    measured.mkdir()
+    (measured / "metrics.json").write_text(json.dumps({"metrics": {"fd-digits": 1.4999, "prec-digits": 0.75}}))
+    _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
+    (entry,) = shown["evaluations"]
+    assert (entry["own"], entry["sampling"]) == (True, describe_sampling(sample))
+    assert list(entry["scores"].items()) == [("recognised", 0.9), ("fd-digits", 1.5), ("prec-digits", 0.75)]
 
 
 def test_colours_can_be_told_from_their_background():

@@ -157,18 +157,14 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
         if not (isinstance(record, dict) and isinstance(record.get("metrics"), dict) and step.isdigit()):
             problems.append(f"evaluation/{file.parent.name}/metrics.json is not whole; it is left out")
             continue
-        found.append(
-            {
-                "step": int(step),
-                "metric": "",
-                "sampling": sampling.replace("-", " "),
-                "own": sampling == (own or "").replace(" ", "-"),
-                "evaluations": None,
-                "count": None,
-                "scores": _scores(record["metrics"]),
-                "reference": {},
-            }
-        )
+        entry = next((e for e in found if (e["step"], e["sampling"].replace(" ", "-")) == (int(step), sampling)), None)
+        if entry is None:
+            own_too = sampling == (own or "").replace(" ", "-")
+            entry = {"step": int(step), "metric": "", "sampling": sampling.replace("-", " "), "own": own_too}
+            entry |= {"evaluations": None, "count": None, "scores": {}, "reference": {}}
+            found.append(entry)
+        # Samples that are judged and measured have one entry; a score that both give is the judge's.
+        entry["scores"] |= {n: v for n, v in _scores(record["metrics"]).items() if n not in entry["scores"]}
     yield from sorted(found, key=lambda e: (e["step"], e["sampling"]))
 
 

@@ -24,14 +24,14 @@ function format(value) {
 
 function tickLabel(value) {
   const size = Math.abs(value);
-  if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
-  if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
+  if (size >= 1e6) return `${+(value / 1e6).toPrecision(4)}M`;
+  if (size >= 1e4) return `${+(value / 1e3).toPrecision(4)}k`;
   return String(+value.toPrecision(4)).replace("-", "−");
 }
 
-function linearTicks(low, high, count) {
-  const rough = (high - low) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
+function linearTicks(low, high, count, whole = false) {
+  const rough = Math.max(whole ? 1 : 0, (high - low) / Math.max(1, count)), power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999 && (!whole || Number.isInteger(s)));
   const ticks = [];
   for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) ticks.push(Math.abs(v) < step * 1e-9 ? 0 : v);
   return ticks;
@@ -179,7 +179,7 @@ class LineChart {
       });
       return;
     }
-    for (const t of (last > first ? linearTicks(first, last, inner / 78) : [first]).filter((t) => this.x(t) > 66))
+    for (const t of (last > first ? linearTicks(first, last, inner / 78, this.xTitle === "step") : [first]).filter((t) => this.x(t) > 66))
       svg.append(el("text", { x: this.x(t), y: bottom + 17, "text-anchor": "middle" }, tickLabel(t)));
     svg.append(el("text", { x: 42, y: bottom + 17, "text-anchor": "end" }, this.xTitle));
   }

@@ -177,8 +177,10 @@ function metrics() {
     const reference = rows.map((row) => row.reference[score]).find((value) => value !== undefined);
     const lines = [...groups.values()].filter((group) => group.length > 1);
     if (lines.length) {
-      const several = new Set(lines.map((g) => g[0].sampling)).size > 1;
-      const series = lines.map((group) => ({ run: group[0].run.i, color: group[0].run.color, dash: group[0].run.dash,
+      const single = [...groups.values()].filter((group) => !lines.some((line) => line[0].run === group[0].run));
+      const drawn = [...lines, ...onePerRun(single.flat()).map((row) => [row])];  // a run without a line has a point
+      const several = new Set(drawn.map((g) => g[0].sampling)).size > 1;
+      const series = drawn.map((group) => ({ run: group[0].run.i, color: group[0].run.color, dash: group[0].run.dash,
         label: several ? `${group[0].run.name}, ${group[0].sampling}` : group[0].run.name, points: group.map((row) => [row.step, row.scores[score]]) }));
       cards.append(new LineChart({ title: nice(score), hint, series, smooth: false, settings,
         reference: reference === undefined ? [] : [{ value: reference, label: "real images" }] }).node);
@@ -187,15 +189,20 @@ function metrics() {
   node.append(table(rows, scores));
 }
 
-/* One bar for each run: of the sampling that most runs share, so that like is compared with like. */
-function bars(score, hint, rows, reference) {
+/* Of the sampling that most runs share, so that like is compared with like. */
+function onePerRun(rows) {
   const votes = rows.map((row) => rows.filter((other) => other.sampling === row.sampling).length);
-  const common = rows[votes.indexOf(Math.max(...votes))].sampling;
-  const shown = RUNS.map((run) => rows.find((r) => r.run === run && r.sampling === common) ?? rows.find((r) => r.run === run)).filter(Boolean);
-  const values = shown.map((row) => row.scores[score]);
-  const most = Math.max(...values, reference ?? -Infinity);
+  const common = rows[votes.indexOf(Math.max(...votes))]?.sampling;
+  return RUNS.map((run) => rows.find((r) => r.run === run && r.sampling === common) ?? rows.find((r) => r.run === run)).filter(Boolean);
+}
+
+/* One bar for each run: of a share against 1, of other scores against the largest. A number with nothing to compare it
+   with has no bar. */
+function bars(score, hint, rows, reference) {
+  const shown = onePerRun(rows), values = shown.map((row) => row.scores[score]).concat(reference ?? []);
+  const most = DATA.scores[score]?.most ?? (values.length > 1 ? Math.max(...values) : null);
   const bar = (name, color, value) => el("div", { style: `--c:${color}` }, el("div", { class: "label" }, name, el("b", {}, format(value))),
-    el("div", { class: "track" }, el("i", { style: `width:${Math.max(0, (100 * value) / (most || 1))}%` })));
+    most === null ? null : el("div", { class: "track" }, el("i", { style: `width:${Math.max(0, (100 * value) / (most || 1))}%` })));
   return el("article", { class: "card chart" }, el("header", {}, el("h3", {}, nice(score), el("span", { class: "hint" }, hint))),
     el("div", { class: "bars" }, ...shown.map((row) => bar(row.run.name, row.run.color, row.scores[score])),
       reference === undefined ? null : bar("real images", "var(--muted)", reference)));
