@@ -92,7 +92,15 @@ def weights_folder(path: str | Path) -> Path:
         folder = RunFolder.open(path).newest_checkpoint("ema")
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet")
-    return folder / "ema" if (folder / "ema").is_dir() else folder
+    average = folder / "ema"
+    is_average = average.is_dir() and not (average / "checkpoints").is_dir()  # that would be a run of this name
+    return average if is_average else folder
+
+
+def checkpoint_of(weights: Path) -> Path:
+    """The training checkpoint that a folder of averaged weights lies in, links followed; or else this folder itself."""
+    weights = weights.resolve()  # checkpoints/best is a link
+    return weights.parent if (weights.parent / WEIGHTS).is_file() else weights
 
 
 def load_raw(denoiser: nn.Module, checkpoint: Path) -> None:

@@ -39,6 +39,12 @@ def create_path(name: str, **kwargs) -> Path:
     return paths.get(name)(**kwargs)
 
 
+def path_of(model: object) -> Path | None:
+    """The path that a model or field names as its `path`; None where it has none, or means something else by it."""
+    path = getattr(model, "path", None)
+    return path if isinstance(path, Path) else None
+
+
 def check_prediction(name: str) -> str:
     """`name` if it is a quantity that a denoiser may predict; otherwise a UserError."""
     if name not in PREDICTIONS:

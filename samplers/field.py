@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dic_repa.paths import LinearPath, Path
+from dic_repa.paths import LinearPath, Path, path_of
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,7 +30,7 @@ class Field:
 
     def __init__(self, velocity_fn: VelocityFn, path: Path | None = None):
         self.velocity_fn = velocity_fn
-        self.path = path or getattr(velocity_fn, "path", None) or LinearPath()
+        self.path = path or path_of(velocity_fn) or LinearPath()
         self.breakpoints: tuple[float, ...] = tuple(getattr(velocity_fn, "breakpoints", ()))
         self.nfe = 0
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.paths import LinearPath, expand_as
+from dic_repa.paths import LinearPath, expand_as, path_of
 from dic_repa.registry import Registry
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -134,7 +134,7 @@ class GuidedField:
             raise UserError(
                 "guidance needs a model with a null class (`num_classes`); set the scale to 1 to do without"
             )
-        self.path = getattr(model, "path", None)
+        self.path = path_of(model)
         self.time_range = getattr(model, "time_range", (0.0, 1.0))
         self.breakpoints = guidance.interval if guidance.active else ()
         self.evaluations = 1

@@ -16,7 +16,7 @@ import torch
 from small_runs import assert_same, metrics, small_recipe, small_run, weights
 
 from dic_repa.errors import UserError
-from dic_repa.generation import weights_folder
+from dic_repa.generation import checkpoint_of, load_checkpoint, weights_folder
 from dic_repa.models import DiC
 from dic_repa.training import EMA, RunFolder, train
 from dic_repa.training.checkpoint import CheckpointWriter
@@ -112,6 +112,18 @@ def test_run_without_a_whole_checkpoint_does_not_begin_anew_in_silence(copy):
         train(small_recipe(), copy.path, resume=True)
     with pytest.raises(UserError, match=r"are damaged \(step_00000008: .*; step_00000004: .*\); restore one$"):
         weights_folder(copy.path)
+
+
+def test_the_name_ema_alone_makes_no_average(copy, tmp_path):
+    """A run may be called so, or an average that was copied elsewhere; what is beside them is not theirs."""
+    copy.path.rename(tmp_path / "ema")
+    with pytest.raises(UserError, match=r"is neither a run nor a checkpoint: .*; did you mean .*/ema\?"):
+        load_checkpoint(tmp_path)
+    newest = tmp_path / "ema/checkpoints/step_00000008"
+    assert weights_folder(tmp_path / "ema") == newest / "ema"
+    assert checkpoint_of(newest / "ema") == newest
+    exported = shutil.copytree(newest / "ema", tmp_path / "exported/ema")
+    assert weights_folder(exported) == checkpoint_of(exported) == exported
 
 
 def test_keep_the_last_and_every_nth(tmp_path):

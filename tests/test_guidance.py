@@ -238,3 +238,16 @@ def test_out_of_memory_goes_on_one_by_one():
     assert model.batches == [2, 2, 2, 2]
     with pytest.raises(torch.OutOfMemoryError):
         Guidance(1.5, EVERYWHERE, doubled=True).bind(model, LABELS)(NOISE, t)
+
+
+def test_a_model_may_mean_something_else_by_path():
+    """Only an interpolation path counts: a denoiser of one's own may keep the name of its file there."""
+    model = Model()
+    model.path = "weights.safetensors"
+    for guidance in (Guidance(scale=2.0, interval=EVERYWHERE), CFGPlusPlus(scale=0.6)):
+        field = guidance.bind(model, LABELS)
+        assert sample_ode(field, NOISE, solver="euler", steps=2).isfinite().all()
+        assert sample_sde(field, NOISE, solver="euler_maruyama", steps=2).isfinite().all()
+    plain = lambda x, t: model(x, t, LABELS)  # noqa: E731
+    plain.path = model.path
+    assert sample_sde(plain, NOISE, solver="euler_maruyama", steps=2).isfinite().all()

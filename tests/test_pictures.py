@@ -48,7 +48,20 @@ def test_a_heat_map_names_its_score_in_words(tmp_path, figures):
     for score, title in (("fd-digits", "FD-digits (lower"), ("fid", "FID (lower")):
         tuned = Tuned(cells[0], cells, [], score, "lower", tmp_path / "tune.json", tmp_path / "tune.png")
         save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
-        assert figures.gcf().axes[0].get_title().startswith(title)
+        assert any(text.get_text().startswith(title) for text in figures.gcf().findobj(plt.Text))
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.0)])
+def test_the_title_of_a_small_heat_map_is_all_there(tmp_path, figures, scales):
+    cells = [Cell(scale, (0.0, 0.7), 50_000, scale) for scale in scales]
+    tuned = Tuned(cells[0], cells, cells, "prec-dinov2", "higher", tmp_path / "tune.json", tmp_path / "tune.png")
+    save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
+    figure = figures.gcf()
+    (title,) = [text for text in figure.findobj(plt.Text) if "confirmed with" in text.get_text()]
+    extent = title.get_window_extent(figure.canvas.get_renderer())
+    assert figure.bbox.x0 <= extent.x0
+    assert extent.x1 <= figure.bbox.x1
+    assert extent.y1 <= figure.bbox.y1
 
 
 def test_costs_of_solvers_are_written_out(tmp_path, figures):
@@ -61,3 +74,13 @@ def test_costs_of_solvers_are_written_out(tmp_path, figures):
         figure.canvas.draw()
         assert [label.get_text() for label in axis.get_xticklabels()] == ["6", "12", "24", "48"]
         assert not any(label.get_text() for label in axis.get_xticklabels(minor=True))
+
+
+def test_scores_of_solvers_are_plain_numbers(tmp_path, figures):
+    save_comparison([Point("heun", n, {"fd-digits": 5 + n / 100}) for n in (6, 12, 24, 48)], tmp_path / "solvers.png")
+    figure = figures.gcf()
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    labels = [label.get_text() for which in (False, True) for label in axis.get_yticklabels(minor=which)]
+    shown = [float(label) for label in labels if label]  # no 5.3 x 10^0
+    assert len([value for value in shown if 5 < value < 5.5]) >= 2

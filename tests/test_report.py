@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -150,6 +151,18 @@ def test_command_line(make_run):
     assert done.exit_code == 0, done.output
     assert str(run.path / "report.html") in done.output
     assert (run.path / "report.html").is_file()
+
+
+def test_without_a_browser_one_line_says_where_the_page_is(make_run, tmp_path, monkeypatch, capfd):
+    run = make_run("a")
+    opener = tmp_path / "xdg-open"
+    opener.write_text("#!/bin/sh\nfor i in 1 2 3 4 5 6; do echo w3m: not found >&2; done\nexit 3\n")
+    opener.chmod(0o755)
+    for path in (f"{tmp_path}:{os.environ['PATH']}", str(tmp_path / "nowhere")):
+        monkeypatch.setenv("PATH", path)
+        command.main([str(run.path), "--open"], standalone_mode=False)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert (run.path / "report.html").as_uri() in line
 
 
 def test_mistakes(mistake, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -32,5 +34,19 @@ def command(runs: tuple[Path, ...], out: Path | None, show: bool):
         check_file(out)
     out = write_report(runs, out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html")))
     click.echo(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
-    if show:
-        click.launch(str(out))
+    if show and not open_in_browser(out):
+        click.echo(f"note: no browser could be opened; the page is {out.resolve().as_uri()}", err=True)
+
+
+def open_in_browser(page: Path) -> bool:
+    """Show the page in the browser, if there is one: without what a desktop's opener says of each that it tries."""
+    if not sys.platform.startswith("linux"):
+        return click.launch(str(page)) == 0
+    try:
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        opener = subprocess.Popen(["xdg-open", page], start_new_session=True, **quiet)
+        return opener.wait(timeout=5) == 0
+    except subprocess.TimeoutExpired:
+        return True  # it is the browser itself, which stays
+    except OSError:
+        return False

@@ -24,7 +24,7 @@ from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
 from dic_repa.evaluation.probe_pictures import save_pictures
-from dic_repa.generation import load_checkpoint
+from dic_repa.generation import checkpoint_of, load_checkpoint
 from dic_repa.models.cost import forward_on_meta
 from dic_repa.precision import tf32
 from dic_repa.recipe import AlignmentSection, Recipe
@@ -74,8 +74,7 @@ def probe_checkpoint(
     """
     loaded = load_checkpoint(path, device)
     recipe, denoiser = loaded.recipe, loaded.denoiser
-    source = loaded.source.resolve()  # checkpoints/best is a link
-    checkpoint = source.parent if source.name == "ema" else source
+    checkpoint = checkpoint_of(loaded.source)
     section = _section(recipe, encoder)
     eyes = build_encoder(section, torch.device(device))
     data, split = _dataset(recipe, num)

@@ -16,7 +16,7 @@ from dic_repa.training.run_folder import RunFolder, checkpoint_step, describe_en
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is something to sample from: a run, or a checkpoint of a run or for inference."""
-    return any((path / name).exists() for name in ("recipe.yaml", "checkpoints", "ema", CONFIG))
+    return any((path / name).exists() for name in ("recipe.yaml", "checkpoints", f"ema/{CONFIG}", CONFIG))
 
 
 def samples_folder(path: Path, described: str) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge, judge_of_score, title
-from dic_repa.generation import Checkpoint, build_sampler, draw_labels, weak_weights
+from dic_repa.generation import Checkpoint, build_sampler, checkpoint_of, draw_labels, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.training.run_folder import write_whole
@@ -189,8 +189,7 @@ def _as_kept(batches: Iterable[Tensor], progress) -> Iterator[Tensor]:
 
 def _folder(source: Path) -> Path:
     """The run of a checkpoint's weights; the checkpoint itself where it lies in no run."""
-    source = source.resolve()  # checkpoints/best is a link
-    checkpoint = source.parent if source.name == "ema" else source
+    checkpoint = checkpoint_of(source)
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
@@ -205,8 +204,13 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
     values = {(cell.scale, cell.interval): cell.value for cell in tuned.cells}
     plain = next((cell.value for cell in tuned.cells if cell.scale == 1), None)
     table = [[values.get((scale, interval), plain) for scale in scales] for interval in intervals]
-    size = (2.2 + 0.85 * len(scales), 1.5 + 0.5 * len(intervals))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    heading = f"{title(tuned.score)} ({tuned.better} is better), {tuned.cells[0].num} samples a cell"
+    if tuned.confirmed:
+        heading += f"\nframed: the best, confirmed with {tuned.best.num} samples"
+    for_title = 0.085 * max(map(len, heading.splitlines()))  # inches, which a small grid would not have
+    wide = max(2.2 + 0.85 * len(scales), for_title)
+    figure, axis = plt.subplots(figsize=(wide, 1.8 + 0.5 * len(intervals)), layout="constrained")
+    figure.suptitle(heading, fontsize=10)
     shown = axis.imshow(table, aspect="auto", cmap="viridis" if tuned.better == "higher" else "viridis_r")
     for i, row in enumerate(table):
         for j, value in enumerate(row):
@@ -221,10 +225,6 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
     axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axis.set_yticks(range(len(intervals)), [f"{low:g} to {high:g}" for low, high in intervals])
     axis.set(xlabel="guidance scale", ylabel="interval of t")
-    heading = f"{title(tuned.score)} ({tuned.better} is better), {tuned.cells[0].num} samples a cell"
-    if tuned.confirmed:
-        heading += f"\nframed: the best, confirmed with {tuned.best.num} samples"
-    axis.set_title(heading, fontsize=10)
     figure.colorbar(shown, ax=axis)
     figure.savefig(path, dpi=130)
     plt.close(figure)
