@@ -25,6 +25,7 @@ from dic_repa.cli import main
 from dic_repa.data.check import psnr
 from dic_repa.data.image_folder import ImageFolder
 from dic_repa.data.images import center_crop, to_tensor, unit_images
+from dic_repa.data.latents import denoiser_data
 from dic_repa.data.prepared import Prepared
 from dic_repa.errors import UserError
 
@@ -234,6 +235,31 @@ def test_small_images_and_emptied_classes_are_reported(tmp_path):
     report = json.loads((tmp_path / "out/check.json").read_text())
     assert report["enlarged"] == 4
     assert report["empty_classes"] == ["dog"]
+
+
+def test_moments_are_kept_in_float32_on_request(prepared, tmp_path, mistake, capsys):
+    """REPA's are float32: halved they are ours, and the denoiser's data is what they say to the last digit."""
+    options = ["--moments", "float32", "--flip"]
+    prepare("tree", "full", *options)
+    capsys.readouterr()
+    half, full = Prepared(prepared, size=16), Prepared(tmp_path / "full", size=16)
+    assert full[0]["moments"].dtype == torch.float32
+    for k in range(len(full)):
+        assert torch.equal(full[k]["moments"].half(), half[k]["moments"])
+    batch = {"moments": torch.stack([full[k]["moments"] for k in range(3)])}
+    assert not torch.equal(batch["moments"], batch["moments"].half().float())
+    mean, std = batch["moments"].chunk(2, dim=1)
+    expected = (mean + std - 0.1) * 0.5  # the vae's shift and scale
+    torch.testing.assert_close(denoiser_data(full, batch, torch.ones_like), expected, rtol=1e-6, atol=1e-6)
+    again = ["prepare", "tree", "full", "--shard-size=3", "--autoencoder=vae", "--size=32", "--flip"]
+    assert "another moments; choose" in mistake(*again)
+
+
+def test_a_folder_from_before_the_choice_of_moments_goes_on(prepared):
+    settings = json.loads((prepared / "prepare.json").read_text())
+    del settings["moments"]
+    (prepared / "prepare.json").write_text(json.dumps(settings))
+    prepare("tree", "out", "--flip")
 
 
 def test_another_preparation_is_not_mixed_in(prepared, tmp_path, mistake):

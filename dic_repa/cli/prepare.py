@@ -36,6 +36,12 @@ from dic_repa.errors import UserError, told_by_whom_it_befalls
         default="webp",
         help="Format of the stored crops: webp and png are lossless, jpeg (quality 95) is half as large.",
     ),
+    click.option(
+        "--moments",
+        type=click.Choice(["float16", "float32"]),
+        default="float16",
+        help="Numbers of the stored latents: REPA keeps float32, twice as large.",
+    ),
 )
 @option_group(
     "Speed and memory",

@@ -1,10 +1,10 @@
 """Prepare a data set once: crop, encode, and write shards that training reads.
 
 The result is a Hugging Face data set that `datasets.load_from_disk` opens, with the columns `image` (a WebP, PNG or
-JPEG file), `moments` (float16, mean and standard deviation), `moments_flipped` (of the mirrored image, on request),
-`label`, `name`, `width` and `height` (of the original); `prepare.json` in it says how it was made. Shard k holds the
-source's images k * shard_size and following, so what is in it depends on neither the number of processes nor on
-interruptions.
+JPEG file), `moments` (mean and standard deviation, float16 or float32), `moments_flipped` (of the mirrored image, on
+request), `label`, `name`, `width` and `height` (of the original); `prepare.json` in it says how it was made. Shard k
+holds the source's images k * shard_size and following, so what is in it depends on neither the number of processes nor
+on interruptions.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ SETTINGS_FILE = "prepare.json"
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How to prepare: `size` of the crop in pixels, the mirrored moments too (`flip`), the images' file format, images
-    to a shard and to an encoder batch, whether to skip damaged files, and threads that read and crop.
+    """How to prepare: `size` of the crop in pixels, the mirrored moments too (`flip`), the images' file format, the
+    moments' numbers (float16, or float32 as REPA's), images to a shard and to an encoder batch, whether to skip damaged
+    files, and threads that read and crop.
     """
 
     size: int = 256
     flip: bool = False
     image_format: str = "webp"
+    moments: str = "float16"
     shard_size: int = 1000
     batch_size: int = 32
     skip_bad: bool = False
@@ -59,7 +61,7 @@ def begin(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, s
     file = destination / SETTINGS_FILE
     if file.is_file():
         # The place of the images or of the weights may change between two calls; their content may not.
-        found, wanted = json.loads(file.read_text()), json.loads(json.dumps(wanted))
+        found, wanted = {"moments": "float16"} | json.loads(file.read_text()), json.loads(json.dumps(wanted))
         if differs := [key for key in wanted if _content(wanted[key]) != _content(found.get(key))]:
             raise UserError(f"{destination} was begun with another {', '.join(differs)}; choose another folder")
         return
@@ -112,6 +114,7 @@ def describe(source: ImageSource, spec: AutoencoderSpec, settings: PrepareSettin
         "size": settings.size,
         "flip": settings.flip,
         "image_format": settings.image_format,
+        "moments": settings.moments,
         "shard_size": settings.shard_size,
         "autoencoder": spec.to_dict(),
         "class_names": list(source.class_names),
@@ -164,7 +167,7 @@ def _features(spec: AutoencoderSpec, source: ImageSource, settings: PrepareSetti
     moments = {}
     if spec.name != "none":  # the pixels' moments would be the image again
         names = ["moments", "moments_flipped"] if settings.flip else ["moments"]
-        moments = {name: Array3D((2 * spec.channels, side, side), "float16") for name in names}
+        moments = {name: Array3D((2 * spec.channels, side, side), settings.moments) for name in names}
     return Features(
         {
             "image": ImageFeature(),
@@ -214,21 +217,22 @@ def _encoded(
             yield from (row for row, _ in batch)
             continue
         images = unit_images(torch.stack([image for _, image in batch]))
-        moments = {"moments": _moments(autoencoder, images)}
+        moments = {"moments": _moments(autoencoder, images, settings.moments)}
         if settings.flip:
-            moments["moments_flipped"] = _moments(autoencoder, images.flip(-1))
+            moments["moments_flipped"] = _moments(autoencoder, images.flip(-1), settings.moments)
         for k, (row, _) in enumerate(batch):
             yield row | {name: values[k] for name, values in moments.items()}
 
 
-def _moments(autoencoder: Autoencoder, images: torch.Tensor) -> np.ndarray:
+def _moments(autoencoder: Autoencoder, images: torch.Tensor, dtype: str) -> np.ndarray:
     try:
         with tf32(False):
-            moments = autoencoder.encode(images.to(autoencoder.device)).half()
+            moments = autoencoder.encode(images.to(autoencoder.device)).to(getattr(torch, dtype))
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is full ({first_line(error)}); lower --batch-size") from None
     if not moments.isfinite().all():
-        raise UserError(f"{autoencoder.spec.name} gives moments beyond float16's range; it cannot be used")
+        mend = "store them with --moments float32" if dtype == "float16" else "it cannot be used"
+        raise UserError(f"{autoencoder.spec.name} gives moments beyond {dtype}'s range; {mend}")
     return moments.cpu().numpy()
 
 

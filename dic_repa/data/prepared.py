@@ -25,8 +25,9 @@ from dic_repa.errors import UserError
 class Prepared(LatentDataset):
     """Samples of a prepared folder, memory-mapped.
 
-    A sample is a dict: `moments` (2C, size, size), float16, where an autoencoder was used; `image` (3, H, W), uint8;
-    `label`, an int64 scalar. Where mirrored moments are stored, the second half of the samples are the first, mirrored.
+    A sample is a dict: `moments` (2C, size, size), float16 or float32, where an autoencoder was used; `image` (3, H,
+    W), uint8; `label`, an int64 scalar. Where mirrored moments are stored, the second half of the samples are the
+    first, mirrored.
 
     Args:
         path: the folder.
