@@ -53,6 +53,14 @@ class BetaSchedule:
         """Betas that rise linearly (Ho et al. 2020; ADM, DiT and DiC)."""
         return cls(torch.linspace(start, end, steps, dtype=torch.float64), fixed_variance=fixed_variance)
 
+    @classmethod
+    def scaled_linear(
+        cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012, fixed_variance: str = "large"
+    ) -> BetaSchedule:
+        """Betas whose roots rise linearly (Rombach et al. 2022; Stable Diffusion, U-ViT-H)."""
+        roots = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64)
+        return cls(roots.square(), fixed_variance=fixed_variance)
+
     def __len__(self) -> int:
         return len(self.betas)
 

@@ -369,7 +369,8 @@ def test_recipes_build(name):
             options = section.model_dump(include={"head", "weight", "manifold_weight"}) | section.head_options
             alignment = Alignment.build(denoiser, section.tap, 768, (16, 16), (size, size), **options)
             assert alignment.manifold_weight == 0  # REPA has no such term
-    assert denoiser.config["learn_sigma"] == (recipe.objective.name == "ddpm")
+    ddpm = recipe.objective.name == "ddpm"
+    assert denoiser.config["learn_sigma"] == (ddpm and recipe.objective.options.get("learned_variance", True))
 
 
 def test_digits_sit_trains_and_samples(dic_repa, tmp_path):

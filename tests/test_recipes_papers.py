@@ -177,7 +177,8 @@ def test_every_recipe_builds_on_the_meta_device(name):
     size, channels = recipe.data.size, 1 if recipe.data.name == "digits" else 4
     alignments = json.dumps([(section.tap, section.head, section.head_options) for section in recipe.alignments])
     prediction, projections = shapes(recipe.model.model_dump_json(), channels, alignments, size)
-    twice = recipe.objective.name == "ddpm"  # the variance is learned
+    twice = recipe.model.learn_sigma
+    assert twice == (recipe.objective.name == "ddpm" and recipe.objective.options.get("learned_variance", True))
     assert prediction == (2, 2 * channels if twice else channels, size, size)
     assert projections == [(2, (size // 2) ** 2, 768)] * len(recipe.alignments)
 

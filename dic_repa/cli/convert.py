@@ -33,8 +33,8 @@ def command(
     """Convert the checkpoint SOURCE into TARGET.
 
     SOURCE is a run, one of its checkpoints, a folder or hub id that `save_pretrained` made, or a file of the authors'
-    public code (DiC, and to read also DiT, SiT and REPA). TARGET is a file in the DiC authors' layout if it ends in
-    .pt, .pth or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads.
+    public code (DiC, and to read also DiT, SiT, REPA and U-ViT). TARGET is a file in the DiC authors' layout if it ends
+    in .pt, .pth or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads.
 
     \b
     Examples:

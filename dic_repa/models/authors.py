@@ -1,4 +1,5 @@
-"""Checkpoints in the key layout of the DiC authors' public code; those of DiT, SiT and REPA are in `authors_sit.py`.
+"""Checkpoints in the key layout of the DiC authors' public code; those of DiT, SiT and REPA are in `authors_sit.py`,
+those of U-ViT in `authors_uvit.py`.
 
 Nothing but tensors is needed: width, depths, classes and channels are read off their names and shapes.
 """
@@ -53,9 +54,10 @@ def load_authors_checkpoint(
     """The denoiser of a checkpoint of public code: a file (safetensors, or torch's with `ema` or `model` inside) or a
     state dict.
 
-    A DiC of the DiC authors' layout, a SiT of that which DiT, SiT and REPA share; `family` says which of the three it
-    is where neither REPA's projectors nor the file's name tell. The configuration is inferred from the tensors;
-    `overrides` are other arguments of the class. Returned in eval mode, in our conventions of time and velocity.
+    A DiC of the DiC authors' layout, a U-ViT of its authors', a SiT of that which DiT, SiT and REPA share; `family`
+    says which of the three it is where neither REPA's projectors nor the file's name tell. The configuration is
+    inferred from the tensors; `overrides` are other arguments of the class. Returned in eval mode, in our conventions
+    of time and velocity.
     """
     state = read_tensors(source)[0] if not isinstance(source, dict) else source
     name = "the state dict" if isinstance(source, dict) else str(source)
@@ -64,6 +66,10 @@ def load_authors_checkpoint(
         from dic_repa.models.authors_sit import load_sit  # timm takes seconds to import
 
         return load_sit(state, name, family, **overrides)
+    if "patch_embed.proj.weight" in state:
+        from dic_repa.models.authors_uvit import load_uvit
+
+        return load_uvit(state, name, **overrides)
     model = DiC(**{**_infer_config(state, name), **overrides})
     ours = {authors_key(key): key for key in model.state_dict()}
     load_weights(model, {ours.get(key, key): value for key, value in state.items()}, name)
@@ -80,7 +86,8 @@ def _infer_config(state: dict[str, Tensor], name: str) -> dict:
         rows = state["y_embedder_ls.0.embedding_table.weight"].shape[0]
     except KeyError as missing:
         raise UserError(
-            f"{name} is not a checkpoint of the DiC authors' code, nor of DiT, SiT or REPA: it has no {missing.args[0]}"
+            f"{name} is not a checkpoint of the DiC authors' code, nor of DiT, SiT, REPA or U-ViT: "
+            f"it has no {missing.args[0]}"
         ) from None
     stages = ("enc_blocks.0", "enc_blocks.1", "lat_blocks.0", "dec_blocks.0", "dec_blocks.1")
     return {

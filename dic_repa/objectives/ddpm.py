@@ -9,32 +9,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.objectives.base import Noisy, VelocityModel, objectives, once, run_denoiser
 from dic_repa.paths import VPPath
 from dic_repa.samplers.beta_schedule import BetaSchedule
 from dic_repa.samplers.ddpm import split_output
 
+_SCHEDULES = {"linear": BetaSchedule.linear, "scaled-linear": BetaSchedule.scaled_linear}
+
 
 @dataclass(frozen=True)
 class DDPMNoisy(Noisy):
-    """A corrupted batch; `t` holds the steps 0 ... N - 1, which is what the denoiser embeds."""
+    """A corrupted batch; `t` is what the denoiser embeds, the steps 0 ... N - 1 plus the number of the first."""
 
     data: Tensor  # (B, C, H, W)
+    steps: Tensor  # (B,), from 0
     num_steps: int
 
     @property
     def unit_time(self) -> Tensor:
-        return (self.t + 1) / self.num_steps
+        return (self.steps + 1) / self.num_steps
 
 
 @objectives.register("ddpm")
 class DDPM:
-    """|noise prediction - noise|^2 + L_vlb on linear betas (Nichol and Dhariwal 2021, eq. 16 without its 0.001).
+    """|noise prediction - noise|^2 + L_vlb (Nichol and Dhariwal 2021, eq. 16 without its 0.001).
 
     L_vlb trains the variance alone: the mean that it sees is detached. `learned_variance=False` leaves it out, and the
-    surplus channels of a `learn_sigma` denoiser with it. The denoiser gets the step as a float, 0 to `steps` - 1. One
-    that learns no variance is sampled with the `fixed_variance`, 'large' (DiT's) or 'small'; see `BetaSchedule`.
+    surplus channels of a `learn_sigma` denoiser with it. The denoiser gets the step as a float, from `first_step` on
+    (DiT and DiC number them from 0, U-ViT from 1). One that learns no variance is sampled with the `fixed_variance`,
+    'large' (DiT's) or 'small'. `betas` are 'linear' or 'scaled-linear'; see `BetaSchedule`.
     """
 
     def __init__(
@@ -44,16 +48,21 @@ class DDPM:
         beta_end: float = 0.02,
         learned_variance: bool = True,
         fixed_variance: str = "large",
+        betas: str = "linear",
+        first_step: int = 0,
     ):
         if steps < 2 or not 0 < beta_start <= beta_end < 1:
             raise UserError(
                 f"ddpm with {steps} steps and betas from {beta_start} to {beta_end}: "
                 "give at least 2 steps and betas that rise within (0, 1)"
             )
-        self.schedule = BetaSchedule.linear(steps, beta_start, beta_end, fixed_variance)
-        self.learned_variance = learned_variance
-        # The continuous limit of the schedule, on which `velocity_model` puts the denoiser.
-        self.path = VPPath(beta_min=steps * beta_start, beta_max=steps * beta_end)
+        if betas not in _SCHEDULES:
+            raise unknown_name("schedule of betas", betas, _SCHEDULES)
+        self.schedule = _SCHEDULES[betas](steps, beta_start, beta_end, fixed_variance)
+        self.learned_variance, self.first_step = learned_variance, first_step
+        # On which `velocity_model` puts the denoiser: the limit of linear betas, with as much noise at its end.
+        beta_max = 2 * self.schedule.betas.sum().item() - steps * beta_start
+        self.path = VPPath(beta_min=steps * beta_start, beta_max=beta_max)
 
     def draw(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str | None = None
@@ -66,7 +75,8 @@ class DDPM:
     def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> DDPMNoisy:
         """x_t for data x (B, C, H, W), steps t (B,) and noise (B, C, H, W), which is the target."""
         x_t = self.schedule.noised(x, noise, t.long())
-        return DDPMNoisy(x_t, t, noise, torch.ones_like(t), data=x, num_steps=len(self.schedule))
+        ones, count = torch.ones_like(t), len(self.schedule)
+        return DDPMNoisy(x_t, t + self.first_step, noise, ones, data=x, steps=t, num_steps=count)
 
     def loss(self, prediction: Tensor, noisy: DDPMNoisy) -> Tensor:
         """The mean of `terms` over the batch, a float32 scalar."""
@@ -88,7 +98,7 @@ class DDPM:
 
     def _bound(self, eps: Tensor, fraction: Tensor, noisy: DDPMNoisy) -> Tensor:
         """KL(q(x_(t-1) | x_t, x) || p) in bits per dimension, and -log p(x | x_0) at the first step."""
-        data, x, i = noisy.data.float(), noisy.x_t.float(), noisy.t.long()
+        data, x, i = noisy.data.float(), noisy.x_t.float(), noisy.steps.long()
         mean = self.schedule.posterior_mean(self.schedule.data(x, eps, i), x, i)
         log_variance = self.schedule.log_variance(fraction, x, i)
         true_mean = self.schedule.posterior_mean(data, x, i)
@@ -106,11 +116,11 @@ class DDPM:
 
     def velocity_model(self, denoiser) -> DDPMVelocityModel:
         """The denoiser as a velocity on the VP path, for the ODE and SDE samplers."""
-        return DDPMVelocityModel(denoiser, self.path, self.schedule)
+        return DDPMVelocityModel(denoiser, self.path, self.schedule, self.first_step)
 
     def noise_model(self, denoiser) -> DDPMNoiseModel:
         """The denoiser as (x, t (B,) in (0, 1], y) -> (B, C or 2C, H, W), for `sample_ddpm`."""
-        return DDPMNoiseModel(denoiser, self.path, len(self.schedule))
+        return DDPMNoiseModel(denoiser, self.path, len(self.schedule), self.first_step)
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -132,12 +142,12 @@ def _normal_cdf(x: Tensor) -> Tensor:
 class DDPMNoiseModel:
     """A denoiser that embeds steps as (x, t, y) -> output, step i of N being the time t = (i + 1) / N."""
 
-    def __init__(self, denoiser, path: VPPath, num_steps: int):
-        self.denoiser, self.path, self.num_steps = denoiser, path, num_steps
+    def __init__(self, denoiser, path: VPPath, num_steps: int, first_step: int = 0):
+        self.denoiser, self.path, self.num_steps, self.first_step = denoiser, path, num_steps, first_step
         self.num_classes = getattr(denoiser, "num_classes", None)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        step = once(lambda t: torch.round(t.double() * self.num_steps) - 1, t)
+        step = once(lambda t: torch.round(t.double() * self.num_steps) - 1 + self.first_step, t)
         return run_denoiser(self.denoiser, x, step, y)
 
 
@@ -147,8 +157,9 @@ class DDPMVelocityModel(VelocityModel):
     At a time t it is asked at the (fractional) step whose ratio of noise to data is the path's at t.
     """
 
-    def __init__(self, denoiser, path: VPPath, schedule: BetaSchedule):
+    def __init__(self, denoiser, path: VPPath, schedule: BetaSchedule, first_step: int = 0):
         super().__init__(denoiser, path, "noise")
+        self.first_step = first_step
         self.log_ratios = 0.5 * torch.log((1 - schedule.alpha_bar) / schedule.alpha_bar)
 
     def embedded_time(self, t: Tensor) -> Tensor:
@@ -156,4 +167,5 @@ class DDPMVelocityModel(VelocityModel):
         self.log_ratios = known = self.log_ratios.to(t.device)
         log_ratio = torch.log(c.sigma / c.alpha).clamp(known[0], known[-1])
         right = torch.searchsorted(known, log_ratio).clamp(1, len(known) - 1)
-        return right - (known[right] - log_ratio) / (known[right] - known[right - 1])
+        step = right - (known[right] - log_ratio) / (known[right] - known[right - 1])
+        return step + self.first_step
