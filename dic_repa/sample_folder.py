@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import Checkpoint, Sampler, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.pictures import save_png
+from dic_repa.processes import start_processes
 from dic_repa.progress import progress_bar, say
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe_diff import flatten
@@ -139,7 +140,7 @@ def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor,
 
 def patient_accelerator() -> Accelerator:
     """An Accelerator whose processes wait a day for each other: one may be hours ahead, which is no sign of a fault."""
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    return start_processes(patience=timedelta(days=1))
 
 
 def sample_into(

@@ -66,18 +66,17 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
       dic-repa prepare flat/ data/pixels --labels flat.csv --size 64 --autoencoder none
       accelerate launch -m dic_repa prepare imagenet/train data/imagenet256      on all GPUs of this machine
     """
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
     from dic_repa.aside import check_folder
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
     from dic_repa.data.sources import open_source
+    from dic_repa.processes import start_processes
 
     settings = PrepareSettings(**options)
     check_folder(destination)
     images = open_source(source, labels, settings.skip_bad, unlabelled)
     # One process may be minutes behind, which NCCL would take for a fault.
-    state = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    state = start_processes(patience=timedelta(days=1))
     encoder = load_autoencoder(autoencoder, state.device)
     if state.is_main_process:
         begin(images, destination, encoder.spec, settings)

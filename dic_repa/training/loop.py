@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
 from dic_repa.precision import tf32
+from dic_repa.processes import start_processes
 from dic_repa.progress import say
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.checkpoint import (
@@ -132,12 +133,11 @@ def start_accelerator(settings: TrainSection, run: RunFolder) -> Accelerator:
         AcceleratorState._reset_state()  # one for the whole process, made by a run before this one
     project = ProjectConfiguration(logging_dir=str(run.path / "trackers"))
     # The main process may fill a feature cache or judge samples while the others wait, longer than NCCL's ten minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
-    accelerator = Accelerator(
+    accelerator = start_processes(
+        patience=timedelta(hours=3),
         mixed_precision=settings.precision,
         log_with=settings.trackers or None,
         project_config=project,
-        kwargs_handlers=[patience],
     )
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("train.precision fp16 needs a GPU; take bf16, or no for float32")
