@@ -92,15 +92,7 @@ def feature_cache(
 
 def cache_key(name: str, options: dict[str, Any], encoder, data: Dataset) -> str:
     """The hash of what the tokens depend on: the encoder's name, options, code, weights and statistics, and images."""
-    digest = hashlib.sha256()
-    # A weights file counts by what is in it, not by where it lies.
-    named = {key: value for key, value in options.items() if key != "weights"}
-    digest.update(json.dumps([name, named, len(data), str(getattr(data, "fingerprint", ""))], default=str).encode())
-    with contextlib.suppress(OSError, TypeError):  # of a class made at a prompt; the probes still tell
-        digest.update(Path(inspect.getsourcefile(type(encoder))).read_bytes())
-    if isinstance(encoder, nn.Module):
-        for key, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:  # buffers that are not saved too
-            _hash_tensor(digest, key, tensor)
+    digest = encoder_hash(name, options, encoder, len(data), str(getattr(data, "fingerprint", "")))
     for index in spread(len(data), HASHED_IMAGES):
         image = data[index]["image"]
         if not torch.equal(image, data[index]["image"]):
@@ -110,6 +102,20 @@ def cache_key(name: str, options: dict[str, Any], encoder, data: Dataset) -> str
             )
         _hash_tensor(digest, str(index), image)
     return digest.hexdigest()[:24]
+
+
+def encoder_hash(name: str, options: dict[str, Any], encoder, *more):
+    """A hash object of an encoder's name, options, code, weights and statistics, and of `more` that JSON can tell."""
+    digest = hashlib.sha256()
+    # A weights file counts by what is in it, not by where it lies.
+    named = {key: value for key, value in options.items() if key != "weights"}
+    digest.update(json.dumps([name, named, *more], default=str).encode())
+    with contextlib.suppress(OSError, TypeError):  # of a class made at a prompt; the cache's probes still tell
+        digest.update(Path(inspect.getsourcefile(type(encoder))).read_bytes())
+    if isinstance(encoder, nn.Module):
+        for key, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:  # buffers that are not saved too
+            _hash_tensor(digest, key, tensor)
+    return digest
 
 
 def spread(count: int, most: int) -> list[int]:

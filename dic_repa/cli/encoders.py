@@ -70,7 +70,7 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {out} is no picture; end it in {', '.join(PICTURES)}")
     picture = _open(image)
-    encoder = create_encoder(name, **_parse(options, weights))
+    encoder = create_encoder(name, **parse_encoder_options(options, weights))
     pixels = to_tensor(center_crop(picture, size))[None]
     tokens = check_tokens(name, encoder, pixels)[0].float()
     rows, columns = encoder.token_grid((size, size))
@@ -123,7 +123,8 @@ def _open(path: Path | None) -> Image.Image:
     return decode_image(path.read_bytes(), str(path))
 
 
-def _parse(options: tuple[str, ...], weights: Path | None) -> dict:
+def parse_encoder_options(options: tuple[str, ...], weights: Path | None) -> dict:
+    """What `create_encoder` takes, of KEY=VALUE options and a weights file."""
     from dic_repa.errors import UserError
     from dic_repa.recipe_files import parse_value
 

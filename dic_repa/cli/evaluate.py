@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from dic_repa.cli.judgements import print_judgements
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_options
+from dic_repa.cli.table import number, print_rows
 from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls
 from dic_repa.progress import say
 from dic_repa.recipe import load_recipe
@@ -47,6 +47,15 @@ ADM = "fid,sfid,is,prec,recall"
     click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format."),
     click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights."),
     click.option("--dinov2-encoder", help="Another ViT in its place, from `dic-repa encoders`."),
+    click.option("--encoder", help="For fd-encoder and its like.  [default: the one that the run was aligned to]"),
+    click.option("--encoder-weights", type=click.Path(path_type=Path), help="A file of that encoder's weights."),
+    click.option(
+        "--encoder-option",
+        "encoder_options",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="An option of that encoder; repeatable.",
+    ),
     click.option("--feature-batch", type=Count(1), default=64, help="Images in a network at once."),
     click.option(
         "--save-statistics", type=click.Path(path_type=Path), help="Keep the reference's in this .safetensors."
@@ -80,6 +89,10 @@ def command(
 
     An option with [recipe, else ...] overrides that key of the recipe's `sample` section, as in `dic-repa sample`.
 
+    fd-encoder, prec-encoder and recall-encoder need no network and no further weights: they compare the mean tokens of
+    the encoder that the run was aligned to. They are no FID, compare with no published number, and let the teacher
+    judge its pupil.
+
     \b
     Examples:
       dic-repa evaluate runs/digits-urepa
@@ -87,6 +100,7 @@ def command(
       dic-repa evaluate samples/xl --reference VIRTUAL_imagenet256_labeled.npz
       dic-repa evaluate theirs.npz --reference imagenet/val --resize 256 --metrics fid,kid,fd-dinov2 --bootstrap 20
       dic-repa evaluate runs/digits-urepa --reference digits --metrics fd-digits,prec-digits --num 1000
+      dic-repa evaluate runs/mine --reference data/pictures --metrics fd-encoder,prec-encoder,recall-encoder
       accelerate launch -m dic_repa evaluate runs/xl --reference ref.npz --num 50000     on all GPUs of this machine
     """
     if reference is None and metrics is None:
@@ -98,8 +112,8 @@ def command(
     measure_and_show(list(samples), reference, names, recipe, again, **options)
 
 
-_OWN = ("inception_weights", "dinov2_weights", "dinov2_encoder", "bootstrap", "resize", "feature_batch")
-_OWN += ("save_statistics", "no_cache", "out")
+_OWN = ("inception_weights", "dinov2_weights", "dinov2_encoder", "encoder", "encoder_weights", "encoder_options")
+_OWN += ("bootstrap", "resize", "feature_batch", "save_statistics", "no_cache", "out")
 
 
 def _sampling(options: dict) -> dict:
@@ -122,6 +136,7 @@ def measure_and_show(
     """Measure each of `samples` against the reference, print a table, and record each."""
     from dic_repa.aside import check_file
     from dic_repa.evaluation import Measure
+    from dic_repa.evaluation.extractors import describe_extractor
     from dic_repa.evaluation.features import Share
     from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
@@ -140,7 +155,7 @@ def measure_and_show(
     processes = patient_accelerator()
     device = processes.device
     share = Share(processes.process_index, processes.num_processes, processes.gather)
-    extractor_options = _extractor_options(options)
+    extractor_options = _extractor_options(options) | _encoder(samples, names, options)
     with _bar("reading the reference", processes) as bar:
         measure = Measure(
             names,
@@ -154,7 +169,7 @@ def measure_and_show(
             progress=bar.update,
         )
     if options["save_statistics"] and measure.reference and processes.is_main_process:
-        described = {n: {"weights": e.fingerprint, "resizing": e.resizing} for n, e in measure.extractors.items()}
+        described = {name: describe_extractor(extractor) for name, extractor in measure.extractors.items()}
         save_statistics(measure.reference, options["save_statistics"], described)
     rows, written, unwritten = [], [], ""
     notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
@@ -194,6 +209,32 @@ def _extractor_options(options: dict) -> dict:
     }
 
 
+def _encoder(samples: list[Path], names: list[str], options: dict) -> dict[str, dict]:
+    """The encoder of fd-encoder and its like: --encoder, or the one that the runs among `samples` were aligned to."""
+    from dic_repa.build import import_plugins
+    from dic_repa.cli.encoders import parse_encoder_options
+    from dic_repa.evaluation.judging import by_encoder, own_encoder
+    from dic_repa.recipe import load_training_recipe
+
+    given = parse_encoder_options(options["encoder_options"], options["encoder_weights"])
+    if options["encoder"]:
+        return {"encoder": {"encoder": options["encoder"], **given}}
+    if given:
+        raise UserError("--encoder-weights and --encoder-option go with --encoder")
+    found: dict[str, dict] = {}
+    for path in samples if by_encoder(names) else ():
+        files = [file for file in (path / "recipe.yaml", path / "ema" / "recipe.yaml") if file.is_file()]
+        if not files:
+            continue
+        recipe = load_training_recipe(files[0])
+        import_plugins(recipe)
+        own = own_encoder(recipe)
+        if own and found and own != found:
+            raise UserError(f"{path} was aligned to another encoder than the one before; name one for all by --encoder")
+        found = found or own
+    return found
+
+
 def _sampled(path: Path, recipe: str | None, again: bool, processes, options: dict) -> Path:
     """The folder of samples of a run or checkpoint, filled as far as it is not yet."""
     from dic_repa.cli.sample import choose_labels
@@ -229,14 +270,9 @@ def _print_measured(rows: list, metrics: dict) -> None:
         cells = []
         for name, value in measured.values.items():
             low, high = measured.intervals.get(name, (None, None))
-            cells.append(_number(value) + (f" [{_number(low)}, {_number(high)}]" if low is not None else ""))
+            cells.append(number(value) + (f" [{number(low)}, {number(high)}]" if low is not None else ""))
         table.append((path, str(measured.count), classes or "unknown", *cells))
-    _print_rows(table, left=(0,))
-
-
-def _number(value: float) -> str:
-    """To two digits behind the point, as the papers give FID; what is below 1, such as a share, to three that count."""
-    return f"{value:.2f}" if abs(value) >= 0.9995 or not value else f"{value:#.3g}"
+    print_rows(table, left=(0,))
 
 
 def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> list[Judgement]:
@@ -257,69 +293,7 @@ def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool =
         settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
         with click.progressbar(length=settings.num, label=f"sampling {run}", show_pos=True) as bar:
             judgements.append(evaluate_run(run, settings, again, bar.update))
-    _print_judgements(judgements)
+    print_judgements(judgements)
     if len(judgements) == 1:
         click.echo(f"samples: {judgements[0].picture}")
     return judgements
-
-
-_NO_COLUMN = {"count", "recognised_count", "reference"}
-
-
-def _print_judgements(judgements) -> None:
-    from dic_repa.evaluation.judging import title
-    from dic_repa.evaluation.runs import describe_sampling
-
-    shown = [
-        key for key, value in judgements[0].scores.items() if key not in _NO_COLUMN and not isinstance(value, dict)
-    ]
-    rows = [("run", "step", "samples", *map(title, shown))]
-    for j in judgements:
-        rows.append(
-            (str(j.run), str(j.step), describe_sampling(j.sample), *(_score(k, j.scores.get(k)) for k in shown))
-        )
-    groups = {}
-    for j in judgements:
-        groups.setdefault(_without_seed(j), {})[j.recipe.train.seed] = j
-    for group in groups.values():
-        if len(group) > 1:
-            group = list(group.values())
-            name = _common_start([str(j.run) for j in group]) + "*"
-            spreads = [_spread([j.scores.get(key) for j in group]) for key in shown]
-            rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
-    reference = judgements[0].scores.get("reference")
-    if isinstance(reference, dict):
-        rows.append((f"real {judgements[0].recipe.data.name}", "", "", *(_score(k, reference.get(k)) for k in shown)))
-    _print_rows(rows, left=(0, 2))
-
-
-def _score(key: str, value) -> str:
-    if value is None:
-        return "no labels" if key == "recognised" else ""
-    return _number(value) if isinstance(value, float) else str(value)
-
-
-def _print_rows(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        click.echo("  ".join(cells).rstrip())
-
-
-def _without_seed(judgement) -> str:
-    """What runs that differ in nothing but the seed have in common."""
-    recipe = judgement.recipe.model_dump_json(exclude={"description": True, "train": {"seed"}, "sample": True})
-    return f"{judgement.step} {judgement.sample.model_dump_json()} {recipe}"
-
-
-def _common_start(names: list[str]) -> str:
-    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*names)))
-
-
-def _spread(values: list) -> str:
-    """Mean and standard deviation, to the digits of the mean."""
-    values = [value for value in values if isinstance(value, (int, float))]
-    if len(values) < 2:
-        return ""
-    mean = _number(statistics.mean(values))
-    return f"{mean} ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}"

@@ -1,4 +1,4 @@
-"""The networks whose features the metrics compare: Inception as ADM has it, DINOv2, and the judge of digits.
+"""The networks whose features the metrics compare: Inception as ADM has it, DINOv2, the judge of digits, any encoder.
 
 An extractor turns uint8 images (B, 3, H, W) into a dict of features by layer, (B, D) float32. It says what its features
 depend on: `fingerprint` (of the weights) and `resizing`, which go into the key of cached statistics.
@@ -32,6 +32,7 @@ class Extractor(Protocol):
     fingerprint: str
     resizing: str
     notes: tuple[str, ...]  # what a reader of its scores should know
+    # And optionally `made_of`, a dict of what it was built with, for records.
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
 
@@ -168,6 +169,57 @@ class Digits(nn.Module):
 
         grey = images.float().mean(dim=1, keepdim=True) / 255
         return {"features": self.model.features(resize(grey, 16))}
+
+
+@extractors.register("encoder")
+class PooledTokens(nn.Module):
+    """`pooled`: the mean of an encoder's tokens, float32. For weights that are at hand, where Inception's are not.
+
+    `encoder` is a name from `dic-repa encoders`, `options` go to it. A run's own first encoder is what its samples are
+    measured by: no FID, since that is another network; and a model that was aligned to it is judged by its own teacher.
+    Raises UserError as `create_encoder` does, where no encoder is named, and for tokens that are no grid.
+    """
+
+    layers = ("pooled",)
+    resizing = "the encoder's own"
+
+    def __init__(self, encoder: str | None = None, **options):
+        from dic_repa.alignment.cache import encoder_hash
+        from dic_repa.encoders import create_encoder
+
+        super().__init__()
+        if encoder is None:
+            raise UserError(
+                "fd-encoder and its like take the encoder that a run was aligned to, and there is none; name one with "
+                "--encoder"
+            )
+        self.encoder = create_encoder(encoder, **options)
+        self.fingerprint = encoder_hash(encoder, options, self.encoder).hexdigest()[:24]
+        self.made_of = {"encoder": encoder, "options": options}
+        self.notes = (no_fid(encoder),)
+        self._name, self._checked = encoder, False
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        from dic_repa.encoders import check_tokens
+
+        images = images.float() / 255
+        tokens = self.encoder(images) if self._checked else check_tokens(self._name, self.encoder, images)
+        self._checked = True
+        return {"pooled": tokens.float().mean(dim=1)}
+
+
+def no_fid(encoder: str) -> str:
+    """What is to be said wherever a score by a run's own encoder is shown."""
+    return (
+        f"scores by the tokens of {encoder} are no FID and compare with no published number; a model that was aligned "
+        "to it is judged by its own teacher"
+    )
+
+
+def describe_extractor(extractor: Extractor) -> dict:
+    """What tells an extractor's features from another's: of the weights, and of the size that images are brought to."""
+    return {"weights": extractor.fingerprint, "resizing": extractor.resizing}
 
 
 def tensors_fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dic_repa.errors import unknown_name
 from dic_repa.evaluation import Measure, metrics, scores
+from dic_repa.recipe import Recipe
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -46,23 +47,43 @@ def todays_names(scores: dict) -> dict:
     return {name: todays_names(value) if name == "reference" else value for name, value in renamed.items()}
 
 
+def own_encoder(recipe: Recipe) -> dict[str, dict]:
+    """What `Measure` is to build the extractor `encoder` with, for samples of a run: its first alignment's encoder."""
+    if not recipe.alignments:
+        return {}
+    first = recipe.alignments[0]
+    return {"encoder": {"encoder": first.encoder, **first.encoder_options}}
+
+
+def by_encoder(names: Sequence[str]) -> list[str]:
+    """The metrics among `names` that compare the tokens of a run's own encoder."""
+    return [name for name in names if name in scores and scores.get(name).layer.startswith("encoder.")]
+
+
 class Judge:
     """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1].
 
     Args:
         names: judges ('digits') or metrics (`dic-repa evaluate --list-metrics`), whose scores are merged.
         reference: the real images that metrics compare with, as `Measure` takes them; its features are computed once.
+        extractor_options: as `Measure` takes them; `own_encoder` gives those of a run.
 
     `better` is 'higher' or 'lower' for each score that has a direction; its first is the `main` one. A judge of your
     own tells it by an attribute `better`, and by `most` what a score cannot exceed (1 for a share), for the report.
     Raises UserError for unknown names and a reference that is missing.
     """
 
-    def __init__(self, names: Sequence[str], reference=None, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        names: Sequence[str],
+        reference=None,
+        device: str | torch.device = "cpu",
+        extractor_options: dict[str, dict] | None = None,
+    ):
         check_names(names)
         self.judges = [metrics.get(name) for name in names if name in metrics]
         own = measured(names, reference)
-        self.measure = Measure(own, reference, device) if own else None
+        self.measure = Measure(own, reference, device, extractor_options=extractor_options) if own else None
         self.better = {score: better for name in names for score, better in directions(name).items()}
 
     @property
@@ -102,11 +123,17 @@ class Judge:
         return value > other if self.better[score] == "higher" else value < other
 
 
-def judge_of_score(score: str, judge: str | None, reference, device: str | torch.device = "cpu") -> Judge:
+def judge_of_score(
+    score: str,
+    judge: str | None,
+    reference,
+    device: str | torch.device = "cpu",
+    extractor_options: dict[str, dict] | None = None,
+) -> Judge:
     """Who gives `score`: the `judge` that a recipe names, unless there is a `reference` to measure a metric against."""
     judged = directions(judge) if judge else {}
     if score in scores and (reference is not None or score not in judged):
-        return Judge([score], reference, device)
+        return Judge([score], reference, device, extractor_options)
     if score not in judged:
         raise unknown_name("metric", score, [*judged, *scores.names()])
-    return Judge([judge], reference, device)
+    return Judge([judge], reference, device, extractor_options)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dic_repa.errors import UserError, first_line
-from dic_repa.evaluation.extractors import Extractor
+from dic_repa.evaluation.extractors import Extractor, describe_extractor
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.npz import NpzFile
@@ -141,10 +141,7 @@ class _Statistics:
         self.layers = [f"{n}.{k}" for n, e in self.extractors.items() for k in e.layers if k != "logits"]
 
     def description(self) -> dict:
-        return {
-            name: {"weights": extractor.fingerprint, "resizing": extractor.resizing}
-            for name, extractor in self.extractors.items()
-        }
+        return {name: describe_extractor(extractor) for name, extractor in self.extractors.items()}
 
     def cache_file(self, images: ImageSet) -> Path:
         key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, self.layers, self.description()]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.judging import Judge, todays_names
+from dic_repa.evaluation.judging import Judge, own_encoder, todays_names
 from dic_repa.generation import build_sampler, draw_labels, load_checkpoint, weak_weights
 from dic_repa.pictures import save_grid, shown_in_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
@@ -80,7 +80,7 @@ def evaluate_run(
     rows = shown_in_grid(labels, COLUMNS)
     shown: dict[int, Tensor] = {}
     device = next(checkpoint.denoiser.parameters()).device
-    judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device)(
+    judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device, own_encoder(recipe))(
         _as_kept(sampler(labels), rows, shown, progress), labels
     )
     judged.evaluations = sampler.evaluations

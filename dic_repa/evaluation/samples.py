@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from dic_repa.errors import UserError
+from dic_repa.evaluation.extractors import describe_extractor
 from dic_repa.evaluation.image_sets import SAMPLES_FILE
 from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.evaluation.reference import UNTOLD
@@ -45,7 +46,11 @@ def record(measured: Measured, measure: Measure, images, reference, options: dic
         "samples": samples,
         "reference": None if found is None else {"path": str(reference), **_describe_reference(found)},
         "extractors": {
-            name: {"weights": extractor.fingerprint, "resizing": extractor.resizing}
+            name: {
+                **describe_extractor(extractor),
+                **getattr(extractor, "made_of", {}),
+                "notes": extractor.notes,
+            }
             for name, extractor in measure.extractors.items()
         },
         "options": options,

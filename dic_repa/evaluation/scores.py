@@ -189,5 +189,9 @@ for _name, _score in {
     "fd-digits-infinity": FrechetAtInfinity("digits.features", "FD-digits-infinity"),
     "prec-digits": Precision("digits.features", "precision (digits)"),
     "recall-digits": Recall("digits.features", "recall (digits)"),
+    "fd-encoder": Frechet("encoder.pooled", "FD-encoder"),
+    "fd-encoder-infinity": FrechetAtInfinity("encoder.pooled", "FD-encoder-infinity"),
+    "prec-encoder": Precision("encoder.pooled", "precision (encoder)"),
+    "recall-encoder": Recall("encoder.pooled", "recall (encoder)"),
 }.items():
     scores.register(_name)(_score)

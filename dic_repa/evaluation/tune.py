@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.judging import Judge, judge_of_score, title
+from dic_repa.evaluation.judging import Judge, judge_of_score, own_encoder, title
 from dic_repa.generation import Checkpoint, build_sampler, checkpoint_of, draw_labels, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
@@ -84,7 +84,9 @@ class Tuner:
         device = next(loaded.denoiser.parameters()).device
         self.sample = sample or recipe.sample
         guidance = self.sample.guidance
-        if recipe.train.label_dropout in (0, 1) and not (guidance and guidance.weak):
+        if (recipe.train.label_dropout in (0, 1) or not loaded.denoiser.num_classes) and not (
+            guidance and guidance.weak
+        ):
             why = "without label dropout" if recipe.train.label_dropout == 0 else "without labels"
             raise UserError(f"{loaded.source} was trained {why}, so it has no guidance to search")
         if guidance and guidance.kind == "cfg++" and 1 in scales:
@@ -100,7 +102,8 @@ class Tuner:
             raise UserError(
                 f"the recipe of {loaded.source} names no judge; say which metric counts, such as --metric fid"
             )
-        self.judge = judge_of_score(score, judge, reference, device) if score else Judge([judge], reference, device)
+        named = (reference, device, own_encoder(recipe))
+        self.judge = judge_of_score(score, judge, *named) if score else Judge([judge], *named)
         self.score = self.judge.check(score or self.judge.main or "")
         self.folder = Path(out) if out else _folder(self.loaded.source) / "tune"
         self.file = self.folder / "tune.json"

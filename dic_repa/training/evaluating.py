@@ -43,10 +43,11 @@ class Evaluator:
         """Load judges and reference, in the main process; a UserError where something is missing or misspelt."""
         if not self.every:
             return
-        from dic_repa.evaluation.judging import Judge
+        from dic_repa.evaluation.judging import Judge, own_encoder
 
         section = self.recipe.evaluate
-        self.judge = Judge(section.names, section.reference, self.accelerator.device)
+        device = self.accelerator.device
+        self.judge = Judge(section.names, section.reference, device, own_encoder(self.recipe))
         self.judge.check_size(self.parts.sampler.size())
         wanted = section.best or self.judge.main
         self.score = self.judge.check(wanted) if wanted else None

@@ -171,14 +171,20 @@ def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: A
 
 def check_ending(recipe: Recipe, objective) -> None:
     """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
-    from dic_repa.evaluation.judging import check_names, measured
+    from dic_repa.evaluation.judging import by_encoder, check_names, measured
     from dic_repa.evaluation.measuring import check_reference
     from dic_repa.generation import check_sampling
 
     check_sampling(recipe.sample, objective)
     if recipe.evaluate:
         check_names(recipe.evaluate.names)
-        check_reference(measured(recipe.evaluate.names, recipe.evaluate.reference), recipe.evaluate.reference)
+        names = measured(recipe.evaluate.names, recipe.evaluate.reference)
+        check_reference(names, recipe.evaluate.reference)
+        if not recipe.alignments and (named := by_encoder(names)):
+            raise UserError(
+                f"evaluate: {', '.join(named)} would compare by the encoder of the first alignment, and there is none; "
+                "align the run, or name another metric"
+            )
 
 
 def build_caches(recipe: Recipe, encoders: list, data: Dataset, accelerator: Accelerator) -> dict[str, FeatureCache]:

@@ -1,0 +1,74 @@
+"""The table of what runs have scored, those of several seeds summed up."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import click
+
+from dic_repa.cli.table import number, print_rows
+
+if TYPE_CHECKING:
+    from dic_repa.evaluation.runs import Judgement
+
+_NO_COLUMN = {"count", "recognised_count", "reference"}
+
+
+def print_judgements(judgements: Sequence[Judgement]) -> None:
+    """A row for each run, one for runs that differ in the seed alone, and one for real images."""
+    from dic_repa.evaluation.extractors import no_fid
+    from dic_repa.evaluation.judging import by_encoder, title
+    from dic_repa.evaluation.runs import describe_sampling
+
+    shown = [
+        key for key, value in judgements[0].scores.items() if key not in _NO_COLUMN and not isinstance(value, dict)
+    ]
+    rows = [("run", "step", "samples", *map(title, shown))]
+    for j in judgements:
+        rows.append(
+            (str(j.run), str(j.step), describe_sampling(j.sample), *(_score(k, j.scores.get(k)) for k in shown))
+        )
+    groups = {}
+    for j in judgements:
+        groups.setdefault(_without_seed(j), {})[j.recipe.train.seed] = j
+    for group in groups.values():
+        if len(group) > 1:
+            group = list(group.values())
+            name = _common_start([str(j.run) for j in group]) + "*"
+            spreads = [_spread([j.scores.get(key) for j in group]) for key in shown]
+            rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
+    reference = judgements[0].scores.get("reference")
+    if isinstance(reference, dict):
+        rows.append((f"real {judgements[0].recipe.data.name}", "", "", *(_score(k, reference.get(k)) for k in shown)))
+    print_rows(rows, left=(0, 2))
+    if by_encoder(shown):
+        for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
+            click.echo(f"note: {no_fid(encoder)}", err=True)
+
+
+def _score(key: str, value) -> str:
+    if value is None:
+        return "no labels" if key == "recognised" else ""
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _without_seed(judgement: Judgement) -> str:
+    """What runs that differ in nothing but the seed have in common."""
+    recipe = judgement.recipe.model_dump_json(exclude={"description": True, "train": {"seed"}, "sample": True})
+    return f"{judgement.step} {judgement.sample.model_dump_json()} {recipe}"
+
+
+def _common_start(names: list[str]) -> str:
+    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*names)))
+
+
+def _spread(values: list) -> str:
+    """Mean and standard deviation, to the digits of the mean."""
+    values = [value for value in values if isinstance(value, (int, float))]
+    if len(values) < 2:
+        return ""
+    mean = number(statistics.mean(values))
+    return f"{mean} ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}"
