@@ -85,7 +85,7 @@ def weights_folder(path: str | Path) -> Path:
     if path.is_file():
         raise UserError(f"{path} is a file; {_folder_of(path)}")
     if not path.is_dir():
-        raise UserError(f"there is no run or checkpoint folder {path}")
+        raise UserError(f"there is no run or checkpoint folder {path}{meant_runs(path)}")
     folder = path
     is_run = (path / "recipe.yaml").is_file() and not (path / CONFIG).is_file()
     if is_run or (path / "checkpoints").is_dir():

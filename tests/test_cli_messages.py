@@ -112,6 +112,12 @@ def test_what_is_no_run(mistake, tmp_path):
     for verb in ("sample", "report", "ema"):
         assert mistake(verb, "runs").endswith("; did you mean runs/mine?")
         assert mistake(verb, "runs/mine/checkpoints").endswith("; did you mean runs/mine?")
+    for verb in (["sample"], ["report"], ["ema"], ["tune"], ["probe"], ["evaluate"], ["evaluate", "--metrics", "fid"]):
+        assert mistake(*verb, "mine").endswith("; did you mean runs/mine?")
+    for name in ("mien", "runs/mien"):
+        assert mistake("sample", name).endswith(f"there is no run or checkpoint folder {name}; did you mean runs/mine?")
+    assert mistake("convert", "mine", "small").endswith("; did you mean runs/mine?")
+    assert mistake("sample", "yours").endswith("there is no run or checkpoint folder yours")
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "model.safetensors").write_bytes(b"")

@@ -81,8 +81,10 @@ def load(source: Path, weights: str = "ema", family: str | None = None):
     """
     from dic_repa.generation import load_raw
     from dic_repa.models import load_authors_checkpoint, load_denoiser
-    from dic_repa.training.run_folder import RunFolder
+    from dic_repa.training.run_folder import RunFolder, meant_runs
 
+    if not source.exists() and len(source.parts) == 1 and (meant := meant_runs(source)):  # no hub id either
+        raise UserError(f"there is no run or checkpoint folder {source}{meant}")
     if source.is_file():
         return load_authors_checkpoint(source, family), None
     folder = source

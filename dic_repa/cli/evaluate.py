@@ -142,6 +142,7 @@ def measure_and_show(
     from dic_repa.evaluation.reference import save_statistics
     from dic_repa.evaluation.samples import is_checkpoint, record, save_record
     from dic_repa.sample_folder import patient_accelerator
+    from dic_repa.training.run_folder import meant_runs
 
     if options["out"] and len(samples) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
@@ -151,6 +152,9 @@ def measure_and_show(
         if options[option]:
             check_file(options[option])
     # Before the reference is read, so that a mistake is told at once.
+    for path in samples:
+        if not path.exists() and (meant := meant_runs(path)):
+            raise UserError(f"there is nothing to measure at {path}{meant}")
     opened = {path: open_images(path, options["resize"]) for path in samples if not is_checkpoint(path)}
     processes = patient_accelerator()
     device = processes.device

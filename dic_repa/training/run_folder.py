@@ -12,6 +12,7 @@ its manifest tells whether it still is.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.metadata
 import json
 import os
@@ -62,6 +63,7 @@ _PACKAGES = (
     "pydantic",
     "numpy",
 )
+RUNS = Path("runs")  # where runs are unless they are told otherwise
 
 
 class RunFolder:
@@ -246,10 +248,20 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def meant_runs(path: Path) -> str:
-    """'; did you mean runs/mine?' for a folder of runs, or one inside a run; '' where there is none to mean."""
+    """'; did you mean runs/mine?' for a folder of runs, one inside a run, or the bare or misspelt name of one; '' where
+    there is none to mean."""
     inside = path.is_dir() and (path.parent / "recipe.yaml").is_file() and (path.parent / "checkpoints").is_dir()
-    runs = [path.parent] if inside else sorted(file.parent for file in path.glob("*/recipe.yaml"))
+    runs = [path.parent] if inside else list_runs(path)
+    if not path.exists():
+        named = {str(run): run for run in list_runs(RUNS)} | {run.name: run for run in list_runs(RUNS)}
+        near = difflib.get_close_matches(str(path), named, n=3, cutoff=0.7)
+        runs = list(dict.fromkeys(named[name] for name in ([str(path)] if str(path) in named else near)))
     return f"; did you mean {' or '.join(map(str, runs[:3]))}?" if runs else ""
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """The runs in a folder of runs."""
+    return sorted(file.parent for file in folder.glob("*/recipe.yaml"))
 
 
 def checkpoint_step(folder: Path) -> int:
