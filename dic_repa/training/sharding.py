@@ -14,8 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dic_repa.errors import UserError
-
 
 def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
     """Whether to shard: as the recipe or the launcher's configuration says, where there are several processes."""
@@ -27,11 +25,8 @@ def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
 
 def shard(model: nn.Module, denoiser: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shard `model` in place: each stage of its `denoiser` is gathered for its turn, all else at the root."""
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:
-        raise UserError("train.sharding fsdp2 needs torch 2.6 or newer; take none") from None
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     model.to(memory_format=torch.contiguous_format)  # it takes no others
