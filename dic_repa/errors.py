@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -20,6 +20,21 @@ class UserError(ValueError):
         if "Original Traceback" in message:  # what a data loader's worker process makes of it; the last line is ours
             message = message.strip().rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(message)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with the line that says what is kept and how to go on."""
+
+
+@contextlib.contextmanager
+def when_interrupted(tell: Callable[[], str]) -> Iterator[None]:
+    """While entered, Ctrl-C ends the command with the line that `tell` gives; what is nearer to the work goes first."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(tell()) from None
 
 
 def is_main_process() -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from dic_repa.errors import UserError, told_by_whom_it_befalls
+from dic_repa.errors import UserError, told_by_whom_it_befalls, when_interrupted
 from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import Checkpoint, Sampler, weak_weights
@@ -163,17 +162,17 @@ def sample_into(
         return
     if total < folder.num and not quiet:
         say(f"{folder.path} has {folder.num - total} of {folder.num} images already; sampling the other {total}")
-    try:
-        with progress_bar(total=total, unit="image", desc="sampling", disable=quiet) as bar, told_by_whom_it_befalls():
-            # The others are about as far as this one.
-            advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
-            fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
-    except KeyboardInterrupt:
-        if not quiet:
-            same = "the same command, without --overwrite or --again," if overwrite else "the same command"
-            done = f"{len(folder.numbered())} of {folder.num} images are in {folder.path}"
-            print(f"interrupted; {done}, and {same} goes on with the others", file=sys.stderr)
-        raise
+
+    def kept() -> str:
+        same = "the same command, without --overwrite or --again," if overwrite else "the same command"
+        done = f"{len(folder.numbered())} of {folder.num} images are in {folder.path}"
+        return f"interrupted; {done}, and {same} goes on with the others"
+
+    bar = progress_bar(total=total, unit="image", desc="sampling", disable=quiet)
+    with when_interrupted(kept), bar, told_by_whom_it_befalls():
+        # The others are about as far as this one.
+        advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
+        fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and sampler.evaluations:
         folder.spec["evaluations_per_image"] = sampler.evaluations

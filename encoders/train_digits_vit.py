@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from dic_repa.data.digits import NUM_CLASSES, load_digits
 from dic_repa.encoders.augment import random_warp
 from dic_repa.encoders.digits import HEAD_WIDTH, IMAGE_SIZE, MEAN, STD, build_digits_vit
+from dic_repa.progress import progress_bar
 
 
 @click.command()
@@ -57,7 +57,7 @@ def main(
     steps_per_epoch = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps_per_epoch, pct_start=0.1)
 
-    progress = tqdm(total=epochs * steps_per_epoch, unit="step")
+    progress = progress_bar(total=epochs * steps_per_epoch, unit="step")
     for epoch in range(epochs):
         vit.train()
         for batch in torch.randperm(len(images), generator=generator).split(batch_size)[:steps_per_epoch]:

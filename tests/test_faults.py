@@ -166,7 +166,7 @@ def test_signal_before_the_first_step_and_after_the_last_exits_with_75(tmp_path,
         patch.setattr("dic_repa.training.loop.build_parts", signalled)
         with pytest.raises(SystemExit, match="75"):
             main(arguments)
-    assert capsys.readouterr().err.splitlines()[-1].strip() == "the same command"
+    assert capsys.readouterr().err.splitlines()[-1].endswith("; to go on: the same command")
     with monkeypatch.context() as patch:
         patch.setattr("dic_repa.cli.train.evaluate_and_show", signalled)
         with pytest.raises(SystemExit, match="75"):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
+
+from dic_repa.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def interleave(
     stream, with the device idle before. Each call is made `warmup` times first, which compiles what is compiled.
     """
     repeats = []
-    with tqdm(total=len(calls) * (rounds + 1), desc=description, leave=False, mininterval=0.5) as bar:
+    with progress_bar(total=len(calls) * (rounds + 1), desc=description, leave=False) as bar:
         for call in calls:
             for _ in range(max(1, warmup)):
                 once = _time(call, 1, device)

@@ -9,7 +9,7 @@ import click
 
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
-from dic_repa.errors import UserError, tells_of_errors
+from dic_repa.errors import UserError, is_main_process, tells_of_errors
 
 VERBS = {
     "train": "Train a recipe; sample and judge at the end.",
@@ -88,7 +88,10 @@ def main(arguments: list[str] | None = None) -> None:
         if tells_of_errors():
             click.echo(f"error: {_message(error)}", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        told = error.__cause__ if isinstance(error, click.Abort) else error  # what click makes of it, after a new line
+        if is_main_process():
+            click.echo(str(told or "") or "interrupted; nothing was written", err=True)
         sys.exit(130)
 
 

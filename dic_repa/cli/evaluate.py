@@ -11,8 +11,8 @@ from dic_repa.cli.judgements import print_judgements
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_options
 from dic_repa.cli.table import number, print_rows
-from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls
-from dic_repa.progress import say
+from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls, when_interrupted
+from dic_repa.progress import progress_bar, say
 from dic_repa.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ def command(
     names = [name.strip() for name in (metrics or ADM).split(",") if name.strip()]
     if fid_infinity and "fid-infinity" not in names:
         names.append("fid-infinity")
-    measure_and_show(list(samples), reference, names, recipe, again, **options)
+    with when_interrupted(lambda: "interrupted; samples that are drawn are kept, and the same command takes them"):
+        measure_and_show(list(samples), reference, names, recipe, again, **options)
 
 
 _OWN = ("inception_weights", "dinov2_weights", "dinov2_encoder", "encoder", "encoder_weights", "encoder_options")
@@ -262,8 +263,6 @@ def _sampled(path: Path, recipe: str | None, again: bool, processes, options: di
 
 
 def _bar(label: str, processes, total: int | None = None):
-    from dic_repa.progress import progress_bar
-
     return progress_bar(total=total, desc=label, unit="image", disable=not processes.is_main_process, leave=False)
 
 
@@ -293,10 +292,12 @@ def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool =
             raise no_judge(run, "give a --reference")
     given = load_recipe(recipe).sample if recipe else None
     judgements = []
-    for run in runs:
-        settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
-        with click.progressbar(length=settings.num, label=f"sampling {run}", show_pos=True) as bar:
-            judgements.append(evaluate_run(run, settings, again, bar.update))
+    kept = "runs are judged, and the same command goes on with the others"
+    with when_interrupted(lambda: f"interrupted; {len(judgements)} of {len(runs)} {kept}"):
+        for run in runs:
+            settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
+            with progress_bar(total=settings.num, desc=f"sampling {run}", unit="image", delay=0.1) as bar:
+                judgements.append(evaluate_run(run, settings, again, bar.update))
     print_judgements(judgements)
     if len(judgements) == 1:
         click.echo(f"samples: {judgements[0].picture}")

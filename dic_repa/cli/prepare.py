@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.options import Command, Count, option_group
-from dic_repa.errors import UserError, told_by_whom_it_befalls
+from dic_repa.errors import UserError, told_by_whom_it_befalls, when_interrupted
 
 
 @click.command("prepare", cls=Command)
@@ -81,7 +81,8 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     if state.is_main_process:
         begin(images, destination, encoder.spec, settings)
     state.wait_for_everyone()
-    with told_by_whom_it_befalls():
+    begun = f"the finished shards are in {destination}, and the same command goes on with the others"
+    with when_interrupted(lambda: f"interrupted; {begun}"), told_by_whom_it_befalls():
         write_shards(images, destination, encoder, settings, state.process_index, state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -11,7 +11,7 @@ import click
 
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
-from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors
+from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors, when_interrupted
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.training.run_folder import RunFolder, checkpoint_step
 
@@ -75,9 +75,13 @@ def command(
         show_dry_run(settings, path, processes, as_json)
         return
 
-    if resume and is_finished(settings, path, allow_change):
-        return
+    with when_interrupted(lambda: interrupted_message(path)):
+        if not (resume and is_finished(settings, path, allow_change)):
+            train_and_show(settings, path, resume, overwrite, allow_change)
 
+
+def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, allow_change: bool) -> None:
+    """Train, judge, and tell where everything is; the exit code to requeue by after a signal of a scheduler."""
     from torch import OutOfMemoryError
 
     from dic_repa.training import Preempted, train
@@ -107,10 +111,6 @@ def command(
         if not tells_of_errors():  # the one that does may have enough
             click.echo(f"error: {fault}", err=True)
         raise fault from None
-    except KeyboardInterrupt:
-        if is_main_process():
-            click.echo(interrupted_message(path), err=True)
-        raise
 
 
 def choose_recipe(
@@ -162,7 +162,7 @@ def interrupted_message(path: Path) -> str:
     """What is safe, and how to go on."""
     run = RunFolder(path)
     if not run.recipe_file.is_file():
-        return "interrupted before the run began"
+        return "interrupted before the run began; nothing was written"
     newest = max(run.list_checkpoints(), key=checkpoint_step, default=None)
     safe = f"the checkpoint of step {checkpoint_step(newest)} is whole" if newest else "there is no checkpoint yet"
     return f"interrupted; {safe}; to go on: {resume_command(path)}"

@@ -8,7 +8,7 @@ import click
 
 from dic_repa.cli.options import Command, Count, option_group, recipe_option
 from dic_repa.cli.sampling_options import sample_settings
-from dic_repa.errors import UserError, is_main_process
+from dic_repa.errors import UserError, is_main_process, when_interrupted
 from dic_repa.recipe_values import MOST_IMAGES
 
 
@@ -88,7 +88,8 @@ def command(
     tuner = Tuner(loaded, metric, reference, sample, chosen, spans, num, confirm, confirm_num, out)
     cells = len(tuner.cells())
     total = cells * tuner.num + min(confirm, cells) * tuner.confirm_num
-    with progress_bar(total=total, unit="image", desc="tuning", delay=0.1) as bar:
+    kept = f"interrupted; the finished cells are in {tuner.file}, and the same command goes on with the others"
+    with when_interrupted(lambda: kept), progress_bar(total=total, unit="image", desc="tuning", delay=0.1) as bar:
 
         def progress(cell: Cell | None, count: int) -> None:
             if cell is None:

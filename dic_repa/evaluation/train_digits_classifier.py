@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from dic_repa.data.digits import load_digits, resize
 from dic_repa.encoders.augment import random_warp
 from dic_repa.evaluation.digits import IMAGE_SIZE, DigitsClassifier
+from dic_repa.progress import progress_bar
 
 
 @click.command()
@@ -39,7 +39,7 @@ def main(out: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
     steps_per_epoch = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps_per_epoch)
 
-    progress = tqdm(total=epochs * steps_per_epoch, unit="step")
+    progress = progress_bar(total=epochs * steps_per_epoch, unit="step")
     for epoch in range(epochs):
         model.train()
         for batch in torch.randperm(len(images), generator=generator).split(batch_size)[:steps_per_epoch]:

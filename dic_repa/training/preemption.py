@@ -62,6 +62,7 @@ def leave_signals_to_parent(_worker: int = 0) -> None:
     """In a loader's process: whoever signals the whole group, it is the parent that says when to stop, after a
     checkpoint and a grid that may take minutes. A SIGTERM of the parent's own is Python's at its exit, and is obeyed.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS, where there are no schedulers to send them
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
