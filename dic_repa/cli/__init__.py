@@ -26,6 +26,7 @@ VERBS = {
     "solvers": "List the solvers, or compare their quality against their cost on a run.",
     "convert": "The authors' checkpoints to ours and back; training checkpoints to small ones.",
     "recipes": "List the recipes, show one, or compare two.",
+    "env": "Versions, devices and settings, as a bug report needs them.",
 }
 
 FLAGS = ("--quiet", "--verbose", "--debug")

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
 from dic_repa.recipe import load_training_recipe
 
 
 @click.command("data")
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=completion.recipes)
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
 )

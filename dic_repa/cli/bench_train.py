@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.bench import finish, listed, measuring_options, parse_batches
 from dic_repa.cli.options import Command
 
 
 @click.command("train", cls=Command)
-@click.argument("recipes", nargs=-1, required=True)
+@click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipes; repeatable."
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dic_repa.aside import check_parents, write_aside
+from dic_repa.cli import completion
 from dic_repa.errors import UserError, first_line
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -14,7 +15,7 @@ FILES = (".pt", ".pth", ".safetensors")
 
 
 @click.command("convert")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of the weights.")
 @click.option(

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.options import Count
 
 
 @click.command("ema")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option("--sigma-rel", type=float, help="Width of the average, as a share of the training: 0.01 to 0.25.")
 @click.option("--step", type=Count(1), help="As if training had ended here.  [default: the last snapshot]")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder.  [default: RUN/averages/sigma_rel-...]")

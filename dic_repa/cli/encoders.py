@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
 
@@ -47,7 +48,7 @@ def command(context: click.Context, plugins: tuple[str, ...]):
 
 
 @command.command("check")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.encoders)
 @click.option("--image", type=click.Path(path_type=Path), help="An image file.  [default: a digit of the package]")
 @click.option("--size", type=Count(16), default=256, help="Of the centre crop, in pixels.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file or plain state dict.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.judgements import print_judgements
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_options
@@ -22,7 +23,7 @@ ADM = "fid,sfid,is,prec,recall"
 
 
 @click.command("evaluate", cls=Command)
-@click.argument("samples", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("samples", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=completion.runs)
 @option_group(
     "Metrics and their reference",
     click.option(
@@ -46,8 +47,16 @@ ADM = "fid,sfid,is,prec,recall"
     "Networks that look at the images",
     click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format."),
     click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights."),
-    click.option("--dinov2-encoder", help="Another ViT in its place, from `dic-repa encoders`."),
-    click.option("--encoder", help="For fd-encoder and its like.  [default: the one that the run was aligned to]"),
+    click.option(
+        "--dinov2-encoder",
+        shell_complete=completion.encoders,
+        help="Another ViT in its place, from `dic-repa encoders`.",
+    ),
+    click.option(
+        "--encoder",
+        shell_complete=completion.encoders,
+        help="For fd-encoder and its like.  [default: the one that the run was aligned to]",
+    ),
     click.option("--encoder-weights", type=click.Path(path_type=Path), help="A file of that encoder's weights."),
     click.option(
         "--encoder-option",
@@ -64,7 +73,11 @@ ADM = "fid,sfid,is,prec,recall"
 )
 @option_group(
     "How a run or a checkpoint is sampled first",
-    click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]"),
+    click.option(
+        "--recipe",
+        shell_complete=completion.recipes,
+        help="A recipe whose `sample` section to use.  [default: the run's own]",
+    ),
     click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before."),
 )
 @sampling_options

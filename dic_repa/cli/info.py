@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.options import Count
 from dic_repa.errors import unknown_name
 from dic_repa.recipe import list_recipes, load_training_recipe
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("info")
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=completion.recipes)
 @click.option(
     "--size",
     "sizes",

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError, is_main_process
 
 
 @click.command("probe")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--encoder", help="Whom to compare with.  [default: the encoder of the recipe's first alignment]")
+@click.argument("checkpoint", type=click.Path(path_type=Path), shell_complete=completion.runs)
+@click.option(
+    "--encoder",
+    shell_complete=completion.encoders,
+    help="Whom to compare with.  [default: the encoder of the recipe's first alignment]",
+)
 @click.option("--num", type=Count(20), default=1000, help="Images; half train the linear probe.")
 @click.option("--times", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="Noise levels in [0, 1].")
 @click.option("--taps", help="Submodules, such as enc.0.1,mid.0.  [default: a few of each stage]")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.recipe import Recipe, list_recipes, load_recipe, to_yaml
 from dic_repa.recipe_keys import Key, commented_yaml, find_keys, list_keys
@@ -52,7 +53,7 @@ def command(context: click.Context):
 
 
 @command.command("show")
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=completion.recipes)
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key; repeatable.")
 @click.option("--comments", is_flag=True, help="Above each key, what it means and its default, as a comment.")
 def show(recipe: str, overrides: tuple[str, ...], comments: bool):
@@ -69,7 +70,7 @@ def show(recipe: str, overrides: tuple[str, ...], comments: bool):
 
 
 @command.command("explain")
-@click.argument("key", required=False)
+@click.argument("key", required=False, shell_complete=completion.keys)
 def explain(key: str | None):
     """Print what KEY of a recipe, such as train.ema_decay, or each key of a section means, takes and is by default.
 
@@ -91,8 +92,8 @@ def _explanation(key: Key) -> str:
 
 
 @command.command("diff")
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=completion.recipes)
+@click.argument("b", shell_complete=completion.recipes)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: the key, and the value in A and in B.")
 def diff(a: str, b: str, as_json: bool):
     """Print the keys in which the recipes A and B differ, defaults filled in, with the value of each.

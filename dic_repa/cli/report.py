@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
+
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The file.  [default: RUN/report.html; of several runs: report.html]"
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.options import Command, option_group
 from dic_repa.cli.sampling_options import EPILOG, sample_settings, sampling_options
 from dic_repa.errors import UserError, did_you_mean
@@ -14,11 +15,15 @@ from dic_repa.recipe import Recipe, SampleSection, load_recipe
 
 
 @click.command("sample", cls=Command, epilog=EPILOG)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @option_group(
     "What to sample, and where to",
     click.option("--out", type=click.Path(path_type=Path), help="Folder for the images.  [default: samples/NAME]"),
-    click.option("--recipe", help="A recipe whose `sample` section to use.  [default: the run's own]"),
+    click.option(
+        "--recipe",
+        shell_complete=completion.recipes,
+        help="A recipe whose `sample` section to use.  [default: the run's own]",
+    ),
     click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or their names, or none.  [default: all]"),
     click.option(
         "--format",

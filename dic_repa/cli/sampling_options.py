@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.options import Count, option_group, recipe_option
 from dic_repa.errors import UserError
 from dic_repa.recipe import SampleSection, validate
@@ -65,7 +66,7 @@ _SAMPLES = option_group(
 )
 _SOLVER = option_group(
     "Solver",
-    recipe_option("--solver", "sample.solver"),
+    recipe_option("--solver", "sample.solver", shell_complete=completion.solvers),
     recipe_option("--steps", "sample.steps", "Steps {}", type=Count(1)),
     recipe_option("--rtol", "sample.rtol", type=float),
     recipe_option("--atol", "sample.atol", type=float),
@@ -85,7 +86,7 @@ _GUIDANCE = option_group(
     recipe_option("--schedule", "sample.guidance.schedule", "Shape {}"),
     recipe_option("--rescale", "sample.guidance.rescale", type=float),
     click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
-    recipe_option("--weak", "sample.guidance.weak"),
+    recipe_option("--weak", "sample.guidance.weak", shell_complete=completion.runs),
 )
 _PLACE = option_group(
     "Speed and places",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
@@ -39,8 +40,10 @@ def command(context: click.Context):
 
 
 @command.command("compare")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--solvers", default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou")
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
+@click.option(
+    "--solvers", shell_complete=completion.solvers, default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou"
+)
 @click.option("--evaluations", default="6,12,24,48,96", help="Network evaluations per image.")
 @click.option("--num", type=Count(2, MOST_IMAGES), default=500, help="Samples for each point.")
 @click.option("--out", type=click.Path(path_type=Path), help="The plot.  [default: RUN/evaluation/solvers.png]")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors, when_interrupted
@@ -17,7 +18,7 @@ from dic_repa.training.run_folder import RunFolder, checkpoint_step
 
 
 @click.command("train", cls=Command)
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, shell_complete=completion.recipes)
 @option_group(
     "The run",
     click.option("--out", "path", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/RECIPE]"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
 from dic_repa.cli.options import Command, Count, option_group, recipe_option
 from dic_repa.cli.sampling_options import sample_settings
 from dic_repa.errors import UserError, is_main_process, when_interrupted
@@ -13,7 +14,7 @@ from dic_repa.recipe_values import MOST_IMAGES
 
 
 @click.command("tune", cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @option_group(
     "What is tried, and what counts",
     click.option(
@@ -35,7 +36,7 @@ from dic_repa.recipe_values import MOST_IMAGES
 )
 @option_group(
     "How it is sampled, where not as the recipe says",
-    recipe_option("--solver", "sample.solver"),
+    recipe_option("--solver", "sample.solver", shell_complete=completion.solvers),
     recipe_option("--steps", "sample.steps", "Steps {}", type=Count(1)),
     recipe_option("--batch-size", "sample.batch_size", type=Count(1)),
     recipe_option("--autoencoder", "sample.autoencoder"),

@@ -59,9 +59,18 @@ _PACKAGES = (
     "accelerate",
     "timm",
     "torchdiffeq",
+    "torch-fidelity",
+    "diffusers",
+    "datasets",
+    "huggingface-hub",
     "safetensors",
     "pydantic",
+    "pyyaml",
+    "click",
     "numpy",
+    "pillow",
+    "matplotlib",
+    "tqdm",
 )
 RUNS = Path("runs")  # where runs are unless they are told otherwise
 

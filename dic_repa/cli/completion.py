@@ -1,0 +1,60 @@
+"""What the shell offers behind <Tab>: names of recipes, runs, solvers, encoders and keys, without importing torch.
+
+Each function takes what click gives it and returns the names that begin with what is typed; where none does, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+
+from click.shell_completion import CompletionItem
+
+# `dic_repa.encoders` takes seconds to import; a test compares.
+ENCODERS = (
+    "clip-vit-b clip-vit-l digits-vit dino-vit-b dino-vit-s dinov2-vit-b dinov2-vit-g dinov2-vit-l dinov2-vit-s "
+    "dinov2reg-vit-b dinov2reg-vit-g dinov2reg-vit-l dinov2reg-vit-s dinov3-vit-7b dinov3-vit-b dinov3-vit-h+ "
+    "dinov3-vit-l dinov3-vit-s dinov3-vit-s+ ijepa-vit-g ijepa-vit-h mae-vit-b mae-vit-h mae-vit-l mocov3-vit-b "
+    "mocov3-vit-l mocov3-vit-s pe-core-b pe-core-g pe-core-l pe-core-s pe-core-t pe-spatial-b pe-spatial-g "
+    "pe-spatial-l pe-spatial-s pe-spatial-t siglip2-vit-b siglip2-vit-g siglip2-vit-l siglip2-vit-so400m timm:"
+).split()
+
+
+def recipes(_context, _parameter, typed: str) -> list[CompletionItem]:
+    """The package's recipes, else files."""
+    files = resources.files("dic_repa.recipes").iterdir()
+    return _offered(sorted(file.name[:-5] for file in files if file.name.endswith(".yaml")), typed)
+
+
+def runs(_context, _parameter, typed: str) -> list[CompletionItem]:
+    """The runs in runs/, by path or by their own name, else files."""
+    from dic_repa.training.run_folder import RUNS, list_runs
+
+    found = list_runs(RUNS)
+    return _offered([str(run) for run in found], typed, [str(run) for run in found if run.name.startswith(typed)])
+
+
+def solvers(_context, _parameter, typed: str) -> list[CompletionItem]:
+    """The solvers; of several with commas, for the last one."""
+    from dic_repa.samplers.catalog import list_solvers
+
+    before, comma, _ = typed.rpartition(",")
+    return _offered([f"{before}{comma}{info.name}" for info in list_solvers()], typed, files=False)
+
+
+def encoders(_context, _parameter, typed: str) -> list[CompletionItem]:
+    """The encoders of the package."""
+    return _offered(ENCODERS, typed, files=False)
+
+
+def keys(_context, _parameter, typed: str) -> list[CompletionItem]:
+    """The keys of a recipe."""
+    from dic_repa.recipe import Recipe
+    from dic_repa.recipe_keys import list_keys
+
+    return _offered(list_keys(Recipe), typed, files=False)
+
+
+def _offered(names: Iterable[str], typed: str, others: Iterable[str] = (), files: bool = True) -> list[CompletionItem]:
+    found = [CompletionItem(name) for name in dict.fromkeys([*filter(lambda n: n.startswith(typed), names), *others])]
+    return found or [CompletionItem(typed, type="file")] * files
