@@ -70,8 +70,10 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(LogFormatter())  # 5.3 rather than 5.3 x 10^0
             axis.yaxis.set_minor_formatter(LogFormatter())
-    costs = sorted({point.evaluations for point in points})
-    ticks = [cost for before, cost in zip([0, *costs], costs) if cost > 1.3 * before]  # the others would overlap
+    ticks: list[int] = []
+    for cost in sorted({point.evaluations for point in points}):
+        if not ticks or cost > 1.3 * ticks[-1]:  # the others would overlap
+            ticks.append(cost)
     for axis in axes[0]:
         axis.set(xlabel="network evaluations per image", xscale="log")
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
