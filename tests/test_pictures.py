@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import matplotlib.pyplot as plt
 import pytest
@@ -76,11 +77,13 @@ def test_costs_of_solvers_are_written_out(tmp_path, figures):
         assert not any(label.get_text() for label in axis.get_xticklabels(minor=True))
 
 
-def test_scores_of_solvers_are_plain_numbers(tmp_path, figures):
-    save_comparison([Point("heun", n, {"fd-digits": 5 + n / 100}) for n in (6, 12, 24, 48)], tmp_path / "solvers.png")
+@pytest.mark.parametrize("unit", [1, 0.1])
+def test_scores_of_solvers_are_plain_numbers(tmp_path, figures, unit):
+    points = [Point("heun", n, {"fd-digits": unit * (5 + n / 100)}) for n in (6, 12, 24, 48)]
+    save_comparison(points, tmp_path / "solvers.png")
     figure = figures.gcf()
     figure.canvas.draw()
     axis = figure.axes[0]
     labels = [label.get_text() for which in (False, True) for label in axis.get_yticklabels(minor=which)]
-    shown = [float(label) for label in labels if label]  # no 5.3 x 10^0
-    assert len([value for value in shown if 5 < value < 5.5]) >= 2
+    assert all(re.fullmatch(r"\d*\.?\d*", label) for label in labels)  # no 5.3 x 10^0, no 5e-01
+    assert len([label for label in labels if label and 5 * unit < float(label) < 5.5 * unit]) >= 2

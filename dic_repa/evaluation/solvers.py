@@ -53,6 +53,12 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter, NullFormatter
 
+    class PlainLogFormatter(LogFormatter):
+        """5.3 and 0.3 where the others of a logarithmic axis have 5.3 x 10^0 and 3e-01."""
+
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     better = all_directions()
     shown = list(dict.fromkeys(score for point in points for score in point.scores))
     size = (5.2 * len(shown), 3.8)
@@ -68,8 +74,8 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
         axis.set_title(f"{title(score)} ({better[score]} is better)" if score in better else title(score))
         if better.get(score) == "lower" and all(point.scores.get(score, 1) > 0 for point in points):
             axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(LogFormatter())  # 5.3 rather than 5.3 x 10^0
-            axis.yaxis.set_minor_formatter(LogFormatter())
+            axis.yaxis.set_major_formatter(PlainLogFormatter())
+            axis.yaxis.set_minor_formatter(PlainLogFormatter())
     ticks: list[int] = []
     for cost in sorted({point.evaluations for point in points}):
         if not ticks or cost > 1.3 * ticks[-1]:  # the others would overlap
