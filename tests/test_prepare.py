@@ -21,13 +21,16 @@ from prepare_slowly import run as prepare_quickly
 from small_runs import full_disk
 from torch.utils.data import DataLoader
 
+from dic_repa.build import build_dataset, build_denoiser
 from dic_repa.cli import main
+from dic_repa.cli.convert import check_recipe
 from dic_repa.data.check import psnr
 from dic_repa.data.image_folder import ImageFolder
 from dic_repa.data.images import center_crop, to_tensor, unit_images
 from dic_repa.data.latents import denoiser_data
 from dic_repa.data.prepared import Prepared
 from dic_repa.errors import UserError
+from dic_repa.recipe import load_training_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -253,6 +256,20 @@ def test_moments_are_kept_in_float32_on_request(prepared, tmp_path, mistake, cap
     torch.testing.assert_close(denoiser_data(full, batch, torch.ones_like), expected, rtol=1e-6, atol=1e-6)
     again = ["prepare", "tree", "full", "--shard-size=3", "--autoencoder=vae", "--size=32", "--flip"]
     assert "another moments; choose" in mistake(*again)
+
+
+def test_weights_are_converted_whatever_images_are_mirrored(prepared, tmp_path):
+    """Only training asks for mirrored images: the data that is here need not have them for weights to fit."""
+    settings = (prepared / "prepare.json").read_text()
+    (prepared / "prepare.json").write_text(settings.replace('"flip": true', '"flip": false'))
+    (tmp_path / "mine.yaml").write_text(
+        f"model: {{name: DiC, width: 8, depths: [1, 1, 1, 1, 1]}}\n"
+        f"data: {{name: prepared, path: '{prepared}', size: 16, options: {{flip: true}}}}\n"
+    )
+    recipe = load_training_recipe(tmp_path / "mine.yaml")
+    with pytest.raises(UserError, match="prepare it with --flip"):
+        build_dataset(recipe.data)
+    check_recipe(str(tmp_path / "mine.yaml"), build_denoiser(recipe.model, 4, 2))
 
 
 def test_a_folder_from_before_the_choice_of_moments_goes_on(prepared):

@@ -147,6 +147,19 @@ def test_a_dry_run_says_whose_number_it_is():
     assert lines[0] == ("paper", f"{row}: no published number of this network, FID 5.72 of SiT↓")
 
 
+def test_a_row_that_names_a_network_by_its_own_sign_is_saved_in_any_locale(dic_repa, tmp_path):
+    """SiT↓ stands in recipes, and a recipe beside every checkpoint."""
+    (tmp_path / "mine.yaml").write_text(
+        "base: digits-baseline\ndescription: of SiT↓\nevaluate: null\n"
+        "train: {steps: 1, batch_size: 4, sample_every: 0}\n",
+        encoding="utf-8",
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8"}
+    dic_repa("train", "mine.yaml", "--set=model.width=8", "--set=model.depths=[1,1,1,1,1]", env=ascii_only)
+    dic_repa("convert", "runs/mine", "small", env=ascii_only)
+    assert load_recipe(tmp_path / "small/recipe.yaml").description == "of SiT↓"
+
+
 def test_another_data_set_has_other_options(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: dic-xl-ddpm\ndata: {name: dit, path: data/features}\n")
     assert load_recipe(tmp_path / "mine.yaml").data.options == {}

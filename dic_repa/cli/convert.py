@@ -113,7 +113,9 @@ def check_recipe(name: str, model) -> None:
 
     recipe = load_training_recipe(name)
     import_plugins(recipe)
-    traits, assumed = data_traits(recipe.data)
+    # Weights fit whether or not the data that is here has mirrored images, which training would ask for.
+    options = {key: value for key, value in recipe.data.options.items() if key != "flip"}
+    traits, assumed = data_traits(recipe.data.model_copy(update={"options": options}))
     known = {"channels": (traits.channels, model.in_channels)}
     if not assumed or "num_classes" in recipe.data.options:
         known["classes"] = (traits.num_classes, model.num_classes)
@@ -156,7 +158,7 @@ def _write_folder(model, target: Path, recipe: str | None, recipe_file: Path | N
     with write_aside(target) as aside:
         model.save_pretrained(aside)
         if text:
-            (aside / "recipe.yaml").write_text(text)
+            (aside / "recipe.yaml").write_text(text, encoding="utf-8")
         if data:
             data.write(aside)
 

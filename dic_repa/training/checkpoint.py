@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
         for name, tensors in state.averages.items():
             (aside / name).mkdir()
             (aside / name / CONFIG).write_text(json.dumps(state.config, indent=2) + "\n")
-            (aside / name / "recipe.yaml").write_text(to_yaml(recipe))
+            (aside / name / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
             state.data.write(aside / name)
             save_tensors(tensors, aside / name / "model.safetensors")
         with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not tell of a full disk
