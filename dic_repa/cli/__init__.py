@@ -20,6 +20,7 @@ VERBS = {
     "tune": "Find the guidance scale and interval for the best score.",
     "prepare": "Crop and encode a folder, zip, tar or Hugging Face data set of images.",
     "bench": "Measure speed: of denoisers, training steps, samplers and the data.",
+    "runs": "List the runs: recipe, steps, scores, speed, state.",
     "ema": "Make an average of a run's weights of any width, after the run.",
     "info": "Parameters and MACs of a model or a recipe.",
     "encoders": "List the encoders, or run one on an image and show its tokens.",

@@ -41,12 +41,6 @@ def title(score: str) -> str:
     return scores.get(score).title if score in scores else score
 
 
-def todays_names(scores: dict) -> dict:
-    """The scores of a record by the names of today: earlier versions kept fd-digits as `frechet`."""
-    renamed = {"fd-digits" if name == "frechet" else name: value for name, value in scores.items()}
-    return {name: todays_names(value) if name == "reference" else value for name, value in renamed.items()}
-
-
 def own_encoder(recipe: Recipe) -> dict[str, dict]:
     """What `Measure` is to build the extractor `encoder` with, for samples of a run: its first alignment's encoder."""
     if not recipe.alignments:

@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 from dic_repa.errors import UserError, first_line
-from dic_repa.evaluation.judging import todays_names
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
+from dic_repa.score_names import todays_names
 from dic_repa.training.run_folder import RunFolder
 
 MOST_POINTS = 1500  # of a curve: more than a screen has pixels

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.judging import Judge, own_encoder, todays_names
+from dic_repa.evaluation.judging import Judge, own_encoder
 from dic_repa.generation import build_sampler, draw_labels, load_checkpoint, weak_weights
 from dic_repa.pictures import save_grid, shown_in_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
+from dic_repa.score_names import todays_names
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, write_whole
 
 COLUMNS = 12  # images of each class in the picture

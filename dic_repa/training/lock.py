@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ try:
     import fcntl
 except ImportError:  # not a Unix
     fcntl = None
+
+
+LOOK = 0.1  # seconds: longer than `holder` takes to see whether a lock is held
+_held: set[Path] = set()  # by this process
 
 
 @contextlib.contextmanager
@@ -34,16 +39,37 @@ def locked(folder: Path) -> Iterator[None]:
         if descriptor is not None:
             os.ftruncate(descriptor, 0)
             with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
-                os.write(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+                os.write(descriptor, json.dumps(_owner()).encode())
+        _held.add(folder.resolve())
         yield
     finally:
+        _held.discard(folder.resolve())
         if descriptor is not None:
             path.unlink(missing_ok=True)
             os.close(descriptor)
 
 
+def holder(folder: Path) -> str | None:
+    """Who is at work in the run folder, 'process 17 on host'; None where nobody is, or it cannot be told."""
+    if folder.resolve() in _held:  # whose lock would be lost by closing the file a second time
+        return _name(json.dumps(_owner()))
+    if fcntl is None or not (folder / "lock").is_file():
+        return None
+    with contextlib.suppress(OSError), (folder / "lock").open("rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return _name(file.read(1000).decode(errors="replace"))
+    return None
+
+
+def _owner() -> dict:
+    return {"process": os.getpid(), "host": socket.gethostname()}
+
+
 def _acquire(path: Path) -> int | None:
     """The open, locked file; None on a file system that has no locks."""
+    refused = False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -51,6 +77,10 @@ def _acquire(path: Path) -> int | None:
         except (BlockingIOError, PermissionError):
             owner = os.read(descriptor, 1000).decode(errors="replace")
             os.close(descriptor)
+            if not refused:
+                refused = True
+                time.sleep(LOOK)
+                continue
             raise UserError(f"{path.parent} is in use by {_name(owner)}; wait for it, or stop it") from None
         except OSError as error:
             print(f"warning: {path.parent} cannot be locked ({error.strerror}): begin no second run there",

@@ -19,10 +19,11 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
 
 
-def find_damage(folder: Path, part: str = "") -> str | None:
+def find_damage(folder: Path, part: str = "", thorough: bool = True) -> str | None:
     """What is wrong with the checkpoint `folder`, in a few words; None where all is as its manifest says.
 
-    `part` is a folder or a file inside it, such as 'ema', where the rest does not matter.
+    `part` is a folder or a file inside it, such as 'ema', where the rest does not matter. What
+    is not `thorough` compares sizes alone, which is quick.
     """
     try:
         listed = json.loads((folder / MANIFEST).read_text())["files"]
@@ -37,7 +38,7 @@ def find_damage(folder: Path, part: str = "") -> str | None:
         for name, (size, _) in expected.items():  # sizes first: that is quick, and finds most of what happens
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} bytes, not {size}"
-        for name, (_, digest) in expected.items():
+        for name, (_, digest) in expected.items() if thorough else ():
             if _digest(folder / name) != digest:
                 return f"{name} has another SHA-256"
     except FileNotFoundError as error:

@@ -1,0 +1,9 @@
+"""What scores are called in records, apart from what computes them: who only reads a record has no need of torch."""
+
+from __future__ import annotations
+
+
+def todays_names(scores: dict) -> dict:
+    """The scores of a record by the names of today: earlier versions kept fd-digits as `frechet`."""
+    renamed = {"fd-digits" if name == "frechet" else name: value for name, value in scores.items()}
+    return {name: todays_names(value) if name == "reference" else value for name, value in renamed.items()}
