@@ -49,6 +49,8 @@ def test_from_a_folder_to_samples(photos, dic_repa, capsys):
     call("train", "mine.yaml")
     call("sample", "runs/mine")
     assert "24 images, " in capsys.readouterr().out
+    width, height = Image.open(photos / "runs/mine/samples/step_00000003.png").size
+    assert width < 8 * height  # three rows of ten, twice: raw beside averaged
     assert json.loads((photos / "samples/mine/samples.json").read_text())["labels"] == [0] * 24
     one_row = 480 + 6 * 20
     assert Image.open(photos / "samples/mine/grid.png").height < one_row  # three rows of smaller ones

@@ -262,8 +262,9 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, 
     from dic_repa.generation import balanced_labels
     from dic_repa.pictures import draw_grid, save_side_by_side
 
-    shown, columns = max(1, min(10, parts.data.num_classes)), 6
-    labels = balanced_labels(recipe, parts.data.num_classes, shown * columns)
+    shown = max(1, min(10, parts.data.num_classes))
+    each = 6 if shown > 1 else 30
+    labels = balanced_labels(recipe, parts.data.num_classes, shown * each)
     if recipe.train.label_dropout < 1:
         labels = labels % shown
     images = {"averaged weights": torch.cat(list(parts.sampler(labels)))}
