@@ -21,12 +21,13 @@ from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import create_denoiser, find_denoiser
 from dic_repa.objectives import create_objective
-from dic_repa.plugins import import_plugin
+from dic_repa.plugins import add_folders, import_plugin
 from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
 
 
 def import_plugins(recipe: Recipe) -> None:
     """Import the modules that the recipe names, which register parts of the user's own."""
+    add_folders(recipe.folders)
     for name in recipe.plugins:
         import_plugin(name)
     find_denoiser(recipe.model.name)  # one of the user's own must be known before a saved one is loaded
@@ -37,7 +38,8 @@ def build_dataset(section: DataSection, split: str = "train"):
     drawn from; it has `num_classes`, `channels`, `class_names`.
     """
     factory = datasets.get(section.name)
-    given = {key: getattr(section, key) for key in ("path", "autoencoder") if getattr(section, key) is not None}
+    given = {"path": section.place, "autoencoder": section.autoencoder}
+    given = {key: value for key, value in given.items() if value is not None}
     try:
         inspect.signature(factory).bind(split=split, size=section.size, **given, **section.options)
     except TypeError as error:
@@ -69,7 +71,7 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
         data = build_dataset(section)
         image = data[0].get("image")
     except UserError as error:
-        if section.path and Path(section.path).exists():  # it is here, and does not fit
+        if section.place and Path(section.place).exists():  # it is here, and does not fit
             raise
         pixels = section.autoencoder == "none"
         size = section.size if pixels else 8 * section.size
@@ -94,7 +96,7 @@ def build_decoder(
         return _saved_decoder(saved.autoencoder, device, place)
     name = place or section.autoencoder
     if section.name == "prepared":
-        name = name or prepared_spec(section.path).name
+        name = name or prepared_spec(section.place).name
     elif section.name in ("repa", "dit"):
         name = name or DEFAULT_AUTOENCODER
     return pixels_decoder if name in (None, "none") else load_autoencoder(name, device).decode

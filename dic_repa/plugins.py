@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -24,14 +25,24 @@ def import_plugin(name: str) -> ModuleType:
 
     A UserError where there is none; what goes wrong inside it is left as it is.
     """
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    add_folders([os.getcwd()])
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name and not name.startswith(f"{error.name}."):
             raise  # the plugin was found, and misses something of its own
-        raise UserError(f"plugin '{name}' was not found; run from the folder of {name}.py or install it") from None
+        raise UserError(
+            f"plugin '{name}' was not found; put {name}.py beside the recipe, run from its folder or install it"
+        ) from None
+
+
+def add_folders(folders: Iterable[str]) -> None:
+    """Let modules be imported from the current folder first, as `python -m` does, and then from `folders`."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    here = sys.path.index(os.getcwd() if os.getcwd() in sys.path else "")
+    for folder in reversed([folder for folder in folders if folder not in sys.path]):
+        sys.path.insert(here + 1, folder)
 
 
 def entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:

@@ -14,11 +14,13 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from dic_repa.errors import UserError
 from dic_repa.recipe_files import override_key, read_recipe, read_shipped
+from dic_repa.recipe_folders import note_folders
 from dic_repa.recipe_keys import explain_mistake
+from dic_repa.recipe_section import Section
 from dic_repa.recipe_values import (
     REAL,
     WHOLE,
@@ -35,20 +37,6 @@ from dic_repa.recipe_values import (
     Time,
     write_yaml,
 )
-
-
-class Section(BaseModel):
-    """A part of a recipe, in which unknown keys are errors, from a file and from Python."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a key as if it stood in a recipe; what it does not take is a UserError, and changes nothing."""
-        try:
-            changed = type(self).model_validate({**self.__dict__, name: value})
-        except ValidationError as error:
-            raise UserError("; ".join(explain_mistake(type(self), e) for e in error.errors())) from None
-        super().__setattr__(name, getattr(changed, name))
 
 
 class ModelSection(Section):
@@ -74,6 +62,13 @@ class DataSection(Section):
     autoencoder: str | None = Field(None, description="none (pixels), a hub id or a folder; null: the data set's own")
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, labels, ...")
     workers: Natural = Field(0, description="loader processes of each training process")
+    _folders: tuple[str, ...] = PrivateAttr(())  # the recipe's
+
+    @property
+    def place(self) -> str | None:
+        """Where `path` is: in the current folder, or else in the first of the recipe's `folders` that has it."""
+        places = [self.path] + [str(Path(folder, self.path)) for folder in self._folders if self.path]
+        return next((place for place in places if place and Path(place).exists()), self.path)
 
 
 class ObjectiveSection(Section):
@@ -241,6 +236,9 @@ class Recipe(Section):
     plugins: list[Name] = Field(
         default_factory=list, description="modules to import first: they register your own parts"
     )
+    folders: list[Name] = Field(
+        default_factory=list, description="where plugins and data.path are looked for after the current folder"
+    )
     model: ModelSection = Field(default_factory=ModelSection, description="the denoiser")
     data: DataSection = Field(default_factory=DataSection, description="what it is trained on")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="what it is trained for")
@@ -252,6 +250,11 @@ class Recipe(Section):
     evaluate: EvaluateSection | None = Field(
         None, description="how samples are judged, at the end of the run too; null: not at all"
     )
+
+    @model_validator(mode="after")
+    def _tell_the_data(self):
+        self.data._folders = tuple(self.folders)
+        return self
 
 
 class SamplingRecipe(Section):
@@ -275,12 +278,16 @@ def list_paper_rows() -> dict[str, str]:
 def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | SamplingRecipe:
     """The recipe of that name or file with `overrides` ('train.steps=200', values in YAML) applied, validated.
 
-    A UserError names the near recipes or keys, or the key and what it takes.
+    A plugin, or data, that is not in the current folder is looked for beside the file too. A UserError names the near
+    recipes or keys, or the key and what it takes.
     """
     raw = read_recipe(name_or_path)
     for override in overrides:
         override_key(raw, override)
-    return validate(raw, name_or_path)
+    recipe = validate(raw, name_or_path)
+    if isinstance(recipe, Recipe):
+        note_folders(recipe, name_or_path)
+    return recipe
 
 
 def load_training_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:

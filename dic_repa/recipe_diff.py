@@ -6,6 +6,7 @@ from typing import Any
 
 from dic_repa.recipe import Recipe, SamplingRecipe, list_paper_rows
 
+_APART = {"description", "paper", "folders"}  # what changes nothing
 ABSENT = "-"  # the key does not exist there: its section is null, or the list is shorter
 
 
@@ -24,8 +25,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(a: Recipe | SamplingRecipe, b: Recipe | SamplingRecipe) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys in which two resolved recipes differ, with the value of each; not `description` and `paper`."""
-    ours, theirs = (flatten(r.model_dump(mode="json", exclude={"description", "paper"})) for r in (a, b))
+    """The dotted keys in which two resolved recipes differ, with the value of each; not `description`, `paper`
+    and `folders`."""
+    ours, theirs = (flatten(r.model_dump(mode="json", exclude=_APART)) for r in (a, b))
     keys = {**ours, **theirs}
     pairs = {key: (ours.get(key, ABSENT), theirs.get(key, ABSENT)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

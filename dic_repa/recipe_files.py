@@ -40,6 +40,18 @@ def read_recipe(name_or_path: str | Path, seen: tuple[str, ...] = ()) -> dict:
     return resolved
 
 
+def recipe_files(name_or_path: str | Path) -> list[Path]:
+    """The file of that path and those that it is based on; none for a recipe of the package."""
+    files: list[Path] = []
+    while (file := Path(name_or_path)).suffix in (".yaml", ".yml") and file not in files:
+        files.append(file)
+        base = _parse(*_read(file)).get("base")
+        if base is None:
+            break
+        name_or_path = file.parent / base if (file.parent / base).is_file() else base
+    return files
+
+
 def _read(name_or_path: str | Path) -> tuple[str, str]:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):

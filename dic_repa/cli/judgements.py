@@ -57,7 +57,9 @@ def _score(key: str, value) -> str:
 
 def _without_seed(judgement: Judgement) -> str:
     """What runs that differ in nothing but the seed have in common."""
-    recipe = judgement.recipe.model_dump_json(exclude={"description": True, "train": {"seed"}, "sample": True})
+    recipe = judgement.recipe.model_dump_json(
+        exclude={"description": True, "folders": True, "train": {"seed"}, "sample": True}
+    )
     return f"{judgement.step} {judgement.sample.model_dump_json()} {recipe}"
 
 

@@ -109,7 +109,7 @@ def stand_in(recipe: Recipe, notes: list[str]) -> Recipe:
 
 def note_missing_decoder(recipe: Recipe, notes: list[str]) -> None:
     """What would keep the run from drawing its grids: an autoencoder that is not here."""
-    if not recipe.data.autoencoder and not Path(recipe.data.path or ".").exists():
+    if not recipe.data.autoencoder and not Path(recipe.data.place or ".").exists():
         return  # the data, which is not here, will name it
     try:
         build_decoder(recipe.data)

@@ -23,6 +23,7 @@ from dic_repa.precision import tf32
 from dic_repa.processes import start_processes
 from dic_repa.progress import say
 from dic_repa.recipe import Recipe, TrainSection
+from dic_repa.recipe_folders import note_current_folder
 from dic_repa.training.checkpoint import (
     CheckpointWriter,
     copy_state,
@@ -57,6 +58,7 @@ def train(
     a SIGTERM or SIGUSR1 has ended it, with its state saved; UserError where the run cannot begin, or stops for losses
     or gradients that are not finite.
     """
+    recipe = note_current_folder(recipe)
     settings, run = recipe.train, RunFolder(path)
     for line in run.check_resume(recipe, allow_change) if resume else ():
         say(f"note: other than before, {line}")
