@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +16,17 @@ from small_runs import ALIGNED, assert_same, metrics, small_run, weights
 from torch import nn
 from two_processes import LONG
 
+from dic_repa.errors import UserError
 from dic_repa.models import DiC
 from dic_repa.training import RunFolder
-from dic_repa.training.sharding import cut_like, stages, to_cpu
+from dic_repa.training.sharding import cut_like, shard, stages, to_cpu
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The runs of `two_processes.py`, and `one`, which one process has done."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 runs on CPUs from torch 2.7.0 on")
     folder = tmp_path_factory.mktemp("runs")
     here = Path(__file__).parent
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}
@@ -43,6 +47,12 @@ def runs(tmp_path_factory):
 
 def losses(folder):
     return torch.tensor([record["loss"] for record in metrics(RunFolder(folder))], dtype=torch.float64)
+
+
+def test_a_torch_that_cannot_shard_on_cpus_is_told(monkeypatch):
+    monkeypatch.delattr("torch.cpu.Stream.record_event", raising=False)
+    with pytest.raises(UserError, match=r"needs torch 2\.7 or newer on CPUs"):
+        shard(nn.Linear(2, 2), nn.Linear(2, 2), SimpleNamespace(device=torch.device("cpu"), num_processes=2))
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp-10-then-one", "sharded", "sharded-then-one"])

@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dic_repa.errors import UserError
+
 
 def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
     """Whether to shard: as the recipe or the launcher's configuration says, where there are several processes."""
@@ -24,7 +26,12 @@ def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
 
 
 def shard(model: nn.Module, denoiser: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shard `model` in place: each stage of its `denoiser` is gathered for its turn, all else at the root."""
+    """Shard `model` in place: each stage of its `denoiser` is gathered for its turn, all else at the root.
+
+    A UserError for processes on CPUs, which torch 2.6 cannot shard on.
+    """
+    if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError("train.sharding fsdp2 needs torch 2.7 or newer on CPUs; take none")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
