@@ -22,6 +22,7 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.models import create_denoiser, find_denoiser
 from dic_repa.objectives import create_objective
 from dic_repa.plugins import add_folders, import_plugin
+from dic_repa.progress import detail
 from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
 
 
@@ -40,6 +41,8 @@ def build_dataset(section: DataSection, split: str = "train"):
     factory = datasets.get(section.name)
     given = {"path": section.place, "autoencoder": section.autoencoder}
     given = {key: value for key, value in given.items() if value is not None}
+    if section.place:
+        detail(f"data: {section.place}")
     try:
         inspect.signature(factory).bind(split=split, size=section.size, **given, **section.options)
     except TypeError as error:

@@ -21,6 +21,7 @@ from dic_repa.models import load_denoiser
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.pretrained import CONFIG, WEIGHTS
 from dic_repa.precision import tf32
+from dic_repa.progress import detail
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.training.ema import RAW
@@ -73,6 +74,7 @@ def load_checkpoint(
     if weights is None:
         weights = "ema" if folder == Path(path) else recipe.sample.weights
     source = folder if weights == "ema" else _other_weights(folder, weights)
+    detail(f"weights: {source}")
     denoiser = load_denoiser(folder if weights == RAW else source)
     if weights == RAW:
         load_raw(denoiser, source)

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from dic_repa.errors import UserError, did_you_mean, unknown_name
+from dic_repa.progress import detail
 from dic_repa.registry import Registry
 
 
@@ -27,13 +28,15 @@ def import_plugin(name: str) -> ModuleType:
     """
     add_folders([os.getcwd()])
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name and not name.startswith(f"{error.name}."):
             raise  # the plugin was found, and misses something of its own
         raise UserError(
             f"plugin '{name}' was not found; put {name}.py beside the recipe, run from its folder or install it"
         ) from None
+    detail(f"plugin {name}: {getattr(module, '__file__', None)}")
+    return module
 
 
 def add_folders(folders: Iterable[str]) -> None:

@@ -46,6 +46,12 @@ def test_quiet_prints_results_alone(sample):
         assert said.out.startswith("6 images" if before else "8 images")
 
 
+def test_verbose_says_what_is_read(sample, tmp_path):
+    said = sample(["--verbose"], 2, []).err
+    assert f"weights: {tmp_path / 'model'}" in said
+    assert "weights: " not in sample([], 4, []).err
+
+
 def test_errors_are_told_when_quiet(mistake):
     assert mistake("--quiet", "trian") == "error: unknown verb 'trian'; did you mean train?"
     assert mistake("recipes", "--quiet", "--verbose") == "error: --quiet and --verbose exclude each other"

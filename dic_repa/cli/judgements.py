@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-import click
-
 from dic_repa.cli.table import number, print_rows
+from dic_repa.progress import say
 
 if TYPE_CHECKING:
     from dic_repa.evaluation.runs import Judgement
@@ -46,7 +45,7 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
     print_rows(rows, left=(0, 2))
     if by_encoder(shown):
         for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
-            click.echo(f"note: {no_fid(encoder)}", err=True)
+            say(f"note: {no_fid(encoder)}")
 
 
 def _score(key: str, value) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
+from dic_repa.progress import say
 
 
 @click.command("report")
@@ -37,7 +38,7 @@ def command(runs: tuple[Path, ...], out: Path | None, show: bool):
     out = write_report(runs, out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html")))
     click.echo(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     if show and not open_in_browser(out):
-        click.echo(f"note: no browser could be opened; the page is {out.resolve().as_uri()}", err=True)
+        say(f"note: no browser could be opened; the page is {out.resolve().as_uri()}")
 
 
 def open_in_browser(page: Path) -> bool:

@@ -13,6 +13,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors, when_interrupted
+from dic_repa.progress import say
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.training.run_folder import RunFolder, checkpoint_step
 
@@ -72,7 +73,7 @@ def command(
     settings, path = choose_recipe(recipe, path, overrides, resume)
     if dry_run:
         if resume:
-            click.echo("note: --resume is ignored: --dry-run tries the first steps of a run", err=True)
+            say("note: --resume is ignored: --dry-run tries the first steps of a run")
         show_dry_run(settings, path, processes, as_json)
         return
 

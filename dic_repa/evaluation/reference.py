@@ -24,6 +24,7 @@ from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.npz import NpzFile
 from dic_repa.evaluation.scores import Score
+from dic_repa.progress import detail
 
 KEPT = 10_000  # reference images behind precision, recall and KID, as in ADM's reference files
 FORMAT = "1"
@@ -117,6 +118,7 @@ def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) ->
             cached = statistics.read(file)
     # Another machine may lack the file, or another command have written it just now; all extract, or none.
     if agree(cached is not None):
+        detail(f"statistics of the reference: {file}")
         cached.notes, cached.fingerprint = images.notes, images.fingerprint
         return cached
     found = run(images, extractors, statistics.layers, KEPT, True)

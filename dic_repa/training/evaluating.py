@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dic_repa.errors import UserError
+from dic_repa.progress import say
 from dic_repa.recipe import Recipe
 from dic_repa.training.ema import RAW
 from dic_repa.training.parts import Parts
@@ -100,7 +101,7 @@ class Evaluator:
             if self.judge.beats(self.score, numbers[self.score], other):
                 self.best = best = {"step": step, "score": self.score, "value": numbers[self.score]}
         words = ", ".join(f"{title(name)} {value:.4g}" for name, value in numbers.items())
-        tqdm.write(f"step {step}: {words}{', the best so far' if best else ''}", file=sys.stderr)
+        say(f"step {step}: {words}{', the best so far' if best else ''}")
         try:
             save_judgement(judged, images, labels, self.parts.data.class_names)
         except OSError as error:
