@@ -244,7 +244,7 @@ def test_other_recipe_is_refused_unless_allowed(tmp_path):
     harmless = ["train.log_every=2", "train.keep_every=2", "train.max_skipped=3", "train.steps=3"]
     small_run(tmp_path / "run", *harmless, resume=True)
     changed = ["train.learning_rate=0.5", "train.weight_decay=0.1"]
-    with pytest.raises(UserError, match=r"differ: train.learning_rate, train.weight_decay; .*--allow-change"):
+    with pytest.raises(UserError, match=r"differ: train.learning_rate: .*, train.weight_decay: .*--allow-change"):
         small_run(tmp_path / "run", *changed, resume=True)
     run = small_run(tmp_path / "run", *changed, "train.steps=4", resume=True, allow_change=True)
     assert metrics(run)[-1]["learning_rate"] == 0.5
