@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def show_results(run: RunFolder, settings: Recipe):
         click.echo(f"loss curves: {run.curves_file}")
     if settings.train.sample_every:
         click.echo(f"samples over training: {run.samples}")
-    click.echo(f"to sample from it: {shlex.join(['dic-repa', 'sample', str(run.path)])}")
+    say(f"to sample from it: {shlex.join(['dic-repa', 'sample', str(run.path)])}", file=sys.stdout)
     return judged
 
 
