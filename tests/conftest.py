@@ -79,7 +79,7 @@ def mistake(tmp_path, monkeypatch, capsys):
             main([str(argument) for argument in arguments])
         error = capsys.readouterr().err
         assert exit.value.code == 2, error
-        lines = [line for line in error.splitlines() if line.strip()]
+        lines = [line for line in error.splitlines() if line.strip() and not line.startswith("training into ")]
         assert len(lines) == 1, error
         assert lines[0].startswith("error: ")
         return lines[0]

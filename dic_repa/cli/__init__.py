@@ -10,6 +10,7 @@ import click
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
 from dic_repa.errors import UserError, is_main_process, tells_of_errors
+from dic_repa.threads import watch  # noqa: F401 - from now on: by what else goes on while torch is imported
 
 VERBS = {
     "train": "Train a recipe; sample and judge at the end.",

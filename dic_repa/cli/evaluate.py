@@ -15,6 +15,7 @@ from dic_repa.cli.table import number, print_rows
 from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls, when_interrupted
 from dic_repa.progress import progress_bar, say
 from dic_repa.recipe import load_recipe
+from dic_repa.threads import choose_threads
 
 if TYPE_CHECKING:
     from dic_repa.evaluation.runs import Judgement
@@ -170,6 +171,7 @@ def measure_and_show(
         if not path.exists() and (meant := meant_runs(path)):
             raise UserError(f"there is nothing to measure at {path}{meant}")
     opened = {path: open_images(path, options["resize"]) for path in samples if not is_checkpoint(path)}
+    choose_threads()
     processes = patient_accelerator()
     device = processes.device
     share = Share(processes.process_index, processes.num_processes, processes.gather)
@@ -303,6 +305,7 @@ def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool =
             raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
         if RunFolder.open(run).recipe().evaluate is None:
             raise no_judge(run, "give a --reference")
+    choose_threads()
     given = load_recipe(recipe).sample if recipe else None
     judgements = []
     kept = "runs are judged, and the same command goes on with the others"

@@ -9,6 +9,7 @@ import click
 
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, told_by_whom_it_befalls, when_interrupted
+from dic_repa.threads import choose_threads
 
 
 @click.command("prepare", cls=Command)
@@ -72,6 +73,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     from dic_repa.data.sources import open_source
     from dic_repa.processes import start_processes
 
+    choose_threads()
     settings = PrepareSettings(**options)
     check_folder(destination)
     images = open_source(source, labels, settings.skip_bad, unlabelled)

@@ -9,6 +9,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError, is_main_process
+from dic_repa.threads import choose_threads
 
 
 @click.command("probe")
@@ -66,6 +67,7 @@ def command(
 
     if out:
         check_folder(out)
+    choose_threads()
     with progress_bar(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:
         probed = probe_checkpoint(
             checkpoint,

@@ -12,6 +12,7 @@ from dic_repa.cli.options import Command, option_group
 from dic_repa.cli.sampling_options import EPILOG, sample_settings, sampling_options
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.recipe import Recipe, SampleSection, load_recipe
+from dic_repa.threads import choose_threads
 
 
 @click.command("sample", cls=Command, epilog=EPILOG)
@@ -70,6 +71,7 @@ def command(
     from dic_repa.generation import build_sampler, check_sampling, load_checkpoint
     from dic_repa.sample_folder import SampleFolder, patient_accelerator, sample_into, sample_spec
 
+    choose_threads()
     processes = patient_accelerator()
     given = load_recipe(recipe) if recipe else None
     weights = options["weights"] or (given.sample.weights if given else None)

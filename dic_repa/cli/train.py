@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors, when_interrupted
 from dic_repa.progress import say
 from dic_repa.recipe import Recipe, load_training_recipe
+from dic_repa.threads import choose_threads
 from dic_repa.training.run_folder import RunFolder, checkpoint_step
 
 
@@ -85,12 +87,16 @@ def command(
 
 def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, allow_change: bool) -> None:
     """Train, judge, and tell where everything is; the exit code to requeue by after a signal of a scheduler."""
+    if not resume:
+        RunFolder(path).check_new(overwrite)
+    say(summary(settings, path))  # now: torch takes seconds to import
     from torch import OutOfMemoryError
 
     from dic_repa.training import Preempted, train
     from dic_repa.training.preemption import REQUEUE_CODE, preempted_by_signals
     from dic_repa.training.trackers import Trackers
 
+    choose_threads(tell=False)
     begin = time.perf_counter()
     try:
         with preempted_by_signals(), Trackers() as trackers:
@@ -114,6 +120,13 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
         if not tells_of_errors():  # the one that does may have enough
             click.echo(f"error: {fault}", err=True)
         raise fault from None
+
+
+def summary(settings: Recipe, path: Path) -> str:
+    """What is known of the run before it is built."""
+    size, processes = settings.train.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+    shared = f", shared by {processes} processes" if processes > 1 else ""
+    return f"training into {path}: {settings.train.steps:,} steps of {size} images{shared}"
 
 
 def choose_recipe(

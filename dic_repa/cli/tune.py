@@ -11,6 +11,7 @@ from dic_repa.cli.options import Command, Count, option_group, recipe_option
 from dic_repa.cli.sampling_options import sample_settings
 from dic_repa.errors import UserError, is_main_process, when_interrupted
 from dic_repa.recipe_values import MOST_IMAGES
+from dic_repa.threads import choose_threads
 
 
 @click.command("tune", cls=Command)
@@ -84,6 +85,7 @@ def command(
 
     if out:
         check_folder(out)
+    choose_threads()
     loaded = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     sample = sample_settings(loaded.recipe.sample, **options)
     tuner = Tuner(loaded, metric, reference, sample, chosen, spans, num, confirm, confirm_num, out)

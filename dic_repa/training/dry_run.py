@@ -25,6 +25,7 @@ from dic_repa.models import measure_cost
 from dic_repa.precision import tf32
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
 from dic_repa.recipe_diff import differences, paper_recipe
+from dic_repa.training.header import device_name
 from dic_repa.training.inputs import check_batch, step_inputs
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
@@ -289,7 +290,3 @@ def paper(recipe: Recipe) -> dict | None:
     name = paper_recipe(recipe)
     differing = differences(load_recipe(name), recipe) if name else {}
     return {**recipe.paper.model_dump(), "recipe": name, "changed": {k: list(pair) for k, pair in differing.items()}}
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type.upper()}, no GPU"

@@ -32,6 +32,7 @@ from dic_repa.training.checkpoint import (
     write_snapshots,
 )
 from dic_repa.training.evaluating import Evaluator
+from dic_repa.training.header import run_header
 from dic_repa.training.inputs import batches, check_batch, step_inputs
 from dic_repa.training.lock import locked
 from dic_repa.training.metrics import MetricLog
@@ -78,6 +79,8 @@ def train(
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
         if resume:
             on_main_process(accelerator, lambda: run.save_recipe(recipe))
+        if accelerator.is_main_process:
+            say(run_header(recipe, run, parts, accelerator, passes, start))
         data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
         incoming = batches(data, recipe, accelerator, start)
         guard = StepGuard(accelerator, optimizer.optimizer)

@@ -135,10 +135,12 @@ class MetricLog:
                        file=sys.stderr)  # fmt: skip
         told = {name: value for name, value in record.items() if value is not None}
         self.trackers.log(told, told.pop("step"))
-        shown = {"loss": "not finite" if record["loss"] is None else f"{record['loss']:.3f}"}
+        # First what is trained for; the loss is it and the alignment's, which falls by the similarity alone.
+        losses = {name: record[name] for name in ("denoising", "loss")}
+        shown = {name: "not finite" if value is None else f"{value:.3f}" for name, value in losses.items()}
         tokens = [value for name, value in record.items() if name.endswith(".token") and value is not None]
         if tokens:
-            shown["similarity"] = f"{-sum(tokens) / len(tokens):.3f}"
+            shown["alignment similarity"] = f"{-sum(tokens) / len(tokens):.3f}"
         if record["skipped"]:
             shown["skipped"] = record["skipped"]
         shown["img/s"] = f"{record['images_per_second']:.0f}"
