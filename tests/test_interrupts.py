@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pictures import write_tree
 
 from dic_repa.cli import main
 from dic_repa.errors import Interrupted, when_interrupted
+from dic_repa.models import DiC
+from dic_repa.recipe import load_recipe, to_yaml
 
 
 def interrupted(folder, arguments, when, **environment) -> tuple[str, int]:
@@ -88,6 +91,29 @@ def test_while_preparing(tmp_path):
     arguments = ["prepare", "pictures", "out", "--size=192", "--autoencoder=none", "--shard-size=1", "--batch-size=1"]
     line, code = interrupted(tmp_path, arguments, lambda: any(tmp_path.glob("out/*.arrow")))
     assert line == "interrupted; the finished shards are in out, and the same command goes on with the others"
+    assert code == 130
+
+
+@pytest.fixture
+def model(tmp_path):
+    """An inference checkpoint of a small denoiser, as a run's with a judge."""
+    DiC(8, (1, 1, 1, 1, 1), in_channels=1, num_classes=10).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/recipe.yaml").write_text(to_yaml(load_recipe("digits-baseline", ["sample.solver=euler"])))
+
+
+def test_while_sampling(tmp_path, model):
+    arguments = ["sample", "model", "--out=out", "--num=100000", "--steps=1", "--batch-size=10"]
+    line, code = interrupted(tmp_path, arguments, lambda: len(list(tmp_path.glob("out/0*.png"))) > 9)
+    assert re.fullmatch(
+        r"interrupted; \d+ of 100000 images are in out, and the same command goes on with the others", line
+    )
+    assert code == 130
+
+
+def test_while_tuning(tmp_path, model):
+    arguments = ["tune", "model", "--out=out", "--num=10", "--confirm=1", "--confirm-num=100000", "--steps=1"]
+    line, code = interrupted(tmp_path, arguments, (tmp_path / "out/tune.png").exists)
+    assert line == "interrupted; the finished cells are in out/tune.json, and the same command goes on with the others"
     assert code == 130
 
 

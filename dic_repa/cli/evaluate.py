@@ -118,7 +118,10 @@ def command(
       accelerate launch -m dic_repa evaluate runs/xl --reference ref.npz --num 50000     on all GPUs of this machine
     """
     if reference is None and metrics is None:
-        evaluate_and_show(list(samples), recipe, again, **_sampling(options))
+        several = "runs that are judged by now stay judged, and the same command goes on with the others"
+        kept = several if len(samples) > 1 and not again else "nothing was written"
+        with when_interrupted(lambda: f"interrupted; {kept}"):
+            evaluate_and_show(list(samples), recipe, again, **_sampling(options))
         return
     names = [name.strip() for name in (metrics or ADM).split(",") if name.strip()]
     if fid_infinity and "fid-infinity" not in names:
@@ -308,12 +311,10 @@ def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool =
     choose_threads()
     given = load_recipe(recipe).sample if recipe else None
     judgements = []
-    kept = "runs are judged, and the same command goes on with the others"
-    with when_interrupted(lambda: f"interrupted; {len(judgements)} of {len(runs)} {kept}"):
-        for run in runs:
-            settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
-            with progress_bar(total=settings.num, desc=f"sampling {run}", unit="image", delay=0.1) as bar:
-                judgements.append(evaluate_run(run, settings, again, bar.update))
+    for run in runs:
+        settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
+        with progress_bar(total=settings.num, desc=f"sampling {run}", unit="image", delay=0.1) as bar:
+            judgements.append(evaluate_run(run, settings, again, bar.update))
     print_judgements(judgements)
     if len(judgements) == 1:
         click.echo(f"samples: {judgements[0].picture}")
