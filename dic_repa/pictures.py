@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dic_repa.aside import write_aside
 from dic_repa.errors import UserError
+from dic_repa.outputs import MARK, check_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_ROWS = 20  # of a grid
 INK, BACKGROUND = (40, 40, 40), (250, 250, 250)
@@ -28,6 +34,39 @@ def save_png(image: Tensor, path: Path) -> None:
     aside = path.with_name(f".writing-{path.name}")
     Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(aside, "PNG", compress_level=1)
     os.replace(aside, path)
+
+
+def save_picture(image: Image.Image, path: str | Path) -> None:
+    """A PIL image as the file `path`, of the format that its ending says, marked as ours in its Exif data.
+
+    A UserError where there is something at `path` that is not ours.
+    """
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = MARK
+    with write_aside(path) as aside, aside.open("wb") as file:
+        image.save(file, Image.registered_extensions()[Path(path).suffix.lower()], exif=exif)
+
+
+FIGURES = (".png", ".pdf", ".svg")
+
+
+def check_figure(path: str | Path) -> None:
+    """A UserError where no figure may be written at `path`, or its ending is none of `FIGURES`."""
+    check_file(path)
+    if Path(path).suffix.lower() not in FIGURES:
+        raise UserError(f"{path} is no picture; end it in {', '.join(FIGURES)}")
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
+    """A figure of matplotlib's as the file `path`, PNG, PDF or SVG, marked as ours in its metadata.
+
+    A UserError where there is something at `path` that is not ours.
+    """
+    check_figure(path)
+    ending = Path(path).suffix.lower()[1:]
+    metadata = {"Software" if ending == "png" else "Creator": MARK}
+    with write_aside(path) as aside, aside.open("wb") as file:
+        figure.savefig(file, format=ending, dpi=dpi, metadata=metadata)
 
 
 def load_png(path: Path) -> Tensor:
@@ -51,7 +90,7 @@ def shown_in_grid(labels: Tensor, columns: int) -> list[int]:
 
 def save_grid(images: Tensor, path: Path, labels: Tensor, class_names: Sequence[str], columns: int, **options) -> None:
     """Write `draw_grid`'s picture of the images."""
-    draw_grid(images, labels, class_names, columns, **options).save(path)
+    save_picture(draw_grid(images, labels, class_names, columns, **options), path)
 
 
 def save_side_by_side(pictures: dict[str, Image.Image], path: Path) -> None:
@@ -65,7 +104,7 @@ def save_side_by_side(pictures: dict[str, Image.Image], path: Path) -> None:
         draw.text((left + picture.width // 2, head // 2), title, fill=INK, font=font, anchor="mm")
         sheet.paste(picture, (left, head))
         left += picture.width + gap
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def draw_grid(

@@ -27,6 +27,7 @@ from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.evaluation.npz import NpzFile, write_npz
 from dic_repa.generation import Checkpoint, Sampler, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
+from dic_repa.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
 from dic_repa.pictures import save_png
 from dic_repa.processes import start_processes
 from dic_repa.progress import progress_bar, say
@@ -37,6 +38,7 @@ from dic_repa.training.run_folder import write_whole
 from dic_repa.weights import weights_fingerprint
 
 WRITERS = 4  # threads that compress PNG files while the next batch is sampled
+_NAMES = (SAMPLES_FILE, SAMPLES_NPZ, "grid.png", "trajectory.png")
 _CHANGEABLE = {
     "checkpoint",  # where it is; what it is, its weights tell
     "sample.guidance.weak",
@@ -60,15 +62,21 @@ class SampleFolder:
         self.path, self.spec, self.mend = Path(path), spec, mend
         self.num, self.block = spec["sample"]["num"], spec["sample"]["batch_size"]
 
-    def check(self) -> None:
-        """A UserError where the folder holds anything but samples of this spec."""
-        if not self.path.exists() or not any(self.path.iterdir()):
+    def check(self, overwrite: bool = False) -> None:
+        """A UserError where the folder holds anything but samples, of this spec unless they are to be overwritten, or
+        where a file that is not ours bears a name that is to be written."""
+        if check_folder(self.path, "samples") is None:
+            return
+        coming = Marker("samples", {*_NAMES, "metrics.json"}, self.num)
+        if taken := [name for name in foreign(self.path) if name in coming]:
+            raise UserError(
+                f"{self.path / taken[0]} is in the way, and none of these samples; move it, or name another folder"
+            )
+        if overwrite or not (self.path / SAMPLES_FILE).exists():
             return
         mend = self.mend
         try:
             before = dict(json.loads((self.path / SAMPLES_FILE).read_text()))
-        except FileNotFoundError:
-            raise UserError(f"{self.path} exists and holds no samples; {mend}") from None
         except (ValueError, TypeError):
             raise UserError(f"{self.path / SAMPLES_FILE} is damaged; {mend}") from None
         fixed = set(_CHANGEABLE)
@@ -84,11 +92,19 @@ class SampleFolder:
             self.spec["evaluations_per_image"] = before["evaluations_per_image"]
 
     def begin(self, overwrite: bool = False) -> None:
-        """Write the spec, and remove what does not belong to it: of a kill and, to `overwrite`, of other samples."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        old = [*self.numbered(), self.path / SAMPLES_NPZ] if overwrite else []
-        for file in [*self.path.glob(".writing-*"), *old]:
-            file.unlink(missing_ok=True)
+        """Write the spec, and remove what does not belong to it: of a kill and, to `overwrite`, of other samples. What
+        is not of samples is left."""
+        self.check(overwrite)
+        marker = check_folder(self.path, "samples")
+        if marker is None or overwrite:
+            if marker:
+                remove_listed(self.path)
+            begin_folder(self.path, "samples", _NAMES, self.num)
+        else:
+            for file in self.path.glob(f"{ASIDE}*"):
+                if file.name in marker:
+                    file.unlink()
+            write_marker(self.path, Marker("samples", marker.names, max(marker.pictures, self.num)))
         self.write_spec()
 
     def write_spec(self) -> None:
@@ -98,7 +114,9 @@ class SampleFolder:
         return self.path / f"{index:06d}.png"
 
     def numbered(self) -> list[Path]:
-        return list(self.path.glob("[0-9]*.png"))
+        """The images that are there."""
+        there = {entry.name for entry in os.scandir(self.path)}
+        return [self.file(i) for i in range(self.num) if self.file(i).name in there]
 
     def missing(self) -> list[range]:
         """The blocks of indices of which an image is missing."""
@@ -147,10 +165,9 @@ def sample_into(
 ) -> None:
     """Fill `folder` in all processes of `accelerator`, with a progress bar; done when all of them are.
 
-    Raises UserError where the folder holds other samples, unless `overwrite`.
+    Raises UserError where the folder holds other samples, unless `overwrite`, and always where it holds anything else.
     """
-    if not overwrite:
-        folder.check()  # by all processes, so that all of them end
+    folder.check(overwrite)  # by all processes, so that all of them end
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.begin(overwrite)

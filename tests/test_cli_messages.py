@@ -60,7 +60,7 @@ def test_an_output_that_cannot_be_is_told_before_the_work(mistake, tmp_path):
 def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").write_text("")
-    with pytest.raises(IsADirectoryError), write_aside(tmp_path / "folder") as aside:
+    with pytest.raises(UserError, match="is a folder; name a file"), write_aside(tmp_path / "folder") as aside:
         aside.write_text("")
     assert [file.name for file in tmp_path.rglob("*")] == ["folder", "precious"]
 

@@ -101,11 +101,11 @@ def test_recipe_beside_the_authors_weights(convert):
 
 
 def test_mistakes(mistake, checkpoint, tmp_path):
-    assert "exists; pass --overwrite" in mistake("convert", AUTHORS, "run")
-    assert "is not a saved model, so it is not replaced" in mistake("convert", AUTHORS, "run", "--overwrite")
+    assert "is not a saved model, so it is not overwritten" in mistake("convert", AUTHORS, "run", "--overwrite")
     assert "it has ema, ema-0.9 and raw" in mistake("convert", checkpoint, "out", "--weights", "ema-0.5")
     assert "no model folder" in mistake("convert", "./nowhere", "out")
     DiC(8, (1, 1, 1, 1, 1), skips="dense", block="gated").save_pretrained(tmp_path / "rung")
+    assert "rung exists; pass --overwrite" in mistake("convert", AUTHORS, "rung")
     assert "has no DiC with another skips or block" in mistake("convert", "rung", "out.pt")
     assert "did you mean dic-s-ddpm" in mistake("convert", AUTHORS, "out", "--recipe", "dic-s-dpm")
     assert not list(tmp_path.glob("*out*"))

@@ -21,6 +21,7 @@ from small_runs import SMALL, PoisonedDigits, assert_same, metrics, small_recipe
 
 from dic_repa.cli import main
 from dic_repa.errors import UserError
+from dic_repa.outputs import begin_folder
 from dic_repa.training import EMA, Preempted, RunFolder, train
 from dic_repa.training.checkpoint import CheckpointWriter, write_checkpoint
 from dic_repa.training.loader_watch import LoaderWatch
@@ -213,6 +214,7 @@ def fork(action) -> int:
 
 def test_two_runs_in_one_folder_and_the_lock_of_a_dead_one(tmp_path):
     folder = tmp_path / "run"
+    begin_folder(folder, "run", ["lock"])
 
     def hold():
         with locked(folder):
@@ -365,14 +367,15 @@ def test_overwrite_takes_runs_only_and_spares_what_is_none(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         train(small_recipe(), tmp_path / "mine", overwrite=True)
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    (tmp_path / "run").mkdir()
+    begin_folder(tmp_path / "run", "run", ["lock", "recipe.yaml"])
     for left in ("lock", ".writing-recipe.yaml"):  # killed before it had begun
         (tmp_path / "run" / left).write_text("")
     small_run(tmp_path / "run", "train.steps=1")
     assert not list(Path(tmp_path / "run").glob("lock"))
     (tmp_path / "run/checkpoints").rename(tmp_path / "scratch")
     (tmp_path / "run/checkpoints").symlink_to(tmp_path / "scratch")
-    assert small_run(tmp_path / "run", "train.steps=1", overwrite=True).newest_checkpoint()
+    with pytest.raises(UserError, match="run/checkpoints is in the way of a new run"):
+        small_run(tmp_path / "run", "train.steps=1", overwrite=True)
     assert (tmp_path / "scratch/step_00000001").is_dir()  # what a link leads to is not ours to remove
 
 

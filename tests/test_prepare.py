@@ -211,7 +211,7 @@ def test_bad_files_are_named_and_counted(tmp_path, capsys):
     assert line.endswith("restore it, or pass --skip-bad")
     assert not (tmp_path / "out/state.json").exists()
     assert all(datasets.Dataset.from_file(str(file)).num_rows == 3 for file in (tmp_path / "out").glob("*.arrow"))
-    assert not list((tmp_path / "out").glob(".*"))
+    assert not list((tmp_path / "out").glob(".writing-*"))
     prepare("tree", "out", "--skip-bad", size=16, autoencoder="none")
     report = json.loads((tmp_path / "out/check.json").read_text())
     assert report["skipped"] == ["dog/001.png", "dog/notes.png"]
@@ -287,7 +287,7 @@ def test_another_preparation_is_not_mixed_in(prepared, tmp_path, mistake):
     assert "another autoencoder; choose" in mistake(*again, "--size=32", "--flip", "--autoencoder=other")
     picture(99).save(tmp_path / "tree/cat/new.png")
     assert "another source; choose" in mistake(*again, "--size=32", "--flip")
-    assert "holds something else" in mistake("prepare", "tree", "vae", "--autoencoder=none", "--size=32")
+    assert "vae is not a prepared data set" in mistake("prepare", "tree", "vae", "--autoencoder=none", "--size=32")
     assert "not a multiple of 2" in mistake("prepare", "tree", "odd", "--autoencoder=vae", "--size=33")
 
 
@@ -322,7 +322,7 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
     write_tree(tmp_path / "tree", {"cat": 8})
     with full_disk(9000), pytest.raises(UserError, match=r"data-00000-of-00002.arrow could not be written .*make room"):
         prepare_quickly(tmp_path / "tree", tmp_path / "out", seconds=0)
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["prepare.json"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {".dic-repa.jsonl", "prepare.json"}
 
 
 def test_psnr_of_a_known_error():

@@ -60,7 +60,7 @@ def test_the_page_holds_what_the_runs_have(make_run, tmp_path):
     runs = [make_run("a"), make_run("b", "train.seed=7", done=25)]
     page, (first, second) = read(write_report([run.path for run in runs], tmp_path / "out/page.html"))
     assert [tag for tag, _ in page.elements if tag in ("script", "style", "meta")] == [
-        *["meta"] * 3,
+        *["meta"] * 4,
         "style",
         *["script"] * 2,
     ]

@@ -124,7 +124,7 @@ def test_more_samples_are_added_and_others_refused(sample, mistake, checkpoint):
     assert "samples.json is damaged; pass --overwrite" in mistake(*again)
     Path("other").mkdir()
     Path("other/thesis.txt").write_text("mine")
-    assert "other exists and holds no samples" in mistake("sample", checkpoint, "--out", "other")
+    assert "other is not a folder of samples" in mistake("sample", checkpoint, "--out", "other")
 
 
 def test_samples_away_from_other_weak_weights_are_others(sample, mistake, checkpoint):

@@ -6,7 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dic_repa.aside import write_whole
 from dic_repa.bench.timing import Timing
+from dic_repa.outputs import MARK
+from dic_repa.pictures import save_figure
 
 HEADINGS = {
     "label": "what",
@@ -75,8 +78,7 @@ def environment_lines(environment: dict) -> str:
 
 
 def save_json(result: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(path, json.dumps({"made_by": MARK, **result}, indent=2) + "\n")
 
 
 def save_chart(rows: Sequence[dict], path: Path, title: str) -> None:
@@ -106,6 +108,5 @@ def save_chart(rows: Sequence[dict], path: Path, title: str) -> None:
         axis.set_xlabel(f"images per second at batch {batch}")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
     plt.close(figure)

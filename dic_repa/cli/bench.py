@@ -12,6 +12,7 @@ import click
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count, option_group
 from dic_repa.errors import UserError, first_line, unknown_name
+from dic_repa.outputs import check_file
 
 VERBS = {
     "model": "The forward pass of denoisers: images per second, share of the device's peak, memory.",
@@ -91,7 +92,12 @@ _RESULTS = option_group(
         callback=lambda *given: _png(*given),
         help="A bar chart: a PNG file.",
     ),
-    click.option("--out", type=click.Path(path_type=Path), help="Save the result: a JSON file."),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        callback=lambda *given: _free(*given),
+        help="Save the result: a JSON file.",
+    ),
 )
 
 
@@ -105,6 +111,12 @@ def measuring_options(function: Callable) -> Callable:
 def _png(_context, _parameter, path: Path | None) -> Path | None:
     if path and path.suffix.lower() != ".png":  # said now, not when all is measured
         raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
+    return _free(_context, _parameter, path)
+
+
+def _free(_context, _parameter, path: Path | None) -> Path | None:
+    if path:
+        check_file(path)
     return path
 
 

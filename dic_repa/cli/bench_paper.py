@@ -10,6 +10,7 @@ import click
 from dic_repa.cli.bench import finish, listed
 from dic_repa.cli.options import Count
 from dic_repa.errors import is_main_process
+from dic_repa.outputs import begin_folder, check_folder
 
 
 @click.command("paper")
@@ -34,6 +35,8 @@ def command(out: Path, small: bool, device: str | None, baseline: str, only: str
       dic-repa bench paper --only forward --precision bf16
       dic-repa bench paper --small            on a CPU
     """
+    there = check_folder(out, "measurements")
+
     from dic_repa.bench.device import find_device
     from dic_repa.bench.paper import FULL, PARTS, SMALL, measure_paper
 
@@ -42,6 +45,9 @@ def command(out: Path, small: bool, device: str | None, baseline: str, only: str
         plan = replace(plan, precisions=tuple(listed(precision, plan.precisions, "precision")))
     for name, result in measure_paper(found, small, baseline, rounds, plan, listed(only, PARTS, "part")):
         if is_main_process():
+            if not there:
+                begin_folder(out, "measurements")
+                there = True
             click.echo(f"\n{name}")
             finish(result, False, out / f"{name}.json", out / f"{name}.png", name)
     click.echo(f"\nsaved: {out}")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from dic_repa.aside import check_parents, write_aside
+from dic_repa.aside import write_aside
 from dic_repa.cli import completion
 from dic_repa.errors import UserError, first_line
+from dic_repa.outputs import MARK, check_file, check_folder
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FILES = (".pt", ".pth", ".safetensors")
@@ -27,7 +28,7 @@ FILES = (".pt", ".pth", ".safetensors")
     "--recipe", help="What the authors' weights were trained by, such as dic-xl-ddpm; `dic-repa sample` needs it."
 )
 @click.option("--family", help="What an authors' checkpoint is of, where its file does not tell: DiT, SiT or REPA.")
-@click.option("--overwrite", is_flag=True, help="Replace what is at TARGET.")
+@click.option("--overwrite", is_flag=True, help="Write over what convert has written at TARGET.")
 def command(
     source: Path, target: Path, dtype: str, weights: str, recipe: str | None, family: str | None, overwrite: bool
 ):
@@ -46,22 +47,21 @@ def command(
     if target.suffix[1:].isalpha() and target.suffix not in FILES and not target.is_dir():
         known = f"{', '.join(FILES)} are files"
         raise UserError(f"{target}: {target.suffix} is no ending that convert writes; {known}, and a folder has none")
-    if target.exists() and not overwrite:
+    if target.suffix in FILES:
+        check_file(target)
+    there = target.exists() if target.suffix in FILES else check_folder(target, "model")
+    if there and not overwrite:
         raise UserError(f"{target} exists; pass --overwrite to replace it")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise UserError(f"{target} is not a saved model, so it is not replaced; choose another place")
 
     import torch
 
     from dic_repa.weights import WRITE_ERRORS
 
-    check_parents(target)
     model, recipe_file = load(source, weights, family)
     if recipe:
         check_recipe(recipe, model)
     model.to(getattr(torch, DTYPES[dtype]))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix in FILES:
             _write_authors(model, target)
         else:
@@ -143,10 +143,10 @@ def _write_authors(model, target: Path) -> None:
     state = authors_state_dict(model)
     with write_aside(target) as aside:
         if target.suffix == ".safetensors":
-            save_tensors(state, aside)
+            save_tensors(state, aside, {"made_by": MARK})
         else:
             with aside.open("wb") as file:  # given its path, torch would tell of another cause than the disk's
-                torch.save({"ema": state}, file)  # where the authors' sampling looks first
+                torch.save({"made_by": MARK, "ema": state}, file)  # "ema": where the authors' sampling looks first
 
 
 def _write_folder(model, target: Path, recipe: str | None, recipe_file: Path | None) -> None:
@@ -155,7 +155,7 @@ def _write_folder(model, target: Path, recipe: str | None, recipe_file: Path | N
 
     data = SavedData.read(recipe_file.parent) if recipe_file else None
     text = to_yaml(load_training_recipe(recipe or recipe_file)) if recipe or recipe_file else None
-    with write_aside(target) as aside:
+    with write_aside(target, "model") as aside:
         model.save_pretrained(aside)
         if text:
             (aside / "recipe.yaml").write_text(text, encoding="utf-8")

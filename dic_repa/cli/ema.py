@@ -14,7 +14,7 @@ from dic_repa.cli.options import Count
 @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option("--sigma-rel", type=float, help="Width of the average, as a share of the training: 0.01 to 0.25.")
 @click.option("--step", type=Count(1), help="As if training had ended here.  [default: the last snapshot]")
-@click.option("--out", type=click.Path(path_type=Path), help="The folder.  [default: RUN/averages/sigma_rel-...]")
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder.  [default: RUN/averages/sigma_rel-...]")
 def command(run: Path, sigma_rel: float | None, step: int | None, out: Path | None):
     """Make an average of RUN's weights of any width after the run, from its stored snapshots (post-hoc EMA).
 
@@ -27,6 +27,11 @@ def command(run: Path, sigma_rel: float | None, step: int | None, out: Path | No
       dic-repa ema runs/digits-urepa --sigma-rel 0.15
       dic-repa sample runs/digits-urepa/averages/sigma_rel-0.15
     """
+    from dic_repa.outputs import check_folder
+
+    if out:
+        check_folder(out, "average")
+
     from dic_repa.training.posthoc import list_snapshots, no_snapshots, save_reconstruction
     from dic_repa.training.run_folder import RunFolder
 

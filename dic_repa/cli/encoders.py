@@ -10,6 +10,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
+from dic_repa.outputs import check_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,6 +71,7 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {out} is no picture; end it in {', '.join(PICTURES)}")
+    check_file(out)
     picture = _open(image)
     encoder = create_encoder(name, **parse_encoder_options(options, weights))
     pixels = to_tensor(center_crop(picture, size))[None]
@@ -145,9 +147,9 @@ def _save(image, tokens, grid: tuple[int, int], out: Path) -> None:
     from torch.nn import functional as F
 
     from dic_repa.encoders.picture import token_picture
+    from dic_repa.pictures import save_picture
 
     height = max(256, image.shape[-1])
     panels = [F.interpolate(part[None], (height, height))[0] for part in (image, token_picture(tokens, grid))]
     sheet = torch.cat([panels[0], torch.ones(3, height, 8), panels[1]], dim=2)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(out)
+    save_picture(Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()), out)

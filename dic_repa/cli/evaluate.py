@@ -13,6 +13,7 @@ from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_options
 from dic_repa.cli.table import number, print_rows
 from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls, when_interrupted
+from dic_repa.outputs import check_file
 from dic_repa.progress import progress_bar, say
 from dic_repa.recipe import load_recipe
 from dic_repa.threads import choose_threads
@@ -152,7 +153,12 @@ def measure_and_show(
     samples: list[Path], reference: str | None, names: list[str], recipe: str | None, again: bool, **options
 ) -> None:
     """Measure each of `samples` against the reference, print a table, and record each."""
-    from dic_repa.aside import check_file
+    if options["out"] and len(samples) > 1:
+        raise UserError("--out names one record, and there are several samples; leave it out")
+    for option in ("out", "save_statistics"):
+        if options[option]:
+            check_file(options[option])
+
     from dic_repa.evaluation import Measure
     from dic_repa.evaluation.extractors import describe_extractor
     from dic_repa.evaluation.features import Share
@@ -162,18 +168,15 @@ def measure_and_show(
     from dic_repa.sample_folder import patient_accelerator
     from dic_repa.training.run_folder import meant_runs
 
-    if options["out"] and len(samples) > 1:
-        raise UserError("--out names one record, and there are several samples; leave it out")
     if not names:
         raise UserError("--metrics names no metric; see --list-metrics")
-    for option in ("out", "save_statistics"):
-        if options[option]:
-            check_file(options[option])
     # Before the reference is read, so that a mistake is told at once.
     for path in samples:
         if not path.exists() and (meant := meant_runs(path)):
             raise UserError(f"there is nothing to measure at {path}{meant}")
     opened = {path: open_images(path, options["resize"]) for path in samples if not is_checkpoint(path)}
+    for path in opened:
+        check_file(options["out"] or _record_file(path))
     choose_threads()
     processes = patient_accelerator()
     device = processes.device
@@ -204,7 +207,7 @@ def measure_and_show(
         if not processes.is_main_process:
             continue
         notes += [*images.notes, *measured.warnings]
-        file = options["out"] or (place / "metrics.json" if place.is_dir() else place.with_suffix(".metrics.json"))
+        file = options["out"] or _record_file(place)
         given = {key: str(value) for key, value in options.items() if value is not None}
         content = record(measured, measure, images, reference, given, str(device), processes.num_processes)
         rows.append((str(path), content["samples"].get("sampling", {}).get("sample", {}).get("classes", ""), measured))
@@ -222,6 +225,10 @@ def measure_and_show(
         if unwritten:
             raise UserError(unwritten)  # now that the scores are shown
     processes.end_training()
+
+
+def _record_file(samples: Path) -> Path:
+    return samples / "metrics.json" if samples.is_dir() else samples.with_suffix(".metrics.json")
 
 
 def _extractor_options(options: dict) -> dict:

@@ -9,6 +9,7 @@ import click
 
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, told_by_whom_it_befalls, when_interrupted
+from dic_repa.outputs import check_folder
 from dic_repa.threads import choose_threads
 
 
@@ -67,7 +68,8 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
       dic-repa prepare flat/ data/pixels --labels flat.csv --size 64 --autoencoder none
       accelerate launch -m dic_repa prepare imagenet/train data/imagenet256      on all GPUs of this machine
     """
-    from dic_repa.aside import check_folder
+    check_folder(destination, "prepared")
+
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
     from dic_repa.data.sources import open_source
@@ -75,7 +77,6 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
 
     choose_threads()
     settings = PrepareSettings(**options)
-    check_folder(destination)
     images = open_source(source, labels, settings.skip_bad, unlabelled)
     # One process may be minutes behind, which NCCL would take for a fault.
     state = start_processes(patience=timedelta(days=1))

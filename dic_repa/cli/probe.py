@@ -9,6 +9,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError, is_main_process
+from dic_repa.outputs import check_folder
 from dic_repa.threads import choose_threads
 
 
@@ -48,6 +49,8 @@ def command(
       dic-repa probe runs/digits-baseline --encoder digits-vit
       dic-repa probe runs/digits-urepa --times 0.2,0.5,0.8 --taps enc.1.1,mid.0,mid.1,dec.1.0 --num 2000
     """
+    if out:
+        check_folder(out, "probe")
     try:
         levels = [float(part) for part in times.split(",")]
     except ValueError:
@@ -60,13 +63,10 @@ def command(
 
     import torch
 
-    from dic_repa.aside import check_folder
     from dic_repa.evaluation.probe import probe_checkpoint
     from dic_repa.evaluation.probe_pictures import TITLES
     from dic_repa.progress import progress_bar
 
-    if out:
-        check_folder(out)
     choose_threads()
     with progress_bar(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:
         probed = probe_checkpoint(

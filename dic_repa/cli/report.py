@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
+from dic_repa.outputs import check_file
 from dic_repa.progress import say
 
 
@@ -30,11 +31,11 @@ def command(runs: tuple[Path, ...], out: Path | None, show: bool):
       dic-repa report runs/digits-urepa --open
       dic-repa report runs/digits-baseline runs/digits-urepa --out comparison.html
     """
-    from dic_repa.aside import check_file
-    from dic_repa.evaluation.report import write_report
-
     if out:
         check_file(out)
+
+    from dic_repa.evaluation.report import write_report
+
     out = write_report(runs, out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html")))
     click.echo(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     if show and not open_in_browser(out):

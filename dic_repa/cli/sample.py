@@ -11,6 +11,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.options import Command, option_group
 from dic_repa.cli.sampling_options import EPILOG, sample_settings, sampling_options
 from dic_repa.errors import UserError, did_you_mean
+from dic_repa.outputs import check_folder
 from dic_repa.recipe import Recipe, SampleSection, load_recipe
 from dic_repa.threads import choose_threads
 
@@ -34,7 +35,7 @@ from dic_repa.threads import choose_threads
         help="PNG files, ADM's samples.npz (arr_0: uint8 N,H,W,3; arr_1: labels), or both.",
     ),
     click.option("--trajectory", is_flag=True, help="Also a picture of the way from noise to image: trajectory.png."),
-    click.option("--overwrite", is_flag=True, help="Write into a folder that holds other samples, in their place."),
+    click.option("--overwrite", is_flag=True, help="Replace other samples that are there, and no other file."),
 )
 @sampling_options
 def command(
@@ -68,6 +69,9 @@ def command(
       dic-repa sample runs/digits-urepa --solver dopri5 --rtol 1e-4 --atol 1e-4
       accelerate launch -m dic_repa sample runs/digits-urepa --num 50000 --format npz    on all GPUs of this machine
     """
+    if out:
+        check_folder(out, "samples")  # before torch is imported
+
     from dic_repa.generation import build_sampler, check_sampling, load_checkpoint
     from dic_repa.sample_folder import SampleFolder, patient_accelerator, sample_into, sample_spec
 

@@ -57,15 +57,15 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
     Example:
       dic-repa solvers compare runs/digits-urepa --solvers euler,heun,ab2 --evaluations 8,16,32
     """
-    from dic_repa.aside import check_file
-    from dic_repa.evaluation.judging import title
-    from dic_repa.evaluation.solvers import compare_solvers, save_comparison
-
     budgets = [int(part) for part in evaluations.split(",") if part.strip().isdigit()]
     if len(budgets) < evaluations.count(",") + 1 or min(budgets) < 1:
         raise UserError(f"--evaluations takes whole numbers from 1 such as 6,12,24, not '{evaluations}'")
+    from dic_repa.evaluation.judging import title
+    from dic_repa.evaluation.solvers import compare_solvers, save_comparison
+    from dic_repa.pictures import check_figure
+
     out = out or run / "evaluation" / "solvers.png"
-    check_file(out)
+    check_figure(out)
     points = []
     for point in compare_solvers(run, solvers.split(","), budgets, num):
         points.append(point)

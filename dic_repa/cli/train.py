@@ -15,6 +15,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors, when_interrupted
+from dic_repa.outputs import check_folder
 from dic_repa.progress import say
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.threads import choose_threads
@@ -29,7 +30,7 @@ from dic_repa.training.run_folder import RunFolder, checkpoint_step
     click.option(
         "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
     ),
-    click.option("--overwrite", is_flag=True, help="Remove a run of that name and begin anew."),
+    click.option("--overwrite", is_flag=True, help="Remove the run that is there, and no other file; begin anew."),
 )
 @option_group(
     "Going on with a run",
@@ -80,6 +81,8 @@ def command(
         show_dry_run(settings, path, processes, as_json)
         return
 
+    if not resume and is_main_process():  # before torch is imported
+        check_folder(path, "run")
     with when_interrupted(lambda: interrupted_message(path)):
         if not (resume and is_finished(settings, path, allow_change)):
             train_and_show(settings, path, resume, overwrite, allow_change)

@@ -10,6 +10,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.options import Command, Count, option_group, recipe_option
 from dic_repa.cli.sampling_options import sample_settings
 from dic_repa.errors import UserError, is_main_process, when_interrupted
+from dic_repa.outputs import check_folder
 from dic_repa.recipe_values import MOST_IMAGES
 from dic_repa.threads import choose_threads
 
@@ -67,6 +68,8 @@ def command(
       dic-repa tune runs/digits-urepa --metric recognised --scales 1,1.5,2,3 --intervals 0:0.7,0:1
       dic-repa tune runs/xl --metric fid --reference VIRTUAL_imagenet256_labeled.npz --num 5000 --confirm-num 50000
     """
+    if out:
+        check_folder(out, "tune")
     chosen = _numbers("--scales", scales, ",")
     spans = [tuple(_numbers("--intervals", part, ":")) for part in intervals.split(",")]
     if any(len(span) != 2 for span in spans):
@@ -77,14 +80,11 @@ def command(
 
     import torch
 
-    from dic_repa.aside import check_folder
     from dic_repa.evaluation.judging import title
     from dic_repa.evaluation.tune import Cell, Tuner
     from dic_repa.generation import load_checkpoint
     from dic_repa.progress import progress_bar
 
-    if out:
-        check_folder(out)
     choose_threads()
     loaded = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     sample = sample_settings(loaded.recipe.sample, **options)

@@ -15,6 +15,7 @@ from dic_repa.data.images import unit_images
 from dic_repa.data.prepare import write_json
 from dic_repa.data.prepared import Prepared, read_settings
 from dic_repa.data.sources import ImageSource
+from dic_repa.pictures import save_picture
 
 PREVIEW = 64
 
@@ -102,4 +103,4 @@ def _save(versions: Tensor, path: Path, caption: str, columns: int = 8, gap: int
         for k in range(count):
             top = head + (k // columns * len(versions) + v) * (side + gap) + gap
             sheet.paste(Image.fromarray(pixels[v, k]), (k % columns * (side + gap) + gap, top))
-    sheet.save(path)
+    save_picture(sheet, path)

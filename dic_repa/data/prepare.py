@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dic_repa.aside import ASIDE, write_aside
+from dic_repa.aside import write_aside
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels, unit_images
 from dic_repa.data.sources import ImageSource
 from dic_repa.errors import UserError, first_line
+from dic_repa.outputs import begin_folder, check_folder
 from dic_repa.precision import tf32
 from dic_repa.progress import progress_bar
 
@@ -59,15 +60,17 @@ def begin(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, s
     if settings.size % spec.downsample:
         raise UserError(f"--size {settings.size} is not a multiple of {spec.downsample}, the autoencoder's reduction")
     file = destination / SETTINGS_FILE
-    if file.is_file():
+    there = check_folder(destination, "prepared")
+    if there and file.is_file():
         # The place of the images or of the weights may change between two calls; their content may not.
         found, wanted = {"moments": "float16"} | json.loads(file.read_text()), json.loads(json.dumps(wanted))
         if differs := [key for key in wanted if _content(wanted[key]) != _content(found.get(key))]:
             raise UserError(f"{destination} was begun with another {', '.join(differs)}; choose another folder")
         return
-    if destination.is_dir() and any(not entry.name.startswith(ASIDE) for entry in destination.iterdir()):
-        raise UserError(f"{destination} holds something else already; choose another folder")
-    destination.mkdir(parents=True, exist_ok=True)
+    # All names at once, since the processes that will write them may be on several machines.
+    names = [_shard_file(shard, source, settings) for shard in range(shard_count(source, settings))]
+    others = ("dataset_info.json", "state.json", "check.json", "preview.png")
+    begin_folder(destination, "prepared", [SETTINGS_FILE, *names, *others])
     write_json(file, wanted)
 
 

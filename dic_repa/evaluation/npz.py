@@ -15,6 +15,7 @@ import numpy as np
 
 from dic_repa.aside import write_aside
 from dic_repa.errors import UserError, first_line
+from dic_repa.outputs import MARK
 
 _LOCAL_HEADER = 30  # bytes in front of a zip member's name
 
@@ -28,6 +29,7 @@ def write_npz(
     """
     path = Path(path)
     with write_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = MARK.encode()
         # force_zip64, since 50,000 images of 256 px pass the 4 GiB that a plain zip member can have.
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}

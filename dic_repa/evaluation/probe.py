@@ -26,6 +26,7 @@ from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
 from dic_repa.evaluation.probe_pictures import save_pictures
 from dic_repa.generation import checkpoint_of, load_checkpoint
 from dic_repa.models.cost import forward_on_meta
+from dic_repa.outputs import begin_folder, check_folder
 from dic_repa.precision import tf32
 from dic_repa.recipe import AlignmentSection, Recipe
 from dic_repa.samplers import StepNoise, initial_noise
@@ -75,6 +76,9 @@ def probe_checkpoint(
     loaded = load_checkpoint(path, device)
     recipe, denoiser = loaded.recipe, loaded.denoiser
     checkpoint = checkpoint_of(loaded.source)
+    home = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    folder = Path(out) if out else home / "probe"
+    check_folder(folder, "probe")
     section = _section(recipe, encoder)
     eyes = build_encoder(section, torch.device(device))
     data, split = _dataset(recipe, num)
@@ -112,12 +116,8 @@ def probe_checkpoint(
             )
         },
     }
-    folder = (
-        Path(out)
-        if out
-        else (checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint) / "probe"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    if check_folder(folder, "probe") is None:
+        begin_folder(folder, "probe")
     write_whole(folder / "probe.json", json.dumps(record, indent=1) + "\n")
     return Probed(record, folder / "probe.json", save_pictures([record], [""], folder))
 

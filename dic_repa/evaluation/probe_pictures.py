@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dic_repa.pictures import save_figure
+
 TITLES = {
     "cka": "linear CKA",
     "cknna": "CKNNA",
@@ -42,7 +44,7 @@ def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -
             axis.set_xlabel("t (0 data, 1 noise)", fontsize=8)
             heat.colorbar(shown, ax=axis)
     files = [folder / "heatmaps.png", folder / "taps.png"]
-    heat.savefig(files[0], dpi=120)
+    save_figure(heat, files[0], dpi=120)
     plt.close(heat)
 
     lines, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.4), **shape)
@@ -65,6 +67,6 @@ def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -
         axis.spines[["top", "right"]].set_visible(False)
     style = {"loc": "upper left", "bbox_to_anchor": (1, 1), "fontsize": 8, "title_fontsize": 8}
     axes[0][-1].legend(title="t (0 data, 1 noise)", **style)
-    lines.savefig(files[1], dpi=120)
+    save_figure(lines, files[1], dpi=120)
     plt.close(lines)
     return files

@@ -18,12 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dic_repa.aside import write_aside
 from dic_repa.errors import UserError, first_line
 from dic_repa.evaluation.extractors import Extractor, describe_extractor
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.npz import NpzFile
 from dic_repa.evaluation.scores import Score
+from dic_repa.outputs import MARK
 from dic_repa.progress import detail
 
 KEPT = 10_000  # reference images behind precision, recall and KID, as in ADM's reference files
@@ -184,23 +186,18 @@ def statistics_folder() -> Path:
 
 
 def save_statistics(found: FeatureSet, path: str | Path, extractors: dict) -> None:
-    """Write what a reference is compared by into a safetensors file, aside and then renamed.
+    """Write what a reference is compared by into a safetensors file, new or in place of one of ours.
 
     `extractors` describes by name their weights and resizing; a file is read only where these are the same. A UserError
     or an OSError where it cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"features/{layer}": part.contiguous() for layer, part in found.features.items()}
     for layer, (mean, cov) in found.gaussians.items():
         tensors |= {f"mean/{layer}": mean.contiguous(), f"cov/{layer}": cov.contiguous()}
     record = {name: getattr(found, name) for name in ("count", "size", "constant", "fingerprint")}
-    record["extractors"] = extractors
-    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    record |= {"extractors": extractors, "made_by": MARK}
     try:
-        save_file(tensors, aside, {"statistics": json.dumps(record)})
-        os.replace(aside, path)
+        with write_aside(path) as aside:
+            save_file(tensors, aside, {"statistics": json.dumps(record)})
     except SafetensorError as error:  # such as a full disk, which is no OSError there
         raise UserError(f"{path} cannot be written ({first_line(error)})") from None
-    finally:
-        aside.unlink(missing_ok=True)

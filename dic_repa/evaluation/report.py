@@ -18,18 +18,19 @@ from dic_repa import __version__
 from dic_repa.evaluation import metrics, scores
 from dic_repa.evaluation.judging import directions, title
 from dic_repa.evaluation.report_data import read_run
+from dic_repa.outputs import MARK, check_file
 from dic_repa.training.run_folder import RunFolder, write_whole
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of `runs` (run folders) to the file `out`, and return it.
 
-    A UserError names the first path that is no run.
+    A UserError names the first path that is no run, or says that `out` is there and no report of ours.
     """
     folders = [RunFolder.open(path) for path in runs]
+    check_file(out)
     described = [read_run(run) | {"name": name} for run, name in zip(folders, distinct_names(folders))]
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, render(described))
     return out
 
@@ -40,6 +41,7 @@ def render(runs: list[dict]) -> str:
     generated = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     data = {"version": __version__, "generated": generated, "scores": _known_scores(), "runs": runs}
     parts = {
+        "MARK": MARK,
         "TITLE": html.escape(", ".join(run["name"] for run in runs)),
         "STYLE": assets.joinpath("report.css").read_text("utf-8"),
         "SCRIPT": assets.joinpath("charts.js").read_text("utf-8") + assets.joinpath("report.js").read_text("utf-8"),

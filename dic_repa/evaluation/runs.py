@@ -14,6 +14,7 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge, own_encoder
 from dic_repa.generation import build_sampler, draw_labels, load_checkpoint, weak_weights
+from dic_repa.outputs import MARK, check_file
 from dic_repa.pictures import save_grid, shown_in_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.score_names import todays_names
@@ -73,6 +74,8 @@ def evaluate_run(
         judged.scores, judged.evaluations = record["scores"], record["evaluations"]
         return judged
 
+    for file in (judged.record, judged.picture):
+        check_file(file)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = load_checkpoint(newest, device, weights=sample.weights)
     num_classes = checkpoint.denoiser.num_classes
@@ -111,9 +114,8 @@ def _as_kept(
 
 def save_judgement(judged: Judgement, images: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]) -> None:
     """Write the picture of the samples and the record of their scores."""
-    judged.record.parent.mkdir(exist_ok=True)
     save_grid(images, judged.picture, labels, class_names, COLUMNS)
-    record = {**judged.identity(), "evaluations": judged.evaluations, "scores": judged.scores}
+    record = {"made_by": MARK, **judged.identity(), "evaluations": judged.evaluations, "scores": judged.scores}
     write_whole(judged.record, json.dumps(record, indent=2) + "\n")
 
 

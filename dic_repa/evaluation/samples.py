@@ -12,6 +12,7 @@ from dic_repa.evaluation.image_sets import SAMPLES_FILE
 from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.evaluation.reference import UNTOLD
 from dic_repa.models.pretrained import CONFIG
+from dic_repa.outputs import MARK
 from dic_repa.training.run_folder import RunFolder, checkpoint_step, describe_environment, write_whole
 
 
@@ -69,8 +70,8 @@ def _describe_reference(found) -> dict:
 
 
 def save_record(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=2, default=_plain) + "\n")
+    """Write a record as JSON; a UserError where there is something else at `path`."""
+    write_whole(path, json.dumps({"made_by": MARK, **content}, indent=2, default=_plain) + "\n")
 
 
 def _plain(value):

@@ -10,6 +10,7 @@ from pathlib import Path
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import all_directions, title
 from dic_repa.evaluation.runs import evaluate_run
+from dic_repa.pictures import save_figure
 from dic_repa.recipe import SampleSection
 from dic_repa.samplers import solver_info
 
@@ -87,6 +88,5 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)

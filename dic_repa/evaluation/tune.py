@@ -17,6 +17,8 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge, judge_of_score, own_encoder, title
 from dic_repa.generation import Checkpoint, build_sampler, checkpoint_of, draw_labels, weak_weights
 from dic_repa.models.pretrained import WEIGHTS
+from dic_repa.outputs import begin_folder, check_folder
+from dic_repa.pictures import save_figure
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.training.run_folder import write_whole
 from dic_repa.weights import weights_fingerprint
@@ -106,6 +108,7 @@ class Tuner:
         self.judge = judge_of_score(score, judge, *named) if score else Judge([judge], *named)
         self.score = self.judge.check(score or self.judge.main or "")
         self.folder = Path(out) if out else _folder(self.loaded.source) / "tune"
+        check_folder(self.folder, "tune")
         self.file = self.folder / "tune.json"
         self.spec = {
             "checkpoint": str(self.loaded.source),
@@ -177,7 +180,8 @@ class Tuner:
             return []
 
     def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if check_folder(self.folder, "tune") is None:
+            begin_folder(self.folder, "tune")
         record = self.spec | {"better": self.judge.better[self.score]}
         record["best"] = [vars(cell) | {"options": cell.options} for cell in self.best]
         write_whole(self.file, json.dumps(record | {"cells": self.done}, indent=1) + "\n")
@@ -229,5 +233,5 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
     axis.set_yticks(range(len(intervals)), [f"{low:g} to {high:g}" for low, high in intervals])
     axis.set(xlabel="guidance scale", ylabel="interval of t")
     figure.colorbar(shown, ax=axis)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)

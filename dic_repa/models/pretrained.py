@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
+from dic_repa.aside import write_aside, write_whole
 from dic_repa.errors import UserError, first_line
 from dic_repa.hub import offline_without_network
+from dic_repa.outputs import begin_folder, check_folder
 from dic_repa.weights import load_weights, read_tensors, save_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -33,11 +35,16 @@ class Pretrained:
             block.gradient_checkpointing = enabled
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, which is made where it is missing."""
+        """Write config.json and model.safetensors into `folder`, a new one or one that this has made before.
+
+        A UserError where the folder holds anything else.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps({"model": type(self).__name__, **self.config}, indent=2) + "\n")
-        save_tensors(self.state_dict(), folder / WEIGHTS)
+        if check_folder(folder, "model") is None:
+            begin_folder(folder, "model", [CONFIG, WEIGHTS])
+        write_whole(folder / CONFIG, json.dumps({"model": type(self).__name__, **self.config}, indent=2) + "\n")
+        with write_aside(folder / WEIGHTS) as aside:
+            save_tensors(self.state_dict(), aside)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, **overrides):

@@ -68,9 +68,7 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
 
 def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None:
     """Write a whole checkpoint at `folder`, or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(folder) as aside:
-        aside.mkdir()
+    with write_aside(folder, "checkpoint") as aside:
         save_tensors(state.model, aside / "model.safetensors")
         for name, tensors in state.averages.items():
             (aside / name).mkdir()
@@ -86,7 +84,6 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
 
 def write_snapshots(run: RunFolder, state: TrainingState, averages: dict[str, EMA]) -> None:
     """Write the power-function averages of this step, from which others can be made after the run."""
-    run.snapshots.mkdir(exist_ok=True)
     for name, ema in averages.items():
         if isinstance(ema, PowerEMA):
             path = run.snapshots / f"step_{state.step:08d}-{name.removeprefix('ema-')}.safetensors"
@@ -172,7 +169,7 @@ class CheckpointWriter:
         self.failure = None
         try:
             write()
-        except WRITE_ERRORS as error:
+        except (*WRITE_ERRORS, UserError) as error:
             newest = max(self.run.list_checkpoints(), key=checkpoint_step, default=None)
             kept = f"{newest.name} is whole" if newest else "there is none before it"
             folder = self.run.checkpoint_path(step)

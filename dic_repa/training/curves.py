@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from dic_repa.pictures import save_figure
 from dic_repa.training.run_folder import RunFolder
 
 _PANELS = {
@@ -56,5 +57,5 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
         axes[0][0].yaxis.set_minor_formatter("{x:g}")
     if len(runs) > 1:
         axes[0][0].legend(fontsize=8)
-    figure.savefig(path or runs[0].curves_file, dpi=130)
+    save_figure(figure, path or runs[0].curves_file, dpi=130)
     plt.close(figure)

@@ -104,6 +104,10 @@ class Evaluator:
         say(f"step {step}: {words}{', the best so far' if best else ''}")
         try:
             save_judgement(judged, images, labels, self.parts.data.class_names)
-        except OSError as error:
-            tqdm.write(f"warning: the scores of step {step} cannot be written ({error.strerror})", file=sys.stderr)
+        except (OSError, UserError) as error:
+            reason = getattr(error, "strerror", error)
+            tqdm.write(
+                f"warning: the scores of step {step} cannot be written ({reason})",
+                file=sys.stderr,
+            )
         return best

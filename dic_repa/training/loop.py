@@ -54,10 +54,10 @@ def train(
     """Train what `recipe` says into the run folder `path`, and return it.
 
     The folder must be new, unless `resume` goes on from its newest whole checkpoint (with `allow_change`, also with
-    another recipe) or `overwrite` removes it. `trackers` are left open, for what comes after the training. Runs in as
-    many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result. Raises Preempted when
-    a SIGTERM or SIGUSR1 has ended it, with its state saved; UserError where the run cannot begin, or stops for losses
-    or gradients that are not finite.
+    another recipe) or `overwrite` removes it, and no other file. `trackers` are left open, for what comes after the
+    training. Runs in as many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result.
+    Raises Preempted when a SIGTERM or SIGUSR1 has ended it, with its state saved; UserError where the run cannot begin,
+    or stops for losses or gradients that are not finite.
     """
     recipe = note_current_folder(recipe)
     settings, run = recipe.train, RunFolder(path)
@@ -67,6 +67,8 @@ def train(
         stack.enter_context(tf32(settings.tf32))
         trackers = trackers or stack.enter_context(Trackers())
         accelerator = start_accelerator(settings, run)
+        if not resume:  # told before the work
+            on_main_process(accelerator, lambda: run.check_new(overwrite))
         passes = check_batch(settings, accelerator.num_processes)
         parts = build_parts(recipe, accelerator)
         model, optimizer = parts.model, parts.optimizer
@@ -161,6 +163,7 @@ def open_run(
 
     def prepare() -> Path | None:
         run.check_resume(recipe, allow_change) if resume else run.check_new(overwrite)
+        run.claim()
         stack.enter_context(locked(run.path))
         if resume:
             return run.resume(recipe, allow_change)
@@ -265,7 +268,7 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, 
     While the average is far behind, those of the weights as they are now stand beside them.
     """
     from dic_repa.generation import balanced_labels
-    from dic_repa.pictures import draw_grid, save_side_by_side
+    from dic_repa.pictures import draw_grid, save_picture, save_side_by_side
 
     shown = max(1, min(10, parts.data.num_classes))
     each = 6 if shown > 1 else 30
@@ -281,6 +284,7 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, 
     grids = {title: draw_grid(half, labels, parts.data.class_names, columns=10) for title, half in images.items()}
     file = run.samples / f"step_{step:08d}.png"
     try:
-        save_side_by_side(grids, file) if len(grids) > 1 else grids["averaged weights"].save(file)
-    except OSError as error:
-        tqdm.write(f"warning: the grid of step {step} cannot be written ({error.strerror})", file=sys.stderr)
+        save_side_by_side(grids, file) if len(grids) > 1 else save_picture(grids["averaged weights"], file)
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", error)
+        tqdm.write(f"warning: the grid of step {step} cannot be written ({reason})", file=sys.stderr)

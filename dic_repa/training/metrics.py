@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from dic_repa.errors import UserError
 from dic_repa.progress import progress_bar
 from dic_repa.recipe import TrainSection
 from dic_repa.training.loader_watch import LoaderWatch
@@ -74,8 +75,12 @@ class MetricLog:
 
             try:
                 save_curves([self.run])
-            except OSError as error:
-                print(f"warning: {self.run.curves_file} cannot be written ({error.strerror})", file=sys.stderr)
+            except (OSError, UserError) as error:
+                reason = getattr(error, "strerror", error)
+                print(
+                    f"warning: {self.run.curves_file} cannot be written ({reason})",
+                    file=sys.stderr,
+                )
 
     def waiting(self, batches: Iterator) -> Iterator:
         """The same batches; the time until each is there counts as waiting."""

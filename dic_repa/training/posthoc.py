@@ -19,6 +19,7 @@ from torch import Tensor
 from dic_repa.aside import write_aside
 from dic_repa.data.saved import DATA_FILE
 from dic_repa.errors import UserError, first_line
+from dic_repa.outputs import check_folder
 from dic_repa.training.ema import sigma_rel_to_gamma
 from dic_repa.training.run_folder import RunFolder
 from dic_repa.weights import WRITE_ERRORS, read_tensors, save_tensors
@@ -97,16 +98,18 @@ def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tu
 
 
 def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: int | None = None) -> int:
-    """Write `reconstruct`'s weights as an inference checkpoint, and return its step."""
+    """Write `reconstruct`'s weights as an inference checkpoint, and return its step.
+
+    A UserError where `folder` is there and holds no such average.
+    """
+    check_folder(folder, "average")
     newest = run.newest_checkpoint("ema")
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint yet")
     tensors, step = reconstruct(run, sigma_rel, step)
     made = {"sigma_rel": sigma_rel, "step": step, "run": str(run.path)}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with write_aside(folder) as aside:
-            aside.mkdir()
+        with write_aside(folder, "average") as aside:
             for name in ("config.json", "recipe.yaml", DATA_FILE):
                 if (file := newest / "ema" / name).is_file():  # older checkpoints tell nothing of their data
                     shutil.copyfile(file, aside / name)

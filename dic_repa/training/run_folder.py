@@ -25,12 +25,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dic_repa.aside import write_aside
+from dic_repa.aside import write_whole
 from dic_repa.errors import UserError
+from dic_repa.outputs import (
+    ASIDE,
+    MARKER,
+    Marker,
+    begin_folder,
+    check_folder,
+    foreign,
+    is_listed,
+    read_marker,
+    remove_folder,
+    remove_listed,
+    write_marker,
+)
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 from dic_repa.recipe_diff import ABSENT, differences
 from dic_repa.recipe_files import read_recipe
-from dic_repa.training.manifest import find_damage
+from dic_repa.training.manifest import MANIFEST, find_damage
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
 _HARMLESS = {
@@ -52,6 +65,7 @@ _HARMLESS = {
     "train.compile",
     "data.workers",
 }
+CHECKPOINT_FILES = (MANIFEST, "state.json", "model.safetensors")
 _PACKAGES = (
     "dic-repa",
     "torch",
@@ -100,20 +114,38 @@ class RunFolder:
 
     def check_new(self, overwrite: bool = False) -> None:
         """A UserError unless a new run can begin here: in a folder that is empty or, with `overwrite`, holds a run."""
-        if not self.path.exists() or (self.path.is_dir() and not self._content()):
+        if check_folder(self.path, "run") is None:
             return
-        if not self.recipe_file.is_file():
-            raise UserError(f"{self.path} is not a run, so it is not overwritten; choose another folder with --out")
-        if not overwrite:
+        if self.recipe_file.exists() and not overwrite:
             raise UserError(f"{self.path} exists; pass --resume to go on with it, or --overwrite to begin anew")
+        folders = (self.samples, self.checkpoints, self.snapshots, self.path / "evaluation")
+        taken = [folder for folder in folders if folder.is_symlink()]
+        for file in (self.path / name for name in foreign(self.path)):
+            if file in self._files() or (file.parent in folders and file.name.startswith("step_")):
+                taken.append(file)
+        if taken:
+            raise UserError(f"{taken[0]} is in the way of a new run, and none of the old one's; move it, or remove it")
+
+    def claim(self) -> None:
+        """Mark the folder as a run's, so that `lock` can be made in it; a run that is there stays as it is."""
+        if read_marker(self.path) is not None:
+            return
+        names = self._own_names()
+        for folder in self.list_checkpoints():  # of a version that left no marker: the manifest tells what is in it
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                files = json.loads((folder / MANIFEST).read_text())["files"]
+                write_marker(folder, Marker("checkpoint", {MANIFEST, *files}))
+                names.append(f"checkpoints/{folder.name}")
+        for file in [*self.samples.glob("step_*.png"), *self.snapshots.glob("step_*.safetensors")]:
+            names.append(file.relative_to(self.path).as_posix())
+        begin_folder(self.path, "run", names)
 
     def create(self, recipe: Recipe, overwrite: bool = False) -> None:
-        """Make the folder for a new run, `check_new` allowing."""
+        """Make the folder for a new run, `check_new` allowing. What is not of a run before is left in it."""
         self.check_new(overwrite)
-        content = self._content() if self.path.exists() else []
-        for entry in sorted(content, key=self.recipe_file.__eq__):  # it last: killed meanwhile, it is still a run
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            remove_listed(self.path, keep=("lock",))
+        begin_folder(self.path, "run", self._own_names())
         self.save_recipe(recipe)  # first: killed from here on, it can be resumed
         self._make_folders()
 
@@ -125,8 +157,14 @@ class RunFolder:
         for folder in (self.samples, self.checkpoints):
             folder.mkdir(exist_ok=True)
 
-    def _content(self) -> list[Path]:
-        return [entry for entry in self.path.iterdir() if entry.name != "lock" and entry.name[0] != "."]
+    def _files(self) -> list[Path]:
+        """The files that a run has one of."""
+        names = ("lock", "not_finite.json", "checkpoints/best", "checkpoints/best.json")
+        known = [self.recipe_file, self.environment_file, self.metrics_file, self.curves_file]
+        return [*known, *(self.path / name for name in names)]
+
+    def _own_names(self) -> list[str]:
+        return [file.relative_to(self.path).as_posix() for file in self._files()]
 
     def check_resume(self, recipe: Recipe, allow_change: bool = False) -> list[str]:
         """How `recipe` differs from the run's own, 'train.steps: 60 -> 1000', a line for each key; a UserError if there
@@ -134,7 +172,10 @@ class RunFolder:
         """
         if not self.path.exists():
             raise UserError(f"there is no run at {self.path} to resume; leave --resume out to begin one")
-        different = differences(RunFolder.open(self.path).recipe(), recipe)
+        before = RunFolder.open(self.path).recipe()
+        if read_marker(self.path) is None and all(find_damage(folder) for folder in self.list_checkpoints()):
+            raise UserError(f"{self.path} is not a run of dic-repa's (it has no {MARKER}), so it is not written into")
+        different = differences(before, recipe)
         lines = {key: f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in different.items()}
         changing = [line for key, line in lines.items() if changes_the_run(key)]
         if changing and not allow_change:
@@ -169,12 +210,13 @@ class RunFolder:
         self._check_steps(done, recipe.train.steps)
         for folder in self.list_checkpoints():
             if checkpoint_step(folder) > done:
-                shutil.rmtree(folder)
+                remove_folder(folder)
         for snapshot in self.snapshots.glob("step_*"):
-            if int(re.match(r"step_(\d+)", snapshot.name)[1]) > done:
+            if is_listed(snapshot) and int(re.match(r"step_(\d+)", snapshot.name)[1]) > done:
                 snapshot.unlink()
-        for left in [*self.path.glob(".writing-*"), *self.path.glob("*/.writing-*")]:  # of a run that was killed
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        for left in [*self.path.glob(f"{ASIDE}*"), *self.path.glob(f"*/{ASIDE}*")]:  # of a run that was killed
+            if is_listed(left):
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         self._make_folders()
         self._cut_metrics(done)
         return newest
@@ -207,7 +249,8 @@ class RunFolder:
 
     def list_checkpoints(self) -> list[Path]:
         """The folders of all checkpoints, whole or not."""
-        return [folder for folder in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name)]
+        named = (folder for folder in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name))
+        return [folder for folder in named if any((folder / name).exists() for name in CHECKPOINT_FILES)]
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
@@ -217,7 +260,7 @@ class RunFolder:
         best = (self.best() or {}).get("step")
         for folder in sorted(self.list_checkpoints(), key=checkpoint_step)[:-keep]:
             if checkpoint_step(folder) != best and (not keep_every or checkpoint_step(folder) % keep_every):
-                shutil.rmtree(folder)
+                remove_folder(folder)
 
     def best(self) -> dict | None:
         """`step`, `score` and `value` of the best checkpoint that `evaluate.every` has found, if it is there."""
@@ -248,12 +291,6 @@ class RunFolder:
             except (ValueError, KeyError):
                 break
         write_whole(self.metrics_file, "".join(kept))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that a kill or a full disk leaves the old one or the new one, whole."""
-    with write_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
 
 
 def meant_runs(path: Path) -> str:

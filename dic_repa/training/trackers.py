@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.outputs import list_output
 from dic_repa.recipe import Recipe
 from dic_repa.training.run_folder import RunFolder, write_whole
 
@@ -56,6 +57,7 @@ class Trackers:
         """Open those that `accelerator` was made with; a UserError for one that does not start."""
         if not (accelerator.log_with and accelerator.is_main_process):
             return
+        before = {*run.path.rglob("*")}
         self.file, id = run.path / "trackers" / "told.json", secrets.token_hex(4)
         if resumed:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of a run that had no trackers yet
@@ -80,6 +82,9 @@ class Trackers:
                 f"a tracker of train.trackers cannot be started: {first_line(error)}; log in, choose another mode "
                 "(WANDB_MODE=offline), or leave it out"
             ) from None
+        for file in {*run.path.rglob("*")} - before:  # the run's own, to be overwritten with it
+            if file.is_symlink() or not file.is_dir():
+                list_output(file)
 
     def log(self, values: dict[str, float], step: int, kind: str = "metrics") -> None:
         """Tell them numbers of a step."""
@@ -103,7 +108,7 @@ class Trackers:
         if not self.open or step <= self.told.get(kind, -1):
             return False
         self.told[kind] = step
-        with contextlib.suppress(OSError):  # a full disk: after a resume they are told twice
+        with contextlib.suppress(OSError, UserError):  # a full disk: after a resume they are told twice
             self.file.parent.mkdir(exist_ok=True)
             write_whole(self.file, json.dumps({"id": self.id, "told": self.told}) + "\n")
         return True

@@ -1,0 +1,260 @@
+"""What an output may be written over: nothing, or what this package wrote. One place decides, for all verbs.
+
+A folder of ours has a marker, `.dic-repa.jsonl`: what kind of folder it is, then the name of each file that was written
+into it, put down before the file is made. A file by itself bears `MARK` within its first or last 64 KiB, in a place
+that its format has for such things: a picture's software, a PDF's creator, a key of a JSON object or of a torch file,
+safetensors' metadata, the comment of an .npz, an HTML page's generator.
+
+Never written to or removed: a device, FIFO or socket; the current folder, the user's own, or one around them; a link;
+what neither a marker lists nor bears the mark. So a `recipe.yaml`, `config.json` or `samples.json` proves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from dic_repa.errors import UserError
+
+MARKER = ".dic-repa.jsonl"
+MARK = "written-by-dic-repa"
+ASIDE = ".writing-"  # how the names of unfinished files and folders begin
+KINDS = {
+    "run": "a run",
+    "checkpoint": "a checkpoint",
+    "samples": "a folder of samples",
+    "model": "a saved model",
+    "average": "an average of weights",
+    "prepared": "a prepared data set",
+    "probe": "a folder of a probe's results",
+    "tune": "a folder of a guidance search",
+    "measurements": "a folder of measurements",
+}
+_FORMAT, _ENDS = 1, 1 << 16
+
+
+@dataclass
+class Marker:
+    """The kind of a folder of ours and the names in it; of numbered `pictures`, 000000.png and so on, their count."""
+
+    kind: str
+    names: set[str] = field(default_factory=set)
+    pictures: int = 0
+
+    def __contains__(self, name: str) -> bool:
+        folder, _, last = name.rpartition("/")
+        name = f"{folder}/{last.removeprefix(ASIDE)}".lstrip("/")  # what a kill has left unfinished
+        stem, _, ending = name.partition(".")
+        picture = ending == "png" and stem.isdecimal() and f"{int(stem):06d}" == stem and int(stem) < self.pictures
+        return picture or name in self.names or name == MARKER
+
+
+def check_file(path: str | Path) -> None:
+    """A UserError where no file may be written at `path`: there is something that is not ours, or nothing can be."""
+    path = Path(path)
+    _check_sort(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    if not path.exists():
+        check_parents(path)
+    elif not (is_listed(path) or _bears_mark(path)):
+        raise UserError(f"{path} is there, and not of dic-repa's making, so it is not overwritten; name another file")
+
+
+def check_folder(path: str | Path, kind: str) -> Marker | None:
+    """A UserError where no folder of this `kind` may be at `path`; the marker of one that is there, None for none.
+
+    An empty folder is as good as none.
+    """
+    path = Path(path)
+    _check_sort(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
+    if not path.exists():
+        check_parents(path)
+        return None
+    for inside, what in ((Path.cwd(), "current folder"), (Path.home(), "home folder")):
+        if path.resolve() in (inside.resolve(), *inside.resolve().parents):
+            where = f"the {what}" if path.resolve() == inside.resolve() else f"around the {what}"
+            raise UserError(f"{path} is {where}, which no output replaces; name another folder")
+    marker = read_marker(path)
+    if marker is None and all(entry.name.startswith(ASIDE) for entry in path.iterdir()):
+        return None
+    if marker is None or marker.kind != kind:
+        found = f"it has no {MARKER}" if marker is None else f"it is {KINDS.get(marker.kind, marker.kind)}"
+        raise UserError(f"{path} is not {KINDS[kind]}, so it is not overwritten ({found}); name another folder")
+    return marker
+
+
+def check_parents(path: Path) -> None:
+    """A UserError where nothing can be made at `path`: below a file, or in a folder that may not be written to."""
+    place = next(parent for parent in path.parents if parent.exists())
+    if not place.is_dir():
+        raise UserError(f"{path} cannot be written: {place} is a file")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{path} cannot be written: no permission to write into {place}")
+
+
+def begin_folder(path: str | Path, kind: str, names: Iterable[str] = (), pictures: int = 0) -> None:
+    """Make the folder where it is missing, and mark it as ours, with the names of files to come.
+
+    `check_folder` comes first, and for a folder that is there `remove_listed`: what was listed before is forgotten.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    list_output(path)
+    write_marker(path, Marker(kind, set(names), pictures))
+
+
+def write_marker(folder: Path, marker: Marker) -> None:
+    """Put the marker into `folder`, in place of an older one."""
+    lines = [{"made_by": MARK, "format": _FORMAT, "kind": marker.kind}, *sorted(marker.names)]
+    lines += [{"pictures": marker.pictures}] if marker.pictures else []
+    aside = folder / f"{ASIDE}{MARKER}"
+    aside.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    os.replace(aside, folder / MARKER)
+
+
+def read_marker(folder: Path) -> Marker | None:
+    """The marker of a folder of ours; None for any other folder."""
+    file = folder / MARKER
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        if not stat.S_ISREG(file.lstat().st_mode):
+            return None
+        first, *lines = file.read_text(encoding="utf-8").splitlines()
+        head = json.loads(first)
+        if head["made_by"] != MARK or not isinstance(head["kind"], str):
+            return None
+        marker = Marker(head["kind"])
+        for line in lines:
+            with contextlib.suppress(ValueError):  # cut short
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    marker.pictures = max(marker.pictures, int(entry.get("pictures", 0)))
+                elif not PurePosixPath(entry).is_absolute() and ".." not in PurePosixPath(entry).parts:
+                    marker.names.add(entry)
+        return marker
+    return None
+
+
+def list_output(path: Path) -> None:
+    """Put the name of a file or folder that is about to be made into the marker of the folder of ours around it, if
+    there is one. Appended, so that several processes can."""
+    folder, name, marker = _around(path)
+    if marker is None or name in marker or any(part.startswith(ASIDE) for part in PurePosixPath(name).parts):
+        return
+    with (folder / MARKER).open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(name))  # begun anew, in case that a full disk has cut the line before
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_listed(path: Path) -> bool:
+    """Whether `path` is in the list of the folder of ours around it."""
+    _, name, marker = _around(path)
+    return marker is not None and name in marker
+
+
+def foreign(folder: Path) -> list[str]:
+    """The names, relative to `folder`, of all that is in it and not ours: files, links, and empty folders."""
+    return sorted(_walk(folder, read_marker(folder), ""))
+
+
+def remove_listed(folder: Path, keep: Collection[str] = (), told: bool = True) -> None:
+    """Remove what the marker of `folder` lists, in it and in the folders of ours inside it, but for `keep`; the folder,
+    with its marker, stays. What is not ours is left, and, where that is `told`, counted on standard error.
+    """
+    marker = read_marker(folder)
+    for name in [*(marker.names if marker else ()), *_pictures(folder, marker)]:
+        for place in (folder / name, (folder / name).with_name(f"{ASIDE}{PurePosixPath(name).name}")):
+            if name not in keep and not _through_a_link(folder, place):
+                _remove(place)
+        for parent in list(PurePosixPath(name).parents)[:-1]:
+            with contextlib.suppress(OSError):  # not empty, or a link
+                (folder / parent).rmdir()
+    left = [name for name in foreign(folder) if name not in keep]
+    if left and told:
+        shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        count = "1 file that is" if len(left) == 1 else f"{len(left)} files that are"
+        print(f"left {count} not dic-repa's in {folder}: {shown}", file=sys.stderr)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours: what its marker lists, and itself where nothing else is in it."""
+    if read_marker(folder) is None:
+        return
+    remove_listed(folder)
+    (folder / MARKER).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # what is not ours is left in it
+        folder.rmdir()
+
+
+def _check_sort(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise UserError(f"{path} is a link to {os.readlink(path)}, and links are not written to; name that itself")
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            sorts = {stat.S_IFBLK: "device", stat.S_IFCHR: "device", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+            raise UserError(f"{path} is a {sorts.get(stat.S_IFMT(mode), 'special file')}; name a file or folder")
+
+
+def _bears_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(_ENDS)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _ENDS))
+        return MARK.encode() in start or MARK.encode() in file.read()
+
+
+def _around(path: Path) -> tuple[Path, str, Marker | None]:
+    """The nearest folder of ours that `path` lies in, its name there, and the folder's marker."""
+    path = Path(os.path.abspath(path))  # links on the way are left as they are
+    for parent in path.parents:
+        if marker := read_marker(parent):
+            return parent, path.relative_to(parent).as_posix(), marker
+    return path.parent, path.name, None
+
+
+def _pictures(folder: Path, marker: Marker | None) -> list[str]:
+    if not (marker and marker.pictures):
+        return []
+    return [name for name in os.listdir(folder) if name not in marker.names and name != MARKER and name in marker]
+
+
+def _through_a_link(folder: Path, place: Path) -> bool:
+    between = list(place.relative_to(folder).parents)[:-1]
+    return any((folder / parent).is_symlink() for parent in between)
+
+
+def _remove(path: Path) -> None:
+    """A file, a link, or a folder of ours; nothing else."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
+            path.unlink()
+        elif stat.S_ISDIR(mode) and read_marker(path):
+            remove_listed(path, told=False)
+            if not foreign(path):
+                remove_folder(path)
+
+
+def _walk(folder: Path, marker: Marker | None, prefix: str) -> Iterable[str]:
+    for entry in os.scandir(folder / prefix):
+        name = prefix + entry.name
+        if not entry.is_dir(follow_symlinks=False):
+            if marker is None or name not in marker or not (entry.is_file() or entry.is_symlink()):
+                yield name
+        elif inner := read_marker(Path(entry.path)):
+            known = marker is not None and name in marker
+            yield from (f"{name}/{other}" for other in _walk(Path(entry.path), inner, "")) if known else [name]
+        elif not any(os.scandir(entry.path)):
+            if not marker or not any(known.startswith(f"{name}/") for known in marker.names):
+                yield name
+        else:
+            yield from _walk(folder, marker, f"{name}/")
