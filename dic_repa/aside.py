@@ -34,7 +34,8 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     """
     path = Path(path)
     check = (lambda: check_folder(path, kind)) if kind else (lambda: check_file(path))
-    check()
+    if os.path.lexists(path):  # where nothing is, the system itself says best why nothing can be
+        check()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{path.name}")
     _remove(aside)
@@ -50,8 +51,9 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             if entry.is_file() and stat.S_IMODE(entry.stat().st_mode) != mode:
                 entry.chmod(mode)
             _flush(entry)
-        check()  # it may have been hours
-        _check_way(aside, path)
+        if os.path.lexists(path):  # it may have been hours
+            check()
+            _check_way(aside, path)
         if kind and path.is_dir():
             _move_into(aside, path)
         else:

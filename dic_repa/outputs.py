@@ -162,7 +162,7 @@ def is_listed(path: Path) -> bool:
 
 
 def foreign(folder: Path) -> list[str]:
-    """The names, relative to `folder`, of all that is in it and not ours: files, links, and empty folders."""
+    """The names, relative to `folder`, of all files and links in it that are not ours."""
     return sorted(_walk(folder, read_marker(folder), ""))
 
 
@@ -248,13 +248,10 @@ def _walk(folder: Path, marker: Marker | None, prefix: str) -> Iterable[str]:
     for entry in os.scandir(folder / prefix):
         name = prefix + entry.name
         if not entry.is_dir(follow_symlinks=False):
-            if marker is None or name not in marker or not (entry.is_file() or entry.is_symlink()):
+            ours = marker is not None and name in marker and (entry.is_file() or entry.is_symlink())
+            if not ours and entry.name != MARKER:
                 yield name
-        elif inner := read_marker(Path(entry.path)):
-            known = marker is not None and name in marker
-            yield from (f"{name}/{other}" for other in _walk(Path(entry.path), inner, "")) if known else [name]
-        elif not any(os.scandir(entry.path)):
-            if not marker or not any(known.startswith(f"{name}/") for known in marker.names):
-                yield name
+        elif marker and name in marker and (inner := read_marker(Path(entry.path))):
+            yield from (f"{name}/{other}" for other in _walk(Path(entry.path), inner, ""))
         else:
             yield from _walk(folder, marker, f"{name}/")

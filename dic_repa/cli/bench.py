@@ -109,9 +109,10 @@ def measuring_options(function: Callable) -> Callable:
 
 
 def _png(_context, _parameter, path: Path | None) -> Path | None:
+    _free(_context, _parameter, path)
     if path and path.suffix.lower() != ".png":  # said now, not when all is measured
         raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
-    return _free(_context, _parameter, path)
+    return path
 
 
 def _free(_context, _parameter, path: Path | None) -> Path | None:

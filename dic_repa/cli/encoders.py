@@ -69,9 +69,9 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     from dic_repa.errors import UserError
 
     out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
+    check_file(out)
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {out} is no picture; end it in {', '.join(PICTURES)}")
-    check_file(out)
     picture = _open(image)
     encoder = create_encoder(name, **parse_encoder_options(options, weights))
     pixels = to_tensor(center_crop(picture, size))[None]
