@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dic_repa.aside import write_aside
 from dic_repa.data.digits import NUM_CLASSES, load_digits
 from dic_repa.encoders.augment import random_warp
 from dic_repa.encoders.digits import HEAD_WIDTH, IMAGE_SIZE, MEAN, STD, build_digits_vit
+from dic_repa.outputs import MARK, check_file
 from dic_repa.progress import progress_bar
 
 
@@ -34,6 +36,7 @@ def main(
     out: Path, epochs: int, batch_size: int, lr: float, pixels: float, embed_dim: int, depth: int, seed: int
 ) -> None:
     """Train the digit encoder and print its accuracy on the held-out digits."""
+    check_file(out)
     if embed_dim % HEAD_WIDTH:
         raise click.BadParameter(f"must be a multiple of {HEAD_WIDTH}", param_hint="--embed-dim")
     torch.manual_seed(seed)
@@ -77,9 +80,9 @@ def main(
         progress.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", held_out=f"{accuracy:.2%}")
     progress.close()
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"config": json.dumps(config), "held_out_accuracy": f"{accuracy:.4f}", "seed": str(seed)}
-    save_file(vit.state_dict(), out, metadata)
+    with write_aside(out) as aside:
+        save_file(vit.state_dict(), aside, metadata | {"made_by": MARK})
     print(f"held-out accuracy {accuracy:.2%}, from the mean token of the last block; weights in {out}")
 
 

@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dic_repa.aside import write_aside
 from dic_repa.data.digits import load_digits, resize
 from dic_repa.encoders.augment import random_warp
 from dic_repa.evaluation.digits import IMAGE_SIZE, DigitsClassifier
+from dic_repa.outputs import MARK, check_file
 from dic_repa.progress import progress_bar
 
 
@@ -31,6 +33,7 @@ from dic_repa.progress import progress_bar
 @click.option("--seed", type=int, default=1, show_default=True)
 def main(out: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
     """Train the classifier that judges digits and print its accuracy on the held-out ones."""
+    check_file(out)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = DigitsClassifier()
@@ -54,8 +57,9 @@ def main(out: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
         progress.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", held_out=f"{accuracy:.2%}")
     progress.close()
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), out, {"held_out_accuracy": f"{accuracy:.4f}", "seed": str(seed)})
+    metadata = {"held_out_accuracy": f"{accuracy:.4f}", "seed": str(seed), "made_by": MARK}
+    with write_aside(out) as aside:
+        save_file(model.state_dict(), aside, metadata)
     print(f"held-out accuracy {accuracy:.2%}; weights in {out}")
 
 
