@@ -123,6 +123,18 @@ def test_metrics_pictures_and_scores_are_told_once(name, tmp_path, monkeypatch):
     np.testing.assert_array_equal(picture, levels(record.with_suffix(".png")))
 
 
+def test_a_new_run_in_the_same_folder_begins_its_trackers_anew(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    keys = ["train.steps=3", "train.trackers=[tensorboard]"]
+    small_run(tmp_path / "run", *keys)
+    (tmp_path / "run/trackers/notes.txt").write_text("mine")
+    run = small_run(tmp_path / "run", *keys, overwrite=True)
+    assert [step for step, _ in of_tensorboard(run.path)["loss"]] == [1, 2, 3]
+    assert len(list((run.path / "trackers/dic-repa").glob("events.*"))) == 1
+    assert (run.path / "trackers/notes.txt").read_text() == "mine"
+    assert "left 1 file that is not dic-repa's" in capsys.readouterr().err
+
+
 def test_scores_in_training_are_told(tmp_path):
     pytest.importorskip("tensorboard")
     keys = ["train.steps=4", "evaluate.every=2", "evaluate.num=20", "train.trackers=[tensorboard]"]

@@ -44,6 +44,8 @@ class Trackers:
     def __init__(self):
         self.open: list = []
         self.told: dict[str, int] = {}  # the last step by the kind of news: metrics, samples, ...
+        self.folders: list[Path] = []  # in the run, that they write into
+        self.before: set[Path] = set()  # what was in these
 
     def __enter__(self) -> Trackers:
         return self
@@ -51,13 +53,15 @@ class Trackers:
     def __exit__(self, *_) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             self._each(lambda tracker: tracker.finish())
+        self._list_files()
         self.open = []
 
     def start(self, accelerator: Accelerator, run: RunFolder, recipe: Recipe, resumed: bool = False) -> None:
         """Open those that `accelerator` was made with; a UserError for one that does not start."""
         if not (accelerator.log_with and accelerator.is_main_process):
             return
-        before = {*run.path.rglob("*")}
+        self.folders = [run.path / "trackers", run.path / "wandb"]
+        self.before = {*self._files()}
         self.file, id = run.path / "trackers" / "told.json", secrets.token_hex(4)
         if resumed:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of a run that had no trackers yet
@@ -82,8 +86,15 @@ class Trackers:
                 f"a tracker of train.trackers cannot be started: {first_line(error)}; log in, choose another mode "
                 "(WANDB_MODE=offline), or leave it out"
             ) from None
-        for file in {*run.path.rglob("*")} - before:  # the run's own, to be overwritten with it
-            if file.is_symlink() or not file.is_dir():
+        self._list_files()  # now too: a kill leaves no other moment
+
+    def _files(self) -> list[Path]:
+        return [file for folder in self.folders for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()]
+
+    def _list_files(self) -> None:
+        """Note that what came to be in their folders since the start is the run's own, to be overwritten with it."""
+        with contextlib.suppress(OSError):
+            for file in {*self._files()} - self.before:
                 list_output(file)
 
     def log(self, values: dict[str, float], step: int, kind: str = "metrics") -> None:
