@@ -175,7 +175,7 @@ def test_judging_the_raw_weights(tmp_path, monkeypatch, capsys):
     (file,) = run.path.glob("evaluation/step_00000008-10-heun-1-weights-raw.json")
     during = json.loads(file.read_text())["scores"]
     judged = evaluate_run(run.path, again=True)
-    assert judged.scores["frechet"] == pytest.approx(during["frechet"], rel=1e-4)
+    assert judged.scores["fd-digits"] == pytest.approx(during["fd-digits"], rel=1e-4)
     assert evaluate_run(run.path, judged.sample.model_copy(update={"weights": "ema"})).record != judged.record
     with pytest.raises(UserError, match=r"sample.weights: this recipe has no 'ema-0.2'; did you mean ema"):
         small_run(tmp_path / "other", "sample.weights=ema-0.2")

@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import timm  # noqa: F401 - before a test watches torch: in torch 2.6 what it imports cannot be watched
 import torch
 from small_runs import ALIGNED, small_recipe, small_run
 

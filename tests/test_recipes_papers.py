@@ -6,6 +6,7 @@ import functools
 import json
 
 import pytest
+import timm  # noqa: F401 - before a test is on the meta device: in torch 2.6 what it imports cannot be
 import torch
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
