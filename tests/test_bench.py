@@ -21,6 +21,7 @@ from dic_repa.bench.timing import Timing, interleave
 from dic_repa.bench.train import build_step, replace_denoiser
 from dic_repa.cli import main
 from dic_repa.errors import UserError
+from dic_repa.outputs import MARK
 
 CPU = torch.device("cpu")
 ORACLE = Path(__file__).parent / "oracle.py"
@@ -155,7 +156,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["bench", "model", "DiC-S", *options, "--chart=speed.png", "--out=speed.json", "--json"])
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads((tmp_path / "speed.json").read_text())
+    saved = json.loads((tmp_path / "speed.json").read_text())
+    assert saved == printed | {"made_by": MARK}
     assert printed["rows"][0]["label"] == "DiC-S fp32 eager"
     assert Image.open(tmp_path / "speed.png").width > 500
 
