@@ -21,6 +21,7 @@ from dic_repa.models import DiC
 from dic_repa.training import EMA, RunFolder, train
 from dic_repa.training.checkpoint import CheckpointWriter
 from dic_repa.training.manifest import find_damage, write_manifest
+from dic_repa.training.run_folder import CHECKPOINT_FILES
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,15 @@ def test_keep_the_last_and_every_nth(tmp_path):
     every = ["train.checkpoint_every=1", "train.keep_checkpoints=2", "train.keep_every=3"]
     run = small_run(tmp_path / "run", *every)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+
+
+def test_a_removal_that_a_kill_has_cut_off_is_made_up_for(copy):
+    half = copy.checkpoint_path(4)
+    for name in CHECKPOINT_FILES:
+        (half / name).unlink()
+    copy.drop_old_checkpoints(keep=1)
+    assert not half.exists()
+    assert copy.newest_checkpoint() == copy.checkpoint_path(8)
 
 
 def test_inference_checkpoint_of_each_average_loads_alone(tmp_path):

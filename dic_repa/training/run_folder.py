@@ -250,7 +250,8 @@ class RunFolder:
     def list_checkpoints(self) -> list[Path]:
         """The folders of all checkpoints, whole or not."""
         named = (folder for folder in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name))
-        return [folder for folder in named if any((folder / name).exists() for name in CHECKPOINT_FILES)]
+        files = (MARKER, *CHECKPOINT_FILES)  # the marker goes last when one is removed, which a kill may cut off
+        return [folder for folder in named if any((folder / name).exists() for name in files)]
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
