@@ -85,9 +85,9 @@ class AlignmentSection(Section):
     weight: NotNegative = Field(0.5, description="lambda, of the whole alignment loss")
     manifold_weight: NotNegative = Field(3.0, description="w, of the manifold term against the token term")
     target: Part = Field("tokens", description="what is compared with: tokens or spatial-norm (iREPA)")
-    time_weight: Part = Field("constant", description="of the alignment over t: constant or v-shape")
+    time_weight: Part = Field("constant", description="weight of the alignment over t: constant or v-shape")
     schedule: Part = Field(
-        "constant", description="of the alignment over steps: constant, cosine, stop or stop-at-similarity"
+        "constant", description="weight of the alignment over steps: constant, cosine, stop or stop-at-similarity"
     )
     cache: bool = Field(False, description="compute the data's tokens once, into the feature cache")
 
@@ -101,7 +101,7 @@ class TrainSection(Section):
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="AdamW's decays of the gradient's two moments")
     weight_decay: NotNegative = Field(0.0, description="AdamW's")
     gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
-    ema_decay: Probability = Field(0.9999, description="of the averaged weights that are sampled from")
+    ema_decay: Probability = Field(0.9999, description="decay of the averaged weights that are sampled from")
     ema_warmup: bool = Field(
         True, strict=True, description="an average's decay after n steps is at most (1 + n) / (10 + n)"
     )
