@@ -18,6 +18,7 @@ from small_runs import assert_same, metrics, small_recipe, small_run, weights
 from dic_repa.errors import UserError
 from dic_repa.generation import checkpoint_of, load_checkpoint, weights_folder
 from dic_repa.models import DiC
+from dic_repa.outputs import MARKER
 from dic_repa.training import EMA, RunFolder, train
 from dic_repa.training.checkpoint import CheckpointWriter
 from dic_repa.training.manifest import find_damage, write_manifest
@@ -44,6 +45,10 @@ def copy(whole, tmp_path):
 
 def cut_short(file):
     os.truncate(file, file.stat().st_size - 1)
+
+
+def cut_in_half(file):
+    os.truncate(file, file.stat().st_size // 2)
 
 
 def flip_a_bit(file):
@@ -140,6 +145,15 @@ def test_a_removal_that_a_kill_has_cut_off_is_made_up_for(copy):
     copy.drop_old_checkpoints(keep=1)
     assert not half.exists()
     assert copy.newest_checkpoint() == copy.checkpoint_path(8)
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, lambda file: file.unlink()])
+def test_a_damaged_list_of_files_keeps_no_checkpoint(copy, damage):
+    folder = copy.checkpoint_path(4)
+    damage(folder / MARKER)
+    (folder / "notes.txt").write_text("not of the run")
+    copy.drop_old_checkpoints(keep=1)
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
 
 
 def test_inference_checkpoint_of_each_average_loads_alone(tmp_path):

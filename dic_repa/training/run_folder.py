@@ -66,6 +66,10 @@ _HARMLESS = {
     "data.workers",
 }
 CHECKPOINT_FILES = (MANIFEST, "state.json", "model.safetensors")
+_IN_A_CHECKPOINT = re.compile(
+    r"(manifest|state)\.json|model\.safetensors|optimizer\.pt"
+    r"|ema[^/]*/(config\.json|data\.json|recipe\.yaml|model\.safetensors)"
+)
 _PACKAGES = (
     "dic-repa",
     "torch",
@@ -210,7 +214,7 @@ class RunFolder:
         self._check_steps(done, recipe.train.steps)
         for folder in self.list_checkpoints():
             if checkpoint_step(folder) > done:
-                remove_folder(folder)
+                self._remove_checkpoint(folder)
         for snapshot in self.snapshots.glob("step_*"):
             if is_listed(snapshot) and int(re.match(r"step_(\d+)", snapshot.name)[1]) > done:
                 snapshot.unlink()
@@ -261,7 +265,21 @@ class RunFolder:
         best = (self.best() or {}).get("step")
         for folder in sorted(self.list_checkpoints(), key=checkpoint_step)[:-keep]:
             if checkpoint_step(folder) != best and (not keep_every or checkpoint_step(folder) % keep_every):
-                remove_folder(folder)
+                self._remove_checkpoint(folder)
+
+    def _remove_checkpoint(self, folder: Path) -> None:
+        """Remove a checkpoint of this run, and nothing that is not of it.
+
+        What damaged it may have hit its list of files too, so that is completed first by what a checkpoint consists of.
+        """
+        marker = read_marker(folder) or (Marker("checkpoint") if is_listed(folder) else None)
+        if marker is None:
+            return
+        there = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
+        own = {name for name in there if _IN_A_CHECKPOINT.fullmatch(name)}
+        if not own <= marker.names:  # a full disk takes no new list, and seldom needs one
+            write_marker(folder, Marker("checkpoint", marker.names | own))
+        remove_folder(folder)
 
     def best(self) -> dict | None:
         """`step`, `score` and `value` of the best checkpoint that `evaluate.every` has found, if it is there."""
