@@ -15,7 +15,6 @@ from dic_repa.cli import completion
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors, when_interrupted
-from dic_repa.outputs import check_folder
 from dic_repa.progress import say
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.threads import choose_threads
@@ -81,8 +80,6 @@ def command(
         show_dry_run(settings, path, processes, as_json)
         return
 
-    if not resume and is_main_process():  # before torch is imported
-        check_folder(path, "run")
     with when_interrupted(lambda: interrupted_message(path)):
         if not (resume and is_finished(settings, path, allow_change)):
             train_and_show(settings, path, resume, overwrite, allow_change)
@@ -92,7 +89,7 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
     """Train, judge, and tell where everything is; the exit code to requeue by after a signal of a scheduler."""
     if not resume:
         RunFolder(path).check_new(overwrite)
-    say(summary(settings, path))  # now: torch takes seconds to import
+    say(summary(settings, path))  # both now: torch takes seconds to import
     from torch import OutOfMemoryError
 
     from dic_repa.training import Preempted, train
