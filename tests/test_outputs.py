@@ -21,7 +21,7 @@ from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.evaluation.report import write_report
 from dic_repa.models import DiC
-from dic_repa.outputs import MARKER, begin_folder, check_file, foreign, list_output, remove_listed
+from dic_repa.outputs import MARKER, begin_folder, check_file, check_folder, foreign, list_output, remove_listed
 from dic_repa.recipe import load_recipe, to_yaml
 from dic_repa.training import train
 from dic_repa.training.posthoc import save_reconstruction
@@ -114,8 +114,8 @@ def test_a_folder_is_written_nowhere_else(verb, mistake, tmp_path, monkeypatch):
     def attempt(place) -> str:
         return refused(mistake, [*before, place, *after], tmp_path)
 
-    for place in (".", tmp_path / "home/me/project", "..", "../..", "/"):
-        assert "the current folder" in attempt(place) or place == "/"
+    for place in (".", tmp_path / "home/me/project", "..", "../.."):
+        assert "the current folder" in attempt(place)
     for name in PROOFS_OF_NOTHING:
         assert "so it is not overwritten" in attempt(folder_with(tmp_path / f"with {name}".replace("/", " "), name))
     photos = folder_with(tmp_path / "photos", *PROOFS_OF_NOTHING, "cat")
@@ -145,7 +145,7 @@ def test_a_file_is_written_nowhere_else(verb, mistake, tmp_path):
 
     photos = folder_with(tmp_path / "photos", f"mine{ending}")
     if not verb.startswith("convert"):  # which takes another name for a folder's
-        for place in (".", "..", "/", photos):
+        for place in (".", "..", photos):
             assert "is a folder; name a file" in attempt(place)
     assert "not of dic-repa's making" in attempt(photos / f"mine{ending}")
     (tmp_path / f"link{ending}").symlink_to(photos / f"mine{ending}")
@@ -153,6 +153,14 @@ def test_a_file_is_written_nowhere_else(verb, mistake, tmp_path):
     for sort, make in SPECIAL.items():
         make(tmp_path / f"{sort}{ending}")
         assert f"{sort}{ending} is a {sort}" in attempt(f"{sort}{ending}")
+
+
+def test_the_root_is_no_output():
+    """Asked of the check alone: no verb is tried on it, which would do its work if the check were wrong."""
+    with pytest.raises(UserError, match="/ is around the current folder"):
+        check_folder("/", "run")
+    with pytest.raises(UserError, match="/ is a folder; name a file"):
+        check_file("/")
 
 
 def test_what_verbs_write_by_themselves_is_looked_at_too(mistake, tmp_path):
