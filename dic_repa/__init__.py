@@ -9,7 +9,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_EXPORTS = {"DiC": "dic_repa.models", "Recipe": "dic_repa.recipe", "train": "dic_repa.training"}
+_EXPORTS = {"DiC": "dic_repa.models", "Recipe": "dic_repa.recipe.schema", "train": "dic_repa.training"}
 __all__ = ["DiC", "Recipe", "__version__", "train"]
 
 

@@ -1,27 +1,53 @@
-"""A name-to-factory table: what timm does for models, for encoders, heads, solvers, data sets and metrics.
+"""One way for every kind of part: register it, find it, create it, list it.
 
-heads = Registry("head")
+    heads = Registry("head")
 
-@heads.register("linear")
-class LinearHead(nn.Module): ...
+    @heads.register("linear")
+    class LinearHead(nn.Module):
+        \"\"\"One linear layer for each token.\"\"\"    # the line that `dic-repa parts head` shows
 
-heads.get("linaer")  # UserError: unknown head 'linaer'; did you mean linear?
+    heads.create("linear", channels, embed_dim, grid)
+    heads.create({"name": "my_package.heads:Deep", "layers": 4}, channels, embed_dim, grid)
+
+A name is one that was registered, an entry point that an installed package offers in its own pyproject.toml,
+
+    [project.entry-points."dic_repa.heads"]
+    my-head = "my_package.heads:MyHead"
+
+or `package.module:factory`. A registered name that ends in a colon is a *family*: `timm:` is called with what follows
+the colon as its first argument.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
+from dic_repa.runtime.progress import detail
 
 
 class Registry:
-    """Named factories of one `kind` (the word that error messages use)."""
+    """Factories of one `kind` of part, by name.
 
-    def __init__(self, kind: str):
+    Args:
+        kind: the word that messages use, such as "time weight".
+        plural: of the kind, where an s does not make it.
+        modules: what to import before a name is looked up or listed: where the parts of this package are.
+    """
+
+    def __init__(self, kind: str, plural: str | None = None, modules: Sequence[str] = ()):
         self.kind = kind
+        self.group = "dic_repa." + (plural or kind + "s").replace(" ", "-").lower()  # of entry points
+        self._modules = list(modules)
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Any], Any]:
@@ -36,19 +62,104 @@ class Registry:
 
         return decorate
 
-    def get(self, name: str) -> Any:
-        """The entry filed under `name`; a UserError that lists the near names where there is none."""
-        try:
+    def find(self, name: str) -> Any:
+        """The class or function that `name` stands for.
+
+        Raises:
+            UserError: that lists the near names, or says what a module or an entry point lacks.
+        """
+        self._load_modules()
+        if name in self._entries and not name.endswith(":"):
             return self._entries[name]
-        except KeyError:
-            raise unknown_name(self.kind, name, self._entries) from None
+        family, colon, rest = name.partition(":")
+        if colon and family + colon in self._entries:
+            if not rest:
+                raise UserError(f"{self.kind} '{name}' is a family; put a model's name behind the colon")
+            return functools.partial(self._entries[family + colon], rest)
+        offered = entry_points(self.group)
+        if name in offered:
+            return _load(self.kind, offered[name])
+        if not colon:
+            raise unknown_name(self.kind, name, self.names())
+        if not rest or not all(part.isidentifier() for part in family.split(".")):
+            raise UserError(f"{self.kind} '{name}' is neither a known name nor of the form package.module:factory")
+        found = import_plugin(family)
+        if not callable(getattr(found, rest, None)):
+            public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+            raise UserError(f"{self.kind} '{name}': {family} has no '{rest}' to call{did_you_mean(rest, public)}")
+        return getattr(found, rest)
+
+    def create(self, spec: Any, *args: Any, **options: Any) -> Any:
+        """The part that `spec` says: a name, a mapping of `name` and options, or the part itself, which is returned.
+
+        Args:
+            spec: what a recipe gives.
+            args: what every part of this kind is made with.
+            options: further options, beside those of a mapping.
+
+        Raises:
+            UserError: for an unknown name, and options that the part does not take.
+        """
+        if isinstance(spec, Mapping):
+            if not isinstance(spec.get("name"), str):
+                raise UserError(f"{dict(spec)}: a {self.kind} with options needs its name as well")
+            options = {key: value for key, value in spec.items() if key != "name"} | options
+            spec = spec["name"]
+        if not isinstance(spec, str):
+            if spec is None or isinstance(spec, bool | int | float | Sequence):
+                raise UserError(f"{spec!r} is no {self.kind}: give its name, or a mapping of its name and options")
+            return spec
+        factory = self.find(spec)
+        self._check_options(spec, factory, args, options)
+        try:
+            return factory(*args, **options)
+        except UserError:
+            raise
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            if not options:
+                raise  # nothing that the user gave
+            raise UserError(f"{self.kind} '{spec}' does not take these options: {first_line(error)}") from error
+
+    def _check_options(self, name: str, factory: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+        try:
+            signature = inspect.signature(factory)
+        except (TypeError, ValueError):  # written in C
+            return
+        parameters = signature.parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            takes = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL][len(args) :]
+            for option in options:
+                if option not in takes:
+                    raise unknown_name(f"option of {self.kind} '{name}':", option, takes)
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            raise UserError(f"{self.kind} '{name}': {error}") from None
 
     def names(self, pattern: str = "*") -> list[str]:
-        """The sorted names that match a shell `pattern`."""
-        return sorted(fnmatch.filter(self._entries, pattern))
+        """The sorted names that match a shell `pattern`, those of entry points among them."""
+        self._load_modules()
+        return sorted(fnmatch.filter({*self._entries, *entry_points(self.group)}, pattern))
+
+    def describe(self, name: str) -> str:
+        """One line about a part: its `description`, or else the first sentence of its docstring."""
+        entry = self._entries.get(name) or self.find(name)
+        given = getattr(entry, "description", None)
+        return given if isinstance(given, str) else _first_sentence(inspect.getdoc(entry) or "")
 
     def __contains__(self, name: str) -> bool:
+        self._load_modules()
         return name in self._entries
+
+    def _load_modules(self) -> None:
+        while self._modules:
+            importlib.import_module(self._modules.pop())
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    sentence, dot, _ = paragraph.partition(". ")
+    return (sentence if dot else paragraph).rstrip(".")
 
 
 def _same(known: Any, entry: Any) -> bool:
@@ -56,3 +167,46 @@ def _same(known: Any, entry: Any) -> bool:
     places = [(getattr(e, "__module__", ""), getattr(e, "__qualname__", repr(e))) for e in (known, entry)]
     same_module = places[0][0] == places[1][0] or "__main__" in (places[0][0], places[1][0])
     return same_module and places[0][1] == places[1][1]
+
+
+def import_plugin(name: str) -> ModuleType:
+    """Import the module `name`, which is looked for in the current folder too, as `python -m` does.
+
+    Raises:
+        UserError: where there is none; what goes wrong inside it is left as it is.
+    """
+    add_folders([os.getcwd()])
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name and not name.startswith(f"{error.name}."):
+            raise  # the plugin was found, and misses something of its own
+        raise UserError(
+            f"plugin '{name}' was not found; put {name}.py beside the recipe, run from its folder or install it"
+        ) from None
+    detail(f"plugin {name}: {getattr(module, '__file__', None)}")
+    return module
+
+
+def add_folders(folders: Iterable[str]) -> None:
+    """Let modules be imported from the current folder first, as `python -m` does, and then from `folders`."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    here = sys.path.index(os.getcwd() if os.getcwd() in sys.path else "")
+    for folder in reversed([folder for folder in folders if folder not in sys.path]):
+        sys.path.insert(here + 1, folder)
+
+
+def entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
+    """What other installed packages offer in `group`, by name."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=group)}
+
+
+def _load(kind: str, point: importlib.metadata.EntryPoint) -> Any:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        package = f"{point.dist.name} {point.dist.version}" if point.dist else "an installed package"
+        raise UserError(
+            f"{kind} '{point.name}' of {package} cannot be loaded from {point.value} ({error}); mend or remove it"
+        ) from error

@@ -8,9 +8,6 @@ as its first argument.
 
 from __future__ import annotations
 
-import fnmatch
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,12 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dic_repa.errors import UserError, first_line, unknown_name
-from dic_repa.plugins import entry_points, find_factory
+from dic_repa.errors import UserError
 from dic_repa.registry import Registry
 
-GROUP = "dic_repa.encoders"
-_encoders = Registry("encoder")
+encoders = Registry("encoder")
 
 
 class Encoder(Protocol):
@@ -61,7 +56,7 @@ def register_encoder(name: str) -> Callable[[Any], Any]:
 
     Raises UserError when the name is taken.
     """
-    return _encoders.register(name)
+    return encoders.register(name)
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
@@ -69,12 +64,12 @@ def list_encoders(pattern: str = "*") -> list[str]:
 
     Entry points of other installed packages are among them.
     """
-    return sorted(fnmatch.filter({*_encoders.names(), *entry_points(GROUP)}, pattern))
+    return encoders.names(pattern)
 
 
 def encoder_card(name: str) -> Card | None:
     """What the encoder says of itself; None where it says nothing. A UserError for an unknown name."""
-    return getattr(_find(name), "card", None)
+    return getattr(encoders.find(name), "card", None)
 
 
 def create_encoder(name: str, **options: Any) -> Encoder:
@@ -83,20 +78,7 @@ def create_encoder(name: str, **options: Any) -> Encoder:
     Raises UserError for an unknown name or option, with the near ones, and for whatever the encoder itself cannot mend
     (weights that cannot be fetched or do not fit).
     """
-    factory = _find(name)
-    parameters = inspect.signature(factory).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        for option in options:
-            if option not in parameters:
-                raise unknown_name(f"option of encoder {name}:", option, parameters)
-    try:
-        encoder = factory(**options)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        if not options:
-            raise
-        raise UserError(f"encoder {name} does not take these options: {first_line(error)}") from error
+    encoder = encoders.create(name, **options)
     if isinstance(encoder, nn.Module):
         encoder.eval().requires_grad_(False)
     return encoder
@@ -123,12 +105,3 @@ def check_tokens(name: str, encoder: Encoder, images: Tensor) -> Tensor:
             "register tokens"
         )
     return tokens
-
-
-def _find(name: str) -> Callable[..., Encoder]:
-    family, colon, model_name = name.partition(":")
-    if colon and family + colon in _encoders:
-        if not model_name:
-            raise UserError(f"encoder '{name}' is a family; put a model's name behind the colon")
-        return functools.partial(_encoders.get(family + colon), model_name)
-    return find_factory(_encoders, GROUP, name)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dic_repa.encoders.base import Card, register_encoder
 from dic_repa.encoders.vit import FrozenViT
 from dic_repa.errors import UserError
-from dic_repa.weights import load_weights, read_tensors
+from dic_repa.files.weights import load_weights, read_tensors
 
 IMAGE_SIZE = 28
 HEAD_WIDTH = 32

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dic_repa.encoders.base import register_encoder
 from dic_repa.encoders.vit import FrozenViT, resize_bicubic
 from dic_repa.errors import UserError, first_line, unknown_name
-from dic_repa.hub import offline_without_network
-from dic_repa.weights import load_weights, read_tensors
+from dic_repa.files.hub import offline_without_network
+from dic_repa.files.weights import load_weights, read_tensors
 
 WEIGHTS_OPTION = "--weights FILE (in a recipe: encoder_options: {weights: FILE})"
 

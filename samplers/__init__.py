@@ -20,7 +20,7 @@ _EXPORTS = {
     "initial_noise": "noise",
     "list_solvers": "catalog",
     "log_likelihood": "likelihood",
-    "register_solver": "steps",
+    "register_solver": "ode_solvers",
     "sample": "dispatch",
     "sample_ddpm": "ddpm",
     "sample_ode": "ode",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.paths import expand_as
+from dic_repa.interpolants import expand_as
 
 Index = int | Tensor  # a step, or one step for each row (B,)
 VARIANCES = ("large", "small")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dic_repa.paths import LinearPath, Path, path_of
+from dic_repa.interpolants import LinearPath, Path, path_of
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 

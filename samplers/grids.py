@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dic_repa.errors import UserError
-from dic_repa.paths import Path
+from dic_repa.interpolants import Path
 from dic_repa.registry import Registry
 
 TimeGrid = Callable[[int, float, float, Path], list[float]]
@@ -21,11 +21,7 @@ def create_grid(name: str, **kwargs) -> TimeGrid:
 
     Raises UserError for an unknown name and for arguments that it does not take.
     """
-    grid = grids.get(name)
-    try:
-        return grid(**kwargs)
-    except TypeError as error:
-        raise UserError(f"time grid '{name}' does not take {kwargs}: {error}") from None
+    return grids.create(name, **kwargs)
 
 
 @grids.register("uniform")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.paths import LinearPath, expand_as, path_of
+from dic_repa.interpolants import LinearPath, expand_as, path_of
 from dic_repa.registry import Registry
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,7 +67,7 @@ class Guidance:
             raise UserError(f"guidance on {self.channels} channels: give at least 1, or none for all channels")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"guidance rescale {self.rescale}: give a share between 0 and 1")
-        scale_schedules.get(self.schedule)
+        scale_schedules.find(self.schedule)
 
     @property
     def active(self) -> bool:
@@ -88,7 +88,7 @@ class Guidance:
         if self.schedule == "constant":
             return self.scale
         progress = ((high - t) / max(high - low, 1e-12)).clamp(0, 1)
-        return 1 + (self.scale - 1) * scale_schedules.get(self.schedule)(progress)
+        return 1 + (self.scale - 1) * scale_schedules.find(self.schedule)(progress)
 
 
 @dataclass(frozen=True)

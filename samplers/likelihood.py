@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.paths import Path
+from dic_repa.interpolants import Path
 from dic_repa.samplers.catalog import solver_info
 from dic_repa.samplers.field import Field, VelocityFn, as_state
 from dic_repa.samplers.noise import rademacher

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.paths import Path
+from dic_repa.interpolants import Path
 from dic_repa.samplers.catalog import SolverInfo, solver_info
 from dic_repa.samplers.field import Field, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
-from dic_repa.samplers.steps import step_solvers
-from dic_repa.samplers.torchdiffeq_methods import integrate_adaptive, integrate_fixed
+from dic_repa.samplers.ode_solvers import step_solvers
+from dic_repa.samplers.torchdiffeq_solvers import integrate_adaptive, integrate_fixed
 
 DEFAULT_TOLERANCE = 1e-5
 
@@ -96,7 +96,7 @@ def sample_ode(
 def _integrate_steps(
     field: Field, x: Tensor, times: list[float], solver: str, direction: str, every: bool
 ) -> list[Tensor]:
-    step = step_solvers.get(solver)()
+    step = step_solvers.find(solver)()
     if direction == "backward" and getattr(step, "forward_only", False):
         raise UserError(f"'{solver}' samples from noise to data only; take heun or dopri5 to invert")
     states = []

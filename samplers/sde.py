@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.paths import Path
+from dic_repa.interpolants import Path
 from dic_repa.registry import Registry
 from dic_repa.samplers.catalog import solver_info
-from dic_repa.samplers.diffusion import Diffusion, create_diffusion, decay
+from dic_repa.samplers.diffusion_coefficients import Diffusion, create_diffusion, decay
 from dic_repa.samplers.field import Field, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
 from dic_repa.samplers.noise import StepNoise
@@ -128,7 +128,7 @@ def sample_sde(
     leaves no time for the others.
     """
     solver_info(solver, "sde")
-    step = sde_steps.get(solver)
+    step = sde_steps.find(solver)
     finish = None if last_step == "none" else _last_step(last_step)
     field = Field(velocity_fn, path)
     sde = ReverseSDE(field, create_diffusion(diffusion, field.path, diffusion_norm))
@@ -161,7 +161,7 @@ def sample_sde(
 def _last_step(name: str) -> Callable[[ReverseSDE, Tensor, float], Tensor]:
     if name not in last_steps:
         raise unknown_name("last step", name, [*last_steps.names(), "none"])
-    return last_steps.get(name)
+    return last_steps.find(name)
 
 
 def _check_steps(steps: int, last_step_size: float, high: float, has_last: bool) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from dic_repa.cli import main
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 
 # A run that ends in seconds: the digits recipe with a smaller model and few steps.
 TINY = [
@@ -95,7 +95,7 @@ def plugin_folder(tmp_path, monkeypatch):
     from dic_repa.encoders import base
     from dic_repa.models.registry import denoisers
     from dic_repa.samplers import catalog
-    from dic_repa.samplers.steps import step_solvers
+    from dic_repa.samplers.ode_solvers import step_solvers
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -14,6 +14,7 @@ import click
 import pytest
 from conftest import TINY
 from pictures import write_tree
+from places import ROOT
 
 from dic_repa.cli import cli
 from dic_repa.data import datasets
@@ -23,7 +24,6 @@ from dic_repa.models import list_denoisers
 from dic_repa.recipe import DataSection, EvaluateSection, SampleSection, TrainSection, list_recipes, load_recipe
 from dic_repa.samplers import register_solver
 
-ROOT = Path(__file__).parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*")]
 }

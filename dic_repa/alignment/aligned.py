@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dic_repa.alignment.heads import find_head
+from dic_repa.alignment.heads import heads
 from dic_repa.alignment.losses import manifold_loss, token_loss
 from dic_repa.alignment.schedules import schedules, time_weights
 from dic_repa.alignment.targets import targets
-from dic_repa.errors import UserError, first_line, unknown_name
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.cost import forward_on_meta
-from dic_repa.objectives.base import from_spec
-from dic_repa.registry import Registry
 
 Spec = str | Mapping[str, Any] | Callable  # a registered name, a mapping of `name` and arguments, or the thing itself
 
@@ -53,9 +51,9 @@ class Alignment(nn.Module):
         super().__init__()
         self.tap, self.head = tap, head
         self.weight, self.manifold_weight = weight, manifold_weight
-        self.target = _part(targets, target)
-        self.time_weight = _part(time_weights, time_weight)
-        self.schedule = _part(schedules, schedule)
+        self.target = targets.create(target)
+        self.time_weight = time_weights.create(time_weight)
+        self.schedule = schedules.create(schedule)
 
     @classmethod
     def build(
@@ -79,13 +77,7 @@ class Alignment(nn.Module):
         UserError lists the near names of an unknown tap or head, and says what a tap gives if it is no feature map.
         """
         channels = tap_channels(denoiser, tap, size)
-        factory = find_head(head)
-        try:
-            module = factory(channels, embed_dim, tuple(grid), **head_options)
-        except UserError:
-            raise
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"head '{head}' does not take these options: {first_line(error)}") from None
+        module = heads.create(head, channels, embed_dim, tuple(grid), **head_options)
         return cls(tap, module, weight, manifold_weight, target, time_weight, schedule)
 
     def loss(
@@ -154,12 +146,6 @@ class AlignedDenoiser(nn.Module):
         ]
         self._tapped.clear()  # the feature maps would live on until the next step
         return AlignedOutput(prediction, projections)
-
-
-def _part(registry: Registry, spec: Spec) -> Callable:
-    """What `spec` stands for; a UserError for an unknown name or arguments that do not fit."""
-    spec = {"name": spec} if isinstance(spec, str) else spec
-    return from_spec(lambda name, **options: registry.get(name)(**options), spec)
 
 
 def find_tap(denoiser: nn.Module, tap: str) -> nn.Module:

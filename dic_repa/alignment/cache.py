@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
-from dic_repa.progress import progress_bar
+from dic_repa.runtime.progress import progress_bar
 
 BATCH = 64
 HASHED_IMAGES, PROBED_IMAGES = 32, 4

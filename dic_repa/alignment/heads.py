@@ -11,17 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.models.dic import timestep_embedding
-from dic_repa.plugins import find_factory
 from dic_repa.registry import Registry
 
-GROUP = "dic_repa.heads"
 heads = Registry("head")
 register_head = heads.register
-
-
-def find_head(name: str):
-    """The class or function of that name; a UserError lists the near names where there is none."""
-    return find_factory(heads, GROUP, name)
 
 
 @register_head("mlp")

@@ -20,7 +20,6 @@ from dic_repa.bench.timing import Timing, interleave
 from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
-from dic_repa.plugins import find_factory
 from dic_repa.registry import Registry
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -195,7 +194,7 @@ def load_factory(name: str) -> Callable[[nn.Module], nn.Module]:
         raise UserError(f"baseline '{name}' names no function; write FILE.py:FUNCTION or package.module:FUNCTION")
     try:
         if not place.endswith(".py"):
-            return find_factory(Registry("baseline"), "dic_repa.baselines", name)
+            return Registry("baseline").find(name)
         module = _import_file(Path(place), name)
     except UserError:
         raise

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dic_repa.aside import write_whole
 from dic_repa.bench.timing import Timing
-from dic_repa.outputs import MARK
-from dic_repa.pictures import save_figure
+from dic_repa.files.atomic import write_whole
+from dic_repa.files.outputs import MARK
+from dic_repa.files.pictures import save_figure
 
 HEADINGS = {
     "label": "what",

@@ -14,13 +14,13 @@ from dic_repa.bench.device import check_precision, describe_device
 from dic_repa.bench.model import case_label, inside, randomise
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import Timing, interleave
-from dic_repa.build import build_decoder, build_denoiser, build_objective
 from dic_repa.errors import UserError, first_line
-from dic_repa.generation import Sampler
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import GRAPH_MODES
 from dic_repa.recipe import Recipe, load_training_recipe
+from dic_repa.recipe.build import build_decoder, build_denoiser, build_objective
 from dic_repa.samplers import solver_info
+from dic_repa.sampling.sampler import Sampler
 from dic_repa.training.dry_run import stand_in
 
 GUIDANCE = {"doubled": True, "one-by-one": False}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dic_repa.progress import progress_bar
+from dic_repa.runtime.progress import progress_bar
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from dic_repa.bench.timing import Timing, interleave
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
-from dic_repa.precision import tf32
 from dic_repa.recipe import Recipe, load_training_recipe
+from dic_repa.runs.folder import RunFolder
+from dic_repa.runtime.precision import tf32
 from dic_repa.training.dry_run import run_step, stand_in, takes_pretrained
 from dic_repa.training.inputs import check_batch
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.parts import Parts, build_parts
-from dic_repa.training.run_folder import RunFolder
 
 PHASES = ("encoder", "forward", "alignment", "backward", "optimizer", "ema")
 MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the recipe's terms

@@ -10,7 +10,7 @@ import click
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
 from dic_repa.errors import UserError, is_main_process, tells_of_errors
-from dic_repa.threads import watch  # noqa: F401 - from now on: by what else goes on while torch is imported
+from dic_repa.runtime.threads import watch  # noqa: F401 - from now on: by what else goes on while torch is imported
 
 VERBS = {
     "train": "Train a recipe; sample and judge at the end.",
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _set_verbosity(flags: set[str]) -> None:
-    from dic_repa.progress import set_verbosity
+    from dic_repa.runtime.progress import set_verbosity
 
     if flags >= {"--quiet", "--verbose"}:
         raise click.UsageError("--quiet and --verbose exclude each other")

@@ -12,7 +12,7 @@ import click
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count, option_group
 from dic_repa.errors import UserError, first_line, unknown_name
-from dic_repa.outputs import check_file
+from dic_repa.files.outputs import check_file
 
 VERBS = {
     "model": "The forward pass of denoisers: images per second, share of the device's peak, memory.",

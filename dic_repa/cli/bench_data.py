@@ -37,8 +37,8 @@ def command(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int,
     """
     from accelerate import Accelerator
 
-    from dic_repa.build import build_dataset, import_plugins
     from dic_repa.data.speed import loader_speed
+    from dic_repa.recipe.build import build_dataset, import_plugins
     from dic_repa.training import train
     from dic_repa.training.inputs import PREFETCH, batches
 

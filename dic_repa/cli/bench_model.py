@@ -30,7 +30,7 @@ def command(
       dic-repa bench model DiC-S
       dic-repa bench model DiC-S SiT-S/2 --batch 1,8 --compile off,default --chart speed.png
       dic-repa bench model DiC-XL SiT-XL/2 --batch 1,32,128 --precision bf16,tf32 --compile off,default
-      dic-repa bench model DiC-S --baseline tests/oracle.py:PlainDiC
+      dic-repa bench model DiC-S --baseline tests/helpers/oracle.py:PlainDiC
     """
     from dic_repa.bench.device import find_device
     from dic_repa.bench.model import LAYOUTS, bench_model

@@ -10,14 +10,14 @@ import click
 from dic_repa.cli.bench import finish, listed
 from dic_repa.cli.options import Count
 from dic_repa.errors import is_main_process
-from dic_repa.outputs import begin_folder, check_folder
+from dic_repa.files.outputs import begin_folder, check_folder
 
 
 @click.command("paper")
 @click.option("--out", type=click.Path(path_type=Path), default="bench", help="Folder for results.")
 @click.option("--small", is_flag=True, help="The same measurements with small models: minutes on a CPU.")
 @click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]")
-@click.option("--baseline", default="tests/oracle.py:PlainDiC", help="The plain DiC to compare with.")
+@click.option("--baseline", default="tests/helpers/oracle.py:PlainDiC", help="The plain DiC to compare with.")
 @click.option("--only", default="forward,train,sample", help="Which parts to measure.")
 @click.option("--precision", help="Which precisions.  [default: bf16,tf32; with --small bf16,fp32]")
 @click.option("--rounds", type=Count(1), default=7, help="Turns of each case.")

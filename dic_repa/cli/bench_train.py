@@ -27,7 +27,7 @@ def command(recipes, overrides, batch, precision, compile_, baseline, device, ro
     Examples:
       dic-repa bench train digits-urepa
       dic-repa bench train dic-xl-urepa sit-xl-2-repa --batch 32 --precision bf16 --compile off,default
-      dic-repa bench train dic-s --set alignments=[] --batch 8 --baseline tests/oracle.py:PlainDiC
+      dic-repa bench train dic-s --set alignments=[] --batch 8 --baseline tests/helpers/oracle.py:PlainDiC
     """
     from dic_repa.bench.device import find_device
     from dic_repa.bench.train import bench_train

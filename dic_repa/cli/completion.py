@@ -28,7 +28,7 @@ def recipes(_context, _parameter, typed: str) -> list[CompletionItem]:
 
 def runs(_context, _parameter, typed: str) -> list[CompletionItem]:
     """The runs in runs/, by path or by their own name, else files."""
-    from dic_repa.training.run_folder import RUNS, list_runs
+    from dic_repa.runs.folder import RUNS, list_runs
 
     found = list_runs(RUNS)
     return _offered([str(run) for run in found], typed, [str(run) for run in found if run.name.startswith(typed)])
@@ -50,7 +50,7 @@ def encoders(_context, _parameter, typed: str) -> list[CompletionItem]:
 def keys(_context, _parameter, typed: str) -> list[CompletionItem]:
     """The keys of a recipe."""
     from dic_repa.recipe import Recipe
-    from dic_repa.recipe_keys import list_keys
+    from dic_repa.recipe.keys import list_keys
 
     return _offered(list_keys(Recipe), typed, files=False)
 

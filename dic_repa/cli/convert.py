@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from dic_repa.aside import write_aside
 from dic_repa.cli import completion
 from dic_repa.errors import UserError, first_line
-from dic_repa.outputs import MARK, check_file, check_folder
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.outputs import MARK, check_file, check_folder
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FILES = (".pt", ".pth", ".safetensors")
@@ -55,7 +55,7 @@ def command(
 
     import torch
 
-    from dic_repa.weights import WRITE_ERRORS
+    from dic_repa.files.weights import WRITE_ERRORS
 
     model, recipe_file = load(source, weights, family)
     if recipe:
@@ -80,9 +80,9 @@ def load(source: Path, weights: str = "ema", family: str | None = None):
 
     A UserError says what `source` is not, or lacks.
     """
-    from dic_repa.generation import load_raw
     from dic_repa.models import load_authors_checkpoint, load_denoiser
-    from dic_repa.training.run_folder import RunFolder, meant_runs
+    from dic_repa.runs.folder import RunFolder, meant_runs
+    from dic_repa.sampling.load import load_raw
 
     if not source.exists() and len(source.parts) == 1 and (meant := meant_runs(source)):  # no hub id either
         raise UserError(f"there is no run or checkpoint folder {source}{meant}")
@@ -107,9 +107,9 @@ def load(source: Path, weights: str = "ema", family: str | None = None):
 
 def check_recipe(name: str, model) -> None:
     """A UserError where `model` cannot have been trained by the recipe `name`: for other channels, classes or sizes."""
-    from dic_repa.build import data_traits, import_plugins
     from dic_repa.models import forward_on_meta
     from dic_repa.recipe import load_training_recipe
+    from dic_repa.recipe.build import data_traits, import_plugins
 
     recipe = load_training_recipe(name)
     import_plugins(recipe)
@@ -127,8 +127,8 @@ def check_recipe(name: str, model) -> None:
 
 def _import_plugins(recipe_file: Path) -> None:
     """Import what the recipe names, so that a denoiser of the user's own is found."""
-    from dic_repa.build import import_plugins
     from dic_repa.recipe import load_training_recipe
+    from dic_repa.recipe.build import import_plugins
 
     if recipe_file.is_file():
         import_plugins(load_training_recipe(recipe_file))
@@ -137,8 +137,8 @@ def _import_plugins(recipe_file: Path) -> None:
 def _write_authors(model, target: Path) -> None:
     import torch
 
+    from dic_repa.files.weights import save_tensors
     from dic_repa.models.authors import authors_state_dict
-    from dic_repa.weights import save_tensors
 
     state = authors_state_dict(model)
     with write_aside(target) as aside:

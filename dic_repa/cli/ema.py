@@ -27,13 +27,13 @@ def command(run: Path, sigma_rel: float | None, step: int | None, out: Path | No
       dic-repa ema runs/digits-urepa --sigma-rel 0.15
       dic-repa sample runs/digits-urepa/averages/sigma_rel-0.15
     """
-    from dic_repa.outputs import check_folder
+    from dic_repa.files.outputs import check_folder
 
     if out:
         check_folder(out, "average")
 
+    from dic_repa.runs.folder import RunFolder
     from dic_repa.training.posthoc import list_snapshots, no_snapshots, save_reconstruction
-    from dic_repa.training.run_folder import RunFolder
 
     folder = RunFolder.open(run)
     if sigma_rel is None:

@@ -10,7 +10,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
-from dic_repa.outputs import check_file
+from dic_repa.files.outputs import check_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,7 @@ def command(context: click.Context, plugins: tuple[str, ...]):
       dic-repa encoders --plugin my_encoder check my-encoder
     """
     from dic_repa.encoders import list_encoders
-    from dic_repa.plugins import import_plugin
+    from dic_repa.registry import import_plugin
 
     for plugin in plugins:
         import_plugin(plugin)
@@ -129,7 +129,7 @@ def _open(path: Path | None) -> Image.Image:
 def parse_encoder_options(options: tuple[str, ...], weights: Path | None) -> dict:
     """What `create_encoder` takes, of KEY=VALUE options and a weights file."""
     from dic_repa.errors import UserError
-    from dic_repa.recipe_files import parse_value
+    from dic_repa.recipe.files import parse_value
 
     parsed = {"weights": str(weights)} if weights else {}
     for option in options:
@@ -147,7 +147,7 @@ def _save(image, tokens, grid: tuple[int, int], out: Path) -> None:
     from torch.nn import functional as F
 
     from dic_repa.encoders.picture import token_picture
-    from dic_repa.pictures import save_picture
+    from dic_repa.files.pictures import save_picture
 
     height = max(256, image.shape[-1])
     panels = [F.interpolate(part[None], (height, height))[0] for part in (image, token_picture(tokens, grid))]

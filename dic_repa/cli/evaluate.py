@@ -13,10 +13,10 @@ from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_options
 from dic_repa.cli.table import number, print_rows
 from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls, when_interrupted
-from dic_repa.outputs import check_file
-from dic_repa.progress import progress_bar, say
+from dic_repa.files.outputs import check_file
 from dic_repa.recipe import load_recipe
-from dic_repa.threads import choose_threads
+from dic_repa.runtime.progress import progress_bar, say
+from dic_repa.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
     from dic_repa.evaluation.runs import Judgement
@@ -144,7 +144,7 @@ def _list_metrics(context, _parameter, value) -> None:
         from dic_repa.evaluation import scores
 
         for name in scores.names():
-            score = scores.get(name)
+            score = scores.find(name)
             click.echo(f"{name:20} {score.better:7} is better   {score.layer}")
         context.exit()
 
@@ -165,8 +165,8 @@ def measure_and_show(
     from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
     from dic_repa.evaluation.samples import is_checkpoint, record, save_record
-    from dic_repa.sample_folder import patient_accelerator
-    from dic_repa.training.run_folder import meant_runs
+    from dic_repa.runs.folder import meant_runs
+    from dic_repa.sampling.folder import patient_accelerator
 
     if not names:
         raise UserError("--metrics names no metric; see --list-metrics")
@@ -241,10 +241,10 @@ def _extractor_options(options: dict) -> dict:
 
 def _encoder(samples: list[Path], names: list[str], options: dict) -> dict[str, dict]:
     """The encoder of fd-encoder and its like: --encoder, or the one that the runs among `samples` were aligned to."""
-    from dic_repa.build import import_plugins
     from dic_repa.cli.encoders import parse_encoder_options
     from dic_repa.evaluation.judging import by_encoder, own_encoder
     from dic_repa.recipe import load_training_recipe
+    from dic_repa.recipe.build import import_plugins
 
     given = parse_encoder_options(options["encoder_options"], options["encoder_weights"])
     if options["encoder"]:
@@ -270,9 +270,10 @@ def _sampled(path: Path, recipe: str | None, again: bool, processes, options: di
     from dic_repa.cli.sample import choose_labels
     from dic_repa.evaluation.runs import describe_sampling
     from dic_repa.evaluation.samples import samples_folder
-    from dic_repa.generation import build_sampler, check_sampling, load_checkpoint
     from dic_repa.recipe import Recipe
-    from dic_repa.sample_folder import SampleFolder, sample_into, sample_spec
+    from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec
+    from dic_repa.sampling.load import load_checkpoint
+    from dic_repa.sampling.sampler import build_sampler, check_sampling
 
     given = load_recipe(recipe) if recipe else None
     weights = options["weights"] or (given.sample.weights if given else None)
@@ -306,7 +307,7 @@ def _print_measured(rows: list, metrics: dict) -> None:
 def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> list[Judgement]:
     """Judge each run with a progress bar, then print the table and, for a single run, where its picture is."""
     from dic_repa.evaluation.runs import evaluate_run, no_judge
-    from dic_repa.training.run_folder import RunFolder
+    from dic_repa.runs.folder import RunFolder
 
     if not is_main_process():
         return []  # a judge looks at few images: one process does it

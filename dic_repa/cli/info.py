@@ -69,8 +69,8 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
 
 def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> list[tuple[int, nn.Module]]:
     """Each size with the model or recipe of that `name`, which is one model for all sizes where it can be."""
-    from dic_repa.build import build_denoiser, data_traits, import_plugins
     from dic_repa.models import create_denoiser, list_denoisers
+    from dic_repa.recipe.build import build_denoiser, data_traits, import_plugins
 
     if name not in list_denoisers():
         if not name.endswith((".yaml", ".yml")) and name not in list_recipes():

@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from dic_repa.cli.table import number, print_rows
-from dic_repa.progress import say
+from dic_repa.runtime.progress import say
 
 if TYPE_CHECKING:
     from dic_repa.evaluation.runs import Judgement

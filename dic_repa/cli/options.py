@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from dic_repa.recipe import Recipe
-from dic_repa.recipe_keys import find_field
-from dic_repa.recipe_values import whole_number
+from dic_repa.recipe.keys import find_field
+from dic_repa.recipe.values import whole_number
 
 OTHERS = "Options"
 

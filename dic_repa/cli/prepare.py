@@ -9,8 +9,8 @@ import click
 
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, told_by_whom_it_befalls, when_interrupted
-from dic_repa.outputs import check_folder
-from dic_repa.threads import choose_threads
+from dic_repa.files.outputs import check_folder
+from dic_repa.runtime.threads import choose_threads
 
 
 @click.command("prepare", cls=Command)
@@ -73,7 +73,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
     from dic_repa.data.sources import open_source
-    from dic_repa.processes import start_processes
+    from dic_repa.runtime.processes import start_processes
 
     choose_threads()
     settings = PrepareSettings(**options)

@@ -9,8 +9,8 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError, is_main_process
-from dic_repa.outputs import check_folder
-from dic_repa.threads import choose_threads
+from dic_repa.files.outputs import check_folder
+from dic_repa.runtime.threads import choose_threads
 
 
 @click.command("probe")
@@ -65,7 +65,7 @@ def command(
 
     from dic_repa.evaluation.probe import probe_checkpoint
     from dic_repa.evaluation.probe_pictures import TITLES
-    from dic_repa.progress import progress_bar
+    from dic_repa.runtime.progress import progress_bar
 
     choose_threads()
     with progress_bar(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:

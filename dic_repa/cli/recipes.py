@@ -10,7 +10,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.recipe import Recipe, list_recipes, load_recipe, to_yaml
-from dic_repa.recipe_keys import Key, commented_yaml, find_keys, list_keys
+from dic_repa.recipe.keys import Key, commented_yaml, find_keys, list_keys
 
 # By the first word of a recipe's name.
 GROUPS = {
@@ -105,7 +105,7 @@ def diff(a: str, b: str, as_json: bool):
       dic-repa recipes diff dic-xl dic-xl-urepa
       dic-repa recipes diff runs/mine/recipe.yaml dic-xl-urepa     a finished run against a row of the paper
     """
-    from dic_repa.recipe_diff import differences
+    from dic_repa.recipe.differences import differences
 
     different = differences(load_recipe(a), load_recipe(b))
     if as_json:

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.outputs import check_file
-from dic_repa.progress import say
+from dic_repa.files.outputs import check_file
+from dic_repa.runtime.progress import say
 
 
 @click.command("report")

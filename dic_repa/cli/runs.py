@@ -35,7 +35,7 @@ def command(folder: Path, key: str, reverse: bool, as_json: bool):
       dic-repa runs --sort age
       dic-repa runs sweeps/width --sort recognised --reverse --json
     """
-    from dic_repa.training.run_list import list_runs, sort_runs
+    from dic_repa.runs.listing import list_runs, sort_runs
 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder of runs")

@@ -11,9 +11,9 @@ from dic_repa.cli import completion
 from dic_repa.cli.options import Command, option_group
 from dic_repa.cli.sampling_options import EPILOG, sample_settings, sampling_options
 from dic_repa.errors import UserError, did_you_mean
-from dic_repa.outputs import check_folder
+from dic_repa.files.outputs import check_folder
 from dic_repa.recipe import Recipe, SampleSection, load_recipe
-from dic_repa.threads import choose_threads
+from dic_repa.runtime.threads import choose_threads
 
 
 @click.command("sample", cls=Command, epilog=EPILOG)
@@ -72,8 +72,9 @@ def command(
     if out:
         check_folder(out, "samples")  # before torch is imported
 
-    from dic_repa.generation import build_sampler, check_sampling, load_checkpoint
-    from dic_repa.sample_folder import SampleFolder, patient_accelerator, sample_into, sample_spec
+    from dic_repa.sampling.folder import SampleFolder, patient_accelerator, sample_into, sample_spec
+    from dic_repa.sampling.load import load_checkpoint
+    from dic_repa.sampling.sampler import build_sampler, check_sampling
 
     choose_threads()
     processes = patient_accelerator()
@@ -112,7 +113,7 @@ def command(
 
 def choose_labels(loaded, settings: SampleSection, classes: str | None = None):
     """The label of each image, of the `classes` that the command line names."""
-    from dic_repa.generation import draw_labels
+    from dic_repa.sampling.labels import draw_labels
 
     num_classes = loaded.denoiser.num_classes
     chosen = parse_classes(classes, num_classes, loaded.class_names) if classes else None
@@ -122,7 +123,7 @@ def choose_labels(loaded, settings: SampleSection, classes: str | None = None):
 def _save_grid(folder, loaded, labels) -> None:
     import torch
 
-    from dic_repa.pictures import load_png, save_grid, shown_in_grid
+    from dic_repa.files.pictures import load_png, save_grid, shown_in_grid
 
     columns = 10
     shown = shown_in_grid(labels, columns)
@@ -134,7 +135,7 @@ def _save_trajectory(path: Path, sampler) -> None:
     """Nine states of the first images, from noise at the left to the image at the right, a row each."""
     import torch
 
-    from dic_repa.pictures import save_grid
+    from dic_repa.files.pictures import save_grid
 
     stages = torch.linspace(0, len(sampler.states) - 1, min(9, len(sampler.states))).round().long().tolist()
     images = torch.stack([sampler.to_images(sampler.states[stage][:10]).cpu() for stage in stages], dim=1)
@@ -166,7 +167,7 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ())
             meant = f", or names{did_you_mean(part, named)}" if named else f", not '{text}'"
             raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9{meant}")
     if max(classes) >= num_classes:
-        from dic_repa.generation import classes_in_words
+        from dic_repa.sampling.labels import classes_in_words
 
         raise UserError(f"--classes {text}: the model has {classes_in_words(num_classes)}")
     return classes

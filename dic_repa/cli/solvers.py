@@ -10,7 +10,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
-from dic_repa.recipe_values import MOST_IMAGES
+from dic_repa.recipe.values import MOST_IMAGES
 from dic_repa.samplers.catalog import list_solvers
 
 
@@ -62,7 +62,7 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
         raise UserError(f"--evaluations takes whole numbers from 1 such as 6,12,24, not '{evaluations}'")
     from dic_repa.evaluation.judging import title
     from dic_repa.evaluation.solvers import compare_solvers, save_comparison
-    from dic_repa.pictures import check_figure
+    from dic_repa.files.pictures import check_figure
 
     out = out or run / "evaluation" / "solvers.png"
     check_figure(out)

@@ -10,9 +10,9 @@ from dic_repa.cli import completion
 from dic_repa.cli.options import Command, Count, option_group, recipe_option
 from dic_repa.cli.sampling_options import sample_settings
 from dic_repa.errors import UserError, is_main_process, when_interrupted
-from dic_repa.outputs import check_folder
-from dic_repa.recipe_values import MOST_IMAGES
-from dic_repa.threads import choose_threads
+from dic_repa.files.outputs import check_folder
+from dic_repa.recipe.values import MOST_IMAGES
+from dic_repa.runtime.threads import choose_threads
 
 
 @click.command("tune", cls=Command)
@@ -82,8 +82,8 @@ def command(
 
     from dic_repa.evaluation.judging import title
     from dic_repa.evaluation.tune import Cell, Tuner
-    from dic_repa.generation import load_checkpoint
-    from dic_repa.progress import progress_bar
+    from dic_repa.runtime.progress import progress_bar
+    from dic_repa.sampling.load import load_checkpoint
 
     choose_threads()
     loaded = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.hub import offline_without_network
+from dic_repa.files.hub import offline_without_network
 
 DECODE_BATCH = 16  # images decoded at once: at 256 px a batch of this size takes about 3 GB
 

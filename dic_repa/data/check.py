@@ -15,7 +15,7 @@ from dic_repa.data.images import unit_images
 from dic_repa.data.prepare import write_json
 from dic_repa.data.prepared import Prepared, read_settings
 from dic_repa.data.sources import ImageSource
-from dic_repa.pictures import save_picture
+from dic_repa.files.pictures import save_picture
 
 PREVIEW = 64
 

@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dic_repa.aside import write_aside
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels, unit_images
 from dic_repa.data.sources import ImageSource
 from dic_repa.errors import UserError, first_line
-from dic_repa.outputs import begin_folder, check_folder
-from dic_repa.precision import tf32
-from dic_repa.progress import progress_bar
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.outputs import begin_folder, check_folder
+from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.progress import progress_bar
 
 SETTINGS_FILE = "prepare.json"
 

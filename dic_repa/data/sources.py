@@ -20,7 +20,7 @@ from PIL import Image
 from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, BadImage, decode_image
 from dic_repa.errors import UserError
-from dic_repa.hub import offline_without_network
+from dic_repa.files.hub import offline_without_network
 
 LABEL_FILES = ("dataset.json", "labels.json", "labels.csv")
 ONLY_CLASS = "images"  # of flat images without labels; not the folder's name, which may change between two calls

@@ -6,7 +6,7 @@
 `image`. `scores.names()` lists the metrics. `Measure(metrics, reference, device, **options)` keeps the reference and
 the networks for several sets; its call gives a `Measured`, with `values`, `intervals` and `warnings`.
 
-A recipe's `evaluate.metric` names a judge of labelled images instead: `metrics.get(name)(images, labels)` gives a dict
+A recipe's `evaluate.metric` names a judge of labelled images instead: `metrics.find(name)(images, labels)` gives a dict
 of scores, for images (N, C, H, W) in [0, 1].
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dic_repa.data.digits import NUM_CLASSES, load_digits, resize
 from dic_repa.errors import UserError
 from dic_repa.evaluation.frechet import frechet_distance, statistics
-from dic_repa.precision import tf32
+from dic_repa.runtime.precision import tf32
 
 IMAGE_SIZE = 16
 FEATURES = 64

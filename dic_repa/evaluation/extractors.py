@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.errors import UserError
+from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.registry import Registry
-from dic_repa.weights import load_weights, read_tensors
 
 extractors = Registry("feature extractor")
 INCEPTION_SHA256 = "6726825d"  # the first digits, which torch-fidelity's file has in its name

@@ -12,7 +12,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import Extractor
 from dic_repa.evaluation.frechet import RunningStatistics
 from dic_repa.evaluation.image_sets import ImageSet, as_uint8
-from dic_repa.precision import tf32
+from dic_repa.runtime.precision import tf32
 
 
 @dataclass

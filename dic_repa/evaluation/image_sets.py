@@ -21,7 +21,7 @@ from torch import Tensor
 from dic_repa.data.files import open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, center_crop, decode_image
 from dic_repa.errors import UserError
-from dic_repa.evaluation.npz import NpzFile
+from dic_repa.files.npz import NpzFile
 
 THREADS = 8
 DIGITS = "digits"

@@ -22,7 +22,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def directions(name: str) -> dict[str, str]:
     """'higher' or 'lower', which is better, for each score that the judge or metric of this name gives."""
-    return {name: scores.get(name).better} if name in scores else getattr(metrics.get(name), "better", {})
+    return {name: scores.find(name).better} if name in scores else getattr(metrics.find(name), "better", {})
 
 
 def all_directions() -> dict[str, str]:
@@ -38,7 +38,7 @@ def measured(names: Sequence[str], reference) -> list[str]:
 
 def title(score: str) -> str:
     """How a score is called where it is shown: a metric by its title ('FD-digits'), another by its name."""
-    return scores.get(score).title if score in scores else score
+    return scores.find(score).title if score in scores else score
 
 
 def own_encoder(recipe: Recipe) -> dict[str, dict]:
@@ -51,7 +51,7 @@ def own_encoder(recipe: Recipe) -> dict[str, dict]:
 
 def by_encoder(names: Sequence[str]) -> list[str]:
     """The metrics among `names` that compare the tokens of a run's own encoder."""
-    return [name for name in names if name in scores and scores.get(name).layer.startswith("encoder.")]
+    return [name for name in names if name in scores and scores.find(name).layer.startswith("encoder.")]
 
 
 class Judge:
@@ -75,7 +75,7 @@ class Judge:
         extractor_options: dict[str, dict] | None = None,
     ):
         check_names(names)
-        self.judges = [metrics.get(name) for name in names if name in metrics]
+        self.judges = [metrics.find(name) for name in names if name in metrics]
         own = measured(names, reference)
         self.measure = Measure(own, reference, device, extractor_options=extractor_options) if own else None
         self.better = {score: better for name in names for score, better in directions(name).items()}

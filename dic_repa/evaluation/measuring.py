@@ -15,7 +15,7 @@ from dic_repa.evaluation.features import FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import ImageSet
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.evaluation.scores import KID_SUBSET_SIZE, scores
-from dic_repa.precision import tf32
+from dic_repa.runtime.precision import tf32
 
 ADM_METRICS = ("fid", "sfid", "is", "prec", "recall")
 FULL_COUNT = 50_000  # samples behind a published FID
@@ -49,7 +49,7 @@ class Measured:
 
 def check_reference(metrics: Sequence[str], reference) -> None:
     """A UserError where some of the `metrics` compare with real images and the `reference` is missing."""
-    needy = [name for name in metrics if scores.get(name).needs]
+    needy = [name for name in metrics if scores.find(name).needs]
     if needy and reference is None:
         compare = "compares" if len(needy) == 1 else "compare"
         mend = "give a reference (--reference, or evaluate.reference in a recipe)"
@@ -87,13 +87,13 @@ class Measure:
         share: Share | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ):
-        self.metrics = {name: scores.get(name) for name in metrics}
+        self.metrics = {name: scores.find(name) for name in metrics}
         self.device, self.batch_size, self.share, self.resize = device, batch_size, share, resize
         self.layers = list(dict.fromkeys(score.layer for score in self.metrics.values()))
         names = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
         options = extractor_options or {}
         check_reference(metrics, reference)
-        self.extractors = {name: extractors.get(name)(**options.get(name, {})).to(device) for name in names}
+        self.extractors = {name: extractors.find(name)(**options.get(name, {})).to(device) for name in names}
         self.reference: FeatureSet | None = None
         needed = [score for score in self.metrics.values() if score.needs]
         if needed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dic_repa.pictures import save_figure
+from dic_repa.files.pictures import save_figure
 
 TITLES = {
     "cka": "linear CKA",

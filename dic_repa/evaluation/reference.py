@@ -18,15 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dic_repa.aside import write_aside
 from dic_repa.errors import UserError, first_line
 from dic_repa.evaluation.extractors import Extractor, describe_extractor
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
-from dic_repa.evaluation.npz import NpzFile
 from dic_repa.evaluation.scores import Score
-from dic_repa.outputs import MARK
-from dic_repa.progress import detail
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.npz import NpzFile
+from dic_repa.files.outputs import MARK
+from dic_repa.runtime.progress import detail
 
 KEPT = 10_000  # reference images behind precision, recall and KID, as in ADM's reference files
 FORMAT = "1"

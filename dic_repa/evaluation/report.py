@@ -18,8 +18,8 @@ from dic_repa import __version__
 from dic_repa.evaluation import metrics, scores
 from dic_repa.evaluation.judging import directions, title
 from dic_repa.evaluation.report_data import read_run
-from dic_repa.outputs import MARK, check_file
-from dic_repa.training.run_folder import RunFolder, write_whole
+from dic_repa.files.outputs import MARK, check_file
+from dic_repa.runs.folder import RunFolder, write_whole
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -56,7 +56,7 @@ def _known_scores() -> dict[str, dict]:
     """What the page has to know of each score: its title, which direction is better, and the most that it can be."""
     known = {}
     for name in [*metrics.names(), *scores.names()]:
-        most = {name: scores.get(name).most} if name in scores else getattr(metrics.get(name), "most", {})
+        most = {name: scores.find(name).most} if name in scores else getattr(metrics.find(name), "most", {})
         for score, better in directions(name).items():
             known[score] = {"title": title(score), "better": better, "most": most.get(score)}
     return known

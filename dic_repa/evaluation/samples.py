@@ -11,9 +11,9 @@ from dic_repa.evaluation.extractors import describe_extractor
 from dic_repa.evaluation.image_sets import SAMPLES_FILE
 from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.evaluation.reference import UNTOLD
+from dic_repa.files.outputs import MARK
 from dic_repa.models.pretrained import CONFIG
-from dic_repa.outputs import MARK
-from dic_repa.training.run_folder import RunFolder, checkpoint_step, describe_environment, write_whole
+from dic_repa.runs.folder import RunFolder, checkpoint_step, describe_environment, write_whole
 
 
 def is_checkpoint(path: Path) -> bool:

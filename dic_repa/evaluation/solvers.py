@@ -10,7 +10,7 @@ from pathlib import Path
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import all_directions, title
 from dic_repa.evaluation.runs import evaluate_run
-from dic_repa.pictures import save_figure
+from dic_repa.files.pictures import save_figure
 from dic_repa.recipe import SampleSection
 from dic_repa.samplers import solver_info
 

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge, judge_of_score, own_encoder, title
-from dic_repa.generation import Checkpoint, build_sampler, checkpoint_of, draw_labels, weak_weights
+from dic_repa.files.outputs import begin_folder, check_folder
+from dic_repa.files.pictures import save_figure
+from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
-from dic_repa.outputs import begin_folder, check_folder
-from dic_repa.pictures import save_figure
 from dic_repa.recipe import GuidanceSection, SampleSection
-from dic_repa.training.run_folder import write_whole
-from dic_repa.weights import weights_fingerprint
+from dic_repa.runs.folder import write_whole
+from dic_repa.sampling.labels import draw_labels
+from dic_repa.sampling.load import Checkpoint, checkpoint_of, weak_weights
+from dic_repa.sampling.sampler import build_sampler
 
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.0, 0.85), (0.0, 1.0), (0.2, 0.8))
@@ -60,7 +62,7 @@ class Tuner:
     """The search on one checkpoint; `run()` does it.
 
     Args:
-        loaded: what `dic_repa.generation.load_checkpoint` gives for a run or a checkpoint.
+        loaded: what `dic_repa.sampling.sampler.load_checkpoint` gives for a run or a checkpoint.
         score: what counts: a score of the recipe's judge (digits: fd-digits, recognised), or a metric such as fid.
         reference: the real images that a metric compares with.
         sample: the sampler; by default the recipe's, whose guidance is replaced.

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError
+from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.dic import DiC
-from dic_repa.weights import load_weights, read_tensors
 
 # Ours to theirs. Their decoder stages are numbered in running order (0 is level 1), ours by level.
 _BLOCK = {

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.registry import list_denoisers, preset_options
 from dic_repa.models.sit import SiT, position_embedding
-from dic_repa.weights import load_weights, read_tensors
 
 FAMILIES = ("DiT", "SiT", "REPA")
 _RULES = [

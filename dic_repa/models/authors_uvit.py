@@ -14,9 +14,9 @@ import re
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.files.weights import load_weights
 from dic_repa.models.registry import list_denoisers, preset_options
 from dic_repa.models.uvit import EXTRA_TOKENS, UViT
-from dic_repa.weights import load_weights
 
 _RULES = [
     (r"patch_embed\.(.*)", r"patches.\1"),

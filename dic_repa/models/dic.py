@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.models.layout import layout_of, pixel_shuffle
+from dic_repa.models.gradient_checkpointing import RecomputableBlock
+from dic_repa.models.memory_format import layout_of, pixel_shuffle
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.models.recompute import RecomputableBlock
 from dic_repa.registry import Registry
 
 PRESETS = {
@@ -205,7 +205,7 @@ class DiC(Pretrained, nn.Module):
         condition_widths = widths if embedding == "per-level" else (width,) * 3
         encoder_depths, middle_depth, decoder_depths = depths[:2], depths[2], depths[:2:-1]  # decoder's by level too
         resampled = shape == "unet"
-        make = blocks.get(block)
+        make = blocks.find(block)
 
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.condition = nn.ModuleList(

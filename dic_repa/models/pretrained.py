@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
-from dic_repa.aside import write_aside, write_whole
 from dic_repa.errors import UserError, first_line
-from dic_repa.hub import offline_without_network
-from dic_repa.outputs import begin_folder, check_folder
-from dic_repa.weights import load_weights, read_tensors, save_tensors
+from dic_repa.files.atomic import write_aside, write_whole
+from dic_repa.files.hub import offline_without_network
+from dic_repa.files.outputs import begin_folder, check_folder
+from dic_repa.files.weights import load_weights, read_tensors, save_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -24,11 +24,9 @@ from torch import nn
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.dic import PRESETS as DIC_PRESETS
 from dic_repa.models.pretrained import Pretrained, saved_kind
-from dic_repa.plugins import entry_points, find_factory
 from dic_repa.registry import Registry
 
-GROUP = "dic_repa.denoisers"
-denoisers = Registry("model")
+denoisers = Registry("model", plural="denoisers")
 register_denoiser = denoisers.register
 
 
@@ -84,7 +82,7 @@ for _name, _preset in _PRESETS.items():
 def list_denoisers(pattern: str = "*") -> list[str]:
     """The names that can be built without further options and match a shell `pattern`: presets in the papers' order,
     then others."""
-    others = sorted({*denoisers.names(), *entry_points(GROUP)} - set(_PRESETS))
+    others = sorted(set(denoisers.names()) - set(_PRESETS))
     return fnmatch.filter([*(name for name, preset in _PRESETS.items() if "width" in preset.options), *others], pattern)
 
 
@@ -95,7 +93,7 @@ def preset_options(name: str) -> dict[str, Any]:
 
 def find_denoiser(name: str):
     """The class, function or preset of that name, its module imported; a UserError lists the near names."""
-    return find_factory(denoisers, GROUP, name)
+    return denoisers.find(name)
 
 
 def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **options) -> nn.Module:

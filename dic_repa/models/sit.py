@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from dic_repa.errors import UserError
 from dic_repa.models.dic import Condition
+from dic_repa.models.gradient_checkpointing import RecomputableBlock
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.models.recompute import RecomputableBlock
 from dic_repa.models.tokens import patch_grid, to_map, unpatchify
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dic_repa.errors import UserError
 from dic_repa.models.dic import timestep_embedding
+from dic_repa.models.gradient_checkpointing import RecomputableBlock
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.models.recompute import RecomputableBlock
 from dic_repa.models.tokens import patch_grid, to_map, unpatchify
 
 EXTRA_TOKENS = 2  # label and time

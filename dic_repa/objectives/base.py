@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.paths import Path
+from dic_repa.interpolants import Path
 from dic_repa.registry import Registry
 
 objectives = Registry("objective")
@@ -18,24 +17,7 @@ objectives = Registry("objective")
 
 def create_objective(name: str, **kwargs):
     """The objective filed under `name` ('flow-matching', 'ddpm'), made with `kwargs`. UserError for an unknown name."""
-    return objectives.get(name)(**kwargs)
-
-
-def from_spec(create: Callable[..., Any], spec: Any) -> Any:
-    """What a recipe may give for a part: its name, a mapping of `name` and its arguments, or the thing itself."""
-    if isinstance(spec, str):
-        return create(spec)
-    if isinstance(spec, Mapping):
-        if not isinstance(spec.get("name"), str):
-            raise UserError(f"{dict(spec)}: a part with arguments needs its name as well")
-        arguments = {key: value for key, value in spec.items() if key != "name"}
-        try:
-            return create(spec["name"], **arguments)
-        except TypeError as error:
-            raise UserError(f"arguments of '{spec['name']}': {error}") from None
-    if spec is None or isinstance(spec, bool | int | float | Sequence):
-        raise UserError(f"{spec!r} names no part: give its name, or a mapping of its name and arguments")
-    return spec
+    return objectives.create(name, **kwargs)
 
 
 @dataclass(frozen=True)

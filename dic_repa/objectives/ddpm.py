@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.interpolants import VPPath
 from dic_repa.objectives.base import Noisy, VelocityModel, objectives, once, run_denoiser
-from dic_repa.paths import VPPath
 from dic_repa.samplers.beta_schedule import BetaSchedule
 from dic_repa.samplers.ddpm import split_output
 

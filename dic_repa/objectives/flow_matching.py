@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.objectives.base import Noisy, VelocityModel, from_spec, objectives, prediction_channels
-from dic_repa.objectives.time_sampling import create_time_sampling, shift_time
-from dic_repa.objectives.weighting import create_weighting
-from dic_repa.paths import Path, check_prediction, create_path
+from dic_repa.interpolants import Path, check_prediction, paths
+from dic_repa.objectives.base import Noisy, VelocityModel, objectives, prediction_channels
+from dic_repa.objectives.time_sampling import shift_time, time_samplings
+from dic_repa.objectives.weighting import weightings
 
 
 @objectives.register("flow-matching")
@@ -37,10 +37,10 @@ class FlowMatching:
         weighting="none",
         shift: float = 1.0,
     ):
-        self.path = from_spec(create_path, path)
-        self.time = from_spec(create_time_sampling, time)
+        self.path = paths.create(path)
+        self.time = time_samplings.create(time)
         self.prediction = check_prediction(prediction)
-        self.weighting = from_spec(create_weighting, weighting)
+        self.weighting = weightings.create(weighting)
         if not shift > 0:
             raise UserError(f"shift {shift}: give a number above 0, 1 for none")
         self.shift = shift

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dic_repa.paths import Path
+from dic_repa.interpolants import Path
 from dic_repa.registry import Registry
 
 time_samplings = Registry("time sampling")
@@ -15,7 +15,7 @@ time_samplings = Registry("time sampling")
 
 def create_time_sampling(name: str, **kwargs):
     """The time sampling filed under `name`, made with `kwargs`. Raises UserError for an unknown name."""
-    return time_samplings.get(name)(**kwargs)
+    return time_samplings.create(name, **kwargs)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dic_repa.paths import Path
+from dic_repa.interpolants import Path
 from dic_repa.registry import Registry
 
 weightings = Registry("weighting")
@@ -20,7 +20,7 @@ weightings = Registry("weighting")
 
 def create_weighting(name: str, **kwargs):
     """The weighting filed under `name`, made with `kwargs`. Raises UserError for an unknown name."""
-    return weightings.get(name)(**kwargs)
+    return weightings.create(name, **kwargs)
 
 
 @weightings.register("none")

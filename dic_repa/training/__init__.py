@@ -1,6 +1,6 @@
-"""Training: the loop, the averaged weights, checkpoints, the run's folder, its randomness, and what may go wrong.
+"""Training: the loop, the averaged weights, checkpoints, its randomness, and what may go wrong.
 
-The names load on first use: what only looks at a run's folder has no need of torch.
+The names load on first use.
 """
 
 from importlib import import_module
@@ -9,7 +9,6 @@ _EXPORTS = {
     "EMA": "ema",
     "PowerEMA": "ema",
     "Preempted": "preemption",
-    "RunFolder": "run_folder",
     "train": "loop",
 }
 __all__ = list(_EXPORTS)

@@ -23,17 +23,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dic_repa.aside import write_aside
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.weights import WRITE_ERRORS, load_weights, read_tensors, save_tensors
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import Recipe, to_yaml
+from dic_repa.runs.folder import RunFolder, checkpoint_step
+from dic_repa.runs.manifest import write_manifest
 from dic_repa.training.ema import EMA, PowerEMA
-from dic_repa.training.manifest import write_manifest
 from dic_repa.training.parts import Parts
-from dic_repa.training.run_folder import RunFolder, checkpoint_step
 from dic_repa.training.sharding import cut_like, to_cpu
-from dic_repa.weights import WRITE_ERRORS, load_weights, read_tensors, save_tensors
 
 
 @dataclass

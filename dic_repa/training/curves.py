@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from dic_repa.pictures import save_figure
-from dic_repa.training.run_folder import RunFolder
+from dic_repa.files.pictures import save_figure
+from dic_repa.runs.folder import RunFolder
 
 _PANELS = {
     "denoising": ("denoising loss", 1.0),

@@ -19,19 +19,19 @@ from accelerate import Accelerator
 from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
-from dic_repa.build import build_decoder, build_denoiser, build_objective, data_traits, import_plugins
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
-from dic_repa.precision import tf32
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
-from dic_repa.recipe_diff import differences, paper_recipe
+from dic_repa.recipe.build import build_decoder, build_denoiser, build_objective, data_traits, import_plugins
+from dic_repa.recipe.differences import differences, paper_recipe
+from dic_repa.runs.folder import RunFolder
+from dic_repa.runtime.precision import tf32
 from dic_repa.training.header import device_name
 from dic_repa.training.inputs import check_batch, step_inputs
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
 from dic_repa.training.parts import Parts, build_parts, check_ending
 from dic_repa.training.power import PowerMeter
-from dic_repa.training.run_folder import RunFolder
 
 STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU

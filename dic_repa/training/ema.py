@@ -18,7 +18,6 @@ from torch import nn
 
 from dic_repa.errors import UserError
 
-RAW = "raw"  # the name of the weights themselves, among those of their averages
 WIDEST = 0.2886  # sigma_rel of gamma 0, the mean of all steps; below that, gamma rises
 
 

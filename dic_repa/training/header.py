@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from dic_repa.build import build_denoiser
 from dic_repa.models import measure_cost
 from dic_repa.recipe import AlignmentSection, Recipe
-from dic_repa.threads import describe_threads
+from dic_repa.recipe.build import build_denoiser
+from dic_repa.runs.folder import RunFolder
+from dic_repa.runtime.threads import describe_threads
 from dic_repa.training.parts import Parts
-from dic_repa.training.run_folder import RunFolder
 
 PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 

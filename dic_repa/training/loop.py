@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
-from dic_repa.precision import tf32
-from dic_repa.processes import start_processes
-from dic_repa.progress import say
 from dic_repa.recipe import Recipe, TrainSection
-from dic_repa.recipe_folders import note_current_folder
+from dic_repa.recipe.folders import note_current_folder
+from dic_repa.runs.folder import RunFolder, write_whole
+from dic_repa.runs.lock import locked
+from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.processes import start_processes
+from dic_repa.runtime.progress import say
 from dic_repa.training.checkpoint import (
     CheckpointWriter,
     copy_state,
@@ -31,15 +33,13 @@ from dic_repa.training.checkpoint import (
     write_checkpoint,
     write_snapshots,
 )
-from dic_repa.training.evaluating import Evaluator
+from dic_repa.training.evaluator import Evaluator
 from dic_repa.training.header import run_header
 from dic_repa.training.inputs import batches, check_batch, step_inputs
-from dic_repa.training.lock import locked
-from dic_repa.training.metrics import MetricLog
+from dic_repa.training.log import MetricLog
 from dic_repa.training.parts import Parts, build_parts, check_ending
 from dic_repa.training.preemption import Preempted, StopRequest
 from dic_repa.training.randomness import data_order
-from dic_repa.training.run_folder import RunFolder, write_whole
 from dic_repa.training.sharding import wants_sharding, whole
 from dic_repa.training.step_guard import StepGuard, Verdict
 from dic_repa.training.trackers import Trackers, check_trackers
@@ -267,8 +267,8 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, 
 
     While the average is far behind, those of the weights as they are now stand beside them.
     """
-    from dic_repa.generation import balanced_labels
-    from dic_repa.pictures import draw_grid, save_picture, save_side_by_side
+    from dic_repa.files.pictures import draw_grid, save_picture, save_side_by_side
+    from dic_repa.sampling.labels import balanced_labels
 
     shown = max(1, min(10, parts.data.num_classes))
     each = 6 if shown > 1 else 30

@@ -15,7 +15,12 @@ from torch.utils.data import Dataset
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.alignment.cache import FeatureCache, feature_cache
-from dic_repa.build import (
+from dic_repa.data.latents import LatentDataset, data_shape
+from dic_repa.data.saved import SavedData
+from dic_repa.errors import UserError, did_you_mean
+from dic_repa.models import forward_on_meta
+from dic_repa.recipe import Recipe, TrainSection
+from dic_repa.recipe.build import (
     build_alignment,
     build_dataset,
     build_denoiser,
@@ -23,13 +28,9 @@ from dic_repa.build import (
     build_objective,
     import_plugins,
 )
-from dic_repa.data.latents import LatentDataset, data_shape
-from dic_repa.data.saved import SavedData
-from dic_repa.errors import UserError, did_you_mean
-from dic_repa.models import forward_on_meta
-from dic_repa.precision import allow_tf32
-from dic_repa.recipe import Recipe, TrainSection
-from dic_repa.training.ema import EMA, RAW, PowerEMA
+from dic_repa.runs.folder import RAW
+from dic_repa.runtime.precision import allow_tf32
+from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.sharding import shard, wants_sharding
 
 
@@ -96,7 +97,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     )
     objective, sampler = build_objective(recipe.objective), None
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
-        from dic_repa.generation import Checkpoint, build_sampler
+        from dic_repa.sampling.load import Checkpoint
+        from dic_repa.sampling.sampler import build_sampler
 
         # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
         # In float32 where it is sharded, for a sharded model cannot be copied into another precision.
@@ -173,7 +175,7 @@ def check_ending(recipe: Recipe, objective) -> None:
     """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
     from dic_repa.evaluation.judging import by_encoder, check_names, measured
     from dic_repa.evaluation.measuring import check_reference
-    from dic_repa.generation import check_sampling
+    from dic_repa.sampling.sampler import check_sampling
 
     check_sampling(recipe.sample, objective)
     if recipe.evaluate:

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dic_repa.aside import write_aside
 from dic_repa.data.saved import DATA_FILE
 from dic_repa.errors import UserError, first_line
-from dic_repa.outputs import check_folder
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.outputs import check_folder
+from dic_repa.files.weights import WRITE_ERRORS, read_tensors, save_tensors
+from dic_repa.runs.folder import RunFolder
 from dic_repa.training.ema import sigma_rel_to_gamma
-from dic_repa.training.run_folder import RunFolder
-from dic_repa.weights import WRITE_ERRORS, read_tensors, save_tensors
 
 
 @dataclass(frozen=True)

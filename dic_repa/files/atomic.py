@@ -1,0 +1,129 @@
+"""Files and folders that are whole or not there: written aside, flushed, renamed. All outputs come to be here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from dic_repa.errors import UserError
+from dic_repa.files.outputs import (
+    ASIDE,
+    MARKER,
+    Marker,
+    check_file,
+    check_folder,
+    list_output,
+    read_marker,
+    remove_listed,
+    write_marker,
+)
+
+
+@contextlib.contextmanager
+def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
+    """A name beside `path` for a file, or an empty folder beside it for one of a `kind` of `outputs.KINDS`, which takes
+    the place of `path` once it is whole and on the disk.
+
+    A UserError where there is something that is not ours. A fault leaves what was there before, a kill that and the
+    name, which the next writer removes. Of a folder that is there, what is not ours is left in it. The umask decides
+    who may read what was written, whatever the library that wrote it thinks.
+    """
+    path = Path(path)
+    check = (lambda: check_folder(path, kind)) if kind else (lambda: check_file(path))
+    if os.path.lexists(path):  # where nothing is, the system itself says best why nothing can be
+        check()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{ASIDE}{path.name}")
+    _remove(aside)
+    try:
+        mode = _new_file_mode(aside)
+        list_output(path)  # before it is there, so that a kill leaves nothing that is not listed
+        if kind:
+            aside.mkdir()
+        yield aside
+        if kind:
+            write_marker(aside, Marker(kind, set(_names(aside))))
+        for entry in [*aside.rglob("*"), aside]:
+            if entry.is_file() and stat.S_IMODE(entry.stat().st_mode) != mode:
+                entry.chmod(mode)
+            _flush(entry)
+        if os.path.lexists(path):  # it may have been hours
+            check()
+            _check_way(aside, path)
+        if kind and path.is_dir():
+            _move_into(aside, path)
+        else:
+            os.replace(aside, path)
+        _flush(path.parent)
+    except OSError as error:
+        if isinstance(error.filename, str):  # the user knows the name that it was to have
+            error.filename = error.filename.replace(aside.name, path.name)
+        raise
+    finally:
+        _remove(aside)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file aside and rename it, so that a kill or a full disk leaves the old one or the new one, whole."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def _move_into(aside: Path, path: Path) -> None:
+    """Put the content of `aside` into the folder `path` of ours, in place of what it lists."""
+    remove_listed(path)
+    (path / MARKER).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # what is not ours is left in it
+        path.rmdir()
+    if not path.is_dir():
+        os.replace(aside, path)
+        return
+    for name in [MARKER, *_names(aside)]:  # it first: after a kill the folder is still ours
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(aside / name, path / name)
+
+
+def _check_way(aside: Path, path: Path) -> None:
+    """A UserError where what is not ours bears a name that is about to be written into the folder of ours `path`."""
+    marker = read_marker(path) if path.is_dir() else None
+    for name in _names(aside) if marker else ():
+        ways = [path / name, *((path / parent) for parent in list(PurePosixPath(name).parents)[:-1])]
+        taken = [way for way in ways[1:] if way.is_symlink() or way.is_file()]
+        taken += [ways[0]] if os.path.lexists(ways[0]) and name not in marker else []
+        if taken:
+            raise UserError(f"{taken[0]} is in the way, and not of dic-repa's making; move it, or name another folder")
+
+
+def _names(folder: Path) -> list[str]:
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    return sorted(name for name in files if name != MARKER)
+
+
+def _new_file_mode(probe: Path) -> int:
+    """The permissions of a new file here: asked of the system by making one, since the umask itself cannot be read
+    without changing it, in all threads."""
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return os.fstat(descriptor).st_mode & 0o777
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""ADM's `.npz` of samples (`arr_0`: images, `arr_1`: labels), read and written without holding the images in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from dic_repa.errors import UserError, first_line
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.outputs import MARK
+
+_LOCAL_HEADER = 30  # bytes in front of a zip member's name
+
+
+def write_npz(
+    path: str | Path, images: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray | None = None
+) -> None:
+    """Stream batches of uint8 images into `arr_0` (N, H, W, C) of `shape`, uncompressed, as `np.savez` lays it out.
+
+    `labels` (N,) become `arr_1`. Written aside and renamed. Raises UserError where the batches do not make up `shape`.
+    """
+    path = Path(path)
+    with write_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = MARK.encode()
+        # force_zip64, since 50,000 images of 256 px pass the 4 GiB that a plain zip member can have.
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
+            np.lib.format.write_array_header_1_0(member, header)
+            written = 0
+            for batch in images:
+                if batch.dtype != np.uint8 or batch.shape[1:] != tuple(shape[1:]):
+                    raise UserError(
+                        f"{path} takes uint8 images {tuple(shape[1:])}, not {batch.dtype} {batch.shape[1:]}"
+                    )
+                member.write(np.ascontiguousarray(batch).data)
+                written += len(batch)
+        if written != shape[0]:
+            raise UserError(f"{path} was to have {shape[0]} images, but there are {written}")
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
+
+
+class NpzFile:
+    """The arrays of an `.npz` by name: `names`, `array(name)` in memory, `mapped(name)` as a memory map, `shape(name)`.
+
+    Nothing is unpickled. Raises UserError for a file that is truncated or no `.npz`, and for an array it lacks.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        except FileNotFoundError:
+            raise UserError(f"there is no file {self.path}") from None
+        except (zipfile.BadZipFile, OSError) as error:
+            raise self._damaged(error) from None
+        self.names = tuple(self._members)
+
+    def checksum(self) -> str:
+        """Of the contents, from the checksums that the zip's directory has."""
+        return "-".join(f"{name}:{info.CRC:08x}:{info.file_size}" for name, info in sorted(self._members.items()))
+
+    def array(self, name: str) -> np.ndarray:
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self._member(name)) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+            raise self._damaged(error) from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The array's shape, from its header alone."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self._member(name)) as file:
+                return self._header(file)[0]
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+            raise self._damaged(error) from None
+
+    def mapped(self, name: str) -> np.ndarray:
+        """The array as it lies in the file; a compressed one is unpacked into a temporary file first."""
+        info = self._member(name)
+        try:
+            if info.compress_type != zipfile.ZIP_STORED:
+                return self._unpacked(info)
+            with self.path.open("rb") as file:
+                file.seek(info.header_offset + _LOCAL_HEADER - 4)
+                name_length, extra_length = struct.unpack("<HH", file.read(4))
+                file.seek(name_length + extra_length, os.SEEK_CUR)
+                return self._map(file)
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, struct.error) as error:
+            raise self._damaged(error) from None
+
+    def _unpacked(self, info: zipfile.ZipInfo) -> np.ndarray:
+        with tempfile.TemporaryFile() as file:
+            with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+                shutil.copyfileobj(member, file, 1 << 20)
+            file.seek(0)
+            return self._map(file)  # the map keeps the file's space until it is let go of
+
+    @staticmethod
+    def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise ValueError(f"version {version} of the npy format")
+        return read_header[version](file)
+
+    @classmethod
+    def _map(cls, file) -> np.ndarray:
+        shape, fortran, dtype = cls._header(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+    def _member(self, name: str) -> zipfile.ZipInfo:
+        if name not in self._members:
+            raise UserError(f"{self.path} has no array {name} (it has {', '.join(self.names) or 'none'})")
+        return self._members[name]
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"{self.path} is truncated or no .npz file ({first_line(error)}); copy or write it again")

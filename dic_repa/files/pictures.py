@@ -1,0 +1,150 @@
+"""Images in files: PNG, and many as one labelled picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dic_repa.errors import UserError
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.outputs import MARK, check_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_ROWS = 20  # of a grid
+INK, BACKGROUND = (40, 40, 40), (250, 250, 250)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (..., C, H, W) in [0, 1] as uint8 (..., H, W, C), rounded to the nearest level."""
+    return (images * 255).round().to(torch.uint8).movedim(-3, -1)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """One image (C, H, W) in [0, 1], of one or three channels, as a PNG, written aside and renamed."""
+    array = to_uint8(image).numpy()
+    aside = path.with_name(f".writing-{path.name}")
+    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(aside, "PNG", compress_level=1)
+    os.replace(aside, path)
+
+
+def save_picture(image: Image.Image, path: str | Path) -> None:
+    """A PIL image as the file `path`, of the format that its ending says, marked as ours in its Exif data.
+
+    A UserError where there is something at `path` that is not ours.
+    """
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = MARK
+    with write_aside(path) as aside, aside.open("wb") as file:
+        image.save(file, Image.registered_extensions()[Path(path).suffix.lower()], exif=exif)
+
+
+FIGURES = (".png", ".pdf", ".svg")
+
+
+def check_figure(path: str | Path) -> None:
+    """A UserError where no figure may be written at `path`, or its ending is none of `FIGURES`."""
+    check_file(path)
+    if Path(path).suffix.lower() not in FIGURES:
+        raise UserError(f"{path} is no picture; end it in {', '.join(FIGURES)}")
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
+    """A figure of matplotlib's as the file `path`, PNG, PDF or SVG, marked as ours in its metadata.
+
+    A UserError where there is something at `path` that is not ours.
+    """
+    check_figure(path)
+    ending = Path(path).suffix.lower()[1:]
+    metadata = {"Software" if ending == "png" else "Creator": MARK}
+    with write_aside(path) as aside, aside.open("wb") as file:
+        figure.savefig(file, format=ending, dpi=dpi, metadata=metadata)
+
+
+def load_png(path: Path) -> Tensor:
+    """A PNG as (C, H, W) in [0, 1]; a UserError names a file that is no whole image."""
+    try:
+        with Image.open(path) as image:
+            array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{path} is not a whole image ({error})") from None
+    return torch.from_numpy(array).view(*array.shape[:2], -1).movedim(-1, 0).float() / 255
+
+
+def shown_in_grid(labels: Tensor, columns: int) -> list[int]:
+    """The indices of the images, by their labels (N,), that a grid shows: a row of each of the first classes, or as
+    many rows of the only one.
+    """
+    found = labels.unique()[:MOST_ROWS]
+    each = columns * MOST_ROWS if len(found) == 1 else columns
+    return [i for label in found for i in (labels == label).nonzero()[:each, 0].tolist()]
+
+
+def save_grid(images: Tensor, path: Path, labels: Tensor, class_names: Sequence[str], columns: int, **options) -> None:
+    """Write `draw_grid`'s picture of the images."""
+    save_picture(draw_grid(images, labels, class_names, columns, **options), path)
+
+
+def save_side_by_side(pictures: dict[str, Image.Image], path: Path) -> None:
+    """Write pictures of the same height as one, each under its title."""
+    font = ImageFont.load_default(size=20)
+    head, gap = 36, 24
+    width = sum(picture.width for picture in pictures.values()) + gap * (len(pictures) - 1)
+    sheet = Image.new("RGB", (width, head + max(picture.height for picture in pictures.values())), BACKGROUND)
+    draw, left = ImageDraw.Draw(sheet), 0
+    for title, picture in pictures.items():
+        draw.text((left + picture.width // 2, head // 2), title, fill=INK, font=font, anchor="mm")
+        sheet.paste(picture, (left, head))
+        left += picture.width + gap
+    save_picture(sheet, path)
+
+
+def draw_grid(
+    images: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    columns: int,
+    height: int = 480,
+    headings: Sequence[str] = (),
+) -> Image.Image:
+    """Images (N, C, H, W) in [0, 1] as one picture, a row for each class, its name in front.
+
+    Which are shown, `shown_in_grid` says; small images are enlarged by a whole number until the grid is about `height`.
+    `headings` are put above the columns.
+    """
+    shown = shown_in_grid(labels, columns)
+    images, labels = images[shown], labels[shown]
+    rows = [(int(label), row) for label in labels.unique() for row in images[labels == label].split(columns)]
+    size = images.shape[-1]
+    scale = max(1, height // (size * len(rows)))
+    cell, gap = size * scale, max(2, scale // 2)
+    font = ImageFont.load_default(size=max(11, min(28, cell // 2)))
+    margin = int(max(font.getlength(_name(label, class_names)) for label, _ in rows)) + 16
+    widest = max(len(row) for _, row in rows)
+    small = ImageFont.load_default(size=max(8, min(28, cell // 4)))
+    head = int(small.size) + 8 if headings else 0
+    sheet = Image.new("RGB", (margin + widest * (cell + gap), head + len(rows) * (cell + gap) + gap), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for j, heading in enumerate(headings[:widest]):
+        middle = margin + j * (cell + gap) + cell // 2
+        draw.text((middle, head // 2 + 2), heading, fill=INK, font=small, anchor="mm")
+    for i, (label, row) in enumerate(rows):
+        top = head + gap + i * (cell + gap)
+        draw.text((margin - 8, top + cell // 2), _name(label, class_names), fill=INK, font=font, anchor="rm")
+        for j, image in enumerate(row):
+            array = to_uint8(image.expand(3, -1, -1) if len(image) == 1 else image[:3]).numpy()
+            tile = Image.fromarray(array).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + j * (cell + gap), top))
+    return sheet
+
+
+def _name(label: int, class_names: Sequence[str]) -> str:
+    return class_names[label] if label < len(class_names) else "none"

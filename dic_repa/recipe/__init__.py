@@ -1,0 +1,43 @@
+"""Recipes: the schema, its files, what differs between two, and from sections to parts (`recipe.build`)."""
+
+from dic_repa.recipe.schema import (
+    AlignmentSection,
+    DataSection,
+    EvaluateSection,
+    GridSection,
+    GuidanceSection,
+    ModelSection,
+    ObjectiveSection,
+    PaperSection,
+    Recipe,
+    SampleSection,
+    SamplingRecipe,
+    TrainSection,
+    list_paper_rows,
+    list_recipes,
+    load_recipe,
+    load_training_recipe,
+    to_yaml,
+    validate,
+)
+
+__all__ = [
+    "AlignmentSection",
+    "DataSection",
+    "EvaluateSection",
+    "GridSection",
+    "GuidanceSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "PaperSection",
+    "Recipe",
+    "SampleSection",
+    "SamplingRecipe",
+    "TrainSection",
+    "list_paper_rows",
+    "list_recipes",
+    "load_recipe",
+    "load_training_recipe",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,195 @@
+"""From a recipe's sections to the things they name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dic_repa.alignment import Alignment
+from dic_repa.data import datasets
+from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
+from dic_repa.data.images import unit_images
+from dic_repa.data.latent_files import DEFAULT_AUTOENCODER
+from dic_repa.data.latents import data_shape, pixels_decoder
+from dic_repa.data.prepared import prepared_spec
+from dic_repa.data.saved import SavedData
+from dic_repa.errors import UserError, first_line
+from dic_repa.models import create_denoiser, find_denoiser
+from dic_repa.objectives import create_objective
+from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
+from dic_repa.registry import add_folders, import_plugin
+from dic_repa.runtime.progress import detail
+
+
+def import_plugins(recipe: Recipe) -> None:
+    """Import the modules that the recipe names, which register parts of the user's own."""
+    add_folders(recipe.folders)
+    for name in recipe.plugins:
+        import_plugin(name)
+    find_denoiser(recipe.model.name)  # one of the user's own must be known before a saved one is loaded
+
+
+def build_dataset(section: DataSection, split: str = "train"):
+    """The data set: samples are dicts of `label`, `image` (where there are images) and `x` or the `moments` that it is
+    drawn from; it has `num_classes`, `channels`, `class_names`.
+    """
+    factory = datasets.find(section.name)
+    given = {"path": section.place, "autoencoder": section.autoencoder}
+    given = {key: value for key, value in given.items() if value is not None}
+    if section.place:
+        detail(f"data: {section.place}")
+    try:
+        inspect.signature(factory).bind(split=split, size=section.size, **given, **section.options)
+    except TypeError as error:
+        raise UserError(f"data set '{section.name}' does not fit the recipe's `data`: {error}") from None
+    try:
+        return factory(split=split, size=section.size, **given, **section.options)
+    except TypeError as error:
+        if not section.options:
+            raise
+        raise UserError(f"data set '{section.name}' does not take these options: {first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class DataTraits:
+    """What the parts of a recipe need to know of its data. `image_size` is 0 where there are no images."""
+
+    channels: int
+    num_classes: int
+    image_channels: int
+    image_size: int
+
+
+def data_traits(section: DataSection) -> tuple[DataTraits, str]:
+    """The traits of the recipe's data, and why they had to be assumed; '' where the data is on this machine.
+
+    Assumed are Stable Diffusion's latents (or pixels, with the autoencoder `none`) and ImageNet's 1000 classes.
+    """
+    try:
+        data = build_dataset(section)
+        image = data[0].get("image")
+    except UserError as error:
+        if section.place and Path(section.place).exists():  # it is here, and does not fit
+            raise
+        pixels = section.autoencoder == "none"
+        size = section.size if pixels else 8 * section.size
+        return DataTraits(3 if pixels else 4, section.options.get("num_classes", 1000), 3, size), str(error)
+    channels, size = (0, 0) if image is None else (image.shape[0], image.shape[-1])
+    return DataTraits(data.channels, data.num_classes, channels, size), ""
+
+
+def build_decoder(
+    section: DataSection,
+    device: torch.device | str = "cpu",
+    saved: SavedData | None = None,
+    place: str | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """From the denoiser's data to images in [0, 1], of a batch at once: whoever calls it bounds the batch.
+
+    The training data itself is not needed where `saved` tells of it, or the recipe names its autoencoder. `place` is
+    where the autoencoder is now, if it is no longer under its name. A UserError where it cannot be found, or is another
+    than `saved` tells of.
+    """
+    if saved and saved.autoencoder:
+        return _saved_decoder(saved.autoencoder, device, place)
+    name = place or section.autoencoder
+    if section.name == "prepared":
+        name = name or prepared_spec(section.place).name
+    elif section.name in ("repa", "dit"):
+        name = name or DEFAULT_AUTOENCODER
+    return pixels_decoder if name in (None, "none") else load_autoencoder(name, device).decode
+
+
+def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str | None) -> Callable[[Tensor], Tensor]:
+    if spec.name == "none":
+        return pixels_decoder
+    mend = "name its folder with --autoencoder (sample.autoencoder in a recipe)"
+    try:
+        autoencoder = load_autoencoder(place or spec.name, device)
+    except UserError as error:
+        raise UserError(f"the model was trained behind the autoencoder {spec.name}; {mend}: {error}") from None
+    if not spec.same_weights(autoencoder.spec):
+        raise UserError(
+            f"the weights of {place or spec.name} are not those of the autoencoder that the model was trained behind "
+            f"({spec.name}); {mend}"
+        )
+    return autoencoder.decode
+
+
+def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]:
+    """The classes' names; their numbers where the data set is not on this machine."""
+    names = getattr(datasets.find(section.name), "class_names", None)
+    if names is None:
+        try:
+            names = build_dataset(section).class_names
+        except UserError:
+            names = range(num_classes)
+    return tuple(map(str, names))
+
+
+def build_denoiser(section: ModelSection, channels: int, num_classes: int) -> nn.Module:
+    """The denoiser for data of that many `channels` and classes; a UserError if it does not take the options."""
+    if twice := sorted(ModelSection.model_fields.keys() & section.options):
+        raise UserError(f"model.options: {', '.join(twice)} is a key of its own, model.{twice[0]}")
+    # What a recipe leaves at its default is left to the preset: DiT's learns sigma.
+    given = section.model_dump(exclude={"name", "options"}, exclude_defaults=True)
+    return create_denoiser(section.name, channels, num_classes, **given, **section.options)
+
+
+def build_objective(section: ObjectiveSection):
+    """The objective; a UserError if it does not take the options."""
+    objective = create_objective(section.name, **section.options)
+    try:
+        objective.draw((1, 1, 1, 1), torch.Generator())  # an option of the wrong kind may show only here
+    except UserError:
+        raise
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"objective '{section.name}' does not take these options: {first_line(error)}") from None
+    return objective
+
+
+def build_encoder(section: AlignmentSection, device: torch.device):
+    """The frozen encoder of an alignment, on `device`."""
+    from dic_repa.encoders import create_encoder  # timm takes seconds to import, and sampling has no use for it
+
+    encoder = create_encoder(section.encoder, **section.encoder_options)
+    return encoder.to(device) if isinstance(encoder, nn.Module) else encoder
+
+
+def build_alignment(
+    section: AlignmentSection, encoder, denoiser: nn.Module, data, device: torch.device | str = "cpu"
+) -> Alignment:
+    """The head and losses between the denoiser's tap and the encoder, for the sizes that `data` has.
+
+    A UserError where the encoder's tokens of the first image are not the grid that it promises.
+    """
+    from dic_repa.encoders import check_tokens
+
+    taken = inspect.signature(Alignment.build).parameters.keys() & section.head_options
+    if taken:
+        raise UserError(
+            f"alignments: head_options cannot hold {', '.join(sorted(taken))}, which an alignment has itself"
+        )
+    sample = data[0]
+    if "image" not in sample:
+        raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")
+    check_tokens(section.encoder, encoder, unit_images(sample["image"][None].to(device)))
+    return Alignment.build(
+        denoiser,
+        section.tap,
+        encoder.embed_dim,
+        encoder.token_grid(tuple(sample["image"].shape[-2:])),
+        size=data_shape(data)[-2:],
+        head=section.head,
+        weight=section.weight,
+        manifold_weight=section.manifold_weight,
+        target=section.target,
+        time_weight=section.time_weight,
+        schedule=section.schedule,
+        **section.head_options,
+    )

@@ -1,0 +1,162 @@
+"""Recipes as plain dicts: from files and bases, with keys overridden. What they may hold is `recipe.py`'s affair."""
+
+from __future__ import annotations
+
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dic_repa.errors import UserError, unknown_name
+from dic_repa.recipe.values import read_yaml
+
+
+def read_shipped() -> dict[str, dict]:
+    """The recipes that come with the package by their names, each as it stands in its file."""
+    files = {f.name[:-5]: f for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")}
+    return {name: _parse(files[name].read_text(encoding="utf-8"), name) for name in sorted(files)}
+
+
+def read_recipe(name_or_path: str | Path, seen: tuple[str, ...] = ()) -> dict:
+    """The plain dict of a name or file, merged with its bases; `seen` are those that have it as their base."""
+    text, label = _read(name_or_path)
+    if label in seen:
+        raise UserError(f"recipes name each other as their base: {' -> '.join([*seen, label])}")
+    raw = _parse(text, label)
+    base, resolved = raw.pop("base", None), {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
+        beside = Path(label).parent / base
+        resolved = read_recipe(beside if beside.is_file() else base, (*seen, label))
+        _drop_other_model(resolved, raw)
+        _drop_other_data(resolved, raw)
+    resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
+    for key, value in raw.items():
+        if "." in str(key):
+            _assign(resolved, key, value, label)
+    return resolved
+
+
+def recipe_files(name_or_path: str | Path) -> list[Path]:
+    """The file of that path and those that it is based on; none for a recipe of the package."""
+    files: list[Path] = []
+    while (file := Path(name_or_path)).suffix in (".yaml", ".yml") and file not in files:
+        files.append(file)
+        base = _parse(*_read(file)).get("base")
+        if base is None:
+            break
+        name_or_path = file.parent / base if (file.parent / base).is_file() else base
+    return files
+
+
+def _read(name_or_path: str | Path) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"there is no recipe file {path}")
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a text file in UTF-8") from None
+    file = resources.files("dic_repa.recipes") / f"{name_or_path}.yaml"
+    if "/" in str(name_or_path) or not file.is_file():
+        if (path / "recipe.yaml").is_file():
+            raise UserError(f"{path} is a run; name its recipe, {path / 'recipe.yaml'}")
+        if path.exists():
+            raise UserError(f"{path} is no recipe: name a file that ends in .yaml, or one of `dic-repa recipes`")
+        names = [f.name[:-5] for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")]
+        raise unknown_name("recipe", str(name_or_path), names)
+    return file.read_text(encoding="utf-8"), str(name_or_path)
+
+
+def _parse(text: str, label: str) -> dict:
+    try:
+        raw = read_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"{label} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{label} is not a recipe: it must be a mapping of keys to values")
+    return raw
+
+
+def _drop_other_model(base: dict, top: dict) -> None:
+    """Empty the `model` section of `base` where `top` names a model of another family, whose sizes are other keys."""
+    section, model = top.get("model"), base.get("model")
+    name = top.get("model.name") or (section.get("name") if isinstance(section, dict) else None)
+    if name and isinstance(model, dict) and _family(name) != _family(model.get("name", "DiC")):
+        del base["model"]
+
+
+def _drop_other_data(base: dict, top: dict) -> None:
+    """Empty `data.options` of `base` where `top` names another data set, which has other options."""
+    section, data = top.get("data"), base.get("data")
+    name = top.get("data.name") or (section.get("name") if isinstance(section, dict) else None)
+    if name and isinstance(data, dict) and name != data.get("name"):
+        data.pop("options", None)
+
+
+def _family(model: str) -> str:
+    """'DiC' of 'DiC-XL'."""
+    return str(model).partition("-")[0]
+
+
+def _merge(base: dict, top: dict) -> dict:
+    merged = copy.deepcopy(base)
+    for key, value in top.items():
+        if key == "paper" or not isinstance(merged.get(key), dict):  # one row's results are not another's
+            merged[key] = copy.deepcopy(value)
+        elif value is None:
+            del merged[key]  # back to the section's defaults
+        else:
+            merged[key] = _merge(merged[key], value) if isinstance(value, dict) else value
+    return merged
+
+
+def override_key(raw: dict, override: str) -> None:
+    """Apply one `--set` of the command line, 'train.steps=200', to a plain dict."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set takes key=value, such as train.steps=200, not '{override}'")
+    value = parse_value(text, f"--set {dotted}")
+    _drop_other_data(raw, {dotted: value})
+    _assign(raw, dotted, value, "--set")
+
+
+def _assign(raw: dict, dotted: str, value: Any, source: str) -> None:
+    """Set one dotted key of a raw recipe; `source` is who asks for it."""
+    *parents, last = dotted.split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}  # a section that the recipe leaves to its defaults
+        node = _child(node, part, f"{source} {dotted}")
+    if isinstance(node, list):
+        _child(node, last, f"{source} {dotted}")
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"{source} {dotted}: '{'.'.join(parents)}' has no keys of its own")
+
+
+def parse_value(text: str, source: str) -> Any:
+    """A value as a recipe has it. A UserError names its `source` where it cannot be read."""
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"{source}: '{text}' is not valid YAML") from None
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"{where}: there are {len(node)} entries, from 0; '{part}' is none of them")
+        return node[int(part)]
+    if isinstance(node, dict):
+        return node[part]
+    raise UserError(f"{where}: '{part}' is not inside a section")

@@ -1,0 +1,54 @@
+"""Where a recipe's plugins and its data are looked for: in the current folder, then in the recipe's `folders`.
+
+`load_recipe` notes the folder of the recipe's file there if it holds what the current folder lacks, and a run notes the
+current folder that it was begun in, so that it finds them again from wherever it is resumed or sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dic_repa.recipe.files import recipe_files
+
+if TYPE_CHECKING:
+    from dic_repa.recipe import Recipe
+
+# What lies beside a recipe.yaml that came with weights, whose folder is no place to import code from.
+_WITH_WEIGHTS = ("checkpoints", "environment.json", "config.json")
+
+
+def note_folders(recipe: Recipe, name_or_path: str | Path) -> None:
+    """Note in `recipe` the folders of its file, and of those that it is based on, that hold what is not here."""
+    beside = [file.parent for file in recipe_files(name_or_path) if not _came_with_weights(file)]
+    missing = [path for path in _looked_for(recipe) if not any(map(Path.exists, path))]
+    _note(recipe, [folder for folder in beside if any((folder / file).exists() for path in missing for file in path)])
+
+
+def note_current_folder(recipe: Recipe) -> Recipe:
+    """`recipe`, or a copy that notes the current folder, if that holds a plugin or the data."""
+    if not any(file.exists() for path in _looked_for(recipe) for file in path):
+        return recipe
+    noted = recipe.model_copy(deep=True)
+    _note(noted, [Path.cwd()])
+    return noted
+
+
+def _note(recipe: Recipe, folders: Iterable[Path]) -> None:
+    new = dict.fromkeys([*recipe.folders, *(str(folder.resolve()) for folder in folders)])
+    if list(new) != recipe.folders:
+        recipe.folders = list(new)
+
+
+def _came_with_weights(file: Path) -> bool:
+    return file.name == "recipe.yaml" and any((file.parent / name).exists() for name in _WITH_WEIGHTS)
+
+
+def _looked_for(recipe: Recipe) -> list[list[Path]]:
+    """The relative paths of each plugin's module, as a file or a folder, and of the data."""
+    parts = [recipe.model.name, *(name for a in recipe.alignments for name in (a.encoder, a.head))]
+    modules = [*recipe.plugins, *(name.partition(":")[0] for name in parts if ":" in name[:-1])]
+    tops = [module.partition(".")[0] for module in modules]
+    data = [[Path(recipe.data.path)]] if recipe.data.path and not Path(recipe.data.path).is_absolute() else []
+    return [[Path(f"{top}.py"), Path(top)] for top in tops if top] + data

@@ -1,0 +1,313 @@
+"""The typed schema of a recipe, and nothing that it builds.
+
+A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
+merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
+Of the base's `model` section nothing is left where the recipe names a model of another family: SiT has no DiC's depths;
+nor of its `data.options` where the recipe names another data set.
+`load_recipe` finds a file or one of the recipes that come with the package, applies `--set` overrides and validates;
+every mistake is one line that names the key and what it takes.
+"""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+
+from dic_repa.errors import UserError
+from dic_repa.recipe.files import override_key, read_recipe, read_shipped
+from dic_repa.recipe.folders import note_folders
+from dic_repa.recipe.keys import explain_mistake
+from dic_repa.recipe.section import Section
+from dic_repa.recipe.values import (
+    REAL,
+    WHOLE,
+    BelowOne,
+    Count,
+    Images,
+    Name,
+    Natural,
+    NotNegative,
+    Part,
+    Positive,
+    Precision,
+    Probability,
+    Time,
+    write_yaml,
+)
+
+
+class ModelSection(Section):
+    name: str = Field("DiC", description="a preset (`dic-repa info`), or DiC, SiT, DiT or U-ViT with sizes")
+    width: Annotated[int, Field(ge=2, strict=True), WHOLE] | None = Field(
+        None, description="channels of the first level, or of a token"
+    )
+    depths: tuple[Count, Count, Count, Count, Count] | None = Field(
+        None, description="blocks of the stages: encoder, encoder, middle, decoder, decoder"
+    )
+    learn_sigma: bool = Field(False, description="twice the output channels; the second half is a variance")
+    time_scale: Positive = Field(1.0, description="multiplies t before its embedding")
+    zero_gates: bool = Field(False, description="start each block as the identity")
+    options: dict[str, Any] = Field(default_factory=dict, description="other arguments of the denoiser's constructor")
+
+
+class DataSection(Section):
+    name: str = Field("digits", description="digits, prepared, repa, dit, images, random, or one of your own")
+    path: str | None = Field(None, description="where the data is; null: the data set needs none")
+    size: Annotated[int, Field(ge=4, strict=True), WHOLE] = Field(
+        16, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)"
+    )
+    autoencoder: str | None = Field(None, description="none (pixels), a hub id or a folder; null: the data set's own")
+    options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, labels, ...")
+    workers: Natural = Field(0, description="loader processes of each training process")
+    _folders: tuple[str, ...] = PrivateAttr(())  # the recipe's
+
+    @property
+    def place(self) -> str | None:
+        """Where `path` is: in the current folder, or else in the first of the recipe's `folders` that has it."""
+        places = [self.path] + [str(Path(folder, self.path)) for folder in self._folders if self.path]
+        return next((place for place in places if place and Path(place).exists()), self.path)
+
+
+class ObjectiveSection(Section):
+    name: str = Field("flow-matching", description="flow-matching, ddpm, or one of your own")
+    options: dict[str, Any] = Field(default_factory=dict, description="its arguments: path, time, prediction, ...")
+
+
+class AlignmentSection(Section):
+    encoder: str = Field(description="the frozen encoder whose tokens are the targets")
+    encoder_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the encoder")
+    tap: str = Field("mid.0", description="the submodule of the denoiser whose output is aligned")
+    head: str = Field("mlp", description="what projects the tapped feature map to the encoder's tokens")
+    head_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the head")
+    weight: NotNegative = Field(0.5, description="lambda, of the whole alignment loss")
+    manifold_weight: NotNegative = Field(3.0, description="w, of the manifold term against the token term")
+    target: Part = Field("tokens", description="what is compared with: tokens or spatial-norm (iREPA)")
+    time_weight: Part = Field("constant", description="weight of the alignment over t: constant or v-shape")
+    schedule: Part = Field(
+        "constant", description="weight of the alignment over steps: constant, cosine, stop or stop-at-similarity"
+    )
+    cache: bool = Field(False, description="compute the data's tokens once, into the feature cache")
+
+
+class TrainSection(Section):
+    steps: Count = Field(400_000, description="optimizer steps")
+    batch_size: Count = Field(256, description="images of one step, over all processes")
+    micro_batch: Count | None = Field(None, description="at most so many images in one pass of one process; null: all")
+    learning_rate: Positive = Field(1e-4, description="AdamW's, after the warm-up")
+    warmup_steps: Natural = Field(0, description="steps over which the learning rate rises to its value")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="AdamW's decays of the gradient's two moments")
+    weight_decay: NotNegative = Field(0.0, description="AdamW's")
+    gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
+    ema_decay: Probability = Field(0.9999, description="decay of the averaged weights that are sampled from")
+    ema_warmup: bool = Field(
+        True, strict=True, description="an average's decay after n steps is at most (1 + n) / (10 + n)"
+    )
+    more_ema_decays: list[Probability] = Field(
+        default_factory=list, description="averages kept beside it, in ema-DECAY/"
+    )
+    power_ema: list[Annotated[float, Field(gt=0, le=0.2886, strict=True), REAL]] = Field(
+        default_factory=list, description="sigma_rel of power-function averages, for any average after the run: two"
+    )
+    snapshot_every: Count | None = Field(None, description="steps between stored snapshots of power_ema; null: none")
+    label_dropout: Probability = Field(0.1, description="share of labels replaced by the null class")
+    precision: Precision = Field("no", description="mixed precision of the denoiser; no: float32")
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
+    tf32: bool = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
+    compile: bool = Field(False, description="torch.compile the denoiser with its heads")
+    seed: Natural = Field(0, description="with a step's number, all that its randomness comes from")
+    log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
+    sample_every: Natural = Field(10_000, description="steps between grids of samples; 0: none")
+    checkpoint_every: Count = Field(10_000, description="steps between checkpoints; the last step has one too")
+    keep_checkpoints: Count = Field(2, description="how many of the newest stay")
+    keep_every: Count | None = Field(None, description="checkpoints of multiples of this step stay too; null: none")
+    max_skipped: Count = Field(10, description="steps in a row with a loss or gradient not finite that end the run")
+    loader_timeout: Positive = Field(60.0, description="seconds without a batch after which a warning names the step")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="who is told the metrics besides metrics.jsonl"
+    )
+    sharding: Literal["none", "fsdp2"] = Field("none", description="fsdp2: cut the model up among the processes")
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self):
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class GuidanceSection(Section):
+    kind: Literal["cfg", "cfg++"] = Field("cfg", description="classifier-free guidance, or CFG++ (scale in [0, 1])")
+    scale: NotNegative = Field(1.65, description="1: none; above: towards the class")
+    interval: tuple[Time, Time] = Field((0.0, 0.7), description="when guidance acts: 0 is data, 1 is noise")
+    channels: Count | None = Field(None, description="guide the first so many channels only (DiT: 3); null: all")
+    schedule: str = Field("constant", description="of the scale over the interval: constant, linear or cosine")
+    rescale: Probability = Field(0.0, description="share to which the guided prediction keeps the class's contrast")
+    doubled: bool | None = Field(
+        None, description="both predictions in one batch, faster, or one by one in half the memory; null: as it fits"
+    )
+    weak: str | None = Field(
+        None, description="autoguidance: a run or checkpoint of a weaker model, to move away from; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _interval_is_upright(self):
+        if self.interval[0] >= self.interval[1]:
+            raise ValueError(f"interval must rise, not {list(self.interval)}")
+        return self
+
+
+class GridSection(Section):
+    name: str = Field("uniform", description="uniform, shifted or karras")
+    options: dict[str, Any] = Field(default_factory=dict, description="its arguments: shift; rho, ratio_min, ratio_max")
+    times: list[Time] | None = Field(None, description="the times themselves, falling; null: made by the grid")
+
+
+class SampleSection(Section):
+    solver: str = Field("heun", description="a name from `dic-repa solvers`")
+    steps: Count | None = Field(None, description="of a fixed-step solver; null: 50 for an ODE, 250 for an SDE or DDPM")
+    rtol: Positive | None = Field(None, description="relative tolerance of an adaptive solver; null: 1e-5")
+    atol: Positive | None = Field(None, description="absolute tolerance of an adaptive solver; null: 1e-5")
+    grid: GridSection | None = Field(None, description="where the steps are; null: uniform")
+    diffusion: str | None = Field(None, description="how much noise an SDE adds, w(t); null: linear")
+    diffusion_norm: Positive | None = Field(None, description="multiplies an SDE's w(t); null: 1")
+    last_step: str | None = Field(None, description="how an SDE ends: mean, tweedie, euler or none; null: mean")
+    last_step_size: Time | None = Field(None, description="the time that an SDE's last step covers; null: 0.04")
+    eta: Probability | None = Field(None, description="noise of ddim: 0 adds none, 1 as much as ddpm; null: 0")
+    clip: bool | None = Field(None, description="keep the data prediction of ddpm and ddim in [-1, 1]; null: false")
+    options: dict[str, Any] | None = Field(None, description="arguments of a torchdiffeq method")
+    guidance: GuidanceSection | None = Field(None, description="towards the class; null: none")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of the denoiser, its weights cast once; the solver's state is float32 always. tf32: float32 with "
+        "products that a GPU rounds, the decoder's too",
+    )
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
+        "off", description="mode of torch.compile; reduce-overhead: with CUDA graphs, where there is a GPU"
+    )
+    weights: Name = Field("ema", description="ema; raw: the model itself; or a further average, such as ema-0.999")
+    num: Images = Field(50_000, description="how many images")
+    classes: Literal["balanced", "random"] = Field(
+        "balanced", description="balanced: each as often as the others; random: drawn for each image (REPA, SiT, DiC)"
+    )
+    pixels: Literal["round", "truncate"] = Field(
+        "round", description="round: to the nearest of 256 levels (DiT, DiC); truncate: to the one below (REPA)"
+    )
+    batch_size: Count = Field(64, description="images at once, in each process")
+    decode_batch: Count = Field(16, description="images that the autoencoder decodes at once")
+    autoencoder: str | None = Field(
+        None, description="where the autoencoder is now, a folder or a hub id; null: where it was in training"
+    )
+    seed: Natural = Field(0, description="with an image's index, all that its noise comes from")
+
+
+class EvaluateSection(Section):
+    metric: str = Field("digits", description="who judges the samples: digits, or a metric such as fid")
+    also: list[Name] = Field(default_factory=list, description="further metrics: sfid, is, ...")
+    reference: str | None = Field(None, description="real images that fid and its like compare with")
+    every: Natural = Field(0, description="steps between evaluations in training; 0: at the end alone")
+    num: Images | None = Field(None, description="samples of an evaluation in training; null: sample.num")
+    best: str | None = Field(None, description="the score whose best checkpoint is kept; null: the metric's")
+
+    @property
+    def names(self) -> list[str]:
+        """All that the samples are scored by."""
+        return [self.metric, *self.also]
+
+
+class PaperSection(Section):
+    """The row of a paper that a recipe stands for: for the reader, and for comparing results with."""
+
+    row: str = Field(description="paper, model, steps and guidance: unique among the recipes")
+    results: dict[str, float] = Field(default_factory=dict, description="published: FID, IS, GMACs, parameters_M, ...")
+    elsewhere: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="what the row reports of another network than this one: its name to results"
+    )
+    source: str = Field("", description="where the results, and values that the paper does not state, are from")
+    differs: str = Field("", description="what is not as in the paper, and which values have no source")
+
+
+class Recipe(Section):
+    """All that determines a training run, the samples at its end and how they are judged."""
+
+    description: str = Field("", description="a line for the reader, shown by `dic-repa recipes`")
+    paper: PaperSection | None = Field(None, description="the row of a paper that this stands for; null: none")
+    plugins: list[Name] = Field(
+        default_factory=list, description="modules to import first: they register your own parts"
+    )
+    folders: list[Name] = Field(
+        default_factory=list, description="where plugins and data.path are looked for after the current folder"
+    )
+    model: ModelSection = Field(default_factory=ModelSection, description="the denoiser")
+    data: DataSection = Field(default_factory=DataSection, description="what it is trained on")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="what it is trained for")
+    alignments: list[AlignmentSection] = Field(
+        default_factory=list, description="what its hidden states are aligned to; empty: the plain baseline"
+    )
+    train: TrainSection = Field(default_factory=TrainSection, description="how it is trained")
+    sample: SampleSection = Field(default_factory=SampleSection, description="how it is sampled from")
+    evaluate: EvaluateSection | None = Field(
+        None, description="how samples are judged, at the end of the run too; null: not at all"
+    )
+
+    @model_validator(mode="after")
+    def _tell_the_data(self):
+        self.data._folders = tuple(self.folders)
+        return self
+
+
+class SamplingRecipe(Section):
+    """How to sample from a finished run: a recipe with a `sample` section and no model."""
+
+    description: str = Field("", description="a line for the reader, shown by `dic-repa recipes`")
+    paper: PaperSection | None = Field(None, description="the row of a paper that this stands for; null: none")
+    sample: SampleSection = Field(description="how it is sampled from")
+
+
+def list_recipes() -> dict[str, str]:
+    """The recipes that come with the package: name to description."""
+    return {name: raw.get("description", "") for name, raw in read_shipped().items()}
+
+
+def list_paper_rows() -> dict[str, str]:
+    """The rows of papers that recipes of the package stand for: `paper.row` to the recipe's name."""
+    return {raw["paper"]["row"]: name for name, raw in read_shipped().items() if "paper" in raw}
+
+
+def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | SamplingRecipe:
+    """The recipe of that name or file with `overrides` ('train.steps=200', values in YAML) applied, validated.
+
+    A plugin, or data, that is not in the current folder is looked for beside the file too. A UserError names the near
+    recipes or keys, or the key and what it takes.
+    """
+    raw = read_recipe(name_or_path)
+    for override in overrides:
+        override_key(raw, override)
+    recipe = validate(raw, name_or_path)
+    if isinstance(recipe, Recipe):
+        note_folders(recipe, name_or_path)
+    return recipe
+
+
+def load_training_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """`load_recipe`, where only a recipe that can be trained will do."""
+    recipe = load_recipe(name_or_path, overrides)
+    if isinstance(recipe, SamplingRecipe):
+        use = f"dic-repa sample RUN --recipe {name_or_path}"
+        raise UserError(f"{name_or_path} is a sampling recipe; use it on a finished run: {use}")
+    return recipe
+
+
+def validate(raw: dict, source: str | Path = "recipe") -> Recipe | SamplingRecipe:
+    """The recipe of a plain dict; a UserError lists what is wrong with it in one line."""
+    schema = SamplingRecipe if "sample" in raw and not set(raw) - {"description", "paper", "sample"} else Recipe
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(explain_mistake(schema, e) for e in error.errors())) from None
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """A recipe as YAML, all defaults included, in the schema's order."""
+    return write_yaml(recipe.model_dump(mode="json"))

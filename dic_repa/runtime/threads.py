@@ -1,0 +1,89 @@
+"""How many threads torch takes on a CPU: one a core, also where other work keeps the cores busy. Then all of them wait
+in every operation for the one that waits for its core; so they are fewer here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from dic_repa.runtime.progress import say
+
+
+class CoreWatch:
+    """How many cores other processes have kept busy since it was made."""
+
+    def __init__(self):
+        self.begin = self._now()
+
+    def others(self) -> float:
+        """Their number, of all cores of the machine; an average of the last minute where the system tells no more."""
+        seconds, busy, own = (now - then for now, then in zip(self._now(), self.begin))
+        if busy <= 0 or seconds < 0.2:
+            return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        return max(0.0, (busy - own) / seconds)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds of the clock, of all processes together on their cores, and of this one."""
+        try:
+            line = Path("/proc/stat").read_text().splitlines()[0].split()
+            user, nice, system, _idle, _waiting, *stolen = map(int, line[1:9])
+            busy = (user + nice + system + sum(stolen)) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, IndexError):  # not a Linux
+            busy = 0.0
+        return time.monotonic(), busy, time.process_time()
+
+
+watch = CoreWatch()
+_reason = ""
+
+
+def choose_threads(tell: bool = True) -> None:
+    """Leave the cores that others keep busy to them, where there is no GPU and the user has not set OMP_NUM_THREADS.
+
+    Several processes of one machine share its cores evenly. `tell` says so where it is fewer threads than torch's own.
+    For the command line: it goes by what has happened since the process began.
+    """
+    global _reason
+    if _reason:
+        return  # chosen already: the load is ours by now
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if "OMP_NUM_THREADS" in os.environ:
+        _reason = "as OMP_NUM_THREADS says"
+        return
+    processes, cores, default = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), allowed_cores(), torch.get_num_threads()
+    busy = 0.0 if processes > 1 else watch.others() * cores / (os.cpu_count() or cores)
+    threads = max(1, min(default, round(cores - busy) // processes))
+    torch.set_num_threads(threads)
+    if processes > 1:
+        _reason = f"of {cores} cores, for {processes} processes"
+    elif threads < default:
+        _reason = f"of {cores} cores, since others keep about {busy:.1f} busy; OMP_NUM_THREADS={default} takes all"
+    else:
+        _reason = f"of {cores} cores"
+    if tell and threads < default:
+        say(f"note: {describe_threads()}")
+
+
+def describe_threads() -> str:
+    """'1 thread of 2 cores', and why."""
+    import torch
+
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}{' ' * bool(_reason)}{_reason}"
+
+
+def allowed_cores() -> int:
+    """The cores that this process may use: those of its affinity, and of a container's share of the CPU time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        pass
+    return cores

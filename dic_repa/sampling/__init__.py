@@ -1,0 +1,1 @@
+"""Sampling a trained run: load it, choose the labels, sample, decode, and write a folder of samples."""

@@ -1,0 +1,242 @@
+"""Samples by the ten thousand: a folder that several processes fill, that a kill leaves whole, and that goes on.
+
+    000000.png, 000001.png, ...    samples.json    what they are: checkpoint, settings, the label of each
+
+Images are sampled in blocks of `batch_size` consecutive indices, whichever process takes one, and a block of which an
+image is missing is sampled as a whole: so every image is computed in the same batch, and comes out the same to the bit,
+whatever the number of processes and kills. (With another batch size a rounding may fall the other way; for an adaptive
+solver, whose steps suit a whole batch, the images change within its tolerances.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from dic_repa.errors import UserError, told_by_whom_it_befalls, when_interrupted
+from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
+from dic_repa.files.npz import NpzFile, write_npz
+from dic_repa.files.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
+from dic_repa.files.pictures import save_png
+from dic_repa.files.weights import weights_fingerprint
+from dic_repa.models.pretrained import WEIGHTS
+from dic_repa.recipe import SampleSection
+from dic_repa.recipe.differences import flatten
+from dic_repa.runs.folder import write_whole
+from dic_repa.runtime.processes import start_processes
+from dic_repa.runtime.progress import progress_bar, say
+from dic_repa.samplers import solver_info
+from dic_repa.sampling.load import Checkpoint, weak_weights
+from dic_repa.sampling.sampler import Sampler
+
+WRITERS = 4  # threads that compress PNG files while the next batch is sampled
+_NAMES = (SAMPLES_FILE, SAMPLES_NPZ, "grid.png", "trajectory.png")
+_CHANGEABLE = {
+    "checkpoint",  # where it is; what it is, its weights tell
+    "sample.guidance.weak",
+    "sample.num",
+    "sample.batch_size",
+    "sample.decode_batch",
+    "sample.autoencoder",  # checked by its weights
+    "evaluations_per_image",
+    "labels",
+}
+
+
+class SampleFolder:
+    """A folder of samples, and what is to be in it.
+
+    `spec` is what determines the images; a folder that has samples of another spec is refused. More images (`num`) of
+    the same spec are added to those that are there. `mend` says what to do about a folder that is refused.
+    """
+
+    def __init__(self, path: str | Path, spec: dict, mend: str = "pass --overwrite, or another folder with --out"):
+        self.path, self.spec, self.mend = Path(path), spec, mend
+        self.num, self.block = spec["sample"]["num"], spec["sample"]["batch_size"]
+
+    def check(self, overwrite: bool = False) -> None:
+        """A UserError where the folder holds anything but samples, of this spec unless they are to be overwritten, or
+        where a file that is not ours bears a name that is to be written."""
+        if check_folder(self.path, "samples") is None:
+            return
+        coming = Marker("samples", {*_NAMES, "metrics.json"}, self.num)
+        if taken := [name for name in foreign(self.path) if name in coming]:
+            raise UserError(
+                f"{self.path / taken[0]} is in the way, and none of these samples; move it, or name another folder"
+            )
+        if overwrite or not (self.path / SAMPLES_FILE).exists():
+            return
+        mend = self.mend
+        try:
+            before = dict(json.loads((self.path / SAMPLES_FILE).read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{self.path / SAMPLES_FILE} is damaged; {mend}") from None
+        fixed = set(_CHANGEABLE)
+        if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
+            fixed -= {"sample.num", "sample.batch_size"}
+        old, new = flatten(before), flatten(self.spec)
+        changed = [key for key in {**old, **new} if key not in fixed and old.get(key) != new.get(key)]
+        if changed:
+            raise UserError(f"{self.path} exists with other samples ({', '.join(changed)} differ); {mend}")
+        if old.get("sample.num", 0) > self.num:
+            raise UserError(f"{self.path} has {old['sample.num']} samples, more than {self.num}; {mend}")
+        if before.get("evaluations_per_image"):
+            self.spec["evaluations_per_image"] = before["evaluations_per_image"]
+
+    def begin(self, overwrite: bool = False) -> None:
+        """Write the spec, and remove what does not belong to it: of a kill and, to `overwrite`, of other samples. What
+        is not of samples is left."""
+        self.check(overwrite)
+        marker = check_folder(self.path, "samples")
+        if marker is None or overwrite:
+            if marker:
+                remove_listed(self.path)
+            begin_folder(self.path, "samples", _NAMES, self.num)
+        else:
+            for file in self.path.glob(f"{ASIDE}*"):
+                if file.name in marker:
+                    file.unlink()
+            write_marker(self.path, Marker("samples", marker.names, max(marker.pictures, self.num)))
+        self.write_spec()
+
+    def write_spec(self) -> None:
+        write_whole(self.path / SAMPLES_FILE, json.dumps(self.spec) + "\n")
+
+    def file(self, index: int) -> Path:
+        return self.path / f"{index:06d}.png"
+
+    def numbered(self) -> list[Path]:
+        """The images that are there."""
+        there = {entry.name for entry in os.scandir(self.path)}
+        return [self.file(i) for i in range(self.num) if self.file(i).name in there]
+
+    def missing(self) -> list[range]:
+        """The blocks of indices of which an image is missing."""
+        there = {entry.name for entry in os.scandir(self.path)}
+        blocks = [range(k, min(k + self.block, self.num)) for k in range(0, self.num, self.block)]
+        return [block for block in blocks if any(self.file(i).name not in there for i in block)]
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """All images in order, in batches of uint8 (B, H, W, 3), read by several threads."""
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for start in range(0, self.num, 256):
+                indices = range(start, min(start + 256, self.num))
+                yield np.stack(list(pool.map(lambda i: _read_rgb(self.file(i)), indices)))
+
+    def has_npz(self) -> bool:
+        """Whether samples.npz is there with as many images: it is written last, and in place of the files it may be."""
+        file = self.path / SAMPLES_NPZ
+        return file.is_file() and len(NpzFile(file).mapped("arr_0")) == self.num
+
+    def write_npz(self) -> None:
+        """ADM's `.npz` of the images, with their labels."""
+        first = _read_rgb(self.file(0))
+        write_npz(self.path / SAMPLES_NPZ, self.arrays(), (self.num, *first.shape), np.array(self.spec["labels"]))
+
+
+def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None = None) -> dict:
+    """What determines the images of a folder, as JSON has it."""
+    return {
+        "checkpoint": str(checkpoint.source),
+        "weights": weights_fingerprint(checkpoint.source / WEIGHTS),
+        **weak_weights(settings),
+        "sample": settings.model_dump(mode="json"),
+        "evaluations_per_image": None,
+        "classes": classes,
+        "labels": labels.tolist(),
+    }
+
+
+def patient_accelerator() -> Accelerator:
+    """An Accelerator whose processes wait a day for each other: one may be hours ahead, which is no sign of a fault."""
+    return start_processes(patience=timedelta(days=1))
+
+
+def sample_into(
+    folder: SampleFolder, sampler: Sampler, labels: Tensor, accelerator: Accelerator, overwrite: bool = False
+) -> None:
+    """Fill `folder` in all processes of `accelerator`, with a progress bar; done when all of them are.
+
+    Raises UserError where the folder holds other samples, unless `overwrite`, and always where it holds anything else.
+    """
+    folder.check(overwrite)  # by all processes, so that all of them end
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.begin(overwrite)
+    accelerator.wait_for_everyone()
+    missing, processes = folder.missing(), accelerator.num_processes
+    accelerator.wait_for_everyone()  # before one of them writes what another would count
+    total, quiet = sum(map(len, missing)), not accelerator.is_main_process
+    if not total:
+        return
+    if total < folder.num and not quiet:
+        say(f"{folder.path} has {folder.num - total} of {folder.num} images already; sampling the other {total}")
+
+    def kept() -> str:
+        same = "the same command, without --overwrite or --again," if overwrite else "the same command"
+        done = f"{len(folder.numbered())} of {folder.num} images are in {folder.path}"
+        return f"interrupted; {done}, and {same} goes on with the others"
+
+    bar = progress_bar(total=total, unit="image", desc="sampling", disable=quiet)
+    with when_interrupted(kept), bar, told_by_whom_it_befalls():
+        # The others are about as far as this one.
+        advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
+        fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and sampler.evaluations:
+        folder.spec["evaluations_per_image"] = sampler.evaluations
+        folder.write_spec()
+
+
+def fill(
+    folder: SampleFolder,
+    sampler: Sampler,
+    labels: Tensor,
+    rank: int = 0,
+    processes: int = 1,
+    missing: Sequence[range] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Sample this process's share of the blocks that are `missing`, and write them.
+
+    In several processes all must be given the same `missing`, listed before the first of them writes. A UserError
+    names an image that came out as NaN.
+    """
+    blocks = list(folder.missing() if missing is None else missing)[rank::processes]
+    indices = [i for block in blocks for i in block]
+    written = []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        position = 0
+        for batch in sampler(labels[indices], indices):
+            mine = indices[position : position + len(batch)]
+            broken = (~batch.isfinite()).flatten(1).any(dim=1)
+            if broken.any():
+                first = mine[int(broken.nonzero()[0])]
+                raise UserError(
+                    f"sample {first} and {int(broken.sum()) - 1} others of its batch are NaN or infinite; look at the "
+                    "checkpoint, or sample with other settings"
+                )
+            for done in written:
+                done.result()  # raises what went wrong, such as a full disk
+            written = [pool.submit(save_png, image, folder.file(i)) for image, i in zip(batch, mine)]
+            position += len(batch)
+            progress(len(batch))
+        for done in written:
+            done.result()
+
+
+def _read_rgb(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{path} is not a whole image ({error}); remove it and sample again") from None

@@ -1,0 +1,130 @@
+"""A checkpoint to sample from, found by the path that a user gives: a run, a checkpoint, or averaged weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dic_repa.data.saved import SavedData
+from dic_repa.errors import UserError, did_you_mean
+from dic_repa.files.weights import load_weights, read_tensors, weights_fingerprint
+from dic_repa.models import load_denoiser
+from dic_repa.models.pretrained import CONFIG, WEIGHTS
+from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
+from dic_repa.recipe.build import build_class_names, import_plugins
+from dic_repa.runs.folder import RAW, RunFolder, meant_runs
+from dic_repa.runs.manifest import MANIFEST, find_damage
+from dic_repa.runtime.progress import detail
+
+
+@dataclass
+class Checkpoint:
+    """A denoiser to sample from, with the recipe that it was trained by and what is known of its data."""
+
+    denoiser: nn.Module
+    recipe: Recipe
+    source: Path
+    data: SavedData | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names; their numbers where nothing tells them."""
+        if self.data:
+            return self.data.class_names
+        return build_class_names(self.recipe.data, self.denoiser.num_classes)
+
+
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None, weights: str | None = None
+) -> Checkpoint:
+    """The denoiser of a run (of its newest checkpoint), of one checkpoint, or of an inference checkpoint.
+
+    `weights` are 'ema', the average that is sampled from; 'raw', the model itself; or a further average such as
+    'ema-0.999'. By default those of the recipe's `sample` section. `recipe` stands in for the one that a checkpoint of
+    ours has beside its weights, and others lack. Its plugins are imported. A UserError says what `path` lacks.
+    """
+    folder = weights_folder(path)
+    if (folder / "recipe.yaml").is_file():
+        recipe = load_training_recipe(folder / "recipe.yaml")
+    if recipe is None and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}{meant_runs(folder)}"
+        )
+    if recipe is None:
+        raise UserError(
+            f"{folder} has no recipe.yaml to tell objective and data size; put a training recipe there or pass --recipe"
+        )
+    import_plugins(recipe)
+    if weights is None:
+        weights = "ema" if folder == Path(path) else recipe.sample.weights
+    source = folder if weights == "ema" else _other_weights(folder, weights)
+    detail(f"weights: {source}")
+    denoiser = load_denoiser(folder if weights == RAW else source)
+    if weights == RAW:
+        load_raw(denoiser, source)
+    return Checkpoint(denoiser.to(device), recipe, source, SavedData.read(folder))
+
+
+def weights_folder(path: str | Path) -> Path:
+    """Where the weights that `load_checkpoint` takes of `path` are."""
+    path = Path(path)
+    if path.is_file():
+        raise UserError(f"{path} is a file; {_folder_of(path)}")
+    if not path.is_dir():
+        raise UserError(f"there is no run or checkpoint folder {path}{meant_runs(path)}")
+    folder = path
+    is_run = (path / "recipe.yaml").is_file() and not (path / CONFIG).is_file()
+    if is_run or (path / "checkpoints").is_dir():
+        folder = RunFolder.open(path).newest_checkpoint("ema")
+        if folder is None:
+            raise UserError(f"{path} has no checkpoint yet")
+    average = folder / "ema"
+    is_average = average.is_dir() and not (average / "checkpoints").is_dir()  # that would be a run of this name
+    return average if is_average else folder
+
+
+def checkpoint_of(weights: Path) -> Path:
+    """The training checkpoint that a folder of averaged weights lies in, links followed; or else this folder itself."""
+    weights = weights.resolve()  # checkpoints/best is a link
+    return weights.parent if (weights.parent / WEIGHTS).is_file() else weights
+
+
+def load_raw(denoiser: nn.Module, checkpoint: Path) -> None:
+    """Load the weights themselves of a training checkpoint, which are in one file with the heads'."""
+    prefix, tensors = "denoiser.", read_tensors(checkpoint / WEIGHTS)[0]
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    load_weights(denoiser, own, checkpoint / WEIGHTS)
+
+
+def _other_weights(ema: Path, name: str) -> Path:
+    """The folder of the weights `name` in the checkpoint that the folder `ema` is in."""
+    checkpoint = ema.parent
+    if not (checkpoint / MANIFEST).is_file():
+        raise UserError(f"{ema} has one set of weights alone, so not the weights '{name}'; leave --weights out")
+    there = [RAW, *sorted(file.parent.name for file in checkpoint.glob(f"ema*/{CONFIG}"))]
+    if name not in there:
+        raise UserError(f"{checkpoint} has no weights '{name}'{did_you_mean(name, there)}")
+    if damage := find_damage(checkpoint, WEIGHTS if name == RAW else name):
+        raise UserError(f"{checkpoint} is damaged: {damage}")
+    return checkpoint if name == RAW else checkpoint / name
+
+
+def _folder_of(file: Path) -> str:
+    """What to name in place of a file."""
+    if (file.parent / CONFIG).is_file():
+        return f"name its folder, {file.parent}"
+    if file.suffix in (".pt", ".pth", ".safetensors"):
+        return "`dic-repa convert` makes a folder of the authors' weights, to sample from"
+    return "name the folder of a run or a checkpoint"
+
+
+def weak_weights(settings: SampleSection) -> dict[str, str]:
+    """The weaker model that `settings` guide with, as what tells samples from others; nothing where there is none.
+
+    Its path would not tell that it has been trained on, or written over.
+    """
+    weak = settings.guidance and settings.guidance.weak
+    return {"weak_weights": weights_fingerprint(weights_folder(weak) / WEIGHTS)} if weak else {}

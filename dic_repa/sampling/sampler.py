@@ -1,0 +1,197 @@
+"""From a trained denoiser to batches of images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from dic_repa.data.latents import pixels_decoder
+from dic_repa.errors import UserError
+from dic_repa.models.compiled import CompiledDenoiser
+from dic_repa.recipe import GuidanceSection, SampleSection
+from dic_repa.recipe.build import build_decoder, build_objective
+from dic_repa.runtime.precision import tf32
+from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
+from dic_repa.sampling.decoding import decode_batches
+from dic_repa.sampling.labels import check_labels
+from dic_repa.sampling.load import Checkpoint, load_checkpoint
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Sampler:
+    """All that turns noise into images: `sampler(labels)` yields batches (B, C, H, W) in [0, 1], on the CPU, in order.
+
+    An image depends on (settings.seed, its index, its label) alone, whatever the batch size, but for an adaptive
+    solver, whose steps suit a whole batch. `evaluations` is the number of network evaluations per image in the first
+    batch; with `trace`, `states` are that batch's states from noise to data.
+
+    Args:
+        denoiser, objective: what was trained, and for what.
+        settings: the solver with its options, guidance, batch size and seed.
+        shape: (C, H, W) of the denoiser's data.
+        weak: a denoiser of the same objective for autoguidance.
+        decode: from the denoiser's data to images in [0, 1], `settings.decode_batch` at once.
+    """
+
+    denoiser: nn.Module
+    objective: object
+    settings: SampleSection
+    shape: tuple[int, int, int]
+    weak: nn.Module | None = None
+    decode: Callable[[Tensor], Tensor] = pixels_decoder
+    trace: bool = False
+    evaluations: int = 0
+    states: Sequence[Tensor] = ()
+    times: Sequence[float] = ()
+    _prepared: dict[int, tuple[nn.Module, nn.Module]] = field(default_factory=dict)  # by the identity of the original
+
+    def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Samples of the classes `labels` (N,) with the `indices` (0 to N - 1 by default) that tell their noise."""
+        indices = range(len(labels)) if indices is None else indices
+        check_labels(labels, self.denoiser.num_classes)
+        settings, info = self.settings, solver_info(self.settings.solver)
+        model = self._as_model(self._prepare(self.denoiser), info)
+        weak = self.weak and self._as_model(self._prepare(self.weak), info)
+        guidance, device = build_guidance(settings.guidance), next(self.denoiser.parameters()).device
+
+        def samples() -> Iterator[Tensor]:
+            nonlocal guidance
+            size = settings.batch_size
+            for start in range(0, len(labels), size):
+                rows = list(range(start, min(start + size, len(labels))))
+                wanted = len(rows)
+                # Compiled for a full batch, the last one repeats an image to be of that size, rather than compile anew.
+                # An adaptive solver's steps suit all that is in a batch, so there it would change the others.
+                if start and settings.compile != "off" and info.kind != "adaptive":
+                    rows += rows[-1:] * (size - wanted)
+                velocity = guidance.bind(model, labels[rows].to(device), weak_model=weak)
+                places = [indices[row] for row in rows]
+                noise = initial_noise(self.shape, settings.seed, places).to(device)
+                options = self._options(info, places)
+                first = start == 0  # the details hold every state, which is too much to keep for each batch
+                with self._exactly():
+                    x = sample(velocity, noise, settings.solver, **options, return_info=first)
+                if first:
+                    x, details = x
+                    self.evaluations = details.nfe
+                    if self.trace:
+                        self.states, self.times = details.states, details.times
+                if not velocity.doubled:  # nor will the next batch fit
+                    guidance = replace(guidance, doubled=False)
+                yield x[:wanted]
+
+        for images in decode_batches(samples(), self.to_images):
+            # Who writes or judges them rounds to the nearest level, which leaves these as they are.
+            yield (images * 255).floor() / 255 if settings.pixels == "truncate" else images
+
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        device = next(self.denoiser.parameters()).device
+        return tuple(self.decode(torch.zeros(1, *self.shape, device=device)).shape[-2:])
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """States x decoded, `decode_batch` at once, since an autoencoder takes far more memory than they do."""
+        with self._exactly():
+            return torch.cat([self.decode(part) for part in x.split(self.settings.decode_batch)])
+
+    def _exactly(self) -> AbstractContextManager[None]:
+        """As exactly as the settings' precision says, whatever training or a measurement has asked for."""
+        return tf32(self.settings.precision == "tf32")
+
+    def _prepare(self, denoiser: nn.Module) -> nn.Module:
+        """`denoiser` in the settings' precision, compiled where they say so.
+
+        Cast at each call, not for each batch or step: a run's averaged weights have moved on since the last grid.
+        """
+        dtype = DTYPES[self.settings.precision]
+        cast, prepared = self._prepared.get(id(denoiser), (None, None))
+        if prepared is None:
+            cast = denoiser if dtype == torch.float32 else copy.deepcopy(denoiser).to(dtype)
+            compiles = self.settings.compile != "off"
+            prepared = CompiledDenoiser(cast, self.settings.compile) if compiles else cast
+            self._prepared[id(denoiser)] = cast, prepared
+        elif cast is not denoiser:
+            cast.load_state_dict(denoiser.state_dict())
+        return prepared
+
+    def _as_model(self, denoiser: nn.Module, info: SolverInfo):
+        if info.process != "ddpm":
+            return self.objective.velocity_model(denoiser)
+        if not hasattr(self.objective, "noise_model"):
+            raise UserError(f"solver '{info.name}' needs a model trained with the objective ddpm; take heun or dopri5")
+        return self.objective.noise_model(denoiser)
+
+    def _options(self, info: SolverInfo, indices: Sequence[int]) -> dict:
+        s = self.settings
+        given = ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta", "clip", "options")
+        options = {name: getattr(s, name) for name in given}
+        options["steps"] = s.steps or (None if info.kind == "adaptive" else 50 if info.process == "ode" else 250)
+        if s.grid and s.grid.times is None:
+            options["times"] = create_grid(s.grid.name, **s.grid.options)
+        elif s.grid:
+            options |= {"times": s.grid.times, "steps": None}  # as many as the times make
+        if info.process == "ddpm":
+            return options | {"schedule": self.objective.schedule, "seed": s.seed, "indices": indices}
+        options["path"] = self.objective.path
+        return options if info.deterministic else options | {"seed": s.seed, "indices": indices}
+
+
+class _Nothing(nn.Module):
+    """A denoiser that predicts zero, to find out whether it could be sampled from at all."""
+
+    num_classes = 1
+
+    def __init__(self):
+        super().__init__()
+        self.parameter = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def check_sampling(settings: SampleSection, objective) -> None:
+    """A UserError now for what sampling by `settings` would fail on later: names, options and how they fit together."""
+    sampler = Sampler(_Nothing(), objective, settings.model_copy(update={"batch_size": 1, "compile": "off"}), (1, 1, 1))
+    for _ in sampler(torch.zeros(1, dtype=torch.int64)):
+        pass
+
+
+def build_guidance(section: GuidanceSection | None) -> Guidance:
+    """The guidance of a recipe; a scale of 1 where there is none."""
+    if section is None:
+        return Guidance(1.0)
+    kind = {"cfg": Guidance, "cfg++": CFGPlusPlus}[section.kind]
+    return kind(section.scale, section.interval, section.channels, section.schedule, section.rescale, section.doubled)
+
+
+def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:
+    """A sampler of the checkpoint's denoiser, with the objective and the data's shape of its recipe.
+
+    A UserError where the guidance asks for what the model never learnt.
+    """
+    recipe, denoiser = checkpoint.recipe, checkpoint.denoiser
+    guidance, weak = settings.guidance, None
+    if guidance and guidance.weak:
+        device = next(denoiser.parameters()).device
+        weak = load_checkpoint(guidance.weak, device).denoiser
+    elif guidance and guidance.scale != 1 and not denoiser.num_classes:
+        raise UserError(
+            f"{checkpoint.source} was trained on data without classes, so there is no class to guide towards; sample "
+            "without guidance (--scale 1; sample.guidance=null in a recipe)"
+        )
+    elif guidance and guidance.scale != 1 and recipe.train.label_dropout == 0:
+        raise UserError(
+            f"{checkpoint.source} was trained without label dropout, so it has no null class to guide with; "
+            "sample without guidance, or with a weaker model (guidance.weak)"
+        )
+    shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
+    device = next(denoiser.parameters()).device
+    decode = build_decoder(recipe.data, device, checkpoint.data, settings.autoencoder)
+    return Sampler(denoiser, build_objective(recipe.objective), settings, shape, weak, decode)

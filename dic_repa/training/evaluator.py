@@ -1,0 +1,112 @@
+"""`evaluate.every`: samples are scored in training, of the weights that `sample.weights` names, and the best checkpoint
+is kept.
+
+Nothing of it touches the training's randomness: a sample's noise belongs to (sample.seed, its index), and a run with
+evaluations ends with the same weights as one without.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from dic_repa.errors import UserError
+from dic_repa.recipe import Recipe
+from dic_repa.runs.folder import RAW, RunFolder
+from dic_repa.runtime.progress import say
+from dic_repa.training.parts import Parts
+from dic_repa.training.trackers import Trackers
+
+
+class Evaluator:
+    """`evaluator(step)` samples, scores and records; it tells every process whether this step is the best so far.
+
+    The records are those of `dic-repa evaluate`, in RUN/evaluation. Processes share the sampling; the main one judges.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator, trackers: Trackers):
+        self.recipe, self.run, self.parts, self.accelerator = recipe, run, parts, accelerator
+        self.trackers = trackers
+        section = recipe.evaluate
+        self.every = section.every if section else 0
+        self.best: dict | None = None  # what is being written just now is not on the disk yet
+        if self.every:
+            self.sample = recipe.sample.model_copy(update={"num": section.num or recipe.sample.num})
+
+    def prepare(self) -> None:
+        """Load judges and reference, in the main process; a UserError where something is missing or misspelt."""
+        if not self.every:
+            return
+        from dic_repa.evaluation.judging import Judge, own_encoder
+
+        section = self.recipe.evaluate
+        device = self.accelerator.device
+        self.judge = Judge(section.names, section.reference, device, own_encoder(self.recipe))
+        self.judge.check_size(self.parts.sampler.size())
+        wanted = section.best or self.judge.main
+        self.score = self.judge.check(wanted) if wanted else None
+
+    def due(self, step: int) -> bool:
+        return bool(self.every) and (step % self.every == 0 or step == self.recipe.train.steps)
+
+    def __call__(self, step: int) -> dict | None:
+        """The record of the best checkpoint, for `RunFolder.mark_best`, if this step is it; else None."""
+        from dic_repa.sampling.labels import draw_labels
+
+        labels = draw_labels(self.recipe, self.parts.data.num_classes, self.sample)
+        with self.parts.ema.raw(self.parts.denoiser) if self.sample.weights == RAW else nullcontext():
+            levels, best = self._sample(labels), [None]
+        if self.accelerator.is_main_process:
+            best = [self._judge(step, levels.float() / 255, labels)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(best)
+        return best[0]
+
+    def _sample(self, labels: Tensor) -> Tensor:
+        """The images of all labels as a PNG would keep them, uint8, in every process."""
+        sampler, processes = self.parts.sampler, self.accelerator.num_processes
+        if processes == 1 or self.parts.sharded:  # sharded weights can be run by all processes together alone
+            return torch.cat([(batch * 255).round().byte() for batch in sampler(labels)])
+        share = -(-len(labels) // processes)  # rounded up: as many in each process, for they are gathered
+        mine = [(i * processes + self.accelerator.process_index) % len(labels) for i in range(share)]
+        levels = torch.cat([(batch * 255).round().byte() for batch in sampler(labels[mine], mine)])
+        gathered = self.accelerator.gather(levels.to(self.accelerator.device)).cpu()
+        in_order = gathered.unflatten(0, (processes, share)).transpose(0, 1).flatten(0, 1)
+        return in_order[: len(labels)]
+
+    def _judge(self, step: int, images: Tensor, labels: Tensor) -> dict | None:
+        from dic_repa.evaluation.judging import title
+        from dic_repa.evaluation.runs import Judgement, save_judgement
+
+        judged = Judgement.of(self.run, step, self.recipe, self.sample)
+        try:
+            judged.scores, judged.evaluations = self.judge(images, labels), self.parts.sampler.evaluations
+        except UserError as error:  # such as images of a single colour, which a later step may mend
+            tqdm.write(f"warning: the samples of step {step} cannot be scored ({error})", file=sys.stderr)
+            return None
+        shown = {name: judged.scores.get(name) for name in self.judge.better}
+        numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
+        self.trackers.log({f"evaluate/{name}": value for name, value in numbers.items()}, step, "evaluate")
+        best = None
+        if self.score in numbers:
+            before = self.best or self.run.best() or {}
+            other = before.get("value") if before.get("score") == self.score else None
+            if self.judge.beats(self.score, numbers[self.score], other):
+                self.best = best = {"step": step, "score": self.score, "value": numbers[self.score]}
+        words = ", ".join(f"{title(name)} {value:.4g}" for name, value in numbers.items())
+        say(f"step {step}: {words}{', the best so far' if best else ''}")
+        try:
+            save_judgement(judged, images, labels, self.parts.data.class_names)
+        except (OSError, UserError) as error:
+            reason = getattr(error, "strerror", error)
+            tqdm.write(
+                f"warning: the scores of step {step} cannot be written ({reason})",
+                file=sys.stderr,
+            )
+        return best

@@ -1,0 +1,174 @@
+"""What a run tells while it goes on: a progress bar, metrics.jsonl, trackers, and at the end a picture of the curves.
+
+Sums stay on the device between two log steps, so that logging waits for the device then and never in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from dic_repa.errors import UserError
+from dic_repa.recipe import TrainSection
+from dic_repa.runs.folder import RunFolder, describe_environment, write_whole
+from dic_repa.runtime.progress import progress_bar
+from dic_repa.training.loader_watch import LoaderWatch
+from dic_repa.training.trackers import Trackers
+
+
+class MetricLog:
+    """Averages of the losses over the steps since the last log step, over all processes; written by the main one.
+
+    A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (their
+    terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate; images_per_second; data_wait
+    (the share of the time in which the next batch was not there yet; a GPU works on meanwhile, so it idles at most
+    that share); skipped (steps so far whose loss or gradient was not finite, since the run began or was resumed);
+    seconds. A value that is not finite is null, and counts in no average.
+    """
+
+    def __init__(
+        self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, trackers: Trackers
+    ):
+        self.run, self.accelerator, self.settings, self.start = run, accelerator, settings, start
+        self.trackers = trackers
+        self.sums: dict[str, Tensor] = {}
+        self.steps: dict[str, Tensor] = {}
+        self.images, self.pause, self.wait = 0, 0.0, 0.0
+        self.unwritten = ""  # lines that a full disk has not taken yet
+
+    def __enter__(self) -> MetricLog:
+        if self.accelerator.is_main_process:
+            environment = describe_environment(str(self.accelerator.device), self.accelerator.num_processes)
+            sessions = []  # one entry for each time that the run was started or resumed
+            with contextlib.suppress(OSError, ValueError):
+                sessions = json.loads(self.run.environment_file.read_text())
+            write_whole(self.run.environment_file, json.dumps([*sessions, environment], indent=2) + "\n")
+        self.bar = progress_bar(
+            total=self.settings.steps,
+            initial=self.start,
+            unit="step",
+            desc=self.run.path.name,
+            disable=not self.accelerator.is_main_process,
+        )
+        self.watch = LoaderWatch(self.settings.loader_timeout, self.accelerator)
+        self.since = time.perf_counter()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        self.bar.close()
+        self.watch.close()
+        if error is None and self.accelerator.is_main_process and self.run.metrics_file.is_file():
+            from dic_repa.training.curves import save_curves
+
+            try:
+                save_curves([self.run])
+            except (OSError, UserError) as error:
+                reason = getattr(error, "strerror", error)
+                print(
+                    f"warning: {self.run.curves_file} cannot be written ({reason})",
+                    file=sys.stderr,
+                )
+
+    def waiting(self, batches: Iterator) -> Iterator:
+        """The same batches; the time until each is there counts as waiting."""
+        for step in itertools.count(self.start + 1):
+            begin = time.perf_counter()
+            try:
+                with self.watch.waiting_for(step):
+                    batch = next(batches)
+            except StopIteration:
+                return
+            self.wait += time.perf_counter() - begin
+            yield batch
+
+    def add(self, loss: Tensor, denoising: Tensor, terms: list[dict[str, Tensor]], share: float) -> None:
+        """Count the losses of one pass, which is that `share` of a step."""
+        values = {"loss": loss, "denoising": denoising}
+        for i, parts in enumerate(terms):
+            values |= {f"alignment.{i}.{name}": value for name, value in parts.items()}
+        for name, value in values.items():
+            value = value.detach().float()
+            finite = value.isfinite()
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0) * share
+            self.steps[name] = self.steps.get(name, 0) + finite * share  # an alignment may stop between two log steps
+
+    def step(self, step: int, norm: Tensor, learning_rate: float, images: int, skipped: int = 0) -> None:
+        """End a step; at a log step, average, write and show."""
+        self.bar.update()
+        self.images += images
+        if step % self.settings.log_every and step != self.settings.steps:
+            return
+        sums, steps = self.accelerator.reduce(
+            torch.stack([torch.stack(list(self.sums.values())), torch.stack(list(self.steps.values()))]), "sum"
+        ).tolist()
+        seconds = time.perf_counter() - self.since - self.pause
+        record = {
+            "step": step,
+            **{name: total / count if count else None for name, total, count in zip(self.sums, sums, steps)},
+            "gradient_norm": float(norm) if math.isfinite(norm) else None,
+            "learning_rate": learning_rate,
+            "images_per_second": round(self.images / seconds, 2),
+            "data_wait": round(self.wait / seconds, 4),
+            "skipped": skipped,
+            "seconds": round(seconds, 3),
+        }
+        self.steps = {}
+        self.sums, self.images, self.pause, self.wait, self.since = {}, 0, 0.0, 0.0, time.perf_counter()
+        if self.accelerator.is_main_process:
+            self._write(record)
+
+    def _write(self, record: dict) -> None:
+        self.unwritten += json.dumps(record) + "\n"
+        try:
+            append_whole(self.run.metrics_file, self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            tqdm.write(f"warning: {self.run.metrics_file} cannot be written ({error.strerror}); tried again later",
+                       file=sys.stderr)  # fmt: skip
+        told = {name: value for name, value in record.items() if value is not None}
+        self.trackers.log(told, told.pop("step"))
+        # First what is trained for; the loss is it and the alignment's, which falls by the similarity alone.
+        losses = {name: record[name] for name in ("denoising", "loss")}
+        shown = {name: "not finite" if value is None else f"{value:.3f}" for name, value in losses.items()}
+        tokens = [value for name, value in record.items() if name.endswith(".token") and value is not None]
+        if tokens:
+            shown["alignment similarity"] = f"{-sum(tokens) / len(tokens):.3f}"
+        if record["skipped"]:
+            shown["skipped"] = record["skipped"]
+        shown["img/s"] = f"{record['images_per_second']:.0f}"
+        self.bar.set_postfix(shown, refresh=sys.stderr.isatty())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here does not count against images per second."""
+        begin = time.perf_counter()
+        yield
+        self.pause += time.perf_counter() - begin
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append `text`, or nothing: a full disk leaves the file as it was."""
+    content = text.encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), before)
+            raise

@@ -1,0 +1,243 @@
+"""The bench: what it counts and says, not how fast anything is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import weakref
+
+import pytest
+import torch
+from PIL import Image
+from places import HELPERS
+from small_runs import small_recipe
+
+from dic_repa.bench.device import convolution_share, peak_memory, precision
+from dic_repa.bench.model import bench_model, load_factory, random_denoiser
+from dic_repa.bench.paper import SMALL, measure_paper
+from dic_repa.bench.report import add_ratios, table
+from dic_repa.bench.sample import bench_sample
+from dic_repa.bench.timing import Timing, interleave
+from dic_repa.bench.train import build_step, replace_denoiser
+from dic_repa.cli import main
+from dic_repa.errors import UserError
+from dic_repa.files.outputs import MARK
+
+CPU = torch.device("cpu")
+ORACLE = HELPERS / "oracle.py"
+SHORT = {"rounds": 2, "seconds": 0.0}
+
+
+def test_calls_take_turns_after_a_warm_up():
+    made = []
+    timings = interleave([lambda: made.append("a"), lambda: made.append("b")], CPU, rounds=3, seconds=0.0, warmup=2)
+    assert "".join(made) == "aabb" + "ab" + "ba" + "ab"
+    assert [len(timing.seconds) for timing in timings] == [3, 3]
+
+
+def test_median_and_quartiles():
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 100.0))
+    assert timing.median == 3
+    assert timing.quartiles == (2, 4)
+
+
+def test_ratios_are_to_the_first_of_the_same_batch():
+    rows = [{"batch": b, "images_per_second": v} for b, v in ((1, 2.0), (8, 10.0), (1, 3.0), (8, 5.0))]
+    add_ratios(rows)
+    assert [row["ratio"] for row in rows] == [1, 1, 1.5, 0.5]
+    assert table(rows).splitlines()[0].split() == ["batch", "images/s", "to", "first"]
+
+
+def test_memory_and_convolutions_of_a_known_call():
+    x, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 3, 3)
+    assert (
+        4_000_000 <= peak_memory(lambda: x.repeat(4, 1, 1, 1), CPU) <= 4_300_000
+    )  # four times x's megabyte, and a bit
+    assert convolution_share(lambda: torch.conv2d(x, weight), CPU) > 0.9
+    assert convolution_share(lambda: x * 2, CPU) == 0
+
+
+def test_tf32_is_put_back():
+    before = torch.backends.cuda.matmul.allow_tf32
+    with precision("tf32"):
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_model_beside_the_oracle():
+    result = bench_model(
+        ["DiC-S"], CPU, ("fp32", "bf16"), batches=(1,), size=8, baselines=[f"DiC-S={ORACLE}:OracleDiC"], peaks=False,
+        **SHORT,
+    )  # fmt: skip
+    rows = {row["label"]: row for row in result["rows"]}
+    assert list(rows) == ["DiC-S fp32 eager", "DiC-S fp32 by OracleDiC", "DiC-S bf16 eager", "DiC-S bf16 by OracleDiC"]
+    # DiC's table: 5.87 GMACs at 32x32, which go with the area but for the conditioning.
+    assert rows["DiC-S fp32 eager"]["gmacs"] == pytest.approx(5.87 / 16, rel=0.02)
+    assert rows["DiC-S fp32 by OracleDiC"]["difference"] < 1e-5
+    assert 1e-4 < rows["DiC-S bf16 eager"]["difference"] < 0.1
+    assert result["environment"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler_maruyama", 2), ("dopri5", 3)])
+def test_a_sampler_is_profiled_over_two_steps(monkeypatch, solver, evaluations):
+    profiled = []
+    monkeypatch.setattr("dic_repa.bench.sample.inside", lambda case, _: profiled.append(case()) or {"case": case})
+    steps = "null" if solver == "dopri5" else 12
+    overrides = ["model.width=8", "model.depths=[1,1,1,1,1]", f"sample.solver={solver}", f"sample.steps={steps}"]
+    (row,) = bench_sample(["digits-urepa"], CPU, overrides, batches=(2,), **SHORT)["rows"]
+    assert len(profiled) == 1
+    assert row["case"].sampler.evaluations == evaluations
+    assert row["evaluations"] > 10
+
+
+def test_a_baseline_does_not_keep_what_it_replaces(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    recipe = small_recipe()
+    parts, accelerator = build_step(recipe, CPU)
+    replaced = [weakref.ref(part) for part in (parts.denoiser, parts.ema.model, parts.optimizer.optimizer)]
+    replace_denoiser(parts, f"{ORACLE}:OracleDiC", recipe, accelerator)
+    assert [part() for part in replaced] == [None] * 3
+
+
+def test_nothing_is_left_at_zero():
+    denoiser = random_denoiser("SiT-S/2")
+    assert all(parameter.any() for parameter in denoiser.parameters() if parameter.ndim > 1)
+
+
+def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    narrow = ("model.width=8", "model.depths=[1,1,1,1,1]")
+    plan = dataclasses.replace(
+        SMALL, batches=(1,), size=8, precisions=("fp32",), recipes=("digits-urepa",), train_overrides=narrow,
+        sample_overrides=(*narrow, *SMALL.sample_overrides),
+    )  # fmt: skip
+    results = dict(measure_paper(CPU, True, f"{ORACLE}:PlainDiC", rounds=1, plan=plan))
+    assert list(results) == ["forward-fp32", "train-fp32", "sample-fp32"]
+    assert [row["label"].split()[0] for row in results["forward-fp32"]["rows"]] == ["DiC-S", "DiC-S", "SiT-S/2"]
+    for row in results["train-fp32"]["rows"]:
+        assert sum(row["phases"].values()) == pytest.approx(1)
+        assert min(row["phases"].values()) > 0
+    # 4 steps on the grid 1, 0.68, 0.36, 0.04: the last three are guided.
+    assert [row["evaluations"] for row in results["sample-fp32"]["rows"]] == [7, 7]
+
+
+def test_a_part_of_the_papers_measurements_alone(tmp_path, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def measured(part):
+        def bench(*_arguments, **options):
+            asked.append((part, *options["precisions"]))
+            if asked[-1] == ("train", "fp32"):  # as when a lent machine is taken away: what is measured is kept
+                raise UserError("the machine is gone")
+            row = {"label": part, "batch": 1, "images_per_second": 1.0, "spread": [1.0, 1.0], "ratio": 1.0}
+            return {"environment": {}, "rows": [row]}
+
+        return bench
+
+    for name, part in (("model", "forward"), ("train", "train"), ("sample", "sample")):
+        monkeypatch.setattr(f"dic_repa.bench.paper.bench_{name}", measured(part))
+    paper = ["bench", "paper", "--small", "--device=cpu"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*paper, "--only=sample,forward", "--precision=bf16", "--out=some"])
+    assert asked == [("forward", "bf16"), ("sample", "bf16")]
+    assert "the machine is gone" in mistake(*paper, "--only=train")
+    assert sorted(file.name for file in tmp_path.glob("*/*.json")) == [
+        "forward-bf16.json", "sample-bf16.json", "train-bf16.json",
+    ]  # fmt: skip
+    assert "did you mean train" in mistake(*paper, "--only=trian")
+    assert "did you mean bf16 or fp32" in mistake(*paper, "--precision=fp16")
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--size=8", "--batch=1", "--rounds=1", "--seconds=0", "--no-peak"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "model", "DiC-S", *options, "--chart=speed.png", "--out=speed.json", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    saved = json.loads((tmp_path / "speed.json").read_text())
+    assert saved == printed | {"made_by": MARK}
+    assert printed["rows"][0]["label"] == "DiC-S fp32 eager"
+    assert Image.open(tmp_path / "speed.png").width > 500
+
+
+def test_a_full_gpu_is_told_in_a_line(mistake, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("dic_repa.bench.model.bench_model", full)
+    assert "take fewer or smaller models" in mistake("bench", "model", "DiC-S")
+
+
+def test_mistakes(mistake, tmp_path):
+    (tmp_path / "mine.py").write_text("class Plain: ...\n")
+    assert "did you mean DiC-S" in mistake("bench", "model", "DiC-Z")
+    assert "did you mean bf16" in mistake("bench", "model", "DiC-S", "--precision=bf15")
+    assert "tf32 is a precision of NVIDIA GPUs" in mistake(
+        "bench", "model", "DiC-S", "--precision=tf32", "--device=cpu"
+    )
+    assert "name it speed.webp.png" in mistake("bench", "model", "DiC-S", "--chart=speed.webp")
+    assert "there is no device 'gpu' to measure" in mistake("bench", "model", "DiC-S", "--device=gpu")
+    if not torch.cuda.is_available():
+        assert "take --small" in mistake("bench", "paper")
+    assert "--batch takes numbers of images" in mistake("bench", "model", "DiC-S", "--batch=one")
+    assert "did you mean reduce-overhead" in mistake("bench", "sample", "digits-urepa", "--compile=reduce-overhed")
+    assert "needs a GPU" in mistake("bench", "train", "digits-urepa", "--precision=fp16", "--device=cpu")
+    with pytest.raises(UserError, match="no file nowhere"):
+        load_factory("nowhere.py:Plain")
+    with pytest.raises(UserError, match="did you mean Plain"):
+        load_factory(f"{tmp_path / 'mine.py'}:Plan")
+
+
+BASELINES = """
+from torch import nn
+from dic_repa.models import DiC
+
+def small(**options): return DiC(8, (1, 1, 1, 1, 1), **options)
+
+class TwoArguments(nn.Module):
+    def __init__(self, denoiser, more): ...
+
+class NoTime(nn.Module):
+    def __init__(self, denoiser):
+        super().__init__()
+    def forward(self, x): return x
+
+class Taller(nn.Module):
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+    def forward(self, x, t, y): return self.denoiser(x, t, y).repeat(1, 1, 2, 1)
+
+class Tuple(Taller):
+    def forward(self, x, t, y): return x, y
+
+def nothing(denoiser): ...
+"""
+
+
+def test_baseline_that_does_not_fit_is_told_in_a_line(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "baselines.py").write_text(BASELINES)
+    (tmp_path / "broken.py").write_text("def plain(:")
+    (tmp_path / "lacking.py").write_text("import no_such_module")
+
+    def says(baseline):
+        return mistake("bench", "model", "baselines:small", "--size=8", "--no-peak", f"--baseline={baseline}")
+
+    assert "does not fit (TypeError: " in says("baselines.py:TwoArguments")
+    assert "it is called with the denoiser, and returns" in says("baselines:TwoArguments")
+    assert "takes 2 positional arguments but 4 were given" in says("baselines.py:NoTime")
+    assert "does not fit (AttributeError: 'NoneType'" in says("baselines.py:nothing")
+    assert "gives an output of shape (1, 4, 16, 8), the denoiser one of shape (1, 4, 8, 8)" in says("baselines:Taller")
+    assert "gives tuple, the denoiser one of shape" in says("baselines.py:Tuple")
+    assert "importing it gives SyntaxError" in says("broken.py:plain")
+    assert "importing it gives ModuleNotFoundError: No module named 'no_such_module'" in says("lacking:plain")
+    assert "plugin 'nowhere' was not found" in says("nowhere:plain")
+    assert "write FILE.py:FUNCTION" in says("baselines.py")
+    assert "unknown name in --baseline DiC-S=a.py:A: 'DiC-S'; known: baselines:small" in says("DiC-S=a.py:A")
+    train = ["bench", "train", "digits-urepa", "--batch=1", "--set=model.width=8"]
+    assert "gives an output of shape (1, 1, 32, 16)" in mistake(*train, "--baseline=baselines.py:Taller")

@@ -1,0 +1,216 @@
+"""The guidance search: the best cell of a known landscape, resuming, and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import TINY
+
+from dic_repa.cli.tune import command
+from dic_repa.errors import UserError
+from dic_repa.evaluation import judge_digits, metrics
+from dic_repa.evaluation.judging import Judge
+from dic_repa.evaluation.report_data import _tuning
+from dic_repa.evaluation.runs import Judgement
+from dic_repa.evaluation.tune import Tuner
+from dic_repa.models import DiC
+from dic_repa.recipe import GuidanceSection, load_recipe, to_yaml
+from dic_repa.runs.folder import RunFolder
+from dic_repa.sampling.labels import balanced_labels
+from dic_repa.sampling.load import load_checkpoint
+from dic_repa.sampling.sampler import build_sampler
+
+SCALES, INTERVALS = (1.0, 1.5, 2.0, 3.0), ((0.0, 0.5), (0.0, 1.0))
+
+
+class Landscape:
+    """A sampler whose images tell the guidance that they were asked with, and a judge that reads it from them."""
+
+    better = {"loss": "lower", "gain": "higher"}  # noqa: RUF012
+
+    def __init__(self):
+        self.asked = []
+
+    def build_sampler(self, _loaded, settings):
+        guidance = settings.guidance
+        scale, high = (1.0, 0.0) if guidance is None else (guidance.scale, guidance.interval[1])
+        self.asked.append((scale, high, settings.num, settings.seed))
+
+        def sampler(labels):
+            yield torch.tensor([scale / 10, high]).view(1, 2, 1, 1).expand(len(labels), -1, -1, -1)
+
+        return sampler
+
+    def __call__(self, images, _labels):
+        scale, high = round(images[0, 0].item() * 10, 1), round(images[0, 1].item(), 1)
+        distance = (scale - 2) ** 2 + 0.005 * (1 - high) * (scale != 1)
+        if len(images) < 30 and (scale, high) == (2.0, 0.5):
+            distance -= 0.01
+        return {"loss": distance if scale < 3 else math.nan, "gain": -distance}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tiny = [option.removeprefix("--set=") for option in TINY]
+    recipe = load_recipe("digits-urepa", [*tiny, "sample.steps=1", "sample.seed=5"])
+    folder = tmp_path / "checkpoint"
+    DiC(width=8, depths=(1, 1, 1, 1, 1), in_channels=1, num_classes=10).save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    return folder
+
+
+@pytest.fixture
+def landscape(monkeypatch):
+    found = Landscape()
+    monkeypatch.setattr("dic_repa.evaluation.tune.build_sampler", found.build_sampler)
+    monkeypatch.setitem(metrics._entries, "digits", found)
+    return found
+
+
+def tuner(checkpoint, **options) -> Tuner:
+    given = {"scales": SCALES, "intervals": INTERVALS, "num": 20, "confirm": 2, "confirm_num": 40}
+    return Tuner(load_checkpoint(checkpoint), **given | options)
+
+
+def test_the_best_is_found_and_confirmed(checkpoint, landscape):
+    tuned = tuner(checkpoint).run()
+    assert [(c.scale, c.interval[1]) for c in tuned.confirmed] == [(2.0, 1.0), (2.0, 0.5)]  # with few: the other way
+    assert tuned.best.value == pytest.approx(0)
+    assert tuned.best.options == "--scale 2 --interval 0 1"
+    assert len(landscape.asked) == 1 + 3 * 2 + 2  # a scale of 1 has no interval
+    assert {seed for *_, seed in landscape.asked} == {5}
+    assert tuned.picture.is_file()
+    record = json.loads(tuned.record.read_text())
+    assert record["best"][0]["options"] == tuned.best.options
+    assert len(record["cells"]) == len(landscape.asked)
+
+
+def test_higher_can_be_better(checkpoint, landscape):
+    assert tuner(checkpoint, score="gain").run().best.scale == 2
+
+
+def test_it_goes_on_where_it_stopped(checkpoint, landscape):
+    class Stopped(Exception):
+        pass
+
+    def stop_at(asked):
+        def stop(cell, _count):
+            if cell is not None and len(landscape.asked) == asked:
+                raise Stopped
+
+        return stop
+
+    with pytest.raises(Stopped):
+        tuner(checkpoint).run(stop_at(4))
+    before = list(landscape.asked)
+    kept = []
+    finished = tuner(checkpoint).run(lambda cell, count: cell and kept.append(count))
+    assert kept == [20] * 4 + [0] * 5
+    assert len(landscape.asked) == len(set(landscape.asked)) == 9  # none was done twice
+    assert landscape.asked[:4] == before
+    finished.picture.unlink()
+    (checkpoint / "tune/tune.json").write_text(json.dumps({"cells": []}))
+    with pytest.raises(Stopped):  # the grid is drawn, and its best told, before the confirmation
+        tuner(checkpoint).run(stop_at(17))
+    assert finished.picture.is_file()
+    assert len(json.loads(finished.record.read_text())["best"]) == 2
+    landscape.asked[9:] = []
+    tuner(checkpoint).run()
+    landscape.asked[9:] = []
+    again = tuner(checkpoint).run()
+    assert len(landscape.asked) == 9
+    assert again.best == finished.best
+    tuner(checkpoint, scales=(2.0, 2.5)).run()
+    assert [(scale, high) for scale, high, num, _ in landscape.asked[9:] if num == 20] == [(2.5, 0.5), (2.5, 1.0)]
+    finished.record.write_text(finished.record.read_text()[:50])  # cut short: begin anew
+    tuner(checkpoint).run()
+    assert len(landscape.asked) >= 18
+
+
+def test_what_was_found_of_other_weights_is_not_taken_over(checkpoint, landscape, tmp_path):
+    few = {"scales": (1.0, 2.0), "intervals": ((0.0, 1.0),), "confirm": 0}
+    for score in ("loss", "gain", "loss"):
+        tuner(checkpoint, score=score, **few).run()
+    assert len(landscape.asked) == 4  # the other score's cells are kept
+    DiC(width=8, depths=(1, 1, 1, 1, 1), in_channels=1, num_classes=10).save_pretrained(checkpoint)
+    tuned = tuner(checkpoint, score="loss", **few).run()
+    assert len(landscape.asked) == 6
+    record = json.loads(tuned.record.read_text())
+    record["cells"][0]["scores"]["loss"] = 7  # of the weights that are gone
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune/tune.json").write_text(json.dumps(record))
+    assert _tuning(RunFolder(tmp_path), [])["values"] == [[tuned.cells[0].value, tuned.cells[1].value]]
+
+
+def test_the_judge_of_digits_counts(checkpoint):
+    """With the real sampler and judge, the search's value is what the judge says of the same samples."""
+    tuned = tuner(checkpoint, scales=(1.0, 2.0), intervals=((0.0, 1.0),), confirm=0).run()
+    assert tuned.score == "fd-digits"
+    loaded = load_checkpoint(checkpoint)
+    for cell, guidance in zip(tuned.cells, (None, GuidanceSection(scale=2.0, interval=(0.0, 1.0)))):
+        settings = loaded.recipe.sample.model_copy(update={"guidance": guidance, "num": 20})
+        labels = balanced_labels(loaded.recipe, 10, 20)
+        images = torch.cat(list(build_sampler(loaded, settings)(labels)))
+        assert cell.value == pytest.approx(judge_digits((images * 255).round() / 255, labels)["fd-digits"], rel=1e-9)
+    assert tuned.best.value == min(cell.value for cell in tuned.cells)
+
+
+def test_judges():
+    judge = Judge(["digits"])
+    assert (judge.main, judge.better["recognised"]) == ("fd-digits", "higher")
+    assert judge.beats("fd-digits", 1.0, 2.0)
+    assert judge.beats("recognised", 2.0, 1.0)
+    assert judge.beats("fd-digits", 1.0, None)
+    assert not judge.beats("fd-digits", math.nan, 2.0)
+    assert judge.beats("fd-digits", 5.0, math.nan)
+    with pytest.raises(UserError, match="did you mean digits"):
+        Judge(["digit"])
+
+
+def test_command_line(checkpoint, landscape, tmp_path):
+    line = [str(checkpoint), "--num", "20", "--confirm-num", "40", "--scales", "1,2", "--intervals", "0:0.5,0:1"]
+    line += ["--steps", "3", "--seed", "1"]
+    done = CliRunner().invoke(command, [*line, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert f"use: dic-repa sample {checkpoint} --scale 2 --interval 0 1 --steps 3 --seed 1\n" in done.output
+    assert (tmp_path / "out/tune.png").is_file()
+
+
+def test_mistakes(mistake, checkpoint):
+    assert "--scales takes numbers" in mistake("tune", checkpoint, "--scales", "1,two")
+    assert "pairs such as" in mistake("tune", checkpoint, "--intervals", "0.7")
+    assert "interval 0.9:0.1" in mistake("tune", checkpoint, "--intervals", "0.9:0.1")
+    assert "did you mean fd-digits" in mistake("tune", checkpoint, "--metric", "fd-digit")
+    assert "reference" in mistake("tune", checkpoint, "--metric", "prec-digits")
+    recipe = (checkpoint / "recipe.yaml").read_text().replace("label_dropout: 0.1", "label_dropout: 0.0")
+    (checkpoint / "recipe.yaml").write_text(recipe)
+    assert "no guidance to search" in mistake("tune", checkpoint)
+    loaded = load_checkpoint(checkpoint)
+    settings = loaded.recipe.sample.model_copy(update={"guidance": GuidanceSection(scale=2.0, weak=str(checkpoint))})
+    assert Tuner(loaded, "fd-digits", sample=settings, num=2).cells()  # a weaker model guides without a null class
+    loaded.recipe.train.label_dropout = 0.1
+    settings.guidance = GuidanceSection(kind="cfg++", scale=0.5)
+    with pytest.raises(UserError, match=r"CFG\+\+ guides at a scale of 1 too"):
+        Tuner(loaded, "fd-digits", sample=settings)
+
+
+def test_records_of_guidance_by_a_weaker_model_know_its_weights(checkpoint, tmp_path):
+    """One that was written over makes other samples: neither a search nor a judgement goes on with the earlier ones."""
+    weak, loaded = shutil.copytree(checkpoint, tmp_path / "weak"), load_checkpoint(checkpoint)
+    sample = loaded.recipe.sample.model_copy(update={"guidance": GuidanceSection(scale=2.0, weak=str(weak))})
+
+    def identities():
+        tuner = Tuner(loaded, "fd-digits", sample=sample, num=2, out=tmp_path / "out")
+        return tuner.spec, Judgement.of(RunFolder(tmp_path), 4, loaded.recipe, sample).identity()
+
+    before = identities()
+    assert identities() == before
+    for parameter in loaded.denoiser.parameters():
+        parameter.data += 1
+    loaded.denoiser.save_pretrained(weak)
+    assert all(new != old for new, old in zip(identities(), before))

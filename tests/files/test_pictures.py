@@ -1,0 +1,89 @@
+"""The plots that runs and verbs leave behind, by what is drawn in them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from dic_repa.evaluation.solvers import Point, save_comparison
+from dic_repa.evaluation.tune import Cell, Tuned, save_heat_map
+from dic_repa.files.pictures import load_png, save_grid
+from dic_repa.runs.folder import RunFolder
+from dic_repa.training.curves import save_curves
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, which are not closed."""
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    yield plt
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_curves_of_a_single_point_are_seen(tmp_path, figures):
+    run = RunFolder(tmp_path)
+    run.metrics_file.write_text(json.dumps({"step": 2, "loss/denoising": 1.5, "denoising": 1.5}) + "\n")
+    save_curves([run])
+    lines = figures.gcf().axes[0].lines
+    assert [line.get_marker() for line in lines] == ["o"]
+
+
+def test_headings_of_a_grid_are_above_its_columns(tmp_path):
+    images, rows = torch.zeros(6, 1, 8, 8), torch.arange(2).repeat_interleave(3)
+    for name, headings in (("without", ()), ("with", ("t=1.00", "t=0.50", "t=0.00"))):
+        save_grid(images, tmp_path / f"{name}.png", rows, ["", ""], 3, headings=headings)
+    without, headed = (load_png(tmp_path / f"{name}.png") for name in ("without", "with"))
+    extra = headed.shape[1] - without.shape[1]
+    assert torch.equal(headed[:, extra:], without)
+    thirds = headed[0, :extra, 16:].chunk(3, dim=1)
+    assert all(part.min() < 0.5 for part in thirds)
+
+
+def test_a_heat_map_names_its_score_in_words(tmp_path, figures):
+    cells = [Cell(scale, (0.0, 0.7), 100, scale) for scale in (1.0, 2.0)]
+    for score, title in (("fd-digits", "FD-digits (lower"), ("fid", "FID (lower")):
+        tuned = Tuned(cells[0], cells, [], score, "lower", tmp_path / "tune.json", tmp_path / "tune.png")
+        save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
+        assert any(text.get_text().startswith(title) for text in figures.gcf().findobj(plt.Text))
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.0)])
+def test_the_title_of_a_small_heat_map_is_all_there(tmp_path, figures, scales):
+    cells = [Cell(scale, (0.0, 0.7), 50_000, scale) for scale in scales]
+    tuned = Tuned(cells[0], cells, cells, "prec-dinov2", "higher", tmp_path / "tune.json", tmp_path / "tune.png")
+    save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
+    figure = figures.gcf()
+    (title,) = [text for text in figure.findobj(plt.Text) if "confirmed with" in text.get_text()]
+    extent = title.get_window_extent(figure.canvas.get_renderer())
+    assert figure.bbox.x0 <= extent.x0
+    assert extent.x1 <= figure.bbox.x1
+    assert extent.y1 <= figure.bbox.y1
+
+
+def test_costs_of_solvers_are_written_out(tmp_path, figures):
+    save_comparison(
+        [Point("heun", n, {"recognised": 0.5, "fd-digits": 10.0 + n}) for n in (6, 12, 13, 24, 48)],
+        tmp_path / "solvers.png",
+    )
+    figure = figures.gcf()
+    for axis in figure.axes:
+        figure.canvas.draw()
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["6", "12", "24", "48"]
+        assert not any(label.get_text() for label in axis.get_xticklabels(minor=True))
+
+
+@pytest.mark.parametrize("unit", [1, 0.1])
+def test_scores_of_solvers_are_plain_numbers(tmp_path, figures, unit):
+    points = [Point("heun", n, {"fd-digits": unit * (5 + n / 100)}) for n in (6, 12, 24, 48)]
+    save_comparison(points, tmp_path / "solvers.png")
+    figure = figures.gcf()
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    labels = [label.get_text() for which in (False, True) for label in axis.get_yticklabels(minor=which)]
+    assert all(re.fullmatch(r"\d*\.?\d*", label) for label in labels)  # no 5.3 x 10^0, no 5e-01
+    assert len([label for label in labels if label and 5 * unit < float(label) < 5.5 * unit]) >= 2

@@ -1,0 +1,157 @@
+"""DiC-XL with U-REPA on a GPU: speed, memory, where a step's time goes, finite losses, and the compiled gradients.
+
+    python tests/scripts/train_dic_xl_gpu.py
+
+Trains on random data in memory with a DINOv2-B of random weights, at each batch size, eager and compiled, 100 steps
+each; then compares the gradients of the compiled model with the eager ones, in float32 and in bf16 (torch.compile has
+had a GroupNorm on channels_last whose bf16 gradients were wrong in silence). Exits with 1 where a loss is not finite or
+gradients differ. On a CPU, at a size that it can bear:
+
+    python tests/scripts/train_dic_xl_gpu.py --recipe digits-urepa --batches 4 --steps 3 --set model.width=8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from dic_repa.bench.device import describe_device, free_memory
+from dic_repa.bench.train import MIXED, Clock, TrainCase, build_step
+from dic_repa.models import measure_cost
+from dic_repa.models.compiled import allow_recompilation
+from dic_repa.recipe import load_training_recipe
+from dic_repa.training.dry_run import stand_in, takes_pretrained
+from dic_repa.training.inputs import step_inputs
+
+WARM_UP = 5  # steps before the clock runs: compilation, choice of kernels
+
+
+def build_case(name: str, overrides: list[str], precision: str, batch: int, compiled: bool, device) -> TrainCase:
+    """A training step of the recipe on random data, its encoder with random weights where those are fetched."""
+    recipe = stand_in(load_training_recipe(name, overrides), [])
+    settings = recipe.train
+    settings.batch_size, settings.micro_batch, settings.compile = batch, None, compiled
+    settings.precision, settings.tf32 = MIXED[precision], False
+    for section in recipe.alignments:
+        if takes_pretrained(section) and "weights" not in section.encoder_options:
+            section.encoder_options["pretrained"] = False
+    parts, accelerator = build_step(recipe, device)
+    gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9  # which has no hooks
+    return TrainCase("compiled" if compiled else "eager", recipe, parts, accelerator, precision, gmacs)
+
+
+def measure(case: TrainCase, steps: int, device: torch.device) -> dict:
+    """Images per second and memory peak over the steps, shares of a step's phases over a few more, all losses' end."""
+    on_gpu = device.type == "cuda"
+    for _ in range(WARM_UP if on_gpu else 1):
+        case()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    begin, losses = time.perf_counter(), []
+    for _ in range(steps):
+        losses.append(case().detach())
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds, losses = time.perf_counter() - begin, torch.stack(losses)
+    clock = Clock(device)
+    for _ in range(min(steps, 10)):
+        case(clock)
+    return {
+        "case": case.label,
+        "batch": case.batch,
+        "images_per_second": round(steps * case.batch / seconds, 2),
+        "memory_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
+        "shares": {name: round(share, 4) for name, share in clock.shares().items()},
+        "losses_finite": bool(losses.isfinite().all()),
+        "first_and_last_loss": [round(losses[0].item(), 4), round(losses[-1].item(), 4)],
+    }
+
+
+def gradients(case: TrainCase) -> dict[str, Tensor]:
+    """The gradients of one step, in float32, from weights without the zeros that would hide most of them."""
+    parts = case.parts
+    model = case.accelerator.unwrap_model(parts.model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if not parameter.any():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02
+            parameter.data.copy_(noise.to(parameter.device))
+    for inputs in step_inputs(
+        parts, case.data, case.recipe.train, 0, case.accelerator, 1, [1.0] * len(parts.alignments)
+    ):
+        noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
+        out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
+        loss = parts.objective.loss(out.prediction, noisy)
+        inputs.join()
+        for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
+            loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
+        case.accelerator.backward(loss)
+    return {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+
+
+def worst_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference (norm of the difference to norm) of a parameter's gradient, and whose it is."""
+    differences = {
+        name: ((found[name] - g).norm() / g.norm().clamp_min(1e-12)).item() for name, g in expected.items() if g.any()
+    }
+    name = max(differences, key=differences.get)
+    return differences[name], name
+
+
+def compare_gradients(name: str, overrides: list[str], batch: int, device: torch.device) -> list[dict]:
+    """Compiled against eager in float32, and both in bf16 against eager float32."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for compiled in (False, True):
+            case = build_case(name, overrides, precision, batch, compiled, device)
+            found[precision, compiled] = gradients(case)
+            del case
+            free_memory(device)
+    reference, rows = found["fp32", False], []
+    eager_error = worst_difference(found["bf16", False], reference)[0]
+    for key, limit in ((("fp32", True), 1e-3), (("bf16", False), None), (("bf16", True), 2 * eager_error)):
+        error, where = worst_difference(found[key], reference)
+        label = f"{key[0]} {'compiled' if key[1] else 'eager'} against fp32 eager"
+        rows.append({"gradients": label, "worst": error, "of": where, "as_it_should": limit is None or error <= limit})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--recipe", default="dic-xl-urepa")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--gradient-batch", type=int, default=4)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--json", help="Write the results into this file as well.")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allow_recompilation()
+    results: dict = {"environment": describe_device(device), "steps": [], "gradients": []}
+    print(json.dumps(results["environment"]))
+    for batch in arguments.batches:
+        for compiled in (False, True):
+            case = build_case(arguments.recipe, arguments.overrides, arguments.precision, batch, compiled, device)
+            results["steps"].append(measure(case, arguments.steps, device))
+            print(json.dumps(results["steps"][-1]), flush=True)
+            del case
+            free_memory(device)
+    results["gradients"] = compare_gradients(arguments.recipe, arguments.overrides, arguments.gradient_batch, device)
+    for row in results["gradients"]:
+        print(json.dumps(row))
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(results, file, indent=2)
+    good = all(row["losses_finite"] for row in results["steps"])
+    return 0 if good and all(row["as_it_should"] for row in results["gradients"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

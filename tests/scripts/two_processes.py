@@ -1,0 +1,93 @@
+"""What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/scripts/two_processes.py FOLDER`.
+
+Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2; `layouts.txt` counts
+its convolutions' calls, and those of another layout than their weights), `poisoned` (one process alone meets values
+that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt` tell what each
+says where one alone has no data.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
+
+import torch
+from small_runs import ALIGNED, PoisonedDigits, small_run
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from dic_repa.errors import UserError
+from dic_repa.training import EMA, Preempted
+from dic_repa.training.randomness import data_order
+
+LONG = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    small_run(folder / "ddp", *LONG, "train.micro_batch=2", base=ALIGNED)
+    small_run(folder / "ddp-10", *LONG, "train.steps=10", base=ALIGNED)
+    sharded = [
+        "train.sharding=fsdp2",
+        "train.sample_every=10",
+        "sample.steps=1",
+        "sample.precision=bf16",
+        "train.power_ema=[0.1]",
+    ]
+    called = mixed = 0
+
+    def note(module, given):
+        nonlocal called, mixed
+        if isinstance(module, nn.Conv2d) and not given[0].is_meta:
+            called += 1
+            layouts = (torch.channels_last, torch.contiguous_format)
+            both = (
+                [tensor.is_contiguous(memory_format=one) for one in layouts] for tensor in (given[0], module.weight)
+            )
+            mixed += not any(map(all, zip(*both)))
+
+    with register_module_forward_pre_hook(note):
+        small_run(folder / "sharded", *LONG, *sharded, base=ALIGNED)
+    if os.environ["RANK"] == "0":
+        (folder / "layouts.txt").write_text(f"{called} {mixed}")
+
+    order = data_order(seed=0, count=8000, batch_size=4)
+    third = [next(order) for _ in range(3)][2]
+    PoisonedDigits.poisoned = frozenset(third[2:])  # the second process's half of the third batch
+    every = ["train.steps=4", "train.checkpoint_every=1", "train.keep_checkpoints=4"]
+    small_run(folder / "poisoned", *every, "data.name=poisoned-digits")
+    small_run(folder / "poisoned-sharded", *every, "data.name=poisoned-digits", "train.sharding=fsdp2")
+
+    read = PoisonedDigits.__init__
+
+    def absent(self, *arguments, **options):
+        if os.environ["RANK"] == "1":
+            raise UserError("there is no data folder")
+        read(self, *arguments, **options)
+
+    PoisonedDigits.__init__ = absent
+    try:
+        small_run(folder / "absent", "data.name=poisoned-digits")
+    except UserError as error:
+        (folder / f"absent-{os.environ['RANK']}.txt").write_text(str(error))
+
+    update = EMA.update
+
+    def signalled(self, denoiser, step=1):
+        update(self, denoiser, step)
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    EMA.update = signalled
+    try:
+        small_run(folder / "stopped")
+    except Preempted as reason:
+        (folder / f"stopped-{os.environ['RANK']}.txt").write_text(str(reason))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

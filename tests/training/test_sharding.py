@@ -1,0 +1,123 @@
+"""Two processes against one: the same losses; what one of them meets, both agree on; FSDP2 cuts, and saves whole."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from places import SCRIPTS
+from small_runs import ALIGNED, assert_same, metrics, small_run, weights
+from torch import nn
+from two_processes import LONG
+
+from dic_repa.errors import UserError
+from dic_repa.models import DiC
+from dic_repa.runs import RunFolder
+from dic_repa.training.sharding import cut_like, shard, stages, to_cpu
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs of `two_processes.py`, and `one`, which one process has done."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 runs on CPUs from torch 2.7.0 on")
+    folder = tmp_path_factory.mktemp("runs")
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(SCRIPTS / "two_processes.py"), str(folder)], env=os.environ | environment,
+                          capture_output=True, text=True, timeout=500)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        small_run(folder / "one", *LONG, base=ALIGNED)
+        for name in ("ddp-10", "sharded"):  # go on from step 10 in one process
+            run = RunFolder(shutil.copytree(folder / name, folder / f"{name}-then-one"))
+            shutil.rmtree(run.checkpoint_path(20), ignore_errors=True)
+            power = ["train.power_ema=[0.1]"] if name == "sharded" else []
+            small_run(run.path, *LONG, *power, base=ALIGNED, resume=True)
+    return folder
+
+
+def losses(folder):
+    return torch.tensor([record["loss"] for record in metrics(RunFolder(folder))], dtype=torch.float64)
+
+
+def test_a_torch_that_cannot_shard_on_cpus_is_told(monkeypatch):
+    monkeypatch.delattr("torch.cpu.Stream.record_event", raising=False)
+    with pytest.raises(UserError, match=r"needs torch 2\.7 or newer on CPUs"):
+        shard(nn.Linear(2, 2), nn.Linear(2, 2), SimpleNamespace(device=torch.device("cpu"), num_processes=2))
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-10-then-one", "sharded", "sharded-then-one"])
+def test_twenty_losses_are_those_of_one_process(runs, name):
+    torch.testing.assert_close(losses(runs / name), losses(runs / "one"), rtol=0, atol=1e-5)
+    assert len(losses(runs / name)) == 20
+    found, expected = (weights(RunFolder(runs / run).checkpoint_path(20)) for run in (name, "one"))
+    assert_same(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_sharded_run_samples_and_its_average_loads(runs):
+    run = RunFolder(runs / "sharded")
+    assert [file.name for file in sorted(run.samples.iterdir())] == ["step_00000010.png", "step_00000020.png"]
+    for name in ("ema", "ema-sigma_rel-0.1"):
+        assert DiC.from_pretrained(run.checkpoint_path(20) / name).config["width"] == 8
+
+
+def test_sharded_convolutions_have_the_layout_of_their_weights(runs):
+    called, mixed = map(int, (runs / "layouts.txt").read_text().split())
+    assert called > 20 * 10  # ten in the smallest denoiser, for each step
+    assert mixed == 0
+
+
+@pytest.mark.parametrize("name", ["poisoned", "poisoned-sharded"])
+def test_both_skip_what_one_cannot_take(runs, name):
+    run = RunFolder(runs / name)
+    assert [record["skipped"] for record in metrics(run)] == [0, 0, 1, 1]
+    steps = [weights(run.checkpoint_path(step)) for step in range(1, 5)]
+    moved = [
+        any(not torch.equal(before[n], after[n]) for n in before if n[:4] != "ema ")
+        for before, after in itertools.pairwise(steps)
+    ]
+    assert moved == [True, False, True]
+
+
+def test_both_stop_after_the_same_step_when_one_is_told_to(runs):
+    said = [(runs / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0].endswith("has saved step 4")
+    assert RunFolder(runs / "stopped").newest_checkpoint().name == "step_00000004"
+
+
+def test_data_that_one_lacks_is_told_by_both(runs):
+    said = [(runs / f"absent-{rank}.txt").read_text() for rank in (0, 1)]
+    assert said == ["there is no data folder"] * 2
+    assert not (runs / "absent").exists()
+
+
+def test_stages_are_those_of_the_paper_and_leave_nothing_out_twice():
+    denoiser = DiC(width=8, depths=(1, 2, 3, 2, 1), in_channels=1, num_classes=10)
+    found = stages(denoiser)
+    for stage in (*denoiser.enc, denoiser.mid, *denoiser.dec):
+        assert list(stage) in found
+    modules = [module for stage in found for module in stage]
+    assert len(modules) == len(set(map(id, modules)))
+
+
+def test_whole_tensors_keep_their_layout_in_memory():
+    own = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last).weight
+    saved = torch.randn(8, 4, 3, 3)
+    laid_out = cut_like(saved, own)
+    assert laid_out.stride() == own.stride()
+    torch.testing.assert_close(laid_out, saved)
+    tree = {"a": [saved, 3], "b": {"c": own}}
+    copied = to_cpu(tree, keep=True)
+    assert copied["a"][1] == 3
+    assert copied["a"][0].data_ptr() != saved.data_ptr()
+    torch.testing.assert_close(copied["b"]["c"], own.detach())
+    assert to_cpu(tree, keep=False)["b"]["c"] is None
