@@ -42,19 +42,19 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def tells_of_errors() -> bool:
+def prints_errors() -> bool:
     """Whether the command line prints this process's errors: the first process of each machine, since most mistakes are
     all processes', and some, such as data that is not there, all of a machine's."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 @contextlib.contextmanager
-def told_by_whom_it_befalls() -> Iterator[None]:
+def print_rank_errors() -> Iterator[None]:
     """Print an error that one process has by itself, such as a damaged file, where the command line will not."""
     try:
         yield
     except (UserError, OSError) as error:
-        if not tells_of_errors():
+        if not prints_errors():
             print(f"\nerror: {error}", file=sys.stderr)  # a line of its own, below the main process's progress bar
         raise
 

@@ -31,7 +31,7 @@ PREDICTIONS = ("velocity", "noise", "score", "data")
 paths = Registry("path")
 
 
-def create_path(name: str, **kwargs) -> Path:
+def create_path(name: str, **kwargs) -> Interpolant:
     """The path filed under `name`: 'linear', 'cosine' or 'vp' (which takes `beta_min` and `beta_max`).
 
     Raises UserError for an unknown name.
@@ -39,10 +39,10 @@ def create_path(name: str, **kwargs) -> Path:
     return paths.create(name, **kwargs)
 
 
-def path_of(model: object) -> Path | None:
+def path_of(model: object) -> Interpolant | None:
     """The path that a model or field names as its `path`; None where it has none, or means something else by it."""
     path = getattr(model, "path", None)
-    return path if isinstance(path, Path) else None
+    return path if isinstance(path, Interpolant) else None
 
 
 def check_prediction(name: str) -> str:
@@ -75,7 +75,7 @@ class PathSample:
     velocity: Tensor
 
 
-class Path:
+class Interpolant:
     """A pair alpha(t), sigma(t) with alpha(0) = 1, sigma(0) = 0 and (almost) pure noise at t = 1.
 
     A subclass defines `coefficients` and `time_at_ratio`, and says where it is singular.
@@ -160,7 +160,7 @@ def _conversion(c: Coefficients, source: str, target: str) -> tuple[Tensor, Tens
 
 
 @paths.register("linear")
-class LinearPath(Path):
+class LinearPath(Interpolant):
     """alpha = 1 - t, sigma = t (rectified flow; the path of SiT, REPA and U-REPA)."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
@@ -172,7 +172,7 @@ class LinearPath(Path):
 
 
 @paths.register("cosine")
-class CosinePath(Path):
+class CosinePath(Interpolant):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (the generalised variance-preserving path of SiT)."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
@@ -186,7 +186,7 @@ class CosinePath(Path):
 
 
 @paths.register("vp")
-class VPPath(Path):
+class VPPath(Interpolant):
     """The variance-preserving diffusion with beta(t) = beta_min + t (beta_max - beta_min):
 
     log alpha = -1/2 int_0^t beta = -1/4 t^2 (beta_max - beta_min) - 1/2 t beta_min,   sigma^2 = 1 - alpha^2.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dic_repa.errors import UserError
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
 Diffusion = Callable[[float], float]
@@ -21,7 +21,7 @@ Diffusion = Callable[[float], float]
 diffusion_forms = Registry("diffusion form")
 
 
-def create_diffusion(form: str | Diffusion, path: Path, norm: float = 1.0) -> Diffusion:
+def create_diffusion(form: str | Diffusion, path: Interpolant, norm: float = 1.0) -> Diffusion:
     """w(t) of a `form`, scaled by `norm`; a callable is taken as it is.
 
     The forms: 'constant', 'sbdm', 'sigma', 'linear', 'decreasing', 'increasing-decreasing'.
@@ -37,38 +37,38 @@ def create_diffusion(form: str | Diffusion, path: Path, norm: float = 1.0) -> Di
 
 
 @diffusion_forms.register("constant")
-def constant(path: Path, t: float, norm: float) -> float:
+def constant(path: Interpolant, t: float, norm: float) -> float:
     """2 norm. Stiff near the data, where euler_maruyama wants many steps; the solver ou does not."""
     return 2 * norm
 
 
 @diffusion_forms.register("sbdm")
-def sbdm(path: Path, t: float, norm: float) -> float:
+def sbdm(path: Interpolant, t: float, norm: float) -> float:
     """2 norm sigma (sigma' - sigma alpha' / alpha): the score-based diffusion that has the path's marginals."""
     c = path.coefficients(torch.tensor(t, dtype=torch.float64))
     return (2 * norm * c.sigma * c.determinant / c.alpha).item()
 
 
 @diffusion_forms.register("sigma")
-def sigma(path: Path, t: float, norm: float) -> float:
+def sigma(path: Interpolant, t: float, norm: float) -> float:
     """2 norm sigma."""
     return 2 * norm * path.coefficients(torch.tensor(t, dtype=torch.float64)).sigma.item()
 
 
 @diffusion_forms.register("linear")
-def linear(path: Path, t: float, norm: float) -> float:
+def linear(path: Interpolant, t: float, norm: float) -> float:
     """2 norm t: that of REPA and U-REPA."""
     return 2 * norm * t
 
 
 @diffusion_forms.register("decreasing")
-def decreasing(path: Path, t: float, norm: float) -> float:
+def decreasing(path: Interpolant, t: float, norm: float) -> float:
     """(1 - norm cos(pi t))^2 / 2, which decreases towards the data."""
     return 0.5 * (1 - norm * math.cos(math.pi * t)) ** 2
 
 
 @diffusion_forms.register("increasing-decreasing")
-def increasing_decreasing(path: Path, t: float, norm: float) -> float:
+def increasing_decreasing(path: Interpolant, t: float, norm: float) -> float:
     """2 norm sin(pi t)^2: no noise at either end."""
     return 2 * norm * math.sin(math.pi * t) ** 2
 
@@ -76,7 +76,7 @@ def increasing_decreasing(path: Path, t: float, norm: float) -> float:
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
-def decay(w: Diffusion, path: Path, t: float, s: float) -> float:
+def decay(w: Diffusion, path: Interpolant, t: float, s: float) -> float:
     """exp(-int_s^t w / (2 sigma^2)) for s < t: what a step keeps of the noise that is there (0 for s = 0).
 
     The integral is taken in log t, in which it is smooth towards t = 0.

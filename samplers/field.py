@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dic_repa.interpolants import LinearPath, Path, path_of
+from dic_repa.interpolants import Interpolant, LinearPath, path_of
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,7 +28,7 @@ class Field:
     `nfe` counts network evaluations per sample.
     """
 
-    def __init__(self, velocity_fn: VelocityFn, path: Path | None = None):
+    def __init__(self, velocity_fn: VelocityFn, path: Interpolant | None = None):
         self.velocity_fn = velocity_fn
         self.path = path or path_of(velocity_fn) or LinearPath()
         self.breakpoints: tuple[float, ...] = tuple(getattr(velocity_fn, "breakpoints", ()))

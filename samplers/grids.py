@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from dic_repa.errors import UserError
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
-TimeGrid = Callable[[int, float, float, Path], list[float]]
+TimeGrid = Callable[[int, float, float, Interpolant], list[float]]
 grids = Registry("time grid")
 
 
@@ -29,7 +29,7 @@ def create_grid(name: str, **kwargs) -> TimeGrid:
 class UniformGrid:
     """Equal steps in t."""
 
-    def __call__(self, steps: int, high: float, low: float, path: Path) -> list[float]:
+    def __call__(self, steps: int, high: float, low: float, path: Interpolant) -> list[float]:
         return torch.linspace(high, low, steps + 1, dtype=torch.float64).tolist()
 
 
@@ -47,7 +47,7 @@ class ShiftedGrid:
         if not self.shift > 0:
             raise UserError(f"shift {self.shift}: give a number above 0")
 
-    def __call__(self, steps: int, high: float, low: float, path: Path) -> list[float]:
+    def __call__(self, steps: int, high: float, low: float, path: Interpolant) -> list[float]:
         share = [self.shift * t / (1 + (self.shift - 1) * t) for t in UniformGrid()(steps, 1.0, 0.0, path)]
         return [low + (high - low) * t for t in share]
 
@@ -68,7 +68,7 @@ class KarrasGrid:
                 "give rho > 0 and 0 < ratio_min < ratio_max"
             )
 
-    def __call__(self, steps: int, high: float, low: float, path: Path) -> list[float]:
+    def __call__(self, steps: int, high: float, low: float, path: Interpolant) -> list[float]:
         ends = path.coefficients(torch.tensor([high, low], dtype=torch.float64))
         first, last = (ends.sigma / ends.alpha).clamp(self.ratio_min, self.ratio_max) ** (1 / self.rho)
         ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.samplers.catalog import solver_info
 from dic_repa.samplers.field import Field, VelocityFn, as_state
 from dic_repa.samplers.noise import rademacher
@@ -32,7 +32,7 @@ class Likelihood:
 def log_likelihood(
     velocity_fn: VelocityFn,
     x: Tensor,
-    path: Path | None = None,
+    path: Interpolant | None = None,
     *,
     divergence: str = "hutchinson",
     probes: int = 1,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.samplers.catalog import SolverInfo, solver_info
 from dic_repa.samplers.field import Field, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
@@ -36,7 +36,7 @@ def sample_ode(
     solver: str = "heun",
     steps: int | None = None,
     *,
-    path: Path | None = None,
+    path: Interpolant | None = None,
     times: TimeGrid | Sequence[float] | None = None,
     direction: str = "forward",
     rtol: float | None = None,

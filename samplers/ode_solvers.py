@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 from dic_repa.samplers.catalog import SolverInfo, add_solver
 from dic_repa.samplers.field import Field
@@ -149,7 +149,7 @@ def polynomial_integral(past: Sequence[tuple[float, Tensor]], moments: Sequence[
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 
 
-def _data_moments(path: Path, t: float, s: float) -> tuple[float, list[float]]:
+def _data_moments(path: Interpolant, t: float, s: float) -> tuple[float, list[float]]:
     """sigma_s / sigma_t, and sigma_s int_t^s (tau - t)^k dq(tau) for k = 0, 1, 2 with q = alpha / sigma.
 
     By parts, that is (s - t)^k alpha_s - k sigma_s int_t^s (tau - t)^(k - 1) q dtau for k > 0. The integral is taken in

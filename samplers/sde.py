@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 from dic_repa.samplers.catalog import solver_info
 from dic_repa.samplers.diffusion_coefficients import Diffusion, create_diffusion, decay
@@ -98,7 +98,7 @@ def tweedie(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
 def sample_sde(
     velocity_fn: VelocityFn,
     noise: Tensor,
-    path: Path | None = None,
+    path: Interpolant | None = None,
     solver: str = "euler_maruyama",
     steps: int = 250,
     noise_fn: Callable[[int, Tensor], Tensor] | None = None,

@@ -100,7 +100,7 @@ def plugin_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for registry in (base._encoders, heads, datasets, denoisers, step_solvers):
+    for registry in (base.encoders, heads, datasets, denoisers, step_solvers):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(catalog, "_BY_NAME", dict(catalog._BY_NAME))
     yield tmp_path

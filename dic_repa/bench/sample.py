@@ -21,7 +21,7 @@ from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.recipe.build import build_decoder, build_denoiser, build_objective
 from dic_repa.samplers import solver_info
 from dic_repa.sampling.sampler import Sampler
-from dic_repa.training.dry_run import stand_in
+from dic_repa.training.dry_run import with_random_data
 
 GUIDANCE = {"doubled": True, "one-by-one": False}
 
@@ -91,7 +91,7 @@ def bench_sample(
     environment, notes, cases = describe_device(device), [], []
     for name in recipes:
         recipe = load_training_recipe(name, overrides)
-        options = stand_in(recipe, notes).data.options
+        options = with_random_data(recipe, notes).data.options
         torch.manual_seed(0)
         denoiser = build_denoiser(recipe.model, options["channels"], options["num_classes"])
         randomise(denoiser.eval().requires_grad_(False).to(device))

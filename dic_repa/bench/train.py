@@ -26,7 +26,7 @@ from dic_repa.models.compiled import allow_recompilation
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.precision import tf32
-from dic_repa.training.dry_run import run_step, stand_in, takes_pretrained
+from dic_repa.training.dry_run import run_step, takes_pretrained, with_random_data
 from dic_repa.training.inputs import check_batch
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.parts import Parts, build_parts
@@ -147,7 +147,7 @@ def bench_train(
 
 
 def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: list[str]) -> Recipe:
-    recipe = stand_in(load_training_recipe(name, overrides), notes)
+    recipe = with_random_data(load_training_recipe(name, overrides), notes)
     recipe.train.micro_batch, recipe.train.batch_size = None, batch
     recipe.train.precision, recipe.train.tf32, recipe.train.trackers = MIXED[kind], kind == "tf32", []
     for section in recipe.alignments:

@@ -9,7 +9,7 @@ import click
 
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
-from dic_repa.errors import UserError, is_main_process, tells_of_errors
+from dic_repa.errors import UserError, is_main_process, prints_errors
 from dic_repa.runtime.threads import watch  # noqa: F401 - from now on: by what else goes on while torch is imported
 
 VERBS = {
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0)
         if debug:
             raise
-        if tells_of_errors():
+        if prints_errors():
             click.echo(f"error: {_message(error)}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:

@@ -81,10 +81,10 @@ def load(source: Path, weights: str = "ema", family: str | None = None):
     A UserError says what `source` is not, or lacks.
     """
     from dic_repa.models import load_authors_checkpoint, load_denoiser
-    from dic_repa.runs.folder import RunFolder, meant_runs
+    from dic_repa.runs.folder import RunFolder, suggest_runs
     from dic_repa.sampling.load import load_raw
 
-    if not source.exists() and len(source.parts) == 1 and (meant := meant_runs(source)):  # no hub id either
+    if not source.exists() and len(source.parts) == 1 and (meant := suggest_runs(source)):  # no hub id either
         raise UserError(f"there is no run or checkpoint folder {source}{meant}")
     if source.is_file():
         return load_authors_checkpoint(source, family), None

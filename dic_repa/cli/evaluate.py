@@ -12,7 +12,7 @@ from dic_repa.cli.judgements import print_judgements
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_options
 from dic_repa.cli.table import number, print_rows
-from dic_repa.errors import UserError, is_main_process, told_by_whom_it_befalls, when_interrupted
+from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
 from dic_repa.recipe import load_recipe
 from dic_repa.runtime.progress import progress_bar, say
@@ -165,14 +165,14 @@ def measure_and_show(
     from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
     from dic_repa.evaluation.samples import is_checkpoint, record, save_record
-    from dic_repa.runs.folder import meant_runs
+    from dic_repa.runs.folder import suggest_runs
     from dic_repa.sampling.folder import patient_accelerator
 
     if not names:
         raise UserError("--metrics names no metric; see --list-metrics")
     # Before the reference is read, so that a mistake is told at once.
     for path in samples:
-        if not path.exists() and (meant := meant_runs(path)):
+        if not path.exists() and (meant := suggest_runs(path)):
             raise UserError(f"there is nothing to measure at {path}{meant}")
     opened = {path: open_images(path, options["resize"]) for path in samples if not is_checkpoint(path)}
     for path in opened:
@@ -202,7 +202,7 @@ def measure_and_show(
     for path in samples:
         place = _sampled(path, recipe, again, processes, options) if is_checkpoint(path) else path
         images = opened.get(path) or open_images(place, options["resize"])
-        with told_by_whom_it_befalls(), _bar(f"measuring {place}", processes, len(images)) as bar:
+        with print_rank_errors(), _bar(f"measuring {place}", processes, len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update)
         if not processes.is_main_process:
             continue
@@ -282,8 +282,8 @@ def _sampled(path: Path, recipe: str | None, again: bool, processes, options: di
     labels, sampler = choose_labels(loaded, settings), build_sampler(loaded, settings)
     check_sampling(settings, sampler.objective)
     place = samples_folder(path, describe_sampling(settings))
-    mend = "pass --again to sample anew"
-    folder = SampleFolder(place, sample_spec(loaded, settings, labels), mend)
+    hint = "pass --again to sample anew"
+    folder = SampleFolder(place, sample_spec(loaded, settings, labels), hint)
     sample_into(folder, sampler, labels, processes, overwrite=again)
     return place
 

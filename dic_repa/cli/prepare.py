@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.options import Command, Count, option_group
-from dic_repa.errors import UserError, told_by_whom_it_befalls, when_interrupted
+from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_folder
 from dic_repa.runtime.threads import choose_threads
 
@@ -85,7 +85,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
         begin(images, destination, encoder.spec, settings)
     state.wait_for_everyone()
     begun = f"the finished shards are in {destination}, and the same command goes on with the others"
-    with when_interrupted(lambda: f"interrupted; {begun}"), told_by_whom_it_befalls():
+    with when_interrupted(lambda: f"interrupted; {begun}"), print_rank_errors():
         write_shards(images, destination, encoder, settings, state.process_index, state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:

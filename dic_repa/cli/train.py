@@ -14,7 +14,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
-from dic_repa.errors import UserError, first_line, is_main_process, tells_of_errors, when_interrupted
+from dic_repa.errors import UserError, first_line, is_main_process, prints_errors, when_interrupted
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.runs.folder import RunFolder, checkpoint_step
 from dic_repa.runtime.progress import say
@@ -117,7 +117,7 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
             f"the GPU's memory is full ({first_line(error)}); lower train.micro_batch or set "
             "train.gradient_checkpointing=true, which change nothing else: --resume goes on with them"
         )
-        if not tells_of_errors():  # the one that does may have enough
+        if not prints_errors():  # the one that does may have enough
             click.echo(f"error: {fault}", err=True)
         raise fault from None
 

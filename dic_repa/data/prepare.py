@@ -234,8 +234,8 @@ def _moments(autoencoder: Autoencoder, images: torch.Tensor, dtype: str) -> np.n
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is full ({first_line(error)}); lower --batch-size") from None
     if not moments.isfinite().all():
-        mend = "store them with --moments float32" if dtype == "float16" else "it cannot be used"
-        raise UserError(f"{autoencoder.spec.name} gives moments beyond {dtype}'s range; {mend}")
+        hint = "store them with --moments float32" if dtype == "float16" else "it cannot be used"
+        raise UserError(f"{autoencoder.spec.name} gives moments beyond {dtype}'s range; {hint}")
     return moments.cpu().numpy()
 
 

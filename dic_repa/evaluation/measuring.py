@@ -52,8 +52,8 @@ def check_reference(metrics: Sequence[str], reference) -> None:
     needy = [name for name in metrics if scores.find(name).needs]
     if needy and reference is None:
         compare = "compares" if len(needy) == 1 else "compare"
-        mend = "give a reference (--reference, or evaluate.reference in a recipe)"
-        raise UserError(f"{', '.join(needy)} {compare} with real images: {mend}")
+        hint = "give a reference (--reference, or evaluate.reference in a recipe)"
+        raise UserError(f"{', '.join(needy)} {compare} with real images: {hint}")
 
 
 class Measure:

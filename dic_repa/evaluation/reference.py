@@ -30,7 +30,7 @@ from dic_repa.runtime.progress import detail
 
 KEPT = 10_000  # reference images behind precision, recall and KID, as in ADM's reference files
 FORMAT = "1"
-UNTOLD = 2**62  # the count of stored statistics: of how many images they are is not told
+UNKNOWN_COUNT = 2**62  # the count of stored statistics: of how many images they are is not told
 # What an .npz of statistics calls the Gaussians; the names are ADM's, and for mu and sigma also TTUR's.
 STORED = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma_s")}
 
@@ -78,7 +78,7 @@ def load_reference(
 
 
 def _stored(file: NpzFile) -> FeatureSet:
-    found = FeatureSet(UNTOLD)
+    found = FeatureSet(UNKNOWN_COUNT)
     for layer, (mean, cov) in STORED.items():
         if mean in file.names and cov in file.names:
             parts = torch.from_numpy(file.array(mean)).double(), torch.from_numpy(file.array(cov)).double()

@@ -19,7 +19,7 @@ from PIL import Image
 from dic_repa.errors import UserError, first_line
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runs.score_names import todays_names
+from dic_repa.runs.score_names import current_names
 
 MOST_POINTS = 1500  # of a curve: more than a screen has pixels
 MOST_GRIDS = 60  # of the samples over training
@@ -138,8 +138,8 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
         elif (
             isinstance(record, dict) and isinstance(record.get("scores"), dict) and isinstance(record.get("step"), int)
         ):
-            scores = todays_names(record["scores"])
-            reference = scores.find("reference")
+            scores = current_names(record["scores"])
+            reference = scores.get("reference")
             found.append(
                 {
                     "step": record["step"],
@@ -147,7 +147,7 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
                     "sampling": (sampling := _describe(record.get("sample"))),
                     "own": sampling == own,
                     "evaluations": _number(record.get("evaluations")),
-                    "count": _number(scores.find("count")),
+                    "count": _number(scores.get("count")),
                     "scores": _scores(scores),
                     "reference": _scores(reference) if isinstance(reference, dict) else {},
                 }

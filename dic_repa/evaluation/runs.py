@@ -17,7 +17,7 @@ from dic_repa.files.outputs import MARK, check_file
 from dic_repa.files.pictures import save_grid, shown_in_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.runs.folder import RunFolder, checkpoint_step, write_whole
-from dic_repa.runs.score_names import todays_names
+from dic_repa.runs.score_names import current_names
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import load_checkpoint, weak_weights
 from dic_repa.sampling.sampler import build_sampler
@@ -95,10 +95,10 @@ def evaluate_run(
     return judged
 
 
-def no_judge(path: str | Path, mend: str = "") -> UserError:
+def no_judge(path: str | Path, hint: str = "") -> UserError:
     """The error for a run whose recipe does not say how to judge its samples."""
-    mend = mend or f"add one to {Path(path) / 'recipe.yaml'}, such as `evaluate: {{metric: fid, reference: FOLDER}}`"
-    return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; {mend}")
+    hint = hint or f"add one to {Path(path) / 'recipe.yaml'}, such as `evaluate: {{metric: fid, reference: FOLDER}}`"
+    return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; {hint}")
 
 
 def _as_kept(
@@ -126,7 +126,7 @@ def _read_record(path: Path, wanted: dict) -> dict | None:
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(path.read_text())
         if {key: record.get(key) for key in wanted} == wanted:
-            return record | {"scores": todays_names(record["scores"])}
+            return record | {"scores": current_names(record["scores"])}
     return None
 
 

@@ -10,7 +10,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import describe_extractor
 from dic_repa.evaluation.image_sets import SAMPLES_FILE
 from dic_repa.evaluation.measuring import Measure, Measured
-from dic_repa.evaluation.reference import UNTOLD
+from dic_repa.evaluation.reference import UNKNOWN_COUNT
 from dic_repa.files.outputs import MARK
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.runs.folder import RunFolder, checkpoint_step, describe_environment, write_whole
@@ -62,7 +62,7 @@ def record(measured: Measured, measure: Measure, images, reference, options: dic
 
 def _describe_reference(found) -> dict:
     return {
-        "count": found.count if found.count < UNTOLD else None,
+        "count": found.count if found.count < UNKNOWN_COUNT else None,
         "size": found.size,
         "fingerprint": found.fingerprint,
         "features": {layer: len(part) for layer, part in found.features.items()},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
 objectives = Registry("objective")
@@ -60,7 +60,7 @@ class VelocityModel:
     A `learn_sigma` denoiser's surplus channels are dropped.
     """
 
-    def __init__(self, denoiser, path: Path, prediction: str):
+    def __init__(self, denoiser, path: Interpolant, prediction: str):
         self.denoiser, self.path, self.prediction = denoiser, path, prediction
         self.num_classes = getattr(denoiser, "num_classes", None)  # the null class; None where there is none
         self.time_range = path.safe_interval(prediction, "velocity")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.interpolants import Path, check_prediction, paths
+from dic_repa.interpolants import Interpolant, check_prediction, paths
 from dic_repa.objectives.base import Noisy, VelocityModel, objectives, prediction_channels
 from dic_repa.objectives.time_sampling import shift_time, time_samplings
 from dic_repa.objectives.weighting import weightings
@@ -31,7 +31,7 @@ class FlowMatching:
 
     def __init__(
         self,
-        path: Path | str | dict = "linear",
+        path: Interpolant | str | dict = "linear",
         time="uniform",
         prediction: str = "velocity",
         weighting="none",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
 time_samplings = Registry("time sampling")
@@ -40,7 +40,7 @@ def _normal(count: int, generator: torch.Generator) -> Tensor:
 class Uniform:
     """t ~ U(0, 1)."""
 
-    def __call__(self, count: int, generator: torch.Generator, path: Path) -> Tensor:
+    def __call__(self, count: int, generator: torch.Generator, path: Interpolant) -> Tensor:
         return torch.rand(count, generator=generator, device=generator.device)
 
 
@@ -52,7 +52,7 @@ class LogitNormal:
     mean: float = 0.0
     std: float = 1.0
 
-    def __call__(self, count: int, generator: torch.Generator, path: Path) -> Tensor:
+    def __call__(self, count: int, generator: torch.Generator, path: Interpolant) -> Tensor:
         return torch.sigmoid(self.mean + self.std * _normal(count, generator))
 
 
@@ -64,5 +64,5 @@ class LogNormal:
     mean: float = 0.0
     std: float = 1.0
 
-    def __call__(self, count: int, generator: torch.Generator, path: Path) -> Tensor:
+    def __call__(self, count: int, generator: torch.Generator, path: Interpolant) -> Tensor:
         return path.time_at_ratio(torch.exp(self.mean + self.std * _normal(count, generator)))

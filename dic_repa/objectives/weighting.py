@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dic_repa.interpolants import Path
+from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
 weightings = Registry("weighting")
@@ -30,7 +30,7 @@ class NoWeighting:
 
     unit: ClassVar[str | None] = None
 
-    def __call__(self, path: Path, t: Tensor, prediction: str) -> Tensor:
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
         return torch.ones_like(t)
 
 
@@ -42,7 +42,7 @@ class NoiseWeighting:
 
     unit: ClassVar[str | None] = "noise"
 
-    def __call__(self, path: Path, t: Tensor, prediction: str) -> Tensor:
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
         return path.jacobian(t, prediction, "noise").square()
 
 
@@ -53,7 +53,7 @@ class VelocityWeighting:
 
     unit: ClassVar[str | None] = "velocity"
 
-    def __call__(self, path: Path, t: Tensor, prediction: str) -> Tensor:
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
         return path.jacobian(t, prediction, "velocity").square()
 
 
@@ -65,7 +65,7 @@ class LikelihoodWeighting:
 
     unit: ClassVar[str | None] = "score"
 
-    def __call__(self, path: Path, t: Tensor, prediction: str) -> Tensor:
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
         c = path.coefficients(t)
         return c.sigma * c.determinant / c.alpha * path.jacobian(t, prediction, "score").square()
 
@@ -78,7 +78,7 @@ class MinSNRGamma:
     gamma: float = 5.0
     unit: ClassVar[str | None] = "data"
 
-    def __call__(self, path: Path, t: Tensor, prediction: str) -> Tensor:
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
         c = path.coefficients(t)
         snr = (c.alpha / c.sigma).square()
         return snr.clamp(max=self.gamma) * path.jacobian(t, prediction, "data").square()

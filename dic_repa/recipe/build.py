@@ -108,15 +108,15 @@ def build_decoder(
 def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str | None) -> Callable[[Tensor], Tensor]:
     if spec.name == "none":
         return pixels_decoder
-    mend = "name its folder with --autoencoder (sample.autoencoder in a recipe)"
+    hint = "name its folder with --autoencoder (sample.autoencoder in a recipe)"
     try:
         autoencoder = load_autoencoder(place or spec.name, device)
     except UserError as error:
-        raise UserError(f"the model was trained behind the autoencoder {spec.name}; {mend}: {error}") from None
+        raise UserError(f"the model was trained behind the autoencoder {spec.name}; {hint}: {error}") from None
     if not spec.same_weights(autoencoder.spec):
         raise UserError(
             f"the weights of {place or spec.name} are not those of the autoencoder that the model was trained behind "
-            f"({spec.name}); {mend}"
+            f"({spec.name}); {hint}"
         )
     return autoencoder.decode
 

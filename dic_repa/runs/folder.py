@@ -114,7 +114,7 @@ class RunFolder:
         if not run.recipe_file.is_file():
             missing = "has no recipe.yaml" if run.path.is_dir() else "does not exist"
             what = "is a file; name the folder of a run" if run.path.is_file() else missing
-            raise UserError(f"{path} is not a run: it {what}{meant_runs(run.path)}")
+            raise UserError(f"{path} is not a run: it {what}{suggest_runs(run.path)}")
         return run
 
     def check_new(self, overwrite: bool = False) -> None:
@@ -248,8 +248,8 @@ class RunFolder:
             damages[folder] = damage
         if damages:
             why = "; ".join(f"{folder.name}: {damage}" for folder, damage in damages.items())
-            mend = "restore one" if part else f"restore one, or remove {self.checkpoints} to begin anew"
-            raise UserError(f"all checkpoints of {self.path} are damaged ({why}); {mend}")
+            hint = "restore one" if part else f"restore one, or remove {self.checkpoints} to begin anew"
+            raise UserError(f"all checkpoints of {self.path} are damaged ({why}); {hint}")
         return None
 
     def list_checkpoints(self) -> list[Path]:
@@ -313,7 +313,7 @@ class RunFolder:
         write_whole(self.metrics_file, "".join(kept))
 
 
-def meant_runs(path: Path) -> str:
+def suggest_runs(path: Path) -> str:
     """'; did you mean runs/mine?' for a folder of runs, one inside a run, or the bare or misspelt name of one; '' where
     there is none to mean."""
     inside = path.is_dir() and (path.parent / "recipe.yaml").is_file() and (path.parent / "checkpoints").is_dir()

@@ -13,7 +13,7 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.runs.folder import RunFolder, checkpoint_step
 from dic_repa.runs.lock import holder
 from dic_repa.runs.manifest import find_damage
-from dic_repa.runs.score_names import todays_names
+from dic_repa.runs.score_names import current_names
 
 TAIL = 1 << 16  # bytes of metrics.jsonl's end that are looked at
 LINES = 5  # of these, over which the speed is taken
@@ -112,7 +112,7 @@ def _newest_scores(folder: Path) -> dict[str, float]:
         found = (record.get("scores") or record.get("metrics")) if isinstance(record, dict) else None
         if isinstance(found, dict) and step.isdigit():
             newest = max(newest, ((int(step), file.stat().st_mtime), found), key=lambda entry: entry[0])
-    numbers = {name: value for name, value in todays_names(newest[1]).items() if _is_number(value)}
+    numbers = {name: value for name, value in current_names(newest[1]).items() if _is_number(value)}
     return {name: value for name, value in numbers.items() if "count" not in name}
 
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from dic_repa.errors import UserError, told_by_whom_it_befalls, when_interrupted
+from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.files.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
@@ -59,8 +59,8 @@ class SampleFolder:
     the same spec are added to those that are there. `mend` says what to do about a folder that is refused.
     """
 
-    def __init__(self, path: str | Path, spec: dict, mend: str = "pass --overwrite, or another folder with --out"):
-        self.path, self.spec, self.mend = Path(path), spec, mend
+    def __init__(self, path: str | Path, spec: dict, hint: str = "pass --overwrite, or another folder with --out"):
+        self.path, self.spec, self.hint = Path(path), spec, hint
         self.num, self.block = spec["sample"]["num"], spec["sample"]["batch_size"]
 
     def check(self, overwrite: bool = False) -> None:
@@ -75,20 +75,20 @@ class SampleFolder:
             )
         if overwrite or not (self.path / SAMPLES_FILE).exists():
             return
-        mend = self.mend
+        hint = self.hint
         try:
             before = dict(json.loads((self.path / SAMPLES_FILE).read_text()))
         except (ValueError, TypeError):
-            raise UserError(f"{self.path / SAMPLES_FILE} is damaged; {mend}") from None
+            raise UserError(f"{self.path / SAMPLES_FILE} is damaged; {hint}") from None
         fixed = set(_CHANGEABLE)
         if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
             fixed -= {"sample.num", "sample.batch_size"}
         old, new = flatten(before), flatten(self.spec)
         changed = [key for key in {**old, **new} if key not in fixed and old.get(key) != new.get(key)]
         if changed:
-            raise UserError(f"{self.path} exists with other samples ({', '.join(changed)} differ); {mend}")
+            raise UserError(f"{self.path} exists with other samples ({', '.join(changed)} differ); {hint}")
         if old.get("sample.num", 0) > self.num:
-            raise UserError(f"{self.path} has {old['sample.num']} samples, more than {self.num}; {mend}")
+            raise UserError(f"{self.path} has {old['sample.num']} samples, more than {self.num}; {hint}")
         if before.get("evaluations_per_image"):
             self.spec["evaluations_per_image"] = before["evaluations_per_image"]
 
@@ -187,7 +187,7 @@ def sample_into(
         return f"interrupted; {done}, and {same} goes on with the others"
 
     bar = progress_bar(total=total, unit="image", desc="sampling", disable=quiet)
-    with when_interrupted(kept), bar, told_by_whom_it_befalls():
+    with when_interrupted(kept), bar, print_rank_errors():
         # The others are about as far as this one.
         advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
         fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)

@@ -15,7 +15,7 @@ from dic_repa.models import load_denoiser
 from dic_repa.models.pretrained import CONFIG, WEIGHTS
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.build import build_class_names, import_plugins
-from dic_repa.runs.folder import RAW, RunFolder, meant_runs
+from dic_repa.runs.folder import RAW, RunFolder, suggest_runs
 from dic_repa.runs.manifest import MANIFEST, find_damage
 from dic_repa.runtime.progress import detail
 
@@ -51,7 +51,7 @@ def load_checkpoint(
         recipe = load_training_recipe(folder / "recipe.yaml")
     if recipe is None and not (folder / CONFIG).is_file():
         raise UserError(
-            f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}{meant_runs(folder)}"
+            f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}{suggest_runs(folder)}"
         )
     if recipe is None:
         raise UserError(
@@ -74,7 +74,7 @@ def weights_folder(path: str | Path) -> Path:
     if path.is_file():
         raise UserError(f"{path} is a file; {_folder_of(path)}")
     if not path.is_dir():
-        raise UserError(f"there is no run or checkpoint folder {path}{meant_runs(path)}")
+        raise UserError(f"there is no run or checkpoint folder {path}{suggest_runs(path)}")
     folder = path
     is_run = (path / "recipe.yaml").is_file() and not (path / CONFIG).is_file()
     if is_run or (path / "checkpoints").is_dir():

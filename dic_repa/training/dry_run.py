@@ -30,7 +30,7 @@ from dic_repa.training.header import device_name
 from dic_repa.training.inputs import check_batch, step_inputs
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
-from dic_repa.training.parts import Parts, build_parts, check_ending
+from dic_repa.training.parts import Parts, build_parts, check_sampling_and_evaluation
 from dic_repa.training.power import PowerMeter
 
 STEPS = 3
@@ -49,9 +49,9 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     launched = accelerator.num_processes
     processes = launched if launched > 1 else processes
     passes = check_batch(recipe.train, processes)
-    check_ending(recipe, build_objective(recipe.objective))
+    check_sampling_and_evaluation(recipe, build_objective(recipe.objective))
     notes: list[str] = []
-    trial = stand_in(recipe, notes)
+    trial = with_random_data(recipe, notes)
     if recipe.train.sample_every or (recipe.evaluate and recipe.evaluate.every):
         note_missing_decoder(recipe, notes)
     if launched == 1:
@@ -84,7 +84,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     return report | {"notes": notes}
 
 
-def stand_in(recipe: Recipe, notes: list[str]) -> Recipe:
+def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
     """The recipe with random data of the right shapes, no progress grids and no feature cache; `notes` says what else
     had to be put in a thing's place."""
     trial = recipe.model_copy(deep=True)

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from dic_repa.data.images import unit_images
 from dic_repa.data.latents import denoiser_data, global_noise
-from dic_repa.errors import UserError, told_by_whom_it_befalls
+from dic_repa.errors import UserError, print_rank_errors
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.parts import Parts
-from dic_repa.training.preemption import leave_signals_to_parent
+from dic_repa.training.preemption import ignore_signals
 from dic_repa.training.randomness import data_order, process_rows, step_generator
 
 PREFETCH = 4  # batches that each loader process has ready: they bridge a slow read from a disk or a network
@@ -56,11 +56,11 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=recipe.data.workers > 0,
         prefetch_factor=PREFETCH if recipe.data.workers else None,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=ignore_signals,
     )
     loading = iter(loader)
     try:
-        with told_by_whom_it_befalls():
+        with print_rank_errors():
             for batch in loading:
                 if not recipe.alignments and ("x" in batch or "moments" in batch):
                     batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder

@@ -37,7 +37,7 @@ from dic_repa.training.evaluator import Evaluator
 from dic_repa.training.header import run_header
 from dic_repa.training.inputs import batches, check_batch, step_inputs
 from dic_repa.training.log import MetricLog
-from dic_repa.training.parts import Parts, build_parts, check_ending
+from dic_repa.training.parts import Parts, build_parts, check_sampling_and_evaluation
 from dic_repa.training.preemption import Preempted, StopRequest
 from dic_repa.training.randomness import data_order
 from dic_repa.training.sharding import wants_sharding, whole
@@ -72,7 +72,7 @@ def train(
         passes = check_batch(settings, accelerator.num_processes)
         parts = build_parts(recipe, accelerator)
         model, optimizer = parts.model, parts.optimizer
-        check_ending(recipe, parts.objective)
+        check_sampling_and_evaluation(recipe, parts.objective)
         evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
         on_main_process(accelerator, evaluator.prepare)
         checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
@@ -124,7 +124,7 @@ def train(
             if verdict.in_a_row >= settings.max_skipped:
                 stop_not_finite(accelerator, run, writer, verdict, recipe, len(data))
             with log.paused():
-                save_what_is_due(step + 1, verdict.stop, run, writer, accelerator, parts, recipe, evaluator, trackers)
+                save_due(step + 1, verdict.stop, run, writer, accelerator, parts, recipe, evaluator, trackers)
             if verdict.stop and step + 1 < settings.steps:
                 on_main_process(accelerator, writer.finish)
                 raise Preempted(f"{run.path} was told to stop, and has saved step {step + 1}")
@@ -189,7 +189,7 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     return result
 
 
-def save_what_is_due(
+def save_due(
     step: int, stop: bool, run: RunFolder, writer: CheckpointWriter, accelerator: Accelerator, parts: Parts,
     recipe: Recipe, evaluator: Evaluator, trackers: Trackers,
 ) -> None:  # fmt: skip

@@ -171,7 +171,7 @@ def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: A
     return accelerator.prepare_model(shard(model, model.denoiser, accelerator), evaluation_mode=True)  # mixed precision
 
 
-def check_ending(recipe: Recipe, objective) -> None:
+def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
     """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
     from dic_repa.evaluation.judging import by_encoder, check_names, measured
     from dic_repa.evaluation.measuring import check_reference

@@ -58,7 +58,7 @@ def preempted_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def leave_signals_to_parent(_worker: int = 0) -> None:
+def ignore_signals(_worker: int = 0) -> None:
     """In a loader's process: whoever signals the whole group, it is the parent that says when to stop, after a
     checkpoint and a grid that may take minutes. A SIGTERM of the parent's own is Python's at its exit, and is obeyed.
     """

@@ -151,10 +151,10 @@ def test_heads_see_the_time_between_0_and_1():
     ("options", "message"),
     [
         ({"target": "spatial"}, "unknown target 'spatial'; did you mean spatial-norm"),
-        ({"target": {"name": "spatial-norm", "gama": 1}}, "arguments of 'spatial-norm'.*gama"),
+        ({"target": {"name": "spatial-norm", "gama": 1}}, "option of target 'spatial-norm'.*did you mean gamma"),
         ({"time_weight": "v"}, "unknown time weight 'v'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean cosine"),
-        ({"schedule": "stop"}, "arguments of 'stop'.*steps"),
+        ({"schedule": "stop"}, "'stop'.*steps"),
     ],
 )
 def test_unknown_parts_list_the_near_ones(options, message):

@@ -144,7 +144,8 @@ def test_mistakes_in_commands(mistake):
     assert "unknown head 'mpl'; did you mean mlp" in mistake("train", "digits-urepa", "--set=alignments.0.head=mpl")
     assert "unknown tap 'mid.9'" in mistake("train", "digits-urepa", "--set=alignments.0.tap=mid.9")
     assert "unknown objective" in mistake("train", "digits-urepa", "--set=objective.name=flow")
-    assert "does not take these options" in mistake("train", "digits-urepa", "--set=objective.options={pth: linear}")
+    message = "unknown option of objective 'flow-matching': 'pth'; did you mean path?"
+    assert message in mistake("train", "digits-urepa", "--set=objective.options={pth: linear}")
     assert "unknown path" in mistake("train", "digits-urepa", "--set=objective.options={path: liner}")
     assert "unknown data set 'digit'; did you mean digits" in mistake("train", "digits-urepa", "--set=data.name=digit")
     assert "divisible by 4, not 18x18" in mistake("train", "digits-urepa", "--set=data.size=18")
@@ -187,7 +188,7 @@ def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
     assert "the model has the classes 0 to 9" in mistake("sample", folder, "--classes", "10")
     assert "--classes takes numbers" in mistake("sample", folder, "--classes", "5-2")
     assert "--grid takes a name" in mistake("sample", folder, "--grid", "shifted:shift=abc")
-    assert "does not take" in mistake("sample", folder, "--grid", "shifted:foo=3")
+    assert "unknown option of time grid 'shifted': 'foo'" in mistake("sample", folder, "--grid", "shifted:foo=3")
     assert "--evaluations takes whole numbers" in mistake("solvers", "compare", folder, "--evaluations", "a,b")
     assert "more than train.steps 2" in mistake(
         "train", folder / "recipe.yaml", "--out", folder, "--resume", "--set=train.steps=2"

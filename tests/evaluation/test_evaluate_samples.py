@@ -198,7 +198,7 @@ def adm_reference(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "ref.npz", arr_0=images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     np.savez(tmp_path / "ttur.npz", mu=mu, sigma=sigma)
-    monkeypatch.setattr("dic_repa.evaluation.measuring.extractors.get", lambda name: FakeInception)
+    monkeypatch.setattr("dic_repa.evaluation.measuring.extractors.find", lambda name: FakeInception)
     return images, mu, sigma_s
 
 

@@ -212,5 +212,5 @@ def test_unknown_names_are_told():
         FlowMatching(path="linar")
     with pytest.raises(UserError, match="shift"):
         FlowMatching(shift=0.0)
-    with pytest.raises(UserError, match="arguments of 'log-normal'"):
+    with pytest.raises(UserError, match="unknown option of time sampling 'log-normal'"):
         FlowMatching(time={"name": "log-normal", "sd": 1.0})

@@ -128,7 +128,7 @@ def test_urepa_has_the_papers_alignment(name):
     assert number == {"urepa-tap-4": 4, "urepa-tap-32": 32}.get(name, half)
     heads = {"urepa-time-aware": "time-aware", "urepa-upsample-first": "mlp-upsample-first"}
     heads["urepa-upsample-between"] = "mlp-upsample-between"
-    assert alignment.head == heads.find(name, "mlp")
+    assert alignment.head == heads.get(name, "mlp")
     assert alignment.time_weight == ("v-shape" if name == "urepa-time-weight" else "constant")
     guidance = recipe.sample.guidance
     assert (guidance.scale, guidance.interval) == (1.8 if name.startswith("urepa-") else 1.65, (0.0, 0.7))

@@ -20,7 +20,7 @@ from dic_repa.runs.lock import holder, locked
 HOLD = """
 import sys
 from pathlib import Path
-from dic_repa.training.lock import locked
+from dic_repa.runs.lock import locked
 with locked(Path(sys.argv[1])):
     print(flush=True)
     input()

@@ -23,7 +23,7 @@ from test_sampling_speed import small_sampler
 from dic_repa.cli import main
 from dic_repa.cli.sample import _save_trajectory
 from dic_repa.data.autoencoders import Pixels
-from dic_repa.errors import UserError, told_by_whom_it_befalls
+from dic_repa.errors import UserError, print_rank_errors
 from dic_repa.evaluation import open_images
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.recipe import DataSection, SampleSection, load_training_recipe, to_yaml
@@ -195,7 +195,7 @@ def test_a_sample_of_nan_is_named(checkpoint, tmp_path):
 def test_an_error_of_one_process_is_printed_by_it(capsys, monkeypatch):
     for rank, printed in (("1", "\nerror: disk is full\n"), ("0", "")):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(UserError, match="disk is full"), told_by_whom_it_befalls():
+        with pytest.raises(UserError, match="disk is full"), print_rank_errors():
             raise UserError("disk is full")
         assert capsys.readouterr().err == printed
 

@@ -25,7 +25,7 @@ from dic_repa.bench.train import MIXED, Clock, TrainCase, build_step
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
 from dic_repa.recipe import load_training_recipe
-from dic_repa.training.dry_run import stand_in, takes_pretrained
+from dic_repa.training.dry_run import takes_pretrained, with_random_data
 from dic_repa.training.inputs import step_inputs
 
 WARM_UP = 5  # steps before the clock runs: compilation, choice of kernels
@@ -33,7 +33,7 @@ WARM_UP = 5  # steps before the clock runs: compilation, choice of kernels
 
 def build_case(name: str, overrides: list[str], precision: str, batch: int, compiled: bool, device) -> TrainCase:
     """A training step of the recipe on random data, its encoder with random weights where those are fetched."""
-    recipe = stand_in(load_training_recipe(name, overrides), [])
+    recipe = with_random_data(load_training_recipe(name, overrides), [])
     settings = recipe.train
     settings.batch_size, settings.micro_batch, settings.compile = batch, None, compiled
     settings.precision, settings.tf32 = MIXED[precision], False

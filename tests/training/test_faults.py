@@ -29,7 +29,7 @@ from dic_repa.training import EMA, Preempted, train
 from dic_repa.training.checkpoint import CheckpointWriter, write_checkpoint
 from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.log import append_whole
-from dic_repa.training.preemption import SIGNALS, StopRequest, leave_signals_to_parent
+from dic_repa.training.preemption import SIGNALS, StopRequest, ignore_signals
 from dic_repa.training.randomness import data_order
 
 
@@ -391,7 +391,7 @@ def test_a_loader_process_obeys_its_parent_alone():
     ready, done = multiprocessing.Pipe()
 
     def work() -> None:
-        leave_signals_to_parent()
+        ignore_signals()
         while True:
             message = done.recv()
             while signal.sigpending() & set(SIGNALS):  # the next one would be merged into one that still waits
