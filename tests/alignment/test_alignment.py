@@ -126,7 +126,7 @@ def test_unknown_names_list_the_near_ones():
         Alignment.build(tap="mid.7", **build)
     with pytest.raises(UserError, match=r"unknown head 'mlpp'; did you mean mlp"):
         Alignment.build(tap="mid.0", head="mlpp", **build)
-    with pytest.raises(UserError, match="unknown option of head .mlp"):
+    with pytest.raises(UserError, match="unknown option of head 'mlp'"):
         Alignment.build(tap="mid.0", hiden=3, **build)
     with pytest.raises(UserError, match=r"tap 'condition.0' gives a tensor of shape \(1, 8\)"):
         Alignment.build(tap="condition.0", **build)

@@ -73,9 +73,7 @@ def test_where_python_drops_exceptions(tmp_path, stand_in):
 
 def test_while_a_process_ends(tmp_path, stand_in):
     """After the work, in what modules have left to be done at the exit."""
-    slow = stand_in(
-        "tqdm", f"import atexit, time\ntqdm = None\natexit.register(lambda: ({HERE}, time.sleep(20)))\n"
-    )
+    slow = stand_in("tqdm", f"import atexit, time\ntqdm = None\natexit.register(lambda: ({HERE}, time.sleep(20)))\n")
     line, code = interrupted(tmp_path, ["recipes"], (tmp_path / "here").exists, **slow)
     assert line == "interrupted at the end; all is written"
     assert code == 130
