@@ -1,0 +1,72 @@
+"""What the project promises of itself: one version, its types, the oldest Python and torch that it is tested with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from places import ROOT
+
+import dic_repa
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
+
+GITHUB = ROOT / ".github"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_version_is_said_in_one_place():
+    assert importlib.metadata.version("dic-repa") == dic_repa.__version__
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+
+
+def test_the_version_needs_no_torch():
+    code = "import dic_repa, sys; print(dic_repa.__version__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [dic_repa.__version__, "False"]
+
+
+def test_changelog_and_citation_name_the_version():
+    changes = re.findall(r"^## \[?([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert changes[0] == dic_repa.__version__  # the newest comes first
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == dic_repa.__version__
+
+
+def test_every_package_is_packed_with_its_types():
+    tools = PYPROJECT["tool"]["setuptools"]
+    folders = {path.parent for path in (ROOT / "dic_repa").rglob("__init__.py")}
+    names = {folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders}
+    assert set(tools["packages"]) == names | {"dic_repa.encoders", "dic_repa.samplers", "dic_repa.recipes"}
+    assert tools["package-data"]["dic_repa"] == ["py.typed"]
+    assert (ROOT / "dic_repa" / "py.typed").read_bytes() == b""
+
+
+def test_the_workflow_tests_the_oldest_python_and_torch():
+    jobs = yaml.safe_load((GITHUB / "workflows" / "ci.yml").read_text())["jobs"]
+    assert set(jobs) == {"lint", "types", "tests"}
+    oldest, newest = jobs["tests"]["strategy"]["matrix"]["include"]
+    assert f">={oldest['python']}" == PYPROJECT["project"]["requires-python"]
+    (torch,) = [need for need in PYPROJECT["project"]["dependencies"] if need.startswith("torch>=")]
+    assert oldest["torch"] == torch.replace("torch>=", "==") + ".0"
+    assert newest["torch"].startswith(">=")
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + oldest["python"].replace(".", "")
+
+
+@pytest.mark.parametrize("path", sorted((GITHUB / "ISSUE_TEMPLATE").glob("*_*.yml")), ids=lambda path: path.stem)
+def test_issue_forms_can_be_filled_in(path):
+    form = yaml.safe_load(path.read_text())
+    assert {"name", "description", "body"} <= set(form)
+    fields = [field["id"] for field in form["body"]]
+    assert len(set(fields)) == len(fields)
+    assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_a_bug_report_asks_for_the_environment():
+    assert "`dic-repa env`" in (GITHUB / "ISSUE_TEMPLATE" / "bug_report.yml").read_text()
