@@ -27,7 +27,7 @@ def main() -> None:
 
         run()
     except SystemExit as exit:
-        code = exit.code
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
         raise
     except BaseException:  # from C, an interrupted import comes as an ImportError
         if not _interrupted:

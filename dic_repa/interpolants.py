@@ -153,6 +153,7 @@ def _conversion(c: Coefficients, source: str, target: str) -> tuple[Tensor, Tens
     With source = a x + b eps, target = e x + f eps and x_t = alpha x + sigma eps, Cramer's rule gives
     p = (e sigma - f alpha) / (a sigma - b alpha) and q = (a f - b e) / (a sigma - b alpha).
     """
+    rows: dict[str, tuple[float | Tensor, float | Tensor]]
     rows = {"data": (1.0, 0.0), "noise": (0.0, 1.0), "velocity": (c.d_alpha, c.d_sigma)}
     (a, b), (e, f) = rows[source], rows[target]
     determinant = a * c.sigma - b * c.alpha

@@ -93,7 +93,7 @@ def check_tokens(name: str, encoder: Encoder, images: Tensor) -> Tensor:
             f"encoder '{name}' gives a {type(encoder).__name__} without {' and '.join(missing)}; an encoder has "
             "embed_dim, token_grid(size) and a call from images to tokens"
         )
-    size = tuple(images.shape[-2:])
+    size = (images.shape[-2], images.shape[-1])
     rows, columns = encoder.token_grid(size)
     tokens = encoder(images)
     expected = (len(images), rows * columns, encoder.embed_dim)

@@ -8,8 +8,8 @@ stay apart.
 from __future__ import annotations
 
 import json
-from importlib import resources
 from os import PathLike
+from pathlib import Path
 
 from timm.layers import HybridEmbed
 from timm.models import VisionTransformer
@@ -67,7 +67,7 @@ class DigitsViT(FrozenViT):
     card = Card(96, 4, 49, 0.2, "in this package", "Apache-2.0")
 
     def __init__(self, weights: str | PathLike | None = None, layer: int = -1):
-        path = weights or resources.files("dic_repa.encoders").joinpath("weights/digits_vit.safetensors")
+        path = weights or Path(__file__).parent / "weights" / "digits_vit.safetensors"
         state, metadata = read_tensors(path)
         try:
             config = json.loads(metadata["config"])

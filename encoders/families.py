@@ -155,11 +155,11 @@ def _register(name: str, family: Family) -> None:
                 "pretrained=False for random ones"
             )
         mean, std = family.statistics
-        options = {"norm": family.norm, "mean": mean, "std": std} | dict(family.model_args) | model_args
+        options: dict[str, Any] = {"norm": family.norm, "mean": mean, "std": std} | dict(family.model_args) | model_args
         return TimmViT(family.model, weights, pretrained, layer, pixels_per_token, **options)
 
     create.__qualname__ = f"{name}"  # tells the registry one row from another
-    create.card = family
+    create.card = family  # type: ignore[attr-defined]  # mypy knows no attributes of functions
     register_encoder(name)(create)
 
 

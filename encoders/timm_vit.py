@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import Tensor
 
 from dic_repa.encoders.base import register_encoder
 from dic_repa.encoders.vit import FrozenViT, resize_bicubic
@@ -58,21 +58,22 @@ class TimmViT(FrozenViT):
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """The tokens (h, w) for images of `size` (H, W): the size over `pixels_per_token`, rounded, at least 1."""
-        return tuple(max(1, round(side / self.pixels_per_token)) for side in size)
+        h, w = (max(1, round(side / self.pixels_per_token)) for side in size)
+        return h, w
 
     def resize(self, images: Tensor) -> Tensor:
-        h, w = self.token_grid(images.shape[-2:])
+        h, w = self.token_grid((images.shape[-2], images.shape[-1]))
         patch_h, patch_w = self.model.patch_embed.patch_size
         return resize_bicubic(images, (h * patch_h, w * patch_w))
 
 
-def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module:
+def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise unknown_name("timm model", architecture, timm.list_models())
     try:
         # Without weights first: what fails here is the name's or the options' fault, what fails below the hub's.
-        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **model_args)
+        model: Any = timm.create_model(name, num_classes=0, dynamic_img_size=True, **model_args)
         is_vit = hasattr(model, "blocks") and hasattr(model, "forward_intermediates")
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or ["an assertion failed"])[0]
@@ -102,7 +103,7 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module
         ) from error
 
 
-def _load_file(model: nn.Module, path: str | PathLike) -> None:
+def _load_file(model: Any, path: str | PathLike) -> None:
     state = without_wrappers(read_tensors(path)[0])
     # timm keeps a converter beside each architecture, for other key layouts and other grids of position embeddings.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import torch
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,7 +92,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_accuracy(vit: nn.Module, head: nn.Module) -> float:
+def held_out_accuracy(vit: VisionTransformer, head: nn.Module) -> float:
     vit.eval()
     images, labels = load_digits("held-out")
     logits = torch.cat([head(vit.forward_features(normalise(part)).mean(dim=1)) for part in images.split(500)])

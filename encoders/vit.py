@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,9 +19,10 @@ class FrozenViT(nn.Module):
     norm whichever it is, unless `norm` is False.
     """
 
-    def __init__(
-        self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], layer: int = -1, norm: bool = True
-    ):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...], layer: int = -1, norm: bool = True):
         super().__init__()
         depth = len(model.blocks)
         if not -depth <= layer < depth:

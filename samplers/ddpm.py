@@ -65,6 +65,7 @@ def sample_ddpm(
         data = schedule.data(x, eps, i)
         data = data.clamp(-1, 1) if clip else data
         noisy = i > 0 and (solver == "ddpm" or eta > 0)
+        deviation: Tensor | float
         if solver == "ddim":
             x, deviation = _ddim(schedule, x, data, i, eta)
         else:
@@ -78,7 +79,7 @@ def sample_ddpm(
     return (x, SampleInfo(field.nfe, times[::-1], states)) if return_info else x
 
 
-def _ddim(schedule: BetaSchedule, x: Tensor, data: Tensor, i: int, eta: float) -> tuple[Tensor, float]:
+def _ddim(schedule: BetaSchedule, x: Tensor, data: Tensor, i: int, eta: float) -> tuple[Tensor, Tensor | float]:
     """The mean and the deviation of the step from i to the one before."""
     names = ("alpha", "sigma", "alpha_before", "sigma_before")
     alpha, sigma, alpha_before, sigma_before = (schedule.at(name, i, x) for name in names)

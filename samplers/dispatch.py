@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from dic_repa.samplers.ddpm import sample_ddpm
 from dic_repa.samplers.ode import sample_ode
 from dic_repa.samplers.sde import sample_sde
 
-_SAMPLERS = {"ode": sample_ode, "sde": sample_sde, "ddpm": sample_ddpm}
+_SAMPLERS: dict[str, Callable[..., Any]] = {"ode": sample_ode, "sde": sample_sde, "ddpm": sample_ddpm}
 
 
 def sample(model_fn: Callable[[Tensor, Tensor], Tensor], noise: Tensor, solver: str = "heun", **options):

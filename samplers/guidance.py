@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,8 @@ class GuidedField:
 
     def __init__(self, guidance: Guidance, model: Model, y: Tensor, weak_model: Model | None = None):
         self.guidance, self.model, self.y, self.weak_model = guidance, model, y, weak_model
-        if guidance.active and weak_model is None and getattr(model, "num_classes", None) is None:
+        self.null_class: Any = getattr(model, "num_classes", None)
+        if guidance.active and weak_model is None and self.null_class is None:
             raise UserError(
                 "guidance needs a model with a null class (`num_classes`); set the scale to 1 to do without"
             )
@@ -166,11 +168,12 @@ class GuidedField:
         """The prediction to strengthen and the one to move away from."""
         if self.weak_model is not None:
             return self.model(x, t, self.y), self.weak_model(x, t, self.y)
-        null = torch.full_like(self.y, self.model.num_classes)
+        null = torch.full_like(self.y, self.null_class)
         if self.doubled:
             try:
                 times = t[:1].expand(2 * len(t))  # all the same: the model embeds one
-                return self.model(torch.cat([x, x]), times, torch.cat([self.y, null])).chunk(2)
+                strong, weak = self.model(torch.cat([x, x]), times, torch.cat([self.y, null])).chunk(2)
+                return strong, weak
             except torch.OutOfMemoryError:
                 if self.guidance.doubled:
                     raise

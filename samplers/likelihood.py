@@ -80,6 +80,7 @@ def log_likelihood(
         atol=atol,
         options=options,
     )
+    assert isinstance(result, Tensor)  # return_info is not asked for
     noise, change = result[:, :-1], result[:, -1]
     dimensions = noise.shape[1]
     prior = -0.5 * (noise.square().sum(1) + dimensions * math.log(2 * math.pi))

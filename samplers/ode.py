@@ -160,7 +160,7 @@ def _check_steps(info: SolverInfo, steps: int | None, times: TimeGrid | Sequence
 def _check_tolerances(info: SolverInfo, rtol: float | None, atol: float | None) -> tuple[float, float]:
     if info.evaluations is not None and (rtol is not None or atol is not None):
         raise UserError(f"solver '{info.name}' takes fixed steps, no tolerances; drop rtol and atol, or take dopri5")
-    tolerances = tuple(DEFAULT_TOLERANCE if value is None else value for value in (rtol, atol))
+    tolerances = (DEFAULT_TOLERANCE if rtol is None else rtol, DEFAULT_TOLERANCE if atol is None else atol)
     if not min(tolerances) > 0:
         raise UserError(f"tolerance {min(tolerances):g}: rtol and atol must be above 0, for example 1e-5")
     return tolerances

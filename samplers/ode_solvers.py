@@ -143,7 +143,8 @@ def polynomial_integral(past: Sequence[tuple[float, Tensor]], moments: Sequence[
     offsets = np.array([time - past[0][0] for time, _ in past])
     powers = np.vander(offsets, increasing=True).T
     weights = np.linalg.solve(powers, np.array(moments[: len(past)]))
-    return sum(float(weight) * value for weight, (_, value) in zip(weights, past))
+    terms = (float(weight) * value for weight, (_, value) in zip(weights, past))
+    return sum(terms, torch.zeros_like(past[0][1]))
 
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)

@@ -90,7 +90,9 @@ def _move_into(aside: Path, path: Path) -> None:
 def _check_way(aside: Path, path: Path) -> None:
     """A UserError where what is not ours bears a name that is about to be written into the folder of ours `path`."""
     marker = read_marker(path) if path.is_dir() else None
-    for name in _names(aside) if marker else ():
+    if marker is None:
+        return
+    for name in _names(aside):
         ways = [path / name, *((path / parent) for parent in list(PurePosixPath(name).parents)[:-1])]
         taken = [way for way in ways[1:] if way.is_symlink() or way.is_file()]
         taken += [ways[0]] if os.path.lexists(ways[0]) and name not in marker else []

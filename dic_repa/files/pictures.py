@@ -129,8 +129,9 @@ def draw_grid(
     font = ImageFont.load_default(size=max(11, min(28, cell // 2)))
     margin = int(max(font.getlength(_name(label, class_names)) for label, _ in rows)) + 16
     widest = max(len(row) for _, row in rows)
-    small = ImageFont.load_default(size=max(8, min(28, cell // 4)))
-    head = int(small.size) + 8 if headings else 0
+    small_size = max(8, min(28, cell // 4))
+    small = ImageFont.load_default(size=small_size)
+    head = small_size + 8 if headings else 0
     sheet = Image.new("RGB", (margin + widest * (cell + gap), head + len(rows) * (cell + gap) + gap), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for j, heading in enumerate(headings[:widest]):

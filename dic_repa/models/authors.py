@@ -7,6 +7,7 @@ Nothing but tensors is needed: width, depths, classes and channels are read off 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dic_repa.errors import UserError
 from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.dic import DiC
+from dic_repa.models.pretrained import Pretrained
 
 # Ours to theirs. Their decoder stages are numbered in running order (0 is level 1), ours by level.
 _BLOCK = {
@@ -24,7 +26,7 @@ _BLOCK = {
     "conv2": "conv.conv1",
     "shortcut": "conv.skip",
 }
-_RULES = [
+_RULES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"stem\.(.*)", r"x_embedder.proj.\1"),
     (r"condition\.(\d)\.time1\.(.*)", r"t_embedder_ls.\1.mlp.0.\2"),
     (r"condition\.(\d)\.time2\.(.*)", r"t_embedder_ls.\1.mlp.2.\2"),
@@ -44,13 +46,13 @@ def authors_key(key: str) -> str:
     """The authors' name of one of DiC's parameters."""
     for pattern, theirs in _RULES:
         if match := re.fullmatch(pattern, key):
-            return theirs(match) if callable(theirs) else match.expand(theirs)
+            return match.expand(theirs) if isinstance(theirs, str) else theirs(match)
     raise KeyError(key)
 
 
 def load_authors_checkpoint(
     source: str | Path | dict[str, Tensor], family: str | None = None, **overrides
-) -> nn.Module:
+) -> Pretrained:
     """The denoiser of a checkpoint of public code: a file (safetensors, or torch's with `ema` or `model` inside) or a
     state dict.
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dic_repa.models.dic import Block
+from dic_repa.models.pretrained import Pretrained
 
 WINOGRAD_GAIN = 2.25  # F(2x2, 3x3): 16 multiplications where the plain 3x3 convolution has 36
 
@@ -26,7 +27,7 @@ class Cost:
     winograd_macs: int | None
 
 
-def measure_cost(model: nn.Module, height: int, width: int | None = None) -> Cost:
+def measure_cost(model: Pretrained, height: int, width: int | None = None) -> Cost:
     """The cost of `model` for one image of `height` x `width` (in latent pixels). The model stays as it is.
 
     Attention counts with its two products, queries by keys and weights by values, as in DiT's and U-ViT's papers;
@@ -62,7 +63,7 @@ def measure_cost(model: nn.Module, height: int, width: int | None = None) -> Cos
     return Cost(parameters, macs, macs - winograd + round(winograd / WINOGRAD_GAIN) + norm if winograd else None)
 
 
-def forward_on_meta(model: nn.Module, height: int, width: int) -> None:
+def forward_on_meta(model: Pretrained, height: int, width: int) -> None:
     """Run a denoiser on shapes alone, so that hooks can see those of its feature maps. The model stays where it is."""
     meta = {name: tensor.to("meta") for name, tensor in model.state_dict(keep_vars=True).items()}
     with torch.no_grad(), torch.device("meta"):

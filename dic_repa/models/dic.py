@@ -14,6 +14,7 @@ The steps that led the paper here are options: `shape`, `skips`, `embedding` and
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ from torch.nn import functional as F
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.gradient_checkpointing import RecomputableBlock
 from dic_repa.models.memory_format import layout_of, pixel_shuffle
+from dic_repa.models.modules import Modules
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.registry import Registry
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "DiC-S": {"width": 96, "depths": (6, 6, 5, 6, 6)},
     "DiC-B": {"width": 192, "depths": (6, 6, 5, 6, 6)},
     "DiC-XL": {"width": 384, "depths": (7, 7, 8, 7, 7)},
@@ -135,7 +137,7 @@ class Output(nn.Module):
         return self.conv2((h * (1 + scale) + shift).contiguous(memory_format=layout_of(x)))
 
 
-class DiC(Pretrained, nn.Module):
+class DiC(Pretrained):
     """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,) and y (B,)
     int64.
 
@@ -208,24 +210,24 @@ class DiC(Pretrained, nn.Module):
         make = blocks.find(block)
 
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.condition = nn.ModuleList(
+        self.condition = Modules(
             Condition(w, num_classes, time_scale) for w in condition_widths[: EMBEDDINGS[embedding]]
         )
-        self.enc = nn.ModuleList(
-            nn.ModuleList(make(w, w, c) for _ in range(depth))
+        self.enc: Modules[Modules[Block]] = Modules(
+            Modules(make(w, w, c) for _ in range(depth))
             for w, c, depth in zip(widths, condition_widths, encoder_depths)
         )
         self.down = nn.ModuleList(Downsample(w) if resampled else nn.Identity() for w in widths[:2])
-        self.mid = nn.ModuleList(make(widths[2], widths[2], condition_widths[2]) for _ in range(middle_depth))
+        self.mid: Modules[Block] = Modules(make(widths[2], widths[2], condition_widths[2]) for _ in range(middle_depth))
         self.up = nn.ModuleList(Upsample(w) if resampled else nn.Identity() for w in widths[1:])
-        self.dec = nn.ModuleList()
+        self.dec: Modules[Modules[Block]] = Modules()
         for w, c, depth, encoder_depth in zip(widths, condition_widths, decoder_depths, encoder_depths):
             given, takes = len(pushing_blocks(encoder_depth, self.skip_stride)), popping_blocks(depth, self.skip_stride)
             if len(takes) > given:
                 raise UserError(
                     f"a decoder stage of {depth} blocks needs {len(takes)} skips, its encoder stage gives {given}"
                 )
-            self.dec.append(nn.ModuleList(make(2 * w if j in takes else w, w, c) for j in range(depth)))
+            self.dec.append(Modules(make(2 * w if j in takes else w, w, c) for j in range(depth)))
         self.output = Output(width, self.out_channels)
 
         self.reset_parameters(zero_gates)
@@ -250,8 +252,8 @@ class DiC(Pretrained, nn.Module):
         for condition in self.condition:
             for layer in (condition.time1, condition.time2, condition.label):
                 nn.init.normal_(layer.weight, std=0.02)
-        for layer in (self.output.modulation, self.output.conv2):
-            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.output.modulation.weight)
+        nn.init.zeros_(self.output.conv2.weight)
         if zero_gates:
             for block in self.blocks():
                 if not block.gated:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -9,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 class RecomputableBlock(nn.Module):
     """A block that computes `_forward`, with `gradient_checkpointing` a second time in the backward pass."""
+
+    _forward: Callable[..., Tensor]  # a subclass defines it
 
     def __init__(self):
         super().__init__()

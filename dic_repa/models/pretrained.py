@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside, write_whole
@@ -12,13 +14,18 @@ from dic_repa.files.hub import offline_without_network
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.weights import load_weights, read_tensors, save_tensors
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-class Pretrained:
-    """Mixin for a denoiser whose `config` is the dict of its constructor's arguments. Put it before nn.Module."""
+class Pretrained(nn.Module):
+    """A denoiser that is saved with its `config`, the dict of its constructor's arguments."""
 
     config: dict
+    in_channels: int
+    num_classes: int  # also the label of the null class
     kinds: ClassVar[dict[str, type[Pretrained]]] = {}  # the classes so far imported, by the name in config.json
 
     def __init_subclass__(cls, **options):
@@ -28,7 +35,7 @@ class Pretrained:
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Trade a second forward pass of each block for the memory of its activations: of all submodules that have an
         attribute `gradient_checkpointing`. A UserError where there are none."""
-        blocks = [module for module in self.modules() if hasattr(module, "gradient_checkpointing")]
+        blocks: list[Any] = [module for module in self.modules() if hasattr(module, "gradient_checkpointing")]
         if enabled and not blocks:
             raise UserError(f"{type(self).__name__} has no gradient checkpointing; train with it switched off")
         for block in blocks:
@@ -47,7 +54,7 @@ class Pretrained:
             save_tensors(self.state_dict(), aside)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, **overrides):
+    def from_pretrained(cls, path_or_hub_id: str | Path, **overrides) -> Self:
         """The model of a local folder, or of a hub id such as 'someone/dic-xl' (downloaded once, then cached).
 
         `overrides` are constructor arguments that leave the weights as they are, such as `gradient_checkpointing=True`.

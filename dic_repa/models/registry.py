@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.dic import PRESETS as DIC_PRESETS
 from dic_repa.models.pretrained import Pretrained, saved_kind
@@ -38,10 +36,10 @@ class Preset:
     kind: str  # the class, and what config.json calls it
     options: dict[str, Any] = field(default_factory=dict)
 
-    def load(self) -> type[nn.Module]:
+    def load(self) -> type[Pretrained]:
         return getattr(importlib.import_module(self.module), self.kind)
 
-    def __call__(self, **options) -> nn.Module:
+    def __call__(self, **options) -> Pretrained:
         return self.load()(**{**self.options, **options})
 
 
@@ -91,12 +89,12 @@ def preset_options(name: str) -> dict[str, Any]:
     return dict(_PRESETS[name].options)
 
 
-def find_denoiser(name: str):
+def find_denoiser(name: str) -> Any:
     """The class, function or preset of that name, its module imported; a UserError lists the near names."""
     return denoisers.find(name)
 
 
-def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **options) -> nn.Module:
+def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **options) -> Pretrained:
     """The denoiser `name`, with new weights, for data of that many channels and classes; `options` are its class's.
 
     A UserError lists the near names of an unknown name or option, and says what a family's sizes or a denoiser of your
@@ -104,7 +102,8 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
     """
     factory = find_denoiser(name)
     if isinstance(factory, Preset):
-        factory, options = factory.load(), {**factory.options, **options}
+        options = {**factory.options, **options}
+        factory = factory.load()
     options = {"in_channels": in_channels, "num_classes": num_classes, **options}
     _check_options(name, factory, options)
     denoiser = factory(**options)
@@ -117,21 +116,22 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
     return denoiser
 
 
-def load_denoiser(path_or_hub_id: str | Path, **overrides) -> nn.Module:
+def load_denoiser(path_or_hub_id: str | Path, **overrides) -> Pretrained:
     """The denoiser of a folder or hub id that `save_pretrained` wrote, of the class that its config.json names.
 
     One of your own is found when its module has been imported: a file cannot name what to import. Otherwise as
     `Pretrained.from_pretrained`.
     """
     kind = saved_kind(path_or_hub_id)
-    known = {preset.kind: preset.load for preset in _PRESETS.values()}
-    known |= {name: lambda cls=cls: cls for name, cls in Pretrained.kinds.items()}
-    if kind not in known:
-        raise UserError(
-            f"{path_or_hub_id} holds a {kind or 'model of unknown kind'}; import its module first, in the "
-            f"recipe by `plugins`; known: {', '.join(sorted(known))}"
-        )
-    return known[kind]().from_pretrained(path_or_hub_id, **overrides)
+    ours = {preset.kind: preset for preset in _PRESETS.values()}
+    if kind in Pretrained.kinds:
+        return Pretrained.kinds[kind].from_pretrained(path_or_hub_id, **overrides)
+    if kind in ours:
+        return ours[kind].load().from_pretrained(path_or_hub_id, **overrides)
+    raise UserError(
+        f"{path_or_hub_id} holds a {kind or 'model of unknown kind'}; import its module first, in the "
+        f"recipe by `plugins`; known: {', '.join(sorted({*ours, *Pretrained.kinds}))}"
+    )
 
 
 def _check_options(name: str, factory, options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from dic_repa.errors import UserError
 from dic_repa.models.dic import Condition
 from dic_repa.models.gradient_checkpointing import RecomputableBlock
+from dic_repa.models.modules import Modules
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.models.tokens import patch_grid, to_map, unpatchify
 
@@ -42,6 +44,9 @@ def position_embedding(grid: tuple[int, int], width: int, device: torch.device |
     return torch.cat([column, row], dim=-1).flatten(0, 1)
 
 
+_gelu: Any = partial(nn.GELU, approximate="tanh")  # timm asks for a class by its annotation, and takes any factory
+
+
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without parameters of tokens (B, N, C), modulated by shift and scale (B, 1, C)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -56,7 +61,7 @@ class AdaLNBlock(RecomputableBlock):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.attn = Attention(width, num_heads, qkv_bias=True)
-        self.mlp = Mlp(width, 4 * width, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, 4 * width, act_layer=_gelu)
         self.modulation = nn.Linear(width, 6 * width)
 
     def _forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ class Output(nn.Module):
         return self.linear(modulated_norm(x, shift, scale))
 
 
-class SiT(Pretrained, nn.Module):
+class SiT(Pretrained):
     """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,) and y (B,)
     int64.
 
@@ -121,7 +126,7 @@ class SiT(Pretrained, nn.Module):
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patches = PatchEmbed(None, patch_size, in_channels, width)
         self.condition = Condition(width, num_classes, time_scale)
-        self.blocks = nn.ModuleList(AdaLNBlock(width, num_heads) for _ in range(depth))
+        self.blocks = Modules(AdaLNBlock(width, num_heads) for _ in range(depth))
         self.output = Output(width, self.out_channels * patch_size**2)
         self.reset_parameters()
         self.set_gradient_checkpointing(gradient_checkpointing)
@@ -131,14 +136,15 @@ class SiT(Pretrained, nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # the patches' conv as the linear layer that it is
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for layer in (self.condition.time1, self.condition.time2, self.condition.label):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(block.modulation for block in self.blocks), self.output.modulation, self.output.linear):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        grid = patch_grid("SiT", x.shape[-2:], self.patch_size)
+        grid = patch_grid("SiT", (x.shape[-2], x.shape[-1]), self.patch_size)
         c = self.condition(t, y)
         x = self.patches(x)
         x = x + position_embedding(grid, x.shape[-1], x.device).to(x.dtype)

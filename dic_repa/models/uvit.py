@@ -44,7 +44,7 @@ class Block(RecomputableBlock):
         return x + self.mlp(self.norm2(x))
 
 
-class UViT(Pretrained, nn.Module):
+class UViT(Pretrained):
     """A noise (or velocity, score, data) model: `model(x, t, y)` with x (B, in_channels, size, size), t (B,) and y
     (B,) int64.
 

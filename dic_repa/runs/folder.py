@@ -193,9 +193,9 @@ class RunFolder:
     def is_finished(self, steps: int) -> bool:
         """Whether the whole checkpoint of the last of `steps` is there; a UserError where there are later ones."""
         last = max(map(checkpoint_step, self.list_checkpoints()), default=0)  # without reading any of them
-        if last < steps:
+        newest = self.newest_checkpoint() if last >= steps else None
+        if newest is None:
             return False
-        newest = self.newest_checkpoint()
         self._check_steps(checkpoint_step(newest), steps)
         return checkpoint_step(newest) == steps
 
@@ -217,7 +217,8 @@ class RunFolder:
             if checkpoint_step(folder) > done:
                 self._remove_checkpoint(folder)
         for snapshot in self.snapshots.glob("step_*"):
-            if is_listed(snapshot) and int(re.match(r"step_(\d+)", snapshot.name)[1]) > done:
+            named = re.match(r"step_(\d+)", snapshot.name)
+            if named and is_listed(snapshot) and int(named[1]) > done:
                 snapshot.unlink()
         for left in [*self.path.glob(f"{ASIDE}*"), *self.path.glob(f"*/{ASIDE}*")]:  # of a run that was killed
             if is_listed(left):
@@ -347,7 +348,7 @@ def _shown(value: Any) -> str:
 
 def describe_environment(device: str, processes: int) -> dict:
     """What a run was made with: command, versions, git state of the package's source, machine."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

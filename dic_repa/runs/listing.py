@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.runs.folder import RunFolder, checkpoint_step
@@ -69,8 +70,8 @@ def _fill(summary: RunSummary, run: RunFolder) -> None:
     summary.written = _last_write(run)
     lines = _last_lines(run.metrics_file)
     summary.step = max([line["step"] for line in lines], default=0)
-    speeds = [line.get("images_per_second") for line in lines[-LINES:]]
-    summary.images_per_second = statistics.median(found) if (found := [s for s in speeds if _is_number(s)]) else None
+    speeds = [speed for line in lines[-LINES:] if _is_number(speed := line.get("images_per_second"))]
+    summary.images_per_second = statistics.median(speeds) if speeds else None
     summary.scores = _newest_scores(run.path / "evaluation")
     summary.recipe = _recipe_name(run)
     checkpoints = sorted(run.list_checkpoints(), key=checkpoint_step)
@@ -138,7 +139,7 @@ def _parse(text: str | bytes):
         return None
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -16,7 +16,7 @@ from dic_repa.errors import UserError
 try:
     import fcntl
 except ImportError:  # not a Unix
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # mypy has no way to say that a module may be missing
 
 
 LOOK = 0.1  # seconds: longer than `holder` takes to see whether a lock is held

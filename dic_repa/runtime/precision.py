@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def allow_tf32(allowed: bool) -> None:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """`allow_tf32`, and as it was afterwards; also a decorator."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     allow_tf32(allowed)
     try:
