@@ -2,7 +2,7 @@
 
 from dic_repa.alignment.aligned import AlignedDenoiser, AlignedOutput, Alignment
 from dic_repa.alignment.heads import heads, register_head
-from dic_repa.alignment.losses import manifold_loss, token_loss
+from dic_repa.alignment.losses import alignment_losses, manifold_loss, token_loss
 from dic_repa.alignment.schedules import schedules, time_weights
 from dic_repa.alignment.targets import targets
 
@@ -10,6 +10,7 @@ __all__ = [
     "AlignedDenoiser",
     "AlignedOutput",
     "Alignment",
+    "alignment_losses",
     "heads",
     "manifold_loss",
     "register_head",

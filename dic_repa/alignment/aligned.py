@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dic_repa.alignment.heads import heads
-from dic_repa.alignment.losses import manifold_loss, token_loss
+from dic_repa.alignment.losses import alignment_losses
 from dic_repa.alignment.schedules import schedules, time_weights
 from dic_repa.alignment.targets import targets
 from dic_repa.errors import UserError, unknown_name
@@ -25,14 +24,15 @@ Spec = str | Mapping[str, Any] | Callable  # a registered name, a mapping of `na
 
 class Alignment(nn.Module):
     """One tap aligned to one encoder: the head, and the loss
-    `weight * schedule(step) * mean(time_weight(t) * (token + manifold_weight * manifold))`.
+    `weight * schedule(step) * mean(time_weight(t) * loss(projection, target))`.
 
     Args:
         tap: name of a submodule of the denoiser whose output is a feature map (B, C, h, w), such as 'mid.3', or tokens
             that the denoiser's `feature_map(tokens, size)` lays out as one, such as 'blocks.7' of a SiT.
         head: module of (feature, t in [0, 1]) that gives tokens (B, N, embed_dim).
         weight: lambda of the paper.
-        manifold_weight: w of the paper.
+        manifold_weight: w of the paper, of the loss 'u-repa'.
+        loss: what projection and target are compared by: 'u-repa'.
         target: what is done to the encoder's tokens first: 'tokens' (nothing) or 'spatial-norm'.
         time_weight: the weight over t: 'constant' or 'v-shape'.
         schedule: the weight over steps: 'constant', 'cosine', 'stop' or 'stop-at-similarity'.
@@ -47,10 +47,12 @@ class Alignment(nn.Module):
         target: Spec = "tokens",
         time_weight: Spec = "constant",
         schedule: Spec = "constant",
+        loss: Spec = "u-repa",
     ):
         super().__init__()
-        self.tap, self.head = tap, head
-        self.weight, self.manifold_weight = weight, manifold_weight
+        self.tap, self.head, self.weight = tap, head, weight
+        options = {"manifold_weight": manifold_weight} if loss == "u-repa" else {}
+        self.compare = alignment_losses.create(loss, **options)
         self.target = targets.create(target)
         self.time_weight = time_weights.create(time_weight)
         self.schedule = schedules.create(schedule)
@@ -69,6 +71,7 @@ class Alignment(nn.Module):
         target: Spec = "tokens",
         time_weight: Spec = "constant",
         schedule: Spec = "constant",
+        loss: Spec = "u-repa",
         **head_options,
     ) -> Alignment:
         """The alignment of `denoiser` at `tap` to an encoder of width `embed_dim` and token `grid`.
@@ -78,7 +81,7 @@ class Alignment(nn.Module):
         """
         channels = tap_channels(denoiser, tap, size)
         module = heads.create(head, channels, embed_dim, tuple(grid), **head_options)
-        return cls(tap, module, weight, manifold_weight, target, time_weight, schedule)
+        return cls(tap, module, weight, manifold_weight, target, time_weight, schedule, loss)
 
     def loss(
         self, projection: Tensor, tokens: Tensor | None, t: Tensor, scale: float = 1.0
@@ -86,24 +89,18 @@ class Alignment(nn.Module):
         """The weighted loss of projection (B, N, D) against an encoder's tokens (B, N, D) at times t (B,) in [0, 1], a
         float32 scalar; `scale` is the schedule's factor.
 
-        The second result holds its two terms, detached, for the log. Without tokens, as at a scale of 0, the loss is a
-        zero that still reaches the head: its gradients must be there for processes to exchange.
+        The second result holds the means of its terms, detached, for the log. Without tokens, as at a scale of 0, the
+        loss is a zero that still reaches the head: its gradients must be there for processes to exchange.
         """
         if tokens is None:
             return projection.float().sum() * 0.0, {}
-        target = self.target(tokens)
-        token, manifold = token_loss(projection, target), projection.new_zeros(1, dtype=torch.float32)
-        if self.manifold_weight:
-            manifold = manifold_loss(projection, target)
-        per_image = self.time_weight(t) * (token + self.manifold_weight * manifold)
-        return self.weight * scale * per_image.mean(), {
-            "token": token.detach().mean(),
-            "manifold": manifold.detach().mean(),
-        }
+        per_image, terms = self.compare(projection, self.target(tokens))
+        loss = self.weight * scale * (self.time_weight(t) * per_image).mean()
+        return loss, {name: term.detach().mean() for name, term in terms.items()}
 
     def observe(self, terms: dict[str, Tensor], reduce: Callable[[Tensor, str], Tensor]) -> None:
         """Tell a schedule that asks for it the similarity of one pass; `reduce(tensor, "mean")` is over processes."""
-        if terms and hasattr(self.schedule, "observe"):
+        if "token" in terms and hasattr(self.schedule, "observe"):
             self.schedule.observe(reduce(-terms["token"], "mean"))
 
 

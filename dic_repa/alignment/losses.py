@@ -5,9 +5,37 @@ Normalising in half precision has given NaN after 70 to 160 thousand steps, so n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from einops import reduce
 from torch import Tensor
 from torch.nn import functional as F
+
+from dic_repa.registry import Registry
+
+alignment_losses = Registry("alignment loss", plural="alignment-losses")
+
+
+@alignment_losses.register("u-repa")
+@dataclass(frozen=True)
+class URepaLoss:
+    """The token loss plus w times the manifold loss (U-REPA, arXiv 2503.18414); with w = 0 it is REPA's."""
+
+    manifold_weight: float = 3.0
+
+    def __call__(self, projection: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each image, (B,), and its terms (B,) by the names that the log has for them.
+
+        Args:
+            projection: of the denoiser's tokens, (B, N, D).
+            target: the encoder's tokens, (B, N, D).
+        """
+        token = token_loss(projection, target)
+        if not self.manifold_weight:
+            return token, {"token": token, "manifold": torch.zeros_like(token)}
+        manifold = manifold_loss(projection, target)
+        return token + self.manifold_weight * manifold, {"token": token, "manifold": manifold}
 
 
 def token_loss(projection: Tensor, target: Tensor) -> Tensor:
@@ -27,7 +55,7 @@ def manifold_loss(projection: Tensor, target: Tensor) -> Tensor:
     """
     with torch.autocast(projection.device.type, enabled=False):
         h, y = F.normalize(_full(projection), dim=-1), F.normalize(_full(target), dim=-1)
-        return (y @ y.mT - h @ h.mT).square().mean(dim=(-2, -1))
+        return reduce((y @ y.mT - h @ h.mT).square(), "b n m -> b", "mean")
 
 
 def _full(tokens: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ from dic_repa.models.compiled import allow_recompilation
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.precision import tf32
-from dic_repa.training.dry_run import run_step, takes_pretrained, with_random_data
-from dic_repa.training.inputs import check_batch
+from dic_repa.training.dry_run import takes_pretrained, with_random_data
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.parts import Parts, build_parts
+from dic_repa.training.step import TrainingStep
 
 PHASES = ("encoder", "forward", "alignment", "backward", "optimizer", "ema")
 MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the recipe's terms
@@ -67,16 +67,16 @@ class TrainCase:
     def __init__(self, label: str, recipe: Recipe, parts: Parts, accelerator: Accelerator, kind: str, gmacs: float):
         self.label, self.recipe, self.parts, self.accelerator = label, recipe, parts, accelerator
         self.precision, self.gmacs, self.batch, self.steps = kind, gmacs, recipe.train.batch_size, 0
+        self.step = TrainingStep(parts, recipe.train, accelerator)
         # Accelerate has one state for the whole process, and reads its precision anew where the encoder is run.
         self.state = dict(AcceleratorState._shared_state)
         batch = default_collate([parts.data[i] for i in range(self.batch)])
         self.data = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
     def __call__(self, clock=lambda _name: None) -> Tensor:
-        settings, accelerator = self.recipe.train, self.accelerator
         AcceleratorState._shared_state.update(self.state)
         with precision(self.precision):
-            loss = run_step(self.parts, self.data, settings, self.steps, accelerator, check_batch(settings, 1), clock)
+            loss = self.step(self.data, self.steps, clock)
         self.steps += 1
         return loss
 
@@ -85,7 +85,7 @@ class PlainEMA:
     """The average as one writes it first, tensor by tensor: for the baselines."""
 
     def __init__(self, denoiser: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.model = decay, denoiser
         self.average = [parameter.detach().clone() for parameter in denoiser.parameters()]
 
     @torch.no_grad()

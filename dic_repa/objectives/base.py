@@ -1,4 +1,4 @@
-"""What all objectives share: the registry, a corrupted batch, and a trained denoiser as a velocity model."""
+"""What all objectives share: what they are given and give, and a trained denoiser as a velocity model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant
@@ -18,6 +18,43 @@ objectives = Registry("objective")
 def create_objective(name: str, **kwargs):
     """The objective filed under `name` ('flow-matching', 'ddpm'), made with `kwargs`. UserError for an unknown name."""
     return objectives.create(name, **kwargs)
+
+
+@dataclass
+class Batch:
+    """What one pass of a training step gives an objective."""
+
+    x: Tensor  # (B, C, H, W), the data
+    y: Tensor  # (B, ...), what it is conditioned on; some of it is dropped
+    draws: dict[str, Tensor]  # these rows of what the objective's `draw` gave, each (B, ...)
+    averaged: nn.Module | None = None  # the denoiser with averaged weights, (x, t, y) -> prediction
+
+
+@dataclass
+class ObjectiveOutput:
+    """What an objective gives for one pass."""
+
+    loss: Tensor  # (B,), float32
+    time: Tensor  # (B,), in [0, 1]: when the projections were taken
+    projections: list[Tensor]  # one (B, N, D) for each alignment, from the run of the model that they belong to
+
+
+class Denoising:
+    """An objective of one noisy state and one run of the model: `corrupt` the data, weigh the error by `loss`."""
+
+    def __call__(self, model, batch: Batch) -> ObjectiveOutput:
+        """Run the `AlignedDenoiser` `model` on the batch."""
+        noisy = self.corrupt(batch.x, **batch.draws)
+        out = model(noisy.x_t, noisy.t, batch.y, noisy.unit_time)
+        return ObjectiveOutput(self.loss(out.prediction, noisy), noisy.unit_time, out.projections)
+
+    def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> Noisy:
+        """The noisy state of data x (B, C, H, W) at the times t (B,), and what the denoiser should make of it."""
+        raise NotImplementedError
+
+    def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
+        """What the error of each image's prediction counts, (B,)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.interpolants import VPPath
-from dic_repa.objectives.base import Noisy, VelocityModel, objectives, once, run_denoiser
+from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives, once, run_denoiser
 from dic_repa.samplers.beta_schedule import BetaSchedule
 from dic_repa.samplers.ddpm import split_output
 
@@ -32,7 +33,7 @@ class DDPMNoisy(Noisy):
 
 
 @objectives.register("ddpm")
-class DDPM:
+class DDPM(Denoising):
     """|noise prediction - noise|^2 + L_vlb (Nichol and Dhariwal 2021, eq. 16 without its 0.001).
 
     L_vlb trains the variance alone: the mean that it sees is detached. `learned_variance=False` leaves it out, and the
@@ -66,11 +67,11 @@ class DDPM:
 
     def draw(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Steps (B,), as floats, and noise (B, C, H, W) for a whole step's batch; see `FlowMatching.draw`."""
+    ) -> dict[str, Tensor]:
+        """Steps `t` (B,), as floats, and `noise` (B, C, H, W) for a whole step's batch; see `FlowMatching.draw`."""
         steps = torch.randint(len(self.schedule), (shape[0],), generator=generator, device=generator.device)
         noise = torch.randn(tuple(shape), generator=generator, device=generator.device)
-        return steps.float().to(device), noise.to(device)
+        return {"t": steps.float().to(device), "noise": noise.to(device)}
 
     def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> DDPMNoisy:
         """x_t for data x (B, C, H, W), steps t (B,) and noise (B, C, H, W), which is the target."""
@@ -79,9 +80,9 @@ class DDPM:
         return DDPMNoisy(x_t, t + self.first_step, noise, ones, data=x, steps=t, num_steps=count)
 
     def loss(self, prediction: Tensor, noisy: DDPMNoisy) -> Tensor:
-        """The mean of `terms` over the batch, a float32 scalar."""
+        """The sum of `terms`, (B,) in float32."""
         squared, bound = self.terms(prediction, noisy)
-        return (squared + bound).mean()
+        return squared + bound
 
     def terms(self, prediction: Tensor, noisy: DDPMNoisy) -> tuple[Tensor, Tensor]:
         """The squared error of the noise and L_vlb in bits per dimension, each (B,) in float32.
@@ -89,7 +90,7 @@ class DDPM:
         `prediction` is (B, 2C, H, W); without a learned variance (B, C, H, W) will do. Raises UserError otherwise.
         """
         eps, fraction = split_output(prediction.float(), noisy.target.shape[1])
-        squared = (eps - noisy.target.float()).square().flatten(1).mean(1)
+        squared = reduce((eps - noisy.target.float()).square(), "b ... -> b", "mean")
         if not self.learned_variance:
             return squared, torch.zeros_like(squared)
         if fraction is None:

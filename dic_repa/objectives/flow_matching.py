@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant, check_prediction, paths
-from dic_repa.objectives.base import Noisy, VelocityModel, objectives, prediction_channels
+from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives, prediction_channels
 from dic_repa.objectives.time_sampling import shift_time, time_samplings
 from dic_repa.objectives.weighting import weightings
 
 
 @objectives.register("flow-matching")
-class FlowMatching:
+class FlowMatching(Denoising):
     """E_t w(t) |prediction(x_t, t) - target|^2 with x_t = alpha(t) x + sigma(t) noise (Lipman et al. 2023; SiT).
 
     Args:
@@ -51,8 +52,8 @@ class FlowMatching:
 
     def draw(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Times (B,) and noise (B, C, H, W) for a whole step's batch of `shape` (B, C, H, W).
+    ) -> dict[str, Tensor]:
+        """Times `t` (B,) and `noise` (B, C, H, W) for a whole step's batch of `shape` (B, C, H, W).
 
         Drawn in float32 where the generator lives, then moved, so that a CPU generator gives every device the same.
         Times are drawn within the range where the target and its weight are finite.
@@ -60,7 +61,7 @@ class FlowMatching:
         low, high = self.time_range
         t = shift_time(self.time(shape[0], generator, self.path), self.shift).clamp(low, high)
         noise = torch.randn(tuple(shape), generator=generator, device=generator.device)
-        return t.to(device), noise.to(device)
+        return {"t": t.to(device), "noise": noise.to(device)}
 
     def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> Noisy:
         """x_t, the target and its weight for data x (B, C, H, W), times t (B,) and noise (B, C, H, W)."""
@@ -69,11 +70,18 @@ class FlowMatching:
         return Noisy(self.path.sample(x, noise, t).x_t, t, target, weight)
 
     def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
-        """The weighted mean squared error, a float32 scalar. `prediction` is (B, C, H, W), or (B, 2C, H, W) of a
-        `learn_sigma` denoiser, of which the first C count; other channel counts are a UserError."""
+        """The weighted mean squared error of each image, (B,) in float32.
+
+        Args:
+            prediction: (B, C, H, W), or (B, 2C, H, W) of a `learn_sigma` denoiser, of which the first C count.
+            noisy: what `corrupt` has made.
+
+        Raises:
+            UserError: for other counts of channels.
+        """
         target = noisy.target.float()
         error = prediction_channels(prediction, target.shape[1]).float() - target
-        return (noisy.weight * error.square().flatten(1).mean(1)).mean()
+        return noisy.weight * reduce(error.square(), "b ... -> b", "mean")
 
     def velocity_model(self, denoiser) -> VelocityModel:
         """The denoiser as a velocity (x, t, y) -> (B, C, H, W), which the samplers take."""

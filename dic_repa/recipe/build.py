@@ -191,5 +191,6 @@ def build_alignment(
         target=section.target,
         time_weight=section.time_weight,
         schedule=section.schedule,
+        loss=section.loss,
         **section.head_options,
     )

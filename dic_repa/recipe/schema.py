@@ -82,6 +82,7 @@ class AlignmentSection(Section):
     tap: str = Field("mid.0", description="the submodule of the denoiser whose output is aligned")
     head: str = Field("mlp", description="what projects the tapped feature map to the encoder's tokens")
     head_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the head")
+    loss: Part = Field("u-repa", description="what compares projection and target: u-repa")
     weight: NotNegative = Field(0.5, description="lambda, of the whole alignment loss")
     manifold_weight: NotNegative = Field(3.0, description="w, of the manifold term against the token term")
     target: Part = Field("tokens", description="what is compared with: tokens or spatial-norm (iREPA)")

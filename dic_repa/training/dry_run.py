@@ -9,8 +9,6 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
 
@@ -27,11 +25,12 @@ from dic_repa.recipe.differences import differences, paper_recipe
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.precision import tf32
 from dic_repa.training.header import device_name
-from dic_repa.training.inputs import check_batch, step_inputs
+from dic_repa.training.inputs import check_batch
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
-from dic_repa.training.parts import Parts, build_parts, check_sampling_and_evaluation
+from dic_repa.training.parts import build_parts, check_sampling_and_evaluation
 from dic_repa.training.power import PowerMeter
+from dic_repa.training.step import TrainingStep
 
 STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
@@ -143,6 +142,7 @@ def build_shapes(trial: Recipe) -> dict:
                     (size, size),
                     section.head,
                     manifold_weight=section.manifold_weight,
+                    loss=section.loss,
                     **section.head_options,
                 )
             )
@@ -184,12 +184,13 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         parts = build_parts(trial, accelerator)
+        train_step = TrainingStep(parts, trial.train, accelerator)
         batch = {k: v.to(device) for k, v in default_collate([parts.data[i] for i in range(rows)]).items()}
         seconds = []
         with PowerMeter(device) as power:
             for step in range(STEPS):
                 begin = time.perf_counter()
-                loss = run_step(parts, batch, trial.train, step, accelerator, passes)
+                loss = train_step(batch, step)
                 if on_gpu:
                     torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - begin)
@@ -230,38 +231,6 @@ def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> No
         options = {key: value for key, value in section.encoder_options.items() if key != "weights"}
         section.encoder_options = {**options, "pretrained": False}
         notes.append(f"{section.encoder} has random weights here ({first_line(error)})")
-
-
-def run_step(
-    parts: Parts, batch: dict, settings: TrainSection, step: int, accelerator: Accelerator, passes: int,
-    clock: Callable[[str], None] = lambda _name: None,
-) -> torch.Tensor:  # fmt: skip
-    """One step of the training loop, without its log and its checkpoints; the loss of its last pass.
-
-    `clock` is called at the end of each phase with its name.
-    """
-    scales = [1.0] * len(parts.alignments)
-    for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes, scales)):
-        with nullcontext() if k == passes - 1 else accelerator.no_sync(parts.model):
-            clock("encoder")
-            noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
-            out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
-            loss = parts.objective.loss(out.prediction, noisy)
-            inputs.join()
-            clock("forward")
-            for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
-                loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
-            clock("alignment")
-            accelerator.backward(loss / passes)
-            clock("backward")
-    accelerator.clip_grad_norm_(parts.model.parameters(), settings.gradient_clip or float("inf"))
-    parts.optimizer.step()
-    parts.optimizer.zero_grad()
-    clock("optimizer")
-    for ema in parts.averages.values():
-        ema.update(parts.denoiser, step + 1)
-    clock("ema")
-    return loss.detach()
 
 
 def disk(settings: TrainSection, parameters: dict, path: Path) -> dict:

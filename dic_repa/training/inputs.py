@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from dic_repa.data.images import unit_images
 from dic_repa.data.latents import denoiser_data, global_noise
 from dic_repa.errors import UserError, print_rank_errors
+from dic_repa.objectives import Batch
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.parts import Parts
 from dic_repa.training.preemption import ignore_signals
@@ -73,19 +73,12 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
                 process.kill()  # one that is stalled
 
 
-@dataclass
-class Inputs:
-    """What one pass takes: data, labels with some dropped, times, noise, and the encoders' tokens."""
-
-    x: Tensor
-    y: Tensor
-    t: Tensor
-    noise: Tensor
-    tokens: list[Tensor | None]  # None where the alignment's schedule is at 0
+class Tokens(list):
+    """The encoders' tokens of one pass, (B, N, D) each; None where an alignment's schedule is at 0."""
 
     def join(self) -> None:
         """Before the tokens are used: on a GPU they are computed beside the denoiser's forward pass."""
-        for tokens in self.tokens:
+        for tokens in self:
             if tokens is not None and tokens.is_cuda:
                 current = torch.cuda.current_stream(tokens.device)
                 current.wait_stream(side_stream(tokens.device))
@@ -100,31 +93,33 @@ def step_inputs(
     accelerator: Accelerator,
     passes: int,
     scales: list[float],
-) -> Iterator[Inputs]:
+) -> Iterator[tuple[Batch, Tokens]]:
     """The step's inputs of this process, split into its passes; an encoder is run where its schedule's scale is not 0.
 
-    Times, noise and dropped labels are drawn for the global batch and then sliced: the same numbers whatever the number
-    of processes and passes.
+    What is random is drawn for the global batch and then sliced: the same numbers whatever the number of processes and
+    passes.
     """
     generator = step_generator(settings.seed, step, accelerator.device)
-    t, noise = parts.objective.draw((settings.batch_size, *parts.shape), generator)
+    draws = parts.objective.draw((settings.batch_size, *parts.shape), generator)
     uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
     rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
     y = batch["label"].masked_fill(uniform[rows] < settings.label_dropout, parts.data.num_classes)
     x = denoiser_data(parts.data, batch, global_noise(settings.batch_size, rows, generator))
     images = batch.get("image", x)  # latents without images have no encoder to show them to
-    split = [tensor.chunk(passes) for tensor in (x, y, t[rows], noise[rows], images)]
+    split = [tensor.chunk(passes) for tensor in (x, y, images)]
+    drawn = {name: values[rows].chunk(passes) for name, values in draws.items()}
     cached = {name: batch[name].chunk(passes) for name in parts.caches}
-    for k, (x, y, t, noise, image) in enumerate(zip(*split)):
-        tokens: list[Tensor | None] = [None] * len(scales)
+    for k, (x, y, image) in enumerate(zip(*split)):
+        tokens = Tokens([None] * len(scales))
         for i, encoder in enumerate(parts.encoders):
             if scales[i]:
                 tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encode(encoder, image, accelerator)
-        yield Inputs(x, y, t, noise, tokens)
+        draws = {name: parts_of[k] for name, parts_of in drawn.items()}
+        yield Batch(x, y, draws, parts.ema.model), tokens
 
 
 def encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
-    """The frozen encoder's tokens, in the run's mixed precision; on a GPU on a second stream, see `Inputs.join`."""
+    """The frozen encoder's tokens, in the run's mixed precision; on a GPU on a second stream, see `Tokens.join`."""
     stream = side_stream(images.device)
     if stream is None:
         return _encode(encoder, images, accelerator)

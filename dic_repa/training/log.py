@@ -26,6 +26,7 @@ from dic_repa.recipe import TrainSection
 from dic_repa.runs.folder import RunFolder, describe_environment, write_whole
 from dic_repa.runtime.progress import progress_bar
 from dic_repa.training.loader_watch import LoaderWatch
+from dic_repa.training.step import PassLosses
 from dic_repa.training.trackers import Trackers
 
 
@@ -94,10 +95,10 @@ class MetricLog:
             self.wait += time.perf_counter() - begin
             yield batch
 
-    def add(self, loss: Tensor, denoising: Tensor, terms: list[dict[str, Tensor]], share: float) -> None:
-        """Count the losses of one pass, which is that `share` of a step."""
-        values = {"loss": loss, "denoising": denoising}
-        for i, parts in enumerate(terms):
+    def add(self, losses: PassLosses) -> None:
+        """Count the losses of one pass."""
+        share, values = losses.share, {"loss": losses.loss, "denoising": losses.denoising}
+        for i, parts in enumerate(losses.terms):
             values |= {f"alignment.{i}.{name}": value for name, value in parts.items()}
         for name, value in values.items():
             value = value.detach().float()

@@ -6,7 +6,7 @@ import atexit
 import json
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,13 @@ from dic_repa.training.checkpoint import (
 )
 from dic_repa.training.evaluator import Evaluator
 from dic_repa.training.header import run_header
-from dic_repa.training.inputs import batches, check_batch, step_inputs
+from dic_repa.training.inputs import batches, check_batch
 from dic_repa.training.log import MetricLog
 from dic_repa.training.parts import Parts, build_parts, check_sampling_and_evaluation
 from dic_repa.training.preemption import Preempted, StopRequest
 from dic_repa.training.randomness import data_order
-from dic_repa.training.sharding import wants_sharding, whole
+from dic_repa.training.sharding import wants_sharding
+from dic_repa.training.step import PassLosses, TrainingStep
 from dic_repa.training.step_guard import StepGuard, Verdict
 from dic_repa.training.trackers import Trackers, check_trackers
 
@@ -69,9 +70,9 @@ def train(
         accelerator = start_accelerator(settings, run)
         if not resume:  # told before the work
             on_main_process(accelerator, lambda: run.check_new(overwrite))
-        passes = check_batch(settings, accelerator.num_processes)
+        check_batch(settings, accelerator.num_processes)  # told before the work
         parts = build_parts(recipe, accelerator)
-        model, optimizer = parts.model, parts.optimizer
+        optimizer, train_step = parts.optimizer, TrainingStep(parts, settings, accelerator)
         check_sampling_and_evaluation(recipe, parts.objective)
         evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
         on_main_process(accelerator, evaluator.prepare)
@@ -82,7 +83,7 @@ def train(
         if resume:
             on_main_process(accelerator, lambda: run.save_recipe(recipe))
         if accelerator.is_main_process:
-            say(run_header(recipe, run, parts, accelerator, passes, start))
+            say(run_header(recipe, run, parts, accelerator, train_step.passes, start))
         data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
         incoming = batches(data, recipe, accelerator, start)
         guard = StepGuard(accelerator, optimizer.optimizer)
@@ -90,34 +91,15 @@ def train(
         log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers))
         stack.callback(incoming.close)
 
-        for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
-            scales = [alignment.schedule(step) for alignment in parts.alignments]
-            for k, inputs in enumerate(step_inputs(parts, batch, settings, step, accelerator, passes, scales)):
-                with nullcontext() if k == passes - 1 else accelerator.no_sync(model):
-                    noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
-                    out = model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
-                    denoising = parts.objective.loss(out.prediction, noisy)
-                    inputs.join()
-                    aligned = [
-                        alignment.loss(projection, tokens, noisy.unit_time, scale)
-                        for alignment, projection, tokens, scale in zip(
-                            parts.alignments, out.projections, inputs.tokens, scales
-                        )
-                    ]
-                    loss = denoising + sum(aligned_loss for aligned_loss, _ in aligned)
-                    accelerator.backward(loss / passes)
-                for alignment, (_, terms) in zip(parts.alignments, aligned):
-                    alignment.observe(terms, accelerator.reduce)
-                log.add(loss, denoising, [terms for _, terms in aligned], share=1 / passes)
-                guard.add(loss)
+        def note(losses: PassLosses) -> None:
+            log.add(losses)
+            guard.add(losses.loss)
 
-            norm = whole(accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clip or float("inf")))
+        for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
+            norm = train_step.gradients(batch, step, note)
             guard.judge(step + 1, norm, request.received)
             learning_rate = set_learning_rate(optimizer, settings, step)
-            optimizer.step()
-            optimizer.zero_grad()
-            for ema in parts.averages.values():
-                ema.update(parts.denoiser, step + 1)
+            train_step.update(step)
 
             verdict = guard.verdict()
             log.step(step + 1, norm, learning_rate, settings.batch_size, verdict.skipped)

@@ -369,7 +369,7 @@ def test_recipes_build(name):
         for section in recipe.alignments:
             options = section.model_dump(include={"head", "weight", "manifold_weight"}) | section.head_options
             alignment = Alignment.build(denoiser, section.tap, 768, (16, 16), (size, size), **options)
-            assert alignment.manifold_weight == 0  # REPA has no such term
+            assert alignment.compare.manifold_weight == 0  # REPA has no such term
     ddpm = recipe.objective.name == "ddpm"
     assert denoiser.config["learn_sigma"] == (ddpm and recipe.objective.options.get("learned_variance", True))
 

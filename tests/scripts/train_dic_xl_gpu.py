@@ -26,7 +26,6 @@ from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
 from dic_repa.recipe import load_training_recipe
 from dic_repa.training.dry_run import takes_pretrained, with_random_data
-from dic_repa.training.inputs import step_inputs
 
 WARM_UP = 5  # steps before the clock runs: compilation, choice of kernels
 
@@ -82,16 +81,8 @@ def gradients(case: TrainCase) -> dict[str, Tensor]:
         if not parameter.any():
             noise = torch.randn(parameter.shape, generator=generator) * 0.02
             parameter.data.copy_(noise.to(parameter.device))
-    for inputs in step_inputs(
-        parts, case.data, case.recipe.train, 0, case.accelerator, 1, [1.0] * len(parts.alignments)
-    ):
-        noisy = parts.objective.corrupt(inputs.x, inputs.t, inputs.noise)
-        out = parts.model(noisy.x_t, noisy.t, inputs.y, noisy.unit_time)
-        loss = parts.objective.loss(out.prediction, noisy)
-        inputs.join()
-        for alignment, projection, tokens in zip(parts.alignments, out.projections, inputs.tokens):
-            loss = loss + alignment.loss(projection, tokens, noisy.unit_time)[0]
-        case.accelerator.backward(loss)
+    case.recipe.train.gradient_clip = None  # the gradients as they are
+    case.step.gradients(case.data, 0)
     return {name: p.grad.float().cpu() for name, p in model.named_parameters()}
 
 
