@@ -18,6 +18,8 @@ from dic_repa.alignment.schedules import schedules, time_weights
 from dic_repa.alignment.targets import targets
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.cost import forward_on_meta
+from dic_repa.models.modules import Modules
+from dic_repa.models.pretrained import Pretrained
 
 Spec = str | Mapping[str, Any] | Callable  # a registered name, a mapping of `name` and arguments, or the thing itself
 
@@ -60,7 +62,7 @@ class Alignment(nn.Module):
     @classmethod
     def build(
         cls,
-        denoiser: nn.Module,
+        denoiser: Pretrained,
         tap: str,
         embed_dim: int,
         grid: tuple[int, int],
@@ -122,7 +124,7 @@ class AlignedDenoiser(nn.Module):
     def __init__(self, denoiser: nn.Module, alignments: list[Alignment] | tuple[Alignment, ...] = ()):
         super().__init__()
         self.denoiser = denoiser
-        self.alignments = nn.ModuleList(alignments)
+        self.alignments = Modules(alignments)
         self._tapped: dict[str, Tensor] = {}
         for tap in {alignment.tap for alignment in alignments}:
             find_tap(denoiser, tap).register_forward_hook(self._keep(tap))
@@ -136,7 +138,7 @@ class AlignedDenoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, unit_time: Tensor | None = None) -> AlignedOutput:
         prediction = self.denoiser(x, t, y)
         time = t if unit_time is None else unit_time
-        size = tuple(x.shape[-2:])
+        size = (x.shape[-2], x.shape[-1])
         projections = [
             alignment.head(feature_map(self.denoiser, self._tapped[alignment.tap], size), time)
             for alignment in self.alignments
@@ -156,12 +158,11 @@ def find_tap(denoiser: nn.Module, tap: str) -> nn.Module:
 def feature_map(denoiser: nn.Module, hidden: Tensor, size: tuple[int, int]) -> Tensor:
     """What a tap gave as a feature map (B, C, h, w), for data of `size` (H, W): as it is, or, if it is tokens, by the
     denoiser's `feature_map`."""
-    if getattr(hidden, "ndim", 0) == 3 and hasattr(denoiser, "feature_map"):
-        return denoiser.feature_map(hidden, size)
-    return hidden
+    lay_out = getattr(denoiser, "feature_map", None)
+    return hidden if lay_out is None or getattr(hidden, "ndim", 0) != 3 else lay_out(hidden, size)
 
 
-def tap_channels(denoiser: nn.Module, tap: str, size: tuple[int, int]) -> int:
+def tap_channels(denoiser: Pretrained, tap: str, size: tuple[int, int]) -> int:
     """Channels of the feature map at `tap`, found by a run on the meta device with data of `size` (H, W)."""
     shapes = []
 

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
+from dic_repa.protocols import Samples
 from dic_repa.runtime.progress import progress_bar
 
 BATCH = 64
@@ -57,7 +58,7 @@ class FeatureCache:
 class WithTokens(Dataset):
     """A data set whose samples hold cached tokens too, each cache's under its name."""
 
-    def __init__(self, data: Dataset, caches: dict[str, FeatureCache]):
+    def __init__(self, data: Samples, caches: dict[str, FeatureCache]):
         self.data, self.caches = data, caches
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class WithTokens(Dataset):
 
 @torch.no_grad()
 def feature_cache(
-    name: str, options: dict[str, Any], encoder, data: Dataset, device: torch.device | str = "cpu", workers: int = 0
+    name: str, options: dict[str, Any], encoder, data: Samples, device: torch.device | str = "cpu", workers: int = 0
 ) -> FeatureCache:
     """The cache of the tokens that the encoder `name`, built with `options`, gives for the images of `data`.
 
@@ -90,7 +91,7 @@ def feature_cache(
     return cache
 
 
-def cache_key(name: str, options: dict[str, Any], encoder, data: Dataset) -> str:
+def cache_key(name: str, options: dict[str, Any], encoder, data: Samples) -> str:
     """The hash of what the tokens depend on: the encoder's name, options, code, weights and statistics, and images."""
     digest = encoder_hash(name, options, encoder, len(data), str(getattr(data, "fingerprint", "")))
     for index in spread(len(data), HASHED_IMAGES):
@@ -111,7 +112,8 @@ def encoder_hash(name: str, options: dict[str, Any], encoder, *more):
     named = {key: value for key, value in options.items() if key != "weights"}
     digest.update(json.dumps([name, named, *more], default=str).encode())
     with contextlib.suppress(OSError, TypeError):  # of a class made at a prompt; the cache's probes still tell
-        digest.update(Path(inspect.getsourcefile(type(encoder))).read_bytes())
+        if source := inspect.getsourcefile(type(encoder)):
+            digest.update(Path(source).read_bytes())
     if isinstance(encoder, nn.Module):
         for key, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:  # buffers that are not saved too
             _hash_tensor(digest, key, tensor)
@@ -143,7 +145,7 @@ def _agrees(cache: FeatureCache, probes: dict[int, Tensor], count: int) -> bool:
     return True
 
 
-def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Dataset, device, workers: int) -> None:
+def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, device, workers: int) -> None:
     needed = 2 * int(np.prod(shape))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,14 +177,14 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Dataset, devic
         aside.unlink(missing_ok=True)
 
 
-class _Images(Subset):
+class _Images(Dataset):
     """The images of a data set alone, in its order."""
 
-    def __init__(self, data: Dataset):
-        super().__init__(data, range(len(data)))
+    def __init__(self, data: Samples):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.dataset[index]["image"]
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        return [self[index] for index in indices]
+        return self.data[index]["image"]

@@ -66,9 +66,10 @@ class TimeAwareHead(MLPHead):
 
     def __init__(self, channels: int, embed_dim: int, grid: tuple[int, int], hidden: int = 2048, time_width: int = 256):
         super().__init__(channels, embed_dim, grid, hidden)
-        self.time = nn.Sequential(nn.Linear(256, time_width), nn.SiLU(), nn.Linear(time_width, 2 * embed_dim))
-        nn.init.zeros_(self.time[-1].weight)
-        nn.init.zeros_(self.time[-1].bias)
+        last = nn.Linear(time_width, 2 * embed_dim)
+        self.time = nn.Sequential(nn.Linear(256, time_width), nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, feature: Tensor, t: Tensor) -> Tensor:
         gamma, beta = self.time(timestep_embedding(1000 * t)).unsqueeze(1).chunk(2, dim=-1)

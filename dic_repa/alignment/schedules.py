@@ -76,6 +76,10 @@ class StopAtSimilarity(nn.Module):
     Looked at only every `every` steps, since it waits for the device.
     """
 
+    total: Tensor
+    count: Tensor
+    stopped: Tensor
+
     def __init__(self, similarity: float, every: int = 100):
         super().__init__()
         if not -1 <= similarity <= 1:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from dic_repa.bench.timing import Timing, interleave
 from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
+from dic_repa.models.pretrained import Pretrained
 from dic_repa.registry import Registry
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -78,7 +80,8 @@ def bench_model(
         with torch.inference_mode(), precision("fp32"):
             references = [denoiser(*inputs) for inputs in batch_inputs]
         for kind, layout in itertools.product(precisions, layouts):
-            model = copy.deepcopy(denoiser).to(dtype=DTYPES[kind], memory_format=LAYOUTS[layout])
+            model = copy.deepcopy(denoiser).to(DTYPES[kind])
+            model.to(memory_format=LAYOUTS[layout])
             models = [
                 (case_label(name, kind, layout if len(layouts) > 1 else "", mode), mode, model) for mode in compiles
             ]
@@ -100,7 +103,7 @@ def bench_model(
 
 
 def _row(case: Case, timing: Timing, limits: dict[str, float] | None, device: torch.device) -> dict:
-    row = {"label": case.label, "batch": case.batch, "gmacs": case.gmacs, **speed(timing, case.batch)}
+    row: dict[str, Any] = {"label": case.label, "batch": case.batch, "gmacs": case.gmacs, **speed(timing, case.batch)}
     row["tflops"] = 2 * case.gmacs * row["images_per_second"] / 1000
     if limits:
         row |= {f"{kind}_share": row["tflops"] / limit for kind, limit in limits.items()}
@@ -124,13 +127,13 @@ def case_label(name: str, kind: str, layout: str, mode: str) -> str:
     return " ".join(part for part in (name, kind, layout, how) if part)
 
 
-def random_denoiser(name: str, **options) -> nn.Module:
+def random_denoiser(name: str, **options) -> Pretrained:
     """The denoiser `name` with random weights, those that start at zero too."""
     torch.manual_seed(0)
     return randomise(create_denoiser(name, **options).eval().requires_grad_(False))
 
 
-def randomise(denoiser: nn.Module) -> nn.Module:
+def randomise(denoiser: Pretrained) -> Pretrained:
     """Give random values to what starts at zero, so that nothing is skipped or trivial."""
     for parameter in denoiser.parameters():
         if parameter.ndim > 1 and not parameter.any():
@@ -138,7 +141,7 @@ def randomise(denoiser: nn.Module) -> nn.Module:
     return denoiser
 
 
-def random_inputs(denoiser: nn.Module, batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def random_inputs(denoiser: Pretrained, batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Data, times and labels of a batch, the same on every device."""
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, denoiser.in_channels, size, size, generator=generator)
@@ -161,7 +164,7 @@ def check_baselines(names: Sequence[str], baselines: Sequence[str]) -> None:
             raise unknown_name(f"name in --baseline {baseline}:", only, names)
 
 
-def build_baseline(name: str, denoiser: nn.Module, size: int) -> nn.Module:
+def build_baseline(name: str, denoiser: Pretrained, size: int) -> Any:
     """What the factory `name` makes of `denoiser`, on its device, tried on one input of `size`.
 
     A UserError where it cannot be made or called, or where its output has not the denoiser's shape.
@@ -210,6 +213,8 @@ def _import_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise UserError(f"baseline '{name}': there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"baseline '{name}': {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ def bench_sample(
     """
     for kind in precisions:
         check_precision(kind, device)
-    environment, notes, cases = describe_device(device), [], []
+    environment, cases = describe_device(device), []
+    notes: list[str] = []
     for name in recipes:
         recipe = load_training_recipe(name, overrides)
         options = with_random_data(recipe, notes).data.options
@@ -103,7 +105,7 @@ def bench_sample(
         ):
             changes = {"batch_size": batch, "num": batch, "precision": kind, "compile": mode}
             settings = recipe.sample.model_copy(deep=True, update=changes)
-            if guided:
+            if guided and settings.guidance:
                 settings.guidance.doubled = GUIDANCE[way]
             shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
             sampler = Sampler(denoiser, build_objective(recipe.objective), settings, shape, None, decode)
@@ -121,7 +123,7 @@ def bench_sample(
 
 
 def _row(case: SampleCase, timing: Timing, device: torch.device) -> dict:
-    row = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
+    row: dict[str, Any] = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
     row["evaluations"] = case.sampler.evaluations
     row["tflops"] = 2 * case.gmacs * case.sampler.evaluations * row["images_per_second"] / 1000
     row["decode_share"] = case.decode_share()
@@ -140,7 +142,7 @@ def _decoder(recipe: Recipe, device: torch.device, notes: list[str]) -> Callable
         )
     from diffusers import AutoencoderKL
 
-    autoencoder = AutoencoderKL(
+    autoencoder: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +24,12 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        return tuple(float(q) for q in np.quantile(self.seconds, (0.25, 0.75)))
+        low, high = np.quantile(self.seconds, (0.25, 0.75))
+        return float(low), float(high)
 
 
 def interleave(
-    calls: list[Callable[[], object]],
+    calls: Sequence[Callable[[], object]],
     device: torch.device,
     rounds: int = 7,
     seconds: float = 0.2,
@@ -59,10 +60,10 @@ def interleave(
 def _time(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Seconds of one call, as the mean over `repeats` calls."""
     if device.type != "cuda":
-        begin = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - begin) / repeats
+        return (time.perf_counter() - started) / repeats
     torch.cuda.synchronize(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,14 +33,15 @@ from dic_repa.training.parts import Parts, build_parts
 from dic_repa.training.step import TrainingStep
 
 PHASES = ("encoder", "forward", "alignment", "backward", "optimizer", "ema")
-MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the recipe's terms
+MIXED: dict[str, Any] = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the recipe's terms
 
 
 class Clock:
     """Sums the time between marks by name; on a GPU by events on the stream, read when all is done."""
 
     def __init__(self, device: torch.device):
-        self.device, self.marks = device, []
+        self.device = device
+        self.marks: list[tuple[str, Any]] = []
         self("start")
 
     def __call__(self, name: str) -> None:
@@ -118,7 +120,8 @@ def bench_train(
     if device.type == "cpu" and "fp16" in precisions:
         raise UserError("training in fp16 needs a GPU; take bf16 or fp32")
     check_baselines(recipes, baselines)
-    environment, notes = describe_device(device), []
+    environment = describe_device(device)
+    notes: list[str] = []
     allow_recompilation()
     cases = []
     for name, kind, batch in itertools.product(recipes, precisions, batches):
@@ -127,7 +130,8 @@ def bench_train(
             recipe.train.compile = mode != "off"
             parts, accelerator = build_step(recipe, device)
             # Of the average, which has no hooks: what the tap's would leave behind makes torch.compile start twice.
-            gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9
+            average: Any = parts.ema.model
+            gmacs = measure_cost(average, recipe.data.size).macs / 1e9
             cases.append(TrainCase(case_label(name, kind, "", mode), recipe, parts, accelerator, kind, gmacs))
         for baseline in baselines_of(name, baselines):
             recipe.train.compile = False
@@ -170,7 +174,7 @@ def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator
     return build_parts(recipe, accelerator), accelerator
 
 
-def replace_denoiser(parts: Parts, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
+def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
     """Train what the factory `baseline` makes of the denoiser in its place, and let go of all that was about that."""
     settings = recipe.train
     parts.denoiser = build_baseline(baseline, parts.denoiser, recipe.data.size)
@@ -187,7 +191,7 @@ def replace_denoiser(parts: Parts, baseline: str, recipe: Recipe, accelerator: A
 
 
 def _row(case: TrainCase, timing: Timing, device: torch.device) -> dict:
-    row = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
+    row: dict[str, Any] = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
     # Of the denoiser, whose backward pass is two forward passes.
     row["tflops"] = 3 * 2 * case.gmacs * row["images_per_second"] / 1000
     clock = Clock(device)

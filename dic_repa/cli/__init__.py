@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = [argument for argument in arguments if argument not in FLAGS]
         sys.exit(cli.main(arguments, prog_name="dic-repa", standalone_mode=False) or 0)
     except (UserError, click.ClickException, OSError) as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # click's for a group alone; versions before 8.2 have none
+        # Of a group alone; click has this error since 8.2.
+        if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
             click.echo(error.format_message())
             sys.exit(0)
         if debug:

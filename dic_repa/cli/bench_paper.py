@@ -35,7 +35,7 @@ def command(out: Path, small: bool, device: str | None, baseline: str, only: str
       dic-repa bench paper --only forward --precision bf16
       dic-repa bench paper --small            on a CPU
     """
-    there = check_folder(out, "measurements")
+    there = bool(check_folder(out, "measurements"))
 
     from dic_repa.bench.device import find_device
     from dic_repa.bench.paper import FULL, PARTS, SMALL, measure_paper

@@ -90,9 +90,10 @@ def load(source: Path, weights: str = "ema", family: str | None = None):
         return load_authors_checkpoint(source, family), None
     folder = source
     if (source / "checkpoints").is_dir():
-        folder = RunFolder.open(source).newest_checkpoint()
-        if folder is None:
+        newest = RunFolder.open(source).newest_checkpoint()
+        if newest is None:
             raise UserError(f"{source} has no checkpoint yet")
+        folder = newest
     averages = sorted(path.name for path in folder.glob("ema*") if path.is_dir())
     if not averages:  # an inference checkpoint, a folder or a hub id
         return load_denoiser(source), _existing(source / "recipe.yaml")
@@ -154,7 +155,8 @@ def _write_folder(model, target: Path, recipe: str | None, recipe_file: Path | N
     from dic_repa.recipe import load_training_recipe, to_yaml
 
     data = SavedData.read(recipe_file.parent) if recipe_file else None
-    text = to_yaml(load_training_recipe(recipe or recipe_file)) if recipe or recipe_file else None
+    trained_by = recipe or recipe_file
+    text = to_yaml(load_training_recipe(trained_by)) if trained_by else None
     with write_aside(target, "model") as aside:
         model.save_pretrained(aside)
         if text:

@@ -131,8 +131,10 @@ def command(
         measure_and_show(list(samples), reference, names, recipe, again, **options)
 
 
-_OWN = ("inception_weights", "dinov2_weights", "dinov2_encoder", "encoder", "encoder_weights", "encoder_options")
-_OWN += ("bootstrap", "resize", "feature_batch", "save_statistics", "no_cache", "out")
+_OWN = (
+    "inception_weights dinov2_weights dinov2_encoder encoder encoder_weights encoder_options "
+    "bootstrap resize feature_batch save_statistics no_cache out"
+).split()
 
 
 def _sampling(options: dict) -> dict:

@@ -13,7 +13,7 @@ from dic_repa.errors import unknown_name
 from dic_repa.recipe import list_recipes, load_training_recipe
 
 if TYPE_CHECKING:
-    from torch import nn
+    from dic_repa.models.pretrained import Pretrained
 
 
 @click.command("info")
@@ -67,7 +67,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
         )
 
 
-def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> list[tuple[int, nn.Module]]:
+def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> list[tuple[int, Pretrained]]:
     """Each size with the model or recipe of that `name`, which is one model for all sizes where it can be."""
     from dic_repa.models import create_denoiser, list_denoisers
     from dic_repa.recipe.build import build_denoiser, data_traits, import_plugins
@@ -83,8 +83,8 @@ def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> li
         model = build_denoiser(recipe.model, data.channels, data.num_classes)
         return [(size, model) for size in sizes or (recipe.data.size,)]
     model = create_denoiser(name, **({"learn_sigma": True} if name.startswith("DiC") else {}))
-    if hasattr(model, "size"):  # its positions are learnt, for one size
-        return [(size, create_denoiser(name, size=size)) for size in sizes or (model.size,)]
+    if own_size := getattr(model, "size", None):  # its positions are learnt, for one size
+        return [(size, create_denoiser(name, size=size)) for size in sizes or (own_size,)]
     return [(size, model) for size in sizes or (32, 64)]
 
 

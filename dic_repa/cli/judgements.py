@@ -30,12 +30,12 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
         rows.append(
             (str(j.run), str(j.step), describe_sampling(j.sample), *(_score(k, j.scores.get(k)) for k in shown))
         )
-    groups = {}
+    groups: dict[str, dict[int, Judgement]] = {}
     for j in judgements:
         groups.setdefault(_without_seed(j), {})[j.recipe.train.seed] = j
-    for group in groups.values():
-        if len(group) > 1:
-            group = list(group.values())
+    for seeds in groups.values():
+        if len(seeds) > 1:
+            group = list(seeds.values())
             name = _common_start([str(j.run) for j in group]) + "*"
             spreads = [_spread([j.scores.get(key) for j in group]) for key in shown]
             rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))

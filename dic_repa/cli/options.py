@@ -31,7 +31,7 @@ class Command(click.Command):
 def option_group(title: str, *options: Callable) -> Callable:
     """A decorator of a verb that adds the `options`, as `click.option` makes them, under one heading."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Any) -> Any:
         before = len(getattr(function, "__click_params__", []))
         for option in reversed(options):
             function = option(function)

@@ -47,8 +47,8 @@ def open_in_browser(page: Path) -> bool:
     if not sys.platform.startswith("linux"):
         return click.launch(str(page)) == 0
     try:
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        opener = subprocess.Popen(["xdg-open", page], start_new_session=True, **quiet)
+        null = subprocess.DEVNULL
+        opener = subprocess.Popen(["xdg-open", page], start_new_session=True, stdin=null, stdout=null, stderr=null)
         return opener.wait(timeout=5) == 0
     except subprocess.TimeoutExpired:
         return True  # it is the browser itself, which stays

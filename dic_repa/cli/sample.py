@@ -155,7 +155,7 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ())
         return [num_classes]
     if "," in text and text in names:
         return [names.index(text)]
-    classes = []
+    classes: list[int] = []
     for part in map(str.strip, text.split(",")):
         first, dash, last = part.partition("-")
         if first.isdigit() and (not dash or (last.isdigit() and int(last) >= int(first))):

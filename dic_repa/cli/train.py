@@ -138,7 +138,7 @@ def choose_recipe(
             raise click.UsageError("--resume without a recipe takes the run: dic-repa train --resume runs/NAME")
         if recipe and path and Path(recipe).resolve() != path.resolve():
             raise click.UsageError(f"--resume names two runs, {recipe} and {path}; leave --out out")
-        folder = path or Path(recipe)
+        folder = path or Path(recipe or "")
         return RunFolder.open(folder).recipe(overrides), folder
     if recipe is None:
         raise click.UsageError("Missing argument 'RECIPE': a name from `dic-repa recipes`, or a YAML file")

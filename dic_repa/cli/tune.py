@@ -72,7 +72,8 @@ def command(
         check_folder(out, "tune")
     chosen = _numbers("--scales", scales, ",")
     spans = [tuple(_numbers("--intervals", part, ":")) for part in intervals.split(",")]
-    if any(len(span) != 2 for span in spans):
+    pairs = [(span[0], span[1]) for span in spans if len(span) == 2]
+    if len(pairs) < len(spans):
         raise UserError(f"--intervals takes pairs such as 0:0.7,0.2:0.8, not '{intervals}'")
 
     if not is_main_process():
@@ -88,7 +89,7 @@ def command(
     choose_threads()
     loaded = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     sample = sample_settings(loaded.recipe.sample, **options)
-    tuner = Tuner(loaded, metric, reference, sample, chosen, spans, num, confirm, confirm_num, out)
+    tuner = Tuner(loaded, metric, reference, sample, chosen, pairs, num, confirm, confirm_num, out)
     cells = len(tuner.cells())
     total = cells * tuner.num + min(confirm, cells) * tuner.confirm_num
     kept = f"interrupted; the finished cells are in {tuner.file}, and the same command goes on with the others"
@@ -98,7 +99,7 @@ def command(
             if cell is None:
                 bar.update(count)
             else:
-                bar.total -= count  # there already, so no work of this call
+                bar.total = (bar.total or 0) - count  # there already, so no work of this call
                 bar.write(f"{cell.options:32} {cell.num:6} samples  {title(tuner.score)} {cell.value:.4g}")
 
         tuned = tuner.run(progress)

@@ -17,7 +17,7 @@ import json
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,7 +72,9 @@ class Autoencoder(Protocol):
     """See the module's docstring."""
 
     spec: AutoencoderSpec
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def encode(self, images: Tensor) -> Tensor: ...
 
@@ -82,7 +84,7 @@ class Autoencoder(Protocol):
 
 
 PIXELS = AutoencoderSpec("none", 3, 1, (0.5,) * 3, (2.0,) * 3)
-_SD_VAE = {"channels": 4, "downsample": 8, "shift": (0.0,) * 4, "scale": (0.18215,) * 4}
+_SD_VAE: dict[str, Any] = {"channels": 4, "downsample": 8, "shift": (0.0,) * 4, "scale": (0.18215,) * 4}
 # What the papers use: known without their config, so that existing latents train on a machine with no network.
 _KNOWN = {name: AutoencoderSpec(name, **_SD_VAE) for name in ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")}
 

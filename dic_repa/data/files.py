@@ -75,10 +75,12 @@ def _open_folder(path: Path) -> FileTree:
 
 class _ZipReader:
     def __init__(self, path: Path):
-        self.path, self.handle, self.process = path, None, None
+        self.path = path
+        self.handle: zipfile.ZipFile | None = None
+        self.process: int | None = None
 
     def __call__(self, name: str) -> bytes:
-        if self.process != os.getpid():  # two processes must not share a file's position
+        if self.handle is None or self.process != os.getpid():  # two processes must not share a file's position
             self.handle, self.process = zipfile.ZipFile(self.path), os.getpid()
         try:
             return self.handle.read(name)

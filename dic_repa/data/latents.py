@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
+from dic_repa.protocols import Samples
 
 ENCODE_BATCH = 32  # images encoded at once in a training step, whatever the step's batch
 
@@ -31,6 +33,9 @@ class LatentDataset(Dataset):
     size: int
     class_names: tuple[str, ...]
     with_images: bool = True  # False: leave out images that nobody looks at, where there are moments
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     @property
     def channels(self) -> int:
@@ -59,14 +64,15 @@ class LatentDataset(Dataset):
             )
 
 
-def data_shape(data: Dataset) -> tuple[int, int, int]:
+def data_shape(data: Samples) -> tuple[int, int, int]:
     """(C, H, W) of the denoiser's data."""
     if isinstance(data, LatentDataset):
         return data.channels, data.size, data.size
-    return tuple(data[0]["x"].shape)
+    channels, height, width = data[0]["x"].shape
+    return channels, height, width
 
 
-def denoiser_data(data: Dataset, batch: dict[str, Tensor], noise_like: Callable[[Tensor], Tensor]) -> Tensor:
+def denoiser_data(data: Any, batch: dict[str, Tensor], noise_like: Callable[[Tensor], Tensor]) -> Tensor:
     """The denoiser's data (B, C, H, W) of a batch: z = mean + std * noise, x = (z - shift) * scale; the images' pixels
     in [-1, 1] where there is no autoencoder.
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,7 +133,7 @@ def finish(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, 
         raise UserError(f"{destination} still lacks {len(missing)} of {len(files)} shards; run the same command again")
     features = _features(spec, source, settings).to_dict()
     write_json(destination / "dataset_info.json", {"features": features})
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": source.fingerprint(),
         "_format_columns": None,

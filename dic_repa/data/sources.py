@@ -110,12 +110,12 @@ def open_source(
     names = [name for name in tree.names if PurePosixPath(name).suffix.lower() in EXTENSIONS]
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    class_names: tuple[str, ...] = ()
     if unlabelled:
-        numbers, class_names = [0] * len(names), ()
+        numbers = [0] * len(names)
     elif labels or inside:
-        label_file = Path(labels) if labels else f"{path}/{inside[0]}"
-        text = label_file.read_bytes() if labels else tree.read(inside[0])
-        numbers, class_names = read_labels(text, str(label_file), names)
+        text = Path(labels).read_bytes() if labels else tree.read(inside[0])
+        numbers, class_names = read_labels(text, str(labels or f"{path}/{inside[0]}"), names)
     else:
         numbers, class_names = _labels_of_folders(tree, names)
     files = [tree.path / name for name in names] if tree.path.is_dir() else [tree.path]

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from dic_repa.data.autoencoders import Autoencoder
 from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
 from dic_repa.data.sources import open_source
+from dic_repa.protocols import Samples
 
 PER_FOLDER = 1000
 
 
-def write_loose_files(data: Dataset, folder: Path, count: int) -> list[Path]:
+def write_loose_files(data: Samples, folder: Path, count: int) -> list[Path]:
     """Write the first `count` samples as 00000/img00000000.png and .npy; their names without the ending."""
     stems = []
     for k in range(min(count, len(data))):

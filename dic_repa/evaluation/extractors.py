@@ -10,7 +10,7 @@ import copy
 import hashlib
 import io
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,8 @@ class Inception(nn.Module):
         official = hashlib.sha256(path.read_bytes()).hexdigest().startswith(INCEPTION_SHA256)
         self.notes = () if official else (f"{path} is not torch-fidelity's file: its scores compare to no others",)
         self.fingerprint = tensors_fingerprint(tensors)
-        self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-        self._spatial: Tensor | None = None
+        self.model.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
+        self._spatial = torch.empty(0)
         self.eval().requires_grad_(False)
 
     def _keep_spatial(self, _module, _inputs, output: Tensor) -> None:
@@ -129,8 +129,8 @@ class DINOv2(nn.Module):
         from dic_repa.encoders import create_encoder
 
         super().__init__()
-        self.encoder = create_encoder(encoder, **options, **({"weights": weights} if weights else {}))
-        model = getattr(self.encoder, "model", None)
+        self.encoder: Any = create_encoder(encoder, **options, **({"weights": weights} if weights else {}))
+        model: Any = getattr(self.encoder, "model", None)
         if getattr(model, "cls_token", None) is None or not hasattr(model, "forward_features"):
             raise UserError(f"encoder '{encoder}' has no class token; choose a DINOv2, such as dinov2-vit-l")
         patch = model.patch_embed.patch_size[0]
@@ -228,5 +228,5 @@ def tensors_fingerprint(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         if not name.endswith("num_batches_tracked"):
             digest.update(name.encode())
-            digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -65,11 +65,12 @@ def extract(
     kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     running = {layer: RunningStatistics() for layer in layers if statistics}
     wanted = _spread(len(images), keep) if isinstance(images, ImageSet) and keep else None
-    count, constant, size = 0, 0, None
+    count, constant = 0, 0
+    size: tuple[int, int] | None = None
     for batch, total in _batches(images, batch_size, share):
-        if size not in (None, tuple(batch.shape[-2:])):
-            raise UserError(f"the images change their size from {_side(size)} to {_side(batch.shape[-2:])}")
-        size = tuple(batch.shape[-2:])
+        before, size = size, (batch.shape[-2], batch.shape[-1])
+        if before not in (None, size):
+            raise UserError(f"the images change their size from {_side(before)} to {_side(size)}")
         parts = _features(batch.to(device), extractors, layers)
         flat = (batch.flatten(2) == batch.flatten(2)[..., :1]).all(dim=2).all(dim=1)
         constant += int(share.gather(flat.to(device))[:total].sum())
@@ -89,7 +90,10 @@ def extract(
     if count < 2:
         which = f"{images.source}: " if isinstance(images, ImageSet) else ""
         raise UserError(f"{which}a set to measure takes at least two images, not {count}")
-    gaussians = {layer: tuple(part.cpu() for part in sums.result()) for layer, sums in running.items()}
+    gaussians = {}
+    for layer, sums in running.items():
+        mean, cov = sums.result()
+        gaussians[layer] = mean.cpu(), cov.cpu()
     return FeatureSet(count, size, gaussians, {k: torch.cat(parts) for k, parts in kept.items()}, constant)
 
 

@@ -29,8 +29,7 @@ class RunningStatistics:
 
     def __init__(self):
         self.count = 0
-        self.mean: Tensor | None = None
-        self.squares: Tensor | None = None  # sum over samples of (x - mean)(x - mean)^T
+        self.mean = self.squares = torch.empty(0)  # squares: the sum over samples of (x - mean)(x - mean)^T
 
     def update(self, features: Tensor) -> None:
         """Add a batch (N, D); a UserError where it holds NaN or infinity."""
@@ -43,7 +42,7 @@ class RunningStatistics:
         count, mean = len(rows), rows.mean(dim=0)
         centred = rows - mean
         squares = centred.mT @ centred
-        if self.mean is None:
+        if not self.count:
             self.count, self.mean, self.squares = count, mean, squares
             return
         total, shift = self.count + count, mean - self.mean

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -55,15 +55,16 @@ class ImageSet:
             return
         size = self._read(0).shape
         with ThreadPoolExecutor(THREADS) as pool:
-            coming = None
-            for indices in [*batches, None]:
-                ready, coming = coming, indices and [(i, pool.submit(self._read, i)) for i in indices]
+            coming: list[tuple[int, Future[Tensor]]] = []
+            for indices in [*batches, ()]:
+                ready, coming = coming, [(i, pool.submit(self._read, i)) for i in indices]
                 if ready:
                     yield torch.stack([self._same_size(i, future.result(), size) for i, future in ready])
 
     def size(self) -> tuple[int, int]:
         """(H, W) of the images."""
-        return tuple(self._read(0).shape[-2:])
+        _, height, width = self._read(0).shape
+        return height, width
 
     def _read(self, index: int) -> Tensor:
         array = self.load(index)
@@ -116,7 +117,7 @@ def _of_files(path: Path) -> ImageSet:
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
     others = [name for name in tree.names if PurePosixPath(name).suffix.lower() not in EXTENSIONS]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         notes = (f"{path}: {len(others)} files are no images and were left out ({shown})",)

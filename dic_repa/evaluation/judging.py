@@ -128,6 +128,6 @@ def judge_of_score(
     judged = directions(judge) if judge else {}
     if score in scores and (reference is not None or score not in judged):
         return Judge([score], reference, device, extractor_options)
-    if score not in judged:
+    if judge is None or score not in judged:
         raise unknown_name("metric", score, [*judged, *scores.names()])
     return Judge([judge], reference, device, extractor_options)

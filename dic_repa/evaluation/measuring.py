@@ -120,7 +120,7 @@ class Measure:
         found = extract(
             images, self.extractors, self.layers, None, False, self.device, self.batch_size, self.share, progress
         )
-        measured = Measured({}, found.count, found.size, warnings=self._warnings(found))
+        measured = Measured({}, found.count, found.size or (0, 0), warnings=self._warnings(found))
         on_mps = torch.device(self.device).type == "mps"  # Apple's GPUs have no float64
         for name, score in self.metrics.items():
             features = found.features[score.layer].to("cpu" if on_mps else self.device)
@@ -145,7 +145,7 @@ class Measure:
 
     def _of_size(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         for batch in batches:
-            self.check_size(batch.shape[-2:])
+            self.check_size((batch.shape[-2], batch.shape[-1]))
             yield batch
 
     def _warnings(self, samples: FeatureSet) -> list[str]:
@@ -176,8 +176,9 @@ class Measure:
             )
         if "kid" in self.metrics and compared < KID_SUBSET_SIZE:
             warnings.append(f"kid is over subsets of {compared} images, where others take {KID_SUBSET_SIZE}")
+        layers = [self.metrics[name].layer for name in gaussian]
+        dims = {layer: len(reference.gaussians[layer][0]) for layer in layers} if reference else {}
         for which, count in (("samples", samples.count), ("reference images", reference.count if reference else None)):
-            dims = {score.layer: len(reference.gaussians[score.layer][0]) for score in map(self.metrics.get, gaussian)}
             short = [f"{layer} ({dim})" for layer, dim in dims.items() if count is not None and count <= dim]
             if short:
                 what = ", ".join(short)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from dic_repa.alignment.aligned import Alignment, feature_map, find_tap
 from dic_repa.data.images import unit_images
@@ -26,6 +28,7 @@ from dic_repa.evaluation.probe_pictures import save_pictures
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.cost import forward_on_meta
+from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import AlignmentSection, Recipe
 from dic_repa.recipe.build import build_alignment, build_dataset, build_encoder, build_objective
 from dic_repa.runs.folder import write_whole
@@ -57,7 +60,7 @@ def probe_checkpoint(
     seed: int = 0,
     out: str | Path | None = None,
     device: str | torch.device = "cpu",
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> Probed:
     """Compare each tap of the denoiser at `path` (a run, one of its checkpoints) with an encoder, over noise levels.
 
@@ -122,7 +125,7 @@ def probe_checkpoint(
     return Probed(record, folder / "probe.json", save_pictures([record], [""], folder))
 
 
-def stage_taps(denoiser: nn.Module, size: tuple[int, int], per_stage: int, also: Sequence[str] = ()) -> list[str]:
+def stage_taps(denoiser: Pretrained, size: tuple[int, int], per_stage: int, also: Sequence[str] = ()) -> list[str]:
     """The names of `per_stage` submodules of each stage, evenly spread from its first to its last, in running order.
 
     A stage is a list of modules which all give feature maps (B, C, h, w), or tokens (B, N, D), of one shape; taps
@@ -168,10 +171,10 @@ def _section(recipe: Recipe, encoder: str | None) -> AlignmentSection:
     return AlignmentSection(encoder=encoder)
 
 
-def _dataset(recipe: Recipe, num: int) -> tuple[Subset, str]:
+def _dataset(recipe: Recipe, num: int) -> tuple[Any, str]:
     """The first `num` of the images in a fixed random order, held out where the data set has a split of that name."""
     split = "held-out" if recipe.data.name == "digits" else "train"
-    data: Dataset = build_dataset(recipe.data, split=split)
+    data = build_dataset(recipe.data, split=split)
     if "image" not in data[0]:
         raise UserError("the data has latents but no images, which an encoder needs")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
@@ -179,7 +182,7 @@ def _dataset(recipe: Recipe, num: int) -> tuple[Subset, str]:
 
 
 def _trained_heads(
-    recipe: Recipe, section: AlignmentSection, checkpoint: Path, denoiser: nn.Module, eyes, data: Subset, device
+    recipe: Recipe, section: AlignmentSection, checkpoint: Path, denoiser: Pretrained, eyes, data: Any, device
 ) -> dict[str, Alignment]:
     """By tap, the alignments to this encoder with the heads that were trained; none where only the EMA is there."""
     file = checkpoint / "model.safetensors"
@@ -220,7 +223,7 @@ def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, se
             count = len(batch["label"])
             indices = range(start, start + count)  # both noises are the images' own, whatever the batch size
             posterior = StepNoise(seed, indices)
-            x = denoiser_data(data.dataset, batch, lambda mean, draw=posterior: draw(0, mean))
+            x = denoiser_data(data.dataset, batch, partial(posterior, 0))
             noise = initial_noise(tuple(x.shape[1:]), seed, indices).to(device)
             y = torch.full((count,), denoiser.num_classes, device=device)
             target = eyes(batch["image"])
@@ -229,7 +232,7 @@ def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, se
             for time in times:
                 t = torch.full((count,), float(time), device=device)
                 field(field.path.sample(x, noise, t).x_t, t, y)
-                maps = {tap: feature_map(denoiser, hidden, tuple(x.shape[-2:])) for tap, hidden in seen.items()}
+                maps = {tap: feature_map(denoiser, hidden, (x.shape[-2], x.shape[-1])) for tap, hidden in seen.items()}
                 for tap in taps:
                     features.setdefault((tap, time), []).append(_pooled(maps[tap], tap).cpu())
                 for tap, alignment in heads.items():

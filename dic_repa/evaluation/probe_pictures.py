@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dic_repa.files.pictures import save_figure
 
@@ -23,7 +24,7 @@ def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -
     import matplotlib.pyplot as plt
 
     measures = [name for name in TITLES if any(name in record["scores"] for record in records)]
-    shape = {"squeeze": False, "layout": "constrained"}
+    shape: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
     rows, columns = len(records), len(measures)
     tall = 1.2 + 0.3 * max(len(record["taps"]) for record in records)
     heat, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, tall * rows), **shape)

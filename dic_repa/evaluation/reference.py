@@ -88,7 +88,7 @@ def _stored(file: NpzFile) -> FeatureSet:
                 raise UserError(f"{file.path}: {mean} or {cov} holds NaN or infinity")
             found.gaussians[layer] = parts
     if found.gaussians and "arr_0" in file.names and len(shape := file.shape("arr_0")) == 4:
-        found.size = shape[1:3]  # ADM stores the statistics of images like those beside them
+        found.size = shape[1], shape[2]  # ADM stores the statistics of images like those beside them
     found.fingerprint = file.checksum()
     return found if found.gaussians else FeatureSet(0)
 
@@ -119,7 +119,7 @@ def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) ->
         with contextlib.suppress(UserError):  # damaged: made anew
             cached = statistics.read(file)
     # Another machine may lack the file, or another command have written it just now; all extract, or none.
-    if agree(cached is not None):
+    if agree(cached is not None) and cached is not None:
         detail(f"statistics of the reference: {file}")
         cached.notes, cached.fingerprint = images.notes, images.fingerprint
         return cached

@@ -116,8 +116,9 @@ def _samples(run: RunFolder, problems: list[str]) -> Iterator[dict]:
 def inline_picture(path: Path) -> dict:
     """A picture as a data URI `src` with its `width` and `height`; a large one is made smaller, as WebP."""
     content, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
+    with Image.open(io.BytesIO(content)) as opened:
+        opened.load()
+        image: Image.Image = opened
         if len(content) > LARGEST or image.width > WIDEST:
             image = image.convert("RGB")
             image.thumbnail((WIDEST, 10 * WIDEST))

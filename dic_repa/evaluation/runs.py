@@ -47,7 +47,8 @@ class Judgement:
 
     def identity(self) -> dict:
         """What tells a record of the same judgement from others."""
-        metric, sample = "+".join(self.recipe.evaluate.names), self.sample.model_dump(mode="json")
+        names = self.recipe.evaluate.names if self.recipe.evaluate else ()
+        metric, sample = "+".join(names), self.sample.model_dump(mode="json")
         return {"step": self.step, "metric": metric, "sample": sample, **weak_weights(self.sample)}
 
 
@@ -55,7 +56,7 @@ def evaluate_run(
     path: str | Path,
     sample: SampleSection | None = None,
     again: bool = False,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> Judgement:
     """Sample as `sample` says (by default as the run's recipe says) and judge by the recipe's metric.
 
@@ -78,14 +79,13 @@ def evaluate_run(
 
     for file in (judged.record, judged.picture):
         check_file(file)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(newest, device, weights=sample.weights)
     num_classes = checkpoint.denoiser.num_classes
     labels = draw_labels(recipe, num_classes, sample)
     sampler = build_sampler(checkpoint, sample)
     rows = shown_in_grid(labels, COLUMNS)
     shown: dict[int, Tensor] = {}
-    device = next(checkpoint.denoiser.parameters()).device
     judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device, own_encoder(recipe))(
         _as_kept(sampler(labels), rows, shown, progress), labels
     )
@@ -102,7 +102,7 @@ def no_judge(path: str | Path, hint: str = "") -> UserError:
 
 
 def _as_kept(
-    batches: Iterable[Tensor], rows: Sequence[int], shown: dict[int, Tensor], progress: Callable[[int], None]
+    batches: Iterable[Tensor], rows: Sequence[int], shown: dict[int, Tensor], progress: Callable[[int], object]
 ) -> Iterator[Tensor]:
     """The batches as a PNG file keeps them, which is what is judged; the images of `rows` are put into `shown` too."""
     start = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,11 +35,11 @@ class Score:
     needs: ClassVar[str] = "gaussian"  # of the reference: gaussian, features, or nothing
     most: ClassVar[float | None] = None  # what it cannot exceed: 1 for a share
 
-    def __call__(self, features: Tensor, reference: FeatureSet | None) -> float:
-        """The score of the samples' features (N, D)."""
+    def __call__(self, features: Tensor, reference: Any) -> float:
+        """The score of the samples' features (N, D); `reference` is a `FeatureSet`, None where it `needs` none."""
         raise NotImplementedError
 
-    def deviation(self, features: Tensor, reference: FeatureSet | None, times: int, seed: int = 0) -> float:
+    def deviation(self, features: Tensor, reference: Any, times: int, seed: int = 0) -> float:
         """The standard deviation of the score over `times` resamplings of the samples, with replacement."""
         generator = torch.Generator().manual_seed(seed)
         resampled = self._resampled(features, reference)
@@ -49,7 +49,7 @@ class Score:
             values.append(resampled(rows.to(features.device)))
         return torch.tensor(values, dtype=torch.float64).std().item()
 
-    def _resampled(self, features: Tensor, reference: FeatureSet | None):
+    def _resampled(self, features: Tensor, reference: Any):
         """From rows, drawn with replacement, to the score of these."""
         return lambda rows: self(features[rows], reference)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from dic_repa.errors import UserError
@@ -102,12 +103,13 @@ class Tuner:
             for interval in self.intervals:
                 self._settings(scale, interval, self.num)  # a mistake shall be told before the first cell
         judge = recipe.evaluate.metric if recipe.evaluate else None
-        if score is None and judge is None:
+        counts = score or judge
+        if counts is None:
             raise UserError(
                 f"the recipe of {loaded.source} names no judge; say which metric counts, such as --metric fid"
             )
         named = (reference, device, own_encoder(recipe))
-        self.judge = judge_of_score(score, judge, *named) if score else Judge([judge], *named)
+        self.judge = judge_of_score(score, judge, *named) if score else Judge([counts], *named)
         self.score = self.judge.check(score or self.judge.main or "")
         self.folder = Path(out) if out else _folder(self.loaded.source) / "tune"
         check_folder(self.folder, "tune")
@@ -119,7 +121,8 @@ class Tuner:
             "reference": reference and str(reference),
             **weak_weights(self.sample),
         }
-        self.done, self.best = self._read(), []
+        self.done = self._read()
+        self.best: list[Cell] = []
 
     def cells(self) -> list[tuple[float, tuple[float, float]]]:
         """What the grid asks for; one cell for all intervals where the scale is 1."""
@@ -212,7 +215,8 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
     scales = sorted({cell.scale for cell in tuned.cells})
     values = {(cell.scale, cell.interval): cell.value for cell in tuned.cells}
     plain = next((cell.value for cell in tuned.cells if cell.scale == 1), None)
-    table = [[values.get((scale, interval), plain) for scale in scales] for interval in intervals]
+    nan = float("nan") if plain is None else plain  # the grid has every cell, of scale 1 one for all intervals
+    table = np.array([[values.get((scale, interval), nan) for scale in scales] for interval in intervals])
     heading = f"{title(tuned.score)} ({tuned.better} is better), {tuned.cells[0].num} samples a cell"
     if tuned.confirmed:
         heading += f"\nframed: the best, confirmed with {tuned.best.num} samples"
@@ -221,9 +225,10 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
     figure, axis = plt.subplots(figsize=(wide, 1.8 + 0.5 * len(intervals)), layout="constrained")
     figure.suptitle(heading, fontsize=10)
     shown = axis.imshow(table, aspect="auto", cmap="viridis" if tuned.better == "higher" else "viridis_r")
+    colors = shown.to_rgba(table)
     for i, row in enumerate(table):
         for j, value in enumerate(row):
-            red, green, blue, _ = shown.cmap(shown.norm(value))
+            red, green, blue, _ = colors[i, j]
             color = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
             axis.text(j, i, f"{value:#.3g}".rstrip("."), ha="center", va="center", fontsize=9, color=color)
     for k, cell in enumerate(tuned.confirmed):

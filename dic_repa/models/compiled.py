@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dic_repa.models.pretrained import Pretrained
+
 COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
@@ -16,7 +18,7 @@ class CompiledDenoiser(nn.Module):
     it is copied, for a solver may hold on to it. On a CPU there are no graphs, and 'reduce-overhead' is 'default'.
     """
 
-    def __init__(self, denoiser: nn.Module, mode: str = "default"):
+    def __init__(self, denoiser: Pretrained, mode: str = "default"):
         super().__init__()
         allow_recompilation()
         self.denoiser, self.graphs = denoiser, mode in GRAPH_MODES

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,15 @@ from dic_repa.data.prepared import prepared_spec
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import create_denoiser, find_denoiser
+from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import create_objective
+from dic_repa.protocols import Samples
 from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
 from dic_repa.registry import add_folders, import_plugin
 from dic_repa.runtime.progress import detail
+
+if TYPE_CHECKING:
+    from dic_repa.encoders import Encoder  # timm takes seconds to import
 
 
 def import_plugins(recipe: Recipe) -> None:
@@ -99,7 +105,7 @@ def build_decoder(
         return _saved_decoder(saved.autoencoder, device, place)
     name = place or section.autoencoder
     if section.name == "prepared":
-        name = name or prepared_spec(section.place).name
+        name = name or prepared_spec(section.place or "").name
     elif section.name in ("repa", "dit"):
         name = name or DEFAULT_AUTOENCODER
     return pixels_decoder if name in (None, "none") else load_autoencoder(name, device).decode
@@ -132,7 +138,7 @@ def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]
     return tuple(map(str, names))
 
 
-def build_denoiser(section: ModelSection, channels: int, num_classes: int) -> nn.Module:
+def build_denoiser(section: ModelSection, channels: int, num_classes: int) -> Pretrained:
     """The denoiser for data of that many `channels` and classes; a UserError if it does not take the options."""
     if twice := sorted(ModelSection.model_fields.keys() & section.options):
         raise UserError(f"model.options: {', '.join(twice)} is a key of its own, model.{twice[0]}")
@@ -162,7 +168,7 @@ def build_encoder(section: AlignmentSection, device: torch.device):
 
 
 def build_alignment(
-    section: AlignmentSection, encoder, denoiser: nn.Module, data, device: torch.device | str = "cpu"
+    section: AlignmentSection, encoder: Encoder, denoiser: Pretrained, data: Samples, device: torch.device | str = "cpu"
 ) -> Alignment:
     """The head and losses between the denoiser's tap and the encoder, for the sizes that `data` has.
 
@@ -183,8 +189,8 @@ def build_alignment(
         denoiser,
         section.tap,
         encoder.embed_dim,
-        encoder.token_grid(tuple(sample["image"].shape[-2:])),
-        size=data_shape(data)[-2:],
+        encoder.token_grid((sample["image"].shape[-2], sample["image"].shape[-1])),
+        size=data_shape(data)[1:],
         head=section.head,
         weight=section.weight,
         manifold_weight=section.manifold_weight,

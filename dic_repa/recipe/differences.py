@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from dic_repa.recipe import Recipe, SamplingRecipe, list_paper_rows
@@ -13,7 +14,7 @@ ABSENT = "-"  # the key does not exist there: its section is null, or the list i
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """A tree of dicts and lists of dicts as dotted keys: {'train.steps': 400000, 'alignments.0.tap': 'mid.3', ...}."""
     if isinstance(value, dict):
-        items = value.items()
+        items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
         items = enumerate(value)
     else:
@@ -35,4 +36,4 @@ def differences(a: Recipe | SamplingRecipe, b: Recipe | SamplingRecipe) -> dict[
 
 def paper_recipe(recipe: Recipe | SamplingRecipe) -> str | None:
     """The name of the recipe, of those that come with the package, that stands for the same row of a paper."""
-    return recipe.paper and list_paper_rows().get(recipe.paper.row)
+    return list_paper_rows().get(recipe.paper.row) if recipe.paper else None

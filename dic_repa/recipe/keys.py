@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.recipe.values import whole_number, write_yaml
@@ -124,10 +124,14 @@ def commented_yaml(recipe: BaseModel) -> str:
     text = write_yaml(recipe.model_dump(mode="json"))
     known = {_without_index(name): key for name, key in list_keys(type(recipe)).items()}
     lines = text.splitlines()
-    for line, column, dotted in reversed(list(_places(yaml.compose(text, yaml.SafeLoader)))):
+    root = yaml.compose(text, yaml.SafeLoader)
+    assert root is not None  # a recipe is never empty
+    for line, column, dotted in reversed(list(_places(root))):
         if key := known.get(dotted):
             default = f" (default: {key.default_text})" if key.default_text else ""
-            lines[line:line] = textwrap.wrap(f"{key.description}{default}", 118, **_comment(column))
+            mark = " " * column + "# "
+            meaning = f"{key.description}{default}"
+            lines[line:line] = textwrap.wrap(meaning, 118, initial_indent=mark, subsequent_indent=mark)
     return "\n".join(lines) + "\n"
 
 
@@ -143,19 +147,15 @@ def _places(node: yaml.Node, dotted: str = "") -> Iterator[tuple[int, int, str]]
             yield from _places(value, name)
 
 
-def _comment(column: int) -> dict[str, str]:
-    return {"initial_indent": " " * column + "# ", "subsequent_indent": " " * column + "# "}
-
-
 def find_field(schema: type[BaseModel], dotted: str) -> FieldInfo:
     """The schema's own field of a dotted key that is known to be there."""
     *sections, last = dotted.split(".")
     for section in sections:
-        schema = _section_of(schema.model_fields[section].annotation)
+        schema = _section_at(schema, section)
     return schema.model_fields[last]
 
 
-def explain_mistake(schema: type[BaseModel], error: dict) -> str:
+def explain_mistake(schema: type[BaseModel], error: ErrorDetails) -> str:
     """One of pydantic's errors in the words of a recipe: the key, and what it takes or which one is meant."""
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("extra_forbidden", "no_such_attribute"):
@@ -191,11 +191,18 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
 
 
+def _section_at(schema: type[BaseModel], key: str) -> type[BaseModel]:
+    """The section that `key` of `schema` holds, which is known to be one."""
+    section = _section_of(schema.model_fields[key].annotation)
+    assert section is not None, key
+    return section
+
+
 def _fields_at(schema: type[BaseModel], location: tuple) -> list[str]:
     """The keys of the section at `location`, which may pass through lists and optional sections."""
     for part in location:
         if not isinstance(part, int):
-            schema = _section_of(schema.model_fields[part].annotation)
+            schema = _section_at(schema, part)
     return list(schema.model_fields)
 
 
@@ -209,7 +216,7 @@ def _takes(schema: dict) -> str:
         return f"list of {len(schema['prefixItems'])}: {_takes(schema['prefixItems'][0])}"
     if "$ref" in schema or "allOf" in schema:
         return "section"
-    kind = schema.get("type")
+    kind = schema.get("type", "")
     if kind == "array":
         return "list of sections" if "$ref" in schema["items"] else f"list: {_takes(schema['items'])}"
     words = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "mapping"}

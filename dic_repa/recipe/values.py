@@ -59,7 +59,7 @@ Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda valu
 Part = Annotated[Any, AfterValidator(_named)]  # such as v-shape, or {name: stop, steps: 100000}
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # which one is known late
     """Reads plain YAML, and numbers with an exponent; 1e3, without a dot, is a whole one."""
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -204,7 +204,7 @@ def fill(
     rank: int = 0,
     processes: int = 1,
     missing: Sequence[range] | None = None,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Sample this process's share of the blocks that are `missing`, and write them.
 
@@ -213,7 +213,7 @@ def fill(
     """
     blocks = list(folder.missing() if missing is None else missing)[rank::processes]
     indices = [i for block in blocks for i in block]
-    written = []
+    written: list[Future[None]] = []
     with ThreadPoolExecutor(WRITERS) as pool:
         position = 0
         for batch in sampler(labels[indices], indices):

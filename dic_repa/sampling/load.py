@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.files.weights import load_weights, read_tensors, weights_fingerprint
 from dic_repa.models import load_denoiser
-from dic_repa.models.pretrained import CONFIG, WEIGHTS
+from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.build import build_class_names, import_plugins
 from dic_repa.runs.folder import RAW, RunFolder, suggest_runs
@@ -24,7 +23,7 @@ from dic_repa.runtime.progress import detail
 class Checkpoint:
     """A denoiser to sample from, with the recipe that it was trained by and what is known of its data."""
 
-    denoiser: nn.Module
+    denoiser: Pretrained
     recipe: Recipe
     source: Path
     data: SavedData | None = None
@@ -78,9 +77,10 @@ def weights_folder(path: str | Path) -> Path:
     folder = path
     is_run = (path / "recipe.yaml").is_file() and not (path / CONFIG).is_file()
     if is_run or (path / "checkpoints").is_dir():
-        folder = RunFolder.open(path).newest_checkpoint("ema")
-        if folder is None:
+        newest = RunFolder.open(path).newest_checkpoint("ema")
+        if newest is None:
             raise UserError(f"{path} has no checkpoint yet")
+        folder = newest
     average = folder / "ema"
     is_average = average.is_dir() and not (average / "checkpoints").is_dir()  # that would be a run of this name
     return average if is_average else folder
@@ -92,7 +92,7 @@ def checkpoint_of(weights: Path) -> Path:
     return weights.parent if (weights.parent / WEIGHTS).is_file() else weights
 
 
-def load_raw(denoiser: nn.Module, checkpoint: Path) -> None:
+def load_raw(denoiser: Pretrained, checkpoint: Path) -> None:
     """Load the weights themselves of a training checkpoint, which are in one file with the heads'."""
     prefix, tensors = "denoiser.", read_tensors(checkpoint / WEIGHTS)[0]
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from dic_repa.data.latents import pixels_decoder
 from dic_repa.errors import UserError
 from dic_repa.models.compiled import CompiledDenoiser
+from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.recipe.build import build_decoder, build_objective
 from dic_repa.runtime.precision import tf32
@@ -40,17 +42,17 @@ class Sampler:
         decode: from the denoiser's data to images in [0, 1], `settings.decode_batch` at once.
     """
 
-    denoiser: nn.Module
-    objective: object
+    denoiser: Pretrained
+    objective: Any
     settings: SampleSection
     shape: tuple[int, int, int]
-    weak: nn.Module | None = None
+    weak: Pretrained | None = None
     decode: Callable[[Tensor], Tensor] = pixels_decoder
     trace: bool = False
     evaluations: int = 0
     states: Sequence[Tensor] = ()
     times: Sequence[float] = ()
-    _prepared: dict[int, tuple[nn.Module, nn.Module]] = field(default_factory=dict)  # by the identity of the original
+    _prepared: dict[int, tuple[Pretrained, nn.Module]] = field(default_factory=dict)  # by the identity of the original
 
     def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Samples of the classes `labels` (N,) with the `indices` (0 to N - 1 by default) that tell their noise."""
@@ -94,7 +96,8 @@ class Sampler:
     def size(self) -> tuple[int, int]:
         """(H, W) of the images."""
         device = next(self.denoiser.parameters()).device
-        return tuple(self.decode(torch.zeros(1, *self.shape, device=device)).shape[-2:])
+        *_, height, width = self.decode(torch.zeros(1, *self.shape, device=device)).shape
+        return height, width
 
     def to_images(self, x: Tensor) -> Tensor:
         """States x decoded, `decode_batch` at once, since an autoencoder takes far more memory than they do."""
@@ -105,19 +108,19 @@ class Sampler:
         """As exactly as the settings' precision says, whatever training or a measurement has asked for."""
         return tf32(self.settings.precision == "tf32")
 
-    def _prepare(self, denoiser: nn.Module) -> nn.Module:
+    def _prepare(self, denoiser: Pretrained) -> nn.Module:
         """`denoiser` in the settings' precision, compiled where they say so.
 
         Cast at each call, not for each batch or step: a run's averaged weights have moved on since the last grid.
         """
         dtype = DTYPES[self.settings.precision]
-        cast, prepared = self._prepared.get(id(denoiser), (None, None))
-        if prepared is None:
+        if id(denoiser) not in self._prepared:
             cast = denoiser if dtype == torch.float32 else copy.deepcopy(denoiser).to(dtype)
             compiles = self.settings.compile != "off"
-            prepared = CompiledDenoiser(cast, self.settings.compile) if compiles else cast
-            self._prepared[id(denoiser)] = cast, prepared
-        elif cast is not denoiser:
+            self._prepared[id(denoiser)] = cast, CompiledDenoiser(cast, self.settings.compile) if compiles else cast
+            return self._prepared[id(denoiser)][1]
+        cast, prepared = self._prepared[id(denoiser)]
+        if cast is not denoiser:
             cast.load_state_dict(denoiser.state_dict())
         return prepared
 
@@ -143,12 +146,12 @@ class Sampler:
         return options if info.deterministic else options | {"seed": s.seed, "indices": indices}
 
 
-class _Nothing(nn.Module):
+class _Nothing(Pretrained):
     """A denoiser that predicts zero, to find out whether it could be sampled from at all."""
 
     num_classes = 1
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.parameter = nn.Parameter(torch.zeros(()))
 

@@ -179,7 +179,7 @@ class CheckpointWriter:
 
 def _cause(error: BaseException) -> BaseException:
     """The system's error that torch's own came of, such as a full disk's; `error` where there is none."""
-    before = error
+    before: BaseException | None = error
     while before is not None and not isinstance(before, OSError):
         before = before.__context__
     return before or error

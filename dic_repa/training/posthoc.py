@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dic_repa.data.saved import DATA_FILE
@@ -49,9 +50,7 @@ def no_snapshots(run: RunFolder) -> UserError:
     return UserError(f"{run.path} has no snapshots; train with {settings} to make averages later")
 
 
-def profile_products(
-    steps_a: np.ndarray, gammas_a: np.ndarray, steps_b: np.ndarray, gammas_b: np.ndarray
-) -> np.ndarray:
+def profile_products(steps_a: ArrayLike, gammas_a: ArrayLike, steps_b: ArrayLike, gammas_b: ArrayLike) -> np.ndarray:
     """The integrals over tau of `p_a(tau) p_b(tau)` for all pairs, (A, B): the paper's closed form
     `(g_a + 1) (g_b + 1) t^(g_a + g_b + 1) / ((g_a + g_b + 1) t_a^(g_a + 1) t_b^(g_b + 1))`, t the smaller of the steps.
     """

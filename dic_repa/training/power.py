@@ -46,7 +46,7 @@ class PowerMeter:
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
-            done = subprocess.run(self._command, capture_output=True, text=True, check=False)
+            done = subprocess.run(self._command or (), capture_output=True, text=True, check=False)
             try:
                 self._samples.append(float(done.stdout))
             except ValueError:  # "[N/A]"

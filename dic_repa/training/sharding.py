@@ -25,7 +25,7 @@ def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
     return (sharding == "fsdp2" or launched) and accelerator.num_processes > 1
 
 
-def shard(model: nn.Module, denoiser: nn.Module, accelerator: Accelerator) -> nn.Module:
+def shard(model: nn.Module, denoiser: Any, accelerator: Accelerator) -> Any:
     """Shard `model` in place: each stage of its `denoiser` is gathered for its turn, all else at the root.
 
     A UserError for processes on CPUs, which torch 2.6 cannot shard on.
@@ -63,7 +63,7 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+def cut_like(tensor: Tensor, like: Any) -> Tensor:
     """`tensor`, which every process has, cut up and laid out in memory as `like` is."""
     if not hasattr(like, "device_mesh"):
         return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

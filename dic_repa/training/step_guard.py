@@ -54,7 +54,7 @@ class StepGuard:
             shared = self.accelerator.reduce(shared, "sum")
         skip = ((shared[0] > 0) | ~norm.isfinite()).float()
         if self.accelerator.scaler is None:
-            self.optimizer.found_inf = skip
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's gradient scaler sets, too
         in_a_row, skipped = self.counts.unbind()
         self.counts = torch.stack([(in_a_row + 1) * skip, skipped + skip])
         self.bad = self.flags[False]
