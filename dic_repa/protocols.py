@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -18,3 +19,18 @@ class Samples(Protocol):
         Of latents `moments` instead of `x`; docs/extending.md says which may be left out.
         """
         ...
+
+
+class DataSet(Samples, Protocol):
+    """What a recipe's `data` names."""
+
+    @property
+    def channels(self) -> int:
+        """Of the denoiser's data."""
+        ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def class_names(self) -> Sequence[str]: ...

@@ -130,8 +130,7 @@ def bench_train(
             recipe.train.compile = mode != "off"
             parts, accelerator = build_step(recipe, device)
             # Of the average, which has no hooks: what the tap's would leave behind makes torch.compile start twice.
-            average: Any = parts.ema.model
-            gmacs = measure_cost(average, recipe.data.size).macs / 1e9
+            gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9
             cases.append(TrainCase(case_label(name, kind, "", mode), recipe, parts, accelerator, kind, gmacs))
         for baseline in baselines_of(name, baselines):
             recipe.train.compile = False

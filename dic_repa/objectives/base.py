@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from dic_repa.registry import Registry
 objectives = Registry("objective")
 
 
-def create_objective(name: str, **kwargs):
+def create_objective(name: str, **kwargs) -> Objective:
     """The objective filed under `name` ('flow-matching', 'ddpm'), made with `kwargs`. UserError for an unknown name."""
     return objectives.create(name, **kwargs)
 
@@ -39,6 +40,29 @@ class ObjectiveOutput:
     projections: list[Tensor]  # one (B, N, D) for each alignment, from the run of the model that they belong to
 
 
+class Objective(Protocol):
+    """What a model is trained for."""
+
+    @property
+    def path(self) -> Interpolant:
+        """On which `velocity_model` puts the denoiser."""
+        ...
+
+    def draw(
+        self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str | None = None
+    ) -> dict[str, Tensor]:
+        """The random numbers of a whole step's data of `shape` (B, C, H, W), each (B, ...)."""
+        ...
+
+    def __call__(self, model: Any, batch: Batch) -> ObjectiveOutput:
+        """Run the `AlignedDenoiser` `model` on the batch, as often as it takes."""
+        ...
+
+    def velocity_model(self, denoiser: Any) -> VelocityModel:
+        """The trained denoiser as (x, t, y) -> velocity."""
+        ...
+
+
 class Denoising:
     """An objective of one noisy state and one run of the model: `corrupt` the data, weigh the error by `loss`."""
 
@@ -52,7 +76,7 @@ class Denoising:
         """The noisy state of data x (B, C, H, W) at the times t (B,), and what the denoiser should make of it."""
         raise NotImplementedError
 
-    def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
+    def loss(self, prediction: Tensor, noisy: Any) -> Tensor:
         """What the error of each image's prediction counts, (B,)."""
         raise NotImplementedError
 

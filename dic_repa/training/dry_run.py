@@ -11,6 +11,7 @@ import statistics
 import time
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -205,7 +206,7 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
         raise UserError(f"the loss of the random batch is {loss.item()}; try train.precision=no")
     step_seconds = statistics.median(seconds[1:])
     left = settings.steps * step_seconds
-    measured = {
+    measured: dict[str, Any] = {
         "first_step_seconds": seconds[0],
         "steps_per_second": 1 / step_seconds,
         "images_per_second": settings.batch_size / step_seconds,

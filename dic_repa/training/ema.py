@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dic_repa.errors import UserError
+from dic_repa.models.pretrained import Pretrained
 
 WIDEST = 0.2886  # sigma_rel of gamma 0, the mean of all steps; below that, gamma rises
 
@@ -35,7 +36,7 @@ class EMA:
     number of the host.
     """
 
-    def __init__(self, denoiser: nn.Module, decay: float = 0.9999, warmup: bool = False):
+    def __init__(self, denoiser: Pretrained, decay: float = 0.9999, warmup: bool = False):
         self.decay, self.warmup = decay, warmup
         # What goes into config.json, taken now: sharding renames the class.
         self.config = {"model": type(denoiser).__name__, **getattr(denoiser, "config", {})}
@@ -74,7 +75,7 @@ class EMA:
 class PowerEMA(EMA):
     """`decay = (1 - 1/t)^(gamma + 1)` after t steps, with the gamma of `sigma_rel`."""
 
-    def __init__(self, denoiser: nn.Module, sigma_rel: float):
+    def __init__(self, denoiser: Pretrained, sigma_rel: float):
         super().__init__(denoiser)
         self.sigma_rel, self.gamma = sigma_rel, sigma_rel_to_gamma(sigma_rel)
 

@@ -36,19 +36,19 @@ class Evaluator:
         section = recipe.evaluate
         self.every = section.every if section else 0
         self.best: dict | None = None  # what is being written just now is not on the disk yet
-        if self.every:
+        if section and self.every:
             self.sample = recipe.sample.model_copy(update={"num": section.num or recipe.sample.num})
 
     def prepare(self) -> None:
         """Load judges and reference, in the main process; a UserError where something is missing or misspelt."""
-        if not self.every:
+        section, sampler = self.recipe.evaluate, self.parts.sampler
+        if not self.every or section is None or sampler is None:
             return
         from dic_repa.evaluation.judging import Judge, own_encoder
 
-        section = self.recipe.evaluate
         device = self.accelerator.device
         self.judge = Judge(section.names, section.reference, device, own_encoder(self.recipe))
-        self.judge.check_size(self.parts.sampler.size())
+        self.judge.check_size(sampler.size())
         wanted = section.best or self.judge.main
         self.score = self.judge.check(wanted) if wanted else None
 
@@ -61,7 +61,8 @@ class Evaluator:
 
         labels = draw_labels(self.recipe, self.parts.data.num_classes, self.sample)
         with self.parts.ema.raw(self.parts.denoiser) if self.sample.weights == RAW else nullcontext():
-            levels, best = self._sample(labels), [None]
+            levels = self._sample(labels)
+        best: list[dict | None] = [None]
         if self.accelerator.is_main_process:
             best = [self._judge(step, levels.float() / 255, labels)]
         if self.accelerator.num_processes > 1:
@@ -71,6 +72,7 @@ class Evaluator:
     def _sample(self, labels: Tensor) -> Tensor:
         """The images of all labels as a PNG would keep them, uint8, in every process."""
         sampler, processes = self.parts.sampler, self.accelerator.num_processes
+        assert sampler is not None  # there is one wherever evaluate.every is set
         if processes == 1 or self.parts.sharded:  # sharded weights can be run by all processes together alone
             return torch.cat([(batch * 255).round().byte() for batch in sampler(labels)])
         share = -(-len(labels) // processes)  # rounded up: as many in each process, for they are gathered
@@ -86,7 +88,8 @@ class Evaluator:
 
         judged = Judgement.of(self.run, step, self.recipe, self.sample)
         try:
-            judged.scores, judged.evaluations = self.judge(images, labels), self.parts.sampler.evaluations
+            judged.scores = self.judge(images, labels)
+            judged.evaluations = self.parts.sampler.evaluations if self.parts.sampler else 0
         except UserError as error:  # such as images of a single colour, which a later step may mend
             tqdm.write(f"warning: the samples of step {step} cannot be scored ({error})", file=sys.stderr)
             return None

@@ -6,7 +6,8 @@ A step has a global batch; each process has a share of it, and goes through its 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,7 +45,7 @@ def check_batch(settings: TrainSection, processes: int) -> int:
     return share // micro_batch
 
 
-def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[dict[str, Tensor]]:
+def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Generator[dict[str, Tensor], None, None]:
     """This process's rows of the global batches from step `start` on, on the device."""
     settings = recipe.train
     rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -58,7 +59,7 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Itera
         prefetch_factor=PREFETCH if recipe.data.workers else None,
         worker_init_fn=ignore_signals,
     )
-    loading = iter(loader)
+    loading: Any = iter(loader)
     try:
         with print_rank_errors():
             for batch in loading:
@@ -79,9 +80,10 @@ class Tokens(list):
     def join(self) -> None:
         """Before the tokens are used: on a GPU they are computed beside the denoiser's forward pass."""
         for tokens in self:
-            if tokens is not None and tokens.is_cuda:
+            stream = None if tokens is None else side_stream(tokens.device)
+            if stream is not None:
                 current = torch.cuda.current_stream(tokens.device)
-                current.wait_stream(side_stream(tokens.device))
+                current.wait_stream(stream)
                 tokens.record_stream(current)
 
 

@@ -149,7 +149,8 @@ def open_run(
         stack.enter_context(locked(run.path))
         if resume:
             return run.resume(recipe, allow_change)
-        return run.create(recipe, overwrite)
+        run.create(recipe, overwrite)
+        return None
 
     return on_main_process(accelerator, prepare)
 
@@ -185,6 +186,7 @@ def save_due(
         state = copy_state(step, accelerator, parts)
 
         def write() -> None:
+            assert state is not None  # in the main process, which writes
             if snapshot:
                 write_snapshots(run, state, parts.averages)
             if checkpoint:
@@ -252,15 +254,17 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, 
     from dic_repa.files.pictures import draw_grid, save_picture, save_side_by_side
     from dic_repa.sampling.labels import balanced_labels
 
+    sampler = parts.sampler
+    assert sampler is not None  # there is one wherever train.sample_every is set
     shown = max(1, min(10, parts.data.num_classes))
     each = 6 if shown > 1 else 30
     labels = balanced_labels(recipe, parts.data.num_classes, shown * each)
     if recipe.train.label_dropout < 1:
         labels = labels % shown
-    images = {"averaged weights": torch.cat(list(parts.sampler(labels)))}
+    images = {"averaged weights": torch.cat(list(sampler(labels)))}
     if parts.ema.lag(step) > FAR_BEHIND * step:
         with parts.ema.raw(parts.denoiser):
-            images["raw weights"] = torch.cat(list(parts.sampler(labels)))
+            images["raw weights"] = torch.cat(list(sampler(labels)))
     if not write:
         return
     grids = {title: draw_grid(half, labels, parts.data.class_names, columns=10) for title, half in images.items()}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.alignment.cache import FeatureCache, feature_cache
@@ -19,6 +19,9 @@ from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.models import forward_on_meta
+from dic_repa.models.pretrained import Pretrained
+from dic_repa.objectives.base import Objective
+from dic_repa.protocols import DataSet, Samples
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.build import (
     build_alignment,
@@ -33,23 +36,26 @@ from dic_repa.runtime.precision import allow_tf32
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.sharding import shard, wants_sharding
 
+if TYPE_CHECKING:
+    from dic_repa.sampling.sampler import Sampler
+
 
 @dataclass
 class Parts:
     """All that a recipe names, built; `model` is the denoiser with its heads, wrapped for the processes."""
 
-    data: Dataset
+    data: DataSet
     shape: tuple[int, int, int]  # (C, H, W) of the denoiser's data
-    objective: object
+    objective: Objective
     encoders: list  # None where the tokens come from a cache
     caches: dict[str, FeatureCache]  # under "tokens.N", for the alignment N
-    denoiser: nn.Module
+    denoiser: Pretrained
     alignments: list[Alignment]
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     ema: EMA  # what is sampled from
     averages: dict[str, EMA]  # it and all others, by their folder in a checkpoint
-    sampler: Callable[[Tensor], Iterator[Tensor]] | None  # of the averaged weights; None where no grids are asked for
+    sampler: Sampler | None  # of the averaged weights; None where no grids are asked for
     sharded: bool  # then all processes must take part in whatever runs or reads the denoiser or its averages
 
 
@@ -60,7 +66,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     allow_tf32(settings.tf32)
     torch.manual_seed(settings.seed)
 
-    def read_data() -> tuple[Dataset, tuple[int, int, int]]:
+    def read_data() -> tuple[DataSet, tuple[int, int, int]]:
         data = build_dataset(recipe.data)
         return data, data_shape(data)
 
@@ -82,11 +88,10 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         cast_weights(encoder, settings.precision)
     averages = build_averages(denoiser.to(device), settings)
     ema = sampled_average(averages, recipe.sample.weights)
-    model, sharded = AlignedDenoiser(denoiser, alignments).to(device), wants_sharding(settings.sharding, accelerator)
+    aligned, sharded = AlignedDenoiser(denoiser, alignments).to(device), wants_sharding(settings.sharding, accelerator)
     if settings.compile:
-        model.compile()
-    if sharded:
-        model = shard_parts(model, averages, accelerator)
+        aligned.compile()
+    model: nn.Module = shard_parts(aligned, averages, accelerator) if sharded else aligned
     decay = settings.weight_decay
     # Fused, for only then can a step be skipped on the device, by its flag `found_inf`.
     optimizer = torch.optim.AdamW(
@@ -149,7 +154,7 @@ def cast_weights(encoder, precision: str) -> None:
             module.to(dtype)
 
 
-def build_averages(denoiser: nn.Module, settings: TrainSection) -> dict[str, EMA]:
+def build_averages(denoiser: Pretrained, settings: TrainSection) -> dict[str, EMA]:
     """The averages of the weights that the recipe asks for, by the names of their folders in a checkpoint."""
     decays = {"ema": settings.ema_decay, **{f"ema-{decay:g}": decay for decay in settings.more_ema_decays}}
     averages = {name: EMA(denoiser, decay, settings.ema_warmup) for name, decay in decays.items()}
@@ -189,7 +194,7 @@ def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
             )
 
 
-def build_caches(recipe: Recipe, encoders: list, data: Dataset, accelerator: Accelerator) -> dict[str, FeatureCache]:
+def build_caches(recipe: Recipe, encoders: list, data: Samples, accelerator: Accelerator) -> dict[str, FeatureCache]:
     """The feature caches that the recipe asks for; the encoders that they stand in for are let go of."""
     caches = {}
     with accelerator.local_main_process_first():  # who fills what the others then open

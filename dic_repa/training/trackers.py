@@ -11,7 +11,7 @@ import importlib.util
 import json
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from dic_repa.runs.folder import RunFolder, write_whole
 PROJECT = "dic-repa"  # under which W&B and trackio group runs
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """A UserError where a tracker is not installed, which Accelerate would leave out in silence."""
     for name in names:
         if importlib.util.find_spec(name) is None:
