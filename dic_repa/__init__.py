@@ -5,18 +5,16 @@ from dic_repa import DiC, Recipe, train
 The names load on first use, so that `import dic_repa` and the command line's help stay quick.
 """
 
-from importlib import import_module
+from dic_repa.runtime.lazy import load_name
 
 __version__ = "0.1.0"
 
-_EXPORTS = {"DiC": "dic_repa.models", "Recipe": "dic_repa.recipe.schema", "train": "dic_repa.training"}
+_EXPORTS = {"DiC": "models", "Recipe": "recipe", "train": "training"}
 __all__ = ["DiC", "Recipe", "__version__", "train"]
 
 
 def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'dic_repa' has no attribute '{name}'")
+    return load_name(__name__, _EXPORTS, name)
 
 
 def __dir__():

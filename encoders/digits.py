@@ -60,7 +60,7 @@ def build_digits_vit(embed_dim: int = 96, depth: int = 3, stem_width: int = 24) 
 class DigitsViT(FrozenViT):
     """Digits (B, 1 or 3, H, W), of any size, to 7x7 tokens of width 96.
 
-    `weights`: a file that `python -m dic_repa.encoders.train_digits_vit --out` wrote, instead of the weights in the
+    `weights`: a file that `python -m dic_repa.training.train_digits_vit --out` wrote, instead of the weights in the
     package. Raises UserError when they cannot be read or do not fit.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from dic_repa.runtime.lazy import load_name
 
 # The names load on first use: listing the solvers for a help text needs no torch.
 _EXPORTS = {
@@ -31,9 +31,7 @@ __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return load_name(__name__, _EXPORTS, name)
 
 
 def __dir__():

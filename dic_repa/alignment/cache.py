@@ -22,21 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
+from dic_repa.files.cache import cache_folder
+from dic_repa.files.hashing import add_parts
+from dic_repa.files.pictures import unit_images
 from dic_repa.protocols import Samples
 from dic_repa.runtime.progress import progress_bar
 
 BATCH = 64
 HASHED_IMAGES, PROBED_IMAGES = 32, 4
 TOLERANCE = 1e-2  # of the tokens' root mean square: float16 has 5e-4, and another device may give slightly others
-
-
-def cache_folder() -> Path:
-    """Where caches are: `$DIC_REPA_CACHE`, or `dic-repa/features` in the user's cache folder."""
-    if folder := os.environ.get("DIC_REPA_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dic-repa" / "features"
 
 
 class FeatureCache:
@@ -77,7 +72,7 @@ def feature_cache(
     Filled where there is none that fits. UserError where the images of `data` are not the same each time that they are
     read, where the disk is too small, and where the tokens exceed float16.
     """
-    folder = cache_folder()
+    folder = cache_folder("features", "DIC_REPA_CACHE")
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", name)
     file = folder / f"{slug}-{cache_key(name, options, encoder, data)}.npy"
     probes = {
@@ -101,7 +96,7 @@ def cache_key(name: str, options: dict[str, Any], encoder, data: Samples) -> str
                 "the data gives another image each time that one is read (a random flip or crop), so its tokens cannot "
                 "be cached; set cache: false in the alignment, or make the data's images fixed"
             )
-        _hash_tensor(digest, str(index), image)
+        _add_tensor(digest, str(index), image)
     return digest.hexdigest()[:24]
 
 
@@ -116,7 +111,7 @@ def encoder_hash(name: str, options: dict[str, Any], encoder, *more):
             digest.update(Path(source).read_bytes())
     if isinstance(encoder, nn.Module):
         for key, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:  # buffers that are not saved too
-            _hash_tensor(digest, key, tensor)
+            _add_tensor(digest, key, tensor)
     return digest
 
 
@@ -125,10 +120,8 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)})
 
 
-def _hash_tensor(digest, key: str, tensor: Tensor) -> None:
-    tensor = tensor.detach().cpu().contiguous()
-    digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+def _add_tensor(digest, key: str, tensor: Tensor) -> None:
+    add_parts(digest, f"{key} {tensor.dtype} {tuple(tensor.shape)}", tensor)
 
 
 def _agrees(cache: FeatureCache, probes: dict[int, Tensor], count: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import click
 
@@ -84,5 +83,6 @@ def _caches() -> dict:
     import torch
     from huggingface_hub import constants
 
-    ours = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dic-repa"
-    return {"dic-repa": str(ours), "hub": str(constants.HF_HUB_CACHE), "torch": torch.hub.get_dir()}
+    from dic_repa.files.cache import cache_folder
+
+    return {"dic-repa": str(cache_folder()), "hub": str(constants.HF_HUB_CACHE), "torch": torch.hub.get_dir()}

@@ -12,7 +12,6 @@ The denoiser's data is x = (z - shift) * scale, with z drawn from the posterior:
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import warnings
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
 
 DECODE_BATCH = 16  # images decoded at once: at 256 px a batch of this size takes about 3 GB
@@ -189,11 +189,8 @@ def _read_spec(name: str, config: dict) -> AutoencoderSpec:
 
 
 def _fingerprint(state: dict[str, Tensor], spec: AutoencoderSpec) -> str:
-    digest = hashlib.blake2b(json.dumps([spec.shift, spec.scale]).encode(), digest_size=12)
-    for key in sorted(state):
-        digest.update(key.encode())
-        digest.update(state[key].detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    weights = (part for key in sorted(state) for part in (key, state[key].float()))
+    return fingerprint(json.dumps([spec.shift, spec.scale]), *weights)
 
 
 class _Explained:

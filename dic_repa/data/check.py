@@ -11,11 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dic_repa.data.autoencoders import Autoencoder, decode_in_batches
-from dic_repa.data.images import unit_images
 from dic_repa.data.prepare import write_json
 from dic_repa.data.prepared import Prepared, read_settings
 from dic_repa.data.sources import ImageSource
-from dic_repa.files.pictures import save_picture
+from dic_repa.files.pictures import save_picture, unit_images
 
 PREVIEW = 64
 

@@ -5,7 +5,6 @@ Handles survive threads and forks: a tar is read by position, a zip is reopened 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tarfile
 import zipfile
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from dic_repa.errors import UserError
+from dic_repa.files.hashing import fingerprint
 
 _LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
@@ -48,11 +48,8 @@ def open_tree(path: str | Path) -> FileTree:
 
 def stamp(files: Iterable[Path]) -> str:
     """A hash of the files' names, sizes and times of change: tells without reading them whether one was changed."""
-    digest = hashlib.blake2b(digest_size=12)
-    for file in sorted(files):
-        state = file.stat()
-        digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    states = ((file.name, file.stat()) for file in sorted(files))
+    return fingerprint(*(f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in states))
 
 
 @dataclass

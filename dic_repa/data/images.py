@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.files.pictures import unit_images
 
 EXTENSIONS = frozenset(".png .jpg .jpeg .jpe .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split())
 
@@ -86,14 +87,6 @@ def to_levels(image: Image.Image) -> Tensor:
     """An RGB or greyscale image as (C, H, W), uint8."""
     array = np.array(image)  # a copy, which torch may own
     return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1).contiguous()
-
-
-def unit_images(images: Tensor) -> Tensor:
-    """Images of uint8 levels as float32 in [0, 1]; images that are floats already, as they are.
-
-    Data sets hand out levels, a quarter of the bytes on the way from a loader process to the device.
-    """
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
-from dic_repa.data.images import unit_images
 from dic_repa.errors import UserError
+from dic_repa.files.pictures import unit_images
 from dic_repa.protocols import Samples
 
 ENCODE_BATCH = 32  # images encoded at once in a training step, whatever the step's batch

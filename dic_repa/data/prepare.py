@@ -24,11 +24,12 @@ import numpy as np
 import torch
 
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec
-from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels, unit_images
+from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels
 from dic_repa.data.sources import ImageSource
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.outputs import begin_folder, check_folder
+from dic_repa.files.pictures import unit_images
 from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.progress import progress_bar
 

@@ -5,7 +5,6 @@ tar), or a Hugging Face data set. All become an `ImageSource`, in an order that 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from PIL import Image
 from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, BadImage, decode_image
 from dic_repa.errors import UserError
+from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
 
 LABEL_FILES = ("dataset.json", "labels.json", "labels.csv")
@@ -55,10 +55,7 @@ class ImageSource:
 
     def fingerprint(self) -> str:
         """Of names, labels and classes: whether a resumed preparation still has the same images before it."""
-        digest = hashlib.blake2b(digest_size=12)
-        for value in (list(self.names), list(map(int, self.labels)), self.class_names):
-            digest.update(json.dumps(value).encode())
-        return digest.hexdigest()
+        return fingerprint(*map(json.dumps, (list(self.names), list(map(int, self.labels)), self.class_names)))
 
     def state(self) -> str:
         """`fingerprint`, and that of the files: tells without reading them whether any image was changed."""

@@ -7,7 +7,6 @@ depend on: `fingerprint` (of the weights) and `resizing`, which go into the key 
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.errors import UserError
+from dic_repa.files.hashing import file_sha256, fingerprint
 from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.registry import Registry
 
@@ -63,7 +63,7 @@ class Inception(nn.Module):
             if name.endswith("num_batches_tracked"):  # counts training steps; older files lack it
                 tensors.setdefault(name, own)
         load_weights(self.model, tensors, f"{path} (Inception weights)")
-        official = hashlib.sha256(path.read_bytes()).hexdigest().startswith(INCEPTION_SHA256)
+        official = file_sha256(path).startswith(INCEPTION_SHA256)
         self.notes = () if official else (f"{path} is not torch-fidelity's file: its scores compare to no others",)
         self.fingerprint = tensors_fingerprint(tensors)
         self.model.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
@@ -224,9 +224,5 @@ def describe_extractor(extractor: Extractor) -> dict:
 
 def tensors_fingerprint(tensors: dict[str, Tensor]) -> str:
     """Of the tensors' names and values."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name in sorted(tensors):
-        if not name.endswith("num_batches_tracked"):
-            digest.update(name.encode())
-            digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    names = (name for name in sorted(tensors) if not name.endswith("num_batches_tracked"))
+    return fingerprint(*(part for name in names for part in (name, tensors[name])))

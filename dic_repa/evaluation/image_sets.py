@@ -5,7 +5,6 @@ All become an `ImageSet`: so many uint8 images (3, H, W), read a batch at a time
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,12 @@ from torch import Tensor
 from dic_repa.data.files import open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, center_crop, decode_image
 from dic_repa.errors import UserError
+from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
+from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
 
 THREADS = 8
 DIGITS = "digits"
-SAMPLES_FILE, SAMPLES_NPZ = "samples.json", "samples.npz"  # of `dic-repa sample`
 
 
 @dataclass
@@ -205,7 +205,7 @@ def _of_dataset(data) -> ImageSet:
         return _from_float((sample["x"] / 2 + 0.5).clamp(0, 1) if pixels else sample["image"])
 
     parts = [int(i) for i in torch.linspace(0, len(data) - 1, min(len(data), 64)).round()]
-    probe = [hashlib.blake2b(load(i).tobytes(), digest_size=12).hexdigest() for i in parts]
+    probe = [fingerprint(load(i).tobytes()) for i in parts]
     return ImageSet(name, len(data), load, _digest(len(data), probe), lambda i: f"image {i}")
 
 
@@ -235,4 +235,4 @@ def as_uint8(images: Tensor) -> Tensor:
 
 
 def _digest(*parts) -> str:
-    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=12).hexdigest()
+    return fingerprint(json.dumps(parts, default=str))

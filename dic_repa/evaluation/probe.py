@@ -20,18 +20,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from dic_repa.alignment.aligned import Alignment, feature_map, find_tap
-from dic_repa.data.images import unit_images
 from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
 from dic_repa.evaluation.probe_pictures import save_pictures
+from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import begin_folder, check_folder
+from dic_repa.files.pictures import unit_images
 from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.cost import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import AlignmentSection, Recipe
 from dic_repa.recipe.build import build_alignment, build_dataset, build_encoder, build_objective
-from dic_repa.runs.folder import write_whole
 from dic_repa.runtime.precision import tf32
 from dic_repa.samplers import StepNoise, initial_noise
 from dic_repa.sampling.load import checkpoint_of, load_checkpoint

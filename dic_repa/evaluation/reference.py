@@ -7,7 +7,6 @@ resizing, so that a stale one is never read.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -24,6 +23,8 @@ from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.scores import Score
 from dic_repa.files.atomic import write_aside
+from dic_repa.files.cache import cache_folder
+from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
 from dic_repa.files.outputs import MARK
 from dic_repa.runtime.progress import detail
@@ -149,7 +150,7 @@ class _Statistics:
 
     def cache_file(self, images: ImageSet) -> Path:
         key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, self.layers, self.description()]
-        digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+        digest = fingerprint(json.dumps(key), size=16)
         return statistics_folder() / f"{digest}.safetensors"
 
     def read(self, path: Path) -> FeatureSet:
@@ -180,9 +181,7 @@ class _Statistics:
 
 def statistics_folder() -> Path:
     """Where cached statistics are: `$DIC_REPA_STATISTICS`, or `dic-repa/statistics` in the user's cache folder."""
-    if folder := os.environ.get("DIC_REPA_STATISTICS"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dic-repa" / "statistics"
+    return cache_folder("statistics", "DIC_REPA_STATISTICS")
 
 
 def save_statistics(found: FeatureSet, path: str | Path, extractors: dict) -> None:

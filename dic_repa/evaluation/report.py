@@ -18,8 +18,9 @@ from dic_repa import __version__
 from dic_repa.evaluation import metrics, scores
 from dic_repa.evaluation.judging import directions, title
 from dic_repa.evaluation.report_data import read_run
+from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
-from dic_repa.runs.folder import RunFolder, write_whole
+from dic_repa.runs.folder import RunFolder
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:

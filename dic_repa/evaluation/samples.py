@@ -8,12 +8,13 @@ from pathlib import Path
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import describe_extractor
-from dic_repa.evaluation.image_sets import SAMPLES_FILE
 from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.evaluation.reference import UNKNOWN_COUNT
+from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK
 from dic_repa.models.pretrained import CONFIG
-from dic_repa.runs.folder import RunFolder, checkpoint_step, describe_environment, write_whole
+from dic_repa.runs.folder import RunFolder, checkpoint_step, describe_environment
+from dic_repa.sampling import SAMPLES_FILE
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge, judge_of_score, own_encoder, title
+from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.pictures import save_figure
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
-from dic_repa.runs.folder import write_whole
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint, checkpoint_of, weak_weights
 from dic_repa.sampling.sampler import build_sampler

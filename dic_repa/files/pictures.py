@@ -23,6 +23,14 @@ MOST_ROWS = 20  # of a grid
 INK, BACKGROUND = (40, 40, 40), (250, 250, 250)
 
 
+def unit_images(images: Tensor) -> Tensor:
+    """Images of uint8 levels as float32 in [0, 1]; images that are floats already, as they are.
+
+    Data sets hand out levels, a quarter of the bytes on the way from a loader process to the device.
+    """
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images (..., C, H, W) in [0, 1] as uint8 (..., H, W, C), rounded to the nearest level."""
     return (images * 255).round().to(torch.uint8).movedim(-3, -1)

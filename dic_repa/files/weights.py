@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from os import PathLike
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.hashing import fingerprint
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has another name in torch and in safetensors
 
@@ -79,12 +79,12 @@ def weights_fingerprint(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"there are no weights {path}")
     size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=12)
+    parts = []
     with path.open("rb") as file:
         for place in torch.linspace(0, max(0, size - 4096), 64).long().tolist():
             file.seek(place)
-            digest.update(file.read(4096))
-    return digest.hexdigest()
+            parts.append(file.read(4096))
+    return fingerprint(str(size), *parts)
 
 
 def _shorten(names: list[str], most: int = 5) -> str:

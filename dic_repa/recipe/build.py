@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from dic_repa.alignment import Alignment
 from dic_repa.data import datasets
 from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
-from dic_repa.data.images import unit_images
 from dic_repa.data.latent_files import DEFAULT_AUTOENCODER
 from dic_repa.data.latents import data_shape, pixels_decoder
 from dic_repa.data.prepared import prepared_spec
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.pictures import unit_images
 from dic_repa.models import create_denoiser, find_denoiser
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import create_objective

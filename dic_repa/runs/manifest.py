@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
+
+from dic_repa.files.hashing import file_sha256
 
 MANIFEST = "manifest.json"
 
@@ -12,7 +13,7 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Write down all files of `folder`, as they are on the disk."""
     files = {
-        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": _digest(file)}
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
@@ -39,18 +40,10 @@ def find_damage(folder: Path, part: str = "", thorough: bool = True) -> str | No
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} bytes, not {size}"
         for name, (_, digest) in expected.items() if thorough else ():
-            if _digest(folder / name) != digest:
+            if file_sha256(folder / name) != digest:
                 return f"{name} has another SHA-256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

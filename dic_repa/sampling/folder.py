@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from dic_repa.errors import UserError, print_rank_errors, when_interrupted
-from dic_repa.evaluation.image_sets import SAMPLES_FILE, SAMPLES_NPZ
+from dic_repa.files.atomic import write_whole
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.files.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
 from dic_repa.files.pictures import save_png
@@ -31,10 +31,10 @@ from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe.differences import flatten
-from dic_repa.runs.folder import write_whole
 from dic_repa.runtime.processes import start_processes
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.samplers import solver_info
+from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.sampling.load import Checkpoint, weak_weights
 from dic_repa.sampling.sampler import Sampler
 

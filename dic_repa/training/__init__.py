@@ -3,7 +3,7 @@
 The names load on first use.
 """
 
-from importlib import import_module
+from dic_repa.runtime.lazy import load_name
 
 _EXPORTS = {
     "EMA": "ema",
@@ -15,9 +15,7 @@ __all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(import_module(f"dic_repa.training.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'dic_repa.training' has no attribute '{name}'")
+    return load_name(__name__, _EXPORTS, name)
 
 
 def __dir__():

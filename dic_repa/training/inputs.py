@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dic_repa.data.images import unit_images
 from dic_repa.data.latents import denoiser_data, global_noise
 from dic_repa.errors import UserError, print_rank_errors
+from dic_repa.files.pictures import unit_images
 from dic_repa.objectives import Batch
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.parts import Parts

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.atomic import write_whole
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.folders import note_current_folder
-from dic_repa.runs.folder import RunFolder, write_whole
+from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.lock import locked
 from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.processes import start_processes

@@ -20,9 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import list_output
 from dic_repa.recipe import Recipe
-from dic_repa.runs.folder import RunFolder, write_whole
+from dic_repa.runs.folder import RunFolder
 
 PROJECT = "dic-repa"  # under which W&B and trackio group runs
 

@@ -26,10 +26,11 @@ from dic_repa.cli import main
 from dic_repa.cli.convert import check_recipe
 from dic_repa.data.check import psnr
 from dic_repa.data.image_folder import ImageFolder
-from dic_repa.data.images import center_crop, to_tensor, unit_images
+from dic_repa.data.images import center_crop, to_tensor
 from dic_repa.data.latents import denoiser_data
 from dic_repa.data.prepared import Prepared
 from dic_repa.errors import UserError
+from dic_repa.files.pictures import unit_images
 from dic_repa.recipe import load_training_recipe
 from dic_repa.recipe.build import build_dataset, build_denoiser
 

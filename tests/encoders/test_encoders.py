@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from dic_repa.data.digits import load_digits
 from dic_repa.encoders import base, create_encoder, list_encoders, register_encoder
-from dic_repa.encoders.train_digits_vit import main as train_digits_vit
 from dic_repa.errors import UserError
 from dic_repa.registry import Registry
+from dic_repa.training.train_digits_vit import main as train_digits_vit
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -267,7 +267,7 @@ def test_a_layer_that_is_not_there(layer):
 
 def test_training_script_writes_weights_that_the_encoder_takes(tmp_path, monkeypatch):
     digits = {split: tuple(part[:128] for part in load_digits(split)) for split in ("train", "held-out")}
-    monkeypatch.setattr("dic_repa.encoders.train_digits_vit.load_digits", digits.get)
+    monkeypatch.setattr("dic_repa.training.train_digits_vit.load_digits", digits.get)
     out = tmp_path / "new" / "weights.safetensors"
     arguments = ["--epochs", "1", "--embed-dim", "64", "--depth", "2", "--out", str(out)]
     result = CliRunner().invoke(train_digits_vit, arguments, catch_exceptions=False)

@@ -1,4 +1,4 @@
-"""Train `digits-vit` on the 8,000 training digits, from scratch: `python -m dic_repa.encoders.train_digits_vit`."""
+"""Train `digits-vit` on the 8,000 training digits, from scratch: `python -m dic_repa.training.train_digits_vit`."""
 
 from __future__ import annotations
 

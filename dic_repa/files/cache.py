@@ -1,0 +1,13 @@
+"""Where dic-repa keeps what can be computed again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder(name: str = "", variable: str = "") -> Path:
+    """`dic-repa/NAME` in the user's cache folder, or the place that the environment `variable` names in its stead."""
+    if variable and (folder := os.environ.get(variable)):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dic-repa" / name
