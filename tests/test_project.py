@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
@@ -70,3 +71,20 @@ def test_issue_forms_can_be_filled_in(path):
 
 def test_a_bug_report_asks_for_the_environment():
     assert "`dic-repa env`" in (GITHUB / "ISSUE_TEMPLATE" / "bug_report.yml").read_text()
+
+
+def test_contributors_find_the_files_that_are_named():
+    named = set(re.findall(r"`([\w./]+(?:/|\.py))`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists() and not (ROOT / "dic_repa" / name).exists()]
+
+
+def test_the_changelog_names_modules_that_are_there():
+    rows = re.findall(r"^\| .+ \| (.+) \|$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    prefix, found, missing = "", [], []
+    for name in re.findall(r"`([a-z_.]+)`", " ".join(rows)):
+        prefix = prefix if name.startswith(".") else name.rpartition(".")[0]
+        name = prefix + name if name.startswith(".") else name
+        (found if importlib.util.find_spec(name) else missing).append(name)
+    assert len(found) > 20
+    assert not missing
