@@ -181,9 +181,8 @@ def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Acc
     accelerator.free_memory()  # it holds on to what it has prepared
     gc.collect()  # what is replaced holds on to itself, by hooks
     model = AlignedDenoiser(parts.denoiser, parts.alignments)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
-    )
+    given = recipe.optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), given.learning_rate, given.betas, weight_decay=given.weight_decay)
     parts.model, parts.optimizer = accelerator.prepare(model, optimizer)
     parts.ema = PlainEMA(parts.denoiser, settings.ema_decay)
     parts.averages = {"ema": parts.ema}

@@ -12,6 +12,14 @@ import yaml
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.recipe.values import read_yaml
 
+# Keys that runs of earlier versions have in their recipes.
+RENAMED = {
+    "train.learning_rate": "optimizer.learning_rate",
+    "train.betas": "optimizer.betas",
+    "train.weight_decay": "optimizer.weight_decay",
+    "train.warmup_steps": "schedule.warmup_steps",
+}
+
 
 def read_shipped() -> dict[str, dict]:
     """The recipes that come with the package by their names, each as it stands in its file."""
@@ -32,7 +40,7 @@ def read_recipe(name_or_path: str | Path, seen: tuple[str, ...] = ()) -> dict:
         beside = Path(label).parent / base
         resolved = read_recipe(beside if beside.is_file() else base, (*seen, label))
         _drop_other_model(resolved, raw)
-        _drop_other_data(resolved, raw)
+        _drop_other_options(resolved, raw)
     resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
     for key, value in raw.items():
         if "." in str(key):
@@ -81,6 +89,21 @@ def _parse(text: str, label: str) -> dict:
         raise UserError(f"{label} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{label} is not a recipe: it must be a mapping of keys to values")
+    return _with_todays_keys(raw)
+
+
+def _with_todays_keys(raw: dict) -> dict:
+    """A recipe of an earlier version with the keys that its values have today."""
+    for old, new in RENAMED.items():
+        section, key = old.split(".")
+        held = raw.get(section)
+        if isinstance(held, dict) and key in held:
+            to, name = new.split(".")
+            if raw.get(to) is None:
+                raw[to] = {}
+            raw[to].setdefault(name, held.pop(key))
+        elif old in raw:
+            raw.setdefault(new, raw.pop(old))
     return raw
 
 
@@ -92,12 +115,13 @@ def _drop_other_model(base: dict, top: dict) -> None:
         del base["model"]
 
 
-def _drop_other_data(base: dict, top: dict) -> None:
-    """Empty `data.options` of `base` where `top` names another data set, which has other options."""
-    section, data = top.get("data"), base.get("data")
-    name = top.get("data.name") or (section.get("name") if isinstance(section, dict) else None)
-    if name and isinstance(data, dict) and name != data.get("name"):
-        data.pop("options", None)
+def _drop_other_options(base: dict, top: dict) -> None:
+    """Empty the `options` of sections of `base` where `top` names another part, which has other options."""
+    for name in ("data", "optimizer", "schedule"):
+        ours, theirs = top.get(name), base.get(name)
+        part = top.get(f"{name}.name") or (ours.get("name") if isinstance(ours, dict) else None)
+        if part and isinstance(theirs, dict) and part != theirs.get("name"):
+            theirs.pop("options", None)
 
 
 def _family(model: str) -> str:
@@ -123,7 +147,7 @@ def override_key(raw: dict, override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"--set takes key=value, such as train.steps=200, not '{override}'")
     value = parse_value(text, f"--set {dotted}")
-    _drop_other_data(raw, {dotted: value})
+    _drop_other_options(raw, {dotted: value})
     _assign(raw, dotted, value, "--set")
 
 

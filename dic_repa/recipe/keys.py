@@ -20,16 +20,12 @@ from dic_repa.recipe.values import whole_number, write_yaml
 
 # What other tools call it. A section's own key goes before one of another section.
 _ELSEWHERE = {
-    "train": "optimizer trainer",
+    "train": "trainer",
     "train.steps": "max_steps num_steps n_steps total_steps max_train_steps iterations iters max_iters num_iterations "
     "epochs num_epochs max_epochs n_epochs num_train_epochs",
     "train.batch_size": "bs batch global_batch_size train_batch_size batchsize",
     "train.micro_batch": "gradient_accumulation_steps gradient_accumulation accumulate_grad_batches grad_accum "
     "accumulation_steps micro_batch_size per_gpu_batch_size batch_gpu",
-    "train.learning_rate": "lr base_lr max_lr peak_lr",
-    "train.warmup_steps": "warmup num_warmup_steps lr_warmup_steps lr_warmup warmup_iters",
-    "train.betas": "adam_betas beta1 beta2 adam_beta1 adam_beta2",
-    "train.weight_decay": "wd adam_weight_decay decay",
     "train.gradient_clip": "grad_clip max_grad_norm clip_grad clip_grad_norm gradient_clip_val gradient_clipping "
     "clip_norm",
     "train.ema_decay": "ema ema_rate ema_beta decay_rate",
@@ -44,6 +40,15 @@ _ELSEWHERE = {
     "train.keep_checkpoints": "checkpoints_total_limit save_total_limit save_top_k",
     "train.trackers": "report_to logger loggers",
     "train.sharding": "fsdp strategy",
+    "optimizer.name": "optim optimizer_type",
+    "optimizer.learning_rate": "lr base_lr max_lr peak_lr",
+    "optimizer.betas": "adam_betas beta1 beta2 adam_beta1 adam_beta2",
+    "optimizer.weight_decay": "wd adam_weight_decay decay",
+    "optimizer.options": "momentum eps adam_epsilon nesterov",
+    "schedule": "lr_schedule scheduler",
+    "schedule.name": "lr_scheduler lr_scheduler_type lr_decay",
+    "schedule.warmup_steps": "warmup num_warmup_steps lr_warmup_steps lr_warmup warmup_iters",
+    "schedule.options": "min_lr final_lr end_lr decay_steps",
     "data.name": "dataset data_type",
     "data.path": "root data_dir data_path datapath dataset_path dataset_dir folder dir",
     "data.size": "image_size resolution img_size img_resolution latent_size",

@@ -93,14 +93,26 @@ class AlignmentSection(Section):
     cache: bool = Field(False, description="compute the data's tokens once, into the feature cache")
 
 
+class OptimizerSection(Section):
+    name: str = Field("adamw", description="adamw, adam, sgd, or one of your own, such as torch.optim:NAdam")
+    learning_rate: Positive = Field(1e-4, description="after the warm-up, before the schedule lowers it")
+    weight_decay: NotNegative = Field(0.0, description="share of a weight that a step at learning rate 1 takes away")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="Adam's decays of the gradient's two moments")
+    options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: eps; momentum of sgd; ...")
+
+
+class ScheduleSection(Section):
+    name: str = Field("constant", description="of the learning rate: constant, cosine, linear, wsd, or one of your own")
+    warmup_steps: Natural = Field(0, description="steps over which the learning rate rises to its value")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="its arguments: final, the share of the rate at the end; decay of wsd"
+    )
+
+
 class TrainSection(Section):
     steps: Count = Field(400_000, description="optimizer steps")
     batch_size: Count = Field(256, description="images of one step, over all processes")
     micro_batch: Count | None = Field(None, description="at most so many images in one pass of one process; null: all")
-    learning_rate: Positive = Field(1e-4, description="AdamW's, after the warm-up")
-    warmup_steps: Natural = Field(0, description="steps over which the learning rate rises to its value")
-    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="AdamW's decays of the gradient's two moments")
-    weight_decay: NotNegative = Field(0.0, description="AdamW's")
     gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="decay of the averaged weights that are sampled from")
     ema_warmup: bool = Field(
@@ -246,6 +258,8 @@ class Recipe(Section):
     alignments: list[AlignmentSection] = Field(
         default_factory=list, description="what its hidden states are aligned to; empty: the plain baseline"
     )
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="what changes the weights")
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="the learning rate over the steps")
     train: TrainSection = Field(default_factory=TrainSection, description="how it is trained")
     sample: SampleSection = Field(default_factory=SampleSection, description="how it is sampled from")
     evaluate: EvaluateSection | None = Field(

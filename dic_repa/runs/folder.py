@@ -182,7 +182,7 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run of dic-repa's (it has no {MARKER}), so it is not written into")
         different = differences(before, recipe)
         lines = {key: f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in different.items()}
-        changing = [line for key, line in lines.items() if changes_the_run(key)]
+        changing = [line for key, line in lines.items() if changes_the_run(key, recipe)]
         if changing and not allow_change:
             raise UserError(
                 f"{self.path} was begun with another recipe; these keys differ: {', '.join(changing)}; "
@@ -336,8 +336,10 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def changes_the_run(key: str) -> bool:
+def changes_the_run(key: str, recipe: Recipe) -> bool:
     """Whether another value of that dotted key of a recipe changes the weights' trajectory."""
+    if key == "train.steps" and recipe.schedule.name != "constant":
+        return True  # the learning rate falls towards the last step
     parts = key.split(".")
     return not any(".".join(parts[: n + 1]) in _HARMLESS for n in range(len(parts)))
 

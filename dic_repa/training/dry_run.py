@@ -29,8 +29,10 @@ from dic_repa.training.header import device_name
 from dic_repa.training.inputs import check_batch
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
+from dic_repa.training.optimizers import state_bytes
 from dic_repa.training.parts import build_parts, check_sampling_and_evaluation
 from dic_repa.training.power import PowerMeter
+from dic_repa.training.schedules import LearningRate
 from dic_repa.training.step import TrainingStep
 
 STEPS = 3
@@ -50,6 +52,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     processes = launched if launched > 1 else processes
     passes = check_batch(recipe.train, processes)
     check_sampling_and_evaluation(recipe, build_objective(recipe.objective))
+    LearningRate(recipe)
     notes: list[str] = []
     trial = with_random_data(recipe, notes)
     if recipe.train.sample_every or (recipe.evaluate and recipe.evaluate.every):
@@ -57,7 +60,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     if launched == 1:
         trial.train.batch_size //= processes
     shapes = build_shapes(trial)
-    share = recipe.train.batch_size // processes
+    share, kept = recipe.train.batch_size // processes, state_bytes(recipe.optimizer)
     report = {
         "device": device_name(accelerator.device),
         "processes": processes,
@@ -72,8 +75,9 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
             (share // passes, *shapes["data"]),
             recipe.train,
             processes,
+            kept,
         ),
-        "disk": disk(recipe.train, shapes["parameters"], Path(path)),
+        "disk": disk(recipe.train, kept, shapes["parameters"], Path(path)),
         "paper": paper(recipe),
     }
     macs = 3 * shapes["macs"] * share * STEPS  # the backward pass costs two forward passes
@@ -234,11 +238,11 @@ def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> No
         notes.append(f"{section.encoder} has random weights here ({first_line(error)})")
 
 
-def disk(settings: TrainSection, parameters: dict, path: Path) -> dict:
-    """Bytes of one checkpoint (weights, Adam's two moments, averages), of all that will be there, and what is free."""
+def disk(settings: TrainSection, optimizer_bytes: float, parameters: dict, path: Path) -> dict:
+    """Bytes of one checkpoint (weights, optimizer, averages), of all that will be there, and what is free."""
     trained, denoiser = parameters["denoiser"] + parameters["heads"], 4 * parameters["denoiser"]
     averages = 1 + len(settings.more_ema_decays) + len(settings.power_ema)
-    checkpoint = 12 * trained + averages * denoiser
+    checkpoint = int((4 + optimizer_bytes) * trained) + averages * denoiser
     written = ceil(settings.steps / settings.checkpoint_every)
     forever = settings.steps // settings.keep_every if settings.keep_every else 0
     kept = min(written, settings.keep_checkpoints + 1 + forever)  # one more while a new one is written

@@ -41,6 +41,7 @@ from dic_repa.training.log import MetricLog
 from dic_repa.training.parts import Parts, build_parts, check_sampling_and_evaluation
 from dic_repa.training.preemption import Preempted, StopRequest
 from dic_repa.training.randomness import data_order
+from dic_repa.training.schedules import LearningRate
 from dic_repa.training.sharding import wants_sharding
 from dic_repa.training.step import PassLosses, TrainingStep
 from dic_repa.training.step_guard import StepGuard, Verdict
@@ -74,6 +75,7 @@ def train(
         check_batch(settings, accelerator.num_processes)  # told before the work
         parts = build_parts(recipe, accelerator)
         optimizer, train_step = parts.optimizer, TrainingStep(parts, settings, accelerator)
+        learning_rate = LearningRate(recipe)
         check_sampling_and_evaluation(recipe, parts.objective)
         evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
         on_main_process(accelerator, evaluator.prepare)
@@ -99,11 +101,11 @@ def train(
         for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
             norm = train_step.gradients(batch, step, note)
             guard.judge(step + 1, norm, request.received)
-            learning_rate = set_learning_rate(optimizer, settings, step)
+            rate = set_learning_rate(optimizer, learning_rate(step))
             train_step.update(step)
 
             verdict = guard.verdict()
-            log.step(step + 1, norm, learning_rate, settings.batch_size, verdict.skipped)
+            log.step(step + 1, norm, rate, settings.batch_size, verdict.skipped)
             if verdict.in_a_row >= settings.max_skipped:
                 stop_not_finite(accelerator, run, writer, verdict, recipe, len(data))
             with log.paused():
@@ -235,9 +237,8 @@ def stop_not_finite(
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, settings: TrainSection, step: int) -> float:
-    """Constant, after a linear rise over `warmup_steps`."""
-    rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """Let the optimizer's next step have the learning rate `rate`, which is returned."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate

@@ -37,6 +37,7 @@ def estimate_memory(
     shape: tuple[int, int, int, int],
     settings: TrainSection,
     processes: int = 1,
+    optimizer_bytes: float = 8.0,
 ) -> dict[str, int]:
     """Bytes by purpose, for one process.
 
@@ -45,6 +46,7 @@ def estimate_memory(
         encoder_parameters: of the frozen encoders, all of them.
         tokens: (N, D) of each alignment's targets.
         shape: of what one pass takes, (micro batch, C, H, W).
+        optimizer_bytes: that the optimizer keeps for each weight; 8 are AdamW's two moments.
     """
     weights = 4 * sum(p.numel() for p in model.parameters())
     averages = 4 * sum(p.numel() for p in model.denoiser.parameters())
@@ -55,7 +57,7 @@ def estimate_memory(
         "weights": weights // share,
         "gradients": weights // share,
         "exchange of gradients": weights if processes > 1 and not sharded else 0,
-        "optimizer": 2 * weights // share,
+        "optimizer": int(optimizer_bytes * weights / 4) // share,
         "averages": averages // share,
         "encoders": 4 * encoder_parameters,
         "activations": activation_bytes(model, tokens, shape, settings.precision != "no"),

@@ -34,6 +34,7 @@ from dic_repa.recipe.build import (
 from dic_repa.runs.folder import RAW
 from dic_repa.runtime.precision import allow_tf32
 from dic_repa.training.ema import EMA, PowerEMA
+from dic_repa.training.optimizers import build_optimizer
 from dic_repa.training.sharding import shard, wants_sharding
 
 if TYPE_CHECKING:
@@ -92,11 +93,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     if settings.compile:
         aligned.compile()
     model: nn.Module = shard_parts(aligned, averages, accelerator) if sharded else aligned
-    decay = settings.weight_decay
-    # Fused, for only then can a step be skipped on the device, by its flag `found_inf`.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, settings.betas, weight_decay=decay, fused=True
-    )
+    optimizer = build_optimizer(recipe.optimizer, model.parameters())
     model, optimizer = (
         (model, accelerator.prepare_optimizer(optimizer)) if sharded else accelerator.prepare(model, optimizer)
     )

@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dic_repa.training.optimizers import skips_on_device
+
 LAG = 2
 
 
@@ -30,8 +32,9 @@ class Verdict:
 class StepGuard:
     """`judge` each step's loss and gradient norm before the optimizer's step; `verdict` tells of an earlier one.
 
-    `optimizer` is torch's own, in its fused form, which takes the flag `found_inf`. With fp16 the gradient scaler sets
-    the flag, and skipping is part of finding the scale; it is only counted here.
+    `optimizer` is torch's own. One that takes the flag `found_inf` skips the step on the device; the others lose their
+    gradients, for which the host waits for the device in each step. With fp16 the gradient scaler skips, as part of
+    finding the scale; that is only counted here.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer):
@@ -53,8 +56,10 @@ class StepGuard:
         if self.accelerator.num_processes > 1:
             shared = self.accelerator.reduce(shared, "sum")
         skip = ((shared[0] > 0) | ~norm.isfinite()).float()
-        if self.accelerator.scaler is None:
+        if self.accelerator.scaler is None and skips_on_device(self.optimizer):
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's gradient scaler sets, too
+        elif self.accelerator.scaler is None and skip:
+            self.optimizer.zero_grad(set_to_none=True)
         in_a_row, skipped = self.counts.unbind()
         self.counts = torch.stack([(in_a_row + 1) * skip, skipped + skip])
         self.bad = self.flags[False]

@@ -51,7 +51,7 @@ def test_names_are_offered(offered):
     assert offered("dic-repa tune runs/mine --solver ") == [info.name for info in list_solvers()]
     assert offered("dic-repa encoders check dinov2-vit-s") == ["dinov2-vit-s"]
     assert offered("dic-repa probe runs/mine --encoder digits") == ["digits-vit"]
-    assert offered("dic-repa recipes explain train.le") == ["train.learning_rate"]
+    assert offered("dic-repa recipes explain optimizer.le") == ["optimizer.learning_rate"]
     assert offered("dic-repa train ./m") == ["./m"]  # the shell's own files
 
 

@@ -62,7 +62,8 @@ def recipe(folder, name, path, steps=3, **data):
             "model": {"name": "DiC", "width": 8, "depths": [1, 1, 1, 1, 1]},
             "data": {"name": name, "path": str(folder / path), "size": 16, "autoencoder": str(folder / "vae"), **data},
             "alignments": [],
-            "train": {"steps": steps, "batch_size": 8, "log_every": 1, "sample_every": 0, "learning_rate": 1e-3},
+            "train": {"steps": steps, "batch_size": 8, "log_every": 1, "sample_every": 0},
+            "optimizer": {"learning_rate": 1e-3},
             "sample": {"solver": "euler", "steps": 2, "num": 2, "batch_size": 2},
         }
     )

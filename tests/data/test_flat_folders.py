@@ -23,7 +23,8 @@ RECIPE = """
 model: {name: DiC, width: 8, depths: [1, 1, 1, 1, 1], time_scale: 1000}
 data: {name: prepared, path: data, size: 16}
 alignments: []
-train: {steps: 3, batch_size: 4, learning_rate: 1.0e-3, log_every: 1, sample_every: 3}
+train: {steps: 3, batch_size: 4, log_every: 1, sample_every: 3}
+optimizer: {learning_rate: 1.0e-3}
 sample: {solver: heun, steps: 2, num: 24}
 """
 

@@ -45,7 +45,8 @@ plugins: [colours]
 model: {name: DiC, width: 8, depths: [1, 1, 1, 1, 1], time_scale: 1000}
 data: {name: prepared, path: data, size: 16}
 alignments: [{encoder: colours, encoder_options: {seed: 3}, tap: mid.0, head_options: {hidden: 8}}]
-train: {steps: 2, batch_size: 4, learning_rate: 1.0e-3, log_every: 1, sample_every: 0}
+train: {steps: 2, batch_size: 4, log_every: 1, sample_every: 0}
+optimizer: {learning_rate: 1.0e-3}
 sample: {solver: heun, steps: 2, num: 12}
 """
 

@@ -94,7 +94,8 @@ def test_the_largest_is_trained_on_stable_diffusions_betas_from_step_one():
 
 
 def test_the_rows_optimizer_is_its_codes():
-    train = load_recipe("u-vit-h-2").train
-    assert (train.steps, train.batch_size, train.warmup_steps) == (500_000, 1024, 5000)
-    assert (train.learning_rate, train.betas, train.weight_decay) == (2e-4, (0.99, 0.99), 0.03)
+    recipe = load_recipe("u-vit-h-2")
+    train, optimizer = recipe.train, recipe.optimizer
+    assert (train.steps, train.batch_size, recipe.schedule.warmup_steps) == (500_000, 1024, 5000)
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (2e-4, (0.99, 0.99), 0.03)
     assert train.gradient_clip is None

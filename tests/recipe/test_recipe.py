@@ -28,10 +28,10 @@ def test_baseline_is_the_same_without_alignment():
 
 def test_base_beside_the_file_and_deep_merge(tmp_path):
     (tmp_path / "one.yaml").write_text("base: digits-urepa\ntrain: {steps: 7}\n")
-    (tmp_path / "two.yaml").write_text("base: one.yaml\ntrain: {learning_rate: 0.5}\n")
+    (tmp_path / "two.yaml").write_text("base: one.yaml\noptimizer: {learning_rate: 0.5}\n")
     recipe = load_recipe(tmp_path / "two.yaml")
     assert recipe.train.steps == 7
-    assert recipe.train.learning_rate == 0.5
+    assert recipe.optimizer.learning_rate == 0.5
     assert recipe.train.batch_size == load_recipe("digits-urepa").train.batch_size
 
 
@@ -50,14 +50,14 @@ def test_overrides():
         "digits-urepa",
         [
             "train.steps=200",
-            "train.learning_rate=1e-3",
+            "optimizer.learning_rate=1e-3",
             "alignments.0.weight=2",
             "sample.guidance.scale=3",
             "plugins=[a]",
         ],
     )
     assert recipe.train.steps == 200
-    assert recipe.train.learning_rate == 1e-3
+    assert recipe.optimizer.learning_rate == 1e-3
     assert recipe.alignments[0].weight == 2
     assert recipe.sample.guidance.scale == 3
     assert recipe.plugins == ["a"]
@@ -77,8 +77,8 @@ def test_overrides():
         ("train.steps=many", "train.steps should be a valid integer"),
         ("train.precision=fp8", "train.precision should be 'no', 'bf16' or 'fp16', not 'fp8'"),
         ("train.label_dropout=1.5", "train.label_dropout should be less than or equal to 1, not 1.5"),
-        ("train.betas=[1.0, 0.9]", "train.betas.0 should be less than 1, not 1"),
-        ("train.learning_rate=.nan", "train.learning_rate should be a finite number"),
+        ("optimizer.betas=[1.0, 0.9]", "optimizer.betas.0 should be less than 1, not 1"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate should be a finite number"),
         ("train.micro_batch=5", "batch_size 64 is not a multiple of micro_batch 5"),
         ("sample.guidance.interval=[0.7, 0.2]", "interval must rise"),
         ("sample.guidance.interval=[0, 2]", "sample.guidance.interval.1 should be less than or equal to 1, not 2"),

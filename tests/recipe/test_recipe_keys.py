@@ -39,7 +39,7 @@ def test_explain(dic_repa, mistake):
     everything = dic_repa("recipes", "explain").stdout
     assert [line for line in everything.splitlines() if line[0] != " "] == list(list_keys(Recipe))
     assert "did you mean train.ema_decay" in mistake("recipes", "explain", "train.ema_decy")
-    assert "did you mean train.learning_rate?" in mistake("recipes", "explain", "lr")
+    assert "did you mean optimizer.learning_rate?" in mistake("recipes", "explain", "lr")
     shown = dic_repa("recipes", "show", "digits-cfg", "--comments").stdout
     assert yaml.safe_load(shown)["sample"]["guidance"]["scale"] == 1.8
     assert "# towards the class; null: none" in shown
@@ -50,7 +50,7 @@ def test_explained_types():
     for name, takes in (
         ("train.steps", "whole number from 1"),
         ("train.label_dropout", "number from 0 to 1"),
-        ("train.betas", "list of 2: number from 0 below 1"),
+        ("optimizer.betas", "list of 2: number from 0 below 1"),
         ("sample.rtol", "number above 0, or null"),
         ("sample.num", "whole number from 1 to 10000000"),
         ("alignments.N.target", "a name, or a mapping of name and arguments"),
@@ -66,15 +66,15 @@ def test_explained_types():
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        ("train.lr", "train.learning_rate"),
-        ("lr", "train.learning_rate"),
+        ("train.lr", "optimizer.learning_rate"),
+        ("lr", "optimizer.learning_rate"),
         ("train.bs", "train.batch_size"),
         ("train.batch", "train.batch_size"),
         ("train.epochs", "train.steps"),
         ("train.max_steps", "train.steps"),
         ("train.num-steps", "train.steps"),
         ("train.iterations", "train.steps"),
-        ("train.wd", "train.weight_decay"),
+        ("train.wd", "optimizer.weight_decay"),
         ("train.ema", "train.ema_decay"),
         ("train.mixed_precision", "train.precision"),
         ("train.amp", "train.precision"),
@@ -107,7 +107,8 @@ def test_what_other_tools_call_it(theirs, ours, tmp_path):
 def test_numbers_as_people_write_them(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "base: digits-baseline\n"
-        "train: {steps: 1e3, batch_size: 1.28e2, log_every: 1_0, learning_rate: 1e-4, seed: '1e2', ema_decay: 9e-1}\n"
+        "train: {steps: 1e3, batch_size: 1.28e2, log_every: 1_0, seed: '1e2', ema_decay: 9e-1}\n"
+        "optimizer: {learning_rate: 1e-4}\n"
         "sample: {num: 5E4, rtol: 1.e-6}\n"
         "model: {options: {groups: 1e1}}\n"
         "description: '1e3'\n"
@@ -116,7 +117,7 @@ def test_numbers_as_people_write_them(tmp_path):
     train = recipe.train
     assert (train.steps, train.batch_size, train.log_every, train.seed) == (1000, 128, 10, 100)
     assert (train.checkpoint_every, train.max_skipped, recipe.sample.num) == (250, 1000, 50_000)
-    assert (train.learning_rate, train.ema_decay, recipe.sample.rtol) == (1e-4, 0.9, 1e-6)
+    assert (recipe.optimizer.learning_rate, train.ema_decay, recipe.sample.rtol) == (1e-4, 0.9, 1e-6)
     assert isinstance(recipe.model.options["groups"], int)
     assert recipe.description == "1e3"
     assert load_recipe("digits-baseline", ["train.steps=1e3"]).train.steps == 1000
@@ -129,8 +130,8 @@ def test_numbers_as_people_write_them(tmp_path):
     ):
         with pytest.raises(UserError, match="should be a valid integer"):
             load_recipe("digits-baseline", [override])
-    for override in ("train.learning_rate=true", "train.learning_rate=fast"):
-        with pytest.raises(UserError, match=r"train\.learning_rate should be a valid number"):
+    for override in ("optimizer.learning_rate=true", "optimizer.learning_rate=fast"):
+        with pytest.raises(UserError, match=r"optimizer\.learning_rate should be a valid number"):
             load_recipe("digits-baseline", [override])
 
 
@@ -140,7 +141,7 @@ def test_what_python_assigns_is_looked_at():
     for section, key, value, said in (
         (recipe.train, "steps", "abc", "steps should be a valid integer"),
         (recipe.train, "micro_batch", 5, "batch_size 64 is not a multiple of micro_batch 5"),
-        (recipe.train, "lr", 1e-4, "unknown key 'lr'; did you mean train.learning_rate"),
+        (recipe.optimizer, "lr", 1e-4, "unknown key 'lr'; did you mean optimizer.learning_rate"),
         (recipe.sample, "guidance", {"scale": -1}, "guidance.scale should be greater than or equal to 0"),
         (recipe.alignments[0], "weight", None, "weight should be a valid number"),
         (recipe, "model", 3, "model should be a valid dictionary"),

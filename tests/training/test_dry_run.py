@@ -62,10 +62,10 @@ def test_parts_that_do_not_fit_are_told_in_a_line(monkeypatch, capsys):
 
 
 def test_large_recipe_is_estimated_on_a_machine_without_gpu(dry_run):
-    text = dry_run("dic-xl-urepa", "--processes=8", "--set=train.learning_rate=2e-4")
+    text = dry_run("dic-xl-urepa", "--processes=8", "--set=optimizer.learning_rate=2e-4")
     assert "an ESTIMATE from shapes" in text
     assert "256, 32 a process, 32 a pass" in text
-    assert "train.learning_rate: 0.0002 instead of 0.0001" in text
+    assert "optimizer.learning_rate: 0.0002 instead of 0.0001" in text
     assert "FID_ODE 1.74" in text
     assert "the data is not here" in text
     assert "training would not begin: the autoencoder stabilityai/sd-vae-ft-ema cannot be fetched" in text

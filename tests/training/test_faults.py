@@ -246,12 +246,12 @@ def test_other_recipe_is_refused_unless_allowed(tmp_path):
     small_run(tmp_path / "run", "train.steps=2")
     harmless = ["train.log_every=2", "train.keep_every=2", "train.max_skipped=3", "train.steps=3"]
     small_run(tmp_path / "run", *harmless, resume=True)
-    changed = ["train.learning_rate=0.5", "train.weight_decay=0.1"]
-    with pytest.raises(UserError, match=r"differ: train.learning_rate: .*, train.weight_decay: .*--allow-change"):
+    changed = ["optimizer.learning_rate=0.5", "optimizer.weight_decay=0.1"]
+    with pytest.raises(UserError, match=r"differ: optimizer.learning_rate: .*r.weight_decay: .*--allow-change"):
         small_run(tmp_path / "run", *changed, resume=True)
     run = small_run(tmp_path / "run", *changed, "train.steps=4", resume=True, allow_change=True)
     assert metrics(run)[-1]["learning_rate"] == 0.5
-    assert run.recipe().train.weight_decay == 0.1
+    assert run.recipe().optimizer.weight_decay == 0.1
     with pytest.raises(UserError, match="does not fit this AlignedDenoiser"):
         small_run(run.path, "model.width=12", "train.steps=5", resume=True, allow_change=True)
     assert run.recipe().model.width == 8  # a recipe that does not fit is not taken over

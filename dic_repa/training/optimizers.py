@@ -1,0 +1,75 @@
+"""The optimizers by name, and what each keeps for a weight.
+
+An optimizer is made as `factory(parameters, lr=..., weight_decay=..., betas=..., **options)`, of which it may leave out
+`weight_decay` and `betas`: any of torch.optim will do, as `torch.optim:NAdam`. It should take `found_inf`, as the fused
+ones do: then a step that must be skipped is skipped on the device, and nobody waits for the device to tell.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from dic_repa.errors import UserError
+from dic_repa.recipe.schema import OptimizerSection
+from dic_repa.registry import Registry
+
+optimizers = Registry("optimizer")
+
+
+@optimizers.register("adamw")
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0,
+          betas: tuple[float, float] = (0.9, 0.999), **options) -> torch.optim.Optimizer:  # fmt: skip
+    """Adam with decoupled weight decay: what DiC, SiT, REPA and U-REPA are trained with."""
+    return torch.optim.AdamW(parameters, lr, betas, weight_decay=weight_decay, fused=True, **options)
+
+
+@optimizers.register("adam")
+def adam(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0,
+         betas: tuple[float, float] = (0.9, 0.999), **options) -> torch.optim.Optimizer:  # fmt: skip
+    """Adam, whose weight decay is a part of the gradient."""
+    return torch.optim.Adam(parameters, lr, betas, weight_decay=weight_decay, fused=True, **options)
+
+
+@optimizers.register("sgd")
+def sgd(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
+        **options) -> torch.optim.Optimizer:  # fmt: skip
+    """Stochastic gradient descent with momentum: half of Adam's memory."""
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True, **options)
+
+
+def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a recipe's `optimizer` section, over `parameters`.
+
+    Raises:
+        UserError: for an unknown name, options that it does not take, and a key of the section that it has no use for.
+    """
+    takes = inspect.signature(optimizers.find(section.name)).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    given = {"lr": section.learning_rate}
+    for key in ("weight_decay", "betas"):
+        value = getattr(section, key)
+        if key in takes:
+            given[key] = value
+        elif value != OptimizerSection.model_fields[key].default:
+            hint = "; name it in optimizer.options" if takes_any else ""
+            raise UserError(f"optimizer.{key}: {section.name} does not take it{hint}")
+    return optimizers.create(section.name, parameters, **given, **section.options)
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer leaves a step out by its flag `found_inf`."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def state_bytes(section: OptimizerSection) -> float:
+    """Bytes that the optimizer keeps for each weight, found by one step on a small matrix."""
+    weight = nn.Parameter(torch.ones(64, 64))
+    optimizer = build_optimizer(section, [weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    return sum(value.nbytes for value in kept if value.numel() > 1) / weight.numel()

@@ -1,0 +1,151 @@
+"""The optimizer and the learning rate of a recipe: against torch's own, skipped, resumed, and of one's own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+
+import pytest
+import torch
+from small_runs import PoisonedDigits, assert_same, small_run, weights
+from torch import nn
+
+from dic_repa.errors import UserError
+from dic_repa.recipe import OptimizerSection, load_recipe
+from dic_repa.training.optimizers import build_optimizer, optimizers, skips_on_device, state_bytes
+from dic_repa.training.randomness import data_order
+from dic_repa.training.schedules import LearningRate
+
+STEPS, WARMUP = 21, 5
+
+
+def rates(*overrides):
+    keys = [f"train.steps={STEPS}", f"schedule.warmup_steps={WARMUP}", "optimizer.learning_rate=0.4"]
+    rate = LearningRate(load_recipe("digits-baseline", [*keys, *overrides]))
+    return [rate(step) for step in range(STEPS)]
+
+
+def torchs(*schedulers):
+    """The rates of torch's schedulers, one after the other, from the warm-up's end on."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    found = []
+    for make, steps in schedulers:
+        scheduler = make(optimizer)
+        for _ in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+    return found
+
+
+def test_the_rate_rises_in_the_warm_up():
+    for name in ("constant", "cosine", "linear", "wsd"):
+        assert rates(f"schedule.name={name}")[: WARMUP + 1] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4, 0.4])
+
+
+def test_the_falling_rates_are_torchs():
+    lr, after = torch.optim.lr_scheduler, STEPS - WARMUP
+    cosine = torchs((lambda o: lr.CosineAnnealingLR(o, after - 1, eta_min=0.04), after))
+    assert rates("schedule={name: cosine, warmup_steps: 5, options: {final: 0.1}}")[WARMUP:] == pytest.approx(cosine)
+    linear = torchs((lambda o: lr.LinearLR(o, 1.0, 0.25, after - 1), after))
+    assert rates("schedule={name: linear, warmup_steps: 5, options: {final: 0.25}}")[WARMUP:] == pytest.approx(linear)
+    stable = torchs((lambda o: lr.ConstantLR(o, 1.0), 9), (lambda o: lr.LinearLR(o, 1.0, 0.0, 6), 7))
+    wsd = rates("schedule={name: wsd, warmup_steps: 5, options: {decay: 0.4}}")[WARMUP:]
+    assert wsd == pytest.approx(stable, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.name=cosin"], "unknown learning-rate schedule 'cosin'; did you mean cosine"),
+        (
+            ["schedule={name: cosine, options: {fin: 1}}"],
+            "schedule 'cosine'.*did you mean final",
+        ),
+        (["schedule={name: wsd, options: {decay: 0}}"], "decay 0: give"),
+        (["schedule={name: linear, options: {final: 2}}"], "final 2: give"),
+        (["optimizer.name=adamv"], "unknown optimizer 'adamv'; did you mean adam"),
+        (["optimizer.options={epsilon: 1}"], "optimizer 'adamw' does not take these options: .*epsilon"),
+        (["optimizer={name: sgd, betas: [0.5, 0.9]}"], "optimizer.betas: sgd does not take it"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(overrides, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        small_run(tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_adamw_is_torchs():
+    weight, other = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    section = OptimizerSection(learning_rate=0.1, weight_decay=0.2, betas=(0.8, 0.9))
+    ours, theirs = build_optimizer(section, [weight]), torch.optim.AdamW([other], 0.1, (0.8, 0.9), weight_decay=0.2)
+    for step in range(4):
+        for parameter, optimizer in ((weight, ours), (other, theirs)):
+            parameter.grad = torch.full_like(parameter, math.cos(step))
+            optimizer.step()
+    torch.testing.assert_close(weight, other)
+
+
+def test_bytes_of_state():
+    kept = {name: state_bytes(OptimizerSection(name=name)) for name in ("adamw", "adam", "sgd", "torch.optim:NAdam")}
+    assert kept == {"adamw": 8, "adam": 8, "sgd": 4, "torch.optim:NAdam": 8}
+    assert state_bytes(OptimizerSection(name="sgd", options={"momentum": 0})) == 0
+
+
+OWN = "torch.optim:NAdam"  # which does not know how to skip a step by itself
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", OWN])
+def test_a_bad_step_is_skipped(name, tmp_path, monkeypatch):
+    """After a second step of bad data, weights and the optimizer's state are as after the first."""
+    keys = [f"optimizer.name={name}", "data.name=poisoned-digits", "train.checkpoint_every=1"]
+    second = list(itertools.islice(data_order(0, 8000, 4), 2))[1]
+    monkeypatch.setattr(PoisonedDigits, "poisoned", frozenset(second))
+    run = small_run(tmp_path / "run", *keys, "train.steps=2")
+    first, after = (
+        {key: value for key, value in weights(run.checkpoint_path(step)).items() if not key.startswith("ema")}
+        for step in (1, 2)
+    )
+    assert_same(after, first)
+    start = small_run(tmp_path / "start", *keys, "train.steps=1", "optimizer.learning_rate=1e-30")
+    last = "denoiser.output.conv2.bias"
+    assert not torch.equal(weights(start.checkpoint_path(1))[last], first[last])  # the first step did change them
+
+
+@pytest.mark.parametrize("key", ["schedule.name=cosine", "optimizer.name=sgd", f"optimizer.name={OWN}"])
+def test_a_resumed_run_is_the_uninterrupted_one(key, tmp_path):
+    whole = small_run(tmp_path / "whole", key)
+    cut = small_run(tmp_path / "cut", key)
+    shutil.rmtree(cut.checkpoint_path(8))
+    small_run(cut.path, key, resume=True)
+    assert_same(weights(cut.checkpoint_path(8)), weights(whole.checkpoint_path(8)))
+
+
+def test_a_falling_rate_is_another_run_with_other_steps(tmp_path):
+    run = small_run(tmp_path / "run", "schedule.name=cosine", "train.steps=4", "train.checkpoint_every=4")
+    with pytest.raises(UserError, match=r"train.steps: 4 -> 8"):
+        small_run(run.path, "schedule.name=cosine", "train.steps=8", resume=True)
+
+
+def test_which_skip_on_the_device():
+    found = {name: skips_on_device(build_optimizer(OptimizerSection(name=name), [nn.Parameter(torch.ones(2, 2))]))
+             for name in (*optimizers.names(), "torch.optim:NAdam")}  # fmt: skip
+    assert found == {"adam": True, "adamw": True, "sgd": True, "torch.optim:NAdam": False}
+
+
+def test_keys_of_earlier_versions(tmp_path):
+    old = tmp_path / "recipe.yaml"
+    old.write_text(
+        "base: digits-urepa\ntrain: {learning_rate: 3e-3, betas: [0.5, 0.9], warmup_steps: 7, steps: 5}\n"
+        "train.weight_decay: 0.25\n"
+    )
+    recipe = load_recipe(old)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.betas, recipe.optimizer.weight_decay) == (
+        3e-3,
+        (0.5, 0.9),
+        0.25,
+    )
+    assert (recipe.schedule.warmup_steps, recipe.train.steps) == (7, 5)
+    with pytest.raises(UserError, match=r"unknown key 'train.learning_rate'; did you mean optimizer.learning_rate"):
+        load_recipe("digits-urepa", ["train.learning_rate=1e-3"])
