@@ -105,7 +105,7 @@ def diff(a: str, b: str, as_json: bool):
       dic-repa recipes diff dic-xl dic-xl-urepa
       dic-repa recipes diff runs/mine/recipe.yaml dic-xl-urepa     a finished run against a row of the paper
     """
-    from dic_repa.recipe.differences import differences
+    from dic_repa.recipe.dotted import differences
 
     different = differences(load_recipe(a), load_recipe(b))
     if as_json:

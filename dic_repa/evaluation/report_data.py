@@ -18,6 +18,7 @@ from PIL import Image
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
+from dic_repa.recipe.dotted import flatten
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.score_names import current_names
 
@@ -60,26 +61,20 @@ def _recipe(run: RunFolder, problems: list[str]) -> tuple[Recipe | None, dict[st
     """The run's recipe, and its keys and values as they are shown; without defaults where it is of another version."""
     try:
         recipe = load_training_recipe(run.recipe_file)
-        return recipe, dict(_flatten(recipe.model_dump(mode="json")))
+        return recipe, _shown(recipe.model_dump(mode="json"))
     except UserError as error:
         problems.append(str(error))
     try:
         raw = yaml.safe_load(run.recipe_file.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         raw = None
-    return None, dict(_flatten(raw)) if isinstance(raw, dict) else {}
+    return None, _shown(raw) if isinstance(raw, dict) else {}
 
 
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values as text; a list of plain values stays one."""
-    nested = value if isinstance(value, dict) else None
-    if isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value):
-        nested = dict(enumerate(value))
-    if not nested:
-        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        return
-    for name, entry in nested.items():
-        yield from _flatten(entry, f"{key}.{name}" if key else str(name))
+def _shown(tree: dict) -> dict[str, str]:
+    """Dotted keys and values as text."""
+    leaves = flatten(tree).items()
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for k, v in leaves}
 
 
 def _metrics(run: RunFolder, problems: list[str]) -> dict:
@@ -239,7 +234,7 @@ def _environment(run: RunFolder, problems: list[str]) -> list[dict[str, str]]:
             command = session.get("command")
             if isinstance(command, list):
                 session = session | {"command": " ".join(map(str, command))}
-            shown.append(dict(_flatten(session)))
+            shown.append(_shown(session))
     return shown
 
 

@@ -1,5 +1,6 @@
 """Recipes: the schema, its files, what differs between two, and from sections to parts (`recipe.build`)."""
 
+from dic_repa.recipe.files import list_paper_rows, list_recipes, load_recipe, load_training_recipe, to_yaml, validate
 from dic_repa.recipe.schema import (
     AlignmentSection,
     DataSection,
@@ -15,12 +16,6 @@ from dic_repa.recipe.schema import (
     SamplingRecipe,
     ScheduleSection,
     TrainSection,
-    list_paper_rows,
-    list_recipes,
-    load_recipe,
-    load_training_recipe,
-    to_yaml,
-    validate,
 )
 
 __all__ = [

@@ -1,16 +1,30 @@
-"""Recipes as plain dicts: from files and bases, with keys overridden. What they may hold is `recipe.py`'s affair."""
+"""Recipes from files: found, merged with their bases, overridden, checked.
+
+A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
+merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
+Of the base's `model` section nothing is left where the recipe names a model of another family: SiT has no DiC's depths;
+nor of its `data.options` where the recipe names another data set.
+`load_recipe` finds a file or one of the recipes that come with the package, applies `--set` overrides and validates;
+every mistake is one line that names the key and what it takes.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.recipe.values import read_yaml
+from dic_repa.recipe.dotted import assign
+from dic_repa.recipe.folders import note_folders
+from dic_repa.recipe.keys import explain_mistake
+from dic_repa.recipe.schema import Recipe, SamplingRecipe
+from dic_repa.recipe.values import read_yaml, write_yaml
 
 # Keys that runs of earlier versions have in their recipes.
 RENAMED = {
@@ -19,6 +33,59 @@ RENAMED = {
     "train.weight_decay": "optimizer.weight_decay",
     "train.warmup_steps": "schedule.warmup_steps",
 }
+
+
+def list_recipes() -> dict[str, str]:
+    """The recipes that come with the package: name to description."""
+    return {name: raw.get("description", "") for name, raw in read_shipped().items()}
+
+
+def list_paper_rows() -> dict[str, str]:
+    """The rows of papers that recipes of the package stand for: `paper.row` to the recipe's name."""
+    return {raw["paper"]["row"]: name for name, raw in read_shipped().items() if "paper" in raw}
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe | SamplingRecipe:
+    """The recipe of that name or file with `overrides` ('train.steps=200', values in YAML) applied, validated.
+
+    A plugin, or data, that is not in the current folder is looked for beside the file too. A UserError names the near
+    recipes or keys, or the key and what it takes.
+    """
+    raw = read_recipe(name_or_path)
+    for override in overrides:
+        override_key(raw, override)
+    recipe = validate(raw, name_or_path)
+    if isinstance(recipe, Recipe):
+        note_folders(recipe, recipe_files(name_or_path))
+    return recipe
+
+
+def load_training_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe`, where only a recipe that can be trained will do."""
+    recipe = load_recipe(name_or_path, overrides)
+    if isinstance(recipe, SamplingRecipe):
+        use = f"dic-repa sample RUN --recipe {name_or_path}"
+        raise UserError(f"{name_or_path} is a sampling recipe; use it on a finished run: {use}")
+    return recipe
+
+
+def validate(raw: dict, source: str | Path = "recipe") -> Recipe | SamplingRecipe:
+    """The recipe of a plain dict; a UserError lists what is wrong with it in one line."""
+    schema = SamplingRecipe if "sample" in raw and not set(raw) - {"description", "paper", "sample"} else Recipe
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(explain_mistake(schema, e) for e in error.errors())) from None
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """A recipe as YAML, all defaults included, in the schema's order."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def paper_recipe(recipe: Recipe | SamplingRecipe) -> str | None:
+    """The name of the recipe, of those that come with the package, that stands for the same row of a paper."""
+    return list_paper_rows().get(recipe.paper.row) if recipe.paper else None
 
 
 def read_shipped() -> dict[str, dict]:
@@ -44,7 +111,7 @@ def read_recipe(name_or_path: str | Path, seen: tuple[str, ...] = ()) -> dict:
     resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
     for key, value in raw.items():
         if "." in str(key):
-            _assign(resolved, key, value, label)
+            assign(resolved, key, value, label)
     return resolved
 
 
@@ -148,24 +215,7 @@ def override_key(raw: dict, override: str) -> None:
         raise UserError(f"--set takes key=value, such as train.steps=200, not '{override}'")
     value = parse_value(text, f"--set {dotted}")
     _drop_other_options(raw, {dotted: value})
-    _assign(raw, dotted, value, "--set")
-
-
-def _assign(raw: dict, dotted: str, value: Any, source: str) -> None:
-    """Set one dotted key of a raw recipe; `source` is who asks for it."""
-    *parents, last = dotted.split(".")
-    node: Any = raw
-    for part in parents:
-        if isinstance(node, dict) and node.get(part) is None:
-            node[part] = {}  # a section that the recipe leaves to its defaults
-        node = _child(node, part, f"{source} {dotted}")
-    if isinstance(node, list):
-        _child(node, last, f"{source} {dotted}")
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"{source} {dotted}: '{'.'.join(parents)}' has no keys of its own")
+    assign(raw, dotted, value, "--set")
 
 
 def parse_value(text: str, source: str) -> Any:
@@ -174,13 +224,3 @@ def parse_value(text: str, source: str) -> Any:
         return read_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"{source}: '{text}' is not valid YAML") from None
-
-
-def _child(node: Any, part: str, where: str) -> Any:
-    if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
-            raise UserError(f"{where}: there are {len(node)} entries, from 0; '{part}' is none of them")
-        return node[int(part)]
-    if isinstance(node, dict):
-        return node[part]
-    raise UserError(f"{where}: '{part}' is not inside a section")

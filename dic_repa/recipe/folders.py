@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dic_repa.recipe.files import recipe_files
-
 if TYPE_CHECKING:
     from dic_repa.recipe import Recipe
 
@@ -19,9 +17,9 @@ if TYPE_CHECKING:
 _WITH_WEIGHTS = ("checkpoints", "environment.json", "config.json")
 
 
-def note_folders(recipe: Recipe, name_or_path: str | Path) -> None:
-    """Note in `recipe` the folders of its file, and of those that it is based on, that hold what is not here."""
-    beside = [file.parent for file in recipe_files(name_or_path) if not _came_with_weights(file)]
+def note_folders(recipe: Recipe, files: Iterable[Path]) -> None:
+    """Note in `recipe` the folders of its `files`, its own and those of its bases, that hold what is not here."""
+    beside = [file.parent for file in files if not _came_with_weights(file)]
     missing = [path for path in _looked_for(recipe) if not any(map(Path.exists, path))]
     _note(recipe, [folder for folder in beside if any((folder / file).exists() for path in missing for file in path)])
 

@@ -1,26 +1,14 @@
-"""The typed schema of a recipe, and nothing that it builds.
-
-A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
-merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
-Of the base's `model` section nothing is left where the recipe names a model of another family: SiT has no DiC's depths;
-nor of its `data.options` where the recipe names another data set.
-`load_recipe` finds a file or one of the recipes that come with the package, applies `--set` overrides and validates;
-every mistake is one line that names the key and what it takes.
-"""
+"""The typed schema of a recipe, and nothing that it builds: a section is a class, a key a field with its meaning."""
 
 from __future__ import annotations
 
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from dic_repa.errors import UserError
-from dic_repa.recipe.files import override_key, read_recipe, read_shipped
-from dic_repa.recipe.folders import note_folders
 from dic_repa.recipe.keys import explain_mistake
-from dic_repa.recipe.section import Section
 from dic_repa.recipe.values import (
     REAL,
     WHOLE,
@@ -35,8 +23,26 @@ from dic_repa.recipe.values import (
     Precision,
     Probability,
     Time,
-    write_yaml,
 )
+
+
+class Section(BaseModel):
+    """A part of a recipe, in which unknown keys are errors, from a file and from Python."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a key as if it stood in a recipe; what it does not take is a UserError, and changes nothing."""
+        if name.startswith("_"):
+            return super().__setattr__(name, value)
+        try:
+            changed = type(self).model_validate({**self.__dict__, name: value})
+        except ValidationError as error:
+            raise UserError("; ".join(explain_mistake(type(self), e) for e in error.errors())) from None
+        super().__setattr__(name, getattr(changed, name))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__  # wherever it was found
 
 
 class ModelSection(Section):
@@ -278,51 +284,3 @@ class SamplingRecipe(Section):
     description: str = Field("", description="a line for the reader, shown by `dic-repa recipes`")
     paper: PaperSection | None = Field(None, description="the row of a paper that this stands for; null: none")
     sample: SampleSection = Field(description="how it is sampled from")
-
-
-def list_recipes() -> dict[str, str]:
-    """The recipes that come with the package: name to description."""
-    return {name: raw.get("description", "") for name, raw in read_shipped().items()}
-
-
-def list_paper_rows() -> dict[str, str]:
-    """The rows of papers that recipes of the package stand for: `paper.row` to the recipe's name."""
-    return {raw["paper"]["row"]: name for name, raw in read_shipped().items() if "paper" in raw}
-
-
-def load_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | SamplingRecipe:
-    """The recipe of that name or file with `overrides` ('train.steps=200', values in YAML) applied, validated.
-
-    A plugin, or data, that is not in the current folder is looked for beside the file too. A UserError names the near
-    recipes or keys, or the key and what it takes.
-    """
-    raw = read_recipe(name_or_path)
-    for override in overrides:
-        override_key(raw, override)
-    recipe = validate(raw, name_or_path)
-    if isinstance(recipe, Recipe):
-        note_folders(recipe, name_or_path)
-    return recipe
-
-
-def load_training_recipe(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """`load_recipe`, where only a recipe that can be trained will do."""
-    recipe = load_recipe(name_or_path, overrides)
-    if isinstance(recipe, SamplingRecipe):
-        use = f"dic-repa sample RUN --recipe {name_or_path}"
-        raise UserError(f"{name_or_path} is a sampling recipe; use it on a finished run: {use}")
-    return recipe
-
-
-def validate(raw: dict, source: str | Path = "recipe") -> Recipe | SamplingRecipe:
-    """The recipe of a plain dict; a UserError lists what is wrong with it in one line."""
-    schema = SamplingRecipe if "sample" in raw and not set(raw) - {"description", "paper", "sample"} else Recipe
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(explain_mistake(schema, e) for e in error.errors())) from None
-
-
-def to_yaml(recipe: BaseModel) -> str:
-    """A recipe as YAML, all defaults included, in the schema's order."""
-    return write_yaml(recipe.model_dump(mode="json"))

@@ -41,7 +41,7 @@ from dic_repa.files.outputs import (
     write_marker,
 )
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
-from dic_repa.recipe.differences import ABSENT, differences
+from dic_repa.recipe.dotted import ABSENT, differences
 from dic_repa.recipe.files import read_recipe
 from dic_repa.runs.manifest import MANIFEST, find_damage
 

@@ -30,7 +30,7 @@ from dic_repa.files.pictures import save_png
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
-from dic_repa.recipe.differences import flatten
+from dic_repa.recipe.dotted import flatten
 from dic_repa.runtime.processes import start_processes
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.samplers import solver_info
