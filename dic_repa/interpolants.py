@@ -28,7 +28,7 @@ from dic_repa.registry import Registry
 
 PREDICTIONS = ("velocity", "noise", "score", "data")
 
-paths = Registry("path")
+paths = Registry("interpolant", key="objective.options.path")
 
 
 def create_path(name: str, **kwargs) -> Interpolant:

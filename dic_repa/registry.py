@@ -20,14 +20,18 @@ the colon as its first argument.
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -42,22 +46,39 @@ class Registry:
         kind: the word that messages use, such as "time weight".
         plural: of the kind, where an s does not make it.
         modules: what to import before a name is looked up or listed: where the parts of this package are.
+        key: where a recipe names such a part, such as `alignments.0.time_weight`.
     """
 
-    def __init__(self, kind: str, plural: str | None = None, modules: Sequence[str] = ()):
-        self.kind = kind
+    def __init__(self, kind: str, plural: str | None = None, modules: Sequence[str] = (), key: str = ""):
+        self.kind, self.key = kind, key
         self.group = "dic_repa." + (plural or kind + "s").replace(" ", "-").lower()  # of entry points
         self._modules = list(modules)
         self._entries: dict[str, Any] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
 
-    def register(self, name: str) -> Callable[[Any], Any]:
-        """Decorator that files its class or function under `name`. Filing a second thing there is a UserError."""
+    @property
+    def slug(self) -> str:
+        """The kind as `dic-repa parts` takes it."""
+        return self.kind.replace(" ", "-").lower()
+
+    @property
+    def protocol(self) -> str:
+        """The class of `dic_repa.protocols` that says what such a part must have."""
+        words = re.split("[ -]", self.kind)
+        return "".join(word if word.isupper() else word.capitalize() for word in words)
+
+    def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
+        """Decorator that files its class or function under `name`. Filing a second thing there is a UserError.
+
+        `facts` are what a list tells of it, such as a solver's order; `fact` gives them again. Of a `description` no
+        docstring is needed.
+        """
 
         def decorate(entry):
             known = self._entries.get(name)
             if known is not None and not _same(known, entry):
                 raise UserError(f"{self.kind} '{name}' is registered already; choose another name")
-            self._entries[name] = entry
+            self._entries[name], self._facts[name] = entry, facts
             return entry
 
         return decorate
@@ -143,23 +164,63 @@ class Registry:
 
     def describe(self, name: str) -> str:
         """One line about a part: its `description`, or else the first sentence of its docstring."""
-        entry = self._entries.get(name) or self.find(name)
-        given = getattr(entry, "description", None)
-        return given if isinstance(given, str) else _first_sentence(inspect.getdoc(entry) or "")
+        given = self.fact(name, "description")
+        return given if isinstance(given, str) else first_sentence(inspect.getdoc(self._entry(name)) or "")
+
+    def fact(self, name: str, key: str, default: Any = None) -> Any:
+        """What a part was registered with as `key`, else its attribute of that name."""
+        facts = self._facts.get(name, {}) if name in self._entries else {}
+        return facts[key] if key in facts else getattr(self._entry(name), key, default)
+
+    def _entry(self, name: str) -> Any:
+        self._load_modules()
+        return self._entries[name] if name in self._entries else self.find(name)
 
     def __contains__(self, name: str) -> bool:
         self._load_modules()
-        return name in self._entries
+        return name in self._entries or name in entry_points(self.group)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names in the order in which they were registered, then those of entry points."""
+        self._load_modules()
+        return iter(dict.fromkeys([*self._entries, *entry_points(self.group)]))
 
     def _load_modules(self) -> None:
         while self._modules:
-            importlib.import_module(self._modules.pop())
+            importlib.import_module(self._modules.pop(0))
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
+    """The first sentence of a docstring, without its full stop, on one line."""
     paragraph = " ".join(text.split("\n\n")[0].split())
-    sentence, dot, _ = paragraph.partition(". ")
-    return (sentence if dot else paragraph).rstrip(".")
+    return re.split(r"(?<!\bal)(?<!\beq)\.\s", paragraph)[0].rstrip(".:")
+
+
+def read_source(module: str, variable: str) -> dict[str, str]:
+    """Names and descriptions of what a `module` registers in `variable`, from its text: nothing is imported.
+
+    For help texts and completion, which importing torch would make slow. It sees what is registered by a name written
+    out, as a decorator or on a line of its own.
+    """
+    spec = importlib.util.find_spec(module)
+    found: dict[str, str] = {}
+    if spec is None or spec.origin is None:
+        return found
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        calls: list[ast.expr] = list(getattr(node, "decorator_list", []))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            calls = [node.value.func]
+        for call in calls:
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{variable}.register":
+                given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                described = given.get("description")
+                text = ast.literal_eval(described) if described else first_sentence(_docstring(node))
+                found[ast.literal_eval(call.args[0])] = text
+    return found
+
+
+def _docstring(node: ast.AST) -> str:
+    return ast.get_docstring(node) or "" if isinstance(node, ast.ClassDef | ast.FunctionDef) else ""
 
 
 def _same(known: Any, entry: Any) -> bool:
@@ -199,6 +260,11 @@ def add_folders(folders: Iterable[str]) -> None:
 
 def entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
     """What other installed packages offer in `group`, by name."""
+    return _entry_points(group, tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=128)  # looking through all that is installed takes milliseconds
+def _entry_points(group: str, _places: tuple[str, ...]) -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group=group)}
 
 

@@ -10,33 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError
+from dic_repa.protocols import Encoder
 from dic_repa.registry import Registry
 
-encoders = Registry("encoder")
-
-
-class Encoder(Protocol):
-    """A frozen network that turns images into a grid of tokens, the targets of the alignment.
-
-    Frozen: always in eval mode, no parameter asks for a gradient, and the tokens carry none. Resizing and
-    normalisation are inside, so that whoever calls it knows nothing of either.
-    """
-
-    embed_dim: int
-
-    def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The rows and columns of tokens (h, w) for images of `size` (H, W), in pixels."""
-        ...
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 1 or 3, H, W), float in [0, 1], to tokens (B, h * w, embed_dim), row by row."""
-        ...
+encoders = Registry("encoder", modules=["dic_repa.encoders"], key="alignments.0.encoder")
 
 
 @dataclass(frozen=True)

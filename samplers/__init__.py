@@ -13,19 +13,19 @@ _EXPORTS = {
     "Likelihood": "likelihood",
     "SampleInfo": "ode",
     "ShiftedGrid": "grids",
-    "SolverInfo": "catalog",
+    "SolverInfo": "solvers",
     "StepNoise": "noise",
     "UniformGrid": "grids",
     "create_grid": "grids",
     "initial_noise": "noise",
-    "list_solvers": "catalog",
+    "list_solvers": "solvers",
     "log_likelihood": "likelihood",
-    "register_solver": "ode_solvers",
+    "register_solver": "solvers",
     "sample": "dispatch",
     "sample_ddpm": "ddpm",
     "sample_ode": "ode",
     "sample_sde": "sde",
-    "solver_info": "catalog",
+    "solver_info": "solvers",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,10 +10,42 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.samplers.beta_schedule import BetaSchedule
-from dic_repa.samplers.catalog import solver_info
 from dic_repa.samplers.field import Field, as_state
 from dic_repa.samplers.noise import StepNoise
 from dic_repa.samplers.ode import SampleInfo
+from dic_repa.samplers.solvers import ddpm_solvers, solver_info, start_solver
+
+
+@ddpm_solvers.register("ddpm", order=1, evaluations=1, deterministic=False)
+class Ancestral:
+    """Ancestral sampling of a noise predictor; DiT and DiC: 250 steps."""
+
+    def __call__(
+        self, schedule: BetaSchedule, x: Tensor, data: Tensor, fraction: Tensor | None, i: int
+    ) -> tuple[Tensor, Tensor | float]:
+        return schedule.posterior_mean(data, x, i), torch.exp(0.5 * schedule.log_variance(fraction, x, i))
+
+
+@ddpm_solvers.register("ddim", order=1, evaluations=1, deterministic=True)
+class DDIM:
+    """Deterministic sampling of a noise predictor over fewer steps."""
+
+    strided = True  # its steps are every n-th of the schedule's
+
+    def __init__(self, eta: float = 0.0):
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta={eta}: give a share between 0 (deterministic) and 1")
+        self.eta = eta
+
+    def __call__(
+        self, schedule: BetaSchedule, x: Tensor, data: Tensor, fraction: Tensor | None, i: int
+    ) -> tuple[Tensor, Tensor | float]:
+        names = ("alpha", "sigma", "alpha_before", "sigma_before")
+        alpha, sigma, alpha_before, sigma_before = (schedule.at(name, i, x) for name in names)
+        shrink = alpha / alpha_before
+        deviation = self.eta * sigma_before / sigma * (1 - shrink**2) ** 0.5
+        eps = (x - alpha * data) / sigma  # not the prediction itself, which clipping has changed
+        return alpha_before * data + max(sigma_before**2 - deviation**2, 0.0) ** 0.5 * eps, deviation
 
 
 @torch.no_grad()
@@ -47,12 +80,11 @@ def sample_ddpm(
     for 'ddpm', and other output channels.
     """
     solver_info(solver, "ddpm")
-    if eta is not None and solver != "ddim":
+    method = ddpm_solvers.find(solver)
+    if eta is not None and "eta" not in inspect.signature(method).parameters:
         raise UserError(f"'eta' is for ddim; '{solver}' adds its own noise")
-    eta = eta or 0.0
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta={eta}: give a share between 0 (deterministic) and 1")
-    schedule = (schedule or BetaSchedule.linear()).respaced(steps, strided=solver == "ddim")
+    step = start_solver(solver, "ddpm", **({} if eta is None else {"eta": eta}))
+    schedule = (schedule or BetaSchedule.linear()).respaced(steps, strided=getattr(method, "strided", False))
     noise_fn = noise_fn or StepNoise(seed, range(len(noise)) if indices is None else indices)
     field = Field(model_fn)
     times = [0.0, *schedule.times]
@@ -64,29 +96,13 @@ def sample_ddpm(
         eps, fraction = split_output(field(x, t), x.shape[1])
         data = schedule.data(x, eps, i)
         data = data.clamp(-1, 1) if clip else data
-        noisy = i > 0 and (solver == "ddpm" or eta > 0)
-        deviation: Tensor | float
-        if solver == "ddim":
-            x, deviation = _ddim(schedule, x, data, i, eta)
-        else:
-            deviation = torch.exp(0.5 * schedule.log_variance(fraction, x, i))
-            x = schedule.posterior_mean(data, x, i)
-        if noisy:
+        x, deviation = step(schedule, x, data, fraction, i)
+        if i > 0 and not (isinstance(deviation, float) and deviation == 0):
             x = x + deviation * noise_fn(index, x)
         if return_info:
             states.append(x)
     field.begin_step(None, None)
     return (x, SampleInfo(field.nfe, times[::-1], states)) if return_info else x
-
-
-def _ddim(schedule: BetaSchedule, x: Tensor, data: Tensor, i: int, eta: float) -> tuple[Tensor, Tensor | float]:
-    """The mean and the deviation of the step from i to the one before."""
-    names = ("alpha", "sigma", "alpha_before", "sigma_before")
-    alpha, sigma, alpha_before, sigma_before = (schedule.at(name, i, x) for name in names)
-    shrink = alpha / alpha_before
-    deviation = eta * sigma_before / sigma * (1 - shrink**2) ** 0.5
-    eps = (x - alpha * data) / sigma  # not the prediction itself, which clipping has changed
-    return alpha_before * data + max(sigma_before**2 - deviation**2, 0.0) ** 0.5 * eps, deviation
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

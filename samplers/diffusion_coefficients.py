@@ -17,8 +17,7 @@ from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
 Diffusion = Callable[[float], float]
-# name -> function (path, t, norm) -> w(t)
-diffusion_forms = Registry("diffusion form")
+diffusion_forms = Registry("diffusion form", key="sample.diffusion")  # functions (path, t, norm) -> w(t)
 
 
 def create_diffusion(form: str | Diffusion, path: Interpolant, norm: float = 1.0) -> Diffusion:
@@ -38,38 +37,44 @@ def create_diffusion(form: str | Diffusion, path: Interpolant, norm: float = 1.0
 
 @diffusion_forms.register("constant")
 def constant(path: Interpolant, t: float, norm: float) -> float:
-    """2 norm. Stiff near the data, where euler_maruyama wants many steps; the solver ou does not."""
+    """2 norm: as much noise near the data as elsewhere; with the solver ou and the last step tweedie.
+
+    Stiff near the data, where euler_maruyama wants many steps; the solver ou does not.
+    """
     return 2 * norm
 
 
 @diffusion_forms.register("sbdm")
 def sbdm(path: Interpolant, t: float, norm: float) -> float:
-    """2 norm sigma (sigma' - sigma alpha' / alpha): the score-based diffusion that has the path's marginals."""
+    """That of the score-based diffusion with the path's marginals; very large near t = 1.
+
+    2 norm sigma (sigma' - sigma alpha' / alpha).
+    """
     c = path.coefficients(torch.tensor(t, dtype=torch.float64))
     return (2 * norm * c.sigma * c.determinant / c.alpha).item()
 
 
 @diffusion_forms.register("sigma")
 def sigma(path: Interpolant, t: float, norm: float) -> float:
-    """2 norm sigma."""
+    """2 norm sigma(t): like linear, following the path."""
     return 2 * norm * path.coefficients(torch.tensor(t, dtype=torch.float64)).sigma.item()
 
 
 @diffusion_forms.register("linear")
 def linear(path: Interpolant, t: float, norm: float) -> float:
-    """2 norm t: that of REPA and U-REPA."""
+    """2 norm t: least noise near the data; REPA and U-REPA."""
     return 2 * norm * t
 
 
 @diffusion_forms.register("decreasing")
 def decreasing(path: Interpolant, t: float, norm: float) -> float:
-    """(1 - norm cos(pi t))^2 / 2, which decreases towards the data."""
+    """(1 - norm cos(pi t))^2 / 2: falls smoothly from 2 at the noise to 0 at the data."""
     return 0.5 * (1 - norm * math.cos(math.pi * t)) ** 2
 
 
 @diffusion_forms.register("increasing-decreasing")
 def increasing_decreasing(path: Interpolant, t: float, norm: float) -> float:
-    """2 norm sin(pi t)^2: no noise at either end."""
+    """2 norm sin(pi t)^2: none at either end."""
     return 2 * norm * math.sin(math.pi * t) ** 2
 
 

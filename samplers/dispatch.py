@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from dic_repa.errors import UserError, did_you_mean
-from dic_repa.samplers.catalog import solver_info
 from dic_repa.samplers.ddpm import sample_ddpm
 from dic_repa.samplers.ode import sample_ode
 from dic_repa.samplers.sde import sample_sde
+from dic_repa.samplers.solvers import solver_info
 
 _SAMPLERS: dict[str, Callable[..., Any]] = {"ode": sample_ode, "sde": sample_sde, "ddpm": sample_ddpm}
 

@@ -13,7 +13,7 @@ from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
 TimeGrid = Callable[[int, float, float, Interpolant], list[float]]
-grids = Registry("time grid")
+time_grids = Registry("time grid", key="sample.grid.name")
 
 
 def create_grid(name: str, **kwargs) -> TimeGrid:
@@ -21,10 +21,10 @@ def create_grid(name: str, **kwargs) -> TimeGrid:
 
     Raises UserError for an unknown name and for arguments that it does not take.
     """
-    return grids.create(name, **kwargs)
+    return time_grids.create(name, **kwargs)
 
 
-@grids.register("uniform")
+@time_grids.register("uniform")
 @dataclass(frozen=True)
 class UniformGrid:
     """Equal steps in t."""
@@ -33,12 +33,13 @@ class UniformGrid:
         return torch.linspace(high, low, steps + 1, dtype=torch.float64).tolist()
 
 
-@grids.register("shifted")
+@time_grids.register("shifted")
 @dataclass(frozen=True)
 class ShiftedGrid:
-    """Equal steps, each time t moved to shift t / (1 + (shift - 1) t): above 1, more of them at high noise.
+    """t / (1 - t) times a shift: above 1, more steps at high noise, for larger latents.
 
-    For larger latents shift = sqrt(dimensions / base) (Esser et al. 2024, eq. 23).
+    Equal steps, each time t moved to shift t / (1 + (shift - 1) t); larger latents take shift = sqrt(dimensions / base)
+    (Esser et al. 2024, eq. 23).
     """
 
     shift: float = 3.0
@@ -52,10 +53,13 @@ class ShiftedGrid:
         return [low + (high - low) * t for t in share]
 
 
-@grids.register("karras")
+@time_grids.register("karras")
 @dataclass(frozen=True)
 class KarrasGrid:
-    """Equal steps in (sigma / alpha)^(1/rho) between two ratios (Karras et al. 2022, eq. 5); ends at high and low."""
+    """Equal steps in a root of the ratio of noise to data: more steps at low noise (EDM).
+
+    Equal in (sigma / alpha)^(1/rho) between two ratios (Karras et al. 2022, eq. 5); it ends at high and low.
+    """
 
     rho: float = 7.0
     ratio_min: float = 0.002

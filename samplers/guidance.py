@@ -15,25 +15,30 @@ from dic_repa.interpolants import LinearPath, expand_as, path_of
 from dic_repa.registry import Registry
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
-# name -> function (progress) -> share of the scale, both from 0 at the interval's noisy end to 1 at its other end
-scale_schedules = Registry("guidance schedule")
+guidances = Registry("guidance", key="sample.guidance.kind")
+# functions (progress) -> share of the scale, both from 0 at the interval's noisy end to 1 at its other end
+guidance_schedules = Registry("guidance schedule", key="sample.guidance.schedule")
 
 
-@scale_schedules.register("constant")
+@guidance_schedules.register("constant")
 def _constant(progress: Tensor) -> Tensor:
+    """The same scale all over the interval."""
     return torch.ones_like(progress)
 
 
-@scale_schedules.register("linear")
+@guidance_schedules.register("linear")
 def _linear(progress: Tensor) -> Tensor:
+    """From 1 at the interval's noisy end straight to the scale at its other end."""
     return progress
 
 
-@scale_schedules.register("cosine")
+@guidance_schedules.register("cosine")
 def _cosine(progress: Tensor) -> Tensor:
+    """From 1 to the scale, rising slowly at both ends."""
     return 0.5 - 0.5 * torch.cos(math.pi * progress)
 
 
+@guidances.register("cfg")
 @dataclass(frozen=True)
 class Guidance:
     """Guidance inside an interval of time (Kynkäänniemi et al. 2024), at the price of a second evaluation there only.
@@ -68,7 +73,7 @@ class Guidance:
             raise UserError(f"guidance on {self.channels} channels: give at least 1, or none for all channels")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"guidance rescale {self.rescale}: give a share between 0 and 1")
-        scale_schedules.find(self.schedule)
+        guidance_schedules.find(self.schedule)
 
     @property
     def active(self) -> bool:
@@ -89,9 +94,10 @@ class Guidance:
         if self.schedule == "constant":
             return self.scale
         progress = ((high - t) / max(high - low, 1e-12)).clamp(0, 1)
-        return 1 + (self.scale - 1) * scale_schedules.find(self.schedule)(progress)
+        return 1 + (self.scale - 1) * guidance_schedules.find(self.schedule)(progress)
 
 
+@guidances.register("cfg++")
 @dataclass(frozen=True)
 class CFGPlusPlus(Guidance):
     """CFG++ (Chung et al. 2024), with a scale in [0, 1]: the guided data prediction gets the unguided noise back.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.interpolants import Interpolant
-from dic_repa.samplers.catalog import solver_info
 from dic_repa.samplers.field import Field, VelocityFn, as_state
 from dic_repa.samplers.noise import rademacher
 from dic_repa.samplers.ode import sample_ode
+from dic_repa.samplers.solvers import solver_info
 
 DIVERGENCES = ("exact", "hutchinson")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.interpolants import Interpolant
-from dic_repa.samplers.catalog import SolverInfo, solver_info
+from dic_repa.protocols import ODESolver
 from dic_repa.samplers.field import Field, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
-from dic_repa.samplers.ode_solvers import step_solvers
-from dic_repa.samplers.torchdiffeq_solvers import integrate_adaptive, integrate_fixed
+from dic_repa.samplers.solvers import SolverInfo, ode_solvers, solver_info, start_solver
 
 DEFAULT_TOLERANCE = 1e-5
 
@@ -53,7 +53,7 @@ def sample_ode(
     A fixed-step solver (`list_solvers('ode')` tells which) takes `steps`, and a grid for them as `times`; or the times
     themselves without `steps`. An adaptive one takes the tolerances `rtol` and `atol` (1e-5), and `times` only to ask
     for the states there; its steps suit the whole batch, so a sample depends on the others within the tolerances.
-    `options` goes to a torchdiffeq method.
+    `options` goes to a torchdiffeq method, or to a class of your own.
 
     `path` is needed where x is not the linear path's and `velocity_fn` does not carry its path. Where the velocity may
     not be evaluated down to t = 0 (a VP path; predictions that are divided by sigma), the last step gives the data
@@ -70,7 +70,9 @@ def sample_ode(
         raise unknown_name("direction", direction, ("forward", "backward"))
     _check_steps(info, steps, times)
     tolerances = _check_tolerances(info, rtol, atol)
-    if options and info.library != "torchdiffeq":
+    method = ode_solvers.find(solver)
+    whole = hasattr(method, "integrate")
+    if options and not whole and not (inspect.isclass(method) and inspect.signature(method).parameters):
         raise UserError(f"solver '{solver}' takes no options; they are for the methods of torchdiffeq")
     field = Field(velocity_fn, path)
     plan = _plan_times(field, info, steps, times, direction)
@@ -80,12 +82,13 @@ def sample_ode(
 
     x = as_state(noise)
     states = [x]
-    if info.kind == "adaptive":
-        states += integrate_adaptive(field, x, main, solver, options or {}, *tolerances)
-    elif len(main) > 1 and info.library == "torchdiffeq":
-        states += integrate_fixed(field, x, main, solver, options or {}, *tolerances, every=return_info)
+    if len(main) > 1 and whole:
+        states += method.integrate(field, x, main, options or {}, *tolerances, every=return_info)
     elif len(main) > 1:
-        states += _integrate_steps(field, x, main, solver, direction, every=return_info)
+        step = start_solver(solver, "ode", **(options or {}))
+        if direction == "backward" and getattr(step, "forward_only", False):
+            raise UserError(f"'{solver}' samples from noise to data only; take heun or dopri5 to invert")
+        states += _integrate_steps(field, x, main, step, every=return_info)
     if denoise:
         field.begin_step(plan[-2], plan[-1])
         states.append(field.data(states[-1], plan[-2]))
@@ -93,12 +96,7 @@ def sample_ode(
     return (states[-1], SampleInfo(field.nfe, plan, states)) if return_info else states[-1]
 
 
-def _integrate_steps(
-    field: Field, x: Tensor, times: list[float], solver: str, direction: str, every: bool
-) -> list[Tensor]:
-    step = step_solvers.find(solver)()
-    if direction == "backward" and getattr(step, "forward_only", False):
-        raise UserError(f"'{solver}' samples from noise to data only; take heun or dopri5 to invert")
+def _integrate_steps(field: Field, x: Tensor, times: list[float], step: ODESolver, every: bool) -> list[Tensor]:
     states = []
     for t, s in pairwise(times):
         field.begin_step(t, s)

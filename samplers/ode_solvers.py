@@ -1,81 +1,47 @@
 """Fixed-step ODE solvers.
 
 A one-step method is a function of (field, x, t, s) that takes x from time t to time s; a method that remembers earlier
-steps is a class whose objects are such functions, one for each run.
+steps is a class whose objects are such functions, one for each run. What stands first in a docstring is what `dic-repa
+solvers` says.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dic_repa.interpolants import Interpolant
-from dic_repa.registry import Registry
-from dic_repa.samplers.catalog import SolverInfo, add_solver
 from dic_repa.samplers.field import Field
-
-Step = Callable[[Field, Tensor, float, float], Tensor]
-# name -> factory of a step function, called once for each run
-step_solvers = Registry("solver")
+from dic_repa.samplers.solvers import ode_solvers
 
 
-def one_step(name: str) -> Callable[[Step], Step]:
-    """Decorator that files a step function which needs no memory."""
-
-    def decorate(step: Step) -> Step:
-        @functools.wraps(step)
-        def factory() -> Step:
-            return step
-
-        step_solvers.register(name)(factory)
-        return step
-
-    return decorate
-
-
-def register_solver(
-    name: str, order: int = 1, evaluations: int = 1, description: str = "of your own"
-) -> Callable[[Step | type], Step | type]:
-    """Decorator that makes a fixed-step ODE solver of a step function, or of a class of them where it has a memory;
-    `order` and `evaluations` a step are what `dic-repa solvers` tells of it.
-
-        @register_solver("my-euler")
-        def my_euler(field, x, t, s):  # x (B, ...) from time t to s, both floats; field(x, t) is the velocity
-            return x + (s - t) * field(x, t)
-
-    Raises UserError where another solver has this name.
-    """
-
-    def decorate(step: Step | type) -> Step | type:
-        add_solver(SolverInfo(name, "ode", "fixed", order, evaluations, True, description))
-        return (step_solvers.register if inspect.isclass(step) else one_step)(name)(step)
-
-    return decorate
-
-
-@one_step("euler")
+@ode_solvers.register("euler", order=1, evaluations=1)
 def euler(field: Field, x: Tensor, t: float, s: float) -> Tensor:
+    """The simplest; a fair default where the velocity is nearly straight or steps are many."""
     return x + (s - t) * field(x, t)
 
 
-@one_step("heun")
+@ode_solvers.register("heun", order=2, evaluations=2)
 def heun(field: Field, x: Tensor, t: float, s: float) -> Tensor:
-    """The trapezoidal rule behind an Euler step; the step onto t = 0 is an Euler step, as in EDM and REPA."""
+    """Euler, corrected at the step's end (EDM, REPA); a safe choice at 20 to 50 steps.
+
+    The trapezoidal rule behind an Euler step; the step onto t = 0 is an Euler step, as in EDM and REPA.
+    """
     v = field(x, t)
     end = x + (s - t) * v
     return end if s == 0 else x + 0.5 * (s - t) * (v + field(end, s))
 
 
-@step_solvers.register("ab2")
+@ode_solvers.register("ab2", order=2, evaluations=1)
 class AdamsBashforth2:
-    """x_s = x_t + int_t^s p, with p the polynomial in time through the last velocities (Adams-Bashforth).
+    """Second order for Euler's price: reuses the last velocity (Adams-Bashforth).
+
+    x_s = x_t + int_t^s p, with p the polynomial in time through the last velocities (Adams-Bashforth).
 
     The weights are those of the steps' actual sizes, so any time grid will do.
     """
@@ -95,16 +61,21 @@ class AdamsBashforth2:
         return x + polynomial_integral(self.past, [h, h**2 / 2, h**3 / 3])
 
 
-@step_solvers.register("ab3")
+@ode_solvers.register("ab3", order=3, evaluations=1)
 class AdamsBashforth3(AdamsBashforth2):
-    """Adams-Bashforth of third order; its first step takes a second evaluation."""
+    """Third order for Euler's price: reuses the last two velocities (Adams-Bashforth).
+
+    Its first step takes a second evaluation.
+    """
 
     order = 3
 
 
-@step_solvers.register("dpmpp-2m")
+@ode_solvers.register("dpmpp-2m", order=2, evaluations=1)
 class DPMSolverPP2M:
-    """DPM-Solver++ (Lu et al. 2022): the ODE solved exactly but for the data prediction D, which is extrapolated.
+    """Multistep in the data prediction (DPM-Solver++ 2M).
+
+    Lu et al. 2022: the ODE solved exactly but for the data prediction D, which is extrapolated.
 
     With q = alpha / sigma, d(x / sigma) = D dq, so x_s = (sigma_s / sigma_t) x_t + sigma_s int_t^s D dq; D is the
     polynomial through the last predictions. The paper's is a polynomial in log q. Here it is one in t, since log q is
@@ -128,9 +99,12 @@ class DPMSolverPP2M:
         return keep * x + polynomial_integral(self.past, moments)
 
 
-@step_solvers.register("dpmpp-3m")
+@ode_solvers.register("dpmpp-3m", order=3, evaluations=1)
 class DPMSolverPP3M(DPMSolverPP2M):
-    """DPM-Solver++ of third order; its first step takes a second evaluation."""
+    """Multistep in the data prediction (DPM-Solver++ 3M); for 16 evaluations and more.
+
+    Its first step takes a second evaluation.
+    """
 
     order = 3
 

@@ -8,18 +8,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
-from dic_repa.samplers.catalog import solver_info
 from dic_repa.samplers.diffusion_coefficients import Diffusion, create_diffusion, decay
 from dic_repa.samplers.field import Field, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
 from dic_repa.samplers.noise import StepNoise
 from dic_repa.samplers.ode import SampleInfo, check_times
+from dic_repa.samplers.solvers import sde_solvers, solver_info, start_solver
 
-sde_steps = Registry("solver")
-last_steps = Registry("last step")
+last_steps = Registry("last step", key="sample.last_step")  # functions (sde, x, t) -> x at t = 0
 
 
 class ReverseSDE:
@@ -37,16 +36,18 @@ class ReverseSDE:
         return (self.w(t) * (t - s)) ** 0.5 * z
 
 
-@sde_steps.register("euler_maruyama")
+@sde_solvers.register("euler_maruyama", order=1, evaluations=1)
 def euler_maruyama(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
+    """What SiT, REPA and U-REPA report: 250 steps."""
     return x + (s - t) * sde.drift(x, t) + sde.noise(x, t, s, z)
 
 
-@sde_steps.register("stochastic_heun")
+@sde_solvers.register("stochastic_heun", order=2, evaluations=2)
 def stochastic_heun(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
-    """The trapezoidal rule for the drift, behind an Euler-Maruyama step with the same noise.
+    """A corrected euler_maruyama, of second order; not for a diffusion that is large near the data.
 
-    Of weak order 2, as the noise does not depend on the state; w counts with the mean of its roots at the step's ends.
+    The trapezoidal rule for the drift, behind an Euler-Maruyama step with the same noise. It is of weak order 2, as the
+    noise does not depend on the state; w counts with the mean of its roots at the step's ends.
     """
     noise = 0.5 * ((sde.w(t) * (t - s)) ** 0.5 + (sde.w(s) * (t - s)) ** 0.5) * z
     drift = sde.drift(x, t)
@@ -54,17 +55,19 @@ def stochastic_heun(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -
     return x + 0.5 * (s - t) * (drift + sde.drift(end, s)) + noise
 
 
-@sde_steps.register("heun-sit")
+@sde_solvers.register("heun-sit", order=1, evaluations=2)
 def heun_sit(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
-    """SiT's: all of the step's noise first, then Heun's step of the drift from there. Of weak order 1."""
+    """SiT's Heun: a step's noise first, then heun; for its numbers, stochastic_heun is more accurate."""
     noisy = x + sde.noise(x, t, s, z)
     drift = sde.drift(noisy, t)
     return noisy + 0.5 * (s - t) * (drift + sde.drift(noisy + (s - t) * drift, s))
 
 
-@sde_steps.register("ou")
+@sde_solvers.register("ou", order=1, evaluations=1)
 def ornstein_uhlenbeck(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
-    """The SDE solved exactly for a data prediction D that stays what it is at the step's start.
+    """Exact for a frozen data prediction; stable where the diffusion is large near the data.
+
+    The SDE solved exactly for a data prediction D that stays what it is at the step's start.
 
     x - alpha D is an Ornstein-Uhlenbeck process then, and x_s = alpha_s D + sigma_s (k eps + sqrt(1 - k^2) z) with
     k = exp(-int_s^t w / (2 sigma^2)). With no diffusion this is DDIM, with the form 'sbdm' DDPM's ancestral step.
@@ -78,7 +81,7 @@ def ornstein_uhlenbeck(sde: ReverseSDE, x: Tensor, t: float, s: float, z: Tensor
 
 @last_steps.register("mean")
 def mean(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
-    """Along the SDE's drift, without noise."""
+    """Along the SDE's drift, without noise; REPA and U-REPA."""
     return x - t * sde.drift(x, t)
 
 
@@ -90,8 +93,14 @@ def euler(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
 
 @last_steps.register("tweedie")
 def tweedie(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
-    """To the data prediction (x + sigma^2 s) / alpha."""
+    """To the data prediction (x + sigma^2 s) / alpha; the one to take on a VP path."""
     return sde.field.data(x, t)
+
+
+@last_steps.register("none")
+def no_last_step(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
+    """No last step: the SDE runs on to where its score can still be computed, and a trace of noise stays."""
+    return x
 
 
 @torch.no_grad()
@@ -128,8 +137,9 @@ def sample_sde(
     leaves no time for the others.
     """
     solver_info(solver, "sde")
-    step = sde_steps.find(solver)
-    finish = None if last_step == "none" else _last_step(last_step)
+    step = start_solver(solver, "sde")
+    found = last_steps.find(last_step)
+    finish = None if found is no_last_step else found
     field = Field(velocity_fn, path)
     sde = ReverseSDE(field, create_diffusion(diffusion, field.path, diffusion_norm))
     noise_fn = noise_fn or StepNoise(seed, range(len(noise)) if indices is None else indices)
@@ -156,12 +166,6 @@ def sample_sde(
         plan, states = [*plan, 0.0], [*states, x]
     field.begin_step(None, None)
     return (x, SampleInfo(field.nfe, plan, states)) if return_info else x
-
-
-def _last_step(name: str) -> Callable[[ReverseSDE, Tensor, float], Tensor]:
-    if name not in last_steps:
-        raise unknown_name("last step", name, [*last_steps.names(), "none"])
-    return last_steps.find(name)
 
 
 def _check_steps(steps: int, last_step_size: float, high: float, has_last: bool) -> int:

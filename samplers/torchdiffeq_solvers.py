@@ -1,9 +1,14 @@
-"""The methods of torchdiffeq, fixed and adaptive, behind the same field that our own solvers integrate."""
+"""The methods of torchdiffeq, fixed and adaptive, behind the same field that our own solvers integrate.
+
+Each takes all steps itself, by `integrate(field, x, times, options, rtol, atol, every)`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +16,7 @@ from torchdiffeq import odeint
 
 from dic_repa.errors import UserError
 from dic_repa.samplers.field import Field
-
-# torchdiffeq's own default is the twelfth order, which is unstable at the step sizes of sampling.
-_FIXED_OPTIONS = {"explicit_adams": {"max_order": 5}, "implicit_adams": {"max_order": 4}}
+from dic_repa.samplers.solvers import ode_solvers
 
 
 class _Adapter:
@@ -28,40 +31,116 @@ class _Adapter:
         return self.field(x, t)
 
 
-def integrate_fixed(
-    field: Field, x: Tensor, times: list[float], method: str, options: dict, rtol: float, atol: float, every: bool
-) -> list[Tensor]:
-    """States at `times` (if `every`; else at the last only) by a fixed-grid method over that grid."""
-    if method in _FIXED_OPTIONS:
-        _check_uniform(times, method)
-    grid = torch.tensor(times, dtype=torch.float64, device=x.device)
-    options = {**_FIXED_OPTIONS.get(method, {}), "grid_constructor": lambda func, y0, t: grid, **options}
-    adapter = _Adapter(field, iter(pairwise(times)))
-    stops = grid if every else grid[[0, -1]]
-    states = odeint(adapter, x, stops, rtol=rtol, atol=atol, method=method, options=options)
-    return list(states[1:])
+@dataclass(frozen=True)
+class FixedGrid:
+    """A method that takes the steps it is given."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    uniform: bool = False  # steps of one size only
+
+    def integrate(
+        self, field: Field, x: Tensor, times: list[float], options: dict, rtol: float, atol: float, every: bool
+    ) -> list[Tensor]:
+        """States at `times[1:]` (if `every`; else at the last only)."""
+        if self.uniform:
+            _check_uniform(times, self.method)
+        grid = torch.tensor(times, dtype=torch.float64, device=x.device)
+        options = {**self.options, "grid_constructor": lambda func, y0, t: grid, **options}
+        adapter = _Adapter(field, iter(pairwise(times)))
+        stops = grid if every else grid[[0, -1]]
+        states = odeint(adapter, x, stops, rtol=rtol, atol=atol, method=self.method, options=options)
+        return list(states[1:])
 
 
-def integrate_adaptive(
-    field: Field, x: Tensor, times: list[float], method: str, options: dict, rtol: float, atol: float
-) -> list[Tensor]:
-    """States at `times[1:]` by an adaptive method, which starts anew at each of the field's breakpoints."""
-    states = []
-    for t, s in pairwise(times):
-        inside = [point for point in field.breakpoints if min(t, s) < point < max(t, s)]
-        stops = [t, *sorted(inside, reverse=s < t), s]
-        for start, stop in pairwise(stops):
-            # A stretch between breakpoints lies on one side of each of them, and its middle tells on which.
-            field.begin_step(0.5 * (start + stop), None)
-            ends = torch.tensor([start, stop], dtype=torch.float64, device=x.device)
-            # Without it the last step goes beyond the end, where there may be no velocity, and is interpolated.
-            landing = {} if method == "scipy_solver" else {"step_t": ends[1:]}
-            x = odeint(_Adapter(field), x, ends, rtol=rtol, atol=atol, method=method, options=landing | options)[-1]
-        states.append(x)
-    return states
+@dataclass(frozen=True)
+class Adaptive:
+    """A method that chooses its steps by the tolerances; it starts anew at each of the field's breakpoints."""
+
+    method: str
+    adaptive = True
+
+    def integrate(
+        self, field: Field, x: Tensor, times: list[float], options: dict, rtol: float, atol: float, every: bool
+    ) -> list[Tensor]:
+        """States at `times[1:]`."""
+        states = []
+        for t, s in pairwise(times):
+            inside = [point for point in field.breakpoints if min(t, s) < point < max(t, s)]
+            stops = [t, *sorted(inside, reverse=s < t), s]
+            for start, stop in pairwise(stops):
+                # A stretch between breakpoints lies on one side of each of them, and its middle tells on which.
+                field.begin_step(0.5 * (start + stop), None)
+                ends = torch.tensor([start, stop], dtype=torch.float64, device=x.device)
+                # Without it the last step goes beyond the end, where there may be no velocity, and is interpolated.
+                landing = {} if self.method == "scipy_solver" else {"step_t": ends[1:]}
+                given = landing | options
+                x = odeint(_Adapter(field), x, ends, rtol=rtol, atol=atol, method=self.method, options=given)[-1]
+            states.append(x)
+        return states
 
 
 def _check_uniform(times: list[float], method: str) -> None:
     sizes = [s - t for t, s in pairwise(times)]
     if max(sizes) - min(sizes) > 1e-9:
         raise UserError(f"'{method}' needs steps of one size; take ab2 or ab3 for other time grids")
+
+
+ode_solvers.register(
+    "midpoint", order=2, evaluations=2, description="one evaluation in the middle of the step; as accurate as heun"
+)(FixedGrid("midpoint"))
+ode_solvers.register("heun2", order=2, evaluations=2, description="heun without the Euler step at the end")(
+    FixedGrid("heun2")
+)
+ode_solvers.register("heun3", order=3, evaluations=3, description="Heun's third-order Runge-Kutta method")(
+    FixedGrid("heun3")
+)
+ode_solvers.register(
+    "rk4",
+    order=4,
+    evaluations=4,
+    description="fourth-order Runge-Kutta (3/8 rule); for reference values at few, long steps",
+)(FixedGrid("rk4"))
+# torchdiffeq's own default is the twelfth order, which is unstable at the step sizes of sampling.
+ode_solvers.register(
+    "explicit_adams", order=4, evaluations=1, description="Adams-Bashforth on a uniform grid, started by rk4"
+)(FixedGrid("explicit_adams", {"max_order": 5}, uniform=True))
+ode_solvers.register(
+    "implicit_adams",
+    order=4,
+    evaluations=None,
+    description="Adams-Moulton on a uniform grid, iterated to rtol and atol",
+)(FixedGrid("implicit_adams", {"max_order": 4}, uniform=True))
+ode_solvers.register(
+    "dopri5",
+    order=5,
+    evaluations=None,
+    description="Dormand-Prince; the one to take for inversion, likelihood and reference samples",
+)(Adaptive("dopri5"))
+ode_solvers.register(
+    "dopri8",
+    order=8,
+    evaluations=None,
+    description="Dormand-Prince of eighth order; for tolerances below 1e-7, in float64",
+)(Adaptive("dopri8"))
+ode_solvers.register(
+    "bosh3",
+    order=3,
+    evaluations=None,
+    description="Bogacki-Shampine; fewer evaluations than dopri5 at tolerances above 1e-3",
+)(Adaptive("bosh3"))
+ode_solvers.register(
+    "fehlberg2",
+    order=2,
+    evaluations=None,
+    description="Runge-Kutta-Fehlberg; its error is about a hundred times the tolerance",
+)(Adaptive("fehlberg2"))
+ode_solvers.register("adaptive_heun", order=2, evaluations=None, description="heun with an error estimate")(
+    Adaptive("adaptive_heun")
+)
+ode_solvers.register(
+    "scipy_solver",
+    order=5,
+    evaluations=None,
+    description="a method of scipy's solve_ivp on the CPU (LSODA unless the options name another)",
+)(Adaptive("scipy_solver"))

@@ -94,15 +94,13 @@ def plugin_folder(tmp_path, monkeypatch):
     from dic_repa.data import datasets
     from dic_repa.encoders import base
     from dic_repa.models.registry import denoisers
-    from dic_repa.samplers import catalog
-    from dic_repa.samplers.ode_solvers import step_solvers
+    from dic_repa.samplers.solvers import ode_solvers
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for registry in (base.encoders, heads, datasets, denoisers, step_solvers):
+    for registry in (base.encoders, heads, datasets, denoisers, ode_solvers):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(catalog, "_BY_NAME", dict(catalog._BY_NAME))
     yield tmp_path
     for name, module in list(sys.modules.items()):
         if (file := getattr(module, "__file__", None)) and Path(file).is_relative_to(tmp_path):

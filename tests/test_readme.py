@@ -141,7 +141,7 @@ def test_a_solver_of_ones_own(here, tmp_path):
         images[solver] = [file.read_bytes() for file in sorted((tmp_path / solver).glob("0*.png"))]
     assert len(images["midpoint"]) == 4
     assert images["my-midpoint"] == images["midpoint"]  # torchdiffeq's
-    with pytest.raises(UserError, match="solver 'midpoint' is there already"):
+    with pytest.raises(UserError, match="solver 'midpoint' is registered already"):
         register_solver("midpoint")(lambda field, x, t, s: x)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dic_repa.models.dic import timestep_embedding
 from dic_repa.registry import Registry
 
-heads = Registry("head")
+heads = Registry("head", key="alignments.0.head")
 register_head = heads.register
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dic_repa.registry import Registry
 
-alignment_losses = Registry("alignment loss", plural="alignment-losses")
+alignment_losses = Registry("alignment loss", plural="alignment-losses", key="alignments.0.loss")
 
 
 @alignment_losses.register("u-repa")

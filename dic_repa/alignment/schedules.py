@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dic_repa.errors import UserError
 from dic_repa.registry import Registry
 
-time_weights = Registry("time weight")
-schedules = Registry("schedule")
+time_weights = Registry("time weight", key="alignments.0.time_weight")
+schedules = Registry("alignment schedule", key="alignments.0.schedule")
 
 
 @time_weights.register("constant")

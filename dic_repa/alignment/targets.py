@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dic_repa.registry import Registry
 
-targets = Registry("target")
+targets = Registry("target", key="alignments.0.target")
 
 
 @targets.register("tokens")

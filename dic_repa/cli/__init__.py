@@ -26,6 +26,7 @@ VERBS = {
     "info": "Parameters and MACs of a model or a recipe.",
     "encoders": "List the encoders, or run one on an image and show its tokens.",
     "solvers": "List the solvers, or compare their quality against their cost on a run.",
+    "parts": "List what a recipe can choose: the kinds of part, or the parts of one kind.",
     "convert": "The authors' checkpoints to ours and back; training checkpoints to small ones.",
     "recipes": "List the recipes, show one, or compare two.",
     "env": "Versions, devices and settings, as a bug report needs them.",

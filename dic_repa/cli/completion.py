@@ -5,6 +5,7 @@ Each function takes what click gives it and returns the names that begin with wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from importlib import resources
 
@@ -18,6 +19,14 @@ ENCODERS = (
     "mocov3-vit-l mocov3-vit-s pe-core-b pe-core-g pe-core-l pe-core-s pe-core-t pe-spatial-b pe-spatial-g "
     "pe-spatial-l pe-spatial-s pe-spatial-t siglip2-vit-b siglip2-vit-g siglip2-vit-l siglip2-vit-so400m timm:"
 ).split()
+
+# Modules of `dic_repa.samplers`, with the registry that each files its solvers into.
+_SOLVERS = (
+    ("ode_solvers", "ode_solvers"),
+    ("torchdiffeq_solvers", "ode_solvers"),
+    ("sde", "sde_solvers"),
+    ("ddpm", "ddpm_solvers"),
+)
 
 
 def recipes(_context, _parameter, typed: str) -> list[CompletionItem]:
@@ -36,15 +45,28 @@ def runs(_context, _parameter, typed: str) -> list[CompletionItem]:
 
 def solvers(_context, _parameter, typed: str) -> list[CompletionItem]:
     """The solvers; of several with commas, for the last one."""
-    from dic_repa.samplers.catalog import list_solvers
+    from dic_repa.registry import read_source
 
     before, comma, _ = typed.rpartition(",")
-    return _offered([f"{before}{comma}{info.name}" for info in list_solvers()], typed, files=False)
+    known = [name for module, variable in _SOLVERS for name in read_source(f"dic_repa.samplers.{module}", variable)]
+    return _offered([f"{before}{comma}{name}" for name in known], typed, files=False)
 
 
 def encoders(_context, _parameter, typed: str) -> list[CompletionItem]:
     """The encoders of the package."""
     return _offered(ENCODERS, typed, files=False)
+
+
+def parts(_context, _parameter, typed: str) -> list[CompletionItem]:
+    """The kinds of part, as `dic_repa.protocols` has them."""
+    from dic_repa import protocols
+
+    names = [name for name, value in vars(protocols).items() if getattr(value, "__module__", "") == protocols.__name__]
+    return _offered(
+        [re.sub("(?<=[a-z])(?=[A-Z])|(?<=ODE|SDE)(?=S)|(?<=DDPM)(?=S)", "-", n).lower() for n in names],
+        typed,
+        files=False,
+    )
 
 
 def keys(_context, _parameter, typed: str) -> list[CompletionItem]:

@@ -10,7 +10,14 @@ from dic_repa.cli import completion
 from dic_repa.cli.options import Count, option_group, recipe_option
 from dic_repa.errors import UserError
 from dic_repa.recipe import SampleSection, validate
-from dic_repa.samplers.catalog import DIFFUSION_FORMS, GUIDANCE_SCHEDULES, LAST_STEPS, TIME_GRIDS, solver_info
+from dic_repa.registry import read_source
+from dic_repa.samplers.solvers import solver_info
+
+# Read, since importing them would import torch.
+DIFFUSION_FORMS = read_source("dic_repa.samplers.diffusion_coefficients", "diffusion_forms")
+GUIDANCE_SCHEDULES = read_source("dic_repa.samplers.guidance", "guidance_schedules")
+LAST_STEPS = read_source("dic_repa.samplers.sde", "last_steps")
+TIME_GRIDS = read_source("dic_repa.samplers.grids", "time_grids")
 
 _SOLVER_KEYS = (
     "steps",
@@ -124,11 +131,12 @@ def _family(solver: str) -> tuple[str, str]:
 
 
 def _parse_grid(text: str) -> dict:
-    """'karras', 'shifted:shift=3', or the times themselves: '1,0.5,0'."""
+    """'karras', 'shifted:shift=3', 'my_module:MyGrid:rho=5', or the times themselves: '1,0.5,0'."""
     try:
         if text[:1].isdigit():
             return {"times": [float(part) for part in text.split(",")]}
-        name, _, arguments = text.partition(":")
+        *parts, arguments = text.split(":") if "=" in text else (text, "")
+        name = ":".join(parts)
         pairs = [pair.partition("=") for pair in arguments.split(",") if pair]
         return {"name": name, "options": {key.strip(): float(value) for key, _, value in pairs}}
     except ValueError:

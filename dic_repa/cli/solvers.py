@@ -11,12 +11,14 @@ from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
 from dic_repa.recipe.values import MOST_IMAGES
-from dic_repa.samplers.catalog import list_solvers
+from dic_repa.registry import import_plugin
+from dic_repa.samplers import list_solvers
 
 
 @click.group("solvers", cls=Group, invoke_without_command=True)
+@click.option("--plugin", "plugins", metavar="MODULE", multiple=True, help="Import a module that registers solvers.")
 @click.pass_context
-def command(context: click.Context):
+def command(context: click.Context, plugins: tuple[str, ...]):
     """List the solvers: order, network evaluations per step, deterministic or not, and when to take which.
 
     The order is that of the error in the step size (for an SDE in the mean): at order 2, half the step makes a
@@ -27,6 +29,8 @@ def command(context: click.Context):
       dic-repa solvers
       dic-repa solvers compare runs/digits-urepa
     """
+    for plugin in plugins:
+        import_plugin(plugin)
     if context.invoked_subcommand is not None:
         return
     solvers = list_solvers()

@@ -7,7 +7,7 @@ from dic_repa.data.prepared import Prepared
 from dic_repa.data.random_data import RandomData
 from dic_repa.registry import Registry
 
-datasets = Registry("data set")
+datasets = Registry("data set", key="data.name")
 register_dataset = datasets.register
 register_dataset("digits")(Digits)
 register_dataset("prepared")(Prepared)

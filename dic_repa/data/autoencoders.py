@@ -1,22 +1,19 @@
-"""Autoencoders between images and the denoiser's data, behind one small protocol.
+"""Autoencoders between images and the denoiser's data: `dic_repa.protocols.Autoencoder` says what they have.
 
-An autoencoder has a `spec` and
-
-    encode(images) -> moments   images (B, 3, H, W) in [0, 1] to the posterior's mean and standard deviation,
-                                one behind the other, (B, 2C, h, w)
-    decode(x) -> images         the denoiser's data (B, C, h, w) back to images in [0, 1]
-
-The denoiser's data is x = (z - shift) * scale, with z drawn from the posterior: see `dic_repa.data.latents`.
+A name is 'none' (pixels), one that was registered in `autoencoders` or is an entry point, `package.module:factory`, or
+else a `diffusers.AutoencoderKL`: a local folder or a hub id. The denoiser's data is x = (z - shift) * scale, with z
+drawn from the posterior: see `dic_repa.data.latents`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +21,10 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
+from dic_repa.protocols import Autoencoder
+from dic_repa.registry import Registry
 
+autoencoders = Registry("autoencoder", key="data.autoencoder")
 DECODE_BATCH = 16  # images decoded at once: at 256 px a batch of this size takes about 3 GB
 
 
@@ -68,21 +68,6 @@ class AutoencoderSpec:
         return torch.tensor(values, dtype=like.dtype).view(-1, 1, 1).to(like.device, non_blocking=True)
 
 
-class Autoencoder(Protocol):
-    """See the module's docstring."""
-
-    spec: AutoencoderSpec
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def encode(self, images: Tensor) -> Tensor: ...
-
-    def decode(self, x: Tensor) -> Tensor: ...
-
-    def to(self, device: torch.device | str) -> Autoencoder: ...
-
-
 PIXELS = AutoencoderSpec("none", 3, 1, (0.5,) * 3, (2.0,) * 3)
 _SD_VAE: dict[str, Any] = {"channels": 4, "downsample": 8, "shift": (0.0,) * 4, "scale": (0.18215,) * 4}
 # What the papers use: known without their config, so that existing latents train on a machine with no network.
@@ -90,23 +75,41 @@ _KNOWN = {name: AutoencoderSpec(name, **_SD_VAE) for name in ("stabilityai/sd-va
 
 
 def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
-    """'none' for pixels, or a `diffusers.AutoencoderKL` from a local folder or a hub id, ':SUBFOLDER' behind it where
-    it is part of a pipeline. Weights are safetensors. A UserError says what is missing and where to put it.
+    """'none' for pixels, one of your own, or a `diffusers.AutoencoderKL` from a local folder or a hub id, ':SUBFOLDER'
+    behind it where it is part of a pipeline; its weights are safetensors.
+
+    Raises:
+        UserError: that says what is missing and where to put it.
     """
-    return Pixels() if name == "none" else _loaded(name).to(device)
+    return _loaded(name).to(device)
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(name: str) -> KLAutoencoder:
-    return KLAutoencoder(name)  # once, though both training data and sampling ask for it
+def _loaded(name: str) -> Autoencoder:  # once, though both training data and sampling ask for it
+    if not _is_part(name):
+        return KLAutoencoder(name)
+    autoencoder = autoencoders.create(name)
+    if missing := [part for part in ("spec", "encode", "decode", "device", "to") if not hasattr(autoencoder, part)]:
+        raise UserError(
+            f"autoencoder '{name}' gives a {type(autoencoder).__name__} without {' and '.join(missing)}; "
+            "dic_repa.protocols.Autoencoder says what it must have"
+        )
+    autoencoder.spec = replace(autoencoder.spec, name=name)  # by which data and checkpoints find it again
+    return autoencoder
+
+
+def _is_part(name: str) -> bool:
+    """Whether `name` is one of the registry's, or `package.module:factory`, and no place of diffusers' files."""
+    is_factory = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and not Path(name.partition(":")[0]).is_dir()
+    return bool(name in autoencoders or is_factory)
 
 
 def load_spec(name: str) -> AutoencoderSpec:
-    """The spec of an autoencoder, from its config alone; known for 'none' and stabilityai/sd-vae-ft-ema and -mse."""
-    if name == "none":
-        return PIXELS
+    """The spec of an autoencoder; of diffusers' from its config alone, or known (sd-vae-ft-ema and -mse)."""
     if name in _KNOWN:
         return _KNOWN[name]
+    if _is_part(name):
+        return _loaded(name).spec
     from diffusers import AutoencoderKL
 
     with _Explained(name):
@@ -119,6 +122,7 @@ def decode_in_batches(autoencoder: Autoencoder, x: Tensor, batch_size: int = DEC
     return torch.cat([autoencoder.decode(part) for part in x.split(batch_size)])
 
 
+@autoencoders.register("none")
 class Pixels:
     """No autoencoder: the denoiser's data is the image in [-1, 1]."""
 

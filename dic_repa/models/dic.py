@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 SHAPES = {"unet": (1, 2, 4), "isotropic": (1, 1, 1)}  # widths of the levels; where they are one, nothing is resampled
 SKIP_STRIDES = {"sparse": 3, "dense": 1, "none": 0}
 EMBEDDINGS = {"per-level": 3, "shared": 1}
-blocks = Registry("block")
+blocks = Registry("block", key="model.options.block")
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -24,7 +24,7 @@ from dic_repa.models.dic import PRESETS as DIC_PRESETS
 from dic_repa.models.pretrained import Pretrained, saved_kind
 from dic_repa.registry import Registry
 
-denoisers = Registry("model", plural="denoisers")
+denoisers = Registry("denoiser", key="model.name")
 register_denoiser = denoisers.register
 
 

@@ -13,7 +13,7 @@ from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
-objectives = Registry("objective")
+objectives = Registry("objective", modules=["dic_repa.objectives"], key="objective.name")
 
 
 def create_objective(name: str, **kwargs) -> Objective:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
-time_samplings = Registry("time sampling")
+time_samplings = Registry("time sampling", key="objective.options.time")
 
 
 def create_time_sampling(name: str, **kwargs):

@@ -15,7 +15,7 @@ from torch import Tensor
 from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 
-weightings = Registry("weighting")
+weightings = Registry("loss weighting", key="objective.options.weighting")
 
 
 def create_weighting(name: str, **kwargs):

@@ -157,7 +157,7 @@ class TrainSection(Section):
 
 
 class GuidanceSection(Section):
-    kind: Literal["cfg", "cfg++"] = Field("cfg", description="classifier-free guidance, or CFG++ (scale in [0, 1])")
+    kind: str = Field("cfg", description="cfg: classifier-free guidance; cfg++ (scale in [0, 1]); or one of your own")
     scale: NotNegative = Field(1.65, description="1: none; above: towards the class")
     interval: tuple[Time, Time] = Field((0.0, 0.7), description="when guidance acts: 0 is data, 1 is noise")
     channels: Count | None = Field(None, description="guide the first so many channels only (DiT: 3); null: all")

@@ -18,7 +18,8 @@ from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.recipe.build import build_decoder, build_objective
 from dic_repa.runtime.precision import tf32
-from dic_repa.samplers import CFGPlusPlus, Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
+from dic_repa.samplers import Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
+from dic_repa.samplers.guidance import guidances
 from dic_repa.sampling.decoding import decode_batches
 from dic_repa.sampling.labels import check_labels
 from dic_repa.sampling.load import Checkpoint, load_checkpoint
@@ -170,8 +171,8 @@ def build_guidance(section: GuidanceSection | None) -> Guidance:
     """The guidance of a recipe; a scale of 1 where there is none."""
     if section is None:
         return Guidance(1.0)
-    kind = {"cfg": Guidance, "cfg++": CFGPlusPlus}[section.kind]
-    return kind(section.scale, section.interval, section.channels, section.schedule, section.rescale, section.doubled)
+    settings = (section.scale, section.interval, section.channels, section.schedule, section.rescale, section.doubled)
+    return guidances.create(section.kind, *settings)
 
 
 def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:

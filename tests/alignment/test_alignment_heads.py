@@ -153,7 +153,7 @@ def test_heads_see_the_time_between_0_and_1():
         ({"target": "spatial"}, "unknown target 'spatial'; did you mean spatial-norm"),
         ({"target": {"name": "spatial-norm", "gama": 1}}, "option of target 'spatial-norm'.*did you mean gamma"),
         ({"time_weight": "v"}, "unknown time weight 'v'"),
-        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean cosine"),
+        ({"schedule": "cosin"}, "unknown alignment schedule 'cosin'; did you mean cosine"),
         ({"schedule": "stop"}, "'stop'.*steps"),
     ],
 )

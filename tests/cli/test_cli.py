@@ -146,7 +146,7 @@ def test_mistakes_in_commands(mistake):
     assert "unknown objective" in mistake("train", "digits-urepa", "--set=objective.name=flow")
     message = "unknown option of objective 'flow-matching': 'pth'; did you mean path?"
     assert message in mistake("train", "digits-urepa", "--set=objective.options={pth: linear}")
-    assert "unknown path" in mistake("train", "digits-urepa", "--set=objective.options={path: liner}")
+    assert "unknown interpolant" in mistake("train", "digits-urepa", "--set=objective.options={path: liner}")
     assert "unknown data set 'digit'; did you mean digits" in mistake("train", "digits-urepa", "--set=data.name=digit")
     assert "divisible by 4, not 18x18" in mistake("train", "digits-urepa", "--set=data.size=18")
     assert "divisible by 4, not 18x18" in mistake("train", "digits-baseline", "--set=data.size=18")

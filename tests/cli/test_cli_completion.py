@@ -13,7 +13,7 @@ import torch
 from dic_repa.cli import VERBS, completion, main
 from dic_repa.encoders import list_encoders
 from dic_repa.recipe import list_recipes
-from dic_repa.samplers.catalog import list_solvers
+from dic_repa.samplers import list_solvers
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -18,7 +16,6 @@ from dic_repa.samplers import (
     KarrasGrid,
     ShiftedGrid,
     UniformGrid,
-    catalog,
     create_grid,
     initial_noise,
     list_solvers,
@@ -27,27 +24,11 @@ from dic_repa.samplers import (
     sample_sde,
     solver_info,
 )
-from dic_repa.samplers.diffusion_coefficients import diffusion_forms
-from dic_repa.samplers.grids import grids
-from dic_repa.samplers.guidance import scale_schedules
-from dic_repa.samplers.sde import last_steps
 
 MIXTURE = GaussianMixture([[0.8, -0.5], [-0.6, 0.4]], [0.5, 0.5], 0.3)
 NOISE = torch.randn(4, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 FIELD = MIXTURE.velocity(LinearPath())
 ODE = list_solvers("ode")
-
-
-def test_the_catalogue_needs_no_torch():
-    code = "import sys; from dic_repa.samplers import list_solvers; list_solvers(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_catalogue_lists_what_there_is():
-    assert set(catalog.DIFFUSION_FORMS) == set(diffusion_forms.names())
-    assert set(catalog.LAST_STEPS) == {*last_steps.names(), "none"}
-    assert set(catalog.TIME_GRIDS) == set(grids.names())
-    assert set(catalog.GUIDANCE_SCHEDULES) == set(scale_schedules.names())
 
 
 @pytest.mark.parametrize("info", [info for info in ODE if info.kind == "fixed"], ids=lambda info: info.name)

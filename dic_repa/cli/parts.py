@@ -1,0 +1,91 @@
+"""`dic-repa parts`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dic_repa.cli import completion
+from dic_repa.errors import unknown_name
+
+if TYPE_CHECKING:
+    from dic_repa.registry import Registry
+
+# The modules in which the registries are, in the order of the list.
+_HOMES = (
+    "models.registry models.dic data data.autoencoders objectives.base interpolants objectives.time_sampling "
+    "objectives.weighting encoders.base alignment.heads alignment.targets alignment.losses alignment.schedules "
+    "training.optimizers training.schedules samplers.solvers samplers.guidance samplers.grids "
+    "samplers.diffusion_coefficients samplers.sde evaluation evaluation.scores evaluation.extractors"
+).split()
+_FURTHER = {"encoder": "dic-repa encoders", "denoiser": "dic-repa info", "ODE solver": "dic-repa solvers"}
+
+
+@click.command("parts")
+@click.argument("kind", required=False, shell_complete=completion.parts)
+@click.option("--plugin", "plugins", metavar="MODULE", multiple=True, help="Import a module that registers parts.")
+def command(kind: str | None, plugins: tuple[str, ...]):
+    """List the kinds of part that a recipe can choose, or the parts of one KIND.
+
+    Parts of your own are listed too: those of --plugin, and those that an installed package offers as entry points.
+    What a part of each kind must have is said in dic_repa/protocols.py.
+
+    \b
+    Examples:
+      dic-repa parts
+      dic-repa parts time-weight
+      dic-repa parts ode-solver --plugin my_solver
+    """
+    from dic_repa.registry import import_plugin
+
+    for plugin in plugins:
+        import_plugin(plugin)
+    kinds = find_registries()
+    if kind is None:
+        rows = {slug: {"parts": len(registry.names()), "in a recipe": registry.key} for slug, registry in kinds.items()}
+    else:
+        slug = kind.replace(" ", "-").lower()
+        registry = kinds.get(slug) or kinds.get(slug.removesuffix("s"))
+        if registry is None:
+            raise unknown_name("kind of part", kind, kinds)
+        rows = {name: _facts(registry, name) for name in registry}
+    _print(rows, "kind" if kind is None else registry.kind)
+    if kind is not None:
+        _print_end(registry)
+
+
+def find_registries() -> dict[str, Registry]:
+    """Every kind's registry, by its name with hyphens."""
+    from dic_repa.registry import Registry
+
+    found: dict[str, Registry] = {}
+    for home in _HOMES:
+        for value in vars(import_module(f"dic_repa.{home}")).values():
+            if isinstance(value, Registry):
+                found.setdefault(value.slug, value)
+    return found
+
+
+def _facts(registry: Registry, name: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if registry.kind.endswith("solver"):
+        evaluations = registry.fact(name, "evaluations", 1)
+        facts = {"order": registry.fact(name, "order", 1), "evaluations": evaluations or "auto"}
+    return facts | {"description": registry.describe(name)}
+
+
+def _print(rows: dict[str, dict[str, Any]], heading: str) -> None:
+    from dic_repa.cli.table import print_rows
+
+    columns = list(next(iter(rows.values())))
+    table = [(heading, *columns)] + [(name, *(str(row[column]) for column in columns)) for name, row in rows.items()]
+    print_rows(table, left=(0, len(columns)))
+
+
+def _print_end(registry: Registry) -> None:
+    click.echo(f"\nin a recipe: {registry.key or 'see docs/extending.md'}; one of your own: {registry.protocol} in")
+    click.echo(f"dic_repa/protocols.py says what it must have; entry points: {registry.group}")
+    if registry.kind in _FURTHER:
+        click.echo(f"more about them: {_FURTHER[registry.kind]}")
