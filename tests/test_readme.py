@@ -85,6 +85,7 @@ def here(plugin_folder):
     return functools.partial(cli.main, standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_plugging_in_an_encoder(dic_repa, tmp_path):
     write_examples(tmp_path, "my_encoder.py", "my_recipe.yaml")
     ((verb, recipe),) = commands_of("my_recipe.yaml")
@@ -145,6 +146,7 @@ def test_a_solver_of_ones_own(here, tmp_path):
         register_solver("midpoint")(lambda field, x, t, s: x)
 
 
+@pytest.mark.slow
 def test_python_examples(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -105,6 +105,7 @@ def test_nothing_is_left_at_zero():
     assert all(parameter.any() for parameter in denoiser.parameters() if parameter.ndim > 1)
 
 
+@pytest.mark.slow
 def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     narrow = ("model.width=8", "model.depths=[1,1,1,1,1]")

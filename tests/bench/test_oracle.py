@@ -91,6 +91,7 @@ def test_a_time_that_the_batch_shares_is_embedded_once():
     assert rows == [1, 1]
 
 
+@pytest.mark.slow
 def test_traced_whole():
     """As torch.compile traces and differentiates it; generating code for the whole would take minutes."""
     model, oracle = pair(depths=(2, 1, 1, 1, 2))

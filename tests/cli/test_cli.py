@@ -44,6 +44,7 @@ def test_train_samples_and_judges(run):
         assert min(grid.size) > 100
 
 
+@pytest.mark.slow
 def test_sample_is_the_same_whatever_the_batch_size(run, dic_repa, tmp_path):
     folder, _ = run
     for solver in ("heun", "euler_maruyama"):
@@ -58,6 +59,7 @@ def test_sample_is_the_same_whatever_the_batch_size(run, dic_repa, tmp_path):
         assert (tmp_path / f"{solver}-7/grid.png").exists()
 
 
+@pytest.mark.slow
 def test_a_model_without_labels_is_sampled_without(run, dic_repa, tmp_path):
     shutil.copytree(run[0] / "checkpoints/step_00000004/ema", tmp_path / "unlabelled")
     recipe = tmp_path / "unlabelled/recipe.yaml"
@@ -66,6 +68,7 @@ def test_a_model_without_labels_is_sampled_without(run, dic_repa, tmp_path):
     assert json.loads((tmp_path / "out/samples.json").read_text())["labels"] == [10, 10]
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_no_image_of_before(run, dic_repa, tmp_path):
     dic_repa("sample", run[0], "--num", "4", "--steps", "1", "--out", "out")
     dic_repa("sample", run[0], "--num", "2", "--steps", "3", "--out", "out", "--overwrite", "--trajectory")
@@ -74,16 +77,19 @@ def test_overwriting_leaves_no_image_of_before(run, dic_repa, tmp_path):
         assert picture.width > picture.height
 
 
+@pytest.mark.slow
 def test_sample_with_a_sampling_recipe(run, dic_repa, tmp_path):
     dic_repa("sample", run[0], "--recipe", "digits-cfg", "--num", "3", "--out", "out")
     assert json.loads((tmp_path / "out/samples.json").read_text())["sample"]["guidance"]["scale"] == 1.8
 
 
+@pytest.mark.slow
 def test_sample_takes_an_inference_checkpoint(run, dic_repa, tmp_path):
     dic_repa("sample", run[0] / "checkpoints/step_00000004/ema", "--num", "2", "--out", "out")
     assert load_png(tmp_path / "out/000001.png").shape == (1, 16, 16)
 
 
+@pytest.mark.slow
 def test_evaluate_several_runs_and_reads_what_is_known(run, dic_repa, tmp_path):
     folder, first = run
     other = ["--out", "other", *TINY, "--set=train.steps=4", "--set=train.sample_every=4", "--set=train.seed=1"]
@@ -104,6 +110,7 @@ def test_evaluate_several_runs_and_reads_what_is_known(run, dic_repa, tmp_path):
     assert "cfg 1.8" in guided.stdout
 
 
+@pytest.mark.slow
 def test_info_prints_the_table(dic_repa):
     lines = dic_repa("info", "DiC-XL", "DiC-S").stdout.splitlines()
     assert lines[1].split() == ["DiC-XL", "32x32", "702.27", "116.10", "57.2"]
@@ -132,6 +139,7 @@ def test_help_imports_no_torch():
         assert "Examples:" in done.stdout
 
 
+@pytest.mark.slow
 def test_mistakes_in_commands(mistake):
     assert "unknown verb 'trian'; did you mean train?" in mistake("trian")
     assert "did you mean digits-urepa" in mistake("train", "digits-urep")
@@ -224,6 +232,7 @@ def test_checkpoint_of_another_model_says_which_shapes_differ(run, mistake, tmp_
     assert "stem.weight is (8, 1, 3, 3), the model's (12, 1, 3, 3)" in mistake("sample", "other")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(run, dic_repa, tmp_path):
     options = ["--num", "5", "--solver", "euler_maruyama", "--steps", "3", "--scale", "1.5"]
     dic_repa("sample", run[0], "--out", "one", *options)
@@ -235,6 +244,7 @@ def test_two_processes_write_the_files_of_one(run, dic_repa, tmp_path):
     assert (tmp_path / "one/samples.json").read_text() == (tmp_path / "two/samples.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -254,6 +264,7 @@ def test_sample_offers_what_the_library_has(run, dic_repa, tmp_path, options):
     assert record["evaluations_per_image"] >= 2
 
 
+@pytest.mark.slow
 def test_autoguidance_by_a_weaker_model(run, dic_repa, tmp_path):
     def images(out, *options):
         dic_repa("sample", run[0], "--out", out, "--num", "2", "--steps", "2", *options)
@@ -283,6 +294,7 @@ def test_guidance_needs_a_trained_null_class(run, mistake, tmp_path):
     assert "no null class to guide with" in mistake("sample", folder, "--scale", "2")
 
 
+@pytest.mark.slow
 def test_ddpm_recipe_trains_and_samples(dic_repa, tmp_path):
     dic_repa("train", "digits-ddpm", *TINY, "--set=train.steps=2", "--set=sample.steps=4", "--set=sample.num=10")
     for solver in ("ddim", "heun"):
@@ -290,6 +302,7 @@ def test_ddpm_recipe_trains_and_samples(dic_repa, tmp_path):
         assert load_png(tmp_path / solver / "000001.png").shape == (1, 16, 16)
 
 
+@pytest.mark.slow
 def test_solvers_lists_and_compares(run, dic_repa, tmp_path):
     lines = dic_repa("solvers").stdout.splitlines()
     heun = next(line.split() for line in lines if line.startswith("heun "))

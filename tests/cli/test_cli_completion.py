@@ -68,6 +68,7 @@ def test_completion_imports_no_torch(line):
     assert done.stdout or "sample" in line
 
 
+@pytest.mark.slow
 def test_env_prints_what_a_bug_report_needs(dic_repa):
     found = json.loads(dic_repa("env", "--json", env={"WORLD_SIZE": "1", "HF_TOKEN": "hf_secret"}).stdout)
     assert found["dic-repa"]["version"]

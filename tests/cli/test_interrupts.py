@@ -79,6 +79,7 @@ def test_while_a_process_ends(tmp_path, stand_in):
     assert code == 130
 
 
+@pytest.mark.slow
 def test_while_training(tmp_path):
     arguments = ["train", "digits-baseline", "--out=run", *TINY, "--set=train.steps=100000"]
     line, code = interrupted(tmp_path, arguments, (tmp_path / "run/metrics.jsonl").exists)
@@ -110,6 +111,7 @@ def test_while_sampling(tmp_path, model):
     assert code == 130
 
 
+@pytest.mark.slow
 def test_while_tuning(tmp_path, model):
     arguments = ["tune", "model", "--out=out", "--num=10", "--confirm=1", "--confirm-num=100000", "--steps=1"]
     line, code = interrupted(tmp_path, arguments, (tmp_path / "out/tune.png").exists)

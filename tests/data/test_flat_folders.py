@@ -45,6 +45,7 @@ def call(*arguments: str) -> None:
     assert exit.value.code == 0
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_samples(photos, dic_repa, capsys):
     done = dic_repa("prepare", "photos", "data", "--size=16", "--autoencoder=none")
     assert "6 of 6 images, 1 class (images)" in done.stdout

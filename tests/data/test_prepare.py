@@ -133,6 +133,7 @@ def test_fingerprint_tells_changed_images_and_mirrored_ones(tmp_path):
     assert ImageFolder("tree", size=24).fingerprint != folder
 
 
+@pytest.mark.slow
 def test_spawned_workers_read_the_same(prepared):
     data = Prepared(prepared, size=16)
     data[0]  # the files are mapped before the worker takes its copy
@@ -161,6 +162,7 @@ def test_finished_shards_are_not_done_again(prepared):
     assert shards(prepared) == before
 
 
+@pytest.mark.slow
 def test_killed_five_times(tmp_path):
     write_tree(tmp_path / "tree", {"a": 50, "b": 30})
     prepare_quickly(tmp_path / "tree", tmp_path / "whole", seconds=0)
@@ -184,6 +186,7 @@ def test_killed_five_times(tmp_path):
     assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same(prepared, tmp_path, dic_repa):
     arguments = ["prepare", "tree", "two", "--size=32", "--autoencoder=vae", "--shard-size=3", "--flip"]
     done = dic_repa(*arguments, processes=2)
@@ -191,6 +194,7 @@ def test_two_processes_give_the_same(prepared, tmp_path, dic_repa):
     assert shards(tmp_path / "two") == shards(prepared)
 
 
+@pytest.mark.slow
 def test_a_bad_file_of_another_process_is_named(tmp_path, dic_repa):
     write_tree(tmp_path / "tree", {"cat": 3, "dog": 3})
     (tmp_path / "tree/dog/001.png").write_bytes(as_file(picture(0))[:60])

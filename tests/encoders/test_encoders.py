@@ -203,6 +203,7 @@ def test_shipped_weights_are_small():
     assert sum(len(file.read_bytes()) for file in weights.iterdir()) < 4e6
 
 
+@pytest.mark.slow
 def test_digit_tokens_know_the_class(digits_vit):
     # A linear read-out, solved in closed form on the training digits and judged on those that nothing was trained on.
     def design(split):

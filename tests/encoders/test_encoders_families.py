@@ -73,6 +73,7 @@ def test_tokens_equal_a_direct_timm_computation(name, architecture, statistics, 
     torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_table_says_what_timm_builds(name):
     family = FAMILIES[name]

@@ -108,6 +108,7 @@ def test_samples_that_cannot_be_scored_do_not_end_a_run(judged, capfd):
     assert done.best()["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_finds_the_same_best(judged):
     judged += [5.0, 3.0, 4.0, 2.0]
     whole = run("whole", *EVERY, "evaluate.metric=known")
@@ -125,6 +126,7 @@ def test_a_resumed_run_finds_the_same_best(judged):
     assert longer.checkpoint_path(8).is_dir()
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(dic_repa, tmp_path):
     options = [*TINY, "--set=train.steps=2", "--set=evaluate.every=2", "--set=evaluate.num=13"]
     dic_repa("train", "digits-baseline", "--out", "two", *options, processes=2)

@@ -43,6 +43,7 @@ def test_frechet_scores_match_scipy(name, dim):
     assert score(samples, as_reference(real, score.layer)) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sfid_matches_scipy_at_all_its_dimensions():
     """Of 2,023, with more samples than that; the root's trace as what it is, by the eigenvalues of the product."""
     generator, sets = torch.Generator().manual_seed(0), []
@@ -189,6 +190,7 @@ def measured(weights, folders):
     return measure, measure(open_images(folders / "samples"))
 
 
+@pytest.mark.slow
 def test_fid_and_is_are_those_of_torch_fidelity(measured, weights, folders):
     command = [sys.executable, "-m", "torch_fidelity.fidelity", "--isc", "--fid", "--cpu", "--json", "--silent"]
     command += ["--input1", folders / "samples", "--input2", folders / "real", "--no-cache", "--save-cpu-ram"]

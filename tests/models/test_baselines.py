@@ -374,6 +374,7 @@ def test_recipes_build(name):
     assert denoiser.config["learn_sigma"] == (ddpm and recipe.objective.options.get("learned_variance", True))
 
 
+@pytest.mark.slow
 def test_digits_sit_trains_and_samples(dic_repa, tmp_path):
     changes = ["train.steps=3", "train.batch_size=8", "train.log_every=1", "train.sample_every=0", "evaluate=null"]
     changes += ["model.width=16", "model.options.depth=2", "model.options.num_heads=2", "alignments.0.tap=blocks.0"]

@@ -41,6 +41,7 @@ def rung(name: str):
         return build_denoiser(load_recipe(name).model, channels=4, num_classes=1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rungs_have_the_papers_macs(name):
     gmacs = measure_cost(rung(name), 32).macs / 1e9

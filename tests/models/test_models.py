@@ -91,6 +91,7 @@ TABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_presets_have_the_papers_size(name):
     with torch.device("meta"):

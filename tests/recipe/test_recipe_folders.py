@@ -32,6 +32,7 @@ def project(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_beside_the_recipe_is_found(project, dic_repa, tmp_path):
     dic_repa("train", "project/mine.yaml", *OPTIONS, "--set=train.steps=2")
     assert load_recipe(tmp_path / "runs/mine/recipe.yaml").folders == [str(project)]
@@ -40,6 +41,7 @@ def test_what_is_beside_the_recipe_is_found(project, dic_repa, tmp_path):
     assert json.loads((tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_finds_again_what_was_in_the_current_folder(project, plugin_folder, dic_repa, monkeypatch):
     monkeypatch.chdir(project)
     with pytest.raises(SystemExit) as exit:

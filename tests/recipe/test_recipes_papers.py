@@ -149,6 +149,7 @@ def test_a_dry_run_says_whose_number_it_is():
     assert lines[0] == ("paper", f"{row}: no published number of this network, FID 5.72 of SiT↓")
 
 
+@pytest.mark.slow
 def test_a_row_that_names_a_network_by_its_own_sign_is_saved_in_any_locale(dic_repa, tmp_path):
     """SiT↓ stands in recipes, and a recipe beside every checkpoint."""
     (tmp_path / "mine.yaml").write_text(
@@ -185,6 +186,7 @@ def shapes(model: str, channels: int, alignments: str, size: int):
     return tuple(output.prediction.shape), [tuple(projection.shape) for projection in output.projections]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_recipe_builds_on_the_meta_device(name):
     recipe = load_recipe(name)

@@ -114,6 +114,7 @@ def test_a_run_that_goes_on_is_named_with_its_process(runs):
         assert subprocess.run([sys.executable, "-c", HOLD, folder], capture_output=True, input=b"").returncode == 1
 
 
+@pytest.mark.slow
 def test_as_a_user_and_without_torch(dic_repa, tmp_path):
     assert dic_repa("runs").stdout == "no runs in runs yet; `dic-repa train RECIPE` makes one\n"
     dic_repa("train", "digits-urepa", *TINY, "--set=train.steps=2", "--set=evaluate=null", "--out=runs/a")

@@ -16,6 +16,7 @@ from dic_repa.runtime import processes
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the processes join on the GPUs")
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_join_without_being_told_of_the_cpu(dic_repa, tmp_path):
     more = ["--set=train.steps=2", "--set=evaluate=null"]
     done = dic_repa("train", "digits-baseline", *TINY, *more, processes=2, env={"ACCELERATE_USE_CPU": "false"})

@@ -114,6 +114,7 @@ def test_scale_one_costs_nothing():
     assert model.batches == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_split_adaptive_solvers_agree_with_many_euler_steps():
     noise, y = scalars(8) / 2, torch.tensor([0, 1] * 4)
     field = Guidance(scale=1.65, interval=(0.2, 0.7)).bind(TwoClasses(LinearPath()), y)

@@ -32,6 +32,7 @@ def check(x, tolerance):
     assert abs(x.var() - MIXTURE.variance) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("info", list_solvers("ode"), ids=lambda info: info.name)
 @pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
 def test_ode(info):
@@ -41,6 +42,7 @@ def test_ode(info):
         check(sample_ode(velocity(path, prediction, 400), QUANTILES, info.name, **settings), 0.015)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [KarrasGrid(), ShiftedGrid(2.0), ShiftedGrid(0.5)], ids=repr)
 @pytest.mark.parametrize("solver", ["heun", "ab3", "dpmpp-3m"])
 def test_ode_on_other_grids(solver, grid):
@@ -60,6 +62,7 @@ def check_sde(path, prediction, solver, last_step):
     check(x, 5 * (MIXTURE.variance / count).sqrt().item() + 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [info.name for info in list_solvers("sde")])
 def test_sde(solver):
     for path, prediction in COMBINATIONS:

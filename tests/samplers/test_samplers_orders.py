@@ -47,6 +47,7 @@ def ode_error(solver, path, steps, power=1.0):
 
 
 # Not the linear path: on Gaussian data the midpoint rule gains an order there.
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [CosinePath(), VPPath()], ids=["cosine", "vp"])
 @pytest.mark.parametrize("info", FIXED, ids=lambda info: info.name)
 def test_order_of_ode_solvers(info, path):
@@ -119,6 +120,7 @@ def test_weak_order_of_sde_solvers(info):
         assert abs(slope(steps, errors) - (2 if info.name == "heun-sit" else info.order)) < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"])
 def test_every_diffusion_form_has_the_paths_marginals(form):
     for path in (LinearPath(), CosinePath(), VPPath()):

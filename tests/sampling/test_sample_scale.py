@@ -81,6 +81,7 @@ def fill_in_part(checkpoint: Path, path: Path, num: int) -> None:
     fill(folder, build_sampler(loaded, settings), labels, progress=lambda count: time.sleep(0.1))
 
 
+@pytest.mark.slow
 def test_a_thousand_samples_from_one_process_from_two_and_after_three_kills(sample, checkpoint, tmp_path):
     options = ["--num", "1000", "--batch-size", "50"]
     sample(*options, "--out", "one")

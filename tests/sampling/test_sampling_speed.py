@@ -68,6 +68,7 @@ def test_compiled_sampling(graphs):
     torch.testing.assert_close(compiled, images(small_sampler()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
 def test_a_smaller_last_batch_is_not_compiled_for(graphs, solver):
     sampler = small_sampler(compile="default", solver=solver)

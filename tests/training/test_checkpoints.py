@@ -283,6 +283,7 @@ def test_read_only_checkpoint_folder_keeps_the_old_one(disk, whole, tmp_path, mo
     assert_same(weights(run.checkpoint_path(8)), weights(whole.checkpoint_path(8)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_kills_change_nothing(tmp_path):
     """The short form of `python tests/scripts/kill_often.py`: three kills, at moments of every run's own."""

@@ -94,6 +94,7 @@ def test_combination_for_a_stored_width_is_the_snapshot():
     np.testing.assert_allclose(factors, [0, 0, 0, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_verb_makes_the_average_that_another_run_kept(tmp_path, mistake, capsys):
     """One run stores snapshots of two widths; the other keeps a third width as it goes. Same seed, same weights."""
     stored = small_run(

@@ -118,6 +118,7 @@ def test_gradient_that_is_not_finite_is_skipped_though_the_loss_is(tmp_path, mon
     assert_same({k: v for k, v in one.items() if k[:4] != "ema "}, {k: v for k, v in two.items() if k[:4] != "ema "})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_the_step_and_the_run_goes_on_the_same(tmp_path, monkeypatch, number):
     update = EMA.update
@@ -142,6 +143,7 @@ def test_signal_saves_the_step_and_the_run_goes_on_the_same(tmp_path, monkeypatc
     assert [record["loss"] for record in metrics(run)] == [record["loss"] for record in metrics(whole)]
 
 
+@pytest.mark.slow
 def test_command_line_exits_with_75_and_says_how_to_go_on(tmp_path):
     arguments = [f"--set={key}" for key in ("train.steps=100000", "model.width=8", "model.depths=[1,1,1,1,1]",
                  "alignments=[]", "train.batch_size=4", "train.checkpoint_every=2", "data.workers=1")]  # fmt: skip

@@ -21,6 +21,8 @@ from dic_repa.models import DiC
 from dic_repa.runs import RunFolder
 from dic_repa.training.sharding import cut_like, shard, stages, to_cpu
 
+pytestmark = pytest.mark.slow  # two processes train first
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

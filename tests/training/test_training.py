@@ -126,6 +126,7 @@ def test_loss_is_what_it_says(whole_run):
         assert record["loss"] == pytest.approx(record["denoising"] + section.weight * aligned, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_damaged_metadata_does_not_keep_a_run_from_going_on(tmp_path, whole_run):
     run = RunFolder(shutil.copytree(whole_run, tmp_path / "run"))
     (run.path / "environment.json").write_text('[{"comm')
@@ -147,6 +148,7 @@ def test_a_mistake_in_two_processes_is_one_line(dic_repa, whole_run):
     assert "gloo" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     process = start(tmp_path, "stopped", "--set=train.steps=100000")
     newest = tmp_path / "stopped/checkpoints/step_00000004"
