@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,4 +41,4 @@ def random_warp(
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     bend = torch.randn(batch, 2, 4, 4, generator=generator) * (2 * elastic)
     bend = F.interpolate(bend, images.shape[-2:], mode="bicubic", align_corners=False)
-    return F.grid_sample(images, grid + bend.permute(0, 2, 3, 1), align_corners=False)
+    return F.grid_sample(images, grid + rearrange(bend, "b xy h w -> b h w xy"), align_corners=False)

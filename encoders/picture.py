@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,4 +27,4 @@ def token_picture(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     low, high = components.amin(dim=0), components.amax(dim=0)
     # A component that is there by rounding alone is not to be stretched into a pattern.
     ranges = (high - low).clamp(min=max(1e-12, 1e-6 * float((high - low).max())))
-    return ((components - low) / ranges).float().T.reshape(3, *grid)
+    return rearrange(((components - low) / ranges).float(), "(h w) c -> c h w", h=grid[0], w=grid[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,4 +73,6 @@ def resize_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
 def _match_channels(images: Tensor, channels: int) -> Tensor:
     if images.shape[1] == channels:
         return images
-    return images.mean(dim=1, keepdim=True) if channels == 1 else images.expand(-1, channels, -1, -1)
+    if channels == 1:
+        return reduce(images, "b c h w -> b 1 h w", "mean")
+    return repeat(images, "b 1 h w -> b c h w", c=channels)

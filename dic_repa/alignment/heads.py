@@ -7,6 +7,7 @@ own under a name; a head's name may also be `package.module:factory` or an entry
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,7 +116,7 @@ def start_as_repa(layer: nn.Module) -> None:
 
 def per_token(layers: nn.Module, feature: Tensor) -> Tensor:
     """`layers` on the channels of each position of a feature map (B, C, h, w)."""
-    return layers(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return rearrange(layers(rearrange(feature, "b c h w -> b h w c")), "b h w c -> b c h w")
 
 
 def upsample(feature: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -127,4 +128,4 @@ def upsample(feature: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def to_tokens(feature: Tensor) -> Tensor:
     """A feature map (B, C, h, w) as tokens (B, h * w, C) in row-major order."""
-    return feature.flatten(2).mT
+    return rearrange(feature, "b c h w -> b (h w) c")

@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
@@ -60,8 +61,8 @@ def load_sit(state: dict[str, Tensor], name: str, family: str | None = None, **o
         tensors["condition.time1.weight"] = _flip_time(tensors["condition.time1.weight"])
     for key in ("output.linear.weight", "output.linear.bias"):
         # A patch's rows are theirs by pixel, then channel; ours by channel, then pixel.
-        rows = tensors[key].unflatten(0, (patch**2, -1)).transpose(0, 1)
-        tensors[key] = (-rows[:channels] if family == "SiT" else rows).flatten(0, 1)
+        rows = rearrange(tensors[key], "(p c) ... -> c p ...", p=patch**2)
+        tensors[key] = rearrange(-rows[:channels] if family == "SiT" else rows, "c p ... -> (c p) ...")
     model = SiT(**{**config, **overrides})
     load_weights(model, tensors, name)
     return model.eval()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from einops import rearrange
 from torch import Tensor
 
 from dic_repa.errors import UserError
@@ -45,7 +46,7 @@ def load_uvit(state: dict[str, Tensor], name: str, **overrides) -> UViT:
     for key in ("linear.weight", "linear.bias"):
         # A patch's rows are theirs by pixel, then channel; ours by channel, then pixel.
         if key in tensors:
-            tensors[key] = tensors[key].unflatten(0, (config["patch_size"] ** 2, -1)).transpose(0, 1).flatten(0, 1)
+            tensors[key] = rearrange(tensors[key], "(p c) ... -> (c p) ...", p=config["patch_size"] ** 2)
     model = UViT(**{**config, **overrides})
     load_weights(model, tensors, name)
     return model.eval()

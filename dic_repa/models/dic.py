@@ -17,6 +17,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,8 +133,8 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(x).permute(0, 2, 3, 1)  # no copy in channels_last, neither this nor back
-        h = F.layer_norm(h, h.shape[-1:], eps=1e-6).permute(0, 3, 1, 2)
+        h = rearrange(self.conv1(x), "b c h w -> b h w c")  # no copy in channels_last, neither this nor back
+        h = rearrange(F.layer_norm(h, h.shape[-1:], eps=1e-6), "b h w c -> b c h w")
         return self.conv2((h * (1 + scale) + shift).contiguous(memory_format=layout_of(x)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +23,5 @@ def pixel_shuffle(x: Tensor) -> Tensor:
     """
     if not (x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)):
         return F.pixel_shuffle(x, 2)
-    b, c, h, w = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(b, h, w, c // 4, 2, 2)
-    return x.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
+    shuffled = rearrange(x, "b (c i j) h w -> b (h i) (w j) c", i=2, j=2)  # copied once, in this order
+    return rearrange(shuffled, "b h w c -> b c h w")

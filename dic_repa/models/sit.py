@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import repeat
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
@@ -40,8 +41,9 @@ def position_embedding(grid: tuple[int, int], width: int, device: torch.device |
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
     rows, columns = grid
-    column, row = axis(columns)[None].expand(rows, -1, -1), axis(rows)[:, None].expand(-1, columns, -1)
-    return torch.cat([column, row], dim=-1).flatten(0, 1)
+    column = repeat(axis(columns), "w c -> (h w) c", h=rows)
+    row = repeat(axis(rows), "h c -> (h w) c", w=columns)
+    return torch.cat([column, row], dim=1)
 
 
 _gelu: Any = partial(nn.GELU, approximate="tanh")  # timm asks for a class by its annotation, and takes any factory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ def patch_grid(name: str, size: tuple[int, int], patch_size: int) -> tuple[int, 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens (B, h * w, C), row by row, as a feature map (B, C, h, w); a view."""
-    return tokens.mT.unflatten(2, grid)
+    return rearrange(tokens, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

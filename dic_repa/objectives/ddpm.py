@@ -112,8 +112,8 @@ class DDPM(Denoising):
             - 1
         )
         decoder = discretized_gaussian_nll(data, mean, 0.5 * log_variance)
-        nats = torch.where(i == 0, decoder.flatten(1).mean(1), divergence.flatten(1).mean(1))
-        return nats / math.log(2)
+        decoder, divergence = (reduce(nats, "b ... -> b", "mean") for nats in (decoder, divergence))
+        return torch.where(i == 0, decoder, divergence) / math.log(2)
 
     def velocity_model(self, denoiser) -> DDPMVelocityModel:
         """The denoiser as a velocity on the VP path, for the ODE and SDE samplers."""

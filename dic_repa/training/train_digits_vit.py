@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import torch
+from einops import rearrange
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def main(
             warped = random_warp(images[batch], generator)
             tokens = vit.forward_features(normalise(warped))
             logits = heads["label"](tokens.mean(dim=1))
-            own_pixels = F.pixel_unshuffle(warped, patch).flatten(2).mT
+            own_pixels = rearrange(warped, "b c (h i) (w j) -> b (h w) (c i j)", i=patch, j=patch)
             loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
             loss = loss + pixels * F.mse_loss(heads["pixels"](tokens), own_pixels)
             optimizer.zero_grad()
