@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
 from dic_repa.recipe import Recipe, load_training_recipe
-from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.precision import tf32
 from dic_repa.training.dry_run import takes_pretrained, with_random_data
 from dic_repa.training.loop import start_accelerator
@@ -164,8 +161,7 @@ def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: 
 def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator]:
     """What a recipe names, built in this process, whatever was built before it."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator = start_accelerator(recipe.train, RunFolder(Path(folder) / "run"))
+    accelerator = start_accelerator(recipe.train)
     if accelerator.device.type != device.type:
         raise UserError(
             f"training runs on {accelerator.device.type} here; set ACCELERATE_USE_CPU=true for --device cpu"

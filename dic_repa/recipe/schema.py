@@ -144,8 +144,8 @@ class TrainSection(Section):
     keep_every: Count | None = Field(None, description="checkpoints of multiples of this step stay too; null: none")
     max_skipped: Count = Field(10, description="steps in a row with a loss or gradient not finite that end the run")
     loader_timeout: Positive = Field(60.0, description="seconds without a batch after which a warning names the step")
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=list, description="who is told the metrics besides metrics.jsonl"
+    trackers: list[Part] = Field(
+        default_factory=list, description="who is told the metrics besides metrics.jsonl: tensorboard, wandb, trackio"
     )
     sharding: Literal["none", "fsdp2"] = Field("none", description="fsdp2: cut the model up among the processes")
 

@@ -24,7 +24,6 @@ from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
 from dic_repa.recipe.build import build_decoder, build_denoiser, build_objective, data_traits, import_plugins
 from dic_repa.recipe.dotted import differences
 from dic_repa.recipe.files import paper_recipe
-from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.precision import tf32
 from dic_repa.training.header import device_name
 from dic_repa.training.inputs import check_batch
@@ -48,7 +47,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     could not begin, or does not fit into the GPU's memory.
     """
     import_plugins(recipe)
-    accelerator = start_accelerator(recipe.train.model_copy(update={"trackers": []}), RunFolder(path))
+    accelerator = start_accelerator(recipe.train)
     launched = accelerator.num_processes
     processes = launched if launched > 1 else processes
     passes = check_batch(recipe.train, processes)

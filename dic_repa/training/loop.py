@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
@@ -69,7 +69,8 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(tf32(settings.tf32))
         trackers = trackers or stack.enter_context(Trackers())
-        accelerator = start_accelerator(settings, run)
+        check_trackers(settings.trackers)
+        accelerator = start_accelerator(settings)
         if not resume:  # told before the work
             on_main_process(accelerator, lambda: run.check_new(overwrite))
         check_batch(settings, accelerator.num_processes)  # told before the work
@@ -118,19 +119,12 @@ def train(
     return run
 
 
-def start_accelerator(settings: TrainSection, run: RunFolder) -> Accelerator:
-    """The processes, devices, precision and trackers of a run; a UserError for what is not to be had here."""
-    check_trackers(settings.trackers)
+def start_accelerator(settings: TrainSection) -> Accelerator:
+    """The processes, devices and precision of a run; a UserError for what is not to be had here."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.precision:
         AcceleratorState._reset_state()  # one for the whole process, made by a run before this one
-    project = ProjectConfiguration(logging_dir=str(run.path / "trackers"))
     # The main process may fill a feature cache or judge samples while the others wait, longer than NCCL's ten minutes.
-    accelerator = start_processes(
-        patience=timedelta(hours=3),
-        mixed_precision=settings.precision,
-        log_with=settings.trackers or None,
-        project_config=project,
-    )
+    accelerator = start_processes(patience=timedelta(hours=3), mixed_precision=settings.precision)
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("train.precision fp16 needs a GPU; take bf16, or no for float32")
     if settings.precision == "fp16" and wants_sharding(settings.sharding, accelerator):

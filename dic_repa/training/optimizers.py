@@ -17,7 +17,7 @@ from dic_repa.errors import UserError
 from dic_repa.recipe.schema import OptimizerSection
 from dic_repa.registry import Registry
 
-optimizers = Registry("optimizer")
+optimizers = Registry("optimizer", key="optimizer.name")
 
 
 @optimizers.register("adamw")

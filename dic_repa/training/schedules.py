@@ -13,7 +13,7 @@ from dic_repa.errors import UserError
 from dic_repa.recipe.schema import Recipe
 from dic_repa.registry import Registry
 
-lr_schedules = Registry("learning-rate schedule")
+lr_schedules = Registry("learning-rate schedule", key="schedule.name")
 
 
 @lr_schedules.register("constant")

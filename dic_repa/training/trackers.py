@@ -1,4 +1,7 @@
-"""Who is told of a run besides metrics.jsonl: TensorBoard, Weights & Biases, trackio, through Accelerate.
+"""Who is told of a run besides metrics.jsonl: TensorBoard, Weights & Biases, trackio through Accelerate, or your own.
+
+A tracker is made as `factory(run, id, resumed, **options)`, where `id` is the run's name for a service that keeps it,
+and has `configure(values)`, `log(values, step)`, `log_picture(name, picture, step)` and `finish()`.
 
 A resumed run does again what came after its checkpoint. Of that nobody is told twice: `trackers/told.json` has the last
 step that they were told of, and the run's name at W&B.
@@ -11,8 +14,9 @@ import importlib.util
 import json
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -23,16 +27,95 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import list_output
 from dic_repa.recipe import Recipe
+from dic_repa.registry import Registry
 from dic_repa.runs.folder import RunFolder
 
-PROJECT = "dic-repa"  # under which W&B and trackio group runs
+trackers = Registry("tracker", key="train.trackers")
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """A UserError where a tracker is not installed, which Accelerate would leave out in silence."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"tracker {name} is not installed: pip install 'dic-repa[{name}]', or leave it out")
+class OfAccelerate:
+    """A tracker that Accelerate knows by the `name` of its package; `options` go to it."""
+
+    name: str
+    project = "dic-repa"  # under which W&B and trackio group runs
+
+    def __init__(self, run: RunFolder, id: str, resumed: bool, project: str = project, **options):
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[self.name]
+        folder = {"logging_dir": str(run.path / "trackers")} if kind.requires_logging_directory else {}
+        self.tracker = kind(project, **folder, **self.started_with(run, id, resumed), **options)
+        getattr(self.tracker, "start", lambda: None)()  # earlier versions start by themselves
+        self.resumed = resumed
+
+    def started_with(self, run: RunFolder, id: str, resumed: bool) -> dict[str, Any]:
+        """What the package's own start takes."""
+        return {}
+
+    def configure(self, values: Mapping[str, Any]) -> None:
+        """Tell the recipe, flat."""
+        self.tracker.store_init_configuration(dict(values))
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Tell numbers of a step."""
+        self.tracker.log(dict(values), step=step)
+
+    def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
+        """Tell a picture of a step."""
+        self.tracker.log_images({name: [picture]}, step=step)
+
+    def finish(self) -> None:
+        """No more will be told."""
+        self.tracker.finish()
+
+
+@trackers.register("tensorboard")
+class TensorBoard(OfAccelerate):
+    """TensorBoard: event files in the run's folder trackers/."""
+
+    name = "tensorboard"
+
+    def configure(self, values: Mapping[str, Any]) -> None:
+        if not self.resumed:  # it would stand beside the first
+            super().configure(values)
+
+    def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
+        self.tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        self.tracker.tracker.flush()
+
+
+@trackers.register("wandb")
+class WandB(OfAccelerate):
+    """Weights & Biases; a resumed run goes on in the same page."""
+
+    name = "wandb"
+
+    def started_with(self, run: RunFolder, id: str, resumed: bool) -> dict[str, Any]:
+        return {"name": run.path.name, "dir": str(run.path), "id": id, "resume": "allow"}
+
+
+@trackers.register("trackio")
+class Trackio(OfAccelerate):
+    """trackio: like W&B, in a database on this machine."""
+
+    name = "trackio"
+
+    def started_with(self, run: RunFolder, id: str, resumed: bool) -> dict[str, Any]:
+        return {"name": run.path.name, "resume": "allow" if resumed else "never"}
+
+    def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
+        import trackio  # Accelerate has no way of its own to its pictures
+
+        self.tracker.log({name: trackio.Image(np.asarray(picture))}, step=step)
+
+
+def check_trackers(specs: Sequence[Any]) -> None:
+    """A UserError for a tracker that is not known, or whose package is not installed."""
+    for spec in specs:
+        name = spec if isinstance(spec, str) else spec["name"]
+        package = getattr(trackers.find(name), "name", None)
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f"tracker {package} is not installed: pip install 'dic-repa[{package}]', or leave it out")
 
 
 class Trackers:
@@ -58,8 +141,8 @@ class Trackers:
         self.open = []
 
     def start(self, accelerator: Accelerator, run: RunFolder, recipe: Recipe, resumed: bool = False) -> None:
-        """Open those that `accelerator` was made with; a UserError for one that does not start."""
-        if not (accelerator.log_with and accelerator.is_main_process):
+        """Open the recipe's; a UserError for one that does not start."""
+        if not (recipe.train.trackers and accelerator.is_main_process):
             return
         self.folders = [run.path / "trackers", run.path / "wandb"]
         self.before = {*self._files()}
@@ -69,19 +152,15 @@ class Trackers:
                 kept = json.loads(self.file.read_text())
                 id, self.told = str(kept["id"]), {name: int(step) for name, step in kept["told"].items()}
         self.id = id
-        options = {
-            "wandb": {"name": run.path.name, "dir": str(run.path), "id": id, "resume": "allow"},
-            "trackio": {"name": run.path.name, "resume": "allow" if self.told else "never"},
-        }
         config = {key: value if isinstance(value, int | float | str | bool) else str(value)
                   for key, value in _flat(recipe.model_dump(mode="json"))}  # fmt: skip
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                accelerator.init_trackers(PROJECT, None, options)
-                self.open = accelerator.trackers
-                for tracker in self.open:
-                    if not (self.told and tracker.name == "tensorboard"):  # which would add it beside the first
-                        tracker.store_init_configuration(config)
+                for spec in recipe.train.trackers:
+                    self.open.append(trackers.create(spec, run, id, bool(self.told)))
+                    self.open[-1].configure(config)
+        except UserError:
+            raise
         except Exception as error:  # W&B's and trackio's own kinds, such as for a missing login
             raise UserError(
                 f"a tracker of train.trackers cannot be started: {first_line(error)}; log in, choose another mode "
@@ -101,14 +180,14 @@ class Trackers:
     def log(self, values: dict[str, float], step: int, kind: str = "metrics") -> None:
         """Tell them numbers of a step."""
         if self._is_news(kind, step):
-            self._each(lambda tracker: tracker.log(values, step=step))
+            self._each(lambda tracker: tracker.log(values, step))
 
     def log_picture(self, name: str, file: Path, step: int) -> None:
         """Tell them the picture in `file`, if it is there: a full disk may have kept it from being written."""
         if file.is_file() and self._is_news(name, step):
             with Image.open(file) as image:
                 picture = image.convert("RGB")
-            self._each(lambda tracker: _log_picture(tracker, name, picture, step))
+            self._each(lambda tracker: tracker.log_picture(name, picture, step))
 
     def log_final(self, scores: dict, picture: Path, step: int) -> None:
         """Tell them what the samples at the end have scored, and their picture."""
@@ -130,19 +209,8 @@ class Trackers:
             try:
                 action(tracker)
             except Exception as error:  # somebody else's code, a disk or a network
-                tqdm.write(f"warning: {tracker.name} could not be told: {first_line(error)}", file=sys.stderr)
-
-
-def _log_picture(tracker, name: str, picture: Image.Image, step: int) -> None:
-    if tracker.name == "tensorboard":
-        tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-        tracker.tracker.flush()
-    elif tracker.name == "wandb":
-        tracker.log_images({name: [picture]}, step=step)
-    else:  # Accelerate has no way of its own to trackio's pictures
-        import trackio
-
-        tracker.log({name: trackio.Image(np.asarray(picture))}, step=step)
+                name = getattr(tracker, "name", type(tracker).__name__)
+                tqdm.write(f"warning: {name} could not be told: {first_line(error)}", file=sys.stderr)
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

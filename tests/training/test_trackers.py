@@ -170,3 +170,44 @@ def test_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install 'dic-repa\[wandb\]'"):
         small_run(tmp_path / "run", "train.trackers=[wandb]")
     assert not (tmp_path / "run").exists()
+
+
+class Remembering:
+    """A tracker of one's own: in memory."""
+
+    told: dict[str, list] = {}  # noqa: RUF012
+
+    def __init__(self, run, id, resumed, prefix=""):
+        self.prefix = prefix
+
+    def configure(self, values):
+        self.told["configured"] = [values["train.steps"]]
+
+    def log(self, values, step):
+        self.told.setdefault(self.prefix + "loss", []).append((step, values["loss"]))
+
+    def log_picture(self, name, picture, step):
+        self.told.setdefault(name, []).append((step, picture.mode))
+
+    def finish(self):
+        self.told["finished"] = [True]
+
+
+def test_a_tracker_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Remembering, "told", {})
+    own = f"train.trackers=[{{name: '{__name__}:Remembering', prefix: my-}}]"
+    run = small_run(tmp_path / "run", own, "train.sample_every=4", "sample.steps=2")
+    assert Remembering.told == {
+        "configured": [8],
+        "my-loss": [(record["step"], record["loss"]) for record in metrics(run)],
+        "samples": [(4, "RGB"), (8, "RGB")],
+        "finished": [True],
+    }
+
+
+def test_an_unknown_tracker_and_option(tmp_path):
+    with pytest.raises(UserError, match="unknown tracker 'wandbb'; did you mean wandb"):
+        small_run(tmp_path / "run", "train.trackers=[wandbb]")
+    own = f"train.trackers=[{{name: '{__name__}:Remembering', prefx: my-}}]"
+    with pytest.raises(UserError, match=r"option of tracker .*'prefx'; did you mean prefix"):
+        small_run(tmp_path / "run", own)
