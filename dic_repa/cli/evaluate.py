@@ -274,15 +274,13 @@ def _sampled(path: Path, recipe: str | None, again: bool, processes, options: di
     from dic_repa.evaluation.samples import samples_folder
     from dic_repa.recipe import Recipe
     from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec
-    from dic_repa.sampling.load import load_checkpoint
-    from dic_repa.sampling.sampler import build_sampler, check_sampling
+    from dic_repa.sampling.load import load
 
     given = load_recipe(recipe) if recipe else None
     weights = options["weights"] or (given.sample.weights if given else None)
-    loaded = load_checkpoint(path, processes.device, given if isinstance(given, Recipe) else None, weights)
+    loaded = load(path, processes.device, given if isinstance(given, Recipe) else None, weights)
     settings = sample_settings((given or loaded.recipe).sample, **_sampling(options))
-    labels, sampler = choose_labels(loaded, settings), build_sampler(loaded, settings)
-    check_sampling(settings, sampler.objective)
+    labels, sampler = choose_labels(loaded, settings), loaded.sampler(settings)
     place = samples_folder(path, describe_sampling(settings))
     hint = "pass --again to sample anew"
     folder = SampleFolder(place, sample_spec(loaded, settings, labels), hint)

@@ -72,19 +72,17 @@ def command(
     if out:
         check_folder(out, "samples")  # before torch is imported
 
-    from dic_repa.sampling.folder import SampleFolder, patient_accelerator, sample_into, sample_spec
-    from dic_repa.sampling.load import load_checkpoint
-    from dic_repa.sampling.sampler import build_sampler, check_sampling
+    from dic_repa.sampling.folder import SampleFolder, patient_accelerator, sample_into, sample_spec, save_trajectory
+    from dic_repa.sampling.load import load
 
     choose_threads()
     processes = patient_accelerator()
     given = load_recipe(recipe) if recipe else None
     weights = options["weights"] or (given.sample.weights if given else None)
-    loaded = load_checkpoint(checkpoint, processes.device, given if isinstance(given, Recipe) else None, weights)
+    loaded = load(checkpoint, processes.device, given if isinstance(given, Recipe) else None, weights)
     settings = sample_settings((given or loaded.recipe).sample, **options)
     labels = choose_labels(loaded, settings, classes)
-    sampler = build_sampler(loaded, settings)
-    check_sampling(settings, sampler.objective)  # before there is a folder
+    sampler = loaded.sampler(settings)  # before there is a folder
     sampler.trace = trajectory
     others = "" if settings.weights == "ema" else f"-{settings.weights}"
     out = out or Path("samples") / f"{checkpoint.resolve().name}{others}"
@@ -96,12 +94,13 @@ def command(
         return
     sample_into(folder, sampler, labels, processes, overwrite)
     if processes.is_main_process:
-        _save_grid(folder, loaded, labels)
+        grid = folder.save_grid(loaded.class_names)
         evaluations = folder.spec["evaluations_per_image"] or "an unknown number of"
         what = "images" if loaded.denoiser.num_classes else "images without classes"
-        click.echo(f"{len(labels)} {what}, {evaluations} evaluations each, and a picture of them: {out / 'grid.png'}")
+        click.echo(f"{len(labels)} {what}, {evaluations} evaluations each, and a picture of them: {grid}")
         if trajectory and sampler.states:
-            _save_trajectory(out / "trajectory.png", sampler)
+            save_trajectory(sampler, out / "trajectory.png")
+            click.echo(f"from noise to image: {out / 'trajectory.png'}")
         if form != "png":
             folder.write_npz()
             click.echo(f"for ADM's script: {out / 'samples.npz'}")
@@ -118,31 +117,6 @@ def choose_labels(loaded, settings: SampleSection, classes: str | None = None):
     num_classes = loaded.denoiser.num_classes
     chosen = parse_classes(classes, num_classes, loaded.class_names) if classes else None
     return draw_labels(loaded.recipe, num_classes, settings, chosen)
-
-
-def _save_grid(folder, loaded, labels) -> None:
-    import torch
-
-    from dic_repa.files.pictures import load_png, save_grid, shown_in_grid
-
-    columns = 10
-    shown = shown_in_grid(labels, columns)
-    images = torch.stack([load_png(folder.file(i)) for i in shown])
-    save_grid(images, folder.path / "grid.png", labels[shown], loaded.class_names, columns)
-
-
-def _save_trajectory(path: Path, sampler) -> None:
-    """Nine states of the first images, from noise at the left to the image at the right, a row each."""
-    import torch
-
-    from dic_repa.files.pictures import save_grid
-
-    stages = torch.linspace(0, len(sampler.states) - 1, min(9, len(sampler.states))).round().long().tolist()
-    images = torch.stack([sampler.to_images(sampler.states[stage][:10]).cpu() for stage in stages], dim=1)
-    rows = torch.arange(len(images)).repeat_interleave(len(stages))
-    headings = [f"t={sampler.times[stage]:.2f}" for stage in stages]
-    save_grid(images.flatten(0, 1), path, rows, [""] * len(images), columns=len(stages), headings=headings)
-    click.echo(f"from noise to image: {path}")
 
 
 def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int] | None:

@@ -9,9 +9,9 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.options import Count, option_group, recipe_option
 from dic_repa.errors import UserError
-from dic_repa.recipe import SampleSection, validate
+from dic_repa.recipe import SampleSection
 from dic_repa.registry import read_source
-from dic_repa.samplers.solvers import solver_info
+from dic_repa.sampling.settings import override_sampling
 
 # Read, since importing them would import torch.
 DIFFUSION_FORMS = read_source("dic_repa.samplers.diffusion_coefficients", "diffusion_forms")
@@ -19,19 +19,6 @@ GUIDANCE_SCHEDULES = read_source("dic_repa.samplers.guidance", "guidance_schedul
 LAST_STEPS = read_source("dic_repa.samplers.sde", "last_steps")
 TIME_GRIDS = read_source("dic_repa.samplers.grids", "time_grids")
 
-_SOLVER_KEYS = (
-    "steps",
-    "grid",
-    "options",
-    "clip",
-    "rtol",
-    "atol",
-    "diffusion",
-    "diffusion_norm",
-    "last_step",
-    "last_step_size",
-    "eta",
-)
 _GUIDANCE_KEYS = ("scale", "interval", "channels", "schedule", "rescale", "weak", "kind")
 
 
@@ -110,24 +97,14 @@ def sample_settings(base: SampleSection, **options) -> SampleSection:
     given = {name: value for name, value in options.items() if value is not None}
     if "random_classes" in given:
         given["classes"] = "random" if given.pop("random_classes") else "balanced"
-    raw = base.model_dump(mode="json")
-    if (solver := given.get("solver")) and _family(solver) != _family(base.solver):
-        raw |= dict.fromkeys(_SOLVER_KEYS)  # what the recipe says of another kind of solver does not fit this one
     if "grid" in given:
         given["grid"] = _parse_grid(given["grid"])
     guidance = {name: given.pop(name) for name in _GUIDANCE_KEYS if name in given}
-    if guidance:
-        raw["guidance"] = {**(raw["guidance"] or {}), **guidance}
-    settings = validate({"sample": raw | given}, "sampling").sample
+    settings = override_sampling(base, guidance, **given)
     if guidance and base.guidance is None and "scale" not in guidance:
         option = "--cfgpp" if "kind" in guidance else f"--{next(iter(guidance))}"
         raise UserError(f"{option} needs --scale: the recipe has no guidance to take it from")
     return settings
-
-
-def _family(solver: str) -> tuple[str, str]:
-    info = solver_info(solver)
-    return info.process, info.kind
 
 
 def _parse_grid(text: str) -> dict:

@@ -84,10 +84,10 @@ def command(
     from dic_repa.evaluation.judging import title
     from dic_repa.evaluation.tune import Cell, Tuner
     from dic_repa.runtime.progress import progress_bar
-    from dic_repa.sampling.load import load_checkpoint
+    from dic_repa.sampling.load import load
 
     choose_threads()
-    loaded = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     sample = sample_settings(loaded.recipe.sample, **options)
     tuner = Tuner(loaded, metric, reference, sample, chosen, pairs, num, confirm, confirm_num, out)
     cells = len(tuner.cells())

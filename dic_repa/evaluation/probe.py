@@ -34,7 +34,7 @@ from dic_repa.recipe import AlignmentSection, Recipe
 from dic_repa.recipe.build import build_alignment, build_dataset, build_encoder, build_objective
 from dic_repa.runtime.precision import tf32
 from dic_repa.samplers import StepNoise, initial_noise
-from dic_repa.sampling.load import checkpoint_of, load_checkpoint
+from dic_repa.sampling.load import checkpoint_of, load
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NEIGHBOURS = 10
@@ -76,7 +76,7 @@ def probe_checkpoint(
     `linear_probe` on the averaged weights' pooled features; `cosine`, of the trained head's tokens, for taps that have
     a head to this encoder, None for others. A UserError says what is missing.
     """
-    loaded = load_checkpoint(path, device)
+    loaded = load(path, device)
     recipe, denoiser = loaded.recipe, loaded.denoiser
     checkpoint = checkpoint_of(loaded.source)
     home = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint

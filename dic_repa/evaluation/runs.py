@@ -20,8 +20,7 @@ from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.runs.folder import RunFolder, checkpoint_step
 from dic_repa.runs.score_names import current_names
 from dic_repa.sampling.labels import draw_labels
-from dic_repa.sampling.load import load_checkpoint, weak_weights
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import load, weak_weights
 
 COLUMNS = 12  # images of each class in the picture
 
@@ -81,10 +80,10 @@ def evaluate_run(
     for file in (judged.record, judged.picture):
         check_file(file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = load_checkpoint(newest, device, weights=sample.weights)
+    checkpoint = load(newest, device, weights=sample.weights)
     num_classes = checkpoint.denoiser.num_classes
     labels = draw_labels(recipe, num_classes, sample)
-    sampler = build_sampler(checkpoint, sample)
+    sampler = checkpoint.sampler(sample)
     rows = shown_in_grid(labels, COLUMNS)
     shown: dict[int, Tensor] = {}
     judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device, own_encoder(recipe))(

@@ -24,7 +24,6 @@ from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint, checkpoint_of, weak_weights
-from dic_repa.sampling.sampler import build_sampler
 
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.0, 0.85), (0.0, 1.0), (0.2, 0.8))
@@ -63,7 +62,7 @@ class Tuner:
     """The search on one checkpoint; `run()` does it.
 
     Args:
-        loaded: what `dic_repa.sampling.sampler.load_checkpoint` gives for a run or a checkpoint.
+        loaded: what `dic_repa.load` gives for a run or a checkpoint.
         score: what counts: a score of the recipe's judge (digits: fd-digits, recognised), or a metric such as fid.
         reference: the real images that a metric compares with.
         sample: the sampler; by default the recipe's, whose guidance is replaced.
@@ -159,7 +158,7 @@ class Tuner:
         kept = num if known else 0
         if known is None:
             labels = draw_labels(self.loaded.recipe, self.loaded.denoiser.num_classes, settings)
-            batches = build_sampler(self.loaded, settings)(labels)
+            batches = self.loaded.sampler(settings)(labels)
             known = wanted | {"scores": self.judge(_as_kept(batches, progress), labels)}
             self.done.append(known)
             self._write()

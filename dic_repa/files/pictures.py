@@ -36,11 +36,16 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().to(torch.uint8).movedim(-3, -1)
 
 
+def to_pil(image: Tensor) -> Image.Image:
+    """One image (C, H, W) in [0, 1], of one or three channels, as a PIL image."""
+    array = to_uint8(image).numpy()
+    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+
+
 def save_png(image: Tensor, path: Path) -> None:
     """One image (C, H, W) in [0, 1], of one or three channels, as a PNG, written aside and renamed."""
-    array = to_uint8(image).numpy()
     aside = path.with_name(f".writing-{path.name}")
-    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(aside, "PNG", compress_level=1)
+    to_pil(image).save(aside, "PNG", compress_level=1)
     os.replace(aside, path)
 
 
@@ -149,8 +154,7 @@ def draw_grid(
         top = head + gap + i * (cell + gap)
         draw.text((margin - 8, top + cell // 2), _name(label, class_names), fill=INK, font=font, anchor="rm")
         for j, image in enumerate(row):
-            array = to_uint8(image.expand(3, -1, -1) if len(image) == 1 else image[:3]).numpy()
-            tile = Image.fromarray(array).resize((cell, cell), Image.Resampling.NEAREST)
+            tile = to_pil(image[:3]).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + j * (cell + gap), top))
     return sheet
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic.config import JsonDict
 
 from dic_repa.errors import UserError
 from dic_repa.recipe.keys import explain_mistake
@@ -183,19 +184,27 @@ class GridSection(Section):
     times: list[Time] | None = Field(None, description="the times themselves, falling; null: made by the grid")
 
 
+_FOR_SOLVER: JsonDict = {"for": "solver"}
+
+
+def for_solver(description: str) -> Any:
+    """A key of `sample` that is an argument of the solver."""
+    return Field(None, description=description, json_schema_extra=_FOR_SOLVER)
+
+
 class SampleSection(Section):
     solver: str = Field("heun", description="a name from `dic-repa solvers`")
-    steps: Count | None = Field(None, description="of a fixed-step solver; null: 50 for an ODE, 250 for an SDE or DDPM")
-    rtol: Positive | None = Field(None, description="relative tolerance of an adaptive solver; null: 1e-5")
-    atol: Positive | None = Field(None, description="absolute tolerance of an adaptive solver; null: 1e-5")
-    grid: GridSection | None = Field(None, description="where the steps are; null: uniform")
-    diffusion: str | None = Field(None, description="how much noise an SDE adds, w(t); null: linear")
-    diffusion_norm: Positive | None = Field(None, description="multiplies an SDE's w(t); null: 1")
-    last_step: str | None = Field(None, description="how an SDE ends: mean, tweedie, euler or none; null: mean")
-    last_step_size: Time | None = Field(None, description="the time that an SDE's last step covers; null: 0.04")
-    eta: Probability | None = Field(None, description="noise of ddim: 0 adds none, 1 as much as ddpm; null: 0")
-    clip: bool | None = Field(None, description="keep the data prediction of ddpm and ddim in [-1, 1]; null: false")
-    options: dict[str, Any] | None = Field(None, description="arguments of a torchdiffeq method")
+    steps: Count | None = for_solver("of a fixed-step solver; null: 50 for an ODE, 250 for an SDE or DDPM")
+    rtol: Positive | None = for_solver("relative tolerance of an adaptive solver; null: 1e-5")
+    atol: Positive | None = for_solver("absolute tolerance of an adaptive solver; null: 1e-5")
+    grid: GridSection | None = for_solver("where the steps are; null: uniform")
+    diffusion: str | None = for_solver("how much noise an SDE adds, w(t); null: linear")
+    diffusion_norm: Positive | None = for_solver("multiplies an SDE's w(t); null: 1")
+    last_step: str | None = for_solver("how an SDE ends: mean, tweedie, euler or none; null: mean")
+    last_step_size: Time | None = for_solver("the time that an SDE's last step covers; null: 0.04")
+    eta: Probability | None = for_solver("noise of ddim: 0 adds none, 1 as much as ddpm; null: 0")
+    clip: bool | None = for_solver("keep the data prediction of ddpm and ddim in [-1, 1]; null: false")
+    options: dict[str, Any] | None = for_solver("arguments of a torchdiffeq method")
     guidance: GuidanceSection | None = Field(None, description="towards the class; null: none")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         "fp32",
@@ -219,6 +228,11 @@ class SampleSection(Section):
         None, description="where the autoencoder is now, a folder or a hub id; null: where it was in training"
     )
     seed: Natural = Field(0, description="with an image's index, all that its noise comes from")
+
+    @classmethod
+    def solver_keys(cls) -> tuple[str, ...]:
+        """The keys that are for the solver alone; null leaves a key to it."""
+        return tuple(key for key, field in cls.model_fields.items() if field.json_schema_extra == _FOR_SOLVER)
 
 
 class EvaluateSection(Section):

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
@@ -26,7 +27,7 @@ from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.files.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
-from dic_repa.files.pictures import save_png
+from dic_repa.files.pictures import load_png, save_grid, save_png, shown_in_grid
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
@@ -142,6 +143,14 @@ class SampleFolder:
         first = _read_rgb(self.file(0))
         write_npz(self.path / SAMPLES_NPZ, self.arrays(), (self.num, *first.shape), np.array(self.spec["labels"]))
 
+    def save_grid(self, class_names: Sequence[str], columns: int = 10) -> Path:
+        """Write grid.png, a picture of the first images of each class."""
+        labels = torch.tensor(self.spec["labels"])
+        shown = shown_in_grid(labels, columns)
+        images = torch.stack([load_png(self.file(i)) for i in shown])
+        save_grid(images, self.path / "grid.png", labels[shown], class_names, columns)
+        return self.path / "grid.png"
+
 
 def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None = None) -> dict:
     """What determines the images of a folder, as JSON has it."""
@@ -232,6 +241,15 @@ def fill(
             progress(len(batch))
         for done in written:
             done.result()
+
+
+def save_trajectory(sampler: Sampler, path: Path) -> None:
+    """Write nine states of the first images, from noise at the left to the image, a row each."""
+    stages = torch.linspace(0, len(sampler.states) - 1, min(9, len(sampler.states))).round().long().tolist()
+    images = torch.stack([sampler.to_images(sampler.states[stage][:10]).cpu() for stage in stages], dim=1)
+    rows = torch.arange(len(images)).repeat_interleave(len(stages))
+    headings = [f"t={sampler.times[stage]:.2f}" for stage in stages]
+    save_grid(images.flatten(0, 1), path, rows, [""] * len(images), columns=len(stages), headings=headings)
 
 
 def _read_rgb(path: Path) -> np.ndarray:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from dic_repa.data.saved import SavedData
-from dic_repa.errors import UserError, did_you_mean
+from dic_repa.errors import UserError, did_you_mean, unknown_name
+from dic_repa.files.pictures import to_pil
 from dic_repa.files.weights import load_weights, read_tensors, weights_fingerprint
 from dic_repa.models import load_denoiser
 from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
-from dic_repa.recipe.build import build_class_names, import_plugins
+from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, import_plugins
 from dic_repa.runs.folder import RAW, RunFolder, suggest_runs
 from dic_repa.runs.manifest import MANIFEST, find_damage
 from dic_repa.runtime.progress import detail
+from dic_repa.sampling.labels import draw_labels
+from dic_repa.sampling.sampler import Sampler, check_sampling
+from dic_repa.sampling.settings import override_sampling
 
 
 @dataclass
@@ -35,8 +42,74 @@ class Checkpoint:
             return self.data.class_names
         return build_class_names(self.recipe.data, self.denoiser.num_classes)
 
+    def sampler(self, settings: SampleSection) -> Sampler:
+        """What samples from the denoiser by `settings`, with the objective and the data's shape of its recipe.
 
-def load_checkpoint(
+        A UserError where the guidance asks for what the model never learnt, or the settings do not fit together.
+        """
+        recipe, denoiser = self.recipe, self.denoiser
+        guidance, weak = settings.guidance, None
+        if guidance and guidance.weak:
+            device = next(denoiser.parameters()).device
+            weak = load(guidance.weak, device).denoiser
+        elif guidance and guidance.scale != 1 and not denoiser.num_classes:
+            raise UserError(
+                f"{self.source} was trained on data without classes, so there is no class to guide towards; sample "
+                "without guidance (--scale 1; sample.guidance=null in a recipe)"
+            )
+        elif guidance and guidance.scale != 1 and recipe.train.label_dropout == 0:
+            raise UserError(
+                f"{self.source} was trained without label dropout, so it has no null class to guide with; "
+                "sample without guidance, or with a weaker model (guidance.weak)"
+            )
+        shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
+        device = next(denoiser.parameters()).device
+        decode = build_decoder(recipe.data, device, self.data, settings.autoencoder)
+        objective = build_objective(recipe.objective)
+        check_sampling(settings, objective)
+        return Sampler(denoiser, objective, settings, shape, weak, decode)
+
+    def sample(
+        self,
+        classes: Sequence[str | int | None] | None = None,
+        num: int = 10,
+        guidance: float | dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Images as PIL has them, by the recipe's `sample` section unless told otherwise.
+
+        Args:
+            classes: the class of each image, by its name or number, None for none; by default all classes in turn.
+            num: how many images, where no classes are named.
+            guidance: the scale, 1 for none; or keys of the section `sample.guidance`: `scale`, `interval`, ...
+            settings: further keys of the section `sample`: `solver`, `steps`, `seed`, `batch_size`, ...
+
+        Raises:
+            UserError: there is no such class or key, or the settings do not fit together.
+        """
+        if classes is not None:
+            num = len(classes)
+        keys = {"scale": guidance} if isinstance(guidance, int | float) else guidance
+        chosen = override_sampling(self.recipe.sample, keys, num=num, **settings)
+        if classes is None:
+            labels = draw_labels(self.recipe, self.denoiser.num_classes, chosen)
+        else:
+            labels = torch.tensor([self.label(name) for name in classes])
+        return [to_pil(image) for batch in self.sampler(chosen)(labels) for image in batch]
+
+    def label(self, name: str | int | None) -> int:
+        """The label of a class, by its name or number; of none, the null class."""
+        if name is None:
+            return self.denoiser.num_classes
+        names = self.class_names
+        if name in names:
+            return names.index(str(name))
+        if str(name).isdigit():
+            return int(name)
+        raise unknown_name("class", str(name), names)
+
+
+def load(
     path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None, weights: str | None = None
 ) -> Checkpoint:
     """The denoiser of a run (of its newest checkpoint), of one checkpoint, or of an inference checkpoint.
@@ -68,7 +141,7 @@ def load_checkpoint(
 
 
 def weights_folder(path: str | Path) -> Path:
-    """Where the weights that `load_checkpoint` takes of `path` are."""
+    """Where the weights that `load` takes of `path` are."""
     path = Path(path)
     if path.is_file():
         raise UserError(f"{path} is a file; {_folder_of(path)}")

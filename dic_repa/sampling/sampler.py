@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,13 +16,10 @@ from dic_repa.errors import UserError
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import GuidanceSection, SampleSection
-from dic_repa.recipe.build import build_decoder, build_objective
 from dic_repa.runtime.precision import tf32
 from dic_repa.samplers import Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.samplers.guidance import guidances
-from dic_repa.sampling.decoding import decode_batches
 from dic_repa.sampling.labels import check_labels
-from dic_repa.sampling.load import Checkpoint, load_checkpoint
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -134,8 +131,7 @@ class Sampler:
 
     def _options(self, info: SolverInfo, indices: Sequence[int]) -> dict:
         s = self.settings
-        given = ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta", "clip", "options")
-        options = {name: getattr(s, name) for name in given}
+        options = {key: getattr(s, key) for key in s.solver_keys() if key != "grid"}
         options["steps"] = s.steps or (None if info.kind == "adaptive" else 50 if info.process == "ode" else 250)
         if s.grid and s.grid.times is None:
             options["times"] = create_grid(s.grid.name, **s.grid.options)
@@ -145,6 +141,35 @@ class Sampler:
             return options | {"schedule": self.objective.schedule, "seed": s.seed, "indices": indices}
         options["path"] = self.objective.path
         return options if info.deterministic else options | {"seed": s.seed, "indices": indices}
+
+
+def decode_batches(samples: Iterable[Tensor], decode: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """The images of each batch of `samples`, on the CPU, in order.
+
+    On a GPU a batch is decoded and copied on a second stream, and handed out when the next batch is on its way, so that
+    neither decoding nor whoever saves the images keeps the sampler waiting.
+    """
+    stream, pending = None, None
+    for x in samples:
+        if not x.is_cuda:
+            yield decode(x)
+            continue
+        stream = stream or torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            x.record_stream(stream)
+            images = decode(x).to("cpu", non_blocking=True)
+            done = stream.record_event()
+        if pending:
+            yield _finished(*pending)
+        pending = images, done
+    if pending:
+        yield _finished(*pending)
+
+
+def _finished(images: Tensor, done: torch.cuda.Event) -> Tensor:
+    done.synchronize()
+    return images
 
 
 class _Nothing(Pretrained):
@@ -173,29 +198,3 @@ def build_guidance(section: GuidanceSection | None) -> Guidance:
         return Guidance(1.0)
     settings = (section.scale, section.interval, section.channels, section.schedule, section.rescale, section.doubled)
     return guidances.create(section.kind, *settings)
-
-
-def build_sampler(checkpoint: Checkpoint, settings: SampleSection) -> Sampler:
-    """A sampler of the checkpoint's denoiser, with the objective and the data's shape of its recipe.
-
-    A UserError where the guidance asks for what the model never learnt.
-    """
-    recipe, denoiser = checkpoint.recipe, checkpoint.denoiser
-    guidance, weak = settings.guidance, None
-    if guidance and guidance.weak:
-        device = next(denoiser.parameters()).device
-        weak = load_checkpoint(guidance.weak, device).denoiser
-    elif guidance and guidance.scale != 1 and not denoiser.num_classes:
-        raise UserError(
-            f"{checkpoint.source} was trained on data without classes, so there is no class to guide towards; sample "
-            "without guidance (--scale 1; sample.guidance=null in a recipe)"
-        )
-    elif guidance and guidance.scale != 1 and recipe.train.label_dropout == 0:
-        raise UserError(
-            f"{checkpoint.source} was trained without label dropout, so it has no null class to guide with; "
-            "sample without guidance, or with a weaker model (guidance.weak)"
-        )
-    shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
-    device = next(denoiser.parameters()).device
-    decode = build_decoder(recipe.data, device, checkpoint.data, settings.autoencoder)
-    return Sampler(denoiser, build_objective(recipe.objective), settings, shape, weak, decode)

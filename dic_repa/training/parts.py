@@ -100,13 +100,12 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     objective, sampler = build_objective(recipe.objective), None
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
         from dic_repa.sampling.load import Checkpoint
-        from dic_repa.sampling.sampler import build_sampler
 
         # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
         # In float32 where it is sharded, for a sharded model cannot be copied into another precision.
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
         source = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data))
-        sampler = build_sampler(source, sample)
+        sampler = source.sampler(sample)
     return Parts(
         data=data,
         shape=shape,

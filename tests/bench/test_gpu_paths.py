@@ -10,7 +10,7 @@ from test_sampling_speed import images, small_sampler
 from dic_repa.bench.device import precision
 from dic_repa.bench.timing import interleave
 from dic_repa.models import DiC
-from dic_repa.sampling.decoding import decode_batches
+from dic_repa.sampling.sampler import decode_batches
 
 pytestmark = pytest.mark.gpu
 

@@ -20,8 +20,7 @@ from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError
 from dic_repa.recipe import validate
 from dic_repa.recipe.build import build_class_names, build_dataset, build_decoder
-from dic_repa.sampling.load import load_checkpoint
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import load
 from dic_repa.training import train
 from dic_repa.training.randomness import process_rows
 
@@ -99,7 +98,7 @@ def test_decoding_is_diffusers(folder, tmp_path):
         expected = (vae.decode(x / SCALE + SHIFT).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(build_decoder(settings.data)(x), expected, atol=1e-5, rtol=1e-4)
     run = train(settings, tmp_path / "run")
-    sampler = build_sampler(load_checkpoint(run.path), settings.sample)
+    sampler = load(run.path).sampler(settings.sample)
     assert next(iter(sampler(torch.tensor([0, 1])))).shape == (2, 3, 32, 32)
 
 

@@ -16,8 +16,7 @@ from dic_repa.cli import main
 from dic_repa.data.prepared import Prepared
 from dic_repa.models import create_denoiser, forward_on_meta
 from dic_repa.recipe import SampleSection
-from dic_repa.sampling.load import load_checkpoint
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import load
 
 RECIPE = """
 model: {name: DiC, width: 8, depths: [1, 1, 1, 1, 1], time_scale: 1000}
@@ -92,9 +91,9 @@ def test_latents_without_classes(photos):
     call("prepare", "photos", "data", "--size=32", "--autoencoder=photos-vae", "--unlabelled", "--flip")
     assert len(Prepared("data", size=16)) == 12
     call("train", "mine.yaml")
-    loaded = load_checkpoint("runs/mine")
+    loaded = load("runs/mine")
     assert loaded.class_names == ()
-    assert build_sampler(loaded, SampleSection(steps=2, num=2)).size() == (32, 32)
+    assert loaded.sampler(SampleSection(steps=2, num=2)).size() == (32, 32)
 
 
 @pytest.mark.parametrize("name", ["DiC-S", "SiT-S/2", "U-ViT-S/2"])

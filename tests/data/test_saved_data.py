@@ -15,7 +15,7 @@ from dic_repa.cli import main
 from dic_repa.data.autoencoders import _loaded
 from dic_repa.files.pictures import load_png
 from dic_repa.runs.folder import RunFolder
-from dic_repa.sampling.load import load_checkpoint
+from dic_repa.sampling.load import load
 from dic_repa.training.posthoc import save_reconstruction
 
 SETTINGS = [*SMALL, "data.name=prepared", "data.path=data", "train.steps=2", "sample.steps=2", "sample.num=4"]
@@ -63,7 +63,7 @@ def test_sampled_without_the_data(run):
     save_reconstruction(run, 0.1, Path("made"))
     shutil.copytree(ema, "moved")
     for source in (run.path, ema, "converted", "made", "moved"):
-        assert load_checkpoint(source).class_names == ("cat", "dog")
+        assert load(source).class_names == ("cat", "dog")
     for source in (run.path, "converted", "moved"):
         out = Path("samples") / Path(source).name
         call("sample", source, "--out", out)

@@ -18,8 +18,7 @@ from dic_repa.evaluation.report_data import read_run
 from dic_repa.recipe import load_recipe
 from dic_repa.runs.folder import RunFolder
 from dic_repa.sampling.labels import balanced_labels
-from dic_repa.sampling.load import load_checkpoint
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import load
 from dic_repa.training import train
 
 EVERY = ["evaluate.every=2", "evaluate.num=12"]
@@ -73,9 +72,9 @@ def test_the_scores_are_those_of_the_averaged_weights():
     done = run("run", *EVERY)
     found = records(done)
     assert [record["step"] for record in found] == [2, 4, 6, 8]
-    loaded = load_checkpoint(done.checkpoint_path(8))
+    loaded = load(done.checkpoint_path(8))
     labels = balanced_labels(loaded.recipe, 10, 12)
-    images = torch.cat(list(build_sampler(loaded, loaded.recipe.sample)(labels)))
+    images = torch.cat(list(loaded.sampler(loaded.recipe.sample)(labels)))
     expected = judge_digits((images * 255).round() / 255, labels)
     assert found[-1]["scores"]["fd-digits"] == pytest.approx(expected["fd-digits"], rel=1e-9)
     assert [e["step"] for e in read_run(done)["evaluations"]] == [2, 4, 6, 8]
@@ -89,8 +88,8 @@ def test_the_best_checkpoint_is_kept(judged):
     assert done.best() == {"step": 4, "score": "loss", "value": 1.0}  # the first of two alike
     assert sorted(folder.name for folder in done.list_checkpoints()) == ["step_00000004", "step_00000010"]
     assert (done.checkpoints / "best").resolve() == done.checkpoint_path(4).resolve()
-    same = load_checkpoint(done.checkpoints / "best").denoiser.state_dict()
-    other = load_checkpoint(done.checkpoint_path(4)).denoiser.state_dict()
+    same = load(done.checkpoints / "best").denoiser.state_dict()
+    other = load(done.checkpoint_path(4)).denoiser.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in same.items())
 
 

@@ -22,8 +22,7 @@ from dic_repa.models import DiC
 from dic_repa.recipe import GuidanceSection, load_recipe, to_yaml
 from dic_repa.runs.folder import RunFolder
 from dic_repa.sampling.labels import balanced_labels
-from dic_repa.sampling.load import load_checkpoint
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import Checkpoint, load
 
 SCALES, INTERVALS = (1.0, 1.5, 2.0, 3.0), ((0.0, 0.5), (0.0, 1.0))
 
@@ -36,7 +35,7 @@ class Landscape:
     def __init__(self):
         self.asked = []
 
-    def build_sampler(self, _loaded, settings):
+    def sampler(self, settings):
         guidance = settings.guidance
         scale, high = (1.0, 0.0) if guidance is None else (guidance.scale, guidance.interval[1])
         self.asked.append((scale, high, settings.num, settings.seed))
@@ -67,14 +66,14 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def landscape(monkeypatch):
     found = Landscape()
-    monkeypatch.setattr("dic_repa.evaluation.tune.build_sampler", found.build_sampler)
+    monkeypatch.setattr(Checkpoint, "sampler", lambda _loaded, settings: found.sampler(settings))
     monkeypatch.setitem(metrics._entries, "digits", found)
     return found
 
 
 def tuner(checkpoint, **options) -> Tuner:
     given = {"scales": SCALES, "intervals": INTERVALS, "num": 20, "confirm": 2, "confirm_num": 40}
-    return Tuner(load_checkpoint(checkpoint), **given | options)
+    return Tuner(load(checkpoint), **given | options)
 
 
 def test_the_best_is_found_and_confirmed(checkpoint, landscape):
@@ -151,11 +150,11 @@ def test_the_judge_of_digits_counts(checkpoint):
     """With the real sampler and judge, the search's value is what the judge says of the same samples."""
     tuned = tuner(checkpoint, scales=(1.0, 2.0), intervals=((0.0, 1.0),), confirm=0).run()
     assert tuned.score == "fd-digits"
-    loaded = load_checkpoint(checkpoint)
+    loaded = load(checkpoint)
     for cell, guidance in zip(tuned.cells, (None, GuidanceSection(scale=2.0, interval=(0.0, 1.0)))):
         settings = loaded.recipe.sample.model_copy(update={"guidance": guidance, "num": 20})
         labels = balanced_labels(loaded.recipe, 10, 20)
-        images = torch.cat(list(build_sampler(loaded, settings)(labels)))
+        images = torch.cat(list(loaded.sampler(settings)(labels)))
         assert cell.value == pytest.approx(judge_digits((images * 255).round() / 255, labels)["fd-digits"], rel=1e-9)
     assert tuned.best.value == min(cell.value for cell in tuned.cells)
 
@@ -190,7 +189,7 @@ def test_mistakes(mistake, checkpoint):
     recipe = (checkpoint / "recipe.yaml").read_text().replace("label_dropout: 0.1", "label_dropout: 0.0")
     (checkpoint / "recipe.yaml").write_text(recipe)
     assert "no guidance to search" in mistake("tune", checkpoint)
-    loaded = load_checkpoint(checkpoint)
+    loaded = load(checkpoint)
     settings = loaded.recipe.sample.model_copy(update={"guidance": GuidanceSection(scale=2.0, weak=str(checkpoint))})
     assert Tuner(loaded, "fd-digits", sample=settings, num=2).cells()  # a weaker model guides without a null class
     loaded.recipe.train.label_dropout = 0.1
@@ -201,7 +200,7 @@ def test_mistakes(mistake, checkpoint):
 
 def test_records_of_guidance_by_a_weaker_model_know_its_weights(checkpoint, tmp_path):
     """One that was written over makes other samples: neither a search nor a judgement goes on with the earlier ones."""
-    weak, loaded = shutil.copytree(checkpoint, tmp_path / "weak"), load_checkpoint(checkpoint)
+    weak, loaded = shutil.copytree(checkpoint, tmp_path / "weak"), load(checkpoint)
     sample = loaded.recipe.sample.model_copy(update={"guidance": GuidanceSection(scale=2.0, weak=str(weak))})
 
     def identities():

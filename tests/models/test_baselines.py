@@ -18,8 +18,7 @@ from dic_repa.models.uvit import UViT
 from dic_repa.objectives import DDPM
 from dic_repa.recipe import list_recipes, load_recipe
 from dic_repa.recipe.build import build_denoiser
-from dic_repa.sampling.load import load_checkpoint
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import load
 from dic_repa.training import train
 
 WIDTH, DEPTH, HEADS, CLASSES = 32, 3, 2, 10
@@ -381,10 +380,10 @@ def test_digits_sit_trains_and_samples(dic_repa, tmp_path):
     dic_repa("train", "digits-sit-repa", "--out", "run", *(f"--set={change}" for change in changes))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert "alignment.0.token" in lines[-1]
-    checkpoint = load_checkpoint(tmp_path / "run")
+    checkpoint = load(tmp_path / "run")
     assert type(checkpoint.denoiser).__name__ == "SiT"
     settings = checkpoint.recipe.sample.model_copy(update={"steps": 2})
-    images = torch.cat(list(build_sampler(checkpoint, settings)(torch.arange(4))))
+    images = torch.cat(list(checkpoint.sampler(settings)(torch.arange(4))))
     assert images.shape == (4, 1, 16, 16)
     assert images.isfinite().all()
 

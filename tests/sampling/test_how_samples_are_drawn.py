@@ -15,8 +15,7 @@ from dic_repa.cli import main
 from dic_repa.evaluation.runs import describe_sampling
 from dic_repa.recipe import to_yaml
 from dic_repa.sampling.labels import draw_labels, random_labels
-from dic_repa.sampling.load import load_checkpoint
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import load
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_a_score_says_how_classes_were_drawn(run):
 
 def test_pixels_are_truncated_as_repa_does_or_rounded_as_dit_does(run, checkpoint):  # noqa: F811
     settings = RECIPE.sample.model_copy(update={"num": 4})
-    (images,) = build_sampler(load_checkpoint(checkpoint), settings)(torch.arange(4))
+    (images,) = load(checkpoint).sampler(settings)(torch.arange(4))
     levels = {"round": np.rint(255 * images.numpy()), "truncate": np.floor(255 * images.numpy())}
     assert (levels["round"] != levels["truncate"]).any()
     for pixels, expected in levels.items():

@@ -21,17 +21,15 @@ from safetensors.torch import load_file, save_file
 from test_sampling_speed import small_sampler
 
 from dic_repa.cli import main
-from dic_repa.cli.sample import _save_trajectory
 from dic_repa.data.autoencoders import Pixels
 from dic_repa.errors import UserError, print_rank_errors
 from dic_repa.evaluation import open_images
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.recipe import DataSection, SampleSection, load_training_recipe, to_yaml
 from dic_repa.recipe.build import build_decoder, build_denoiser
-from dic_repa.sampling.folder import SampleFolder, fill, sample_spec
+from dic_repa.sampling.folder import SampleFolder, fill, sample_spec, save_trajectory
 from dic_repa.sampling.labels import random_labels
-from dic_repa.sampling.load import load_checkpoint
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import load
 
 RECIPE = load_training_recipe(
     "digits-urepa", ["model.width=8", "model.depths=[1,1,1,1,1]", "sample.solver=euler", "sample.steps=1"]
@@ -71,14 +69,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def fill_in_part(checkpoint: Path, path: Path, num: int) -> None:
-    loaded = load_checkpoint(checkpoint)
+    loaded = load(checkpoint)
     settings = SampleSection(**{**RECIPE.sample.model_dump(), "num": num, "batch_size": 50})
     labels = torch.arange(10).repeat(num // 10)
     folder = SampleFolder(path, sample_spec(loaded, settings, labels))
     folder.check()
     folder.begin()
     # Slowly, so that a kill has time to fall in between.
-    fill(folder, build_sampler(loaded, settings), labels, progress=lambda count: time.sleep(0.1))
+    fill(folder, loaded.sampler(settings), labels, progress=lambda count: time.sleep(0.1))
 
 
 @pytest.mark.slow
@@ -184,13 +182,13 @@ def test_adaptive_samples_depend_on_the_batch_so_it_may_not_change(sample, mista
 
 
 def test_a_sample_of_nan_is_named(checkpoint, tmp_path):
-    loaded = load_checkpoint(checkpoint)
+    loaded = load(checkpoint)
     next(loaded.denoiser.parameters()).data.fill_(torch.nan)
     settings = SampleSection(**{**RECIPE.sample.model_dump(), "num": 4})
     folder = SampleFolder(tmp_path / "out", sample_spec(loaded, settings, torch.arange(4)))
     folder.begin()
     with pytest.raises(UserError, match="sample 0 and 3 others of its batch are NaN"):
-        fill(folder, build_sampler(loaded, settings), torch.arange(4))
+        fill(folder, loaded.sampler(settings), torch.arange(4))
 
 
 def test_an_error_of_one_process_is_printed_by_it(capsys, monkeypatch):
@@ -202,10 +200,10 @@ def test_an_error_of_one_process_is_printed_by_it(capsys, monkeypatch):
 
 
 def test_decoding_in_small_batches_changes_nothing(checkpoint):
-    loaded, sizes = load_checkpoint(checkpoint), []
+    loaded, sizes = load(checkpoint), []
     images = {}
     for batch in (1, 3, 16):
-        sampler = build_sampler(loaded, SampleSection(**{**RECIPE.sample.model_dump(), "decode_batch": batch}))
+        sampler = loaded.sampler(SampleSection(**{**RECIPE.sample.model_dump(), "decode_batch": batch}))
         decode = sampler.decode
         sampler.decode = lambda x, decode=decode: sizes.append(len(x)) or decode(x)
         images[batch] = torch.cat(list(sampler(torch.arange(7))))
@@ -230,7 +228,7 @@ def test_an_autoencoder_is_given_what_decode_batch_says(monkeypatch, tmp_path):
     assert sizes == [20, 5]
     sampler.settings.decode_batch, sampler.states = 2, [torch.zeros(4, 1, 8, 8)]
     sampler.times = [0.0]
-    _save_trajectory(tmp_path / "trajectory.png", sampler)
+    save_trajectory(sampler, tmp_path / "trajectory.png")
     assert sizes[2:] == [2, 2]
 
 

@@ -10,8 +10,7 @@ import torch
 from dic_repa.models import DiC
 from dic_repa.objectives import FlowMatching
 from dic_repa.recipe import SampleSection
-from dic_repa.sampling.decoding import decode_batches
-from dic_repa.sampling.sampler import Sampler
+from dic_repa.sampling.sampler import Sampler, decode_batches
 
 LABELS = torch.arange(4)
 

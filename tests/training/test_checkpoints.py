@@ -22,7 +22,7 @@ from dic_repa.models import DiC
 from dic_repa.runs import RunFolder
 from dic_repa.runs.folder import CHECKPOINT_FILES
 from dic_repa.runs.manifest import find_damage, write_manifest
-from dic_repa.sampling.load import checkpoint_of, load_checkpoint, weights_folder
+from dic_repa.sampling.load import checkpoint_of, load, weights_folder
 from dic_repa.training import EMA, train
 from dic_repa.training.checkpoint import CheckpointWriter
 
@@ -126,7 +126,7 @@ def test_the_name_ema_alone_makes_no_average(copy, tmp_path):
     """A run may be called so, or an average that was copied elsewhere; what is beside them is not theirs."""
     copy.path.rename(tmp_path / "ema")
     with pytest.raises(UserError, match=r"is neither a run nor a checkpoint: .*; did you mean .*/ema\?"):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
     newest = tmp_path / "ema/checkpoints/step_00000008"
     assert weights_folder(tmp_path / "ema") == newest / "ema"
     assert checkpoint_of(newest / "ema") == newest

@@ -20,8 +20,7 @@ from dic_repa.evaluation.runs import evaluate_run
 from dic_repa.recipe import list_recipes, load_recipe
 from dic_repa.recipe.dotted import differences
 from dic_repa.runs import RunFolder
-from dic_repa.sampling.load import load_checkpoint
-from dic_repa.sampling.sampler import build_sampler
+from dic_repa.sampling.load import load
 from dic_repa.training import EMA
 
 GRIDS = ["train.ema_decay=0.9999", "train.sample_every=8", "sample.steps=1"]
@@ -134,8 +133,8 @@ def test_grid_shows_the_raw_weights_too_while_the_average_is_far_behind(runs, tm
 
 def samples(run: RunFolder, weights: str) -> torch.Tensor:
     """As in the progress grid."""
-    loaded = load_checkpoint(run.path, weights=weights)
-    return torch.cat(list(build_sampler(loaded, loaded.recipe.sample)(torch.arange(10).repeat(6))))
+    loaded = load(run.path, weights=weights)
+    return torch.cat(list(loaded.sampler(loaded.recipe.sample)(torch.arange(10).repeat(6))))
 
 
 @pytest.fixture

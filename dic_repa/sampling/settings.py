@@ -1,0 +1,26 @@
+"""The settings of one sampling: a recipe's `sample` section with keys of it overridden. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dic_repa.recipe import SampleSection, validate
+from dic_repa.samplers.solvers import solver_info
+
+
+def override_sampling(base: SampleSection, guidance: dict[str, Any] | None = None, **given: Any) -> SampleSection:
+    """`base` with the keys `given`, and those of `guidance`, validated as if they stood in a recipe.
+
+    What `base` says to a solver is forgotten where another kind of solver is given, which it does not fit.
+    """
+    raw = base.model_dump(mode="json")
+    if (solver := given.get("solver")) and _family(solver) != _family(base.solver):
+        raw |= dict.fromkeys(SampleSection.solver_keys())
+    if guidance:
+        raw["guidance"] = {**(raw["guidance"] or {}), **guidance}
+    return validate({"sample": raw | given}, "sampling").sample
+
+
+def _family(solver: str) -> tuple[str, str]:
+    info = solver_info(solver)
+    return info.process, info.kind
