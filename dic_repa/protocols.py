@@ -323,6 +323,20 @@ class LastStep(Protocol):
 
 
 @runtime_checkable
+class Metric(Protocol):
+    """A number of merit; derive from `dic_repa.evaluation.scores.Score`."""
+
+    layer: str  # '<extractor>.<layer>': whose features it takes
+    title: str  # of a table's column
+    better: str  # 'lower' or 'higher'
+    needs: str  # of the reference: 'gaussian', 'features', or '' for nothing
+
+    def __call__(self, features: Tensor, reference: Any, /) -> float:
+        """The score of the samples' features (N, D) against the reference's `FeatureSet`."""
+        ...
+
+
+@runtime_checkable
 class FeatureExtractor(Protocol):
     """What a metric needs of a network; `layers` are the keys of what a call returns."""
 

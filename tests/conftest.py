@@ -90,16 +90,13 @@ def mistake(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def plugin_folder(tmp_path, monkeypatch):
     """An empty current folder; what is imported from it, and what that registers, is forgotten afterwards."""
-    from dic_repa.alignment import heads
-    from dic_repa.data import datasets
-    from dic_repa.encoders import base
-    from dic_repa.models.registry import denoisers
-    from dic_repa.samplers.solvers import ode_solvers
+    from dic_repa.cli.parts import find_registries
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for registry in (base.encoders, heads, datasets, denoisers, ode_solvers):
+    for registry in find_registries().values():
+        registry.names()  # those of the package are there before
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     yield tmp_path
     for name, module in list(sys.modules.items()):
