@@ -4,6 +4,6 @@ Everything that is compared runs in one process, interleaved and repeated, so th
 neighbour slows all of it alike; what is reported is the median with its quartiles.
 """
 
-from dic_repa.bench.timing import Timing, interleave
+from dic_repa.bench.timing import interleave
 
-__all__ = ["Timing", "interleave"]
+__all__ = ["interleave"]

@@ -6,8 +6,6 @@ import contextlib
 import gc
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,11 +14,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError, first_line, unknown_name
 from dic_repa.runtime.precision import tf32
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SMI = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -63,22 +60,20 @@ def describe_device(device: torch.device) -> dict[str, str | int]:
     }
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda or "none", "cudnn": torch.backends.cudnn.version() or 0}
-        found |= _clocks(device)
+        found |= read_clocks(device)
     return found
 
 
-def _clocks(device: torch.device) -> dict[str, str]:
-    if shutil.which("nvidia-smi") is None:
-        return {"clocks": "nvidia-smi was not found"}
-    # By its UUID, since nvidia-smi does not heed CUDA_VISIBLE_DEVICES.
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = f"GPU-{uuid}" if uuid else str(device.index or 0)
-    command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader", f"--id={which}"]
+def read_clocks(device: torch.device) -> dict[str, str]:
+    """The clock, power and temperature of a GPU now, with their units; why not, where they cannot be read."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {"clocks": "nvidia-smi does not tell"}
-    return dict(zip(_SMI.split(","), (value.strip() for value in done.stdout.split(","))))
+        return {
+            "clocks.sm": f"{torch.cuda.clock_rate(device)} MHz",
+            "power.draw": f"{torch.cuda.power_draw(device) / 1000:.2f} W",
+            "temperature.gpu": f"{torch.cuda.temperature(device)}",
+        }
+    except Exception as error:  # the driver's own, of a GPU or container that does not tell; nothing depends on it
+        return {"clocks": f"unknown ({first_line(error)})"}
 
 
 def _cpu_name() -> str:

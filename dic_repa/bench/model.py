@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Measurement
 
 from dic_repa.bench.device import DTYPES, check_precision, convolution_share, describe_device, peak_memory, precision
 from dic_repa.bench.peak import measure_peak
 from dic_repa.bench.report import add_ratios, speed
-from dic_repa.bench.timing import Timing, interleave
+from dic_repa.bench.timing import interleave
 from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
@@ -96,13 +97,13 @@ def bench_model(
                     for (x, t, y), reference in zip(batch_inputs, references)
                 ]
     limits = {kind: measure_peak(kind, device) for kind in precisions} if peaks else {}
-    timings = interleave(cases, device, rounds, seconds, description="forward")
+    timings = interleave(cases, rounds, seconds, description="forward")
     rows = [_row(case, timing, limits.get(case.precision), device) for case, timing in zip(cases, timings)]
     add_ratios(rows)
     return {"environment": environment, "after": describe_device(device), "peaks": limits, "rows": rows}
 
 
-def _row(case: Case, timing: Timing, limits: dict[str, float] | None, device: torch.device) -> dict:
+def _row(case: Case, timing: Measurement, limits: dict[str, float] | None, device: torch.device) -> dict:
     row: dict[str, Any] = {"label": case.label, "batch": case.batch, "gmacs": case.gmacs, **speed(timing, case.batch)}
     row["tflops"] = 2 * case.gmacs * row["images_per_second"] / 1000
     if limits:

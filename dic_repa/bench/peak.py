@@ -32,7 +32,7 @@ def measure_peak(name: str, device: torch.device, rounds: int = 5) -> dict[str, 
     ]
     work = products + convolutions
     with precision(name):
-        timings = interleave([call for call, _ in work], device, rounds, 0.05, description=f"{name} peak")
+        timings = interleave([call for call, _ in work], rounds, 0.05, description=f"{name} peak")
     rates = [operations / timing.median / 1e12 for (_, operations), timing in zip(work, timings)]
     return {"matrix": max(rates[: len(products)]), "convolution": max(rates[len(products) :])}
 

@@ -6,10 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dic_repa.bench.timing import Timing
+import numpy as np
+from torch.utils.benchmark import Measurement
+
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK
 from dic_repa.files.pictures import save_figure
+from dic_repa.runtime.table import format_rows
 
 HEADINGS = {
     "label": "what",
@@ -35,9 +38,9 @@ _FORMATS = {
 }  # fmt: skip
 
 
-def speed(timing: Timing, images: int) -> dict[str, float | list[float]]:
+def speed(timing: Measurement, images: int) -> dict[str, float | list[float]]:
     """Images per second, with quartiles, and milliseconds of one call on `images` images."""
-    low, high = timing.quartiles
+    low, high = map(float, np.quantile(timing.times, (0.25, 0.75)))
     return {
         "images_per_second": images / timing.median,
         "spread": [images / high, images / low],
@@ -56,13 +59,7 @@ def table(rows: Sequence[dict]) -> str:
     """The rows under headings, with the columns that at least one of them has."""
     keys = [key for key in HEADINGS if any(row.get(key) is not None for row in rows)]
     cells = [[HEADINGS[key] for key in keys], *([_cell(key, row.get(key)) for key in keys] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in cells
-    )
+    return format_rows(cells, left=(0,))
 
 
 def _cell(key: str, value) -> str:

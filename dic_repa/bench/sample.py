@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Measurement, timer
 
 from dic_repa.bench.device import check_precision, describe_device
 from dic_repa.bench.model import case_label, inside, randomise
 from dic_repa.bench.report import add_ratios, speed
-from dic_repa.bench.timing import Timing, interleave
+from dic_repa.bench.timing import interleave
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import GRAPH_MODES
@@ -54,20 +54,18 @@ class SampleCase:
 
         def timed(x: Tensor) -> Tensor:
             nonlocal spent
-            _synchronise(x.device)
-            begin = time.perf_counter()
+            begin = timer()
             images = decode(x)
-            _synchronise(x.device)
-            spent += time.perf_counter() - begin
+            spent += timer() - begin
             return images
 
         self.sampler.decode = timed
-        begin = time.perf_counter()
+        begin = timer()
         try:
             self()
         finally:
             self.sampler.decode = decode
-        return spent / (time.perf_counter() - begin)
+        return spent / (timer() - begin)
 
 
 def bench_sample(
@@ -111,7 +109,7 @@ def bench_sample(
             sampler = Sampler(denoiser, build_objective(recipe.objective), settings, shape, None, decode)
             label = case_label(name, kind, way if guided and len(guidance) > 1 else "", mode)
             cases.append(SampleCase(label, sampler, gmacs))
-    timings = interleave(cases, device, rounds, seconds, warmup=1, description="sampling")
+    timings = interleave(cases, rounds, seconds, warmup=1, description="sampling")
     rows = [_row(case, timing, device) for case, timing in zip(cases, timings)]
     add_ratios(rows)
     return {
@@ -122,7 +120,7 @@ def bench_sample(
     }
 
 
-def _row(case: SampleCase, timing: Timing, device: torch.device) -> dict:
+def _row(case: SampleCase, timing: Measurement, device: torch.device) -> dict:
     row: dict[str, Any] = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
     row["evaluations"] = case.sampler.evaluations
     row["tflops"] = 2 * case.gmacs * case.sampler.evaluations * row["images_per_second"] / 1000
@@ -156,8 +154,3 @@ def _decoder(recipe: Recipe, device: torch.device, notes: list[str]) -> Callable
         return (autoencoder.decode(x / 0.18215).sample / 2 + 0.5).clamp(0, 1)
 
     return decode
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

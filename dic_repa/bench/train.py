@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.utils.benchmark import Measurement
 from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.bench.device import check_precision, describe_device, precision
 from dic_repa.bench.model import baselines_of, build_baseline, case_label, check_baselines, inside
 from dic_repa.bench.report import add_ratios, speed
-from dic_repa.bench.timing import Timing, interleave
+from dic_repa.bench.timing import interleave
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
@@ -135,7 +136,7 @@ def bench_train(
             replace_denoiser(parts, baseline, recipe, accelerator)
             label = f"{name} {kind} by {baseline.rpartition(':')[2]}"
             cases.append(TrainCase(label, recipe, parts, accelerator, kind, gmacs))
-    timings = interleave(cases, device, rounds, seconds, description="training steps")
+    timings = interleave(cases, rounds, seconds, description="training steps")
     rows = [_row(case, timing, device) for case, timing in zip(cases, timings)]
     add_ratios(rows)
     return {
@@ -184,7 +185,7 @@ def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Acc
     parts.averages = {"ema": parts.ema}
 
 
-def _row(case: TrainCase, timing: Timing, device: torch.device) -> dict:
+def _row(case: TrainCase, timing: Measurement, device: torch.device) -> dict:
     row: dict[str, Any] = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
     # Of the denoiser, whose backward pass is two forward passes.
     row["tflops"] = 3 * 2 * case.gmacs * row["images_per_second"] / 1000

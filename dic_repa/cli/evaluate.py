@@ -11,11 +11,11 @@ from dic_repa.cli import completion
 from dic_repa.cli.judgements import print_judgements
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_options
-from dic_repa.cli.table import number, print_rows
 from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
 from dic_repa.recipe import load_recipe
 from dic_repa.runtime.progress import progress_bar, say
+from dic_repa.runtime.table import format_rows, number
 from dic_repa.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def _print_measured(rows: list, metrics: dict) -> None:
             low, high = measured.intervals.get(name, (None, None))
             cells.append(number(value) + (f" [{number(low)}, {number(high)}]" if low is not None else ""))
         table.append((path, str(measured.count), classes or "unknown", *cells))
-    print_rows(table, left=(0,))
+    click.echo(format_rows(table, left=(0,)))
 
 
 def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> list[Judgement]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from dic_repa.cli.table import number, print_rows
 from dic_repa.runtime.progress import say
+from dic_repa.runtime.table import format_rows, number
 
 if TYPE_CHECKING:
     from dic_repa.evaluation.runs import Judgement
@@ -42,7 +42,7 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
     reference = judgements[0].scores.get("reference")
     if isinstance(reference, dict):
         rows.append((f"real {judgements[0].recipe.data.name}", "", "", *(_score(k, reference.get(k)) for k in shown)))
-    print_rows(rows, left=(0, 2))
+    print(format_rows(rows, left=(0, 2)))
     if by_encoder(shown):
         for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
             say(f"note: {no_fid(encoder)}")

@@ -77,11 +77,11 @@ def _facts(registry: Registry, name: str) -> dict[str, Any]:
 
 
 def _print(rows: dict[str, dict[str, Any]], heading: str) -> None:
-    from dic_repa.cli.table import print_rows
+    from dic_repa.runtime.table import format_rows
 
     columns = list(next(iter(rows.values())))
     table = [(heading, *columns)] + [(name, *(str(row[column]) for column in columns)) for name, row in rows.items()]
-    print_rows(table, left=(0, len(columns)))
+    click.echo(format_rows(table, left=(0, len(columns))))
 
 
 def _print_end(registry: Registry) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from dic_repa.cli.table import number, print_rows
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.runtime.table import format_rows, number
 
 KEYS = {"run": "path", "recipe": "recipe", "step": "step", "state": "state", "speed": "images_per_second"}
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -52,9 +52,8 @@ def command(folder: Path, key: str, reverse: bool, as_json: bool):
     elif not runs:
         click.echo(f"no runs in {folder} yet; `dic-repa train RECIPE` makes one")
     else:
-        print_rows(
-            [("run", "recipe", "step", "images/s", "written", "scores", "state"), *map(_row, runs)], (0, 1, 5, 6)
-        )
+        heading = ("run", "recipe", "step", "images/s", "written", "scores", "state")
+        click.echo(format_rows([heading, *map(_row, runs)], left=(0, 1, 5, 6)))
 
 
 def _row(run) -> tuple[str, ...]:

@@ -1,10 +1,8 @@
-"""A GPU's power draw, as nvidia-smi reports it."""
+"""A GPU's power draw."""
 
 from __future__ import annotations
 
-import shutil
 import statistics
-import subprocess
 import threading
 
 import torch
@@ -13,27 +11,23 @@ import torch
 class PowerMeter:
     """Samples the power of `device` in a thread while it is open; `watts` is their mean.
 
-    None where there is no NVIDIA GPU, no nvidia-smi, or no sample.
+    None where there is no GPU, or one that does not tell.
     """
 
     def __init__(self, device: torch.device, interval: float = 0.1):
-        self.interval = interval
+        self.device, self.interval = device, interval
         self._samples: list[float] = []
         self._stop = threading.Event()
-        self._command = None
-        if device.type == "cuda" and shutil.which("nvidia-smi"):
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            self._command = ["nvidia-smi", "-i", uuid, "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+        self._thread = threading.Thread(target=self._run, daemon=True) if device.type == "cuda" else None
 
     def __enter__(self) -> PowerMeter:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        if self._command:
+        if self._thread:
             self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._stop.set()
-        if self._command:
+        if self._thread:
             self._thread.join()
 
     def forget(self) -> None:
@@ -46,8 +40,7 @@ class PowerMeter:
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
-            done = subprocess.run(self._command or (), capture_output=True, text=True, check=False)
             try:
-                self._samples.append(float(done.stdout))
-            except ValueError:  # "[N/A]"
+                self._samples.append(torch.cuda.power_draw(self.device) / 1000)
+            except Exception:  # the driver's own, of a GPU or container that does not tell
                 return

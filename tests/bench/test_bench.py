@@ -11,17 +11,20 @@ import torch
 from PIL import Image
 from places import HELPERS
 from small_runs import small_recipe
+from torch.utils.benchmark import Measurement
+from torch.utils.benchmark.utils.common import TaskSpec
 
-from dic_repa.bench.device import convolution_share, peak_memory, precision
+from dic_repa.bench.device import convolution_share, peak_memory, precision, read_clocks
 from dic_repa.bench.model import bench_model, load_factory, random_denoiser
 from dic_repa.bench.paper import SMALL, measure_paper
-from dic_repa.bench.report import add_ratios, table
+from dic_repa.bench.report import add_ratios, speed, table
 from dic_repa.bench.sample import bench_sample
-from dic_repa.bench.timing import Timing, interleave
+from dic_repa.bench.timing import interleave
 from dic_repa.bench.train import build_step, replace_denoiser
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import MARK
+from dic_repa.training.power import PowerMeter
 
 CPU = torch.device("cpu")
 ORACLE = HELPERS / "oracle.py"
@@ -30,15 +33,14 @@ SHORT = {"rounds": 2, "seconds": 0.0}
 
 def test_calls_take_turns_after_a_warm_up():
     made = []
-    timings = interleave([lambda: made.append("a"), lambda: made.append("b")], CPU, rounds=3, seconds=0.0, warmup=2)
+    timings = interleave([lambda: made.append("a"), lambda: made.append("b")], rounds=3, seconds=0.0, warmup=2)
     assert "".join(made) == "aabb" + "ab" + "ba" + "ab"
-    assert [len(timing.seconds) for timing in timings] == [3, 3]
+    assert [len(timing.times) for timing in timings] == [3, 3]
 
 
 def test_median_and_quartiles():
-    timing = Timing((4.0, 1.0, 2.0, 3.0, 100.0))
-    assert timing.median == 3
-    assert timing.quartiles == (2, 4)
+    seconds = Measurement(2, [8.0, 2.0, 4.0, 6.0, 200.0], TaskSpec("call()", ""))  # of two calls each
+    assert speed(seconds, images=12) == {"images_per_second": 4, "spread": [3, 6], "milliseconds": 3000}
 
 
 def test_ratios_are_to_the_first_of_the_same_batch():
@@ -242,3 +244,27 @@ def test_baseline_that_does_not_fit_is_told_in_a_line(mistake, tmp_path, monkeyp
     assert "unknown name in --baseline DiC-S=a.py:A: 'DiC-S'; known: baselines:small" in says("DiC-S=a.py:A")
     train = ["bench", "train", "digits-urepa", "--batch=1", "--set=model.width=8"]
     assert "gives an output of shape (1, 1, 32, 16)" in mistake(*train, "--baseline=baselines.py:Taller")
+
+
+def test_clocks_in_their_units_and_why_there_are_none(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    for name, value in (("clock_rate", 1980), ("power_draw", 312_500), ("temperature", 41)):  # MHz, mW, degrees C
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    assert read_clocks(gpu) == {"clocks.sm": "1980 MHz", "power.draw": "312.50 W", "temperature.gpu": "41"}
+
+    def no_driver(_device):
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "clock_rate", no_driver)
+    assert read_clocks(gpu) == {"clocks": "unknown (nvidia-ml-py does not seem to be installed)"}
+
+
+def test_power_is_a_mean_in_watts(monkeypatch):
+    draws = iter([100_000, 300_000])  # mW; then the driver tells no more
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda _device: next(draws))
+    with PowerMeter(torch.device("cuda"), interval=0.001) as meter:
+        meter._thread.join()
+    assert meter.watts == 200
+    with PowerMeter(CPU) as meter:
+        pass
+    assert meter.watts is None

@@ -59,5 +59,5 @@ def test_the_oracle_on_the_gpu():
 
 def test_timing_waits_for_the_device():
     x = torch.randn(4096, 4096, device="cuda")
-    (timing,) = interleave([lambda: x @ x], torch.device("cuda"), rounds=3, seconds=0.0)
+    (timing,) = interleave([lambda: x @ x], rounds=3, seconds=0.0)
     assert timing.median > 2 * 4096**3 / 2e15  # faster than any GPU: only the launches would have been timed
