@@ -37,9 +37,9 @@ def recipes(_context, _parameter, typed: str) -> list[CompletionItem]:
 
 def runs(_context, _parameter, typed: str) -> list[CompletionItem]:
     """The runs in runs/, by path or by their own name, else files."""
-    from dic_repa.runs.folder import RUNS, list_runs
+    from dic_repa.runs.folder import RUNS, runs_in
 
-    found = list_runs(RUNS)
+    found = runs_in(RUNS)
     return _offered([str(run) for run in found], typed, [str(run) for run in found if run.name.startswith(typed)])
 
 

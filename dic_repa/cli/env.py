@@ -40,7 +40,7 @@ def command(as_json: bool):
 
 def describe() -> dict[str, dict]:
     """Sections of names and values: 'dic-repa', 'machine', 'torch', 'packages', 'variables', 'caches'."""
-    from dic_repa.runs.folder import describe_environment
+    from dic_repa.runs.environment import describe_environment
 
     known = describe_environment("", 1)
     git, machine = known["git"] or {}, known["machine"]

@@ -16,7 +16,8 @@ from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_line, is_main_process, prints_errors, when_interrupted
 from dic_repa.recipe import Recipe, load_training_recipe
-from dic_repa.runs.folder import RunFolder, checkpoint_step
+from dic_repa.runs.checkpoints import checkpoint_step
+from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import say
 from dic_repa.runtime.threads import choose_threads
 

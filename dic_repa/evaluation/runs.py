@@ -17,7 +17,8 @@ from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
 from dic_repa.files.pictures import save_grid, shown_in_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
-from dic_repa.runs.folder import RunFolder, checkpoint_step
+from dic_repa.runs.checkpoints import checkpoint_step
+from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.score_names import current_names
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import load, weak_weights

@@ -13,7 +13,9 @@ from dic_repa.evaluation.reference import UNKNOWN_COUNT
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK
 from dic_repa.models.pretrained import CONFIG
-from dic_repa.runs.folder import RunFolder, checkpoint_step, describe_environment
+from dic_repa.runs.checkpoints import checkpoint_step
+from dic_repa.runs.environment import describe_environment
+from dic_repa.runs.folder import RunFolder
 from dic_repa.sampling import SAMPLES_FILE
 
 

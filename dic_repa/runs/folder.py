@@ -5,22 +5,16 @@
     checkpoints/        step_00001000/, ..., best       snapshots/      averages to combine after the run
     curves.png          the loss curves                 lock            while a run is at work here
 
-A checkpoint is a folder that is written aside and renamed, so one that bears its name was whole when it was written;
-its manifest tells whether it still is.
+`runs.checkpoints` tells which of the checkpoints are whole, `runs.environment` what environment.json holds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +30,13 @@ from dic_repa.files.outputs import (
     foreign,
     is_listed,
     read_marker,
-    remove_folder,
     remove_listed,
     write_marker,
 )
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 from dic_repa.recipe.dotted import ABSENT, differences
 from dic_repa.recipe.files import read_recipe
+from dic_repa.runs.checkpoints import Checkpoints, checkpoint_step
 from dic_repa.runs.manifest import MANIFEST, find_damage
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
@@ -65,46 +59,19 @@ _HARMLESS = {
     "train.compile",
     "data.workers",
 }
-RAW = "raw"  # the name of the weights themselves, among those of their averages
-CHECKPOINT_FILES = (MANIFEST, "state.json", "model.safetensors")
-_IN_A_CHECKPOINT = re.compile(
-    r"(manifest|state)\.json|model\.safetensors|optimizer\.pt"
-    r"|ema[^/]*/(config\.json|data\.json|recipe\.yaml|model\.safetensors)"
-)
-_PACKAGES = (
-    "dic-repa",
-    "torch",
-    "torchvision",
-    "accelerate",
-    "timm",
-    "torchdiffeq",
-    "torch-fidelity",
-    "diffusers",
-    "datasets",
-    "huggingface-hub",
-    "safetensors",
-    "pydantic",
-    "pyyaml",
-    "click",
-    "numpy",
-    "pillow",
-    "matplotlib",
-    "tqdm",
-)
 RUNS = Path("runs")  # where runs are unless they are told otherwise
 
 
-class RunFolder:
+class RunFolder(Checkpoints):
     """Paths inside a run's folder, and its checkpoints."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        super().__init__(path)
         self.recipe_file = self.path / "recipe.yaml"
         self.environment_file = self.path / "environment.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.curves_file = self.path / "curves.png"
         self.samples = self.path / "samples"
-        self.checkpoints = self.path / "checkpoints"
         self.snapshots = self.path / "snapshots"
 
     @classmethod
@@ -215,7 +182,7 @@ class RunFolder:
         self._check_steps(done, recipe.train.steps)
         for folder in self.list_checkpoints():
             if checkpoint_step(folder) > done:
-                self._remove_checkpoint(folder)
+                self.remove_checkpoint(folder)
         for snapshot in self.snapshots.glob("step_*"):
             named = re.match(r"step_(\d+)", snapshot.name)
             if named and is_listed(snapshot) and int(named[1]) > done:
@@ -232,73 +199,6 @@ class RunFolder:
         # All its keys are there. A run from before there was a warm-up of the average has none.
         older = "ema_warmup" not in (read_recipe(self.recipe_file).get("train") or {"ema_warmup": None})
         return load_training_recipe(self.recipe_file, ["train.ema_warmup=false"] * older + list(overrides))
-
-    def newest_checkpoint(self, part: str = "") -> Path | None:
-        """The whole checkpoint with the most steps; None where there is none at all.
-
-        A damaged one is named on standard error and passed over; a UserError where all of them are damaged. `part`
-        looks only at that folder or file of a checkpoint, such as 'ema'.
-        """
-        damages: dict[Path, str] = {}
-        for folder in sorted(self.list_checkpoints(), key=checkpoint_step, reverse=True):
-            damage = find_damage(folder, part)
-            if damage is None:
-                for damaged, why in damages.items():
-                    print(f"warning: {damaged} is damaged: {why}; taking {folder.name}", file=sys.stderr)
-                return folder
-            damages[folder] = damage
-        if damages:
-            why = "; ".join(f"{folder.name}: {damage}" for folder, damage in damages.items())
-            hint = "restore one" if part else f"restore one, or remove {self.checkpoints} to begin anew"
-            raise UserError(f"all checkpoints of {self.path} are damaged ({why}); {hint}")
-        return None
-
-    def list_checkpoints(self) -> list[Path]:
-        """The folders of all checkpoints, whole or not."""
-        named = (folder for folder in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name))
-        files = (MARKER, *CHECKPOINT_FILES)  # the marker goes last when one is removed, which a kill may cut off
-        return [folder for folder in named if any((folder / name).exists() for name in files)]
-
-    def checkpoint_path(self, step: int) -> Path:
-        return self.checkpoints / f"step_{step:08d}"
-
-    def drop_old_checkpoints(self, keep: int, keep_every: int | None = None) -> None:
-        """Keep the `keep` newest checkpoints, the best, and those whose step is a multiple of `keep_every`."""
-        best = (self.best() or {}).get("step")
-        for folder in sorted(self.list_checkpoints(), key=checkpoint_step)[:-keep]:
-            if checkpoint_step(folder) != best and (not keep_every or checkpoint_step(folder) % keep_every):
-                self._remove_checkpoint(folder)
-
-    def _remove_checkpoint(self, folder: Path) -> None:
-        """Remove a checkpoint of this run, and nothing that is not of it.
-
-        What damaged it may have hit its list of files too, so that is completed first by what a checkpoint consists of.
-        """
-        marker = read_marker(folder) or (Marker("checkpoint") if is_listed(folder) else None)
-        if marker is None:
-            return
-        there = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
-        own = {name for name in there if _IN_A_CHECKPOINT.fullmatch(name)}
-        if not own <= marker.names:  # a full disk takes no new list, and seldom needs one
-            write_marker(folder, Marker("checkpoint", marker.names | own))
-        remove_folder(folder)
-
-    def best(self) -> dict | None:
-        """`step`, `score` and `value` of the best checkpoint that `evaluate.every` has found, if it is there."""
-        try:
-            record = json.loads((self.checkpoints / "best.json").read_text())
-            return record if self.checkpoint_path(record["step"]).is_dir() else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def mark_best(self, record: dict) -> None:
-        """Note the best checkpoint, which has been written: in best.json, and by the link `best` to it."""
-        write_whole(self.checkpoints / "best.json", json.dumps(record) + "\n")
-        link = self.checkpoints / ".writing-best"
-        with contextlib.suppress(OSError):  # a file system without links has best.json
-            link.unlink(missing_ok=True)
-            link.symlink_to(self.checkpoint_path(record["step"]).name, target_is_directory=True)
-            os.replace(link, self.checkpoints / "best")
 
     def _cut_metrics(self, step: int) -> None:
         # The steps after the checkpoint are about to be done again, and a kill may have cut the last line short.
@@ -318,22 +218,17 @@ def suggest_runs(path: Path) -> str:
     """'; did you mean runs/mine?' for a folder of runs, one inside a run, or the bare or misspelt name of one; '' where
     there is none to mean."""
     inside = path.is_dir() and (path.parent / "recipe.yaml").is_file() and (path.parent / "checkpoints").is_dir()
-    runs = [path.parent] if inside else list_runs(path)
+    runs = [path.parent] if inside else runs_in(path)
     if not path.exists():
-        named = {str(run): run for run in list_runs(RUNS)} | {run.name: run for run in list_runs(RUNS)}
+        named = {str(run): run for run in runs_in(RUNS)} | {run.name: run for run in runs_in(RUNS)}
         near = difflib.get_close_matches(str(path), named, n=3, cutoff=0.7)
         runs = list(dict.fromkeys(named[name] for name in ([str(path)] if str(path) in named else near)))
     return f"; did you mean {' or '.join(map(str, runs[:3]))}?" if runs else ""
 
 
-def list_runs(folder: Path) -> list[Path]:
+def runs_in(folder: Path) -> list[Path]:
     """The runs in a folder of runs."""
     return sorted(file.parent for file in folder.glob("*/recipe.yaml"))
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The number of steps behind a checkpoint folder's weights."""
-    return int(folder.name.removeprefix("step_"))
 
 
 def changes_the_run(key: str, recipe: Recipe) -> bool:
@@ -346,34 +241,3 @@ def changes_the_run(key: str, recipe: Recipe) -> bool:
 
 def _shown(value: Any) -> str:
     return value if value == ABSENT else json.dumps(value)
-
-
-def describe_environment(device: str, processes: int) -> dict:
-    """What a run was made with: command, versions, git state of the package's source, machine."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "packages": versions,
-        "git": _git_state(),
-        "machine": {"platform": platform.platform(), "device": device, "cpus": os.cpu_count(), "processes": processes},
-    }
-
-
-def _git_state(file: str = __file__) -> dict | None:
-    here = Path(file).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # installed below somebody else's repository, it is not in it
-        return {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()}
-    except (OSError, subprocess.CalledProcessError):
-        return None  # installed from a wheel, or git is not there

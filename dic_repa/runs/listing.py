@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from dic_repa.errors import UserError, first_line
-from dic_repa.runs.folder import RunFolder, checkpoint_step
+from dic_repa.runs.checkpoints import checkpoint_step
+from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.lock import holder
 from dic_repa.runs.manifest import find_damage
 from dic_repa.runs.score_names import current_names

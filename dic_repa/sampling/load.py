@@ -18,7 +18,8 @@ from dic_repa.models import load_denoiser
 from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, import_plugins
-from dic_repa.runs.folder import RAW, RunFolder, suggest_runs
+from dic_repa.runs.checkpoints import RAW
+from dic_repa.runs.folder import RunFolder, suggest_runs
 from dic_repa.runs.manifest import MANIFEST, find_damage
 from dic_repa.runtime.progress import detail
 from dic_repa.sampling.labels import draw_labels

@@ -29,7 +29,8 @@ from dic_repa.files.atomic import write_aside
 from dic_repa.files.weights import WRITE_ERRORS, load_weights, read_tensors, save_tensors
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import Recipe, to_yaml
-from dic_repa.runs.folder import RunFolder, checkpoint_step
+from dic_repa.runs.checkpoints import checkpoint_step
+from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.manifest import write_manifest
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.parts import Parts

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe
-from dic_repa.runs.folder import RAW, RunFolder
+from dic_repa.runs.checkpoints import RAW
+from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import say
 from dic_repa.training.parts import Parts
 from dic_repa.training.trackers import Trackers

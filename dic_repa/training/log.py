@@ -24,7 +24,8 @@ from tqdm import tqdm
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
 from dic_repa.recipe import TrainSection
-from dic_repa.runs.folder import RunFolder, describe_environment
+from dic_repa.runs.environment import describe_environment
+from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import progress_bar
 from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.step import PassLosses

@@ -141,7 +141,6 @@ def open_run(
     """Lock the folder until `stack` ends, and make it ready; the checkpoint to go on from."""
 
     def prepare() -> Path | None:
-        run.check_resume(recipe, allow_change) if resume else run.check_new(overwrite)
         run.claim()
         stack.enter_context(locked(run.path))
         if resume:

@@ -31,7 +31,7 @@ from dic_repa.recipe.build import (
     build_objective,
     import_plugins,
 )
-from dic_repa.runs.folder import RAW
+from dic_repa.runs.checkpoints import RAW
 from dic_repa.runtime.precision import allow_tf32
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.optimizers import build_optimizer

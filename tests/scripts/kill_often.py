@@ -31,7 +31,8 @@ import torch
 from safetensors.torch import load_file
 
 from dic_repa.recipe import load_recipe
-from dic_repa.runs.folder import RunFolder, checkpoint_step
+from dic_repa.runs.checkpoints import checkpoint_step
+from dic_repa.runs.folder import RunFolder
 from dic_repa.training import train
 
 MOMENTS = ["starting", "random", "writing", "named", "random and damaged"]

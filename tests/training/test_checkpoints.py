@@ -20,7 +20,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.outputs import MARKER
 from dic_repa.models import DiC
 from dic_repa.runs import RunFolder
-from dic_repa.runs.folder import CHECKPOINT_FILES
+from dic_repa.runs.checkpoints import CHECKPOINT_FILES
 from dic_repa.runs.manifest import find_damage, write_manifest
 from dic_repa.sampling.load import checkpoint_of, load, weights_folder
 from dic_repa.training import EMA, train

@@ -23,7 +23,7 @@ from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import begin_folder
 from dic_repa.runs import RunFolder
-from dic_repa.runs.folder import _git_state
+from dic_repa.runs.environment import _git_state
 from dic_repa.runs.lock import locked
 from dic_repa.training import EMA, Preempted, train
 from dic_repa.training.checkpoint import CheckpointWriter, write_checkpoint

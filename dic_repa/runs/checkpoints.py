@@ -1,0 +1,106 @@
+"""The checkpoints in a run's folder: which there are, the newest whole one, the best, and which are removed.
+
+A checkpoint is a folder that is written aside and renamed, so one that bears its name was whole when it was written;
+its manifest tells whether it still is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from dic_repa.errors import UserError
+from dic_repa.files.atomic import write_whole
+from dic_repa.files.outputs import MARKER, Marker, is_listed, read_marker, remove_folder, write_marker
+from dic_repa.runs.manifest import MANIFEST, find_damage
+
+RAW = "raw"  # the name of the weights themselves, among those of their averages
+CHECKPOINT_FILES = (MANIFEST, "state.json", "model.safetensors")
+_IN_A_CHECKPOINT = re.compile(
+    r"(manifest|state)\.json|model\.safetensors|optimizer\.pt"
+    r"|ema[^/]*/(config\.json|data\.json|recipe\.yaml|model\.safetensors)"
+)
+
+
+class Checkpoints:
+    """Those of the run in the folder `path`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    def newest_checkpoint(self, part: str = "") -> Path | None:
+        """The whole checkpoint with the most steps; None where there is none at all.
+
+        A damaged one is named on standard error and passed over; a UserError where all of them are damaged. `part`
+        looks only at that folder or file of a checkpoint, such as 'ema'.
+        """
+        damages: dict[Path, str] = {}
+        for folder in sorted(self.list_checkpoints(), key=checkpoint_step, reverse=True):
+            damage = find_damage(folder, part)
+            if damage is None:
+                for damaged, why in damages.items():
+                    print(f"warning: {damaged} is damaged: {why}; taking {folder.name}", file=sys.stderr)
+                return folder
+            damages[folder] = damage
+        if damages:
+            why = "; ".join(f"{folder.name}: {damage}" for folder, damage in damages.items())
+            hint = "restore one" if part else f"restore one, or remove {self.checkpoints} to begin anew"
+            raise UserError(f"all checkpoints of {self.path} are damaged ({why}); {hint}")
+        return None
+
+    def list_checkpoints(self) -> list[Path]:
+        """The folders of all checkpoints, whole or not."""
+        named = (folder for folder in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name))
+        files = (MARKER, *CHECKPOINT_FILES)  # the marker goes last when one is removed, which a kill may cut off
+        return [folder for folder in named if any((folder / name).exists() for name in files)]
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}"
+
+    def drop_old_checkpoints(self, keep: int, keep_every: int | None = None) -> None:
+        """Keep the `keep` newest checkpoints, the best, and those whose step is a multiple of `keep_every`."""
+        best = (self.best() or {}).get("step")
+        for folder in sorted(self.list_checkpoints(), key=checkpoint_step)[:-keep]:
+            if checkpoint_step(folder) != best and (not keep_every or checkpoint_step(folder) % keep_every):
+                self.remove_checkpoint(folder)
+
+    def remove_checkpoint(self, folder: Path) -> None:
+        """Remove a checkpoint of this run, and nothing that is not of it.
+
+        What damaged it may have hit its list of files too, so that is completed first by what a checkpoint consists of.
+        """
+        marker = read_marker(folder) or (Marker("checkpoint") if is_listed(folder) else None)
+        if marker is None:
+            return
+        there = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
+        own = {name for name in there if _IN_A_CHECKPOINT.fullmatch(name)}
+        if not own <= marker.names:  # a full disk takes no new list, and seldom needs one
+            write_marker(folder, Marker("checkpoint", marker.names | own))
+        remove_folder(folder)
+
+    def best(self) -> dict | None:
+        """`step`, `score` and `value` of the best checkpoint that `evaluate.every` has found, if it is there."""
+        try:
+            record = json.loads((self.checkpoints / "best.json").read_text())
+            return record if self.checkpoint_path(record["step"]).is_dir() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def mark_best(self, record: dict) -> None:
+        """Note the best checkpoint, which has been written: in best.json, and by the link `best` to it."""
+        write_whole(self.checkpoints / "best.json", json.dumps(record) + "\n")
+        link = self.checkpoints / ".writing-best"
+        with contextlib.suppress(OSError):  # a file system without links has best.json
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.checkpoint_path(record["step"]).name, target_is_directory=True)
+            os.replace(link, self.checkpoints / "best")
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The number of steps behind a checkpoint folder's weights."""
+    return int(folder.name.removeprefix("step_"))
