@@ -1,11 +1,21 @@
 """From the data set to what one pass of a step takes.
 
 A step has a global batch; each process has a share of it, and goes through its share in one or several passes.
+
+All randomness comes from (seed, step), drawn for the global batch and then sliced. So nothing random is saved in a
+checkpoint, a resumed run equals an uninterrupted one, and the number of processes changes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import itertools
+import math
+import sys
+import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -13,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from dic_repa.data.latents import denoiser_data, global_noise
 from dic_repa.errors import UserError, print_rank_errors
@@ -21,9 +32,43 @@ from dic_repa.objectives import Batch
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.training.parts import Parts
 from dic_repa.training.preemption import ignore_signals
-from dic_repa.training.randomness import data_order, process_rows, step_generator
 
 PREFETCH = 4  # batches that each loader process has ready: they bridge a slow read from a disk or a network
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator from which `step` draws times, noise, dropped labels and the posterior's noise, in this order."""
+    return torch.Generator(device).manual_seed(_stream(seed, "step") + step)
+
+
+def data_order(seed: int, count: int, batch_size: int, start_step: int = 0) -> Iterator[list[int]]:
+    """Endless global batches of indices into a data set of `count` samples, from the batch of `start_step` on.
+
+    The data is one stream of epochs, each with its own permutation; a batch may span two of them, so none is cut short.
+    """
+    position = start_step * batch_size
+    while True:
+        stream = range(position, position + batch_size)
+        yield [_permutation(seed, p // count, count)[p % count] for p in stream]
+        position += batch_size
+
+
+def process_rows(batch_size: int, process: int, processes: int) -> slice:
+    """The rows of the global batch that belong to `process`."""
+    share = batch_size // processes
+    return slice(process * share, (process + 1) * share)
+
+
+@functools.lru_cache(maxsize=2)  # a batch spans at most two epochs, unless it is larger than the data
+def _permutation(seed: int, epoch: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(_stream(seed, "data") + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def _stream(seed: int, name: str) -> int:
+    """A start for each stream, far from those of other seeds, to which a step or an epoch is added."""
+    digest = hashlib.blake2b(f"{name}/{seed}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
 
 
 def check_batch(settings: TrainSection, processes: int) -> int:
@@ -60,18 +105,56 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Gener
         worker_init_fn=ignore_signals,
     )
     loading: Any = iter(loader)
+    watch = LoaderWatch(settings.loader_timeout, accelerator)
     try:
         with print_rank_errors():
-            for batch in loading:
+            for step in itertools.count(start + 1):
+                with watch.waiting_for(step):
+                    batch = next(loading)
                 if not recipe.alignments and ("x" in batch or "moments" in batch):
                     batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
                 yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     finally:
+        watch.close()
         if recipe.data.workers:
             # Left to Python, which sends SIGTERM to what an error's traceback keeps alive, they would hang the exit.
             loading._shutdown_workers()
             for process in loading._workers:
                 process.kill()  # one that is stalled
+
+
+class LoaderWatch:
+    """Names a stalled loader: a warning where a batch has not come for `timeout` seconds, again at twice that, ..."""
+
+    def __init__(self, timeout: float, accelerator: Accelerator):
+        self.timeout, self.process = timeout, accelerator.process_index
+        self.step, self.since, self.patience = 0, math.inf, timeout  # inf: nothing is waited for
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="loader watch", daemon=True)
+        self.thread.start()
+
+    @contextlib.contextmanager
+    def waiting_for(self, step: int) -> Iterator[None]:
+        self.step, self.patience, self.since = step, self.timeout, time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = math.inf
+
+    def close(self) -> None:
+        self.closed.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(1.0, self.timeout / 4)):
+            waited = time.monotonic() - self.since
+            if waited > self.patience:
+                self.patience *= 2
+                tqdm.write(
+                    f"warning: process {self.process} has waited {waited:.0f} s for the batch of step {self.step}: the "
+                    "loader is stalled (a slow or dead disk or network? see data.workers)",
+                    file=sys.stderr,
+                )
 
 
 class Tokens(list):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import math
 import os
@@ -27,7 +26,6 @@ from dic_repa.recipe import TrainSection
 from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import progress_bar
-from dic_repa.training.loader_watch import LoaderWatch
 from dic_repa.training.step import PassLosses
 from dic_repa.training.trackers import Trackers
 
@@ -66,13 +64,11 @@ class MetricLog:
             desc=self.run.path.name,
             disable=not self.accelerator.is_main_process,
         )
-        self.watch = LoaderWatch(self.settings.loader_timeout, self.accelerator)
         self.since = time.perf_counter()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self.bar.close()
-        self.watch.close()
         if error is None and self.accelerator.is_main_process and self.run.metrics_file.is_file():
             from dic_repa.training.curves import save_curves
 
@@ -87,12 +83,10 @@ class MetricLog:
 
     def waiting(self, batches: Iterator) -> Iterator:
         """The same batches; the time until each is there counts as waiting."""
-        for step in itertools.count(self.start + 1):
+        while True:
             begin = time.perf_counter()
-            try:
-                with self.watch.waiting_for(step):
-                    batch = next(batches)
-            except StopIteration:
+            batch = next(batches, None)
+            if batch is None:
                 return
             self.wait += time.perf_counter() - begin
             yield batch

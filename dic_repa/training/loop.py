@@ -36,11 +36,10 @@ from dic_repa.training.checkpoint import (
 )
 from dic_repa.training.evaluator import Evaluator
 from dic_repa.training.header import run_header
-from dic_repa.training.inputs import batches, check_batch
+from dic_repa.training.inputs import batches, check_batch, data_order
 from dic_repa.training.log import MetricLog
 from dic_repa.training.parts import Parts, build_parts, check_sampling_and_evaluation
 from dic_repa.training.preemption import Preempted, StopRequest
-from dic_repa.training.randomness import data_order
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.sharding import wants_sharding
 from dic_repa.training.step import PassLosses, TrainingStep

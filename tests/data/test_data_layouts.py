@@ -22,7 +22,7 @@ from dic_repa.recipe import validate
 from dic_repa.recipe.build import build_class_names, build_dataset, build_decoder
 from dic_repa.sampling.load import load
 from dic_repa.training import train
-from dic_repa.training.randomness import process_rows
+from dic_repa.training.inputs import process_rows
 
 SCALE, SHIFT = 0.5, 0.1
 

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dic_repa.errors import UserError
 from dic_repa.training import EMA, Preempted
-from dic_repa.training.randomness import data_order
+from dic_repa.training.inputs import data_order
 
 LONG = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
 

@@ -27,10 +27,9 @@ from dic_repa.runs.environment import _git_state
 from dic_repa.runs.lock import locked
 from dic_repa.training import EMA, Preempted, train
 from dic_repa.training.checkpoint import CheckpointWriter, write_checkpoint
-from dic_repa.training.loader_watch import LoaderWatch
+from dic_repa.training.inputs import LoaderWatch, data_order
 from dic_repa.training.log import append_whole
 from dic_repa.training.preemption import SIGNALS, StopRequest, ignore_signals
-from dic_repa.training.randomness import data_order
 
 
 @pytest.fixture(autouse=True)

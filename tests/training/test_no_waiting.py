@@ -43,7 +43,7 @@ def test_no_value_is_read_between_log_steps(tmp_path, monkeypatch):
 
     short, long = counted(2), counted(6)
     assert short["log.py"] > 0  # the log's line: this test sees what there is to see
-    more = {name: long[name] - short[name] for name in long if long[name] != short[name]}
+    more = {name: long[name] - short[name] for name in long if long[name] > short[name]}
     # On a CPU, where nothing is waited for, the guard looks at once; on a GPU at values that have long been there.
     assert set(more) <= {"step_guard.py", "digits.py"}, more
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from dic_repa.errors import UserError
 from dic_repa.recipe import OptimizerSection, load_recipe
+from dic_repa.training.inputs import data_order
 from dic_repa.training.optimizers import build_optimizer, optimizers, skips_on_device, state_bytes
-from dic_repa.training.randomness import data_order
 from dic_repa.training.schedules import LearningRate
 
 STEPS, WARMUP = 21, 5

@@ -21,8 +21,7 @@ from dic_repa.models import DiC
 from dic_repa.recipe import load_recipe
 from dic_repa.runs.folder import RunFolder
 from dic_repa.training.ema import EMA
-from dic_repa.training.inputs import check_batch
-from dic_repa.training.randomness import data_order, process_rows, step_generator
+from dic_repa.training.inputs import check_batch, data_order, process_rows, step_generator
 
 ALIGNED = [*TINY, "--set=evaluate=null", "--set=train.steps=8", "--set=train.checkpoint_every=4"]
 
