@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import make_tables
 import own_parts
 import pytest
 import torch
@@ -42,8 +43,8 @@ from dic_repa.training.optimizers import build_optimizer
 from dic_repa.training.schedules import LearningRate
 
 KINDS = find_registries()
-# Each has tests of its own: tests/evaluation/test_metrics.py.
-ELSEWHERE = {"metric", "feature-extractor"}
+# These have tests of their own: tests/evaluation/test_metrics.py, tests/training/test_trackers.py.
+ELSEWHERE = {"metric", "feature-extractor", "tracker"}
 
 
 def build_own_alignment(**keys) -> Alignment:
@@ -268,3 +269,9 @@ def test_parts_as_a_user_lists_them(dic_repa, mistake, tmp_path):
     heun = next(line for line in dic_repa("parts", "ode-solvers").stdout.splitlines() if line.startswith("heun "))
     assert heun.split()[1:3] == ["2", "2"]
     assert "unknown kind of part 'time-wait'; did you mean time-weight" in mistake("parts", "time-wait")
+
+
+def test_the_page_has_the_parts_of_today():
+    page = make_tables.PAGE.read_text(encoding="utf-8")
+    assert make_tables.with_table(page) == page, "call: python tests/scripts/make_tables.py"
+    assert page.count(make_tables.BEGIN) == page.count(make_tables.END) == 1

@@ -147,6 +147,13 @@ def test_a_solver_of_ones_own(here, tmp_path):
 
 
 @pytest.mark.slow
+def test_small_parts_of_ones_own(here, tmp_path):
+    write_examples(tmp_path, "my_parts.py", "my_parts.yaml")
+    here(["train", "my_parts.yaml", *TINY, *SHORT])
+    here(["sample", "runs/my_parts", "--num=4"])
+    assert len(list((tmp_path / "samples").rglob("0*.png"))) == 4
+
+
 def test_python_examples(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
