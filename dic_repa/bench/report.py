@@ -11,7 +11,7 @@ from torch.utils.benchmark import Measurement
 
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK
-from dic_repa.files.pictures import save_figure
+from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.runtime.table import format_rows
 
 HEADINGS = {
@@ -80,16 +80,9 @@ def save_json(result: dict, path: Path) -> None:
 
 def save_chart(rows: Sequence[dict], path: Path, title: str) -> None:
     """Images per second of each row as a bar with its quartiles, one panel for each batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     batches = sorted({row["batch"] for row in rows})
     widest = max(sum(row["batch"] == batch for row in rows) for batch in batches)
-    figure, axes = plt.subplots(
-        len(batches), 1, figsize=(9, len(batches) * (0.9 + 0.36 * widest)), squeeze=False, layout="constrained"
-    )
+    figure, axes = new_figure(len(batches), 1, (9, len(batches) * (0.9 + 0.36 * widest)))
     for axis, batch in zip(axes[:, 0], batches):
         shown = [row for row in rows if row["batch"] == batch]
         values = [row["images_per_second"] for row in shown]
@@ -106,4 +99,3 @@ def save_chart(rows: Sequence[dict], path: Path, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)
     save_figure(figure, path, dpi=150)
-    plt.close(figure)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dic_repa.files.pictures import save_figure
+from dic_repa.files.pictures import new_figure, save_figure
 
 TITLES = {
     "cka": "linear CKA",
@@ -18,16 +17,12 @@ TITLES = {
 
 def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -> list[Path]:
     """heatmaps.png (taps over noise levels) and taps.png (curves over the taps) of one record or of several."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     measures = [name for name in TITLES if any(name in record["scores"] for record in records)]
-    shape: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
     rows, columns = len(records), len(measures)
     tall = 1.2 + 0.3 * max(len(record["taps"]) for record in records)
-    heat, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, tall * rows), **shape)
+    heat, axes = new_figure(rows, columns, (4.2 * columns, tall * rows))
     for j, measure in enumerate(measures):
         values = [record["scores"].get(measure) for record in records]
         known = [v for table in values if table for row in table for v in row if v is not None]
@@ -46,9 +41,8 @@ def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -
             heat.colorbar(shown, ax=axis)
     files = [folder / "heatmaps.png", folder / "taps.png"]
     save_figure(heat, files[0], dpi=120)
-    plt.close(heat)
 
-    lines, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.4), **shape)
+    lines, axes = new_figure(1, columns, (4.2 * columns, 3.4))
     for axis, measure in zip(axes[0], measures):
         for record, name in zip(records, names):
             for j, t in enumerate(record["times"]):
@@ -59,7 +53,7 @@ def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -
                     record["taps"][: len(values)],
                     values,
                     ".-",
-                    color=plt.cm.plasma(0.9 * share),
+                    color=colormaps["plasma"](0.9 * share),
                     label=f"{name}  {t:g}".strip(),
                 )
         axis.set_title(TITLES[measure], fontsize=10)
@@ -69,5 +63,4 @@ def save_pictures(records: Sequence[dict], names: Sequence[str], folder: Path) -
     style = {"loc": "upper left", "bbox_to_anchor": (1, 1), "fontsize": 8, "title_fontsize": 8}
     axes[0][-1].legend(title="t (0 data, 1 noise)", **style)
     save_figure(lines, files[1], dpi=120)
-    plt.close(lines)
     return files

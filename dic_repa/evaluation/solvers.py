@@ -10,7 +10,7 @@ from pathlib import Path
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import all_directions, title
 from dic_repa.evaluation.runs import evaluate_run
-from dic_repa.files.pictures import save_figure
+from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.recipe import SampleSection
 from dic_repa.samplers import solver_info
 
@@ -48,10 +48,6 @@ def compare_solvers(run: str | Path, solvers: Sequence[str], budgets: Sequence[i
 
 def save_comparison(points: Sequence[Point], path: str | Path) -> None:
     """Plot each score over the evaluations, a line for each solver; stochastic ones dashed, adaptive ones dotted."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter, NullFormatter
 
     class PlainLogFormatter(LogFormatter):
@@ -62,8 +58,7 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
 
     better = all_directions()
     shown = list(dict.fromkeys(score for point in points for score in point.scores))
-    size = (5.2 * len(shown), 3.8)
-    figure, axes = plt.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = new_figure(1, len(shown), (5.2 * len(shown), 3.8))
     for i, solver in enumerate(dict.fromkeys(point.solver for point in points)):
         info = solver_info(solver)
         own = sorted((p for p in points if p.solver == solver), key=lambda p: p.evaluations)
@@ -89,4 +84,3 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(fontsize=8)
     save_figure(figure, path, dpi=130)
-    plt.close(figure)

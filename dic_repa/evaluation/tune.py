@@ -18,7 +18,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.judging import Judge, judge_of_score, own_encoder, title
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import begin_folder, check_folder
-from dic_repa.files.pictures import save_figure
+from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
@@ -206,10 +206,7 @@ def _folder(source: Path) -> Path:
 
 def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: Path) -> None:
     """The score over scale and interval; the confirmed cells have a frame, the best a thick one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     scales = sorted({cell.scale for cell in tuned.cells})
     values = {(cell.scale, cell.interval): cell.value for cell in tuned.cells}
@@ -221,7 +218,7 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
         heading += f"\nframed: the best, confirmed with {tuned.best.num} samples"
     for_title = 0.085 * max(map(len, heading.splitlines()))  # inches, which a small grid would not have
     wide = max(2.2 + 0.85 * len(scales), for_title)
-    figure, axis = plt.subplots(figsize=(wide, 1.8 + 0.5 * len(intervals)), layout="constrained")
+    figure, ((axis,),) = new_figure(1, 1, (wide, 1.8 + 0.5 * len(intervals)))
     figure.suptitle(heading, fontsize=10)
     shown = axis.imshow(table, aspect="auto", cmap="viridis" if tuned.better == "higher" else "viridis_r")
     colors = shown.to_rgba(table)
@@ -234,10 +231,9 @@ def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: 
         rows = range(len(intervals)) if cell.scale == 1 else [list(intervals).index(cell.interval)]
         for i in rows:
             corner = (scales.index(cell.scale) - 0.47, i - 0.47)
-            axis.add_patch(plt.Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="#d9480f", linewidth=1 if k else 3))
+            axis.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="#d9480f", linewidth=1 if k else 3))
     axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axis.set_yticks(range(len(intervals)), [f"{low:g} to {high:g}" for low, high in intervals])
     axis.set(xlabel="guidance scale", ylabel="interval of t")
     figure.colorbar(shown, ax=axis)
     save_figure(figure, path, dpi=130)
-    plt.close(figure)

@@ -70,6 +70,15 @@ def check_figure(path: str | Path) -> None:
         raise UserError(f"{path} is no picture; end it in {', '.join(FIGURES)}")
 
 
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """A figure of matplotlib's, `size` = (width, height) in inches, with its axes (rows, columns): one without a
+    window, which nobody needs to close."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
     """A figure of matplotlib's as the file `path`, PNG, PDF or SVG, marked as ours in its metadata.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from dic_repa.files.pictures import save_figure
+from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.runs.folder import RunFolder
 
 _PANELS = {
@@ -27,10 +27,6 @@ def read_metrics(run: RunFolder) -> list[dict]:
 
 def save_curves(runs: list[RunFolder], path=None) -> None:
     """Plot the runs' curves into `path`, by default into the first run's curves.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
     records = {run.path.name: read_metrics(run) for run in runs}
@@ -38,7 +34,7 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
     panels = [panel for panel in _PANELS if any(name.split(".")[-1] == panel for name in names)]
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False, layout="constrained")
+    figure, axes = new_figure(1, len(panels), (4.6 * len(panels), 3.4))
     for axis, panel in zip(axes[0], panels):
         title, sign = _PANELS[panel]
         for run, lines in records.items():
@@ -58,4 +54,3 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
     if len(runs) > 1:
         axes[0][0].legend(fontsize=8)
     save_figure(figure, path or runs[0].curves_file, dpi=130)
-    plt.close(figure)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from dic_repa.evaluation.solvers import Point, save_comparison
 from dic_repa.evaluation.tune import Cell, Tuned, save_heat_map
@@ -18,18 +20,23 @@ from dic_repa.training.curves import save_curves
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, which are not closed."""
-    monkeypatch.setattr(plt, "close", lambda figure: None)
-    yield plt
-    monkeypatch.undo()
-    plt.close("all")
+    """The figures that are drawn, the newest last."""
+    drawn = []
+
+    def savefig(figure, *arguments, **options):
+        drawn.append(figure)
+        write(figure, *arguments, **options)
+
+    write = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return drawn
 
 
 def test_curves_of_a_single_point_are_seen(tmp_path, figures):
     run = RunFolder(tmp_path)
     run.metrics_file.write_text(json.dumps({"step": 2, "loss/denoising": 1.5, "denoising": 1.5}) + "\n")
     save_curves([run])
-    lines = figures.gcf().axes[0].lines
+    lines = figures[-1].axes[0].lines
     assert [line.get_marker() for line in lines] == ["o"]
 
 
@@ -49,7 +56,7 @@ def test_a_heat_map_names_its_score_in_words(tmp_path, figures):
     for score, title in (("fd-digits", "FD-digits (lower"), ("fid", "FID (lower")):
         tuned = Tuned(cells[0], cells, [], score, "lower", tmp_path / "tune.json", tmp_path / "tune.png")
         save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
-        assert any(text.get_text().startswith(title) for text in figures.gcf().findobj(plt.Text))
+        assert any(text.get_text().startswith(title) for text in figures[-1].findobj(Text))
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.0)])
@@ -57,9 +64,9 @@ def test_the_title_of_a_small_heat_map_is_all_there(tmp_path, figures, scales):
     cells = [Cell(scale, (0.0, 0.7), 50_000, scale) for scale in scales]
     tuned = Tuned(cells[0], cells, cells, "prec-dinov2", "higher", tmp_path / "tune.json", tmp_path / "tune.png")
     save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
-    figure = figures.gcf()
-    (title,) = [text for text in figure.findobj(plt.Text) if "confirmed with" in text.get_text()]
-    extent = title.get_window_extent(figure.canvas.get_renderer())
+    figure = figures[-1]
+    (title,) = [text for text in figure.findobj(Text) if "confirmed with" in text.get_text()]
+    extent = title.get_window_extent(FigureCanvasAgg(figure).get_renderer())
     assert figure.bbox.x0 <= extent.x0
     assert extent.x1 <= figure.bbox.x1
     assert extent.y1 <= figure.bbox.y1
@@ -70,7 +77,7 @@ def test_costs_of_solvers_are_written_out(tmp_path, figures):
         [Point("heun", n, {"recognised": 0.5, "fd-digits": 10.0 + n}) for n in (6, 12, 13, 24, 48)],
         tmp_path / "solvers.png",
     )
-    figure = figures.gcf()
+    figure = figures[-1]
     for axis in figure.axes:
         figure.canvas.draw()
         assert [label.get_text() for label in axis.get_xticklabels()] == ["6", "12", "24", "48"]
@@ -81,7 +88,7 @@ def test_costs_of_solvers_are_written_out(tmp_path, figures):
 def test_scores_of_solvers_are_plain_numbers(tmp_path, figures, unit):
     points = [Point("heun", n, {"fd-digits": unit * (5 + n / 100)}) for n in (6, 12, 24, 48)]
     save_comparison(points, tmp_path / "solvers.png")
-    figure = figures.gcf()
+    figure = figures[-1]
     figure.canvas.draw()
     axis = figure.axes[0]
     labels = [label.get_text() for which in (False, True) for label in axis.get_yticklabels(minor=which)]
