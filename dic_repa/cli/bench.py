@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection
 from importlib import import_module
@@ -60,10 +61,8 @@ def command():
     """
 
 
-_COMPARED = option_group(
-    "What is compared",
-    click.option("--batch", help="Batch sizes, such as 1,32,128.  [default: 1,32 on a GPU, 1,8 on a CPU]"),
-    click.option("--precision", help="fp32, tf32, bf16, fp16, or several: bf16,tf32.  [default: fp32]"),
+_COMPARED = (
+    click.option("--precision", default="fp32", help="fp32, tf32, bf16, fp16, or several: bf16,tf32."),
     click.option(
         "--compile",
         "compile_",
@@ -83,42 +82,66 @@ _TIMING = option_group(
     click.option("--rounds", type=Count(1), default=7, help="Turns of each case."),
     click.option("--seconds", type=click.FloatRange(0), default=0.3, help="Length of one turn."),
 )
-_RESULTS = option_group(
-    "What is written",
-    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-    click.option(
-        "--chart",
-        type=click.Path(path_type=Path),
-        callback=lambda *given: _png(*given),
-        help="A bar chart: a PNG file.",
-    ),
-    click.option(
-        "--out",
-        type=click.Path(path_type=Path),
-        callback=lambda *given: _free(*given),
-        help="Save the result: a JSON file.",
-    ),
-)
 
 
-def measuring_options(function: Callable) -> Callable:
-    """The options that every measuring verb takes."""
-    for options in (_RESULTS, _TIMING, _COMPARED):
-        function = options(function)
-    return function
+def _check_out(_context, _parameter, path: Path | None) -> Path | None:
+    if path:
+        check_file(path)
+    return path
 
 
-def _png(_context, _parameter, path: Path | None) -> Path | None:
-    _free(_context, _parameter, path)
+def _check_chart(context, parameter, path: Path | None) -> Path | None:
+    _check_out(context, parameter, path)
     if path and path.suffix.lower() != ".png":  # said now, not when all is measured
         raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
     return path
 
 
-def _free(_context, _parameter, path: Path | None) -> Path | None:
-    if path:
-        check_file(path)
-    return path
+set_option = click.option(
+    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipes; repeatable."
+)
+_PATH = click.Path(path_type=Path)
+_RESULTS = option_group(
+    "What is written",
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    click.option("--chart", type=_PATH, callback=_check_chart, help="A bar chart: a PNG file."),
+    click.option("--out", type=_PATH, callback=_check_out, help="Save the result: a JSON file."),
+)
+
+
+def measuring_options(modes: Collection[str] = (), batch: tuple[str, str] = ("1,32", "1,8")) -> Callable:
+    """A decorator that gives a measuring verb the options that all of them take.
+
+    Args:
+        modes: What --compile may be; by default all modes of `torch.compile`.
+        batch: The batch sizes where none are given, on a GPU and on a CPU.
+
+    The verb is called with its own options and `device`, `precisions`, `compiles`, `batches`, `baselines`, `rounds` and
+    `seconds`; it returns a title and the result, which is printed and saved.
+    """
+
+    def decorate(verb: Callable[..., tuple[str, dict]]) -> Callable:
+        @functools.wraps(verb)
+        def measure(*, device, precision, compile_, baseline, as_json, chart, out, **options):
+            from dic_repa.bench.device import find_device
+            from dic_repa.models.compiled import COMPILE_MODES
+
+            found = find_device(device)
+            title, result = verb(
+                device=found,
+                precisions=listed(precision),
+                compiles=listed(compile_, modes or COMPILE_MODES, "compile mode" + " of training" * bool(modes)),
+                batches=_parse_batches(options.pop("batch") or batch[found.type == "cpu"]),
+                baselines=baseline,
+                **options,
+            )
+            finish(result, as_json, out, chart, title)
+
+        batch_text = f"Batch sizes, such as 1,32,128.  [default: {batch[0]} on a GPU, {batch[1]} on a CPU]"
+        compared = option_group("What is compared", click.option("--batch", help=batch_text), *_COMPARED)
+        return compared(_TIMING(_RESULTS(measure)))
+
+    return decorate
 
 
 def listed(text: str, known: Collection[str] | None = None, kind: str = "") -> list[str]:
@@ -130,9 +153,8 @@ def listed(text: str, known: Collection[str] | None = None, kind: str = "") -> l
     return names
 
 
-def parse_batches(text: str | None, device) -> list[int]:
-    """The batch sizes of --batch; a UserError where one is no positive number."""
-    names = listed(text or ("1,32" if device.type == "cuda" else "1,8"))
+def _parse_batches(text: str) -> list[int]:
+    names = listed(text)
     if not all(name.isdigit() and int(name) for name in names):
         raise UserError(f"--batch takes numbers of images, such as 1,32, not '{text}'")
     return [int(name) for name in names]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 
 import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.options import Count
-from dic_repa.errors import UserError
 from dic_repa.recipe import load_training_recipe
 
 
@@ -35,57 +32,10 @@ def command(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int,
       dic-repa bench data mine.yaml
       dic-repa bench data mine.yaml --set data.workers=8 --json
     """
-    from accelerate import Accelerator
+    from dic_repa.bench.data import bench_data
 
-    from dic_repa.data.speed import loader_speed
-    from dic_repa.recipe.build import build_dataset, import_plugins
-    from dic_repa.training import train
-    from dic_repa.training.inputs import PREFETCH, batches
-
-    settings = load_training_recipe(recipe, overrides)
-    import_plugins(settings)
-    data, accelerator = build_dataset(settings.data), Accelerator()
-    half = -(-steps // 2)  # the first half warms up, and is not reported
-    with tempfile.TemporaryDirectory() as folder:
-        speeds = _reading_and_preparing(data, Path(folder), samples, encoded, accelerator.device)
-        speeds["loader"] = loader_speed(
-            batches(data, settings, accelerator, start=0), samples, settings.data.workers, PREFETCH
-        )
-        settings.train.steps, settings.train.log_every = 2 * half, half
-        settings.train.sample_every, settings.train.checkpoint_every = 0, 2 * half
-        run = train(settings, Path(folder) / "run")
-        last = json.loads(run.metrics_file.read_text().splitlines()[-1])
-    result = {
-        "images_per_second": speeds,
-        "to_loose_files": {name: speed / speeds["loose files"] for name, speed in speeds.items()},
-        "training_images_per_second": last["images_per_second"],
-        "waiting_share": last["data_wait"],
-        "workers": settings.data.workers,
-    }
+    result = bench_data(load_training_recipe(recipe, overrides), samples, encoded, steps)
     click.echo(json.dumps(result, indent=2) if as_json else _table(result))
-
-
-def _reading_and_preparing(data, folder: Path, samples: int, encoded: int, device) -> dict[str, float]:
-    from dic_repa.data.autoencoders import load_autoencoder
-    from dic_repa.data.latents import LatentDataset
-    from dic_repa.data.speed import loose_files_speed, prepare_speed, write_loose_files
-
-    stems = write_loose_files(data, folder / "loose", samples)
-    speeds = {"loose files": loose_files_speed(stems)}
-    size = data[0]["image"].shape[-1] if "image" in data[0] else 0
-    if size >= 8:
-        speeds["prepare, no autoencoder"] = prepare_speed(
-            folder / "loose", folder / "pixels", load_autoencoder("none"), size
-        )
-    if size >= 8 and isinstance(data, LatentDataset) and data.spec.name != "none":
-        try:
-            autoencoder = data.autoencoder.to(device)
-        except UserError as error:  # training needs only the moments
-            click.echo(f"prepare with {data.spec.name} is not measured: {error}", err=True)
-            return speeds
-        write_loose_files(data, folder / "few", encoded)
-        speeds[f"prepare, {data.spec.name}"] = prepare_speed(folder / "few", folder / "latents", autoencoder, size)
-    return speeds
 
 
 def _table(result: dict) -> str:

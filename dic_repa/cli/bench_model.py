@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dic_repa.cli.bench import finish, listed, measuring_options, parse_batches
+from dic_repa.cli.bench import listed, measuring_options
 from dic_repa.cli.options import Command, Count
 
 
@@ -13,10 +13,8 @@ from dic_repa.cli.options import Command, Count
 @click.option("--size", type=Count(4), default=32, help="Height and width of the latent.")
 @click.option("--layout", default="channels_last", help="channels_last, contiguous: of the weights.")
 @click.option("--no-peak", is_flag=True, help="Do not measure the device's peak.")
-@measuring_options
-def command(
-    names, size, layout, no_peak, batch, precision, compile_, baseline, device, rounds, seconds, as_json, chart, out
-):
+@measuring_options()
+def command(names, size, layout, no_peak, **measuring):
     """The forward pass of denoisers (presets, or package.module:factory) with random weights, side by side.
 
     All cases - each denoiser in each precision, layout, compile mode and batch size - take turns in one process; a row
@@ -32,22 +30,8 @@ def command(
       dic-repa bench model DiC-XL SiT-XL/2 --batch 1,32,128 --precision bf16,tf32 --compile off,default
       dic-repa bench model DiC-S --baseline tests/helpers/oracle.py:PlainDiC
     """
-    from dic_repa.bench.device import find_device
     from dic_repa.bench.model import LAYOUTS, bench_model
-    from dic_repa.models.compiled import COMPILE_MODES
 
-    device = find_device(device)
-    result = bench_model(
-        names,
-        device,
-        precisions=listed(precision or "fp32"),
-        layouts=listed(layout, LAYOUTS, "layout"),
-        compiles=listed(compile_, COMPILE_MODES, "compile mode"),
-        batches=parse_batches(batch, device),
-        size=size,
-        baselines=baseline,
-        rounds=rounds,
-        seconds=seconds,
-        peaks=not no_peak,
-    )
-    finish(result, as_json, out, chart, f"forward pass at {size}x{size}")
+    layouts = listed(layout, LAYOUTS, "layout")
+    result = bench_model(names, layouts=layouts, size=size, peaks=not no_peak, **measuring)
+    return f"forward pass at {size}x{size}", result

@@ -5,17 +5,15 @@ from __future__ import annotations
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.bench import finish, listed, measuring_options, parse_batches
+from dic_repa.cli.bench import measuring_options, set_option
 from dic_repa.cli.options import Command
 
 
 @click.command("train", cls=Command)
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
-@click.option(
-    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipes; repeatable."
-)
-@measuring_options
-def command(recipes, overrides, batch, precision, compile_, baseline, device, rounds, seconds, as_json, chart, out):
+@set_option
+@measuring_options(modes=("off", "default"), batch=("32", "8"))
+def command(recipes, overrides, **measuring):
     """Whole training steps of recipes, side by side: encoder, denoiser, alignment, backward, optimizer and EMA.
 
     Data is random and in memory (`bench data` measures the loader), and encoders without a file of weights have random
@@ -29,19 +27,6 @@ def command(recipes, overrides, batch, precision, compile_, baseline, device, ro
       dic-repa bench train dic-xl-urepa sit-xl-2-repa --batch 32 --precision bf16 --compile off,default
       dic-repa bench train dic-s --set alignments=[] --batch 8 --baseline tests/helpers/oracle.py:PlainDiC
     """
-    from dic_repa.bench.device import find_device
     from dic_repa.bench.train import bench_train
 
-    device = find_device(device)
-    result = bench_train(
-        recipes,
-        device,
-        overrides,
-        precisions=listed(precision or "fp32"),
-        compiles=listed(compile_, ("off", "default"), "compile mode of training"),
-        batches=parse_batches(batch or ("32" if device.type == "cuda" else "8"), device),
-        baselines=baseline,
-        rounds=rounds,
-        seconds=seconds,
-    )
-    finish(result, as_json, out, chart, "training step")
+    return "training step", bench_train(recipes, overrides=overrides, **measuring)

@@ -1,0 +1,137 @@
+"""`dic-repa bench data`: how fast data is prepared and read, against the same images in loose files, one at a time.
+
+The loose files are as REPA's preprocessing leaves them: an uncompressed PNG and an .npy of moments for each image.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from dic_repa.data.autoencoders import Autoencoder, load_autoencoder
+from dic_repa.data.latents import LatentDataset
+from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
+from dic_repa.data.sources import open_source
+from dic_repa.errors import UserError
+from dic_repa.protocols import Samples
+from dic_repa.recipe import Recipe
+from dic_repa.recipe.build import build_dataset, import_plugins
+from dic_repa.training import train
+from dic_repa.training.inputs import PREFETCH, batches
+
+PER_FOLDER = 1000
+
+
+def bench_data(recipe: Recipe, samples: int = 2000, encoded: int = 64, steps: int = 20) -> dict:
+    """Read and prepare the recipe's data, then train the recipe for some steps.
+
+    Args:
+        recipe: What is trained; it is changed.
+        samples: How many samples are read, from loose files and by the loader.
+        encoded: How many of them are encoded by the recipe's autoencoder.
+        steps: How many training steps are timed, after as many more for warming up.
+
+    Returns:
+        `images_per_second` of each way to read, `to_loose_files` (the ratio to reading loose files one at a time),
+        `training_images_per_second`, `waiting_share` (of a training step, for data) and `workers`.
+    """
+    import_plugins(recipe)
+    data, accelerator = build_dataset(recipe.data), Accelerator()
+    half = -(-steps // 2)  # the first half warms up, and is not reported
+    with tempfile.TemporaryDirectory() as folder:
+        speeds = _reading_and_preparing(data, Path(folder), samples, encoded, accelerator.device)
+        loaded = batches(data, recipe, accelerator, start=0)
+        speeds["loader"] = loader_speed(loaded, samples, recipe.data.workers, PREFETCH)
+        recipe.train.steps, recipe.train.log_every = 2 * half, half
+        recipe.train.sample_every, recipe.train.checkpoint_every = 0, 2 * half
+        run = train(recipe, Path(folder) / "run")
+        last = json.loads(run.metrics_file.read_text().splitlines()[-1])
+    return {
+        "images_per_second": speeds,
+        "to_loose_files": {name: speed / speeds["loose files"] for name, speed in speeds.items()},
+        "training_images_per_second": last["images_per_second"],
+        "waiting_share": last["data_wait"],
+        "workers": recipe.data.workers,
+    }
+
+
+def _reading_and_preparing(
+    data: Samples, folder: Path, samples: int, encoded: int, device: torch.device
+) -> dict[str, float]:
+    speeds = {"loose files": loose_files_speed(write_loose_files(data, folder / "loose", samples))}
+    size = data[0]["image"].shape[-1] if "image" in data[0] else 0
+    if size < 8:  # too small to be prepared
+        return speeds
+    pixels = load_autoencoder("none")
+    speeds["prepare, no autoencoder"] = prepare_speed(folder / "loose", folder / "pixels", pixels, size)
+    if isinstance(data, LatentDataset) and data.spec.name != "none":
+        try:
+            autoencoder = data.autoencoder.to(device)
+        except UserError as error:  # training needs only the moments
+            print(f"prepare with {data.spec.name} is not measured: {error}", file=sys.stderr)
+            return speeds
+        write_loose_files(data, folder / "few", encoded)
+        speeds[f"prepare, {data.spec.name}"] = prepare_speed(folder / "few", folder / "latents", autoencoder, size)
+    return speeds
+
+
+def write_loose_files(data: Samples, folder: Path, count: int) -> list[Path]:
+    """Write the first `count` samples as 00000/img00000000.png and .npy; their names without the ending."""
+    stems = []
+    for k in range(min(count, len(data))):
+        sample, stem = data[k], folder / f"{k // PER_FOLDER:05d}" / f"img{k:08d}"
+        stem.parent.mkdir(exist_ok=True, parents=True)
+        if "image" in sample:
+            image = sample["image"]
+            levels = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
+            Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy()).save(
+                stem.with_suffix(".png"), compress_level=0
+            )
+        latents = sample.get("moments", sample.get("x"))
+        if latents is not None:
+            np.save(stem.with_suffix(".npy"), latents.float().numpy())
+        stems.append(stem)
+    return stems
+
+
+def loose_files_speed(stems: list[Path]) -> float:
+    """Samples per second of a plain loop over loose files, which are in the page cache, as in the best case."""
+    begin = time.perf_counter()
+    for stem in stems:
+        for file in (stem.with_suffix(".png"), stem.with_suffix(".npy")):
+            if file.suffix == ".npy" and file.is_file():
+                np.load(file, allow_pickle=False)
+            elif file.is_file():
+                with Image.open(file) as image:
+                    np.array(image)
+    return len(stems) / (time.perf_counter() - begin)
+
+
+def prepare_speed(source: Path, destination: Path, autoencoder: Autoencoder, size: int) -> float:
+    """Images per second of `dic-repa prepare` by its defaults on a folder of images, from first to last byte."""
+    images, settings, start = open_source(source, skip_bad=True), PrepareSettings(size=size), time.perf_counter()
+    begin(images, destination, autoencoder.spec, settings)
+    write_shards(images, destination, autoencoder, settings)
+    finish(images, destination, autoencoder.spec, settings)
+    return len(images) / (time.perf_counter() - start)
+
+
+def loader_speed(batches, count: int, workers: int = 0, prefetch: int = 0) -> float:
+    """Samples per second of an iterator of batches, over `count` samples and four batches of each worker at least.
+
+    The clock runs once as many batches as the workers prepare ahead are gone: those were made while they started.
+    """
+    for _ in range(1 + workers * prefetch):
+        next(batches)
+    begin, seen, taken = time.perf_counter(), 0, 0
+    while seen < count or taken < 4 * workers:
+        seen, taken = seen + len(next(batches)["label"]), taken + 1
+    return seen / (time.perf_counter() - begin)
