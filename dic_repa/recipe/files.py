@@ -25,6 +25,7 @@ from dic_repa.recipe.folders import note_folders
 from dic_repa.recipe.keys import explain_mistake
 from dic_repa.recipe.schema import Recipe, SamplingRecipe
 from dic_repa.recipe.values import read_yaml, write_yaml
+from dic_repa.runtime.progress import detail
 
 # Keys that runs of earlier versions have in their recipes.
 RENAMED = {
@@ -156,10 +157,10 @@ def _parse(text: str, label: str) -> dict:
         raise UserError(f"{label} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{label} is not a recipe: it must be a mapping of keys to values")
-    return _with_todays_keys(raw)
+    return _with_todays_keys(raw, label)
 
 
-def _with_todays_keys(raw: dict) -> dict:
+def _with_todays_keys(raw: dict, label: str) -> dict:
     """A recipe of an earlier version with the keys that its values have today."""
     for old, new in RENAMED.items():
         section, key = old.split(".")
@@ -171,6 +172,9 @@ def _with_todays_keys(raw: dict) -> dict:
             raw[to].setdefault(name, held.pop(key))
         elif old in raw:
             raw.setdefault(new, raw.pop(old))
+        else:
+            continue
+        detail(f"{label}: {old} is {new} today")
     return raw
 
 

@@ -32,6 +32,7 @@ from dic_repa.recipe import Recipe, to_yaml
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.manifest import write_manifest
+from dic_repa.runtime.progress import say
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.parts import Parts
 from dic_repa.training.sharding import cut_like, to_cpu
@@ -45,6 +46,7 @@ class TrainingState:
     model: dict[str, Tensor]
     averages: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Any]  # by the parameters' order
+    optimizer_class: str
     scaler: dict | None
     config: dict  # of the denoiser
     data: SavedData
@@ -60,6 +62,7 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         to_cpu(accelerator.unwrap_model(parts.model).state_dict(), main),
         {name: to_cpu(ema.model.state_dict(), main) for name, ema in parts.averages.items()},
         to_cpu(parts.optimizer.state_dict()["state"], main),
+        type(parts.optimizer.optimizer).__name__,
         accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         parts.ema.config,
         SavedData.of(parts.data),
@@ -78,7 +81,8 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
             state.data.write(aside / name)
             save_tensors(tensors, aside / name / "model.safetensors")
         with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not tell of a full disk
-            torch.save({"state": state.optimizer, "scaler": state.scaler}, file)
+            content = {"class": state.optimizer_class, "state": state.optimizer, "scaler": state.scaler}
+            torch.save(content, file)
         (aside / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
         write_manifest(aside)
 
@@ -102,7 +106,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
     try:
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         step = json.loads((folder / "state.json").read_text())["step"]
-        saved = content["state"]
+        saved, kind = content["state"], content.get("class", "AdamW")  # there was no other before
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
         raise UserError(
             f"{folder} is damaged ({type(error).__name__}); remove it to resume from the one before"
@@ -116,7 +120,10 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
         }
         for i, values in saved.items()
     }
-    parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if kind == type(parts.optimizer.optimizer).__name__:
+        parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    elif accelerator.is_main_process:
+        say(f"note: {folder.name} has the state of another optimizer, {kind}; this one begins without any")
     if content["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(content["scaler"])
     return step

@@ -38,7 +38,9 @@ def adam(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.
 def sgd(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
         **options) -> torch.optim.Optimizer:  # fmt: skip
     """Stochastic gradient descent with momentum: half of Adam's memory."""
-    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True, **options)
+    parameters = list(parameters)
+    fused = not any(hasattr(parameter, "device_mesh") for parameter in parameters)  # torch has none for shards
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=fused, **options)
 
 
 def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

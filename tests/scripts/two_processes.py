@@ -1,9 +1,9 @@
 """What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/scripts/two_processes.py FOLDER`.
 
 Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2; `layouts.txt` counts
-its convolutions' calls, and those of another layout than their weights), `poisoned` (one process alone meets values
-that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt` tell what each
-says where one alone has no data.
+its convolutions' calls, and those of another layout than their weights), `sharded-sgd`, `poisoned` (one process alone
+meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt`
+tell what each says where one alone has no data.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def main(folder: Path) -> None:
         small_run(folder / "sharded", *LONG, *sharded, base=ALIGNED)
     if os.environ["RANK"] == "0":
         (folder / "layouts.txt").write_text(f"{called} {mixed}")
+
+    small_run(folder / "sharded-sgd", "optimizer.name=sgd", "train.sharding=fsdp2")
 
     order = data_order(seed=0, count=8000, batch_size=4)
     third = [next(order) for _ in range(3)][2]

@@ -8,11 +8,16 @@ import shutil
 
 import pytest
 import torch
-from small_runs import PoisonedDigits, assert_same, small_run, weights
+import yaml
+from small_runs import PoisonedDigits, assert_same, small_recipe, small_run, weights
 from torch import nn
 
+from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.recipe import OptimizerSection, load_recipe
+from dic_repa.runs.manifest import write_manifest
+from dic_repa.training import train
+from dic_repa.training.dry_run import dry_run
 from dic_repa.training.inputs import data_order
 from dic_repa.training.optimizers import build_optimizer, optimizers, skips_on_device, state_bytes
 from dic_repa.training.schedules import LearningRate
@@ -93,6 +98,16 @@ def test_bytes_of_state():
     assert state_bytes(OptimizerSection(name="sgd", options={"momentum": 0})) == 0
 
 
+@pytest.mark.parametrize(("name", "share"), [("adamw", 2), ("sgd", 1)])
+def test_the_dry_run_foretells_the_state(name, share, tmp_path):
+    """What it says against the bytes of state in the run's own checkpoint."""
+    recipe = small_recipe(f"optimizer.name={name}", "train.steps=1")
+    said = dry_run(recipe, tmp_path / "run")["memory_estimate"]
+    run = train(recipe, tmp_path / "run")
+    kept = [tensor for key, tensor in weights(run.newest_checkpoint()).items() if key.startswith("optimizer")]
+    assert said["optimizer"] == share * said["weights"] == sum(tensor.nbytes for tensor in kept if tensor.ndim)
+
+
 OWN = "torch.optim:NAdam"  # which does not know how to skip a step by itself
 
 
@@ -122,6 +137,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(key, tmp_path):
     assert_same(weights(cut.checkpoint_path(8)), weights(whole.checkpoint_path(8)))
 
 
+@pytest.mark.parametrize(("before", "after"), [("adamw", "sgd"), ("sgd", "adamw")])
+def test_another_optimizer_goes_on_from_the_weights_alone(before, after, tmp_path, capsys):
+    run = small_run(tmp_path / "run", f"optimizer.name={before}", "train.steps=4")
+    with pytest.raises(UserError, match=f'optimizer.name: "{before}" -> "{after}"'):
+        small_run(run.path, f"optimizer.name={after}", resume=True)
+    small_run(run.path, f"optimizer.name={after}", resume=True, allow_change=True)
+    assert "state of another optimizer" in capsys.readouterr().err
+    kept = torch.load(run.checkpoint_path(8) / "optimizer.pt", weights_only=True)["state"][0]
+    assert set(kept) == ({"momentum_buffer"} if after == "sgd" else {"step", "exp_avg", "exp_avg_sq"})
+
+
 def test_a_falling_rate_is_another_run_with_other_steps(tmp_path):
     run = small_run(tmp_path / "run", "schedule.name=cosine", "train.steps=4", "train.checkpoint_every=4")
     with pytest.raises(UserError, match=r"train.steps: 4 -> 8"):
@@ -134,13 +160,35 @@ def test_which_skip_on_the_device():
     assert found == {"adam": True, "adamw": True, "sgd": True, "torch.optim:NAdam": False}
 
 
-def test_keys_of_earlier_versions(tmp_path):
+def test_a_run_of_earlier_keys_is_resumed_and_sampled(tmp_path):
+    keys = ["optimizer.learning_rate=3e-3", "schedule.warmup_steps=3", "sample.steps=2", "sample.num=4"]
+    whole, cut = small_run(tmp_path / "whole", *keys), small_run(tmp_path / "cut", *keys)
+    shutil.rmtree(cut.checkpoint_path(8))
+    for file in (cut.path / "recipe.yaml", cut.checkpoint_path(4) / "ema" / "recipe.yaml"):
+        raw = yaml.safe_load(file.read_text())
+        optimizer, schedule = raw.pop("optimizer"), raw.pop("schedule")
+        raw["train"] |= {key: optimizer[key] for key in ("learning_rate", "weight_decay", "betas")}
+        raw["train"]["warmup_steps"] = schedule["warmup_steps"]
+        file.write_text(yaml.safe_dump(raw))
+    (cut.checkpoint_path(4) / "manifest.json").unlink()
+    write_manifest(cut.checkpoint_path(4))
+    with pytest.raises(SystemExit, match="0"):
+        main(["sample", str(cut.path), "--out", str(tmp_path / "samples")])
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 4
+    small_run(cut.path, *keys, resume=True)
+    assert_same(weights(cut.checkpoint_path(8)), weights(whole.checkpoint_path(8)))
+
+
+def test_keys_of_earlier_versions(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("dic_repa.recipe.files.detail", said.append)
     old = tmp_path / "recipe.yaml"
     old.write_text(
         "base: digits-urepa\ntrain: {learning_rate: 3e-3, betas: [0.5, 0.9], warmup_steps: 7, steps: 5}\n"
         "train.weight_decay: 0.25\n"
     )
     recipe = load_recipe(old)
+    assert f"{old}: train.warmup_steps is schedule.warmup_steps today" in said
     assert (recipe.optimizer.learning_rate, recipe.optimizer.betas, recipe.optimizer.weight_decay) == (
         3e-3,
         (0.5, 0.9),

@@ -64,6 +64,13 @@ def test_twenty_losses_are_those_of_one_process(runs, name):
     assert_same(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_sharded_optimizer_without_a_fused_kernel_is_that_of_one_process(runs, tmp_path):
+    one = small_run(tmp_path / "one", "optimizer.name=sgd")
+    for step in (4, 8):
+        found = weights(RunFolder(runs / "sharded-sgd").checkpoint_path(step))
+        assert_same(found, weights(one.checkpoint_path(step)), rtol=1e-3, atol=1e-5)
+
+
 def test_sharded_run_samples_and_its_average_loads(runs):
     run = RunFolder(runs / "sharded")
     assert [file.name for file in sorted(run.samples.iterdir())] == ["step_00000010.png", "step_00000020.png"]
