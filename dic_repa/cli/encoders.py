@@ -143,13 +143,12 @@ def parse_encoder_options(options: tuple[str, ...], weights: Path | None) -> dic
 def _save(image, tokens, grid: tuple[int, int], out: Path) -> None:
     """The image and its tokens side by side, at least 256 pixels high."""
     import torch
-    from PIL import Image
     from torch.nn import functional as F
 
     from dic_repa.encoders.picture import token_picture
-    from dic_repa.files.pictures import save_picture
+    from dic_repa.files.pictures import save_picture, to_pil
 
     height = max(256, image.shape[-1])
     panels = [F.interpolate(part[None], (height, height))[0] for part in (image, token_picture(tokens, grid))]
     sheet = torch.cat([panels[0], torch.ones(3, height, 8), panels[1]], dim=2)
-    save_picture(Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()), out)
+    save_picture(to_pil(sheet), out)
