@@ -8,12 +8,13 @@ import make_tables
 import own_parts
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from dic_repa import protocols
 from dic_repa.alignment import Alignment
 from dic_repa.cli import completion
-from dic_repa.cli.parts import find_registries
+from dic_repa.cli.parts import command, find_registries
 from dic_repa.data.autoencoders import load_autoencoder, load_spec
 from dic_repa.errors import UserError
 from dic_repa.models import create_denoiser
@@ -107,12 +108,12 @@ def own(kind: str) -> str:
     return made if hasattr(own_parts, made) else f"own_{kind.replace('-', '_')}"
 
 
-def offer(folder, monkeypatch) -> None:
+def offer(folder, monkeypatch, more: str = "") -> None:
     """What pip leaves behind of a package that offers a part of each kind as an entry point."""
     info = folder / "site-packages" / "their_parts-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-parts\nVersion: 1.0\n")
-    groups = [f"[{KINDS[kind].group}]\ntheir-{kind} = own_parts:{own(kind)}\n" for kind in USES]
+    groups = [f"[{KINDS[kind].group}]\ntheir-{kind} = own_parts:{own(kind)}\n{more}\n" for kind in USES]
     (info / "entry_points.txt").write_text("\n".join(groups))
     monkeypatch.syspath_prepend(info.parent)
 
@@ -269,6 +270,14 @@ def test_parts_as_a_user_lists_them(dic_repa, mistake, tmp_path):
     heun = next(line for line in dic_repa("parts", "ode-solvers").stdout.splitlines() if line.startswith("heun "))
     assert heun.split()[1:3] == ["2", "2"]
     assert "unknown kind of part 'time-wait'; did you mean time-weight" in mistake("parts", "time-wait")
+
+
+def test_a_broken_package_hides_no_other_part(plugin_folder, monkeypatch):
+    offer(plugin_folder, monkeypatch, "broken = own_parts:Missing")
+    output = CliRunner().invoke(command, ["ode-solver"], catch_exceptions=False).output
+    assert "their-parts 1.0 cannot be loaded from own_parts:Missing" in output
+    assert "their-ode-solver" in output
+    assert "rk4" in output
 
 
 def test_the_page_has_the_parts_of_today():

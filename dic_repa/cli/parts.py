@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dic_repa.cli import completion
-from dic_repa.errors import unknown_name
+from dic_repa.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from dic_repa.registry import Registry
@@ -45,15 +45,17 @@ def command(kind: str | None, plugins: tuple[str, ...]):
     kinds = find_registries()
     if kind is None:
         rows = {slug: {"parts": len(registry.names()), "in a recipe": registry.key} for slug, registry in kinds.items()}
-    else:
-        slug = kind.replace(" ", "-").lower()
-        registry = kinds.get(slug) or kinds.get(slug.removesuffix("s"))
-        if registry is None:
-            raise unknown_name("kind of part", kind, kinds)
-        rows = {name: _facts(registry, name) for name in registry}
-    _print(rows, "kind" if kind is None else registry.kind)
-    if kind is not None:
-        _print_end(registry)
+        _print("kind", rows)
+        return
+    slug = kind.replace(" ", "-").lower()
+    registry = kinds.get(slug) or kinds.get(slug.removesuffix("s"))
+    if registry is None:
+        raise unknown_name("kind of part", kind, kinds)
+    _print(registry.kind, {name: _facts(registry, name) for name in registry})
+    where = f"in a recipe: {registry.key}; " if registry.key else ""
+    click.echo(f"\n{where}entry points: {registry.group}; what one must have: dic_repa.protocols.{registry.protocol}")
+    if registry.kind in _FURTHER:
+        click.echo(f"more about them: {_FURTHER[registry.kind]}")
 
 
 def find_registries() -> dict[str, Registry]:
@@ -69,23 +71,20 @@ def find_registries() -> dict[str, Registry]:
 
 
 def _facts(registry: Registry, name: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if registry.kind.endswith("solver"):
-        evaluations = registry.fact(name, "evaluations", 1)
-        facts = {"order": registry.fact(name, "order", 1), "evaluations": evaluations or "auto"}
-    return facts | {"description": registry.describe(name)}
+    try:
+        described = {"description": registry.describe(name)}
+        if not registry.kind.endswith("solver"):
+            return described
+        evaluations = registry.fact(name, "evaluations", 1) or "auto"
+        return {"order": registry.fact(name, "order", 1), "evaluations": evaluations} | described
+    except UserError as error:  # a broken package hides no other part
+        return {"description": str(error)}
 
 
-def _print(rows: dict[str, dict[str, Any]], heading: str) -> None:
+def _print(heading: str, rows: dict[str, dict[str, Any]]) -> None:
     from dic_repa.runtime.table import format_rows
 
     columns = list(next(iter(rows.values())))
-    table = [(heading, *columns)] + [(name, *(str(row[column]) for column in columns)) for name, row in rows.items()]
+    table = [(heading, *columns)]
+    table += [(name, *(str(row.get(column, "-")) for column in columns)) for name, row in rows.items()]
     click.echo(format_rows(table, left=(0, len(columns))))
-
-
-def _print_end(registry: Registry) -> None:
-    click.echo(f"\nin a recipe: {registry.key or 'see docs/extending.md'}; one of your own: {registry.protocol} in")
-    click.echo(f"dic_repa/protocols.py says what it must have; entry points: {registry.group}")
-    if registry.kind in _FURTHER:
-        click.echo(f"more about them: {_FURTHER[registry.kind]}")

@@ -114,6 +114,8 @@ def _parse_grid(text: str) -> dict:
             return {"times": [float(part) for part in text.split(",")]}
         *parts, arguments = text.split(":") if "=" in text else (text, "")
         name = ":".join(parts)
+        if name.count(":") and not name.rpartition(":")[2].isidentifier():
+            raise ValueError
         pairs = [pair.partition("=") for pair in arguments.split(",") if pair]
         return {"name": name, "options": {key.strip(): float(value) for key, _, value in pairs}}
     except ValueError:

@@ -44,21 +44,13 @@ def build_dataset(section: DataSection, split: str = "train"):
     """The data set: samples are dicts of `label`, `image` (where there are images) and `x` or the `moments` that it is
     drawn from; it has `num_classes`, `channels`, `class_names`.
     """
-    factory = datasets.find(section.name)
     given = {"path": section.place, "autoencoder": section.autoencoder}
     given = {key: value for key, value in given.items() if value is not None}
     if section.place:
         detail(f"data: {section.place}")
-    try:
-        inspect.signature(factory).bind(split=split, size=section.size, **given, **section.options)
-    except TypeError as error:
-        raise UserError(f"data set '{section.name}' does not fit the recipe's `data`: {error}") from None
-    try:
-        return factory(split=split, size=section.size, **given, **section.options)
-    except TypeError as error:
-        if not section.options:
-            raise
-        raise UserError(f"data set '{section.name}' does not take these options: {first_line(error)}") from error
+    if twice := sorted({"split", "size", *given} & section.options.keys()):
+        raise UserError(f"data.options cannot hold {', '.join(twice)}, which a data set is given anyway")
+    return datasets.create(section.name, split=split, size=section.size, **given, **section.options)
 
 
 @dataclass(frozen=True)

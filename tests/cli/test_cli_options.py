@@ -9,7 +9,7 @@ import pytest
 
 from dic_repa.cli import VERBS, cli
 from dic_repa.cli.options import Count
-from dic_repa.cli.sampling_options import sample_settings
+from dic_repa.cli.sampling_options import _parse_grid, sample_settings
 from dic_repa.errors import UserError
 from dic_repa.recipe import SampleSection
 
@@ -67,3 +67,23 @@ def test_guidance_needs_a_scale():
         assert sample_settings(plain, scale=3.0, **{option: value}).guidance.scale == 3.0
     with pytest.raises(UserError, match="--cfgpp needs --scale"):
         sample_settings(plain, kind="cfg++")
+
+
+@pytest.mark.parametrize(
+    ("text", "grid"),
+    [
+        ("karras", {"name": "karras", "options": {}}),
+        ("shifted:shift=3", {"name": "shifted", "options": {"shift": 3.0}}),
+        ("my.grids:Mine", {"name": "my.grids:Mine", "options": {}}),
+        ("my.grids:Mine:rho=5,low=0.1", {"name": "my.grids:Mine", "options": {"rho": 5.0, "low": 0.1}}),
+        ("1,0.5,0", {"times": [1.0, 0.5, 0.0]}),
+        ("shifted:3", None),
+        ("shifted:shift=wide", None),
+    ],
+)
+def test_a_time_grid_on_the_line(text, grid):
+    if grid is None:
+        with pytest.raises(UserError, match="--grid takes a name"):
+            _parse_grid(text)
+    else:
+        assert _parse_grid(text) == grid

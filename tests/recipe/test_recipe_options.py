@@ -13,7 +13,7 @@ import pytest
         ("alignments.0.head_options={hidden: -1}", "head 'mlp' does not take these options"),
         ("alignments.0.head_options={hidden: wide}", "head 'mlp' does not take these options"),
         ("alignments.0.head_options={hiden: 8}", "unknown option of head 'mlp': 'hiden'; did you mean hidden"),
-        ("objective.options={path: 3}", "3 is no path"),
+        ("objective.options={path: 3}", "3 is no interpolant"),
         ("objective.options={path: {name: 3}}", "needs its name"),
         ("objective.options={prediction: 3}", "objective 'flow-matching' does not take these options"),
         ("objective.options={time: {name: logit-normal, std: wide}}", "does not take these options"),
