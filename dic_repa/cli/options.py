@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable
 from typing import Any
 
 import click
+from pydantic import TypeAdapter
 
 from dic_repa.recipe import Recipe
 from dic_repa.recipe.keys import find_field
@@ -58,16 +58,32 @@ class Count(click.ParamType):
         self.fail(f"takes whole numbers from {self.least}{most}, not '{value}'", parameter, context)
 
 
-def recipe_option(name: str, key: str, form: str = "{}", **settings: Any) -> Callable:
-    """An option that overrides a dotted `key` of a recipe, with the schema's words and default; `form` may put others
-    around the words. What the recipe says, and where it says nothing the schema, is the default.
+def recipe_option(key: str, form: str = "{}", **settings: Any) -> Callable:
+    """An option that overrides a dotted `key` of a recipe, named as its last part, with the schema's words, type and
+    default; `form` may put others around the words. What the recipe says, and where it says nothing the schema, is the
+    default.
     """
     field = find_field(Recipe, key)
     words, _, null = (field.description or "").partition("; null: ")
     default = null if field.default is None else field.default
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
-    if typing.get_origin(field.annotation) is typing.Literal:
-        settings.setdefault("type", click.Choice(typing.get_args(field.annotation)))
+    name = "--" + key.rpartition(".")[2].replace("_", "-")
+    kind = _click_type(TypeAdapter(field.rebuild_annotation()).json_schema())
+    if kind is bool:
+        name += f"/--no-{name[2:]}"
     text = form.format(words)
-    return click.option(name, default=None, help=f"{text[0].upper()}{text[1:]}.  [recipe, else {default}]", **settings)
+    help_text = f"{text[0].upper()}{text[1:]}.  [recipe, else {default}]"
+    return click.option(name, default=None, type=kind, help=help_text, **settings)
+
+
+def _click_type(schema: dict[str, Any]) -> Any:
+    """What click reads a value as that is to fit a JSON schema, whose null is an option that is not given."""
+    schema = next(one for one in schema.get("anyOf", [schema]) if one.get("type") != "null")
+    if "enum" in schema:
+        return click.Choice(schema["enum"])
+    if schema.get("type") == "array":
+        return tuple(map(_click_type, schema["prefixItems"]))
+    if schema.get("type") == "integer":
+        return Count(schema.get("minimum", 0))
+    return {"number": float, "boolean": bool}.get(schema.get("type", ""), str)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.options import Count, option_group, recipe_option
+from dic_repa.cli.options import option_group, recipe_option
 from dic_repa.errors import UserError
-from dic_repa.recipe import SampleSection
+from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.registry import read_source
 from dic_repa.sampling.settings import override_sampling
 
@@ -18,8 +18,6 @@ DIFFUSION_FORMS = read_source("dic_repa.samplers.diffusion_coefficients", "diffu
 GUIDANCE_SCHEDULES = read_source("dic_repa.samplers.guidance", "guidance_schedules")
 LAST_STEPS = read_source("dic_repa.samplers.sde", "last_steps")
 TIME_GRIDS = read_source("dic_repa.samplers.grids", "time_grids")
-
-_GUIDANCE_KEYS = ("scale", "interval", "channels", "schedule", "rescale", "weak", "kind")
 
 
 def _choices(title: str, known: dict[str, str]) -> str:
@@ -35,61 +33,54 @@ EPILOG = (
 )
 
 
-def sampling_options(command: Callable) -> Callable:
-    """The options that override a recipe's `sample` section, in groups; `sample_settings` takes them."""
-    for options in (_PLACE, _GUIDANCE, _SOLVER, _SAMPLES):
-        command = options(command)
-    return command
-
-
-def _one_of(known: dict[str, str]) -> str:
-    return "{}: " + ", ".join(known)
-
-
-_SAMPLES = option_group(
-    "Samples",
-    recipe_option("--num", "sample.num", type=Count(1)),
-    recipe_option("--seed", "sample.seed", type=Count(0)),
-    click.option(
+# Words around the schema's, and what completes a value.
+_FORMS = {
+    "steps": "Steps {}",
+    "weights": "Which weights to sample from: {}",
+    "grid": "{}: " + ", ".join(TIME_GRIDS) + ", or the times, such as 1,0.5,0",
+    "diffusion": "{}: " + ", ".join(DIFFUSION_FORMS),
+    "schedule": "Shape {}",
+    "doubled": "Guidance takes {}",
+    "pixels": "How values become the pixels' levels. {}",
+    "precision": "Number format {}",
+}
+_COMPLETIONS = {"solver": completion.solvers, "weak": completion.runs}
+# Keys whose option is not what the schema alone would make of them.
+_OWN = {
+    "classes": click.option(
         "--random-classes/--balanced-classes",
         default=None,
         help="Draw each image's class, from the seed and its index; or each class as often as the others.  "
         "[recipe, else balanced]",
     ),
-    recipe_option("--weights", "sample.weights", "Which weights to sample from: {}"),
-)
-_SOLVER = option_group(
-    "Solver",
-    recipe_option("--solver", "sample.solver", shell_complete=completion.solvers),
-    recipe_option("--steps", "sample.steps", "Steps {}", type=Count(1)),
-    recipe_option("--rtol", "sample.rtol", type=float),
-    recipe_option("--atol", "sample.atol", type=float),
-    recipe_option("--grid", "sample.grid", "{}: " + ", ".join(TIME_GRIDS) + ", or the times, such as 1,0.5,0"),
-    recipe_option("--diffusion", "sample.diffusion", _one_of(DIFFUSION_FORMS)),
-    recipe_option("--diffusion-norm", "sample.diffusion_norm", type=float),
-    recipe_option("--last-step", "sample.last_step"),
-    recipe_option("--last-step-size", "sample.last_step_size", type=float),
-    recipe_option("--eta", "sample.eta", type=float),
-    recipe_option("--clip", "sample.clip", is_flag=True),
-)
-_GUIDANCE = option_group(
-    "Guidance, of which --scale alone is needed",
-    click.option("--scale", type=float, help="1 is none, above goes towards the class.  [recipe, else no guidance]"),
-    recipe_option("--interval", "sample.guidance.interval", type=(float, float)),
-    recipe_option("--channels", "sample.guidance.channels", type=Count(1)),
-    recipe_option("--schedule", "sample.guidance.schedule", "Shape {}"),
-    recipe_option("--rescale", "sample.guidance.rescale", type=float),
-    click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
-    recipe_option("--weak", "sample.guidance.weak", shell_complete=completion.runs),
-)
-_PLACE = option_group(
-    "Speed and places",
-    recipe_option("--precision", "sample.precision", "Number format {}"),
-    recipe_option("--compile", "sample.compile"),
-    recipe_option("--batch-size", "sample.batch_size", type=Count(1)),
-    recipe_option("--decode-batch", "sample.decode_batch", type=Count(1)),
-    recipe_option("--autoencoder", "sample.autoencoder"),
-)
+    "scale": click.option(
+        "--scale", type=float, help="1 is none, above goes towards the class.  [recipe, else no guidance]"
+    ),
+    "kind": click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
+}
+_SAMPLES = ("num", "seed", "classes", "pixels", "weights")
+_SOLVER = ("solver", *SampleSection.solver_keys())
+
+
+def sampling_option(key: str) -> Callable:
+    """The option that overrides this key of a recipe's `sample` section, or of its `guidance`."""
+    place = "sample.guidance" if key in GuidanceSection.model_fields else "sample"
+    made = recipe_option(f"{place}.{key}", _FORMS.get(key, "{}"), shell_complete=_COMPLETIONS.get(key))
+    return _OWN.get(key, made)
+
+
+def sampling_options(command: Callable) -> Callable:
+    """An option for each key of a recipe's `sample` section, in groups; `sample_settings` takes them."""
+    others = [key for key in SampleSection.model_fields if key not in (*_SAMPLES, *_SOLVER, "guidance")]
+    groups = {
+        "Samples": _SAMPLES,
+        "Solver": [key for key in _SOLVER if key != "options"],  # a mapping, for a recipe alone
+        "Guidance, of which --scale alone is needed": GuidanceSection.model_fields,
+        "Speed and places": others,
+    }
+    for title, keys in reversed(groups.items()):
+        command = option_group(title, *map(sampling_option, keys))(command)
+    return command
 
 
 def sample_settings(base: SampleSection, **options) -> SampleSection:
@@ -99,7 +90,7 @@ def sample_settings(base: SampleSection, **options) -> SampleSection:
         given["classes"] = "random" if given.pop("random_classes") else "balanced"
     if "grid" in given:
         given["grid"] = _parse_grid(given["grid"])
-    guidance = {name: given.pop(name) for name in _GUIDANCE_KEYS if name in given}
+    guidance = {name: given.pop(name) for name in GuidanceSection.model_fields if name in given}
     settings = override_sampling(base, guidance, **given)
     if guidance and base.guidance is None and "scale" not in guidance:
         option = "--cfgpp" if "kind" in guidance else f"--{next(iter(guidance))}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.options import Command, Count, option_group, recipe_option
-from dic_repa.cli.sampling_options import sample_settings
+from dic_repa.cli.options import Command, Count, option_group
+from dic_repa.cli.sampling_options import sample_settings, sampling_option
 from dic_repa.errors import UserError, is_main_process, when_interrupted
 from dic_repa.files.outputs import check_folder
 from dic_repa.recipe.values import MOST_IMAGES
@@ -38,11 +38,7 @@ from dic_repa.runtime.threads import choose_threads
 )
 @option_group(
     "How it is sampled, where not as the recipe says",
-    recipe_option("--solver", "sample.solver", shell_complete=completion.solvers),
-    recipe_option("--steps", "sample.steps", "Steps {}", type=Count(1)),
-    recipe_option("--batch-size", "sample.batch_size", type=Count(1)),
-    recipe_option("--autoencoder", "sample.autoencoder"),
-    recipe_option("--seed", "sample.seed", type=Count(0)),
+    *map(sampling_option, ("solver", "steps", "batch_size", "autoencoder", "seed")),
 )
 def command(
     checkpoint: Path,

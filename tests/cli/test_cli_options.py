@@ -11,7 +11,7 @@ from dic_repa.cli import VERBS, cli
 from dic_repa.cli.options import Count
 from dic_repa.cli.sampling_options import _parse_grid, sample_settings
 from dic_repa.errors import UserError
-from dic_repa.recipe import SampleSection
+from dic_repa.recipe import GuidanceSection, SampleSection
 
 
 def help_of(*names: str) -> str:
@@ -56,6 +56,24 @@ def test_counts_on_the_command_line(mistake):
     assert "Invalid value for '--num': takes whole numbers from 1, not '1.5'" in mistake("sample", "x", "--num", "1.5")
     assert "there is no run or checkpoint folder x" in mistake("sample", "x", "--num", "5e4", "--steps", "1e1")
     assert "takes whole numbers from 1, not '0'" in mistake("train", "digits-urepa", "--dry-run", "--processes", "0")
+
+
+def test_each_key_of_a_recipes_sampling_has_an_option():
+    command = cli.get_command(click.Context(cli), "sample")
+    options = {parameter.name: parameter for parameter in command.params}
+    keys = {*SampleSection.model_fields, *GuidanceSection.model_fields} - {"guidance", "options", "classes"}
+    assert keys | {"random_classes"} <= set(options)
+    kinds = {"steps": Count, "rtol": click.types.FloatParamType, "compile": click.Choice, "interval": click.Tuple}
+    assert {name: type(options[name].type) for name in kinds} == kinds
+    assert options["steps"].type.least == 1
+    assert options["seed"].type.least == 0
+
+
+def test_flags_override_what_a_recipe_says_either_way():
+    base = SampleSection(clip=True, guidance={"scale": 2.0, "doubled": True})
+    changed = sample_settings(base, clip=False, doubled=False, pixels="truncate")
+    assert (changed.clip, changed.guidance.doubled, changed.pixels) == (False, False, "truncate")
+    assert sample_settings(base, clip=None, doubled=None, pixels=None) == base
 
 
 def test_guidance_needs_a_scale():
