@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written aside, flushed, renamed. All outputs come to be here."""
+"""Files and folders that are whole or not there: written aside, flushed, renamed. All outputs are made here."""
 
 from __future__ import annotations
 
@@ -25,12 +25,21 @@ from dic_repa.files.outputs import (
 
 @contextlib.contextmanager
 def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
-    """A name beside `path` for a file, or an empty folder beside it for one of a `kind` of `outputs.KINDS`, which takes
-    the place of `path` once it is whole and on the disk.
+    """Write a file or a folder beside `path`, which takes the place of `path` once it is whole and on the disk.
 
-    A UserError where there is something that is not ours. A fault leaves what was there before, a kill that and the
-    name, which the next writer removes. Of a folder that is there, what is not ours is left in it. The umask decides
-    who may read what was written, whatever the library that wrote it thinks.
+    If the block fails, what was at `path` before stays. After a kill, the unfinished file is left too, and the next
+    writer removes it. Files in the old folder that are not ours stay in the new one. The permissions are those of any
+    new file (by the umask), whatever the library that wrote it has set.
+
+    Args:
+        path: where the output is to be.
+        kind: for a folder, which one of `outputs.KINDS` it is; None for a file.
+
+    Yields:
+        The name of the file to write, which does not exist, or an empty folder to fill.
+
+    Raises:
+        UserError: there is something at `path` that is not ours.
     """
     path = Path(path)
     check = (lambda: check_folder(path, kind)) if kind else (lambda: check_file(path))

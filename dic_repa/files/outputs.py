@@ -166,9 +166,9 @@ def foreign(folder: Path) -> list[str]:
     return sorted(_walk(folder, read_marker(folder), ""))
 
 
-def remove_listed(folder: Path, keep: Collection[str] = (), told: bool = True) -> None:
+def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -> None:
     """Remove what the marker of `folder` lists, in it and in the folders of ours inside it, but for `keep`; the folder,
-    with its marker, stays. What is not ours is left, and, where that is `told`, counted on standard error.
+    with its marker, stays. What is not ours is left; with `warn`, standard error says how much that is.
     """
     marker = read_marker(folder)
     for name in [*(marker.names if marker else ()), *_pictures(folder, marker)]:
@@ -179,7 +179,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), told: bool = True) -
             with contextlib.suppress(OSError):  # not empty, or a link
                 (folder / parent).rmdir()
     left = [name for name in foreign(folder) if name not in keep]
-    if left and told:
+    if left and warn:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         count = "1 file that is" if len(left) == 1 else f"{len(left)} files that are"
         print(f"left {count} not dic-repa's in {folder}: {shown}", file=sys.stderr)
@@ -239,7 +239,7 @@ def _remove(path: Path) -> None:
         if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
             path.unlink()
         elif stat.S_ISDIR(mode) and read_marker(path):
-            remove_listed(path, told=False)
+            remove_listed(path, warn=False)
             if not foreign(path):
                 remove_folder(path)
 

@@ -87,7 +87,7 @@ def build_decoder(
     saved: SavedData | None = None,
     place: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """From the denoiser's data to images in [0, 1], of a batch at once: whoever calls it bounds the batch.
+    """From the denoiser's data to images in [0, 1], of a whole batch at once: the caller chooses its size.
 
     The training data itself is not needed where `saved` tells of it, or the recipe names its autoencoder. `place` is
     where the autoencoder is now, if it is no longer under its name. A UserError where it cannot be found, or is another

@@ -59,7 +59,7 @@ _HARMLESS = {
     "train.compile",
     "data.workers",
 }
-RUNS = Path("runs")  # where runs are unless they are told otherwise
+RUNS = Path("runs")  # the default folder of runs
 
 
 class RunFolder(Checkpoints):

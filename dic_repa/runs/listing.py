@@ -119,7 +119,7 @@ def _newest_scores(folder: Path) -> dict[str, float]:
 
 
 def _recipe_name(run: RunFolder) -> str:
-    """As `dic-repa train` was told it at the first start; '' where that is not known."""
+    """The recipe that the first `dic-repa train` named; '' where that is not known."""
     sessions = _parse(run.environment_file.read_bytes()) if run.environment_file.is_file() else None
     command = sessions[0].get("command") if isinstance(sessions, list) and sessions else None
     if not isinstance(command, list) or "train" not in command:

@@ -50,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Who is at work in the run folder, 'process 17 on host'; None where nobody is, or it cannot be told."""
+    """Who is at work in the run folder, 'process 17 on host'; None where nobody is, or the system does not say."""
     if folder.resolve() in _held:  # whose lock would be lost by closing the file a second time
         return _name(json.dumps(_owner()))
     if fcntl is None or not (folder / "lock").is_file():
