@@ -41,7 +41,7 @@ class _Falling:
 @lr_schedules.register("cosine")
 @dataclass(frozen=True)
 class Cosine(_Falling):
-    """Half a cosine from the learning rate to `final` of it."""
+    """Half a cosine from the learning rate to `final` of it: final + (1 - final) (1 + cos(pi progress)) / 2."""
 
     def __call__(self, progress: float) -> float:
         return self.between(0.5 + 0.5 * math.cos(math.pi * progress))
@@ -50,7 +50,7 @@ class Cosine(_Falling):
 @lr_schedules.register("linear")
 @dataclass(frozen=True)
 class Linear(_Falling):
-    """Straight from the learning rate to `final` of it."""
+    """Straight from the learning rate to `final` of it: final + (1 - final) (1 - progress)."""
 
     def __call__(self, progress: float) -> float:
         return self.between(1 - progress)
@@ -59,7 +59,10 @@ class Linear(_Falling):
 @lr_schedules.register("wsd")
 @dataclass(frozen=True)
 class WSD(_Falling):
-    """Warm-up, stable, decay: constant, and over the last `decay` of the steps straight to `final` of it."""
+    """Warm-up, stable, decay: constant, and over the last `decay` of the steps straight to `final` of it.
+
+    final + (1 - final) min(1, (1 - progress) / decay); the warm-up's steps are not among those that `decay` means.
+    """
 
     decay: float = 0.2
 
