@@ -47,7 +47,7 @@ class AutoencoderSpec:
         return cls(**content | {"shift": tuple(content["shift"]), "scale": tuple(content["scale"])})
 
     def same_weights(self, other: AutoencoderSpec) -> bool:
-        """Whether both are one autoencoder, by whatever name, by their fingerprints or else their channels and scale."""
+        """Whether both are one autoencoder, whatever their names: by fingerprints, or else by channels and scale."""
         if self.fingerprint and other.fingerprint:
             return self.fingerprint == other.fingerprint
         mine, its = ({**spec.to_dict(), "name": "", "fingerprint": ""} for spec in (self, other))
