@@ -103,6 +103,8 @@ class Autoencoder(Protocol):
 class Objective(Protocol):
     """The loss of a step, made by `factory(**options)`; it runs the model itself."""
 
+    path: Interpolant  # between noise and data, as the samplers go it
+
     def draw(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str | None = None
     ) -> dict[str, Tensor]:

@@ -132,6 +132,15 @@ def test_pixels_of_ones_own(here, tmp_path):
     assert len(list((tmp_path / "samples").rglob("0*.png"))) == 2
 
 
+def test_an_objective_of_ones_own(here, tmp_path):
+    write_examples(tmp_path, "my_objective.py", "my_objective.yaml")
+    here(["train", "my_objective.yaml", *TINY, *SHORT])
+    (line,) = (tmp_path / "runs/my_objective/metrics.jsonl").read_text().splitlines()
+    assert "alignment.0.token" in line
+    here(["sample", "runs/my_objective", "--num=4", "--steps=3"])
+    assert len(list((tmp_path / "samples").rglob("0*.png"))) == 4
+
+
 def test_a_solver_of_ones_own(here, tmp_path):
     write_examples(tmp_path, "my_solver.py", "my_solver.yaml")
     here(["train", "my_solver.yaml", *TINY, *SHORT])

@@ -33,7 +33,7 @@ class Alignment(nn.Module):
             that the denoiser's `feature_map(tokens, size)` lays out as one, such as 'blocks.7' of a SiT.
         head: module of (feature, t in [0, 1]) that gives tokens (B, N, embed_dim).
         weight: lambda of the paper.
-        manifold_weight: w of the paper, of the loss 'u-repa'.
+        manifold_weight: w of the paper, of the loss 'u-repa' where its own options do not say it.
         loss: what projection and target are compared by: 'u-repa'.
         target: what is done to the encoder's tokens first: 'tokens' (nothing) or 'spatial-norm'.
         time_weight: the weight over t: 'constant' or 'v-shape'.
@@ -53,8 +53,10 @@ class Alignment(nn.Module):
     ):
         super().__init__()
         self.tap, self.head, self.weight = tap, head, weight
-        options = {"manifold_weight": manifold_weight} if loss == "u-repa" else {}
-        self.compare = alignment_losses.create(loss, **options)
+        named = {"name": loss} if isinstance(loss, str) else loss
+        if isinstance(named, Mapping) and named.get("name") == "u-repa":
+            named = {"manifold_weight": manifold_weight, **named}
+        self.compare = alignment_losses.create(named)
         self.target = targets.create(target)
         self.time_weight = time_weights.create(time_weight)
         self.schedule = schedules.create(schedule)

@@ -3,7 +3,7 @@
 A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
 merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
 Of the base's `model` section nothing is left where the recipe names a model of another family: SiT has no DiC's depths;
-nor of its `data.options` where the recipe names another data set.
+nor of the `options` of its data set, objective, optimizer or schedule where the recipe names another.
 `load_recipe` finds a file or one of the recipes that come with the package, applies `--set` overrides and validates;
 every mistake is one line that names the key and what it takes.
 """
@@ -188,11 +188,11 @@ def _drop_other_model(base: dict, top: dict) -> None:
 
 def _drop_other_options(base: dict, top: dict) -> None:
     """Empty the `options` of sections of `base` where `top` names another part, which has other options."""
-    for name in ("data", "optimizer", "schedule"):
+    for name in ("data", "objective", "optimizer", "schedule"):
         ours, theirs = top.get(name), base.get(name)
         part = top.get(f"{name}.name") or (ours.get("name") if isinstance(ours, dict) else None)
-        if part and isinstance(theirs, dict) and part != theirs.get("name"):
-            theirs.pop("options", None)
+        if part and isinstance(theirs, dict) and theirs.get("options") and part != theirs.get("name"):
+            theirs["options"] = {}  # still there, for a recipe that empties it itself
 
 
 def _family(model: str) -> str:

@@ -31,12 +31,14 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
 
     records = {run.path.name: read_metrics(run) for run in runs}
     names = {name for lines in records.values() for line in lines for name in line}
-    panels = [panel for panel in _PANELS if any(name.split(".")[-1] == panel for name in names)]
+    terms = {name.split(".")[2] for name in names if name.startswith("alignment.")}
+    panels = [panel for panel in _PANELS if panel in names | terms]
+    panels += sorted(terms - set(_PANELS))  # of an alignment loss of one's own
     if not panels:
         return
     figure, axes = new_figure(1, len(panels), (4.6 * len(panels), 3.4))
     for axis, panel in zip(axes[0], panels):
-        title, sign = _PANELS[panel]
+        title, sign = _PANELS.get(panel, (f"{panel}, of the alignment", 1.0))
         for run, lines in records.items():
             for series in sorted(n for n in names if n.split(".")[-1] == panel):
                 points = [(line["step"], sign * line[series]) for line in lines if line.get(series) is not None]

@@ -33,11 +33,11 @@ from dic_repa.training.trackers import Trackers
 class MetricLog:
     """Averages of the losses over the steps since the last log step, over all processes; written by the main one.
 
-    A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (their
-    terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate; images_per_second; data_wait
-    (the share of the time in which the next batch was not there yet; a GPU works on meanwhile, so it idles at most
-    that share); skipped (steps so far whose loss or gradient was not finite, since the run began or was resumed);
-    seconds. A value that is not finite is null, and counts in no average.
+    A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (what the
+    alignment's loss calls its terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate;
+    images_per_second; data_wait (the share of the time in which the next batch was not there yet; a GPU works on
+    meanwhile, so it idles at most that share); skipped (steps so far whose loss or gradient was not finite, since the
+    run began or was resumed); seconds. A value that is not finite is null, and counts in no average.
     """
 
     def __init__(

@@ -112,6 +112,14 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     assert not terms["token"].requires_grad
 
 
+def test_the_weight_of_the_manifold_is_the_key_or_the_losses_own_option():
+    h, y = torch.randn(4, 6, 8), torch.randn(4, 6, 8)
+    for loss, w in (("u-repa", 2.0), ({"name": "u-repa"}, 2.0), ({"name": "u-repa", "manifold_weight": 5.0}, 5.0)):
+        alignment = Alignment("mid.0", nn.Identity(), weight=1.0, manifold_weight=2.0, loss=loss)
+        expected = token_loss(h, y).mean() + w * manifold_loss(h, y).mean()
+        torch.testing.assert_close(alignment.loss(h, y, torch.rand(4))[0], expected)
+
+
 def test_encoder_and_heads_are_where_they_belong():
     denoiser = tiny()
     names = set(denoiser.state_dict())

@@ -40,6 +40,17 @@ def test_curves_of_a_single_point_are_seen(tmp_path, figures):
     assert [line.get_marker() for line in lines] == ["o"]
 
 
+def test_curves_show_the_terms_of_an_own_alignment_loss(tmp_path, figures):
+    run = RunFolder(tmp_path)
+    lines = [{"step": s, "denoising": 1 / s, "alignment.0.token": -0.5, "alignment.1.squared": s} for s in (1, 2)]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_curves([run])
+    denoising, token, squared = figures.gcf().axes
+    assert (denoising.get_title(), squared.get_title()) == ("denoising loss", "squared, of the alignment")
+    assert list(token.lines[0].get_ydata()) == [0.5, 0.5]
+    assert list(squared.lines[0].get_ydata()) == [1, 2]
+
+
 def test_headings_of_a_grid_are_above_its_columns(tmp_path):
     images, rows = torch.zeros(6, 1, 8, 8), torch.arange(2).repeat_interleave(3)
     for name, headings in (("without", ()), ("with", ("t=1.00", "t=0.50", "t=0.00"))):

@@ -100,6 +100,8 @@ function curves() {
   simple("denoising", true);
   add("Similarity to the encoder", aligned("token", -1), false, "cosine");
   add("Manifold loss", aligned("manifold", 1), true);
+  const terms = new Set([...names].filter((n) => n.startsWith("alignment.")).map((n) => n.split(".")[2]));
+  for (const term of [...terms].sort()) if (!["token", "manifold"].includes(term)) add(`${nice(term)}, of the alignment`, aligned(term, 1), false);
   if (names.size && [...names].some((n) => n.startsWith("alignment."))) simple("loss", false, "denoising + λ · alignment");
   const idle = new Set(["skipped"].filter((name) => RUNS.every((run) => curve(run, name).every(([, y]) => !y))));
   const known = /^(step|seconds|loss|denoising|alignment\..*)$/;
