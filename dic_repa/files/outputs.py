@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from dic_repa.errors import UserError
 
 MARKER = ".dic-repa.jsonl"
+AUTHORS_FILES = (".pt", ".pth", ".safetensors")  # endings of files in the layout of the authors' code
 MARK = "written-by-dic-repa"
 ASIDE = ".writing-"  # how the names of unfinished files and folders begin
 KINDS = {

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dic_repa.files.cache import cache_folder
+
 _PACKAGES = (
     "dic-repa",
     "torch",
@@ -29,6 +31,13 @@ _PACKAGES = (
     "matplotlib",
     "tqdm",
 )
+# What launchers and libraries are told by; nothing that may hold a secret.
+_VARIABLES = (
+    "OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING PYTORCH_ALLOC_CONF "
+    "PYTORCH_CUDA_ALLOC_CONF RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_ID "
+    "SLURM_NTASKS SLURM_NNODES HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME XDG_CACHE_HOME VIRTUAL_ENV CONDA_PREFIX"
+).split()
+_PREFIXES = ("ACCELERATE_", "NCCL_", "GLOO_", "TORCH_DISTRIBUTED_", "TORCHINDUCTOR_")
 
 
 def describe_environment(device: str, processes: int) -> dict:
@@ -60,3 +69,51 @@ def _git_state(file: str = __file__) -> dict | None:
         return {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()}
     except (OSError, subprocess.CalledProcessError):
         return None  # installed from a wheel, or git is not there
+
+
+def describe_installation() -> dict[str, dict]:
+    """What a bug report needs, in sections: 'dic-repa', 'machine', 'torch', 'packages', 'variables', 'caches'."""
+    known = describe_environment("", 1)
+    git, machine = known["git"] or {}, known["machine"]
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine["cpus"]
+    return {
+        "dic-repa": {
+            "version": known["packages"].pop("dic-repa"),
+            "commit": git.get("commit"),
+            "changed files": git.get("changed_files", []),
+        },
+        "machine": {
+            "platform": machine["platform"],
+            "python": known["python"],
+            "CPUs": f"{machine['cpus']}, of which {available} are available",
+        },
+        "torch": _torch(),
+        "packages": known["packages"],
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name in _VARIABLES or name.startswith(_PREFIXES)
+        },
+        "caches": _caches(),
+    }
+
+
+def _torch() -> dict:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() if cuda else 0)]
+    return {
+        "version": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version() if cuda else None,
+        "GPUs": [f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}" for gpu in properties],
+        "threads": f"{torch.get_num_threads()} within, {torch.get_num_interop_threads()} between operations",
+    }
+
+
+def _caches() -> dict:
+    import torch
+    from huggingface_hub import constants
+
+    return {"dic-repa": str(cache_folder()), "hub": str(constants.HF_HUB_CACHE), "torch": torch.hub.get_dir()}

@@ -23,7 +23,6 @@ from small_runs import full_disk
 from torch.utils.data import DataLoader
 
 from dic_repa.cli import main
-from dic_repa.cli.convert import check_recipe
 from dic_repa.data.check import psnr
 from dic_repa.data.image_folder import ImageFolder
 from dic_repa.data.images import center_crop, to_tensor
@@ -33,6 +32,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.pictures import unit_images
 from dic_repa.recipe import load_training_recipe
 from dic_repa.recipe.build import build_dataset, build_denoiser
+from dic_repa.sampling.convert import check_recipe
 
 
 @pytest.fixture(autouse=True)

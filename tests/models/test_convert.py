@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from small_runs import full_disk
 
 from dic_repa.cli import main
-from dic_repa.cli.convert import load
 from dic_repa.models import DiC, create_denoiser
 from dic_repa.recipe import load_recipe, to_yaml
+from dic_repa.sampling.convert import load_any
 
 AUTHORS = DATA / "authors_dic_tiny.safetensors"
 
@@ -143,6 +143,6 @@ def test_a_full_disk_leaves_what_was_there(convert, mistake, tmp_path, target):
 
 def test_load_reads_every_kind(checkpoint, tmp_path):
     (checkpoint / "state.json").write_text("{}")
-    assert load(checkpoint)[1] == checkpoint / "ema" / "recipe.yaml"
-    assert load(AUTHORS)[1] is None
-    assert load(checkpoint / "ema")[0].config == load(checkpoint)[0].config
+    assert load_any(checkpoint)[1] == checkpoint / "ema" / "recipe.yaml"
+    assert load_any(AUTHORS)[1] is None
+    assert load_any(checkpoint / "ema")[0].config == load_any(checkpoint)[0].config

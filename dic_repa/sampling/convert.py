@@ -1,0 +1,134 @@
+"""Converting checkpoints: the authors' files to ours and back, training checkpoints to small ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dic_repa.data.saved import SavedData
+from dic_repa.errors import UserError, first_line
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.outputs import AUTHORS_FILES, MARK
+from dic_repa.files.weights import WRITE_ERRORS, save_tensors
+from dic_repa.models import forward_on_meta, load_authors_checkpoint, load_denoiser
+from dic_repa.models.authors import authors_state_dict
+from dic_repa.models.pretrained import Pretrained
+from dic_repa.recipe import load_training_recipe, to_yaml
+from dic_repa.recipe.build import data_traits, import_plugins
+from dic_repa.runs.folder import RunFolder, suggest_runs
+from dic_repa.sampling.load import load_raw
+
+
+def convert(
+    source: Path,
+    target: Path,
+    dtype: str = "float32",
+    weights: str = "ema",
+    family: str | None = None,
+    recipe: str | None = None,
+) -> Pretrained:
+    """Write the checkpoint `source` to `target`, over what is there.
+
+    Args:
+        source: Any checkpoint that `load_any` reads.
+        target: A file in the DiC authors' layout if it ends as one of `AUTHORS_FILES`, otherwise a folder to sample
+            from.
+        dtype: Of the weights, as torch calls it.
+        weights: Which of a training checkpoint: an average's name, or raw.
+        family: What an authors' checkpoint is of, where its file does not say.
+        recipe: By what the weights were trained, where no recipe lies beside them.
+
+    Returns:
+        The denoiser that was written.
+
+    Raises:
+        UserError: `source` cannot be read, was not trained by `recipe`, or `target` cannot be written.
+    """
+    model, recipe_file = load_any(source, weights, family)
+    if recipe:
+        check_recipe(recipe, model)
+    model.to(getattr(torch, dtype))
+    try:
+        if target.suffix in AUTHORS_FILES:
+            _write_authors(model, target)
+        else:
+            _write_folder(model, target, recipe, recipe_file)
+    except WRITE_ERRORS as error:
+        raise UserError(f"{target} could not be written ({first_line(error)})") from None
+    return model
+
+
+def load_any(source: Path, weights: str = "ema", family: str | None = None) -> tuple[Pretrained, Path | None]:
+    """The denoiser of any kind of checkpoint, and the recipe.yaml beside it, or None where there is none.
+
+    A UserError says what `source` is not, or lacks.
+    """
+    if not source.exists() and len(source.parts) == 1 and (meant := suggest_runs(source)):  # no hub id either
+        raise UserError(f"there is no run or checkpoint folder {source}{meant}")
+    if source.is_file():
+        return load_authors_checkpoint(source, family), None
+    folder = source
+    if (source / "checkpoints").is_dir():
+        newest = RunFolder.open(source).newest_checkpoint()
+        if newest is None:
+            raise UserError(f"{source} has no checkpoint yet")
+        folder = newest
+    averages = sorted(path.name for path in folder.glob("ema*") if path.is_dir())
+    if not averages:  # an inference checkpoint, a folder or a hub id
+        return load_denoiser(source), _existing(source / "recipe.yaml")
+    if weights not in ("raw", *averages):
+        raise UserError(f"{folder} has no weights '{weights}'; it has {', '.join(averages)} and raw")
+    _import_plugins(folder / averages[0] / "recipe.yaml")
+    model = load_denoiser(folder / (averages[0] if weights == "raw" else weights))
+    if weights == "raw":
+        load_raw(model, folder)
+    return model, _existing(folder / averages[0] / "recipe.yaml")
+
+
+def check_recipe(name: str, model: Pretrained) -> None:
+    """A UserError where `model` cannot have been trained by the recipe `name`: for other channels, classes or sizes."""
+    recipe = load_training_recipe(name)
+    import_plugins(recipe)
+    # Weights fit whether or not the data that is here has mirrored images, which training would ask for.
+    options = {key: value for key, value in recipe.data.options.items() if key != "flip"}
+    traits, assumed = data_traits(recipe.data.model_copy(update={"options": options}))
+    known = {"channels": (traits.channels, model.in_channels)}
+    if not assumed or "num_classes" in recipe.data.options:
+        known["classes"] = (traits.num_classes, model.num_classes)
+    for what, (wanted, found) in known.items():
+        if wanted != found:
+            raise UserError(f"the data of {name} has {wanted} {what}, the model is for {found}; name its own recipe")
+    forward_on_meta(model, recipe.data.size, recipe.data.size)
+
+
+def _import_plugins(recipe_file: Path) -> None:
+    """Import what the recipe names, so that a denoiser of the user's own is found."""
+    if recipe_file.is_file():
+        import_plugins(load_training_recipe(recipe_file))
+
+
+def _write_authors(model: Pretrained, target: Path) -> None:
+    state = authors_state_dict(model)
+    with write_aside(target) as aside:
+        if target.suffix == ".safetensors":
+            save_tensors(state, aside, {"made_by": MARK})
+        else:
+            with aside.open("wb") as file:  # given its path, torch would tell of another cause than the disk's
+                torch.save({"made_by": MARK, "ema": state}, file)  # "ema": where the authors' sampling looks first
+
+
+def _write_folder(model: Pretrained, target: Path, recipe: str | None, recipe_file: Path | None) -> None:
+    data = SavedData.read(recipe_file.parent) if recipe_file else None
+    trained_by = recipe or recipe_file
+    text = to_yaml(load_training_recipe(trained_by)) if trained_by else None
+    with write_aside(target, "model") as aside:
+        model.save_pretrained(aside)
+        if text:
+            (aside / "recipe.yaml").write_text(text, encoding="utf-8")
+        if data:
+            data.write(aside)
+
+
+def _existing(file: Path) -> Path | None:
+    return file if file.is_file() else None
