@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dic_repa.conditions import null_of
 from dic_repa.errors import UserError
 from dic_repa.interpolants import LinearPath, expand_as, path_of
 from dic_repa.registry import Registry
@@ -43,8 +43,8 @@ def _cosine(progress: Tensor) -> Tensor:
 class Guidance:
     """Guidance inside an interval of time (Kynkäänniemi et al. 2024), at the price of a second evaluation there only.
 
-    v = u + g(t) (v_y - u) for low <= t <= high and v = v_y elsewhere. u is the prediction for the null class
-    (classifier-free guidance), or that of a weaker model for the same class (autoguidance, Karras et al. 2024).
+    v = u + g(t) (v_y - u) for low <= t <= high and v = v_y elsewhere. u is the prediction for the null condition
+    (classifier-free guidance), or that of a weaker model for the same one (autoguidance, Karras et al. 2024).
 
     Args:
         scale: g at its full size; 1 is no guidance.
@@ -81,10 +81,11 @@ class Guidance:
         return self.scale != 1
 
     def bind(self, model: Model, y: Tensor, weak_model: Model | None = None) -> GuidedField:
-        """The guided velocity field of `model` (x, t, y) -> velocity for the labels `y` (B,).
+        """The guided velocity field of `model` (x, t, y) -> velocity for the conditions `y` (B, ...), labels for one.
 
-        `model.num_classes` is its null class. With a `weak_model` (x, t, y) -> velocity, that guides instead, and no
-        null class is needed. Raises UserError where guidance needs a null class and there is none.
+        Its null is `model.null(y)`, or the class `model.num_classes` where it has no `null`. With a `weak_model`
+        (x, t, y) -> velocity, that guides instead, and no null is needed. Raises UserError where guidance needs one
+        and there is none.
         """
         return GuidedField(self, model, y, weak_model)
 
@@ -137,11 +138,12 @@ class GuidedField:
 
     def __init__(self, guidance: Guidance, model: Model, y: Tensor, weak_model: Model | None = None):
         self.guidance, self.model, self.y, self.weak_model = guidance, model, y, weak_model
-        self.null_class: Any = getattr(model, "num_classes", None)
-        if guidance.active and weak_model is None and self.null_class is None:
+        null = null_of(model)
+        if guidance.active and weak_model is None and null is None:
             raise UserError(
                 "guidance needs a model with a null class (`num_classes`); set the scale to 1 to do without"
             )
+        self.null = null(y) if null else y
         self.path = path_of(model)
         self.time_range = getattr(model, "time_range", (0.0, 1.0))
         self.breakpoints = guidance.interval if guidance.active else ()
@@ -174,17 +176,16 @@ class GuidedField:
         """The prediction to strengthen and the one to move away from."""
         if self.weak_model is not None:
             return self.model(x, t, self.y), self.weak_model(x, t, self.y)
-        null = torch.full_like(self.y, self.null_class)
         if self.doubled:
             try:
                 times = t[:1].expand(2 * len(t))  # all the same: the model embeds one
-                strong, weak = self.model(torch.cat([x, x]), times, torch.cat([self.y, null])).chunk(2)
+                strong, weak = self.model(torch.cat([x, x]), times, torch.cat([self.y, self.null])).chunk(2)
                 return strong, weak
             except torch.OutOfMemoryError:
                 if self.guidance.doubled:
                     raise
                 self.doubled = False
-        return self.model(x, t, self.y), self.model(x, t, null)
+        return self.model(x, t, self.y), self.model(x, t, self.null)
 
 
 def _rescale(v: Tensor, reference: Tensor, share: float) -> Tensor:

@@ -15,6 +15,7 @@ from dic_repa.bench.device import check_precision, describe_device
 from dic_repa.bench.model import case_label, inside, randomise
 from dic_repa.bench.report import add_ratios, speed
 from dic_repa.bench.timing import interleave
+from dic_repa.conditions import create_condition
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import GRAPH_MODES
@@ -36,7 +37,7 @@ class SampleCase:
     def __init__(self, label: str, sampler: Sampler, gmacs: float):
         self.label, self.sampler, self.gmacs = label, sampler, gmacs
         self.batch = sampler.settings.batch_size
-        self.labels = torch.arange(self.batch) % max(1, sampler.denoiser.num_classes)
+        self.labels = torch.arange(self.batch) % max(1, sampler.condition.count)
 
     def __call__(self) -> list[Tensor]:
         return list(self.sampler(self.labels))
@@ -93,7 +94,8 @@ def bench_sample(
         recipe = load_training_recipe(name, overrides)
         options = with_random_data(recipe, notes).data.options
         torch.manual_seed(0)
-        denoiser = build_denoiser(recipe.model, options["channels"], options["num_classes"])
+        condition = create_condition(options["num_classes"], options.get("condition"))
+        denoiser = build_denoiser(recipe.model, options["channels"], condition)
         randomise(denoiser.eval().requires_grad_(False).to(device))
         gmacs = measure_cost(denoiser, recipe.data.size).macs / 1e9
         decode = _decoder(recipe, device, notes)

@@ -80,7 +80,7 @@ def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> li
         recipe = load_training_recipe(name, overrides)
         import_plugins(recipe)
         data, _ = data_traits(recipe.data)
-        model = build_denoiser(recipe.model, data.channels, data.num_classes)
+        model = build_denoiser(recipe.model, data.channels, data.condition)
         return [(size, model) for size in sizes or (recipe.data.size,)]
     model = create_denoiser(name, **({"learn_sigma": True} if name.startswith("DiC") else {}))
     if own_size := getattr(model, "size", None):  # its positions are learnt, for one size

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +14,9 @@ from dic_repa.errors import UserError, did_you_mean
 from dic_repa.files.outputs import check_folder
 from dic_repa.recipe import Recipe, SampleSection, load_recipe
 from dic_repa.runtime.threads import choose_threads
+
+if TYPE_CHECKING:
+    from dic_repa.conditions import Condition
 
 
 @click.command("sample", cls=Command, epilog=EPILOG)
@@ -27,6 +30,12 @@ from dic_repa.runtime.threads import choose_threads
         help="A recipe whose `sample` section to use.  [default: the run's own]",
     ),
     click.option("--classes", help="Which classes: 3, or 0,4,7, or 0-9, or their names, or none.  [default: all]"),
+    click.option(
+        "--conditions",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Of a model conditioned on vectors or tokens: an .npy file of those to sample for, float, one a row.  "
+        "[default: examples of the training data]",
+    ),
     click.option(
         "--format",
         "form",
@@ -43,6 +52,7 @@ def command(
     out: Path | None,
     recipe: str | None,
     classes: str | None,
+    conditions: Path | None,
     form: str,
     trajectory: bool,
     overwrite: bool,
@@ -72,6 +82,7 @@ def command(
     if out:
         check_folder(out, "samples")  # before torch is imported
 
+    from dic_repa.conditions import read_examples
     from dic_repa.sampling.folder import SampleFolder, patient_accelerator, sample_into, sample_spec, save_trajectory
     from dic_repa.sampling.load import load
 
@@ -81,6 +92,8 @@ def command(
     weights = options["weights"] or (given.sample.weights if given else None)
     loaded = load(checkpoint, processes.device, given if isinstance(given, Recipe) else None, weights)
     settings = sample_settings((given or loaded.recipe).sample, **options)
+    if conditions:
+        loaded.condition = read_examples(loaded.condition, conditions)
     labels = choose_labels(loaded, settings, classes)
     sampler = loaded.sampler(settings)  # before there is a folder
     sampler.trace = trajectory
@@ -94,9 +107,9 @@ def command(
         return
     sample_into(folder, sampler, labels, processes, overwrite)
     if processes.is_main_process:
-        grid = folder.save_grid(loaded.class_names)
+        grid = folder.save_grid(loaded.condition.names)
         evaluations = folder.spec["evaluations_per_image"] or "an unknown number of"
-        what = "images" if loaded.denoiser.num_classes else "images without classes"
+        what = "images" if loaded.condition.count else "images without classes"
         click.echo(f"{len(labels)} {what}, {evaluations} evaluations each, and a picture of them: {grid}")
         if trajectory and sampler.states:
             save_trajectory(sampler, out / "trajectory.png")
@@ -114,19 +127,17 @@ def choose_labels(loaded, settings: SampleSection, classes: str | None = None):
     """The label of each image, of the `classes` that the command line names."""
     from dic_repa.sampling.labels import draw_labels
 
-    num_classes = loaded.denoiser.num_classes
-    chosen = parse_classes(classes, num_classes, loaded.class_names) if classes else None
-    return draw_labels(loaded.recipe, num_classes, settings, chosen)
+    chosen = parse_classes(classes, loaded.condition) if classes else None
+    return draw_labels(loaded.recipe, loaded.condition, settings, chosen)
 
 
-def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int] | None:
-    """'3', '0,4,7', '0-9', names such as 'cat,dog', and 'none' (the null class) as lists; a UserError names what is
+def parse_classes(text: str, condition: Condition) -> list[int]:
+    """'3', '0,4,7', '0-9', names such as 'cat,dog', and 'none' (the null) as lists of labels; a UserError names what is
     wrong. What may be a number is one, whatever the classes are called.
     """
-    if text is None:
-        return None
+    names = condition.names
     if text == "none":
-        return [num_classes]
+        return [condition.count]
     if "," in text and text in names:
         return [names.index(text)]
     classes: list[int] = []
@@ -140,8 +151,6 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ())
             named = [name for name in names if not name.isdigit()]
             meant = f", or names{did_you_mean(part, named)}" if named else f", not '{text}'"
             raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9{meant}")
-    if max(classes) >= num_classes:
-        from dic_repa.sampling.labels import classes_in_words
-
-        raise UserError(f"--classes {text}: the model has {classes_in_words(num_classes)}")
+    if max(classes) >= condition.count:
+        raise UserError(f"--classes {text}: the model has {condition.describe_rows()}")
     return classes

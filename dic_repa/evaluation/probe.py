@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from dic_repa.alignment.aligned import Alignment, feature_map, find_tap
+from dic_repa.conditions import ClassLabels, condition_of_data
 from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
@@ -85,6 +86,9 @@ def probe_checkpoint(
     section = _section(recipe, encoder)
     eyes = build_encoder(section, torch.device(device))
     data, split = _dataset(recipe, num)
+    condition = condition_of_data(data.dataset)
+    if not isinstance(condition, ClassLabels):
+        raise UserError(f"{loaded.source} is conditioned on {condition.describe()}; a probe needs data with labels")
     heads = _trained_heads(recipe, section, checkpoint, denoiser, eyes, data, device)
     size = (recipe.data.size, recipe.data.size)
     aligned = [entry.tap for entry in recipe.alignments if entry.encoder == section.encoder]
@@ -95,7 +99,7 @@ def probe_checkpoint(
     features, cosines, tokens, labels = _collect(
         denoiser, build_objective(recipe.objective), eyes, heads, data, taps, times, batch_size, seed, device, progress
     )
-    scores = _scores(features, tokens, labels, data.dataset.num_classes)
+    scores = _scores(features, tokens, labels, condition.num_classes)
     if cosines:
         scores["cosine"] = [[cosines.get((tap, t)) for t in times] for tap in taps]
     half = len(labels) // 2
@@ -115,7 +119,7 @@ def probe_checkpoint(
         },
         "reference": {
             "linear_probe": linear_probe(
-                tokens[:half], labels[:half], tokens[half:], labels[half:], data.dataset.num_classes
+                tokens[:half], labels[:half], tokens[half:], labels[half:], condition.num_classes
             )
         },
     }
@@ -225,7 +229,7 @@ def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, se
             posterior = StepNoise(seed, indices)
             x = denoiser_data(data.dataset, batch, partial(posterior, 0))
             noise = initial_noise(tuple(x.shape[1:]), seed, indices).to(device)
-            y = torch.full((count,), denoiser.num_classes, device=device)
+            y = field.null(batch["label"])
             target = eyes(batch["image"])
             tokens.append(target.float().mean(dim=1).cpu())
             labels.append(batch["label"].cpu())

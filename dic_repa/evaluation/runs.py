@@ -82,8 +82,7 @@ def evaluate_run(
         check_file(file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load(newest, device, weights=sample.weights)
-    num_classes = checkpoint.denoiser.num_classes
-    labels = draw_labels(recipe, num_classes, sample)
+    labels = draw_labels(recipe, checkpoint.condition, sample)
     sampler = checkpoint.sampler(sample)
     rows = shown_in_grid(labels, COLUMNS)
     shown: dict[int, Tensor] = {}
@@ -92,7 +91,7 @@ def evaluate_run(
     )
     judged.evaluations = sampler.evaluations
     pictures = torch.stack([shown[i] for i in rows])
-    save_judgement(judged, pictures, labels[rows], checkpoint.class_names)
+    save_judgement(judged, pictures, labels[rows], checkpoint.condition.names)
     return judged
 
 

@@ -88,7 +88,7 @@ class Tuner:
         device = next(loaded.denoiser.parameters()).device
         self.sample = sample or recipe.sample
         guidance = self.sample.guidance
-        if (recipe.train.label_dropout in (0, 1) or not loaded.denoiser.num_classes) and not (
+        if (recipe.train.label_dropout in (0, 1) or loaded.condition.kind == "none") and not (
             guidance and guidance.weak
         ):
             why = "without label dropout" if recipe.train.label_dropout == 0 else "without labels"
@@ -157,7 +157,7 @@ class Tuner:
         known = next((entry for entry in self.done if wanted.items() <= entry.items()), None)
         kept = num if known else 0
         if known is None:
-            labels = draw_labels(self.loaded.recipe, self.loaded.denoiser.num_classes, settings)
+            labels = draw_labels(self.loaded.recipe, self.loaded.condition, settings)
             batches = self.loaded.sampler(settings)(labels)
             known = wanted | {"scores": self.judge(_as_kept(batches, progress), labels)}
             self.done.append(known)

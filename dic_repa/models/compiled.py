@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dic_repa.conditions import null_of
 from dic_repa.models.pretrained import Pretrained
 
 COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
@@ -23,7 +24,7 @@ class CompiledDenoiser(nn.Module):
         allow_recompilation()
         self.denoiser, self.graphs = denoiser, mode in GRAPH_MODES
         self.compiled = torch.compile(denoiser, mode=mode, dynamic=False)
-        self.in_channels, self.num_classes = denoiser.in_channels, denoiser.num_classes
+        self.in_channels, self.null = denoiser.in_channels, null_of(denoiser)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if not self.graphs:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dic_repa.conditions import NoCondition, condition_of_model
 from dic_repa.models.dic import Block
 from dic_repa.models.pretrained import Pretrained
 
@@ -67,7 +68,8 @@ def forward_on_meta(model: Pretrained, height: int, width: int) -> None:
     """Run a denoiser on shapes alone, so that hooks can see those of its feature maps. The model stays where it is."""
     meta = {name: tensor.to("meta") for name, tensor in model.state_dict(keep_vars=True).items()}
     with torch.no_grad(), torch.device("meta"):
-        inputs = (torch.empty(1, model.in_channels, height, width), torch.empty(1), torch.empty(1, dtype=torch.int64))
+        condition = condition_of_model(model) or NoCondition()
+        inputs = (torch.empty(1, model.in_channels, height, width), torch.empty(1), condition.blank(1))
         torch.func.functional_call(model, meta, inputs)
 
 

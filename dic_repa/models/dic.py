@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dic_repa.conditions import VectorCondition
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.gradient_checkpointing import RecomputableBlock
 from dic_repa.models.memory_format import layout_of, pixel_shuffle
@@ -55,23 +56,37 @@ def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0
 
 
 class Condition(nn.Module):
-    """SiLU(c) of one level: c is the sum of a timestep embedding and a row of a label table, both as wide as the level.
+    """SiLU(c) of one level: c is the sum of a timestep embedding and a row of a label table (or a linear
+    map of a vector), both as wide as the level.
 
     The activation is part of it because every use of c begins with it.
     """
 
-    def __init__(self, width: int, num_classes: int, time_scale: float):
+    def __init__(self, width: int, num_classes: int, time_scale: float, vector: VectorCondition | None = None):
         super().__init__()
         self.time_scale = time_scale
         self.time1 = nn.Linear(256, width)
         self.time2 = nn.Linear(width, width)
-        self.label = nn.Embedding(num_classes + 1, width)
+        self.label = VectorEmbedding(vector, width) if vector else nn.Embedding(num_classes + 1, width)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         if t.stride(0) == 0:  # expanded from one time, as samplers do: embedded once, for all rows
             t = t[:1]
         embedding = timestep_embedding(t * self.time_scale).to(self.time1.weight.dtype)
         return F.silu(self.time2(F.silu(self.time1(embedding))) + self.label(y))
+
+
+class VectorEmbedding(nn.Linear):
+    """A linear map of vectors (B, dim) to (B, width); a vector of NaN, the null, becomes a learnt one before it."""
+
+    def __init__(self, vector: VectorCondition, width: int):
+        super().__init__(vector.shape[0], width)
+        learnt = vector.null_kind == "learnt"
+        self.null = nn.Parameter(torch.zeros(vector.shape[0])) if learnt else None
+
+    def forward(self, y: Tensor) -> Tensor:
+        y = y.to(self.weight.dtype)
+        return super().forward(y if self.null is None else torch.where(y.isnan(), self.null, y))
 
 
 @blocks.register("dic")
@@ -142,9 +157,10 @@ class DiC(Pretrained):
     """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,) and y (B,)
     int64.
 
-    H and W are any multiples of 4. `y == num_classes` is the null class. The output has `in_channels` channels, twice
-    as many with `learn_sigma` (the second half is the variance of a DDPM-trained model). Activations are laid out in
-    memory as the weights are: channels_last, unless the model is moved `to(memory_format=torch.contiguous_format)`.
+    H and W are any multiples of 4. `y == num_classes` is the null class; with a `condition`, y is (B, dim). The output
+    has `in_channels` channels, twice as many with `learn_sigma` (the second half is the variance of a DDPM-trained
+    model). Activations are laid out in memory as the weights are: channels_last, unless the model is moved
+    `to(memory_format=torch.contiguous_format)`.
 
     Args:
         width: C, the channels of level 0; even.
@@ -153,11 +169,13 @@ class DiC(Pretrained):
         shape: 'unet', or 'isotropic': all levels as wide as the first, and no resampling between them.
         skips: 'sparse' (one in three blocks), 'dense' (every block) or 'none'.
         embedding: 'per-level', or 'shared': one condition embedding as wide as level 0.
+        condition: vectors in place of classes, as `VectorCondition.to_dict` has it.
         block: 'dic', or a block of `ladder.py`: 'gated', 'mid-modulation', 'early-modulation'.
         zero_gates: start each block as the identity. The authors' code means to, but does not: theirs is the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
+    conditions = ("classes", "none", "vector")
     layout: torch.memory_format | None = None  # of the activations, where it shall not be that of the weights
 
     def __init__(
@@ -174,6 +192,7 @@ class DiC(Pretrained):
         skips: str = "sparse",
         embedding: str = "per-level",
         block: str = "dic",
+        condition: dict[str, Any] | None = None,
     ):
         super().__init__()
         if len(depths) != 5 or min(depths) < 1:
@@ -200,6 +219,7 @@ class DiC(Pretrained):
             "skips": skips,
             "embedding": embedding,
             "block": block,
+            **({"condition": condition} if condition else {}),
         }
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -211,8 +231,10 @@ class DiC(Pretrained):
         make = blocks.find(block)
 
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        taken = self.conditioned_on
+        vector = taken if isinstance(taken, VectorCondition) else None
         self.condition = Modules(
-            Condition(w, num_classes, time_scale) for w in condition_widths[: EMBEDDINGS[embedding]]
+            Condition(w, num_classes, time_scale, vector) for w in condition_widths[: EMBEDDINGS[embedding]]
         )
         self.enc: Modules[Modules[Block]] = Modules(
             Modules(make(w, w, c) for _ in range(depth))

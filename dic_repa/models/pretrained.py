@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from dic_repa.conditions import Condition, create_condition
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside, write_whole
 from dic_repa.files.hub import offline_without_network
@@ -25,12 +26,18 @@ class Pretrained(nn.Module):
 
     config: dict
     in_channels: int
-    num_classes: int  # also the label of the null class
+    num_classes: int  # 0 where it is conditioned on something else
+    conditions: ClassVar[tuple[str, ...]] = ("classes", "none")  # the kinds of conditions that it can be built for
     kinds: ClassVar[dict[str, type[Pretrained]]] = {}  # the classes so far imported, by the name in config.json
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         Pretrained.kinds[cls.__name__] = cls
+
+    @property
+    def conditioned_on(self) -> Condition:
+        """What y is: classes, or the `condition` of its config."""
+        return create_condition(self.num_classes, getattr(self, "config", {}).get("condition"))
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Trade a second forward pass of each block for the memory of its activations: of all submodules that have an

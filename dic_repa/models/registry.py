@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dic_repa.conditions import Condition, create_condition
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.dic import PRESETS as DIC_PRESETS
 from dic_repa.models.pretrained import Pretrained, saved_kind
@@ -97,6 +98,8 @@ def find_denoiser(name: str) -> Any:
 def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **options) -> Pretrained:
     """The denoiser `name`, with new weights, for data of that many channels and classes; `options` are its class's.
 
+    For data that is conditioned on something else, `condition` is that, as `Condition.to_dict` has it.
+
     A UserError lists the near names of an unknown name or option, and says what a family's sizes or a denoiser of your
     own lacks.
     """
@@ -105,6 +108,7 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
         options = {**factory.options, **options}
         factory = factory.load()
     options = {"in_channels": in_channels, "num_classes": num_classes, **options}
+    check_condition(name, factory, create_condition(num_classes, options.get("condition")))
     _check_options(name, factory, options)
     denoiser = factory(**options)
     parts = ("in_channels", "num_classes", "config", "save_pretrained", "set_gradient_checkpointing")
@@ -132,6 +136,16 @@ def load_denoiser(path_or_hub_id: str | Path, **overrides) -> Pretrained:
         f"{path_or_hub_id} holds a {kind or 'model of unknown kind'}; import its module first, in the "
         f"recipe by `plugins`; known: {', '.join(sorted({*ours, *Pretrained.kinds}))}"
     )
+
+
+def check_condition(name: str, factory, condition: Condition) -> None:
+    """A UserError where a denoiser cannot be conditioned on what the data is."""
+    taken = getattr(factory, "conditions", Pretrained.conditions)
+    if condition.kind not in taken:
+        raise UserError(
+            f"model '{name}' cannot be conditioned on {condition.describe()}: it takes {' or '.join(taken)}; name "
+            "another model, or write one (docs/extending.md)"
+        )
 
 
 def _check_options(name: str, factory, options: dict[str, Any]) -> None:

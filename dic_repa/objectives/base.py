@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dic_repa.conditions import null_of
 from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
@@ -123,7 +124,7 @@ class VelocityModel:
 
     def __init__(self, denoiser, path: Interpolant, prediction: str):
         self.denoiser, self.path, self.prediction = denoiser, path, prediction
-        self.num_classes = getattr(denoiser, "num_classes", None)  # the null class; None where there is none
+        self.null = null_of(denoiser)  # for no condition; None where there is none
         self.time_range = path.safe_interval(prediction, "velocity")
 
     def embedded_time(self, t: Tensor) -> Tensor:

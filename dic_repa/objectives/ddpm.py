@@ -10,6 +10,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from dic_repa.conditions import null_of
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.interpolants import VPPath
 from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives, once, run_denoiser
@@ -145,7 +146,7 @@ class DDPMNoiseModel:
 
     def __init__(self, denoiser, path: VPPath, num_steps: int, first_step: int = 0):
         self.denoiser, self.path, self.num_steps, self.first_step = denoiser, path, num_steps, first_step
-        self.num_classes = getattr(denoiser, "num_classes", None)
+        self.null = null_of(denoiser)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         step = once(lambda t: torch.round(t.double() * self.num_steps) - 1 + self.first_step, t)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dic_repa.alignment import Alignment
+from dic_repa.conditions import Condition, class_labels, condition_of_data
 from dic_repa.data import datasets
 from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
 from dic_repa.data.latent_files import DEFAULT_AUTOENCODER
@@ -42,7 +43,7 @@ def import_plugins(recipe: Recipe) -> None:
 
 def build_dataset(section: DataSection, split: str = "train"):
     """The data set: samples are dicts of `label`, `image` (where there are images) and `x` or the `moments` that it is
-    drawn from; it has `num_classes`, `channels`, `class_names`.
+    drawn from; it has `channels`, and `num_classes` and `class_names` or another `condition`.
     """
     given = {"path": section.place, "autoencoder": section.autoencoder}
     given = {key: value for key, value in given.items() if value is not None}
@@ -58,7 +59,7 @@ class DataTraits:
     """What the parts of a recipe need to know of its data. `image_size` is 0 where there are no images."""
 
     channels: int
-    num_classes: int
+    condition: Condition
     image_channels: int
     image_size: int
 
@@ -76,9 +77,10 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
             raise
         pixels = section.autoencoder == "none"
         size = section.size if pixels else 8 * section.size
-        return DataTraits(3 if pixels else 4, section.options.get("num_classes", 1000), 3, size), str(error)
+        assumed = class_labels(section.options.get("num_classes", 1000))
+        return DataTraits(3 if pixels else 4, assumed, 3, size), str(error)
     channels, size = (0, 0) if image is None else (image.shape[0], image.shape[-1])
-    return DataTraits(data.channels, data.num_classes, channels, size), ""
+    return DataTraits(data.channels, condition_of_data(data), channels, size), ""
 
 
 def build_decoder(
@@ -130,13 +132,13 @@ def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]
     return tuple(map(str, names))
 
 
-def build_denoiser(section: ModelSection, channels: int, num_classes: int) -> Pretrained:
-    """The denoiser for data of that many `channels` and classes; a UserError if it does not take the options."""
+def build_denoiser(section: ModelSection, channels: int, condition: Condition) -> Pretrained:
+    """The denoiser for data of that many `channels` and that `condition`; a UserError if it does not take them."""
     if twice := sorted(ModelSection.model_fields.keys() & section.options):
         raise UserError(f"model.options: {', '.join(twice)} is a key of its own, model.{twice[0]}")
     # What a recipe leaves at its default is left to the preset: DiT's learns sigma.
     given = section.model_dump(exclude={"name", "options"}, exclude_defaults=True)
-    return create_denoiser(section.name, channels, num_classes, **given, **section.options)
+    return create_denoiser(section.name, channels, **condition.options(), **given, **section.options)
 
 
 def build_objective(section: ObjectiveSection):

@@ -10,6 +10,7 @@ solver, whose steps suit a whole batch, the images change within its tolerances.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from dic_repa.conditions import Condition, VectorCondition
 from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.npz import NpzFile, write_npz
@@ -158,11 +160,19 @@ def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor,
         "checkpoint": str(checkpoint.source),
         "weights": weights_fingerprint(checkpoint.source / WEIGHTS),
         **weak_weights(settings),
+        **_examples(checkpoint.condition),
         "sample": settings.model_dump(mode="json"),
         "evaluations_per_image": None,
         "classes": classes,
         "labels": labels.tolist(),
     }
+
+
+def _examples(condition: Condition) -> dict[str, str]:
+    """The examples that the labels name, as what tells samples from others; nothing for classes."""
+    if not isinstance(condition, VectorCondition):
+        return {}
+    return {"conditions": hashlib.blake2b(condition.examples.cpu().numpy().tobytes(), digest_size=12).hexdigest()}
 
 
 def patient_accelerator() -> Accelerator:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from dic_repa.conditions import ClassLabels, Condition, class_labels, condition_of_model
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean, unknown_name
 from dic_repa.files.pictures import to_pil
@@ -36,12 +38,15 @@ class Checkpoint:
     source: Path
     data: SavedData | None = None
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes' names; their numbers where nothing tells them."""
-        if self.data:
-            return self.data.class_names
-        return build_class_names(self.recipe.data, self.denoiser.num_classes)
+    @cached_property
+    def condition(self) -> Condition:
+        """What the denoiser is conditioned on, with what is known of it: names of classes, or examples."""
+        taken = condition_of_model(self.denoiser)
+        assert taken is not None  # every saved denoiser tells
+        if not isinstance(taken, ClassLabels):
+            return self.data.condition if self.data and self.data.condition.shape == taken.shape else taken
+        names = self.data.condition.names if self.data else build_class_names(self.recipe.data, taken.count)
+        return class_labels(taken.count, names)
 
     def sampler(self, settings: SampleSection) -> Sampler:
         """What samples from the denoiser by `settings`, with the objective and the data's shape of its recipe.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dic_repa.conditions import NoCondition, condition_of_model
 from dic_repa.data.latents import pixels_decoder
 from dic_repa.errors import UserError
 from dic_repa.models.compiled import CompiledDenoiser
@@ -19,7 +20,6 @@ from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.runtime.precision import tf32
 from dic_repa.samplers import Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
 from dic_repa.samplers.guidance import guidances
-from dic_repa.sampling.labels import check_labels
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +38,7 @@ class Sampler:
         shape: (C, H, W) of the denoiser's data.
         weak: a denoiser of the same objective for autoguidance.
         decode: from the denoiser's data to images in [0, 1], `settings.decode_batch` at once.
+        condition: what the labels name; by default what the denoiser tells, which knows no examples.
     """
 
     denoiser: Pretrained
@@ -46,16 +47,20 @@ class Sampler:
     shape: tuple[int, int, int]
     weak: Pretrained | None = None
     decode: Callable[[Tensor], Tensor] = pixels_decoder
+    condition: Any = None
     trace: bool = False
     evaluations: int = 0
     states: Sequence[Tensor] = ()
     times: Sequence[float] = ()
     _prepared: dict[int, tuple[Pretrained, nn.Module]] = field(default_factory=dict)  # by the identity of the original
 
+    def __post_init__(self) -> None:
+        self.condition = self.condition or condition_of_model(self.denoiser) or NoCondition()
+
     def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Samples of the classes `labels` (N,) with the `indices` (0 to N - 1 by default) that tell their noise."""
+        """Samples of what the `labels` (N,) name, with the `indices` (0 to N - 1 by default) that tell their noise."""
         indices = range(len(labels)) if indices is None else indices
-        check_labels(labels, self.denoiser.num_classes)
+        y = self.condition.rows(labels)
         settings, info = self.settings, solver_info(self.settings.solver)
         model = self._as_model(self._prepare(self.denoiser), info)
         weak = self.weak and self._as_model(self._prepare(self.weak), info)
@@ -71,7 +76,7 @@ class Sampler:
                 # An adaptive solver's steps suit all that is in a batch, so there it would change the others.
                 if start and settings.compile != "off" and info.kind != "adaptive":
                     rows += rows[-1:] * (size - wanted)
-                velocity = guidance.bind(model, labels[rows].to(device), weak_model=weak)
+                velocity = guidance.bind(model, y[rows].to(device), weak_model=weak)
                 places = [indices[row] for row in rows]
                 noise = initial_noise(self.shape, settings.seed, places).to(device)
                 options = self._options(info, places)

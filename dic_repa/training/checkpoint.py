@@ -65,7 +65,7 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         type(parts.optimizer.optimizer).__name__,
         accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         parts.ema.config,
-        SavedData.of(parts.data),
+        SavedData.of(parts.data, parts.condition),
     )
     return state if main else None
 

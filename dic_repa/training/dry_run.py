@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
+from dic_repa.conditions import create_condition
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
@@ -95,12 +96,17 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
     traits, missing = data_traits(recipe.data)
     if missing:
         notes.append(
-            f"the data is not here ({missing}): {traits.channels} channels, {traits.num_classes} classes and images of "
-            f"{traits.image_size} px are assumed"
+            f"the data is not here ({missing}): {traits.channels} channels, {traits.condition.describe()} and images "
+            f"of {traits.image_size} px are assumed"
         )
     if recipe.alignments and not traits.image_size:
         raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")
-    options = {**vars(traits), "image_channels": traits.image_channels or 3, "image_size": traits.image_size or 1}
+    options = {
+        "channels": traits.channels,
+        "image_channels": traits.image_channels or 3,
+        "image_size": traits.image_size or 1,
+        **traits.condition.options(),
+    }
     trial.data = trial.data.model_copy(
         update={"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
     )
@@ -126,8 +132,9 @@ def build_shapes(trial: Recipe) -> dict:
     """The denoiser with its heads on the meta device, and what else can be known from it."""
     size = trial.data.size
     options = trial.data.options
+    condition = create_condition(options["num_classes"], options.get("condition"))
     with torch.device("meta"):
-        denoiser = build_denoiser(trial.model, options["channels"], options["num_classes"])
+        denoiser = build_denoiser(trial.model, options["channels"], condition)
     denoiser.set_gradient_checkpointing(trial.train.gradient_checkpointing)
     macs = measure_cost(denoiser, size).macs
     alignments, tokens, encoders = [], [], {}

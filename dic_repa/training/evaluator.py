@@ -60,7 +60,7 @@ class Evaluator:
         """The record of the best checkpoint, for `RunFolder.mark_best`, if this step is it; else None."""
         from dic_repa.sampling.labels import draw_labels
 
-        labels = draw_labels(self.recipe, self.parts.data.num_classes, self.sample)
+        labels = draw_labels(self.recipe, self.parts.condition, self.sample)
         with self.parts.ema.raw(self.parts.denoiser) if self.sample.weights == RAW else nullcontext():
             levels = self._sample(labels)
         best: list[dict | None] = [None]
@@ -106,7 +106,7 @@ class Evaluator:
         words = ", ".join(f"{title(name)} {value:.4g}" for name, value in numbers.items())
         say(f"step {step}: {words}{', the best so far' if best else ''}")
         try:
-            save_judgement(judged, images, labels, self.parts.data.class_names)
+            save_judgement(judged, images, labels, self.parts.condition.names)
         except (OSError, UserError) as error:
             reason = getattr(error, "strerror", error)
             tqdm.write(

@@ -40,16 +40,15 @@ def _denoiser(recipe: Recipe, parts: Parts) -> str:
     model = parts.ema.model
     if parts.sharded:  # then a process has a part of it alone
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = build_denoiser(recipe.model, parts.data.channels, parts.data.num_classes)
+            model = build_denoiser(recipe.model, parts.data.channels, parts.condition)
     cost = measure_cost(model, recipe.data.size)
     return f"{recipe.model.name}, {cost.parameters / 1e6:.4g} M parameters, {cost.macs / 1e9:.4g} GMACs an image"
 
 
 def _data(recipe: Recipe, parts: Parts) -> str:
-    count, classes = len(parts.data), parts.data.num_classes
     size = " x ".join(map(str, parts.shape))
     place = f" in {recipe.data.path}" if recipe.data.path else ""
-    return f"{recipe.data.name}{place}, {count:,} samples of {size}, {classes} class{'es' * (classes != 1)}"
+    return f"{recipe.data.name}{place}, {len(parts.data):,} samples of {size}, {parts.condition.describe()}"
 
 
 def _encoder(section: AlignmentSection) -> str:

@@ -188,7 +188,7 @@ def step_inputs(
     draws = parts.objective.draw((settings.batch_size, *parts.shape), generator)
     uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
     rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
-    y = batch["label"].masked_fill(uniform[rows] < settings.label_dropout, parts.data.num_classes)
+    y = parts.condition.drop(batch[parts.condition.key], uniform[rows] < settings.label_dropout)
     x = denoiser_data(parts.data, batch, global_noise(settings.batch_size, rows, generator))
     images = batch.get("image", x)  # latents without images have no encoder to show them to
     split = [tensor.chunk(passes) for tensor in (x, y, images)]

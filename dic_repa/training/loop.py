@@ -250,9 +250,9 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, 
 
     sampler = parts.sampler
     assert sampler is not None  # there is one wherever train.sample_every is set
-    shown = max(1, min(10, parts.data.num_classes))
+    shown = max(1, min(10, parts.condition.count))
     each = 6 if shown > 1 else 30
-    labels = balanced_labels(recipe, parts.data.num_classes, shown * each)
+    labels = balanced_labels(recipe, parts.condition, shown * each)
     if recipe.train.label_dropout < 1:
         labels = labels % shown
     images = {"averaged weights": torch.cat(list(sampler(labels)))}
@@ -261,7 +261,7 @@ def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, 
             images["raw weights"] = torch.cat(list(sampler(labels)))
     if not write:
         return
-    grids = {title: draw_grid(half, labels, parts.data.class_names, columns=10) for title, half in images.items()}
+    grids = {title: draw_grid(half, labels, parts.condition.names, columns=10) for title, half in images.items()}
     file = run.samples / f"step_{step:08d}.png"
     try:
         save_side_by_side(grids, file) if len(grids) > 1 else save_picture(grids["averaged weights"], file)

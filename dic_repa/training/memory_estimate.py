@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dic_repa.alignment import AlignedDenoiser
+from dic_repa.conditions import NoCondition, condition_of_model
 from dic_repa.recipe import TrainSection
 
 NORMS = (F.group_norm, F.layer_norm)
@@ -66,7 +67,7 @@ def estimate_memory(
 
 def activation_bytes(model: AlignedDenoiser, tokens: list[tuple[int, int]], shape: tuple, mixed: bool) -> int:
     """What autograd keeps of one pass; under mixed precision with the weights' half-precision copies."""
-    batch = shape[0]
+    batch, condition = shape[0], condition_of_model(model.denoiser) or NoCondition()
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def activation_bytes(model: AlignedDenoiser, tokens: list[tuple[int, int]], shap
     with FakeTensorMode(), FloatNorms() if mixed else nullcontext():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).train()  # to_empty takes no fakes
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        x, t, y = torch.empty(shape), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
+        x, t, y = torch.empty(shape), torch.empty(batch), condition.blank(batch)
         targets = [torch.empty(batch, *token) for token in tokens]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with autocast:

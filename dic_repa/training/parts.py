@@ -15,6 +15,7 @@ from torch import nn
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.alignment.cache import FeatureCache, feature_cache
+from dic_repa.conditions import Condition, condition_of_data
 from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 class Parts:
     """All that a recipe names, built; `model` is the denoiser with its heads, wrapped for the processes."""
 
+    condition: Condition
     data: DataSet
     shape: tuple[int, int, int]  # (C, H, W) of the denoiser's data
     objective: Objective
@@ -74,7 +76,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     data, shape = in_all_processes(accelerator, read_data)
     if len(data) < accelerator.num_processes:
         raise UserError(f"{accelerator.num_processes} processes are more than the {len(data)} samples of the data")
-    denoiser = build_denoiser(recipe.model, data.channels, data.num_classes)
+    condition = condition_of_data(data)
+    denoiser = build_denoiser(recipe.model, data.channels, condition)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
     forward_on_meta(denoiser, *shape[-2:])  # finds a size that does not fit before the run's folder is made
     encoders = in_all_processes(accelerator, lambda: [build_encoder(section, device) for section in recipe.alignments])
@@ -104,10 +107,11 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
         # In float32 where it is sharded, for a sharded model cannot be copied into another precision.
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
-        source = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data))
+        source = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition))
         sampler = source.sampler(sample)
     return Parts(
         data=data,
+        condition=condition,
         shape=shape,
         objective=objective,
         encoders=encoders,

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dic_repa.cli import main
 from dic_repa.cli.sample import parse_classes
+from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.pictures import save_png
@@ -84,12 +85,12 @@ def test_classes_by_number_and_by_name():
         ("tench, Tinca tinca", [4]),
         ("0-1", [0, 1]),
     ):
-        assert parse_classes(text, 5, names) == classes
+        assert parse_classes(text, ClassLabels(5, names)) == classes
     for text, said in (("dgo", "did you mean dog"), ("7", "the classes 0 to 4"), ("2-1", "numbers and ranges")):
         with pytest.raises(UserError, match=said):
-            parse_classes(text, 5, names)
+            parse_classes(text, ClassLabels(5, names))
     with pytest.raises(UserError, match="not 'x'"):
-        parse_classes("x", 2, ("0", "1"))
+        parse_classes("x", ClassLabels(2))
 
 
 def test_counts_out_of_range(mistake, tmp_path):

@@ -92,7 +92,7 @@ def test_latents_without_classes(photos):
     assert len(Prepared("data", size=16)) == 12
     call("train", "mine.yaml")
     loaded = load("runs/mine")
-    assert loaded.class_names == ()
+    assert loaded.condition.names == ()
     assert loaded.sampler(SampleSection(steps=2, num=2)).size() == (32, 32)
 
 

@@ -23,6 +23,7 @@ from small_runs import full_disk
 from torch.utils.data import DataLoader
 
 from dic_repa.cli import main
+from dic_repa.conditions import ClassLabels
 from dic_repa.data.check import psnr
 from dic_repa.data.image_folder import ImageFolder
 from dic_repa.data.images import center_crop, to_tensor
@@ -275,7 +276,7 @@ def test_weights_are_converted_whatever_images_are_mirrored(prepared, tmp_path):
     recipe = load_training_recipe(tmp_path / "mine.yaml")
     with pytest.raises(UserError, match="prepare it with --flip"):
         build_dataset(recipe.data)
-    check_recipe(str(tmp_path / "mine.yaml"), build_denoiser(recipe.model, 4, 2))
+    check_recipe(str(tmp_path / "mine.yaml"), build_denoiser(recipe.model, 4, ClassLabels(2)))
 
 
 def test_a_folder_from_before_the_choice_of_moments_goes_on(prepared):

@@ -63,7 +63,7 @@ def test_sampled_without_the_data(run):
     save_reconstruction(run, 0.1, Path("made"))
     shutil.copytree(ema, "moved")
     for source in (run.path, ema, "converted", "made", "moved"):
-        assert load(source).class_names == ("cat", "dog")
+        assert load(source).condition.names == ("cat", "dog")
     for source in (run.path, "converted", "moved"):
         out = Path("samples") / Path(source).name
         call("sample", source, "--out", out)

@@ -12,6 +12,7 @@ from pictures import write_tree
 from safetensors.torch import load_file
 
 from dic_repa.cli import main
+from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.evaluation import judge_digits, metrics
 from dic_repa.evaluation.report_data import read_run
@@ -73,7 +74,7 @@ def test_the_scores_are_those_of_the_averaged_weights():
     found = records(done)
     assert [record["step"] for record in found] == [2, 4, 6, 8]
     loaded = load(done.checkpoint_path(8))
-    labels = balanced_labels(loaded.recipe, 10, 12)
+    labels = balanced_labels(loaded.recipe, ClassLabels(10), 12)
     images = torch.cat(list(loaded.sampler(loaded.recipe.sample)(labels)))
     expected = judge_digits((images * 255).round() / 255, labels)
     assert found[-1]["scores"]["fd-digits"] == pytest.approx(expected["fd-digits"], rel=1e-9)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from conftest import TINY
 
 from dic_repa.cli.tune import command
+from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.evaluation import judge_digits, metrics
 from dic_repa.evaluation.judging import Judge
@@ -153,7 +154,7 @@ def test_the_judge_of_digits_counts(checkpoint):
     loaded = load(checkpoint)
     for cell, guidance in zip(tuned.cells, (None, GuidanceSection(scale=2.0, interval=(0.0, 1.0)))):
         settings = loaded.recipe.sample.model_copy(update={"guidance": guidance, "num": 20})
-        labels = balanced_labels(loaded.recipe, 10, 20)
+        labels = balanced_labels(loaded.recipe, ClassLabels(10), 20)
         images = torch.cat(list(loaded.sampler(settings)(labels)))
         assert cell.value == pytest.approx(judge_digits((images * 255).round() / 255, labels)["fd-digits"], rel=1e-9)
     assert tuned.best.value == min(cell.value for cell in tuned.cells)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
+from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.models import create_denoiser, list_denoisers, load_authors_checkpoint, load_denoiser, measure_cost
 from dic_repa.models.authors_sit import authors_heads, infer_config
@@ -351,7 +352,7 @@ def test_names_and_options_of_denoisers():
     with pytest.raises(UserError, match="model SiT needs width and depth and num_heads; or name a preset: SiT-S/2"):
         create_denoiser("SiT")
     with pytest.raises(UserError, match=r"model\.options: learn_sigma is a key of its own"):
-        build_denoiser(load_recipe("digits-sit", ["model.options.learn_sigma=true"]).model, 1, 10)
+        build_denoiser(load_recipe("digits-sit", ["model.options.learn_sigma=true"]).model, 1, ClassLabels(10))
     with pytest.raises(UserError, match="divisible by its patch size 2, not 7x8"):
         small("SiT")(torch.randn(1, 3, 7, 8), torch.rand(1), torch.tensor([0]))
 
@@ -364,7 +365,7 @@ def test_recipes_build(name):
     recipe = load_recipe(name)
     size = recipe.data.size
     with torch.device("meta"):
-        denoiser = build_denoiser(recipe.model, 4, 1000)
+        denoiser = build_denoiser(recipe.model, 4, ClassLabels(1000))
         for section in recipe.alignments:
             options = section.model_dump(include={"head", "weight", "manifold_weight"}) | section.head_options
             alignment = Alignment.build(denoiser, section.tap, 768, (16, 16), (size, size), **options)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.models import DiC, measure_cost
 from dic_repa.recipe import load_recipe
@@ -38,7 +39,7 @@ def tiny(depths=(2, 2, 2, 2, 2), **options) -> DiC:
 @functools.cache
 def rung(name: str):
     with torch.device("meta"):
-        return build_denoiser(load_recipe(name).model, channels=4, num_classes=1000)
+        return build_denoiser(load_recipe(name).model, 4, ClassLabels(1000))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.cli import main
 from dic_repa.cli.dry_run import _paper
+from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.recipe import ModelSection, Recipe, SamplingRecipe, list_paper_rows, list_recipes, load_recipe
 from dic_repa.recipe.build import build_denoiser, build_objective
@@ -84,7 +85,7 @@ OF_SIT_DOWN = {
 @functools.cache
 def _denoiser(model: str, channels: int = 4):
     with torch.device("meta"):
-        return build_denoiser(ModelSection.model_validate_json(model), channels, num_classes=1000)
+        return build_denoiser(ModelSection.model_validate_json(model), channels, ClassLabels(1000))
 
 
 def denoiser(recipe: Recipe):

@@ -12,6 +12,7 @@ from PIL import Image
 from test_sample_scale import RECIPE, checkpoint  # noqa: F401  a fixture
 
 from dic_repa.cli import main
+from dic_repa.conditions import ClassLabels
 from dic_repa.evaluation.runs import describe_sampling
 from dic_repa.recipe import to_yaml
 from dic_repa.sampling.labels import draw_labels, random_labels
@@ -41,7 +42,7 @@ def labels_in(folder: str) -> list[int]:
 def test_a_recipe_says_how_classes_are_drawn_and_the_command_overrides_it(run):
     sample = RECIPE.sample.model_copy(update={"classes": "random"})
     Path("random.yaml").write_text(to_yaml(RECIPE.model_copy(update={"sample": sample})))
-    drawn = random_labels(RECIPE, 10, 25).tolist()
+    drawn = random_labels(RECIPE, ClassLabels(10), 25).tolist()
     in_turn = [i % 10 for i in range(25)]
     for recipe, option, labels in (
         ([], [], in_turn),
@@ -63,7 +64,7 @@ def test_a_score_says_how_classes_were_drawn(run):
         assert json.loads(Path("record.json").read_text())["samples"]["sampling"]["sample"]["classes"] == word
     drawn = RECIPE.sample.model_copy(update={"classes": "random"})
     assert describe_sampling(drawn) == describe_sampling(RECIPE.sample) + " random classes"
-    assert torch.equal(draw_labels(RECIPE, 10, drawn), random_labels(RECIPE, 10, drawn.num))
+    assert torch.equal(draw_labels(RECIPE, ClassLabels(10), drawn), random_labels(RECIPE, ClassLabels(10), drawn.num))
 
 
 def test_pixels_are_truncated_as_repa_does_or_rounded_as_dit_does(run, checkpoint):  # noqa: F811

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_sampling_speed import small_sampler
 
 from dic_repa.cli import main
+from dic_repa.conditions import ClassLabels
 from dic_repa.data.autoencoders import Pixels
 from dic_repa.errors import UserError, print_rank_errors
 from dic_repa.evaluation import open_images
@@ -40,7 +41,7 @@ RECIPE = load_training_recipe(
 def checkpoint(tmp_path_factory):
     """An inference checkpoint of a small denoiser; random, since a new one predicts zero whatever it sees."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    denoiser = build_denoiser(RECIPE.model, 1, 10)
+    denoiser = build_denoiser(RECIPE.model, 1, ClassLabels(10))
     generator = torch.Generator().manual_seed(0)
     for parameter in denoiser.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -1,0 +1,295 @@
+"""What a denoiser is conditioned on: class labels, nothing, a vector, or a sequence of tokens such as a text's.
+
+A condition belongs to the data: data sets have it as `condition`, denoisers as `conditioned_on`. It alone knows what
+stands for "no condition", the null, to which training drops some rows and from which guidance moves away.
+
+To sample, one names rows by number: label k is class k, or the k-th of the `examples` of a vector or token condition,
+and label `count` is the null. So balanced and random draws, pictures and files are the same for all kinds.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dic_repa.errors import UserError
+
+NULLS = ("zeros", "learnt")
+MOST_EXAMPLES = 10  # that are taken from data which gives none itself
+
+
+class Condition:
+    """What all conditions have: one row of `shape` and `dtype` for each sample, and `count` rows to choose from."""
+
+    kind: ClassVar[str]
+    key: ClassVar[str] = "condition"  # of the row in a sample of the data
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    names: tuple[str, ...] = ()  # of the rows to choose from, for captions
+
+    @property
+    def count(self) -> int:
+        """How many rows there are to choose from."""
+        raise NotImplementedError
+
+    def null(self, y: Tensor) -> Tensor:
+        """The null for each row of y (B, *shape), like y."""
+        raise NotImplementedError
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """The rows (N, *shape) that the `labels` (N,) name; a UserError for a label that names none."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """In words, for cards: '10 classes'."""
+        raise NotImplementedError
+
+    def describe_rows(self) -> str:
+        """The rows to choose from, in words: 'the classes 0 to 9'."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, without names and examples: what a denoiser is built for. `create_condition` reads it."""
+        raise NotImplementedError
+
+    def drop(self, y: Tensor, mask: Tensor) -> Tensor:
+        """y (B, *shape) with the null in the rows where `mask` (B,) is true."""
+        return torch.where(mask.reshape(-1, *[1] * (y.ndim - 1)), self.null(y), y)
+
+    def check(self, y: Tensor) -> None:
+        """A UserError where y (B, *shape) is no batch of this condition."""
+        if y.shape[1:] != self.shape or y.dtype.is_floating_point != self.dtype.is_floating_point:
+            raise UserError(
+                f"the condition is {self.describe()}: {self.dtype} of shape (batch, *{self.shape}), "
+                f"not {y.dtype} of shape {tuple(y.shape)}"
+            )
+
+    def blank(self, batch: int) -> Tensor:
+        """Rows (batch, *shape) of zeros, to run a denoiser for its shapes."""
+        return torch.zeros(batch, *self.shape, dtype=self.dtype)
+
+    def options(self) -> dict[str, Any]:
+        """What a denoiser is told of it: `num_classes`, and beyond classes `condition`, as `to_dict` has it."""
+        return {"num_classes": 0, "condition": self.to_dict()}
+
+    def check_labels(self, labels: Tensor) -> None:
+        """A UserError for a label (N,) that names neither a row nor the null."""
+        wrong = labels[(labels < 0) | (labels > self.count)]
+        if len(wrong):
+            raise UserError(
+                f"label {int(wrong[0])} is out of range: the model has {self.describe_rows()}, and {self.count} for "
+                "none"
+            )
+
+
+class ClassLabels(Condition):
+    """The number of a class, an int64 scalar; `num_classes` itself is the null class."""
+
+    kind = "classes"
+    key = "label"
+    dtype = torch.int64
+
+    def __init__(self, num_classes: int, class_names: Sequence[object] | None = None):
+        self.num_classes = num_classes
+        self.names = tuple(map(str, range(num_classes) if class_names is None else class_names))
+
+    @property
+    def count(self) -> int:
+        return self.num_classes
+
+    def null(self, y: Tensor) -> Tensor:
+        return torch.full_like(y, self.num_classes)
+
+    def rows(self, labels: Tensor) -> Tensor:
+        self.check_labels(labels)
+        return labels
+
+    def describe(self) -> str:
+        return f"{self.count} class{'es' * (self.count != 1)}"
+
+    def describe_rows(self) -> str:
+        return f"the classes 0 to {self.count - 1}" if self.count else "no classes"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "num_classes": self.num_classes}
+
+    def options(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes}
+
+
+class NoCondition(ClassLabels):
+    """Data without classes: every label is 0, which is the null."""
+
+    kind = "none"
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class VectorCondition(Condition):
+    """A vector of `dim` floats, such as the measurements that an image goes with or a pooled text embedding.
+
+    Args:
+        dim: numbers in a vector.
+        null: 'zeros', or 'learnt': rows of NaN, in whose place the denoiser puts a vector that it learns.
+        examples: (K, dim), vectors to sample for where nobody names others; some of the data's by default.
+        names: K captions for them; 'example 0', 'example 1', ... by default.
+    """
+
+    kind = "vector"
+
+    def __init__(
+        self,
+        dim: int,
+        null: str = "learnt",
+        examples: Tensor | np.ndarray | None = None,
+        names: Sequence[object] | None = None,
+    ):
+        self._set((dim,), null, examples, names)
+
+    def _set(self, shape: tuple[int, ...], null: str, examples, names: Sequence[object] | None) -> None:
+        if min(shape) < 1 or null not in NULLS:
+            raise UserError(f"a {self.kind} condition of {shape} with the null {null!r}: give {' or '.join(NULLS)}")
+        self.shape, self.null_kind = shape, null
+        self.examples = torch.zeros(0, *shape)
+        if examples is not None:
+            self.examples = torch.as_tensor(examples).to(self.dtype)
+            self.check(self.examples)
+        given = names if names is not None else (f"example {k}" for k in range(len(self.examples)))
+        self.names = tuple(map(str, given))
+
+    @property
+    def count(self) -> int:
+        return len(self.examples)
+
+    def null(self, y: Tensor) -> Tensor:
+        return torch.full_like(y, math.nan if self.null_kind == "learnt" else 0.0)
+
+    def rows(self, labels: Tensor) -> Tensor:
+        self.check_labels(labels)
+        examples = self.examples.to(labels.device)
+        return torch.cat([examples, self.null(self.blank(1).to(labels.device))])[labels]
+
+    def describe(self) -> str:
+        return f"vectors of {self.shape[0]} number{'s' * (self.shape[0] != 1)}"
+
+    def describe_rows(self) -> str:
+        return f"the examples 0 to {self.count - 1}" if self.count else "no examples"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "dim": self.shape[0], "null": self.null_kind}
+
+    def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> VectorCondition:
+        """The same condition with other rows (K, *shape) to choose from."""
+        other = copy.copy(self)
+        other._set(self.shape, self.null_kind, examples, names)
+        return other
+
+
+class TokenCondition(VectorCondition):
+    """A sequence of `length` tokens of `dim` floats, such as a text encoder's; examples are (K, length, dim)."""
+
+    kind = "tokens"
+
+    def __init__(
+        self,
+        length: int,
+        dim: int,
+        null: str = "learnt",
+        examples: Tensor | np.ndarray | None = None,
+        names: Sequence[object] | None = None,
+    ):
+        self._set((length, dim), null, examples, names)
+
+    def describe(self) -> str:
+        return f"sequences of {self.shape[0]} tokens of {self.shape[1]} numbers"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "length": self.shape[0], "dim": self.shape[1], "null": self.null_kind}
+
+
+def class_labels(num_classes: int, class_names: Sequence[object] | None = None) -> ClassLabels:
+    """The condition of data with so many classes, none included."""
+    return ClassLabels(num_classes, class_names) if num_classes else NoCondition()
+
+
+def create_condition(num_classes: int = 0, condition: dict[str, Any] | None = None) -> Condition:
+    """The condition of which `Condition.options` told.
+
+    Raises:
+        UserError: for a `condition` of unknown kind or with other keys than its kind has.
+    """
+    kinds: dict[str, Callable[..., Condition]] = {
+        kind.kind: kind for kind in (ClassLabels, NoCondition, VectorCondition, TokenCondition)
+    }
+    if condition is None:
+        return class_labels(num_classes)
+    try:
+        return kinds[condition["kind"]](**{key: value for key, value in condition.items() if key != "kind"})
+    except (KeyError, TypeError):
+        raise UserError(f"{condition} is not a condition; its kind is one of {', '.join(kinds)}") from None
+
+
+def condition_of_data(data) -> Condition:
+    """A data set's `condition`; that of its `num_classes` and `class_names` where it has none.
+
+    A condition without examples to sample for gets a few of the data's own, spread over it.
+    """
+    condition = getattr(data, "condition", None)
+    if condition is None:
+        return class_labels(data.num_classes, getattr(data, "class_names", None))
+    if isinstance(condition, VectorCondition) and not condition.count and len(data):
+        places = torch.linspace(0, len(data) - 1, min(MOST_EXAMPLES, len(data))).round().long().tolist()
+        return condition.with_examples(torch.stack([data[place][condition.key] for place in places]))
+    return condition
+
+
+def condition_of_model(model) -> Condition | None:
+    """What a denoiser is `conditioned_on`; by its `num_classes` where it does not say, and None where it has neither.
+
+    The one place that takes a plain model's `num_classes` for its null class.
+    """
+    condition = getattr(model, "conditioned_on", None)
+    if condition is None and getattr(model, "num_classes", None) is not None:
+        condition = class_labels(model.num_classes)
+    return condition
+
+
+def null_of(model) -> Callable[[Tensor], Tensor] | None:
+    """What a model takes for no condition, as a function of the rows y (B, ...): its own `null`, or its condition's."""
+    condition = condition_of_model(model)
+    null: Callable[[Tensor], Tensor] | None = getattr(model, "null", None)
+    return null or (condition.null if condition else None)
+
+
+def read_examples(condition: Condition, file: str | Path) -> Condition:
+    """`condition` with the rows of an .npy file, (K, *shape) floats, to choose from in place of its examples."""
+    if not isinstance(condition, VectorCondition):
+        raise UserError(f"{file} cannot be used: the model is conditioned on {condition.describe()}; name classes")
+    try:
+        rows = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no array of numpy's format .npy ({error})") from None
+    if not (isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and len(rows)) or not np.isfinite(rows).all():
+        raise UserError(f"{file} must hold finite floats, a row for each {condition.kind} to sample for")
+    return condition.with_examples(rows)
+
+
+def pack_examples(condition: VectorCondition) -> dict[str, Any]:
+    """Its names and examples as JSON has them; the numbers are little-endian float32 in base64."""
+    numbers = condition.examples.cpu().numpy().astype("<f4").tobytes()
+    return {"names": list(condition.names), "examples": base64.b64encode(numbers).decode()}
+
+
+def unpack_examples(condition: VectorCondition, packed: dict[str, Any]) -> VectorCondition:
+    """`condition` with what `pack_examples` has packed; a ValueError where the numbers are not whole rows."""
+    numbers = np.frombuffer(base64.b64decode(packed["examples"]), dtype="<f4")
+    return condition.with_examples(numbers.reshape(-1, *condition.shape).copy(), packed["names"])
