@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 @runtime_checkable
 class Denoiser(Protocol):
     """Made by `factory(in_channels, num_classes, **options)`. It is an `nn.Module` that derives from
-    `dic_repa.models.Pretrained`, which saves and loads it."""
+    `dic_repa.models.Pretrained`, which saves and loads it. One that takes vectors or tokens has their kinds in its
+    class's `conditions`, and an option `condition`."""
 
     config: dict[str, Any]  # what it was made with
     in_channels: int
-    num_classes: int  # also the index of the null class
+    num_classes: int  # also the index of the null class; 0 where y is no class
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor:
         """x (B, C, H, W), t (B,), y (B, ...) to what the objective predicts: (B, C, H, W), or (B, 2C, H, W) with a
@@ -54,6 +55,8 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Tensor]:
         """`x` (C, H, W), the denoiser's data; `image` (1 or 3, H, W), what an encoder sees; `label`, an int64 scalar.
 
+        In place of the label `condition`, float, for a data set whose condition is a vector or tokens.
+
         Of latents `moments` instead of `x`; docs/extending.md says which may be left out.
         """
         ...
@@ -61,7 +64,11 @@ class Samples(Protocol):
 
 @runtime_checkable
 class DataSet(Samples, Protocol):
-    """Made by `factory(split, size, **options)`, with `path` and `autoencoder` where a recipe gives them."""
+    """Made by `factory(split, size, **options)`, with `path` and `autoencoder` where a recipe gives them.
+
+    One whose samples are conditioned on something else than classes has a `dic_repa.conditions.Condition` as
+    `condition`; it then needs no `num_classes` and `class_names`.
+    """
 
     @property
     def channels(self) -> int:

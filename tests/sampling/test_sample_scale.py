@@ -150,12 +150,12 @@ def test_samples_away_from_other_weak_weights_are_others(sample, mistake, checkp
 def test_random_classes_are_of_seed_and_index(sample):
     sample("--num", "40", "--random-classes", "--out", "out")
     drawn = json.loads(Path("out/samples.json").read_text())["labels"]
-    labels = random_labels(RECIPE, 10, 40_000)
+    labels = random_labels(RECIPE, ClassLabels(10), 40_000)
     assert labels[:40].tolist() == drawn
-    assert not torch.equal(random_labels(RECIPE, 10, 40, seed=1), labels[:40])
+    assert not torch.equal(random_labels(RECIPE, ClassLabels(10), 40, seed=1), labels[:40])
     shares = labels.bincount() / 40_000
     assert (shares - 0.1).abs().max() < 5 * (0.09 / 40_000) ** 0.5
-    assert set(random_labels(RECIPE, 10, 50, [3, 7]).tolist()) == {3, 7}
+    assert set(random_labels(RECIPE, ClassLabels(10), 50, [3, 7]).tolist()) == {3, 7}
 
 
 def test_npz_holds_the_images_and_labels(sample):
