@@ -80,6 +80,12 @@ class Condition:
         """What a denoiser is told of it: `num_classes`, and beyond classes `condition`, as `to_dict` has it."""
         return {"num_classes": 0, "condition": self.to_dict()}
 
+    def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> Condition:
+        """The same condition with other rows (K, *shape) to choose from; a UserError where these are classes."""
+        raise UserError(
+            f"the model is conditioned on {self.describe()}, so rows of numbers cannot be given: name classes"
+        )
+
     def check_labels(self, labels: Tensor) -> None:
         """A UserError for a label (N,) that names neither a row nor the null."""
         wrong = labels[(labels < 0) | (labels > self.count)]
@@ -188,7 +194,6 @@ class VectorCondition(Condition):
         return {"kind": self.kind, "dim": self.shape[0], "null": self.null_kind}
 
     def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> VectorCondition:
-        """The same condition with other rows (K, *shape) to choose from."""
         other = copy.copy(self)
         other._set(self.shape, self.null_kind, examples, names)
         return other
@@ -272,8 +277,6 @@ def null_of(model) -> Callable[[Tensor], Tensor] | None:
 
 def read_examples(condition: Condition, file: str | Path) -> Condition:
     """`condition` with the rows of an .npy file, (K, *shape) floats, to choose from in place of its examples."""
-    if not isinstance(condition, VectorCondition):
-        raise UserError(f"{file} cannot be used: the model is conditioned on {condition.describe()}; name classes")
     try:
         rows = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -145,12 +145,12 @@ class SampleFolder:
         first = _read_rgb(self.file(0))
         write_npz(self.path / SAMPLES_NPZ, self.arrays(), (self.num, *first.shape), np.array(self.spec["labels"]))
 
-    def save_grid(self, class_names: Sequence[str], columns: int = 10) -> Path:
+    def save_grid(self, names: Sequence[str], columns: int = 10) -> Path:
         """Write grid.png, a picture of the first images of each class."""
         labels = torch.tensor(self.spec["labels"])
         shown = shown_in_grid(labels, columns)
         images = torch.stack([load_png(self.file(i)) for i in shown])
-        save_grid(images, self.path / "grid.png", labels[shown], class_names, columns)
+        save_grid(images, self.path / "grid.png", labels[shown], names, columns)
         return self.path / "grid.png"
 
 

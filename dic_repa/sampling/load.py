@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dic_repa.conditions import ClassLabels, Condition, class_labels, condition_of_model
 from dic_repa.data.saved import SavedData
@@ -58,7 +60,7 @@ class Checkpoint:
         if guidance and guidance.weak:
             device = next(denoiser.parameters()).device
             weak = load(guidance.weak, device).denoiser
-        elif guidance and guidance.scale != 1 and not denoiser.num_classes:
+        elif guidance and guidance.scale != 1 and self.condition.kind == "none":
             raise UserError(
                 f"{self.source} was trained on data without classes, so there is no class to guide towards; sample "
                 "without guidance (--scale 1; sample.guidance=null in a recipe)"
@@ -73,11 +75,12 @@ class Checkpoint:
         decode = build_decoder(recipe.data, device, self.data, settings.autoencoder)
         objective = build_objective(recipe.objective)
         check_sampling(settings, objective)
-        return Sampler(denoiser, objective, settings, shape, weak, decode)
+        return Sampler(denoiser, objective, settings, shape, weak, decode, self.condition)
 
     def sample(
         self,
         classes: Sequence[str | int | None] | None = None,
+        conditions: Tensor | np.ndarray | None = None,
         num: int = 10,
         guidance: float | dict[str, Any] | None = None,
         **settings: Any,
@@ -86,28 +89,33 @@ class Checkpoint:
 
         Args:
             classes: the class of each image, by its name or number, None for none; by default all classes in turn.
-            num: how many images, where no classes are named.
+            conditions: (N, ...), the vector or the tokens of each image, for a model that is conditioned on them.
+            num: how many images, where neither is given.
             guidance: the scale, 1 for none; or keys of the section `sample.guidance`: `scale`, `interval`, ...
             settings: further keys of the section `sample`: `solver`, `steps`, `seed`, `batch_size`, ...
 
         Raises:
             UserError: there is no such class or key, or the settings do not fit together.
         """
+        condition = self.condition
+        if conditions is not None:
+            condition, classes = condition.with_examples(conditions), range(len(conditions))
         if classes is not None:
             num = len(classes)
         keys = {"scale": guidance} if isinstance(guidance, int | float) else guidance
         chosen = override_sampling(self.recipe.sample, keys, num=num, **settings)
         if classes is None:
-            labels = draw_labels(self.recipe, self.denoiser.num_classes, chosen)
+            labels = draw_labels(self.recipe, condition, chosen)
         else:
             labels = torch.tensor([self.label(name) for name in classes])
-        return [to_pil(image) for batch in self.sampler(chosen)(labels) for image in batch]
+        sampler = replace(self.sampler(chosen), condition=condition)
+        return [to_pil(image) for batch in sampler(labels) for image in batch]
 
     def label(self, name: str | int | None) -> int:
-        """The label of a class, by its name or number; of none, the null class."""
+        """The label of a class, by its name or number; of none, the null."""
         if name is None:
-            return self.denoiser.num_classes
-        names = self.class_names
+            return self.condition.count
+        names = self.condition.names
         if name in names:
             return names.index(str(name))
         if str(name).isdigit():

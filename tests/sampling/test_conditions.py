@@ -34,6 +34,7 @@ from dic_repa.models import DiC, Pretrained, create_denoiser
 from dic_repa.objectives import FlowMatching
 from dic_repa.recipe import SampleSection
 from dic_repa.samplers import Guidance, initial_noise
+from dic_repa.sampling.load import load
 from dic_repa.sampling.sampler import Sampler
 
 MASK = torch.tensor([True, False])
@@ -262,6 +263,8 @@ def test_a_run_on_vectors(place):
     command("sample", "run", "--classes", "0", "--scale", "1", "--num", "4", "--out", "first")  # an example of the data
     wanted = SavedData.read(ema).condition.examples[0].item()
     assert (grey("first", 4).mean() - wanted).abs() < 0.35
+    images = load("run").sample(conditions=np.array([[0.8], [-0.8]]))
+    assert np.asarray(images[0]).mean() > np.asarray(images[1]).mean() + 40
     np.save("other.npy", np.array([[0.0]], np.float32))
     done = subprocess.run([*call, "other.npy"], capture_output=True, text=True)
     assert done.returncode == 2
@@ -286,8 +289,11 @@ def test_examples_of_a_file_are_checked(tmp_path):
         np.save(file, rows)
         with pytest.raises(UserError, match=message):
             read_examples(condition, file)
+    good = tmp_path / "good.npy"
+    np.save(good, np.zeros((2, 3)))
+    assert read_examples(condition, good).count == 2
     with pytest.raises(UserError, match="conditioned on 10 classes"):
-        read_examples(ClassLabels(10), file)
+        read_examples(ClassLabels(10), good)
     file.write_text("no array")
     with pytest.raises(UserError, match="no array of numpy's format"):
         read_examples(condition, file)
