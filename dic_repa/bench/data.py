@@ -133,5 +133,5 @@ def loader_speed(batches, count: int, workers: int = 0, prefetch: int = 0) -> fl
         next(batches)
     begin, seen, taken = time.perf_counter(), 0, 0
     while seen < count or taken < 4 * workers:
-        seen, taken = seen + len(next(batches)["label"]), taken + 1
+        seen, taken = seen + len(next(iter(next(batches).values()))), taken + 1
     return seen / (time.perf_counter() - begin)
