@@ -95,7 +95,7 @@ def check_recipe(name: str, model: Pretrained) -> None:
     traits, assumed = data_traits(recipe.data.model_copy(update={"options": options}))
     known = {"channels": (traits.channels, model.in_channels)}
     if not assumed or "num_classes" in recipe.data.options:
-        known["classes"] = (traits.num_classes, model.num_classes)
+        known["classes"] = (traits.condition.count, model.num_classes)
     for what, (wanted, found) in known.items():
         if wanted != found:
             raise UserError(f"the data of {name} has {wanted} {what}, the model is for {found}; name its own recipe")
