@@ -45,7 +45,7 @@ def test_curves_show_the_terms_of_an_own_alignment_loss(tmp_path, figures):
     lines = [{"step": s, "denoising": 1 / s, "alignment.0.token": -0.5, "alignment.1.squared": s} for s in (1, 2)]
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     save_curves([run])
-    denoising, token, squared = figures.gcf().axes
+    denoising, token, squared = figures[-1].axes
     assert (denoising.get_title(), squared.get_title()) == ("denoising loss", "squared, of the alignment")
     assert list(token.lines[0].get_ydata()) == [0.5, 0.5]
     assert list(squared.lines[0].get_ydata()) == [1, 2]
