@@ -55,6 +55,14 @@ def encoder_card(name: str) -> Card | None:
     return getattr(encoders.find(name), "card", None)
 
 
+def measure_card(name: str) -> Card:
+    """What an encoder without a card turns out to be when it is built without options."""
+    encoder = create_encoder(name)
+    rows, columns = encoder.token_grid((256, 256))
+    parameters = sum(p.numel() for p in encoder.parameters()) if isinstance(encoder, nn.Module) else 0
+    return Card(encoder.embed_dim, 0, rows * columns, parameters / 1e6, type(encoder).__module__, "-")
+
+
 def create_encoder(name: str, **options: Any) -> Encoder:
     """Build the encoder of that `name`, frozen; the options are those of its class or function.
 

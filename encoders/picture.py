@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+from dic_repa.files.pictures import to_pil
 
 
 def principal_components(tokens: Tensor, count: int = 3) -> Tensor:
@@ -28,3 +31,10 @@ def token_picture(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     # A component that is there by rounding alone is not to be stretched into a pattern.
     ranges = (high - low).clamp(min=max(1e-12, 1e-6 * float((high - low).max())))
     return rearrange(((components - low) / ranges).float(), "(h w) c -> c h w", h=grid[0], w=grid[1])
+
+
+def token_sheet(image: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """An image (3, H, H) in [0, 1] and the picture of its tokens side by side, at least 256 pixels high."""
+    height = max(256, image.shape[-1])
+    panels = [F.interpolate(part[None], (height, height))[0] for part in (image, token_picture(tokens, grid))]
+    return to_pil(torch.cat([panels[0], torch.ones(3, height, 8), panels[1]], dim=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -85,49 +86,29 @@ def measure_paper(
     if device.type != "cuda" and not small:
         raise UserError("models of full size need a GPU; take --small, which runs on a CPU")
     plan = plan or (SMALL if small else FULL)
-    measures = {"forward": _forward, "train": _train, "sample": _sample}
     # What takes turns is in memory all at once, with its optimizer and averages: all precisions would not fit in 80 GB.
     for part, kind in itertools.product([part for part in PARTS if part in only], plan.precisions):
-        yield f"{part}-{kind}", measures[part](plan, kind, device, baseline, rounds)
+        yield f"{part}-{kind}", _measure(part, plan, kind, device, baseline, rounds)
         free_memory(device)
 
 
-def _forward(plan: Plan, kind: str, device: torch.device, baseline: str, rounds: int) -> dict:
-    return bench_model(
-        plan.models,
-        device,
-        precisions=(kind,),
-        compiles=plan.compiles,
-        batches=plan.batches,
-        size=plan.size,
-        baselines=[f"{plan.models[0]}={baseline}"],
-        rounds=rounds,
-        seconds=plan.seconds,
-    )
-
-
-def _train(plan: Plan, kind: str, device: torch.device, _baseline: str, rounds: int) -> dict:
-    return bench_train(
-        plan.recipes,
-        device,
-        plan.train_overrides,
-        precisions=(kind,),
-        compiles=plan.compiles,
-        batches=[plan.train_batch],
-        rounds=rounds,
-        seconds=plan.seconds,
-    )
-
-
-def _sample(plan: Plan, kind: str, device: torch.device, _baseline: str, rounds: int) -> dict:
+def _measure(part: str, plan: Plan, kind: str, device: torch.device, baseline: str, rounds: int) -> dict:
+    timing: dict[str, Any] = {"precisions": (kind,), "rounds": rounds, "seconds": plan.seconds}
+    if part == "forward":
+        beside = [f"{plan.models[0]}={baseline}"]
+        shape: dict[str, Any] = {"batches": plan.batches, "size": plan.size, "compiles": plan.compiles}
+        return bench_model(plan.models, device, baselines=beside, **shape, **timing)
+    if part == "train":
+        batches = [plan.train_batch]
+        return bench_train(
+            plan.recipes, device, plan.train_overrides, batches=batches, compiles=plan.compiles, **timing
+        )
     return bench_sample(
         plan.recipes[:1],
         device,
         plan.sample_overrides,
-        precisions=(kind,),
         compiles=plan.sample_compiles,
         guidance=("doubled", "one-by-one"),
         batches=[plan.sample_batch],
-        rounds=min(rounds, 3),
-        seconds=0.0,
+        **timing | {"rounds": min(rounds, 3), "seconds": 0.0},
     )

@@ -15,8 +15,6 @@ from dic_repa.files.outputs import check_file
 if TYPE_CHECKING:
     from PIL import Image
 
-    from dic_repa.encoders import Card
-
 PICTURES = (".png", ".jpg", ".webp")
 
 
@@ -66,7 +64,9 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     """
     from dic_repa.data.images import center_crop, to_tensor
     from dic_repa.encoders import check_tokens, create_encoder
+    from dic_repa.encoders.picture import token_sheet
     from dic_repa.errors import UserError
+    from dic_repa.files.pictures import save_picture
 
     out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
     check_file(out)
@@ -77,7 +77,7 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     pixels = to_tensor(center_crop(picture, size))[None]
     tokens = check_tokens(name, encoder, pixels)[0].float()
     rows, columns = encoder.token_grid((size, size))
-    _save(pixels[0], tokens, (rows, columns), out)
+    save_picture(token_sheet(pixels[0], tokens, (rows, columns)), out)
     norms = tokens.norm(dim=1)
     click.echo(
         f"{name}: {size}x{size} pixels give {rows}x{columns} tokens of width {encoder.embed_dim}, "
@@ -87,28 +87,19 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
 
 def _row(name: str) -> str:
     from dic_repa.encoders import encoder_card
+    from dic_repa.encoders.base import measure_card
     from dic_repa.errors import UserError
 
     if name.endswith(":"):
         return "any of timm's vision transformers, such as timm:vit_base_patch16_224.augreg_in21k"
     try:
-        card = encoder_card(name) or _measure(name)
+        card = encoder_card(name) or measure_card(name)
     except UserError as error:
         return str(error)
     except Exception as error:  # somebody else's code: a broken plug-in must not hide the other encoders
         return f"cannot be built without options ({error})"
     patch = card.patch or "-"
     return f"{card.width:5}  {patch:>5}  {card.tokens:6}  {card.parameters:10.1f}  {card.licence:14}  {card.source}"
-
-
-def _measure(name: str) -> Card:
-    """What an encoder without a card turns out to be when it is built."""
-    from dic_repa.encoders import Card, create_encoder
-
-    encoder = create_encoder(name)
-    rows, columns = encoder.token_grid((256, 256))
-    parameters = sum(p.numel() for p in encoder.parameters()) if hasattr(encoder, "parameters") else 0
-    return Card(encoder.embed_dim, 0, rows * columns, parameters / 1e6, type(encoder).__module__, "-")
 
 
 def _open(path: Path | None) -> Image.Image:
@@ -138,17 +129,3 @@ def parse_encoder_options(options: tuple[str, ...], weights: Path | None) -> dic
             raise UserError(f"--option takes key=value, such as layer=-2, not '{option}'")
         parsed[key] = parse_value(value, f"--option {key}")
     return parsed
-
-
-def _save(image, tokens, grid: tuple[int, int], out: Path) -> None:
-    """The image and its tokens side by side, at least 256 pixels high."""
-    import torch
-    from torch.nn import functional as F
-
-    from dic_repa.encoders.picture import token_picture
-    from dic_repa.files.pictures import save_picture, to_pil
-
-    height = max(256, image.shape[-1])
-    panels = [F.interpolate(part[None], (height, height))[0] for part in (image, token_picture(tokens, grid))]
-    sheet = torch.cat([panels[0], torch.ones(3, height, 8), panels[1]], dim=2)
-    save_picture(to_pil(sheet), out)

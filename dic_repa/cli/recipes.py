@@ -11,6 +11,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.recipe import Recipe, list_recipes, load_recipe, to_yaml
 from dic_repa.recipe.keys import Key, commented_yaml, find_keys, list_keys
+from dic_repa.runtime.table import format_rows
 
 # By the first word of a recipe's name.
 GROUPS = {
@@ -111,14 +112,8 @@ def diff(a: str, b: str, as_json: bool):
     if as_json:
         click.echo(json.dumps({key: list(pair) for key, pair in different.items()}, indent=2))
     else:
-        click.echo(table(different, a, b) if different else f"{a} and {b} are the same")
-
-
-def table(different: dict[str, tuple[Any, Any]], a: str, b: str) -> str:
-    """Three columns: the key, its value in recipe `a`, its value in `b`."""
-    rows = [("key", a, b), *((key, *map(_text, pair)) for key, pair in different.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"{key:{widths[0]}}  {left:{widths[1]}}  {right}" for key, left, right in rows)
+        rows = [("key", a, b), *((key, *map(_text, pair)) for key, pair in different.items())]
+        click.echo(format_rows(rows, left=range(3)) if different else f"{a} and {b} are the same")
 
 
 def _text(value: Any) -> str:
