@@ -74,7 +74,7 @@ def cli(**_flags: bool):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, with 2 after a mistake that the user can mend, with 130 after Ctrl-C."""
+    """Run the command line; exits with 0, with 2 after a mistake that the user can correct, with 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # Anywhere on the line, since one adds them to a command that has just failed.
     flags = {flag for flag in FLAGS if flag in arguments}

@@ -49,7 +49,7 @@ class BenchGroup(Group):
 
 @click.group("bench", cls=BenchGroup)
 def command():
-    """Measure speed. What is compared takes turns in one process; numbers are medians with their quartiles.
+    """Measure speed. What is compared runs in turns in one process; results are medians with their quartiles.
 
     \b
     Examples:
@@ -73,14 +73,19 @@ _COMPARED = (
         "--baseline",
         multiple=True,
         metavar="[NAME=]FACTORY",
-        help="Run beside it what the function file.py:name or module:name makes of all denoisers, or of NAME.",
+        help="Also measure what the function file.py:name or module:name makes of each denoiser, or of NAME.",
     ),
 )
 _TIMING = option_group(
     "How it is measured",
     click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]"),
-    click.option("--rounds", type=Count(1), default=7, help="Turns of each case."),
-    click.option("--seconds", type=click.FloatRange(0), default=0.3, help="Length of one turn."),
+    click.option("--rounds", type=Count(1), default=7, help="How often each case is measured."),
+    click.option(
+        "--seconds",
+        type=click.FloatRange(0),
+        default=0.3,
+        help="About how long each measurement lasts; one call at least.",
+    ),
 )
 
 

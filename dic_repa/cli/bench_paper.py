@@ -20,7 +20,7 @@ from dic_repa.files.outputs import begin_folder, check_folder
 @click.option("--baseline", default="tests/helpers/oracle.py:PlainDiC", help="The plain DiC to compare with.")
 @click.option("--only", default="forward,train,sample", help="Which parts to measure.")
 @click.option("--precision", help="Which precisions.  [default: bf16,tf32; with --small bf16,fp32]")
-@click.option("--rounds", type=Count(1), default=7, help="Turns of each case.")
+@click.option("--rounds", type=Count(1), default=7, help="How often each case is measured.")
 def command(out: Path, small: bool, device: str | None, baseline: str, only: str, precision: str | None, rounds: int):
     """Everything that compares with the papers' speed, in one go; a JSON file and a bar chart for each part in each
     precision, written as soon as it is measured, so that a GPU lent for minutes can do one at a time.

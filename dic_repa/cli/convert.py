@@ -20,12 +20,13 @@ DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 @click.option(
     "--weights",
     default="ema",
-    help="Which of a training checkpoint: ema, another average such as ema-0.999, or raw (not averaged).",
+    help="Which weights of a training checkpoint: ema, another average such as ema-0.999, or raw (not averaged).",
 )
 @click.option(
-    "--recipe", help="What the authors' weights were trained by, such as dic-xl-ddpm; `dic-repa sample` needs it."
+    "--recipe",
+    help="The recipe that the authors' weights were trained by, such as dic-xl-ddpm; `dic-repa sample` needs it.",
 )
-@click.option("--family", help="What an authors' checkpoint is of, where its file does not tell: DiT, SiT or REPA.")
+@click.option("--family", help="The model of an authors' checkpoint, where its file does not say: DiT, SiT or REPA.")
 @click.option("--overwrite", is_flag=True, help="Write over what convert has written at TARGET.")
 def command(
     source: Path, target: Path, dtype: str, weights: str, recipe: str | None, family: str | None, overwrite: bool

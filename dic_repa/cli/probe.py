@@ -18,7 +18,7 @@ from dic_repa.runtime.threads import choose_threads
 @click.option(
     "--encoder",
     shell_complete=completion.encoders,
-    help="Whom to compare with.  [default: the encoder of the recipe's first alignment]",
+    help="The encoder to compare with.  [default: the encoder of the recipe's first alignment]",
 )
 @click.option("--num", type=Count(20), default=1000, help="Images; half train the linear probe.")
 @click.option("--times", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="Noise levels in [0, 1].")

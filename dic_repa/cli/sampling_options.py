@@ -70,7 +70,7 @@ def sampling_option(key: str) -> Callable:
 
 
 def sampling_options(command: Callable) -> Callable:
-    """An option for each key of a recipe's `sample` section, in groups; `sample_settings` takes them."""
+    """An option for each key of a recipe's `sample` section, in groups; pass their values to `sample_settings`."""
     others = [key for key in SampleSection.model_fields if key not in (*_SAMPLES, *_SOLVER, "guidance")]
     groups = {
         "Samples": _SAMPLES,

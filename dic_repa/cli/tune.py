@@ -18,9 +18,10 @@ from dic_repa.runtime.threads import choose_threads
 @click.command("tune", cls=Command)
 @click.argument("checkpoint", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @option_group(
-    "What is tried, and what counts",
+    "What is tried, and which score counts",
     click.option(
-        "--metric", help="What counts: fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]"
+        "--metric",
+        help="Which score counts: fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]",
     ),
     click.option("--reference", help="Real images for fid and its like: a folder, an .npz, statistics."),
     click.option("--scales", default="1,1.25,1.5,1.75,2,2.5", help="Guidance scales to try."),

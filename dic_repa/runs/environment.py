@@ -31,7 +31,7 @@ _PACKAGES = (
     "matplotlib",
     "tqdm",
 )
-# What launchers and libraries are told by; nothing that may hold a secret.
+# What launchers and libraries read; none of them may hold a secret.
 _VARIABLES = (
     "OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING PYTORCH_ALLOC_CONF "
     "PYTORCH_CUDA_ALLOC_CONF RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_ID "
