@@ -10,7 +10,6 @@ solver, whose steps suit a whole batch, the images change within its tolerances.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 from dic_repa.conditions import Condition, VectorCondition
 from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.files.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
 from dic_repa.files.pictures import load_png, save_grid, save_png, shown_in_grid
@@ -172,7 +172,7 @@ def _examples(condition: Condition) -> dict[str, str]:
     """The examples that the labels name, as what tells samples from others; nothing for classes."""
     if not isinstance(condition, VectorCondition):
         return {}
-    return {"conditions": hashlib.blake2b(condition.examples.cpu().numpy().tobytes(), digest_size=12).hexdigest()}
+    return {"conditions": fingerprint(condition.examples)}
 
 
 def patient_accelerator() -> Accelerator:
