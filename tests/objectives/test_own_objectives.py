@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -39,12 +40,11 @@ class MeanFlow:
         at = t.view(-1, 1, 1, 1)
         z, velocity = (1 - at) * batch.x + at * noise, noise - batch.x
 
-        def run(z, times):
-            out = model(z, times, batch.y, unit_time=times[:, 1])
-            return out.prediction, out.projections
-
-        along = velocity, torch.tensor([0.0, 1.0], device=times.device).expand_as(times)
-        mean, change, projections = torch.func.jvp(run, (z, times), along, has_aux=True)
+        rates = torch.tensor([0.0, 1.0], device=times.device).expand_as(times)
+        with forward_ad.dual_level():  # torch.func.jvp does the same, but not through DistributedDataParallel
+            out = model(forward_ad.make_dual(z, velocity), forward_ad.make_dual(times, rates), batch.y, t)
+            mean, change = forward_ad.unpack_dual(out.prediction)
+            projections = [forward_ad.unpack_dual(projection).primal for projection in out.projections]
         target = velocity - (t - r).view(-1, 1, 1, 1) * change.detach()
         return ObjectiveOutput((mean - target).float().square().mean(dim=(1, 2, 3)), t, projections)
 
