@@ -112,6 +112,14 @@ def test_a_denoiser_of_ones_own(here, tmp_path):
     assert json.loads(config.read_text())["width"] == 12
 
 
+def test_a_data_set_with_vectors(here, tmp_path):
+    write_examples(tmp_path, "my_vectors.py", "my_vectors.yaml")
+    train, sample = commands_of("my_vectors.yaml")
+    here([*train, *TINY, *SHORT])
+    here([*sample, "--num=4", "--classes=bottom right"])
+    assert len(list((tmp_path / "samples").rglob("0*.png"))) == 4
+
+
 def test_a_data_set_of_ones_own(here, tmp_path):
     write_examples(tmp_path, "my_data.py", "my_data.yaml")
     train, sample = commands_of("my_data.yaml")
