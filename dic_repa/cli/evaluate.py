@@ -143,10 +143,11 @@ def _sampling(options: dict) -> dict:
 
 def _list_metrics(context, _parameter, value) -> None:
     if value:
-        from dic_repa.evaluation import scores
+        from dic_repa.evaluation.metrics import find_metric, metrics
 
-        for name in scores.names():
-            score = scores.find(name)
+        for name, score in ((name, find_metric(name)) for name in metrics.names()):
+            if score is None:  # a set of metrics
+                continue
             click.echo(f"{name:20} {score.better:7} is better   {score.layer}")
         context.exit()
 

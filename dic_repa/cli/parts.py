@@ -18,7 +18,7 @@ _HOMES = (
     "models.registry models.dic data data.autoencoders objectives.base interpolants objectives.time_sampling "
     "objectives.weighting encoders.base alignment.heads alignment.targets alignment.losses alignment.schedules "
     "training.optimizers training.schedules training.trackers samplers.solvers samplers.guidance samplers.grids "
-    "samplers.diffusion_coefficients samplers.sde evaluation evaluation.scores evaluation.extractors"
+    "samplers.diffusion_coefficients samplers.sde evaluation.metrics evaluation.extractors"
 ).split()
 _FURTHER = {"encoder": "dic-repa encoders", "denoiser": "dic-repa info", "ODE solver": "dic-repa solvers"}
 

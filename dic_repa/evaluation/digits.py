@@ -7,15 +7,21 @@ is aligned with; `train_digits_classifier` trained it, on the training split.
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import dataclass
 from importlib import resources
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dic_repa.data.digits import NUM_CLASSES, load_digits, resize
+from dic_repa.data.digits import NUM_CLASSES, load_digits
 from dic_repa.errors import UserError
+from dic_repa.evaluation.extractors import extractors
+from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.frechet import frechet_distance, statistics
+from dic_repa.evaluation.metrics import Metric, MetricSet, metrics
 from dic_repa.runtime.precision import tf32
 
 IMAGE_SIZE = 16
@@ -52,69 +58,78 @@ def _conv(channels_in: int, channels_out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
 
 
-def judge_digits(images: Tensor, labels: Tensor) -> dict:
-    """What the judge makes of images (N, 1, H, W), float in [0, 1], and the classes (N,) that they should show.
+@metrics.register("recognised")
+@dataclass(frozen=True)
+class Recognised(Metric):
+    """The share of digits that the judge reads as the class that was asked for; None where none was."""
 
-    Returns a dict that JSON can hold:
-    - `count`: N; `recognised_count` and `recognised`: how many, and which share of those with a class, are read as it;
-      the share is None where no image was asked to show one (label 10, the null class);
-    - `recognised_by_class`: that share for each class, by its name; None where no image should show it;
-    - `fd-digits`: the Fréchet distance of the judge's features to those of the 2,000 held-out digits, as the metric of
-      that name measures it against `digits`;
-    - `reference`: the bounds that real digits set: `recognised`, the share of the held-out ones that the judge reads
-      right, and `fd-digits`, the distance to them of the first `count` training digits: as many as were judged,
-      because the distance grows as samples get fewer.
+    layer: str = "digits.logits"
+    title: str = "recognised"
+    better: ClassVar[str] = "higher"
+    needs: ClassVar[str] = "labels"
+    most: ClassVar[float | None] = 1.0
 
-    Shares lie in [0, 1].
+    def __call__(self, features: Tensor, labels: Tensor) -> float | None:
+        right, asked = self._read(features, labels), labels.cpu() < NUM_CLASSES
+        return right[asked].double().mean().item() if asked.any() else None
 
-    Raises UserError for fewer than two images, other shapes or types, values that are not in [0, 1], and unknown
-    labels.
+    def details(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
+        """`recognised_count`, and `recognised_by_class`: each class's share by its name, None where none is due."""
+        right = self._read(features, labels)
+        by_class = [right[labels.cpu() == digit] for digit in range(NUM_CLASSES)]
+        shares = {str(d): r.double().mean().item() if len(r) else None for d, r in enumerate(by_class)}
+        return {"recognised_count": int(right.sum()), "recognised_by_class": shares}
+
+    def deviation(self, features: Tensor, labels: Tensor, times: int, seed: int = 0) -> float:
+        share, asked = self(features, labels), int((labels < NUM_CLASSES).sum())
+        return 0.0 if share is None else math.sqrt(share * (1 - share) / asked)
+
+    @staticmethod
+    def _read(logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.argmax(dim=1).cpu() == labels.cpu()
+
+
+@metrics.register("digits")
+class DigitsJudge(MetricSet):
+    """Are digits read as asked (`recognised`), and are they spread as the 2,000 held-out ones are (`fd-digits`)?
+
+    `bounds` are what real digits reach: the share of the held-out ones that is read right, and the distance to them of
+    as many training digits, because it grows as samples get fewer.
     """
-    _check(images, labels)
-    labels = labels.cpu()
-    features, predicted = _read(images)
-    asked = labels < NUM_CLASSES
-    right = predicted == labels
-    by_class = [right[labels == digit] for digit in range(NUM_CLASSES)]
-    return {
-        "count": len(images),
-        "recognised_count": int(right.sum()),
-        "recognised": right[asked].double().mean().item() if asked.any() else None,
-        "recognised_by_class": {str(d): r.double().mean().item() if len(r) else None for d, r in enumerate(by_class)},
-        "fd-digits": frechet_distance(*statistics(features), *_held_out()[0]),
-        "reference": _reference(len(images)),
-    }
 
+    def __init__(self):
+        super().__init__(("recognised", "fd-digits"), main="fd-digits")
 
-# The first is what a search goes by.
-judge_digits.better = {"fd-digits": "lower", "recognised": "higher"}  # type: ignore[attr-defined]  # of a function
-judge_digits.most = {"recognised": 1.0}  # type: ignore[attr-defined]
+    def reference(self) -> FeatureSet:
+        return FeatureSet(len(_held_out()[0]), gaussians={"digits.features": statistics(_held_out()[0])})
 
+    def bounds(self, count: int) -> dict[str, Any]:
+        return _bounds(count)
 
-def _check(images: Tensor, labels: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 1 or not images.is_floating_point():
-        raise UserError(
-            f"the digits to judge must be float (N, 1, H, W), not {images.dtype} of shape {tuple(images.shape)}"
-        )
-    if len(images) < 2:
-        raise UserError(f"judging takes at least two images, not {len(images)}; sample more")
-    if not images.isfinite().all():
-        bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
-        raise UserError(f"{bad} of {len(images)} images hold NaN or infinity; the training may have diverged")
-    low, high = images.min().item(), images.max().item()
-    if low < 0 or high > 1:
-        raise UserError(
-            f"the digits to judge must lie in [0, 1], not from {low:.3g} to {high:.3g}; rescale or clamp them"
-        )
-    if labels.shape != (len(images),) or labels.is_floating_point():
-        raise UserError(
-            f"labels must be {len(images)} integers, one for each image, not {labels.dtype} {tuple(labels.shape)}"
-        )
-    if labels.min() < 0 or labels.max() > NUM_CLASSES:
-        raise UserError(
-            f"labels must be 0 to {NUM_CLASSES - 1}, or {NUM_CLASSES} for none, "
-            f"not from {labels.min().item()} to {labels.max().item()}"
-        )
+    def check(self, images: Tensor, labels: Tensor) -> None:
+        if len(images) < 2:
+            raise UserError(f"judging takes at least two images, not {len(images)}; sample more")
+        if images.ndim != 4 or images.shape[1] != 1 or not images.is_floating_point():
+            raise UserError(
+                f"the digits to judge must be float (N, 1, H, W), not {images.dtype} of shape {tuple(images.shape)}"
+            )
+        if not images.isfinite().all():
+            bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+            raise UserError(f"{bad} of {len(images)} images hold NaN or infinity; the training may have diverged")
+        if images.min() < 0 or images.max() > 1:
+            raise UserError(
+                f"the digits to judge must lie in [0, 1], not from {images.min():.3g} to {images.max():.3g}; rescale "
+                "or clamp them"
+            )
+        if labels.shape != (len(images),) or labels.is_floating_point():
+            raise UserError(
+                f"labels must be {len(images)} integers, one for each image, not {labels.dtype} {tuple(labels.shape)}"
+            )
+        if labels.min() < 0 or labels.max() > NUM_CLASSES:
+            raise UserError(
+                f"labels must be 0 to {NUM_CLASSES - 1}, or {NUM_CLASSES} for none, "
+                f"not from {labels.min().item()} to {labels.max().item()}"
+            )
 
 
 @functools.cache
@@ -131,27 +146,23 @@ def load_digits_classifier(device: torch.device | str = "cpu") -> DigitsClassifi
 @tf32(False)
 @torch.no_grad()
 def _read(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, 64) and predicted classes (N,), both on the CPU, of images (N, 1, H, W)."""
-    model = load_digits_classifier(images.device)
-    features = torch.cat([model.features(resize(part.float(), IMAGE_SIZE)) for part in images.split(500)])
-    return features.cpu(), model.head(features).argmax(dim=1).cpu()
+    """Features (N, 64) and logits (N, 10) of images (N, 1, H, W), as the extractor gives them."""
+    found = extract(images.split(500), {"digits": extractors.create("digits")}, ["digits.features", "digits.logits"])
+    return found.features["digits.features"], found.features["digits.logits"]
 
 
 @functools.cache
-def _held_out() -> tuple[tuple[Tensor, Tensor], float]:
-    """The statistics of the held-out digits' features, and the share of them that is read right."""
+def _held_out() -> tuple[Tensor, float]:
+    """The features of the held-out digits, and the share of them that is read right."""
     images, labels = load_digits("held-out")
-    features, predicted = _read(images)
-    return statistics(features), (predicted == labels).double().mean().item()
+    features, logits = _read(images)
+    return features, (logits.argmax(dim=1) == labels).double().mean().item()
 
 
 @functools.cache
-def _reference(count: int) -> dict:
-    held_out, recognised = _held_out()
+def _bounds(count: int) -> dict[str, Any]:
     images, _ = load_digits("train")
     features, _ = _read(images[:count])
-    return {
-        "recognised": recognised,
-        "fd-digits": frechet_distance(*statistics(features), *held_out),
-        "count": len(features),
-    }
+    held_out, recognised = _held_out()
+    distance = frechet_distance(*statistics(features), *statistics(held_out))
+    return {"recognised": recognised, "fd-digits": distance, "count": len(features)}

@@ -150,9 +150,12 @@ class DINOv2(nn.Module):
 
 @extractors.register("digits")
 class Digits(nn.Module):
-    """The judge of digits: `features`, the 64 numbers that it reads the digit from. Comes with the package."""
+    """The judge of digits: `features`, the 64 numbers that it reads the digit from, and `logits` for the ten digits.
 
-    layers = ("features",)
+    It comes with the package.
+    """
+
+    layers = ("features", "logits")
     resizing = "area to 16, grey"
     notes = ()
 
@@ -168,7 +171,8 @@ class Digits(nn.Module):
         from dic_repa.data.digits import resize
 
         grey = images.float().mean(dim=1, keepdim=True) / 255
-        return {"features": self.model.features(resize(grey, 16))}
+        features = self.model.features(resize(grey, 16))
+        return {"features": features, "logits": self.model.head(features)}
 
 
 @extractors.register("encoder")

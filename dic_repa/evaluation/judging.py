@@ -1,4 +1,4 @@
-"""One way to score labelled samples, whether by a judge of labelled images or by metrics against a reference."""
+"""Scoring the samples of a run by the metrics that its recipe names."""
 
 from __future__ import annotations
 
@@ -9,36 +9,33 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import unknown_name
-from dic_repa.evaluation import Measure, metrics, scores
+from dic_repa.evaluation.measuring import Measure
+from dic_repa.evaluation.metrics import MetricSet, find_metric, metrics
 from dic_repa.recipe import Recipe
 
 
-def check_names(names: Sequence[str]) -> None:
-    """A UserError for a name that is neither a judge's nor a metric's."""
-    for name in names:
-        if name not in metrics and name not in scores:
-            raise unknown_name("metric", name, [*metrics.names(), *scores.names()])
+def measured(names: Sequence[str], reference) -> list[str]:
+    """The metrics among `names` that are measured against the `reference`: all but sets, which have their own, and what
+    these give as well where there is no `reference`.
 
-
-def directions(name: str) -> dict[str, str]:
-    """'higher' or 'lower', which is better, for each score that the judge or metric of this name gives."""
-    return {name: scores.find(name).better} if name in scores else getattr(metrics.find(name), "better", {})
+    Raises:
+        UserError: for an unknown name.
+    """
+    parts = {name: metrics.create(name) for name in names}
+    given = {score for part in parts.values() if isinstance(part, MetricSet) for score in part.names}
+    plain = [name for name, part in parts.items() if not isinstance(part, MetricSet)]
+    return [name for name in plain if not (reference is None and name in given)]
 
 
 def all_directions() -> dict[str, str]:
-    """The directions of all scores that are known."""
-    return {score: better for name in [*metrics.names(), *scores.names()] for score, better in directions(name).items()}
-
-
-def measured(names: Sequence[str], reference) -> list[str]:
-    """The metrics among `names`, but for those that a judge among them gives as well where there is no `reference`."""
-    judged = {score for name in names if name in metrics for score in directions(name)}
-    return [name for name in names if name in scores and not (reference is None and name in judged)]
+    """'higher' or 'lower', which is better, for all scores that are known."""
+    return {name: metric.better for name in metrics.names() if (metric := find_metric(name))}
 
 
 def title(score: str) -> str:
     """How a score is called where it is shown: a metric by its title ('FD-digits'), another by its name."""
-    return scores.find(score).title if score in scores else score
+    metric = find_metric(score)
+    return metric.title if metric else score
 
 
 def own_encoder(recipe: Recipe) -> dict[str, dict]:
@@ -51,20 +48,22 @@ def own_encoder(recipe: Recipe) -> dict[str, dict]:
 
 def by_encoder(names: Sequence[str]) -> list[str]:
     """The metrics among `names` that compare the tokens of a run's own encoder."""
-    return [name for name in names if name in scores and scores.find(name).layer.startswith("encoder.")]
+    return [name for name in names if (metric := find_metric(name)) and metric.layer.startswith("encoder.")]
 
 
 class Judge:
     """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1].
 
     Args:
-        names: judges ('digits') or metrics (`dic-repa evaluate --list-metrics`), whose scores are merged.
+        names: metrics (`dic-repa evaluate --list-metrics`) or sets of them ('digits'), whose scores are merged.
         reference: the real images that metrics compare with, as `Measure` takes them; its features are computed once.
         extractor_options: as `Measure` takes them; `own_encoder` gives those of a run.
 
-    `better` is 'higher' or 'lower' for each score that has a direction; its first is the `main` one. A judge of your
-    own tells it by an attribute `better`, and by `most` what a score cannot exceed (1 for a share), for the report.
-    Raises UserError for unknown names and a reference that is missing.
+    `better` is 'higher' or 'lower' for each score; its first is the `main` one. A set adds the number of images, what
+    its metrics tell besides, and as `reference` the scores of real images.
+
+    Raises:
+        UserError: for unknown names and a reference that is missing.
     """
 
     def __init__(
@@ -74,11 +73,13 @@ class Judge:
         device: str | torch.device = "cpu",
         extractor_options: dict[str, dict] | None = None,
     ):
-        check_names(names)
-        self.judges = [metrics.find(name) for name in names if name in metrics]
         own = measured(names, reference)
+        sets = [part for name in names if isinstance(part := metrics.create(name), MetricSet)]
+        self.sets = [(part, Measure(part.names, part.reference(), device, batch_size=500)) for part in sets]
         self.measure = Measure(own, reference, device, extractor_options=extractor_options) if own else None
-        self.better = {score: better for name in names for score, better in directions(name).items()}
+        order = [score for part in sets for score in (part.main, *part.names)] + own
+        directions = all_directions()
+        self.better = {score: directions.get(score) or metrics.create(score).better for score in order}
 
     @property
     def main(self) -> str | None:
@@ -97,16 +98,17 @@ class Judge:
 
     def __call__(self, images: Tensor | Iterable[Tensor], labels: Tensor) -> dict:
         """The scores of images (N, C, H, W), or of batches of them: metrics take these as they come, and never hold all
-        of them; a judge of labelled images is given all at once."""
-        found: dict = {}
-        if self.judges and not isinstance(images, Tensor):
+        of them; a set is given all at once."""
+        if self.sets and not isinstance(images, Tensor):
             images = torch.cat(list(images))
-        for judge in self.judges:
-            found |= judge(images, labels)
-        if self.measure is None:
-            return found
-        batches = images.split(self.measure.batch_size) if isinstance(images, Tensor) else images
-        return found | self.measure(batches).values
+        found: dict = {}
+        for part, measure in self.sets:
+            part.check(images, labels)
+            scored = measure(_batches(images, measure), labels=labels)
+            found |= {"count": scored.count, **scored.details, **scored.values, "reference": part.bounds(scored.count)}
+        if self.measure:
+            found |= self.measure(_batches(images, self.measure), labels=labels).values
+        return found
 
     def beats(self, score: str, value: float, other: float | None) -> bool:
         """Whether `value` is better than `other`; NaN never is, and anything else beats NaN or None."""
@@ -117,6 +119,24 @@ class Judge:
         return value > other if self.better[score] == "higher" else value < other
 
 
+def _batches(images: Tensor | Iterable[Tensor], measure: Measure) -> Iterable[Tensor]:
+    return images.split(measure.batch_size) if isinstance(images, Tensor) else images
+
+
+def judge_digits(images: Tensor, labels: Tensor) -> dict:
+    """What the judge of digits makes of images (N, 1, H, W), float in [0, 1], that should show the classes (N,).
+
+    Returns:
+        A dict that JSON can hold: `count`, `recognised`, `recognised_count`, `recognised_by_class` and `fd-digits` as
+        the metrics of these names give them (label 10, the null class, asks for no digit), and `reference`, what real
+        digits reach.
+
+    Raises:
+        UserError: for fewer than two images, other shapes, values that are not in [0, 1], and unknown labels.
+    """
+    return Judge(["digits"], device=images.device)(images, labels)
+
+
 def judge_of_score(
     score: str,
     judge: str | None,
@@ -124,10 +144,7 @@ def judge_of_score(
     device: str | torch.device = "cpu",
     extractor_options: dict[str, dict] | None = None,
 ) -> Judge:
-    """Who gives `score`: the `judge` that a recipe names, unless there is a `reference` to measure a metric against."""
-    judged = directions(judge) if judge else {}
-    if score in scores and (reference is not None or score not in judged):
-        return Judge([score], reference, device, extractor_options)
-    if judge is None or score not in judged:
-        raise unknown_name("metric", score, [*judged, *scores.names()])
-    return Judge([judge], reference, device, extractor_options)
+    """Who gives `score`: the set `judge` that a recipe names, unless there is a `reference` to measure it against."""
+    part = metrics.create(judge) if judge else None
+    known = judge and isinstance(part, MetricSet) and score in part.names and reference is None
+    return Judge([judge if known and judge else score], reference, device, extractor_options)

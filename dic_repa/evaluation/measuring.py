@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,14 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import ImageSet
+from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, metrics, plain
 from dic_repa.evaluation.reference import load_reference
-from dic_repa.evaluation.scores import KID_SUBSET_SIZE, scores
 from dic_repa.runtime.precision import tf32
 
 ADM_METRICS = ("fid", "sfid", "is", "prec", "recall")
 FULL_COUNT = 50_000  # samples behind a published FID
 DEFAULT_SEED = 0
+OF_REFERENCE = ("gaussian", "features")  # what a metric may need of it
 
 
 def measure(
@@ -38,18 +40,22 @@ def measure(
 
 @dataclass
 class Measured:
-    """`values` and `intervals` (where asked for) by metric, of `count` samples of `size`, and `warnings` about them."""
+    """`values` and `intervals` (where asked for) by metric, of `count` samples of `size`, and `warnings` about them.
+
+    A value is None where there was nothing to look at, as without labels; `details` are what metrics tell besides.
+    """
 
     values: dict[str, float]
     count: int
     size: tuple[int, int]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-def check_reference(metrics: Sequence[str], reference) -> None:
-    """A UserError where some of the `metrics` compare with real images and the `reference` is missing."""
-    needy = [name for name in metrics if scores.find(name).needs]
+def check_reference(names: Sequence[str], reference) -> None:
+    """A UserError where some of these metrics compare with real images and the `reference` is missing."""
+    needy = [name for name in names if metrics.create(name).needs in OF_REFERENCE]
     if needy and reference is None:
         compare = "compares" if len(needy) == 1 else "compare"
         hint = "give a reference (--reference, or evaluate.reference in a recipe)"
@@ -60,7 +66,7 @@ class Measure:
     """Scores sets of samples against one reference, whose features are computed once.
 
     Args:
-        metrics: names from `scores.names()`: fid, sfid, is, kid, prec, recall, fid-infinity, fd-dinov2, fd-digits, ...
+        names: from `metrics.names()`: fid, sfid, is, kid, prec, recall, fid-infinity, fd-dinov2, fd-digits, ...
         reference: a folder, zip or tar of images, an `.npz` (images, or ADM's mu, sigma, mu_s, sigma_s), a prepared or
             Arrow data set, 'digits' (the held-out ones), statistics saved by `save_statistics`, a data set in memory,
             or a FeatureSet; None for metrics that need none.
@@ -76,7 +82,7 @@ class Measure:
 
     def __init__(
         self,
-        metrics: Sequence[str] = ("fid",),
+        names: Sequence[str] = ("fid",),
         reference=None,
         device: str | torch.device = "cpu",
         *,
@@ -87,15 +93,15 @@ class Measure:
         share: Share | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ):
-        self.metrics = {name: scores.find(name) for name in metrics}
+        self.metrics = {name: metrics.create(name) for name in plain(names)}
         self.device, self.batch_size, self.share, self.resize = device, batch_size, share, resize
         self.layers = list(dict.fromkeys(score.layer for score in self.metrics.values()))
         names = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
         options = extractor_options or {}
-        check_reference(metrics, reference)
+        check_reference(list(self.metrics), reference)
         self.extractors = {name: extractors.find(name)(**options.get(name, {})).to(device) for name in names}
         self.reference: FeatureSet | None = None
-        needed = [score for score in self.metrics.values() if score.needs]
+        needed = [metric for metric in self.metrics.values() if metric.needs in OF_REFERENCE]
         if needed:
             run = functools.partial(extract, device=device, batch_size=batch_size, share=share, progress=progress)
             self.reference = load_reference(reference, needed, self.extractors, run, resize, cache, self._agree)
@@ -106,13 +112,18 @@ class Measure:
         images: ImageSet | Iterable[Tensor],
         bootstrap: int = 0,
         progress: Callable[[int], None] = lambda count: None,
+        labels: Tensor | None = None,
     ) -> Measured:
-        """The scores of `images`; `bootstrap` resamplings give each a confidence interval of 95 %.
+        """The scores of `images`, with the classes `labels` (N,) that they should show where a metric needs them.
+
+        `bootstrap` resamplings give each a confidence interval of 95 %.
 
         The interval is the score and 1.96 standard deviations of its resamplings on either side: not their quantiles,
         since resampling repeats samples, which by itself makes a Fréchet distance larger. Raises UserError for images
         that are broken, of another size than the reference's, or of a single colour each.
         """
+        if labels is None and (needy := [name for name, metric in self.metrics.items() if metric.needs == "labels"]):
+            raise UserError(f"{', '.join(needy)}: the images do not tell which class each should show; measure a run")
         if isinstance(images, ImageSet):
             self.check_size(images.size())  # before all of them are looked at
         else:
@@ -124,9 +135,12 @@ class Measure:
         on_mps = torch.device(self.device).type == "mps"  # Apple's GPUs have no float64
         for name, score in self.metrics.items():
             features = found.features[score.layer].to("cpu" if on_mps else self.device)
-            measured.values[name] = value = score(features, self.reference)
-            if bootstrap:
-                margin = 1.96 * score.deviation(features, self.reference, bootstrap, DEFAULT_SEED)
+            against = labels if score.needs == "labels" else self.reference
+            measured.values[name] = value = score(features, against)
+            if labels is not None and score.needs == "labels":
+                measured.details |= score.details(features, labels)
+            if bootstrap and value is not None:
+                margin = 1.96 * score.deviation(features, against, bootstrap, DEFAULT_SEED)
                 measured.intervals[name] = (value - margin, value + margin)
         return measured
 
@@ -156,7 +170,7 @@ class Measure:
             warnings.append(f"{samples.constant} of {samples.count} images are of a single colour each")
         gaussian = [name for name, score in self.metrics.items() if score.needs == "gaussian"]
         if gaussian and samples.count < FULL_COUNT:
-            offers = [f"{name}-infinity" for name in gaussian if f"{name}-infinity" in scores]
+            offers = [f"{name}-infinity" for name in gaussian if f"{name}-infinity" in metrics]
             offer = f"; the metric {offers[0]} extrapolates" if offers and offers[0] not in gaussian else ""
             which = ", ".join(name for name in gaussian if "infinity" not in name)
             if which:

@@ -21,7 +21,7 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.evaluation.extractors import Extractor, describe_extractor
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
-from dic_repa.evaluation.scores import Score
+from dic_repa.evaluation.metrics import Metric
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.cache import cache_folder
 from dic_repa.files.hashing import fingerprint
@@ -38,7 +38,7 @@ STORED = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigm
 
 def load_reference(
     source,
-    needed: Sequence[Score],
+    needed: Sequence[Metric],
     extractors: dict[str, Extractor],
     run: Callable[..., FeatureSet],
     resize: int | None = None,
@@ -104,7 +104,7 @@ def _check_resize(found: FeatureSet, resize: int | None, source: str) -> None:
         )
 
 
-def _complete(found: FeatureSet, needed: Sequence[Score], source: str) -> FeatureSet:
+def _complete(found: FeatureSet, needed: Sequence[Metric], source: str) -> FeatureSet:
     for score in needed:
         if score.needs == "gaussian" and score.layer not in found.gaussians:
             raise UserError(f"{source} has no statistics of {score.layer}, which {score.title} needs; give the images")
@@ -139,7 +139,7 @@ def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) ->
 class _Statistics:
     """Which layers of a reference to keep, and the file in which they are."""
 
-    def __init__(self, extractors: dict[str, Extractor], needed: Sequence[Score]):
+    def __init__(self, extractors: dict[str, Extractor], needed: Sequence[Metric]):
         names = dict.fromkeys(score.layer.partition(".")[0] for score in needed)
         self.extractors = {name: extractors[name] for name in names}
         # All layers that some score compares with, so that another choice of metrics finds them too.

@@ -15,8 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from dic_repa import __version__
-from dic_repa.evaluation import metrics, scores
-from dic_repa.evaluation.judging import directions, title
+from dic_repa.evaluation.metrics import find_metric, metrics
 from dic_repa.evaluation.report_data import read_run
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
@@ -55,12 +54,8 @@ def render(runs: list[dict]) -> str:
 
 def _known_scores() -> dict[str, dict]:
     """What the page has to know of each score: its title, which direction is better, and the most that it can be."""
-    known = {}
-    for name in [*metrics.names(), *scores.names()]:
-        most = {name: scores.find(name).most} if name in scores else getattr(metrics.find(name), "most", {})
-        for score, better in directions(name).items():
-            known[score] = {"title": title(score), "better": better, "most": most.get(score)}
-    return known
+    known = {name: metric for name in metrics.names() if (metric := find_metric(name))}
+    return {name: {"title": m.title, "better": m.better, "most": m.most} for name, m in known.items()}
 
 
 def distinct_names(runs: Sequence[RunFolder]) -> list[str]:

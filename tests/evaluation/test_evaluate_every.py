@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dic_repa.cli import main
 from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
-from dic_repa.evaluation import judge_digits, metrics
+from dic_repa.evaluation import Metric, judge_digits, metrics
 from dic_repa.evaluation.report_data import read_run
 from dic_repa.recipe import load_recipe
 from dic_repa.runs.folder import RunFolder
@@ -47,16 +47,18 @@ def records(run: RunFolder) -> list[dict]:
 
 @pytest.fixture
 def judged(monkeypatch):
-    """A judge with scores known beforehand, one for each evaluation; None where it can tell nothing."""
+    """A metric with scores known beforehand, one for each evaluation; None where it can tell nothing."""
     values: list[float | None] = []
 
-    def judge(images, labels):
-        if values[0] is None:
-            raise UserError(f"no score for {values.pop(0)}")
-        return {"count": len(images), "loss": values.pop(0)}
+    class Known(Metric):
+        needs = ""
 
-    judge.better = {"loss": "lower"}
-    monkeypatch.setitem(metrics._entries, "known", judge)
+        def __call__(self, features, reference):
+            if values[0] is None:
+                raise UserError(f"no score for {values.pop(0)}")
+            return values.pop(0)
+
+    monkeypatch.setitem(metrics._entries, "known", lambda: Known("digits.features", "known"))
     return values
 
 
@@ -86,7 +88,7 @@ def test_the_scores_are_those_of_the_averaged_weights():
 def test_the_best_checkpoint_is_kept(judged):
     judged += [3.0, 1.0, math.nan, 2.0, 1.0]
     done = run("run", *EVERY, "evaluate.metric=known", steps=10)
-    assert done.best() == {"step": 4, "score": "loss", "value": 1.0}  # the first of two alike
+    assert done.best() == {"step": 4, "score": "known", "value": 1.0}  # the first of two alike
     assert sorted(folder.name for folder in done.list_checkpoints()) == ["step_00000004", "step_00000010"]
     assert (done.checkpoints / "best").resolve() == done.checkpoint_path(4).resolve()
     same = load(done.checkpoints / "best").denoiser.state_dict()
@@ -116,7 +118,7 @@ def test_a_resumed_run_finds_the_same_best(judged):
     run("parts", *EVERY, "evaluate.metric=known", steps=4)
     judged += [4.0, 2.0]
     parts = run("parts", *EVERY, "evaluate.metric=known", resume=True)
-    assert parts.best() == whole.best() == {"step": 8, "score": "loss", "value": 2.0}
+    assert parts.best() == whole.best() == {"step": 8, "score": "known", "value": 2.0}
     assert records(parts) == records(whole)
     for name, tensors in weights(whole.checkpoint_path(8)).items():
         assert all(torch.equal(t, tensors[key]) for key, t in weights(parts.checkpoint_path(8))[name].items())

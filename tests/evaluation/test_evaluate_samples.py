@@ -23,7 +23,7 @@ from dic_repa.cli.evaluate import command
 from dic_repa.data.digits import Digits, load_digits, resize
 from dic_repa.data.images import center_crop
 from dic_repa.errors import UserError
-from dic_repa.evaluation import Measure, frechet_distance, measure, open_images, scores, statistics
+from dic_repa.evaluation import Measure, frechet_distance, measure, metrics, open_images, statistics
 from dic_repa.evaluation.digits import load_digits_classifier
 from dic_repa.evaluation.features import FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import as_uint8
@@ -222,8 +222,8 @@ def test_stored_statistics_are_not_resized_in_silence(evaluate, adm_reference):
     """They are of the size of the images beside them, to which samples of another size can be cropped."""
     np.savez("samples.npz", np.random.default_rng(1).integers(0, 256, (9, 24, 24, 3), dtype=np.uint8))
     options = ["samples.npz", "--metrics", "fid", "--no-cache", "--reference"]
-    for metrics in ("fid", "fid,prec"):
-        refused = evaluate(*options, "ref.npz", "--metrics", metrics, "--resize", 12, fails=True)
+    for names in ("fid", "fid,prec"):
+        refused = evaluate(*options, "ref.npz", "--metrics", names, "--resize", 12, fails=True)
         assert "ref.npz has statistics of images of 16x16, which cannot be resized to 12" in refused
     assert "the samples are 24x24, the reference 16x16" in evaluate(*options, "ref.npz", fails=True)
     evaluate(*options, "ref.npz", "--resize", 12, "--metrics", "prec")  # of the images, which can be
@@ -410,7 +410,7 @@ def test_inception_scores_are_measured_by_the_verb(evaluate, places, tmp_path):
     record = json.loads(Path("few.metrics.json").read_text())
     assert 1 <= record["metrics"]["is"] < 4
     assert record["reference"] is None
-    assert scores.find("is").better == "higher"
+    assert metrics.create("is").better == "higher"
 
 
 def test_prepared_and_arrow_data_sets_are_references(tmp_path, mistake):

@@ -15,7 +15,7 @@ from inception import write_inception
 from PIL import Image
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation import Measure, open_images, scores
+from dic_repa.evaluation import Measure, metrics, open_images
 from dic_repa.evaluation.extractors import Digits, Inception
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.frechet import RunningStatistics, statistics
@@ -34,7 +34,7 @@ def as_reference(features: torch.Tensor, layer: str) -> FeatureSet:
 
 @pytest.mark.parametrize(("name", "dim"), [("fid", 64), ("sfid", 33), ("fd-dinov2", 24)])
 def test_frechet_scores_match_scipy(name, dim):
-    score = scores.find(name)
+    score = metrics.create(name)
     samples, real = draw(300, dim, 0), draw(500, dim, 1, 1.3, 0.2)
     a, b = samples.double().numpy(), real.double().numpy()
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -54,13 +54,13 @@ def test_sfid_matches_scipy_at_all_its_dimensions():
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(scipy.linalg.eigvals(cov_a @ cov_b).real).sum()
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
-    score = scores.find("sfid")
+    score = metrics.create("sfid")
     assert score(sets[0], as_reference(sets[1], score.layer)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_frechet_distance_of_two_gaussians_in_closed_form():
     """For N(0, I) and N(m, s^2 I) it is |m|^2 + D (1 - s)^2, which sampled features come near."""
-    dim, scale, shift, score = 16, 1.5, 0.5, scores.find("fid")
+    dim, scale, shift, score = 16, 1.5, 0.5, metrics.create("fid")
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randn(40_000, dim, generator=generator) for _ in range(2))
     expected = dim * shift**2 + dim * (1 - scale) ** 2
@@ -77,7 +77,7 @@ def test_inception_score_matches_numpy_in_parts_of_5000():
     for part in (p[:5000], p[5000:10_000], p[10_000:]):
         kl = (part * (np.log(part) - np.log(part.mean(0, keepdims=True)))).sum(1)
         expected.append(np.exp(kl.mean()))
-    assert scores.find("is")(logits, None) == pytest.approx(np.mean(expected), rel=1e-4)
+    assert metrics.create("is")(logits, None) == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 def test_precision_and_recall_match_every_distance_computed():
@@ -93,8 +93,8 @@ def test_precision_and_recall_match_every_distance_computed():
     precision, recall = inside(a, b), inside(b, a)
     assert 0.1 < precision < 0.99
     assert 0.1 < recall < 0.99
-    assert scores.find("prec")(samples, reference) == pytest.approx(precision, rel=1e-4)
-    assert scores.find("recall")(samples, reference) == pytest.approx(recall, rel=1e-4)
+    assert metrics.create("prec")(samples, reference) == pytest.approx(precision, rel=1e-4)
+    assert metrics.create("recall")(samples, reference) == pytest.approx(recall, rel=1e-4)
 
 
 def test_manifolds_are_the_same_in_blocks(monkeypatch):
@@ -110,16 +110,16 @@ def test_kid_matches_numpy_on_one_whole_subset():
     kernel = lambda x, y: (x.double().numpy() @ y.double().numpy().T / 8 + 1) ** 3  # noqa: E731
     xx, yy, xy = kernel(samples, samples), kernel(real, real), kernel(samples, real)
     within = ((xx.sum() - np.trace(xx)) + (yy.sum() - np.trace(yy))) / (40 * 39)
-    score = scores.find("kid")(samples, as_reference(real, "inception.pool"))  # each of its subsets is all of them
+    score = metrics.create("kid")(samples, as_reference(real, "inception.pool"))  # each of its subsets is all of them
     assert score == pytest.approx(within - 2 * xy.mean(), rel=1e-4)
 
 
 def test_a_set_against_itself():
     features = draw(400, 32, 10)
     reference = as_reference(features, "inception.pool")
-    assert scores.find("fid")(features, reference) == pytest.approx(0, abs=1e-6)
-    assert scores.find("prec")(features, reference) == scores.find("recall")(features, reference) == 1
-    assert abs(scores.find("kid")(features, reference)) < 0.05
+    assert metrics.create("fid")(features, reference) == pytest.approx(0, abs=1e-6)
+    assert metrics.create("prec")(features, reference) == metrics.create("recall")(features, reference) == 1
+    assert abs(metrics.create("kid")(features, reference)) < 0.05
 
 
 def test_infinity_takes_the_bias_out():
@@ -127,18 +127,18 @@ def test_infinity_takes_the_bias_out():
     truth = torch.randn(200, 200, generator=torch.Generator().manual_seed(1)).double() / 200**0.5
     reference = FeatureSet(2, None, {"inception.pool": (torch.zeros(200).double(), truth.mT @ truth)})
     samples = torch.randn(6000, 200, generator=torch.Generator().manual_seed(2)).double() @ truth
-    plain = scores.find("fid")(samples, reference)
+    plain = metrics.create("fid")(samples, reference)
     assert plain > 0.5
-    assert abs(scores.find("fid-infinity")(samples, reference)) < plain / 5
+    assert abs(metrics.create("fid-infinity")(samples, reference)) < plain / 5
 
 
 def test_bootstrap_deviation_is_that_of_the_sampling():
-    score, reference = scores.find("fid"), as_reference(draw(4000, 4, 0, 1.0), "inception.pool")
+    score, reference = metrics.create("fid"), as_reference(draw(4000, 4, 0, 1.0), "inception.pool")
     again = [score(draw(4000, 4, 0)[torch.randperm(4000)[:1000]] + 0.5, reference) for _ in range(30)]
     one = draw(4000, 4, 0)[:1000] + 0.5
     assert score.deviation(one, reference, 60) == pytest.approx(np.std(again), rel=0.5)
     inside = torch.tensor([True] * 30 + [False] * 70)
-    precision = scores.find("prec")
+    precision = metrics.create("prec")
     object.__setattr__(precision, "_inside", lambda *arguments: inside)
     try:
         assert precision.deviation(one, reference, 10) == pytest.approx((0.3 * 0.7 / 100) ** 0.5)
@@ -148,7 +148,7 @@ def test_bootstrap_deviation_is_that_of_the_sampling():
 
 def test_bootstrap_of_kid_is_of_the_samples_not_of_the_subsets():
     """With fewer samples than a subset has, every subset is all of them, which tells nothing of other samples."""
-    score, reference = scores.find("kid"), as_reference(draw(60, 4, 0), "inception.pool")
+    score, reference = metrics.create("kid"), as_reference(draw(60, 4, 0), "inception.pool")
     again = [score(draw(4000, 4, 0)[torch.randperm(4000)[:60]] + 0.5, reference) for _ in range(20)]
     one = draw(4000, 4, 0)[:60] + 0.5
     assert score.deviation(one, reference, 20) == pytest.approx(np.std(again), rel=0.6)

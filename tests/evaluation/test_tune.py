@@ -14,8 +14,10 @@ from conftest import TINY
 from dic_repa.cli.tune import command
 from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
-from dic_repa.evaluation import judge_digits, metrics
+from dic_repa.evaluation import Metric, judge_digits, metrics
+from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.judging import Judge
+from dic_repa.evaluation.metrics import MetricSet
 from dic_repa.evaluation.report_data import _tuning
 from dic_repa.evaluation.runs import Judgement
 from dic_repa.evaluation.tune import Tuner
@@ -28,10 +30,40 @@ from dic_repa.sampling.load import Checkpoint, load
 SCALES, INTERVALS = (1.0, 1.5, 2.0, 3.0), ((0.0, 0.5), (0.0, 1.0))
 
 
-class Landscape:
-    """A sampler whose images tell the guidance that they were asked with, and a judge that reads it from them."""
+class Pixels:
+    """An extractor that gives the images as they are."""
 
-    better = {"loss": "lower", "gain": "higher"}  # noqa: RUF012
+    layers, fingerprint, resizing, notes = ("pixels",), "", "", ()
+
+    def to(self, _device):
+        return self
+
+    def __call__(self, images):
+        return {"pixels": images.float().flatten(1) / 255}
+
+
+class Loss(Metric):
+    """Lowest at a scale of 2, read from images that tell the guidance that they were asked with."""
+
+    needs = ""
+
+    def __call__(self, features, _reference):
+        scale, high = round(features[0, 0].item() * 10, 1), round(features[0, 2].item(), 1)
+        distance = (scale - 2) ** 2 + 0.005 * (1 - high) * (scale != 1)
+        if len(features) < 30 and (scale, high) == (2.0, 0.5):
+            distance -= 0.01
+        return distance if scale < 3 or self.title == "gain" else math.nan
+
+
+class Gain(Loss):
+    better = "higher"
+
+    def __call__(self, features, reference):
+        return -super().__call__(features, reference)
+
+
+class Landscape:
+    """A sampler whose images tell the guidance that they were asked with."""
 
     def __init__(self):
         self.asked = []
@@ -42,16 +74,10 @@ class Landscape:
         self.asked.append((scale, high, settings.num, settings.seed))
 
         def sampler(labels):
-            yield torch.tensor([scale / 10, high]).view(1, 2, 1, 1).expand(len(labels), -1, -1, -1)
+            pixels = [scale / 10, scale / 10, high, high, 0.0, 1.0]  # two of each channel; of one colour they were bad
+            yield torch.tensor(pixels).view(1, 3, 1, 2).expand(len(labels), -1, -1, -1)
 
         return sampler
-
-    def __call__(self, images, _labels):
-        scale, high = round(images[0, 0].item() * 10, 1), round(images[0, 1].item(), 1)
-        distance = (scale - 2) ** 2 + 0.005 * (1 - high) * (scale != 1)
-        if len(images) < 30 and (scale, high) == (2.0, 0.5):
-            distance -= 0.01
-        return {"loss": distance if scale < 3 else math.nan, "gain": -distance}
 
 
 @pytest.fixture
@@ -68,7 +94,10 @@ def checkpoint(tmp_path):
 def landscape(monkeypatch):
     found = Landscape()
     monkeypatch.setattr(Checkpoint, "sampler", lambda _loaded, settings: found.sampler(settings))
-    monkeypatch.setitem(metrics._entries, "digits", found)
+    monkeypatch.setitem(extractors._entries, "pixels", Pixels)
+    parts = {"loss": Loss("pixels.pixels", "loss"), "gain": Gain("pixels.pixels", "gain")}
+    for name, part in {**parts, "digits": MetricSet(("loss", "gain"), main="loss")}.items():
+        monkeypatch.setitem(metrics._entries, name, lambda part=part: part)
     return found
 
 

@@ -1,12 +1,15 @@
-"""The scores of a set of samples against a reference, by name: FID, sFID, IS, KID, precision, recall and their like.
+"""The metrics of a set of samples, by name: FID, sFID, IS, KID, precision, recall and their like.
 
-A score takes one layer of features of the samples, (N, D), and the reference's `FeatureSet`. A score of your own is an
-instance of a subclass of `Score`, filed with `scores.register(name)`.
+A metric takes one layer of features of the samples, (N, D), and what it compares them with: the reference's
+`FeatureSet`, or the labels. One of your own is a subclass of `Metric`, filed with `metrics.register(name)` or named as
+`package.module:Class`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,22 +20,22 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.frechet import FrechetDistance, statistics
 from dic_repa.evaluation.manifold import within_manifold
-from dic_repa.registry import Registry
+from dic_repa.registry import Registry, first_sentence
 
-scores = Registry("metric")
+metrics = Registry("metric", modules=["dic_repa.evaluation.digits"], key="evaluate.metric")
 IS_SPLIT = 5000  # ADM's
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's
 INFINITY_POINTS, INFINITY_SMALLEST = 15, 5000  # of Chong and Forsyth
 
 
 @dataclass(frozen=True)
-class Score:
-    """One number of merit. `layer` is '<extractor>.<layer>'; `title` heads the table's column."""
+class Metric:
+    """One number about samples. `layer` is '<extractor>.<layer>'; `title` heads the table's column."""
 
     layer: str
     title: str
     better: ClassVar[str] = "lower"
-    needs: ClassVar[str] = "gaussian"  # of the reference: gaussian, features, or nothing
+    needs: ClassVar[str] = "gaussian"  # of the reference: gaussian or features; or labels; or nothing
     most: ClassVar[float | None] = None  # what it cannot exceed: 1 for a share
 
     def __call__(self, features: Tensor, reference: Any) -> float:
@@ -54,7 +57,7 @@ class Score:
         return lambda rows: self(features[rows], reference)
 
 
-class Frechet(Score):
+class Frechet(Metric):
     """The Fréchet distance to the reference's Gaussian: FID on Inception's pool, sFID on its spatial features."""
 
     def __call__(self, features: Tensor, reference: FeatureSet) -> float:
@@ -100,7 +103,7 @@ class FrechetAtInfinity(Frechet):
         return (y.mean() - slope * x.mean()).item()
 
 
-class InceptionScore(Score):
+class InceptionScore(Metric):
     """exp of the mean of KL(p(y|x) || p(y)), over parts of 5,000 samples in order, averaged: ADM's definition."""
 
     better = "higher"
@@ -115,7 +118,7 @@ class InceptionScore(Score):
         return torch.stack(parts).mean().item()
 
 
-class InceptionScoreOfTorchFidelity(Score):
+class InceptionScoreOfTorchFidelity(Metric):
     """The same over 10 parts of the shuffled samples, whatever their number: torch-fidelity's definition."""
 
     better = "higher"
@@ -129,7 +132,7 @@ class InceptionScoreOfTorchFidelity(Score):
         return isc_features_to_metric(features.cpu())[KEY_METRIC_ISC_MEAN]
 
 
-class KernelDistance(Score):
+class KernelDistance(Metric):
     """KID by torch-fidelity: the squared MMD with a cubic kernel, the mean over 100 subsets of 1,000 images."""
 
     needs = "features"
@@ -145,7 +148,7 @@ class KernelDistance(Score):
         return found[KEY_METRIC_KID_MEAN]
 
 
-class Precision(Score):
+class Precision(Metric):
     """The share of samples within the reference's manifold, see `within_manifold`."""
 
     better = "higher"
@@ -172,26 +175,65 @@ class Recall(Precision):
         return within_manifold(reference.features[self.layer].to(features.device), features)
 
 
-for _name, _score in {
-    "fid": Frechet("inception.pool", "FID"),
-    "sfid": Frechet("inception.spatial", "sFID"),
-    "is": InceptionScore("inception.logits", "IS"),
-    "is-torch-fidelity": InceptionScoreOfTorchFidelity("inception.logits", "IS (10 parts)"),
-    "kid": KernelDistance("inception.pool", "KID"),
-    "prec": Precision("inception.pool", "precision"),
-    "recall": Recall("inception.pool", "recall"),
-    "fid-infinity": FrechetAtInfinity("inception.pool", "FID-infinity"),
-    "fd-dinov2": Frechet("dinov2.cls", "FD-DINOv2"),
-    "fd-dinov2-infinity": FrechetAtInfinity("dinov2.cls", "FD-DINOv2-infinity"),
-    "prec-dinov2": Precision("dinov2.cls", "precision (DINOv2)"),
-    "recall-dinov2": Recall("dinov2.cls", "recall (DINOv2)"),
-    "fd-digits": Frechet("digits.features", "FD-digits"),
-    "fd-digits-infinity": FrechetAtInfinity("digits.features", "FD-digits-infinity"),
-    "prec-digits": Precision("digits.features", "precision (digits)"),
-    "recall-digits": Recall("digits.features", "recall (digits)"),
-    "fd-encoder": Frechet("encoder.pooled", "FD-encoder"),
-    "fd-encoder-infinity": FrechetAtInfinity("encoder.pooled", "FD-encoder-infinity"),
-    "prec-encoder": Precision("encoder.pooled", "precision (encoder)"),
-    "recall-encoder": Recall("encoder.pooled", "recall (encoder)"),
-}.items():
-    scores.register(_name)(_score)
+@dataclass(frozen=True)
+class MetricSet:
+    """Metrics by one name, against a reference of their own where none is given: a recipe's judge.
+
+    names: of the metrics, in the order of a table; main: the one that a search goes by.
+    """
+
+    names: tuple[str, ...]
+    main: str
+
+    def reference(self) -> FeatureSet | None:
+        """What the metrics compare with; None where they need nothing."""
+        return None
+
+    def check(self, images: Tensor, labels: Tensor) -> None:
+        """A UserError for images (B, C, H, W) and labels (B,) that these metrics cannot look at."""
+
+    def bounds(self, count: int) -> dict[str, Any]:
+        """The scores of as many real images: what samples can reach."""
+        return {}
+
+
+def plain(names: Iterable[str]) -> list[str]:
+    """The metrics of these names, those of a set in the set's place."""
+    found: list[str] = []
+    for name in names:
+        part = metrics.create(name)
+        found += part.names if isinstance(part, MetricSet) else [name]
+    return list(dict.fromkeys(found))
+
+
+def find_metric(name: str) -> Metric | None:
+    """The metric that a score of that name is of; None for other names, and for a set's."""
+    part = metrics.create(name) if name in metrics else None
+    return part if isinstance(part, Metric) else None
+
+
+_KINDS: tuple[tuple[str, type[Metric], str, str], ...] = (
+    ("fid", Frechet, "inception.pool", "FID"),
+    ("sfid", Frechet, "inception.spatial", "sFID"),
+    ("is", InceptionScore, "inception.logits", "IS"),
+    ("is-torch-fidelity", InceptionScoreOfTorchFidelity, "inception.logits", "IS (10 parts)"),
+    ("kid", KernelDistance, "inception.pool", "KID"),
+    ("prec", Precision, "inception.pool", "precision"),
+    ("recall", Recall, "inception.pool", "recall"),
+    ("fid-infinity", FrechetAtInfinity, "inception.pool", "FID-infinity"),
+    ("fd-dinov2", Frechet, "dinov2.cls", "FD-DINOv2"),
+    ("fd-dinov2-infinity", FrechetAtInfinity, "dinov2.cls", "FD-DINOv2-infinity"),
+    ("prec-dinov2", Precision, "dinov2.cls", "precision (DINOv2)"),
+    ("recall-dinov2", Recall, "dinov2.cls", "recall (DINOv2)"),
+    ("fd-digits", Frechet, "digits.features", "FD-digits"),
+    ("fd-digits-infinity", FrechetAtInfinity, "digits.features", "FD-digits-infinity"),
+    ("prec-digits", Precision, "digits.features", "precision (digits)"),
+    ("recall-digits", Recall, "digits.features", "recall (digits)"),
+    ("fd-encoder", Frechet, "encoder.pooled", "FD-encoder"),
+    ("fd-encoder-infinity", FrechetAtInfinity, "encoder.pooled", "FD-encoder-infinity"),
+    ("prec-encoder", Precision, "encoder.pooled", "precision (encoder)"),
+    ("recall-encoder", Recall, "encoder.pooled", "recall (encoder)"),
+)
+for _name, _kind, _layer, _title in _KINDS:
+    _says = f"{_title} on {_layer}: {first_sentence(_kind.__doc__ or '')}"
+    metrics.register(_name, description=_says)(functools.partial(_kind, _layer, _title))
