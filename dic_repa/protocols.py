@@ -333,15 +333,15 @@ class LastStep(Protocol):
 
 @runtime_checkable
 class Metric(Protocol):
-    """A number of merit; derive from `dic_repa.evaluation.scores.Score`."""
+    """A number about samples; derive from `dic_repa.evaluation.Metric`."""
 
     layer: str  # '<extractor>.<layer>': whose features it takes
     title: str  # of a table's column
     better: str  # 'lower' or 'higher'
-    needs: str  # of the reference: 'gaussian', 'features', or '' for nothing
+    needs: str  # of the reference: 'gaussian' or 'features'; or 'labels'; or '' for nothing
 
-    def __call__(self, features: Tensor, reference: Any, /) -> float:
-        """The score of the samples' features (N, D) against the reference's `FeatureSet`."""
+    def __call__(self, features: Tensor, reference: Any, /) -> float | None:
+        """The score of the samples' features (N, D) against what it needs: a `FeatureSet`, labels (N,), or None."""
         ...
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +18,12 @@ from torch.nn import functional as F
 from dic_repa.errors import UserError
 from dic_repa.files.hashing import file_sha256, fingerprint
 from dic_repa.files.weights import load_weights, read_tensors
+from dic_repa.protocols import FeatureExtractor
 from dic_repa.registry import Registry
 
 extractors = Registry("feature extractor")
 INCEPTION_SHA256 = "6726825d"  # the first digits, which torch-fidelity's file has in its name
 SPATIAL_CHANNELS = 7
-
-
-class Extractor(Protocol):
-    """What a metric needs of a network; `layers` are the keys of what a call returns."""
-
-    layers: tuple[str, ...]
-    fingerprint: str
-    resizing: str
-    notes: tuple[str, ...]  # what a reader of its scores should know
-    # And optionally `made_of`, a dict of what it was built with, for records.
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
 
 
 @extractors.register("inception")
@@ -221,7 +210,7 @@ def no_fid(encoder: str) -> str:
     )
 
 
-def describe_extractor(extractor: Extractor) -> dict:
+def describe_extractor(extractor: FeatureExtractor) -> dict:
     """What tells an extractor's features from another's: of the weights, and of the size that images are brought to."""
     return {"weights": extractor.fingerprint, "resizing": extractor.resizing}
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.extractors import Extractor
 from dic_repa.evaluation.frechet import RunningStatistics
 from dic_repa.evaluation.image_sets import ImageSet, as_uint8
+from dic_repa.protocols import FeatureExtractor
 from dic_repa.runtime.precision import tf32
 
 
@@ -44,7 +44,7 @@ class Share:
 @tf32(False)
 def extract(
     images: ImageSet | Iterable[Tensor],
-    extractors: dict[str, Extractor],
+    extractors: dict[str, FeatureExtractor],
     layers: Iterable[str],
     keep: int | None = None,
     statistics: bool = False,
@@ -117,7 +117,7 @@ def _turn(start: int, count: int, batch_size: int, share: Share) -> list[int]:
     return own
 
 
-def _features(batch: Tensor, extractors: dict[str, Extractor], layers: Sequence[str]) -> dict[str, Tensor]:
+def _features(batch: Tensor, extractors: dict[str, FeatureExtractor], layers: Sequence[str]) -> dict[str, Tensor]:
     found = {}
     for name in dict.fromkeys(layer.partition(".")[0] for layer in layers):
         for key, value in extractors[name](batch).items():

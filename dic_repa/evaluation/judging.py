@@ -99,12 +99,12 @@ class Judge:
     def __call__(self, images: Tensor | Iterable[Tensor], labels: Tensor) -> dict:
         """The scores of images (N, C, H, W), or of batches of them: metrics take these as they come, and never hold all
         of them; a set is given all at once."""
-        if self.sets and not isinstance(images, Tensor):
-            images = torch.cat(list(images))
         found: dict = {}
+        if self.sets:
+            images = whole = images if isinstance(images, Tensor) else torch.cat(list(images))
         for part, measure in self.sets:
-            part.check(images, labels)
-            scored = measure(_batches(images, measure), labels=labels)
+            part.check(whole, labels)
+            scored = measure(whole.split(measure.batch_size), labels=labels)
             found |= {"count": scored.count, **scored.details, **scored.values, "reference": part.bounds(scored.count)}
         if self.measure:
             found |= self.measure(_batches(images, self.measure), labels=labels).values

@@ -96,10 +96,10 @@ class Measure:
         self.metrics = {name: metrics.create(name) for name in plain(names)}
         self.device, self.batch_size, self.share, self.resize = device, batch_size, share, resize
         self.layers = list(dict.fromkeys(score.layer for score in self.metrics.values()))
-        names = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
+        networks = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
         options = extractor_options or {}
         check_reference(list(self.metrics), reference)
-        self.extractors = {name: extractors.find(name)(**options.get(name, {})).to(device) for name in names}
+        self.extractors = {name: extractors.find(name)(**options.get(name, {})).to(device) for name in networks}
         self.reference: FeatureSet | None = None
         needed = [metric for metric in self.metrics.values() if metric.needs in OF_REFERENCE]
         if needed:

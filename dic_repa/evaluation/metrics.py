@@ -38,9 +38,17 @@ class Metric:
     needs: ClassVar[str] = "gaussian"  # of the reference: gaussian or features; or labels; or nothing
     most: ClassVar[float | None] = None  # what it cannot exceed: 1 for a share
 
-    def __call__(self, features: Tensor, reference: Any) -> float:
-        """The score of the samples' features (N, D); `reference` is a `FeatureSet`, None where it `needs` none."""
+    def __call__(self, features: Tensor, reference: Any) -> Any:
+        """The score of the samples' features (N, D), a number, or None where there is nothing to score.
+
+        Args:
+            reference: what the metric `needs`: a `FeatureSet`; the labels (N,); or None.
+        """
         raise NotImplementedError
+
+    def details(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
+        """What a record tells beside the score, of a metric that needs labels."""
+        return {}
 
     def deviation(self, features: Tensor, reference: Any, times: int, seed: int = 0) -> float:
         """The standard deviation of the score over `times` resamplings of the samples, with replacement."""

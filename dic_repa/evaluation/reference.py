@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dic_repa.errors import UserError, first_line
-from dic_repa.evaluation.extractors import Extractor, describe_extractor
+from dic_repa.evaluation.extractors import describe_extractor
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.metrics import Metric
@@ -27,6 +27,7 @@ from dic_repa.files.cache import cache_folder
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
 from dic_repa.files.outputs import MARK
+from dic_repa.protocols import FeatureExtractor
 from dic_repa.runtime.progress import detail
 
 KEPT = 10_000  # reference images behind precision, recall and KID, as in ADM's reference files
@@ -39,7 +40,7 @@ STORED = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigm
 def load_reference(
     source,
     needed: Sequence[Metric],
-    extractors: dict[str, Extractor],
+    extractors: dict[str, FeatureExtractor],
     run: Callable[..., FeatureSet],
     resize: int | None = None,
     cache: bool = True,
@@ -139,7 +140,7 @@ def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) ->
 class _Statistics:
     """Which layers of a reference to keep, and the file in which they are."""
 
-    def __init__(self, extractors: dict[str, Extractor], needed: Sequence[Metric]):
+    def __init__(self, extractors: dict[str, FeatureExtractor], needed: Sequence[Metric]):
         names = dict.fromkeys(score.layer.partition(".")[0] for score in needed)
         self.extractors = {name: extractors[name] for name in names}
         # All layers that some score compares with, so that another choice of metrics finds them too.

@@ -16,6 +16,7 @@ from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.evaluation import Metric, judge_digits, metrics
 from dic_repa.evaluation.report_data import read_run
+from dic_repa.evaluation.solvers import compare_solvers, save_comparison
 from dic_repa.recipe import load_recipe
 from dic_repa.runs.folder import RunFolder
 from dic_repa.sampling.labels import balanced_labels
@@ -149,3 +150,15 @@ def test_mistakes_are_told_before_the_run(mistake, tmp_path):
     other_size = "--set=evaluate={metric: fd-digits, reference: tree, every: 1}"
     assert "the samples are 16x16, the reference 50x40" in mistake("train", "digits-urepa", *tiny, other_size)
     assert not (tmp_path / "run").exists()
+
+
+def test_solvers_are_compared_by_any_metric(tmp_path):
+    """By one that is measured against a reference too, which gives no share of recognised digits."""
+    done = run("run", "evaluate.metric=fd-digits", "evaluate.reference=digits", steps=2)
+    points = list(compare_solvers(done.path, ["euler", "heun"], [3], 6))
+    assert [(point.solver, point.evaluations, list(point.scores)) for point in points] == [
+        ("euler", 3, ["fd-digits"]),
+        ("heun", 1, ["fd-digits"]),
+    ]
+    save_comparison(points, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000

@@ -86,7 +86,7 @@ def test_real_digits_are_recognised(held_out):
     scores = judge_digits(images, labels)
     assert scores["recognised"] >= 0.98
     assert scores["recognised"] == scores["recognised_count"] / 2000 == scores["reference"]["recognised"]
-    assert scores["fd-digits"] == pytest.approx(0, abs=1e-6)
+    assert scores["fd-digits"] == pytest.approx(0, abs=1e-4)  # they are rounded to 8 bits, after they were resized
     assert scores["count"] == scores["reference"]["count"] == 2000
     counts = torch.bincount(labels, minlength=10)
     right = sum(share * counts[int(digit)].item() for digit, share in scores["recognised_by_class"].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -14,10 +15,11 @@ import torch
 from inception import write_inception
 from PIL import Image
 
+from dic_repa.data.digits import load_digits
 from dic_repa.errors import UserError
-from dic_repa.evaluation import Measure, metrics, open_images
-from dic_repa.evaluation.extractors import Digits, Inception
-from dic_repa.evaluation.features import FeatureSet
+from dic_repa.evaluation import Judge, Measure, Metric, metrics, open_images
+from dic_repa.evaluation.extractors import Digits, Inception, extractors
+from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.frechet import RunningStatistics, statistics
 from dic_repa.evaluation.manifold import manifold_radii, within_manifold
 
@@ -149,7 +151,9 @@ def test_bootstrap_deviation_is_that_of_the_sampling():
 def test_bootstrap_of_kid_is_of_the_samples_not_of_the_subsets():
     """With fewer samples than a subset has, every subset is all of them, which tells nothing of other samples."""
     score, reference = metrics.create("kid"), as_reference(draw(60, 4, 0), "inception.pool")
-    again = [score(draw(4000, 4, 0)[torch.randperm(4000)[:60]] + 0.5, reference) for _ in range(20)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randperm(4000, generator=generator)[:60] for _ in range(20)]
+    again = [score(draw(4000, 4, 0)[rows] + 0.5, reference) for rows in drawn]
     one = draw(4000, 4, 0)[:60] + 0.5
     assert score.deviation(one, reference, 20) == pytest.approx(np.std(again), rel=0.6)
 
@@ -277,3 +281,38 @@ def test_dinov2_features_are_timms_class_token():
 
 
 TINY_VIT = {"extractor_options": {"dinov2": {"encoder": "timm:test_vit", "pretrained": False}}, "cache": False}
+
+
+class Spread(Metric):
+    """A metric of one's own, on the features of the judge of digits."""
+
+    needs = ""
+
+    def __init__(self, layer="digits.features", scale=1.0):
+        super().__init__(layer, "spread")
+        object.__setattr__(self, "scale", scale)
+
+    def __call__(self, features, reference):
+        return self.scale * features.std().item()
+
+
+def test_a_metric_of_ones_own():
+    own = f"{__name__}:Spread"
+    images = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    (value,) = Measure([own])([images]).values.values()
+    features = extract([images], {"digits": extractors.create("digits")}, ["digits.features"]).features
+    assert value == pytest.approx(features["digits.features"].std().item())
+    assert Judge([own])(images, torch.zeros(20, dtype=torch.long)) == {own: pytest.approx(value)}
+    with pytest.raises(UserError, match="unknown metric 'fdi'; did you mean fid"):
+        Measure(["fdi"])
+
+
+def test_labels_are_needed_to_say_what_is_recognised():
+    images, labels = load_digits("held-out")
+    with pytest.raises(UserError, match="recognised: the images do not tell"):
+        Measure(["recognised"])(images.split(500))
+    measured = Measure(["recognised"])(images.split(500), bootstrap=5, labels=labels)
+    share = measured.values["recognised"]
+    assert share > 0.98
+    low, high = measured.intervals["recognised"]
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(share * (1 - share) / 2000))
