@@ -15,6 +15,7 @@ from dic_repa import protocols
 from dic_repa.alignment import Alignment
 from dic_repa.cli import completion
 from dic_repa.cli.parts import command, find_registries
+from dic_repa.conditions import ClassLabels
 from dic_repa.data.autoencoders import load_autoencoder, load_spec
 from dic_repa.errors import UserError
 from dic_repa.models import create_denoiser
@@ -70,8 +71,10 @@ def draw_samples(objective=None, **keys) -> None:
 
 # How a recipe comes to a part of each kind, by the part's name.
 USES = {
-    "denoiser": lambda name: build_denoiser(ModelSection(name=name), 3, 2),
-    "block": lambda name: build_denoiser(ModelSection(width=4, depths=(1,) * 5, options={"block": name}), 3, 2),
+    "denoiser": lambda name: build_denoiser(ModelSection(name=name), 3, ClassLabels(2)),
+    "block": lambda name: build_denoiser(
+        ModelSection(width=4, depths=(1,) * 5, options={"block": name}), 3, ClassLabels(2)
+    ),
     "data-set": lambda name: build_dataset(DataSection(name=name, size=4)),
     "autoencoder": lambda name: build_decoder(DataSection(name="images", autoencoder=name)),
     "objective": lambda name: build_objective(ObjectiveSection(name=name)),
