@@ -88,3 +88,17 @@ def test_the_changelog_names_modules_that_are_there():
         (found if importlib.util.find_spec(name) else missing).append(name)
     assert len(found) > 20
     assert not missing
+
+
+def test_the_architecture_page_has_every_file():
+    """Also that the ways through the code name files that are there."""
+    ways, _, files = (ROOT / "docs" / "architecture.md").read_text().partition("\n## Every file\n")
+    listed = []
+    for section in files.split("\n### ")[1:]:
+        folder, _, lines = section.partition("\n")
+        listed += [folder + name for name in re.findall(r"^- `(\w+\.py)`: \S", lines, flags=re.MULTILINE)]
+    there = [path for folder in ("dic_repa", "samplers", "encoders") for path in (ROOT / folder).rglob("*.py")]
+    assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in there)
+    named = re.findall(r"`([a-z_]+/\w+\.py)`", ways)
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists() and not (ROOT / "dic_repa" / name).exists()]

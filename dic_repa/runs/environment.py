@@ -21,6 +21,7 @@ _PACKAGES = (
     "torch-fidelity",
     "diffusers",
     "datasets",
+    "einops",
     "huggingface-hub",
     "safetensors",
     "pydantic",
@@ -30,6 +31,7 @@ _PACKAGES = (
     "pillow",
     "matplotlib",
     "tqdm",
+    "nvidia-ml-py",
 )
 # What launchers and libraries read; none of them may hold a secret.
 _VARIABLES = (
