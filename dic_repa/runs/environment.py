@@ -1,4 +1,4 @@
-"""With what, where and from which source a run was made."""
+"""What a run was made with: versions, source, machine."""
 
 from __future__ import annotations
 
@@ -12,27 +12,9 @@ from pathlib import Path
 from dic_repa.files.cache import cache_folder
 
 _PACKAGES = (
-    "dic-repa",
-    "torch",
-    "torchvision",
-    "accelerate",
-    "timm",
-    "torchdiffeq",
-    "torch-fidelity",
-    "diffusers",
-    "datasets",
-    "einops",
-    "huggingface-hub",
-    "safetensors",
-    "pydantic",
-    "pyyaml",
-    "click",
-    "numpy",
-    "pillow",
-    "matplotlib",
-    "tqdm",
-    "nvidia-ml-py",
-)
+    "dic-repa torch torchvision accelerate timm torchdiffeq torch-fidelity diffusers datasets einops huggingface-hub "
+    "safetensors pydantic pyyaml click numpy pillow matplotlib tqdm nvidia-ml-py"
+).split()
 # What launchers and libraries read; none of them may hold a secret.
 _VARIABLES = (
     "OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING PYTORCH_ALLOC_CONF "
@@ -44,19 +26,20 @@ _PREFIXES = ("ACCELERATE_", "NCCL_", "GLOO_", "TORCH_DISTRIBUTED_", "TORCHINDUCT
 
 def describe_environment(device: str, processes: int) -> dict:
     """What a run was made with: command, versions, git state of the package's source, machine."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "command": sys.argv,
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {package: _version(package) for package in _PACKAGES},
         "git": _git_state(),
         "machine": {"platform": platform.platform(), "device": device, "cpus": os.cpu_count(), "processes": processes},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git_state(file: str = __file__) -> dict | None:
@@ -75,9 +58,13 @@ def _git_state(file: str = __file__) -> dict | None:
 
 def describe_installation() -> dict[str, dict]:
     """What a bug report needs, in sections: 'dic-repa', 'machine', 'torch', 'packages', 'variables', 'caches'."""
+    import torch
+    from huggingface_hub import constants
+
     known = describe_environment("", 1)
     git, machine = known["git"] or {}, known["machine"]
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine["cpus"]
+    variables = {k: v for k, v in sorted(os.environ.items()) if k in _VARIABLES or k.startswith(_PREFIXES)}
     return {
         "dic-repa": {
             "version": known["packages"].pop("dic-repa"),
@@ -91,12 +78,8 @@ def describe_installation() -> dict[str, dict]:
         },
         "torch": _torch(),
         "packages": known["packages"],
-        "variables": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name in _VARIABLES or name.startswith(_PREFIXES)
-        },
-        "caches": _caches(),
+        "variables": variables,
+        "caches": {"dic-repa": str(cache_folder()), "hub": str(constants.HF_HUB_CACHE), "torch": torch.hub.get_dir()},
     }
 
 
@@ -112,10 +95,3 @@ def _torch() -> dict:
         "GPUs": [f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}" for gpu in properties],
         "threads": f"{torch.get_num_threads()} within, {torch.get_num_interop_threads()} between operations",
     }
-
-
-def _caches() -> dict:
-    import torch
-    from huggingface_hub import constants
-
-    return {"dic-repa": str(cache_folder()), "hub": str(constants.HF_HUB_CACHE), "torch": torch.hub.get_dir()}
