@@ -61,7 +61,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    name: str = Field("digits", description="digits, prepared, repa, dit, images, random, or one of your own")
+    name: str = Field("digits", description="digits, prepared, images, ...: `dic-repa parts data-set`")
     path: str | None = Field(None, description="where the data is; null: the data set needs none")
     size: Annotated[int, Field(ge=4, strict=True), WHOLE] = Field(
         16, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)"
@@ -79,7 +79,7 @@ class DataSection(Section):
 
 
 class ObjectiveSection(Section):
-    name: str = Field("flow-matching", description="flow-matching, ddpm, or one of your own")
+    name: str = Field("flow-matching", description="flow-matching, ddpm, ...: `dic-repa parts objective`")
     options: dict[str, Any] = Field(default_factory=dict, description="its arguments: path, time, prediction, ...")
 
 
@@ -87,21 +87,25 @@ class AlignmentSection(Section):
     encoder: str = Field(description="the frozen encoder whose tokens are the targets")
     encoder_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the encoder")
     tap: str = Field("mid.0", description="the submodule of the denoiser whose output is aligned")
-    head: str = Field("mlp", description="what projects the tapped feature map to the encoder's tokens")
+    head: str = Field("mlp", description="projects what the tap gives to the encoder's tokens: `dic-repa parts head`")
     head_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the head")
-    loss: Part = Field("u-repa", description="what compares projection and target: u-repa")
+    loss: Part = Field("u-repa", description="compares projection and target: `dic-repa parts alignment-loss`")
     weight: NotNegative = Field(0.5, description="lambda, of the whole alignment loss")
     manifold_weight: NotNegative = Field(3.0, description="w, of the manifold term against the token term")
-    target: Part = Field("tokens", description="what is compared with: tokens or spatial-norm (iREPA)")
-    time_weight: Part = Field("constant", description="weight of the alignment over t: constant or v-shape")
+    target: Part = Field(
+        "tokens", description="what is compared with: tokens, spatial-norm, ...: `dic-repa parts target`"
+    )
+    time_weight: Part = Field(
+        "constant", description="weight over t: constant, v-shape, ...: `dic-repa parts time-weight`"
+    )
     schedule: Part = Field(
-        "constant", description="weight of the alignment over steps: constant, cosine, stop or stop-at-similarity"
+        "constant", description="weight over steps: constant, cosine, stop, ...: `dic-repa parts alignment-schedule`"
     )
     cache: bool = Field(False, description="compute the data's tokens once, into the feature cache")
 
 
 class OptimizerSection(Section):
-    name: str = Field("adamw", description="adamw, adam, sgd, or one of your own, such as torch.optim:NAdam")
+    name: str = Field("adamw", description="adamw, ...: `dic-repa parts optimizer`; or such as torch.optim:NAdam")
     learning_rate: Positive = Field(1e-4, description="after the warm-up, before the schedule lowers it")
     weight_decay: NotNegative = Field(0.0, description="share of a weight that a step at learning rate 1 takes away")
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="Adam's decays of the gradient's two moments")
@@ -109,7 +113,7 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    name: str = Field("constant", description="of the learning rate: constant, cosine, linear, wsd, or one of your own")
+    name: str = Field("constant", description="constant, cosine, wsd, ...: `dic-repa parts learning-rate-schedule`")
     warmup_steps: Natural = Field(0, description="steps over which the learning rate rises to its value")
     options: dict[str, Any] = Field(
         default_factory=dict, description="its arguments: final, the share of the rate at the end; decay of wsd"
@@ -146,7 +150,8 @@ class TrainSection(Section):
     max_skipped: Count = Field(10, description="steps in a row with a loss or gradient not finite that end the run")
     loader_timeout: Positive = Field(60.0, description="seconds without a batch after which a warning names the step")
     trackers: list[Part] = Field(
-        default_factory=list, description="who is told the metrics besides metrics.jsonl: tensorboard, wandb, trackio"
+        default_factory=list,
+        description="who else is told the metrics: tensorboard, wandb, ...: `dic-repa parts tracker`",
     )
     sharding: Literal["none", "fsdp2"] = Field("none", description="fsdp2: cut the model up among the processes")
 
@@ -158,11 +163,11 @@ class TrainSection(Section):
 
 
 class GuidanceSection(Section):
-    kind: str = Field("cfg", description="cfg: classifier-free guidance; cfg++ (scale in [0, 1]); or one of your own")
+    kind: str = Field("cfg", description="cfg, cfg++ (scale in [0, 1]), ...: `dic-repa parts guidance`")
     scale: NotNegative = Field(1.65, description="1: none; above: towards the class")
     interval: tuple[Time, Time] = Field((0.0, 0.7), description="when guidance acts: 0 is data, 1 is noise")
     channels: Count | None = Field(None, description="guide the first so many channels only (DiT: 3); null: all")
-    schedule: str = Field("constant", description="of the scale over the interval: constant, linear or cosine")
+    schedule: str = Field("constant", description="of the scale over the interval: constant, linear, cosine, ...")
     rescale: Probability = Field(0.0, description="share to which the guided prediction keeps the class's contrast")
     doubled: bool | None = Field(
         None, description="both predictions in one batch, faster, or one by one in half the memory; null: as it fits"
@@ -179,7 +184,7 @@ class GuidanceSection(Section):
 
 
 class GridSection(Section):
-    name: str = Field("uniform", description="uniform, shifted or karras")
+    name: str = Field("uniform", description="uniform, shifted, karras, ...: `dic-repa parts time-grid`")
     options: dict[str, Any] = Field(default_factory=dict, description="its arguments: shift; rho, ratio_min, ratio_max")
     times: list[Time] | None = Field(None, description="the times themselves, falling; null: made by the grid")
 
@@ -200,7 +205,7 @@ class SampleSection(Section):
     grid: GridSection | None = for_solver("where the steps are; null: uniform")
     diffusion: str | None = for_solver("how much noise an SDE adds, w(t); null: linear")
     diffusion_norm: Positive | None = for_solver("multiplies an SDE's w(t); null: 1")
-    last_step: str | None = for_solver("how an SDE ends: mean, tweedie, euler or none; null: mean")
+    last_step: str | None = for_solver("how an SDE ends: mean, tweedie, euler, ...; null: mean")
     last_step_size: Time | None = for_solver("the time that an SDE's last step covers; null: 0.04")
     eta: Probability | None = for_solver("noise of ddim: 0 adds none, 1 as much as ddpm; null: 0")
     clip: bool | None = for_solver("keep the data prediction of ddpm and ddim in [-1, 1]; null: false")
