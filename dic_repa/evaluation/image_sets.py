@@ -1,6 +1,6 @@
 """Sets of images to measure: a folder, zip or tar, an ADM `.npz`, a prepared or Arrow data set, or one in memory.
 
-All become an `ImageSet`: so many uint8 images (3, H, W), read a batch at a time by several threads.
+All become an `ImageSet`, read a batch at a time by several threads.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dic_repa.data.files import open_tree, stamp
-from dic_repa.data.images import EXTENSIONS, center_crop, decode_image
+from dic_repa.data.files import stamp
+from dic_repa.data.images import BadImage, center_crop, decode_image
+from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
@@ -30,16 +31,16 @@ DIGITS = "digits"
 
 @dataclass
 class ImageSet:
-    """`len(images)` images; `load(i)` gives one as uint8 (H, W, 3); `names[i]` is for messages.
+    """`count` images; `load(i)` gives one as uint8 (H, W, 3); `name(i)` is for messages.
 
-    `fingerprint` tells this set's contents from others'; `notes` are what a reader of its scores should know.
+    `fingerprint` changes with the contents; `notes` are what a reader of its scores should know.
     """
 
     source: str
     count: int
     load: Callable[[int], np.ndarray] = field(repr=False)
     fingerprint: str
-    name: Callable[[int], str] = field(repr=False, default=str)
+    name: Callable[[int], str] = field(repr=False, default="image {}".format)
     notes: tuple[str, ...] = ()
     resize: int | None = None
 
@@ -67,7 +68,10 @@ class ImageSet:
         return height, width
 
     def _read(self, index: int) -> Tensor:
-        array = self.load(index)
+        try:
+            array = self.load(index)
+        except BadImage as error:
+            raise BadImage(f"{self.source}: {error}") from None
         if self.resize and array.shape[:2] != (self.resize, self.resize):
             array = np.asarray(center_crop(Image.fromarray(array), self.resize))
         return torch.from_numpy(np.array(array)).permute(2, 0, 1)
@@ -84,83 +88,74 @@ class ImageSet:
 def open_images(source, resize: int | None = None) -> ImageSet:
     """The images of a path, of 'digits' (the held-out ones), or of a data set.
 
-    A data set's samples are dicts with `x` (1 or 3, H, W) in [-1, 1], or where that is latent an `image` in [0, 1]. A
-    path is a folder, zip or tar of image files, at any depth; an `.npz` with `arr_0` (N, H, W, C), uint8; or what
-    `dic-repa prepare` or `datasets` wrote. `resize` crops each image to that size as ADM does. A UserError says what
-    `source` lacks.
+    Args:
+        source: a folder, zip or tar of image files, at any depth; an `.npz` with `arr_0` (N, H, W, C), uint8; what
+            `dic-repa prepare` or `datasets` wrote; or a data set in memory, whose samples are dicts with `x` (1 or 3,
+            H, W) in [-1, 1], or where that is latent an `image` in [0, 1].
+        resize: crop each image to that size as ADM does.
+
+    Raises:
+        UserError: what `source` lacks.
     """
-    if not isinstance(source, (str, Path)):
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is None:
         images = _of_dataset(source)
-    elif str(source) == DIGITS and not Path(source).exists():
+    elif str(source) == DIGITS and not path.exists():
         from dic_repa.data.digits import Digits
 
         images = _of_dataset(Digits("held-out", resize or 16))
-    elif str(source).endswith(".npz"):
-        images = _of_npz(Path(source))
-    elif (Path(source) / "dataset_dict.json").is_file():
-        raise UserError(f"{source} has several splits; name one of them, such as {Path(source) / 'validation'}")
-    elif (Path(source) / "prepare.json").is_file() or (Path(source) / "state.json").is_file():
-        images = _of_arrow(Path(source))
+    elif path.suffix == ".npz":
+        images = _of_npz(path)
+    elif not path.exists():
+        raise UserError(f"there is no folder, zip or tar {path}")
+    elif (path / "dataset_dict.json").is_file():
+        raise UserError(f"{path} has several splits; name one of them, such as {path / 'validation'}")
+    elif (path / "prepare.json").is_file():
+        images = _of_prepared(path)
+    elif (path / SAMPLES_FILE).is_file():
+        images = _of_samples(path)
     else:
-        images = _of_files(Path(source))
+        images = _of_source(path)
     images.resize = resize
     if not len(images):
         raise UserError(f"{images.source} holds no images")
     return images
 
 
-def _of_files(path: Path) -> ImageSet:
-    if path.is_dir() and (path / SAMPLES_FILE).is_file():
-        return _of_samples(path)
-    tree = open_tree(path)
-    names = [name for name in tree.names if PurePosixPath(name).suffix.lower() in EXTENSIONS]
-    if not names:
-        raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    others = [name for name in tree.names if PurePosixPath(name).suffix.lower() not in EXTENSIONS]
-    notes: tuple[str, ...] = ()
-    if others:
+def _of_source(path: Path) -> ImageSet:
+    """Image files or a Hugging Face data set, read as `dic-repa prepare` reads them."""
+    source = open_source(path, skip_bad=True, unlabelled=True)
+    notes = []
+    if others := source.rejected:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        notes = (f"{path}: {len(others)} files are no images and were left out ({shown})",)
-    lossy = sum(PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg") for name in names)
-    if 0 < lossy < len(names):
-        notes += (f"{path} mixes {lossy} JPEG files with others: what JPEG loses counts as a difference",)
-    stamps = []
-    if path.is_dir():
-        stats = [os.stat(path / name) for name in names]
-        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    else:
-        stamps = [(path.stat().st_size, path.stat().st_mtime_ns)]
-
-    def load(index: int) -> np.ndarray:
-        return np.asarray(decode_image(tree.read(names[index]), f"{path}/{names[index]}"))
-
-    return ImageSet(str(path), len(names), load, _digest(names, stamps), names.__getitem__, notes)
+        notes.append(f"{path}: {len(others)} files are no images and were left out ({shown})")
+    lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in source.names)
+    if 0 < lossy < len(source):
+        notes.append(f"{path} mixes {lossy} JPEG files with others: what JPEG loses counts as a difference")
+    load = lambda i: np.asarray(source.load(i))  # noqa: E731
+    return ImageSet(str(path), len(source), load, source.state(), source.names.__getitem__, tuple(notes))
 
 
 def _of_samples(path: Path) -> ImageSet:
     """What `dic-repa sample` wrote: the numbered images, without the grid beside them."""
     try:
         record = json.loads((path / SAMPLES_FILE).read_text())
-        count = record["sample"]["num"]
+        names = [f"{i:06d}.png" for i in range(record["sample"]["num"])]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path / SAMPLES_FILE} is damaged; sample again with --overwrite") from None
-    there = {entry.name for entry in os.scandir(path)}
-    missing = [i for i in range(count) if f"{i:06d}.png" not in there]
+    missing = set(names) - set(os.listdir(path))
     if missing and (path / SAMPLES_NPZ).is_file():  # by --format npz, the images are there alone
         images = _of_npz(path / SAMPLES_NPZ)
-        if len(images) == count:  # else more samples were asked for since
+        if len(images) == len(names):  # else more samples were asked for since
             return replace(images, source=str(path))
     if missing:
         raise UserError(
-            f"{path} has {count - len(missing)} of its {count} images; run its `dic-repa sample` again to finish them"
+            f"{path} has {len(names) - len(missing)} of its {len(names)} images; run its `dic-repa sample` again to "
+            "finish them"
         )
-
-    def load(index: int) -> np.ndarray:
-        file = path / f"{index:06d}.png"
-        return np.asarray(decode_image(file.read_bytes(), str(file)))
-
-    stamps = [os.stat(path / f"{i:06d}.png").st_mtime_ns for i in range(count)]
-    return ImageSet(str(path), count, load, _digest(record, stamps), lambda i: f"{i:06d}.png")
+    load = lambda i: np.asarray(decode_image((path / names[i]).read_bytes(), names[i]))  # noqa: E731
+    digest = _digest(record, stamp(path / name for name in names))
+    return ImageSet(str(path), len(names), load, digest, names.__getitem__)
 
 
 def _of_npz(path: Path) -> ImageSet:
@@ -172,26 +167,16 @@ def _of_npz(path: Path) -> ImageSet:
         broken = np.issubdtype(array.dtype, np.floating) and not np.isfinite(array[: 1 + 2**28 // array[0].size]).all()
         what = "holds NaN or infinity" if broken else f"is {array.dtype}"
         raise UserError(f"{path}: arr_0 {what}; images in an .npz are uint8, from 0 to 255")
-    return ImageSet(str(path), len(array), lambda i: _rgb(array[i]), file.checksum(), lambda i: f"image {i}")
+    return ImageSet(str(path), len(array), lambda i: _rgb(array[i]), file.checksum())
 
 
-def _of_arrow(path: Path) -> ImageSet:
-    if (path / "prepare.json").is_file():
-        from dic_repa.data.prepared import Prepared, prepared_spec, read_settings
+def _of_prepared(path: Path) -> ImageSet:
+    from dic_repa.data.prepared import Prepared, prepared_spec, read_settings
 
-        data = Prepared(path, read_settings(path)["size"] // prepared_spec(path).downsample, flip=False)
-        load = lambda i: _from_float(data[i]["image"])  # noqa: E731
-        return ImageSet(str(path), len(data), load, _arrow_digest(path), lambda i: f"image {i}")
-    from dic_repa.data.sources import open_source
-
-    source = open_source(path)
-    load = lambda i: np.asarray(source.load(i))  # noqa: E731
-    return ImageSet(str(path), len(source), load, _arrow_digest(path), source.names.__getitem__)
-
-
-def _arrow_digest(path: Path) -> str:
-    # The names that state.json stands for stay when an image is replaced; the shards do not.
-    return _digest((path / "state.json").read_text(), stamp(path.glob("*.arrow")))
+    data = Prepared(path, read_settings(path)["size"] // prepared_spec(path).downsample, flip=False)
+    # The names that state.json holds stay when an image is replaced; the shards do not.
+    digest = _digest((path / "state.json").read_text(), stamp(path.glob("*.arrow")))
+    return ImageSet(str(path), len(data), lambda i: _from_float(data[i]["image"]), digest)
 
 
 def _of_dataset(data) -> ImageSet:
@@ -206,7 +191,7 @@ def _of_dataset(data) -> ImageSet:
 
     parts = [int(i) for i in torch.linspace(0, len(data) - 1, min(len(data), 64)).round()]
     probe = [fingerprint(load(i).tobytes()) for i in parts]
-    return ImageSet(name, len(data), load, _digest(len(data), probe), lambda i: f"image {i}")
+    return ImageSet(name, len(data), load, _digest(len(data), probe))
 
 
 def _from_float(image: Tensor) -> np.ndarray:
