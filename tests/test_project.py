@@ -7,12 +7,15 @@ import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from places import ROOT
+from test_floors import FLOORS
 
 import dic_repa
+from dic_repa.cli.parts import find_registries
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,9 +77,28 @@ def test_a_bug_report_asks_for_the_environment():
 
 
 def test_contributors_find_the_files_that_are_named():
-    named = set(re.findall(r"`([\w./]+(?:/|\.py))`", (ROOT / "CONTRIBUTING.md").read_text()))
+    named = set(named_files((ROOT / "CONTRIBUTING.md").read_text()))
     assert len(named) > 20
     assert not [name for name in named if not (ROOT / name).exists() and not (ROOT / "dic_repa" / name).exists()]
+
+
+def test_contributors_see_the_floors_and_every_kind_of_part():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [row.split("|") for row in re.findall(r"^\|(.+)\|$", text, flags=re.MULTILINE)]
+    start = next(i for i, row in enumerate(rows) if row[0].strip() == "floor")
+    floors = [{Path(name).stem for name in re.findall(r"`([\w./]+)`", row[0])} for row in rows[start + 2 :]]
+    assert floors[: len(FLOORS)] == [set(floor) for floor in FLOORS]
+    found = {kind.strip(): row for row in rows if len(row) == 3 for kind in row[0].split(",")}
+    for registry in find_registries().values():
+        _, where, by = found[registry.kind]
+        files = [ROOT / name if (ROOT / name).exists() else ROOT / "dic_repa" / name for name in named_files(where)]
+        texts = [file.read_text() for file in files if file.is_file()]
+        for variable in re.findall(r"`(\w+s)`", by):
+            assert any(re.search(rf"\b{variable}\b", part) for part in texts), registry.kind
+
+
+def named_files(text: str) -> list[str]:
+    return re.findall(r"`([\w./]+(?:/|\.py))`", text)
 
 
 def test_the_changelog_names_modules_that_are_there():

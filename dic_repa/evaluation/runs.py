@@ -141,8 +141,8 @@ def describe_sampling(sample: SampleSection) -> str:
         words += ["weights", sample.weights]
     if sample.seed:
         words += ["seed", sample.seed]
-    for key in ("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "eta", "clip"):
-        if getattr(sample, key) is not None:
+    for key in SampleSection.solver_keys():
+        if key not in ("steps", "grid", "options") and getattr(sample, key) is not None:
             words += [key, getattr(sample, key)]
     if sample.grid:
         words += [sample.grid.name, *sample.grid.options.values(), *(sample.grid.times or ())]
