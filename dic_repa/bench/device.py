@@ -7,7 +7,7 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device of that name, by default the GPU where there is one; a UserError where it cannot be had."""
+    """The device of that name, by default the GPU if there is one; a UserError if there is no such device."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -37,21 +37,22 @@ def find_device(name: str | None = None) -> torch.device:
     return device
 
 
-def check_precision(name: str, device: torch.device) -> None:
-    """A UserError for an unknown precision, and for tf32 where there is none."""
-    if name not in DTYPES:
-        raise unknown_name("precision", name, DTYPES)
-    if name == "tf32" and device.type != "cuda":
-        raise UserError("tf32 is a precision of NVIDIA GPUs; on this device take fp32, bf16 or fp16")
+def check_precisions(names: Iterable[str], device: torch.device) -> None:
+    """Raise a UserError for an unknown precision, and for tf32 on a CPU."""
+    for name in names:
+        if name not in DTYPES:
+            raise unknown_name("precision", name, DTYPES)
+        if name == "tf32" and device.type != "cuda":
+            raise UserError("tf32 is a precision of NVIDIA GPUs; on this device take fp32, bf16 or fp16")
 
 
 def precision(name: str) -> AbstractContextManager[None]:
-    """Let float32 products use TF32 where `name` is tf32, and nowhere else; as it was afterwards."""
+    """A context in which float32 products use TF32 only if `name` is tf32."""
     return tf32(name == "tf32")
 
 
 def describe_device(device: torch.device) -> dict[str, str | int]:
-    """What a number means nothing without: the device and its clocks now, versions, threads."""
+    """The device and its clocks now, versions and threads, which speed depends on."""
     found: dict[str, str | int] = {
         "device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "python": platform.python_version(),
@@ -65,14 +66,14 @@ def describe_device(device: torch.device) -> dict[str, str | int]:
 
 
 def read_clocks(device: torch.device) -> dict[str, str]:
-    """The clock, power and temperature of a GPU now, with their units; why not, where they cannot be read."""
+    """The clock, power and temperature of a GPU now, with their units; or why they cannot be read."""
     try:
         return {
             "clocks.sm": f"{torch.cuda.clock_rate(device)} MHz",
             "power.draw": f"{torch.cuda.power_draw(device) / 1000:.2f} W",
             "temperature.gpu": f"{torch.cuda.temperature(device)}",
         }
-    except Exception as error:  # the driver's own, of a GPU or container that does not tell; nothing depends on it
+    except Exception as error:  # the driver's own; nothing depends on it
         return {"clocks": f"unknown ({first_line(error)})"}
 
 
@@ -85,7 +86,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that one call has allocated at once, at most, beyond what was there before it."""
+    """The most bytes that one call has allocated at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -104,11 +105,19 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Let go of models that nobody uses any more: compiled code holds on to them, and they to themselves by hooks."""
+    """Free models that are no longer used: compiled code and their own hooks hold on to them."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def look_inside(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """The memory of a call and its share of convolutions.
+
+    Not for CUDA graphs: their memory is reserved before, and their kernels belong to no operation.
+    """
+    return {"memory_mb": peak_memory(call, device) / 1e6, "time_in_convolutions": convolution_share(call, device)}
 
 
 def convolution_share(call: Callable[[], object], device: torch.device) -> float:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
+import runpy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Measurement
 
-from dic_repa.bench.device import DTYPES, check_precision, convolution_share, describe_device, peak_memory, precision
+from dic_repa.bench.device import DTYPES, check_precisions, look_inside, precision
 from dic_repa.bench.peak import measure_peak
-from dic_repa.bench.report import add_ratios, speed
-from dic_repa.bench.timing import interleave
+from dic_repa.bench.timing import measure
 from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
@@ -29,7 +26,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 
 @dataclass
-class Case:
+class ModelCase:
     """A denoiser in one precision and layout, compiled or not, on a batch of one size."""
 
     label: str
@@ -38,15 +35,26 @@ class Case:
     precision: str
     inputs: tuple[Tensor, Tensor, Tensor]
     reference: Tensor
+    peak: dict[str, float] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
         return len(self.inputs[0])
 
+    @property
+    def operations(self) -> float:
+        return 2 * self.gmacs
+
     @torch.inference_mode()
     def __call__(self) -> Tensor:
         with precision(self.precision):
             return self.model(*self.inputs)
+
+    def facts(self, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        shares = {f"{kind}_share": row["tflops"] / peak for kind, peak in self.peak.items()}
+        graphs = device.type == "cuda" and getattr(self.model, "graphs", False)
+        found = {"gmacs": self.gmacs, **shares, **({} if graphs else look_inside(self, device))}
+        return found | {"difference": float((self().float() - self.reference).norm() / self.reference.norm())}
 
 
 def bench_model(
@@ -64,15 +72,17 @@ def bench_model(
 ) -> dict:
     """Time the forward pass of each denoiser in each precision, layout, compile mode and batch size, interleaved.
 
-    `baselines` are factories `package.module:name` or `file.py:name`, called with each denoiser: what they return runs
-    beside it, eager. `NAME=FACTORY` is for the denoiser of that name only. Returns `environment` before and `after`,
-    `peaks` (TFLOP/s by precision) and `rows`, one for each case. A row's `difference` is the relative error of its
-    output against the same denoiser's in float32, eager.
+    Args:
+        baselines: Factories `package.module:name` or `file.py:name`, called with each denoiser: what they return runs
+            beside it, eager. `NAME=FACTORY` is for the denoiser of that name only.
+        peaks: Whether to measure what the device can do at most, in each precision.
+
+    Returns:
+        As `measure`, with `peaks` (TFLOP/s by precision). A row's `difference` is the relative error of its output
+        against the same denoiser's in float32, eager.
     """
-    for name in precisions:
-        check_precision(name, device)
+    check_precisions(precisions, device)
     check_baselines(names, baselines)
-    environment = describe_device(device)
     cases = []
     for name in names:
         denoiser = random_denoiser(name).to(device)
@@ -83,44 +93,21 @@ def bench_model(
         for kind, layout in itertools.product(precisions, layouts):
             model = copy.deepcopy(denoiser).to(DTYPES[kind])
             model.to(memory_format=LAYOUTS[layout])
-            models = [
-                (case_label(name, kind, layout if len(layouts) > 1 else "", mode), mode, model) for mode in compiles
-            ]
-            if layout == layouts[0]:
-                for baseline in baselines_of(name, baselines):
-                    other = build_baseline(baseline, denoiser, size).to(DTYPES[kind]).eval()
-                    models.append((f"{name} {kind} by {baseline.rpartition(':')[2]}", "off", other))
-            for label, mode, model in models:
-                called = model if mode == "off" else CompiledDenoiser(model, mode)
-                cases += [
-                    Case(label, called, gmacs, kind, (x.to(DTYPES[kind]), t, y), reference)
-                    for (x, t, y), reference in zip(batch_inputs, references)
-                ]
+            shown = layout if len(layouts) > 1 else ""
+            models: dict[str, nn.Module] = {
+                case_label(name, kind, shown, mode): model if mode == "off" else CompiledDenoiser(model, mode)
+                for mode in compiles
+            }
+            for baseline in baselines_of(name, baselines) if layout == layouts[0] else ():
+                other = build_baseline(baseline, denoiser, size).to(DTYPES[kind]).eval()
+                models[f"{name} {kind} by {baseline.rpartition(':')[2]}"] = other
+            for label, called in models.items():
+                for (x, t, y), reference in zip(batch_inputs, references):
+                    cases.append(ModelCase(label, called, gmacs, kind, (x.to(DTYPES[kind]), t, y), reference))
     limits = {kind: measure_peak(kind, device) for kind in precisions} if peaks else {}
-    timings = interleave(cases, rounds, seconds, description="forward")
-    rows = [_row(case, timing, limits.get(case.precision), device) for case, timing in zip(cases, timings)]
-    add_ratios(rows)
-    return {"environment": environment, "after": describe_device(device), "peaks": limits, "rows": rows}
-
-
-def _row(case: Case, timing: Measurement, limits: dict[str, float] | None, device: torch.device) -> dict:
-    row: dict[str, Any] = {"label": case.label, "batch": case.batch, "gmacs": case.gmacs, **speed(timing, case.batch)}
-    row["tflops"] = 2 * case.gmacs * row["images_per_second"] / 1000
-    if limits:
-        row |= {f"{kind}_share": row["tflops"] / limit for kind, limit in limits.items()}
-    if not (device.type == "cuda" and getattr(case.model, "graphs", False)):
-        row |= inside(case, device)
-    row["difference"] = float((case().float() - case.reference).norm() / case.reference.norm())
-    return row
-
-
-def inside(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """What a look inside of a call tells. Not of CUDA graphs, whose memory is set aside before and whose kernels belong
-    to no operation: both would come out as next to nothing."""
-    return {
-        "memory_mb": peak_memory(call, device) / 1e6,
-        "time_in_convolutions": convolution_share(call, device),
-    }
+    for case in cases:
+        case.peak = limits.get(case.precision, {})
+    return {"peaks": limits, **measure(cases, device, rounds, seconds, "forward")}
 
 
 def case_label(name: str, kind: str, layout: str, mode: str) -> str:
@@ -158,7 +145,7 @@ def baselines_of(name: str, baselines: Sequence[str]) -> list[str]:
 
 
 def check_baselines(names: Sequence[str], baselines: Sequence[str]) -> None:
-    """A UserError for a baseline of what is not among the `names` to be measured."""
+    """Raise a UserError for a baseline of a denoiser that is not among the `names`."""
     for baseline in baselines:
         only, equals, _ = baseline.rpartition("=")
         if equals and only not in names:
@@ -168,7 +155,8 @@ def check_baselines(names: Sequence[str], baselines: Sequence[str]) -> None:
 def build_baseline(name: str, denoiser: Pretrained, size: int) -> Any:
     """What the factory `name` makes of `denoiser`, on its device, tried on one input of `size`.
 
-    A UserError where it cannot be made or called, or where its output has not the denoiser's shape.
+    Raises:
+        UserError: It cannot be made or called, or its output does not have the denoiser's shape.
     """
     factory, device = load_factory(name), next(denoiser.parameters()).device
     inputs = random_inputs(denoiser, 1, size, device)
@@ -192,30 +180,21 @@ def build_baseline(name: str, denoiser: Pretrained, size: int) -> Any:
 
 
 def load_factory(name: str) -> Callable[[nn.Module], nn.Module]:
-    """The function `package.module:name` or `file.py:name`; a UserError where there is none."""
+    """The function `package.module:name` or `file.py:name`; a UserError if there is none."""
     place, colon, attribute = name.rpartition(":")
     if not colon:
         raise UserError(f"baseline '{name}' names no function; write FILE.py:FUNCTION or package.module:FUNCTION")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UserError(f"baseline '{name}': there is no file {place}")
     try:
         if not place.endswith(".py"):
             return Registry("baseline").find(name)
-        module = _import_file(Path(place), name)
+        found = runpy.run_path(place)
     except UserError:
         raise
     except Exception as error:  # of the module itself, or of what it imports
         raise UserError(f"baseline '{name}': importing it gives {type(error).__name__}: {first_line(error)}") from error
-    if not callable(getattr(module, attribute, None)):
-        public = [key for key, value in vars(module).items() if isinstance(value, type)]
+    if not callable(found.get(attribute)):
+        public = [key for key, value in found.items() if isinstance(value, type)]
         raise UserError(f"baseline '{name}': {place} has no '{attribute}' to call{did_you_mean(attribute, public)}")
-    return getattr(module, attribute)
-
-
-def _import_file(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"baseline '{name}': there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"baseline '{name}': {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return found[attribute]

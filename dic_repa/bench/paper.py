@@ -20,50 +20,31 @@ PARTS = ("forward", "train", "sample")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: of full size on a GPU, or small enough for a CPU."""
+    """What is measured: for each part the arguments of `bench_model`, `bench_train` or `bench_sample`."""
 
-    models: tuple[str, ...]
-    batches: tuple[int, ...]
     precisions: tuple[str, ...]
-    compiles: tuple[str, ...]
-    size: int
-    recipes: tuple[str, ...]
-    train_overrides: tuple[str, ...]
-    sample_overrides: tuple[str, ...]
-    train_batch: int
-    sample_batch: int
-    sample_compiles: tuple[str, ...]
-    seconds: float
+    forward: dict[str, Any]
+    train: dict[str, Any]
+    sample: dict[str, Any]
 
 
 SAMPLING = ("sample.solver=euler_maruyama", "sample.guidance={scale: 1.65, interval: [0.0, 0.7]}")
 FULL = Plan(
-    models=("DiC-XL", "SiT-XL/2"),
-    batches=(1, 32, 128),
-    precisions=("bf16", "tf32"),
-    compiles=("default", "off"),
-    size=32,
-    recipes=("dic-xl-urepa", "sit-xl-2-repa"),
-    train_overrides=(),
-    sample_overrides=(*SAMPLING, "sample.steps=250"),
-    train_batch=32,
-    sample_batch=32,
-    sample_compiles=("reduce-overhead", "off"),
-    seconds=0.5,
+    ("bf16", "tf32"),
+    {"names": ("DiC-XL", "SiT-XL/2"), "batches": (1, 32, 128), "compiles": ("default", "off"), "seconds": 0.5},
+    {"recipes": ("dic-xl-urepa", "sit-xl-2-repa"), "batches": (32,), "compiles": ("default", "off"), "seconds": 0.5},
+    {
+        "recipes": ("dic-xl-urepa",),
+        "overrides": (*SAMPLING, "sample.steps=250"),
+        "batches": (32,),
+        "compiles": ("reduce-overhead", "off"),
+    },
 )
 SMALL = Plan(
-    models=("DiC-S", "SiT-S/2"),
-    batches=(1, 2),
-    precisions=("bf16", "fp32"),
-    compiles=("off",),
-    size=16,
-    recipes=("digits-urepa", "digits-sit-repa"),
-    train_overrides=(),
-    sample_overrides=(*SAMPLING, "sample.steps=4"),
-    train_batch=8,
-    sample_batch=8,
-    sample_compiles=("off",),
-    seconds=0.0,
+    ("bf16", "fp32"),
+    {"names": ("DiC-S", "SiT-S/2"), "batches": (1, 2), "size": 16, "seconds": 0.0},
+    {"recipes": ("digits-urepa", "digits-sit-repa"), "batches": (8,), "seconds": 0.0},
+    {"recipes": ("digits-urepa",), "overrides": (*SAMPLING, "sample.steps=4"), "batches": (8,)},
 )
 
 
@@ -75,10 +56,13 @@ def measure_paper(
     plan: Plan | None = None,
     only: Collection[str] = PARTS,
 ) -> Iterator[tuple[str, dict]]:
-    """Yields (name, result) of each part in `only`, as soon as it is measured: 'forward-PRECISION' for each precision,
-    then 'train-PRECISION', then 'sample-PRECISION'; see the functions called.
+    """Measure each part in `only` in each precision, with the plain `baseline` beside DiC.
 
-    The plain `baseline` runs beside DiC. A UserError for an unknown part, and for the full size without a GPU.
+    Yields:
+        'forward-PRECISION', 'train-PRECISION' or 'sample-PRECISION' and its result, as soon as it is measured.
+
+    Raises:
+        UserError: A part is unknown, or the full size is asked for without a GPU.
     """
     for name in only:
         if name not in PARTS:
@@ -88,27 +72,13 @@ def measure_paper(
     plan = plan or (SMALL if small else FULL)
     # What takes turns is in memory all at once, with its optimizer and averages: all precisions would not fit in 80 GB.
     for part, kind in itertools.product([part for part in PARTS if part in only], plan.precisions):
-        yield f"{part}-{kind}", _measure(part, plan, kind, device, baseline, rounds)
+        options: dict[str, Any] = {"device": device, "precisions": (kind,), "rounds": rounds}
+        if part == "forward":
+            result = bench_model(baselines=[f"{plan.forward['names'][0]}={baseline}"], **options | plan.forward)
+        elif part == "train":
+            result = bench_train(**options | plan.train)
+        else:
+            options |= {"rounds": min(rounds, 3), "seconds": 0.0, "guidance": ("doubled", "one-by-one")}
+            result = bench_sample(**options | plan.sample)
+        yield f"{part}-{kind}", result
         free_memory(device)
-
-
-def _measure(part: str, plan: Plan, kind: str, device: torch.device, baseline: str, rounds: int) -> dict:
-    timing: dict[str, Any] = {"precisions": (kind,), "rounds": rounds, "seconds": plan.seconds}
-    if part == "forward":
-        beside = [f"{plan.models[0]}={baseline}"]
-        shape: dict[str, Any] = {"batches": plan.batches, "size": plan.size, "compiles": plan.compiles}
-        return bench_model(plan.models, device, baselines=beside, **shape, **timing)
-    if part == "train":
-        batches = [plan.train_batch]
-        return bench_train(
-            plan.recipes, device, plan.train_overrides, batches=batches, compiles=plan.compiles, **timing
-        )
-    return bench_sample(
-        plan.recipes[:1],
-        device,
-        plan.sample_overrides,
-        compiles=plan.sample_compiles,
-        guidance=("doubled", "one-by-one"),
-        batches=[plan.sample_batch],
-        **timing | {"rounds": min(rounds, 3), "seconds": 0.0},
-    )

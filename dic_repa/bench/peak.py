@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -24,28 +25,16 @@ def measure_peak(name: str, device: torch.device, rounds: int = 5) -> dict[str, 
 
     A convolution is counted directly, so one by Winograd's or Fourier's method may exceed the matrix product.
     """
-    products = [_product(n, DTYPES[name], device) for n in MATRICES[device.type]]
-    convolutions = [
-        _convolution(*shape, DTYPES[name], device, layout)
-        for shape in CONVOLUTIONS[device.type]
-        for layout in (torch.channels_last, torch.contiguous_format)
-    ]
-    work = products + convolutions
+    random = partial(torch.randn, device=device, dtype=DTYPES[name])
+    work = [("matrix", 2.0 * n**3, partial(torch.matmul, random(n, n), random(n, n))) for n in MATRICES[device.type]]
+    layouts = (torch.channels_last, torch.contiguous_format)
+    for (batch, channels, side), layout in itertools.product(CONVOLUTIONS[device.type], layouts):
+        x = random(batch, channels, side, side).to(memory_format=layout)
+        weight = random(channels, channels, 3, 3).to(memory_format=layout)
+        work.append(("convolution", 18.0 * channels**2 * batch * side**2, partial(F.conv2d, x, weight, padding=1)))
     with precision(name):
-        timings = interleave([call for call, _ in work], rounds, 0.05, description=f"{name} peak")
-    rates = [operations / timing.median / 1e12 for (_, operations), timing in zip(work, timings)]
-    return {"matrix": max(rates[: len(products)]), "convolution": max(rates[len(products) :])}
-
-
-Work = tuple[Callable[[], object], float]  # a call, and how many operations it makes
-
-
-def _product(n: int, dtype: torch.dtype, device: torch.device) -> Work:
-    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-    return lambda: a @ b, 2.0 * n**3
-
-
-def _convolution(batch: int, channels: int, side: int, dtype, device: torch.device, layout) -> Work:
-    x = torch.randn(batch, channels, side, side, device=device).to(dtype, memory_format=layout)
-    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=layout)
-    return lambda: F.conv2d(x, weight, padding=1), 2.0 * 9 * channels**2 * batch * side**2
+        timings = interleave([call for *_, call in work], rounds, 0.05, description=f"{name} peak")
+    best = {"matrix": 0.0, "convolution": 0.0}
+    for (kind, operations, _), timing in zip(work, timings):
+        best[kind] = max(best[kind], operations / timing.median / 1e12)
+    return best

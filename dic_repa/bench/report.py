@@ -6,68 +6,35 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from torch.utils.benchmark import Measurement
-
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK
 from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.runtime.table import format_rows
 
-HEADINGS = {
-    "label": "what",
-    "batch": "batch",
-    "images_per_second": "images/s",
-    "spread": "quartiles",
-    "ratio": "to first",
-    "milliseconds": "ms",
-    "gmacs": "GMACs",
-    "tflops": "TFLOP/s",
-    "matrix_share": "of matrix peak",
-    "convolution_share": "of conv peak",
-    "memory_mb": "MB",
-    "difference": "differs by",
-    "time_in_convolutions": "in convs",
-    "evaluations": "NFE",
-    "decode_share": "decoding",
+COLUMNS = {  # key of a row: heading and format
+    "label": ("what", "{}"),
+    "batch": ("batch", "{}"),
+    "images_per_second": ("images/s", "{:.4g}"),
+    "spread": ("quartiles", "{0[0]:.4g}-{0[1]:.4g}"),
+    "ratio": ("to first", "{:.2f}"),
+    "milliseconds": ("ms", "{:.4g}"),
+    "gmacs": ("GMACs", "{:.2f}"),
+    "tflops": ("TFLOP/s", "{:.3g}"),
+    "matrix_share": ("of matrix peak", "{:.0%}"),
+    "convolution_share": ("of conv peak", "{:.0%}"),
+    "memory_mb": ("MB", "{:.0f}"),
+    "difference": ("differs by", "{:.1e}"),
+    "time_in_convolutions": ("in convs", "{:.0%}"),
+    "evaluations": ("NFE", "{}"),
+    "decode_share": ("decoding", "{:.0%}"),
 }
-_FORMATS = {
-    "images_per_second": "{:.4g}", "ratio": "{:.2f}", "milliseconds": "{:.4g}", "gmacs": "{:.2f}", "tflops": "{:.3g}",
-    "matrix_share": "{:.0%}", "convolution_share": "{:.0%}", "memory_mb": "{:.0f}", "difference": "{:.1e}",
-    "time_in_convolutions": "{:.0%}", "decode_share": "{:.0%}",
-}  # fmt: skip
-
-
-def speed(timing: Measurement, images: int) -> dict[str, float | list[float]]:
-    """Images per second, with quartiles, and milliseconds of one call on `images` images."""
-    low, high = map(float, np.quantile(timing.times, (0.25, 0.75)))
-    return {
-        "images_per_second": images / timing.median,
-        "spread": [images / high, images / low],
-        "milliseconds": 1000 * timing.median,
-    }
-
-
-def add_ratios(rows: Sequence[dict]) -> None:
-    """To each row, its images per second over those of the first row of the same batch size."""
-    first: dict[int, float] = {}
-    for row in rows:
-        row["ratio"] = row["images_per_second"] / first.setdefault(row["batch"], row["images_per_second"])
 
 
 def table(rows: Sequence[dict]) -> str:
     """The rows under headings, with the columns that at least one of them has."""
-    keys = [key for key in HEADINGS if any(row.get(key) is not None for row in rows)]
-    cells = [[HEADINGS[key] for key in keys], *([_cell(key, row.get(key)) for key in keys] for row in rows)]
-    return format_rows(cells, left=(0,))
-
-
-def _cell(key: str, value) -> str:
-    if value is None:
-        return ""
-    if key == "spread":
-        return "{:.4g}-{:.4g}".format(*value)
-    return _FORMATS.get(key, "{}").format(value)
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
+    cells = [[COLUMNS[key][1].format(row[key]) if key in row else "" for key in keys] for row in rows]
+    return format_rows([[COLUMNS[key][0] for key in keys], *cells], left=(0,))
 
 
 def environment_lines(environment: dict) -> str:

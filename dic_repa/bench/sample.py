@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Measurement, timer
+from torch.utils.benchmark import timer
 
-from dic_repa.bench.device import check_precision, describe_device
-from dic_repa.bench.model import case_label, inside, randomise
-from dic_repa.bench.report import add_ratios, speed
-from dic_repa.bench.timing import interleave
+from dic_repa.bench.device import check_precisions, look_inside
+from dic_repa.bench.model import case_label, randomise
+from dic_repa.bench.timing import measure
 from dic_repa.conditions import create_condition
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
@@ -29,20 +28,27 @@ GUIDANCE = {"doubled": True, "one-by-one": False}
 
 
 class SampleCase:
-    """One batch of a sampler, decoded; the time of decoding is counted apart when it is asked for.
-
-    `shortened` is the same in two steps, with the same models: a profile of hundreds would take minutes and gigabytes.
-    """
+    """One batch of a sampler, decoded."""
 
     def __init__(self, label: str, sampler: Sampler, gmacs: float):
         self.label, self.sampler, self.gmacs = label, sampler, gmacs
         self.batch = sampler.settings.batch_size
         self.labels = torch.arange(self.batch) % max(1, sampler.condition.count)
 
+    @property
+    def operations(self) -> float:
+        return 2 * self.gmacs * self.sampler.evaluations
+
     def __call__(self) -> list[Tensor]:
         return list(self.sampler(self.labels))
 
+    def facts(self, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        found = {"evaluations": self.sampler.evaluations, "decode_share": self.decode_share()}
+        graphs = device.type == "cuda" and self.sampler.settings.compile in GRAPH_MODES
+        return found if graphs else found | look_inside(self.shortened(), device)
+
     def shortened(self) -> SampleCase:
+        """The same in two steps: a profile of hundreds would take minutes and gigabytes."""
         changes: dict = {"steps": 2, "grid": None}
         if solver_info(self.sampler.settings.solver).kind == "adaptive":
             changes |= {"solver": "heun", "rtol": None, "atol": None, "options": None}
@@ -83,12 +89,16 @@ def bench_sample(
     """Time the sampler of each training recipe, with random weights, in each precision, compile mode, way of guidance
     and batch size, interleaved: all its steps, guidance, and decoding. The solver's state is float32 throughout.
 
-    `overrides` of the recipes, such as sample.steps=250. Rows as for `bench_model`, with `evaluations` of the network
-    for each image, and `decode_share`; memory and the share of the convolutions are those of two steps.
+    Args:
+        overrides: Of the recipes, such as sample.steps=250.
+        guidance: Of `GUIDANCE`; only the first for a recipe without guidance.
+
+    Returns:
+        As `measure`. Rows have `evaluations` of the network for each image, and `decode_share`; memory and the share of
+        the convolutions are those of two steps.
     """
-    for kind in precisions:
-        check_precision(kind, device)
-    environment, cases = describe_device(device), []
+    check_precisions(precisions, device)
+    cases = []
     notes: list[str] = []
     for name in recipes:
         recipe = load_training_recipe(name, overrides)
@@ -111,29 +121,11 @@ def bench_sample(
             sampler = Sampler(denoiser, build_objective(recipe.objective), settings, shape, None, decode)
             label = case_label(name, kind, way if guided and len(guidance) > 1 else "", mode)
             cases.append(SampleCase(label, sampler, gmacs))
-    timings = interleave(cases, rounds, seconds, warmup=1, description="sampling")
-    rows = [_row(case, timing, device) for case, timing in zip(cases, timings)]
-    add_ratios(rows)
-    return {
-        "environment": environment,
-        "after": describe_device(device),
-        "rows": rows,
-        "notes": [*dict.fromkeys(notes)],
-    }
-
-
-def _row(case: SampleCase, timing: Measurement, device: torch.device) -> dict:
-    row: dict[str, Any] = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
-    row["evaluations"] = case.sampler.evaluations
-    row["tflops"] = 2 * case.gmacs * case.sampler.evaluations * row["images_per_second"] / 1000
-    row["decode_share"] = case.decode_share()
-    if not (device.type == "cuda" and case.sampler.settings.compile in GRAPH_MODES):
-        row |= inside(case.shortened(), device)
-    return row
+    return measure(cases, device, rounds, seconds, "sampling", warmup=1) | {"notes": [*dict.fromkeys(notes)]}
 
 
 def _decoder(recipe: Recipe, device: torch.device, notes: list[str]) -> Callable[[Tensor], Tensor]:
-    """The recipe's decoder; Stable Diffusion's with random weights where its weights cannot be had."""
+    """The recipe's decoder; Stable Diffusion's with random weights if its own are not on this machine."""
     try:
         return build_decoder(recipe.data, device)
     except UserError as error:

@@ -4,11 +4,53 @@ from __future__ import annotations
 
 import timeit
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch.utils.benchmark import Measurement, timer
 from torch.utils.benchmark.utils.common import TaskSpec
 
+from dic_repa.bench.device import describe_device
 from dic_repa.runtime.progress import progress_bar
+
+
+class Case(Protocol):
+    """What is timed: a call on `batch` images, of `operations` (in 1e9) each."""
+
+    label: str
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def operations(self) -> float: ...
+
+    def __call__(self) -> object: ...
+
+    def facts(self, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """What else the case adds to its `row`, found after the timing."""
+        ...
+
+
+def measure(
+    cases: Sequence[Case], device: torch.device, rounds: int, seconds: float, description: str, warmup: int = 2
+) -> dict[str, Any]:
+    """Time the cases in turns.
+
+    Returns:
+        The `environment` before, the one `after`, and a row for each case: images per second with quartiles,
+        milliseconds of a call, TFLOP/s, the `ratio` to the first row of the same batch size, and its own facts.
+    """
+    before = describe_device(device)
+    timings = interleave(cases, rounds, seconds, warmup, description)
+    rows = []
+    for case, timing in zip(cases, timings):
+        row = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
+        row["tflops"] = case.operations * row["images_per_second"] / 1000
+        rows.append(row | case.facts(row, device))
+    add_ratios(rows)
+    return {"environment": before, "after": describe_device(device), "rows": rows}
 
 
 def interleave(
@@ -29,17 +71,33 @@ def interleave(
         For each of the calls, its seconds in each round.
     """
     timers = [timeit.Timer(call, timer=timer) for call in calls]  # torch's timer waits for the GPU
-    repeats = []
+    found = []
     with progress_bar(total=len(calls) * (rounds + 1), desc=description, leave=False) as bar:
         for clock in timers:
             for _ in range(max(1, warmup)):
                 once = clock.timeit(1)
-            repeats.append(max(1, round(seconds / max(once, 1e-9))))
+            found.append(Measurement(max(1, round(seconds / max(once, 1e-9))), [], TaskSpec("call()", "")))
             bar.update()
-        found = [Measurement(count, [], TaskSpec("call()", "")) for count in repeats]
-        for round_ in range(rounds):
+        for first in range(rounds):
             for k in range(len(calls)):
-                k = (k + round_) % len(calls)
-                found[k].raw_times.append(timers[k].timeit(repeats[k]))
+                k = (k + first) % len(calls)
+                found[k].raw_times.append(timers[k].timeit(found[k].number_per_run))
                 bar.update()
     return found
+
+
+def speed(timing: Measurement, images: int) -> dict[str, Any]:
+    """Images per second, with quartiles, and milliseconds of one call on `images` images."""
+    low, high = map(float, np.quantile(timing.times, (0.25, 0.75)))
+    return {
+        "images_per_second": images / timing.median,
+        "spread": [images / high, images / low],
+        "milliseconds": 1000 * timing.median,
+    }
+
+
+def add_ratios(rows: Sequence[dict]) -> None:
+    """Add to each row the ratio of its images per second to those of the first row of the same batch size."""
+    first: dict[int, float] = {}
+    for row in rows:
+        row["ratio"] = row["images_per_second"] / first.setdefault(row["batch"], row["images_per_second"])

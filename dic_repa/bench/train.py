@@ -12,14 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.utils.benchmark import Measurement
 from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
-from dic_repa.bench.device import check_precision, describe_device, precision
-from dic_repa.bench.model import baselines_of, build_baseline, case_label, check_baselines, inside
-from dic_repa.bench.report import add_ratios, speed
-from dic_repa.bench.timing import interleave
+from dic_repa.bench.device import check_precisions, look_inside, precision
+from dic_repa.bench.model import baselines_of, build_baseline, case_label, check_baselines
+from dic_repa.bench.timing import measure
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
@@ -73,12 +71,22 @@ class TrainCase:
         batch = default_collate([parts.data[i] for i in range(self.batch)])
         self.data = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
+    @property
+    def operations(self) -> float:
+        return 3 * 2 * self.gmacs  # of the denoiser, whose backward pass is two forward passes
+
     def __call__(self, clock=lambda _name: None) -> Tensor:
         AcceleratorState._shared_state.update(self.state)
         with precision(self.precision):
             loss = self.step(self.data, self.steps, clock)
         self.steps += 1
         return loss
+
+    def facts(self, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        clock = Clock(device)
+        for _ in range(3):
+            self(clock)
+        return {"phases": clock.shares(), **look_inside(self, device)}
 
 
 class PlainEMA:
@@ -109,16 +117,14 @@ def bench_train(
     """Time a training step of each recipe in each precision, compiled or not, at each batch size, interleaved.
 
     A step has the data's noise, the frozen encoders, the denoiser, its heads and losses, the backward pass, clipping,
-    the optimizer and the averages of the weights. Data is random and in memory; encoders have random weights where
-    theirs are not given as a file. A baseline runs the same step with its denoiser, torch's plain AdamW and an average
-    written tensor by tensor. Rows as for `bench_model`, and `phases`: the shares of a step.
+    the optimizer and the averages of the weights. Data is random and in memory; encoders have random weights unless a
+    file of theirs is given. A baseline runs the same step with its denoiser, torch's plain AdamW and an average written
+    tensor by tensor. Returns as `measure`, rows with `phases`: the shares of a step.
     """
-    for kind in precisions:
-        check_precision(kind, device)
+    check_precisions(precisions, device)
     if device.type == "cpu" and "fp16" in precisions:
         raise UserError("training in fp16 needs a GPU; take bf16 or fp32")
     check_baselines(recipes, baselines)
-    environment = describe_device(device)
     notes: list[str] = []
     allow_recompilation()
     cases = []
@@ -136,15 +142,8 @@ def bench_train(
             replace_denoiser(parts, baseline, recipe, accelerator)
             label = f"{name} {kind} by {baseline.rpartition(':')[2]}"
             cases.append(TrainCase(label, recipe, parts, accelerator, kind, gmacs))
-    timings = interleave(cases, rounds, seconds, description="training steps")
-    rows = [_row(case, timing, device) for case, timing in zip(cases, timings)]
-    add_ratios(rows)
-    return {
-        "environment": environment,
-        "after": describe_device(device),
-        "rows": rows,
-        "notes": [*dict.fromkeys(notes), *map(_phases_line, rows)],
-    }
+    result = measure(cases, device, rounds, seconds, "training steps")
+    return result | {"notes": [*dict.fromkeys(notes), *map(_phases_line, result["rows"])]}
 
 
 def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: list[str]) -> Recipe:
@@ -183,17 +182,6 @@ def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Acc
     parts.model, parts.optimizer = accelerator.prepare(model, optimizer)
     parts.ema = PlainEMA(parts.denoiser, settings.ema_decay)
     parts.averages = {"ema": parts.ema}
-
-
-def _row(case: TrainCase, timing: Measurement, device: torch.device) -> dict:
-    row: dict[str, Any] = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
-    # Of the denoiser, whose backward pass is two forward passes.
-    row["tflops"] = 3 * 2 * case.gmacs * row["images_per_second"] / 1000
-    clock = Clock(device)
-    for _ in range(3):
-        case(clock)
-    row["phases"] = clock.shares()
-    return row | inside(case, device)
 
 
 def _phases_line(row: dict) -> str:

@@ -17,9 +17,9 @@ from torch.utils.benchmark.utils.common import TaskSpec
 from dic_repa.bench.device import convolution_share, peak_memory, precision, read_clocks
 from dic_repa.bench.model import bench_model, load_factory, random_denoiser
 from dic_repa.bench.paper import SMALL, measure_paper
-from dic_repa.bench.report import add_ratios, speed, table
+from dic_repa.bench.report import table
 from dic_repa.bench.sample import bench_sample
-from dic_repa.bench.timing import interleave
+from dic_repa.bench.timing import add_ratios, interleave, speed
 from dic_repa.bench.train import build_step, replace_denoiser
 from dic_repa.cli import main
 from dic_repa.errors import UserError
@@ -84,7 +84,7 @@ def test_model_beside_the_oracle():
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler_maruyama", 2), ("dopri5", 3)])
 def test_a_sampler_is_profiled_over_two_steps(monkeypatch, solver, evaluations):
     profiled = []
-    monkeypatch.setattr("dic_repa.bench.sample.inside", lambda case, _: profiled.append(case()) or {"case": case})
+    monkeypatch.setattr("dic_repa.bench.sample.look_inside", lambda case, _: profiled.append(case()) or {"case": case})
     steps = "null" if solver == "dopri5" else 12
     overrides = ["model.width=8", "model.depths=[1,1,1,1,1]", f"sample.solver={solver}", f"sample.steps={steps}"]
     (row,) = bench_sample(["digits-urepa"], CPU, overrides, batches=(2,), **SHORT)["rows"]
@@ -112,8 +112,9 @@ def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     narrow = ("model.width=8", "model.depths=[1,1,1,1,1]")
     plan = dataclasses.replace(
-        SMALL, batches=(1,), size=8, precisions=("fp32",), recipes=("digits-urepa",), train_overrides=narrow,
-        sample_overrides=(*narrow, *SMALL.sample_overrides),
+        SMALL, precisions=("fp32",), forward=SMALL.forward | {"batches": (1,), "size": 8},
+        train=SMALL.train | {"recipes": ("digits-urepa",), "overrides": narrow},
+        sample=SMALL.sample | {"overrides": (*narrow, *SMALL.sample["overrides"])},
     )  # fmt: skip
     results = dict(measure_paper(CPU, True, f"{ORACLE}:PlainDiC", rounds=1, plan=plan))
     assert list(results) == ["forward-fp32", "train-fp32", "sample-fp32"]
