@@ -64,7 +64,7 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
     budgets = [int(part) for part in evaluations.split(",") if part.strip().isdigit()]
     if len(budgets) < evaluations.count(",") + 1 or min(budgets) < 1:
         raise UserError(f"--evaluations takes whole numbers from 1 such as 6,12,24, not '{evaluations}'")
-    from dic_repa.evaluation.judging import title
+    from dic_repa.evaluation.metrics import title
     from dic_repa.evaluation.solvers import compare_solvers, save_comparison
     from dic_repa.files.pictures import check_figure
 

@@ -78,7 +78,7 @@ def command(
 
     import torch
 
-    from dic_repa.evaluation.judging import title
+    from dic_repa.evaluation.metrics import title
     from dic_repa.evaluation.tune import Cell, Tuner
     from dic_repa.runtime.progress import progress_bar
     from dic_repa.sampling.load import load

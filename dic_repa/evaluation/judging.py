@@ -15,11 +15,9 @@ from dic_repa.recipe import Recipe
 
 
 def measured(names: Sequence[str], reference) -> list[str]:
-    """The metrics among `names` that are measured against the `reference`: all but sets, which have their own, and what
-    these give as well where there is no `reference`.
+    """The metrics among `names` to measure against `reference`; a UserError for an unknown name.
 
-    Raises:
-        UserError: for an unknown name.
+    Left out: sets, which have a reference of their own, and without a `reference` what these sets give.
     """
     parts = {name: metrics.create(name) for name in names}
     given = {score for part in parts.values() if isinstance(part, MetricSet) for score in part.names}
@@ -27,19 +25,8 @@ def measured(names: Sequence[str], reference) -> list[str]:
     return [name for name in plain if not (reference is None and name in given)]
 
 
-def all_directions() -> dict[str, str]:
-    """'higher' or 'lower', which is better, for all scores that are known."""
-    return {name: metric.better for name in metrics.names() if (metric := find_metric(name))}
-
-
-def title(score: str) -> str:
-    """How a score is called where it is shown: a metric by its title ('FD-digits'), another by its name."""
-    metric = find_metric(score)
-    return metric.title if metric else score
-
-
 def own_encoder(recipe: Recipe) -> dict[str, dict]:
-    """What `Measure` is to build the extractor `encoder` with, for samples of a run: its first alignment's encoder."""
+    """The options of the extractor `encoder` for samples of a run: its first alignment's encoder."""
     if not recipe.alignments:
         return {}
     first = recipe.alignments[0]
@@ -52,7 +39,7 @@ def by_encoder(names: Sequence[str]) -> list[str]:
 
 
 class Judge:
-    """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1].
+    """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1] and their classes (N,).
 
     Args:
         names: metrics (`dic-repa evaluate --list-metrics`) or sets of them ('digits'), whose scores are merged.
@@ -78,15 +65,14 @@ class Judge:
         self.sets = [(part, Measure(part.names, part.reference(), device, batch_size=500)) for part in sets]
         self.measure = Measure(own, reference, device, extractor_options=extractor_options) if own else None
         order = [score for part in sets for score in (part.main, *part.names)] + own
-        directions = all_directions()
-        self.better = {score: directions.get(score) or metrics.create(score).better for score in order}
+        self.better: dict[str, str] = {score: metrics.create(score).better for score in order}
 
     @property
     def main(self) -> str | None:
         return next(iter(self.better), None)
 
     def check(self, score: str) -> str:
-        """`score`, if there is one of that name with a direction; else a UserError."""
+        """`score`, if this judge gives it; else a UserError."""
         if score not in self.better:
             raise unknown_name("score", score, self.better)
         return score
@@ -97,8 +83,7 @@ class Judge:
             self.measure.check_size(size)
 
     def __call__(self, images: Tensor | Iterable[Tensor], labels: Tensor) -> dict:
-        """The scores of images (N, C, H, W), or of batches of them: metrics take these as they come, and never hold all
-        of them; a set is given all at once."""
+        """The scores of images (N, C, H, W), or of batches of them. Batches are held all at once for a set alone."""
         found: dict = {}
         if self.sets:
             images = whole = images if isinstance(images, Tensor) else torch.cat(list(images))
@@ -107,11 +92,12 @@ class Judge:
             scored = measure(whole.split(measure.batch_size), labels=labels)
             found |= {"count": scored.count, **scored.details, **scored.values, "reference": part.bounds(scored.count)}
         if self.measure:
-            found |= self.measure(_batches(images, self.measure), labels=labels).values
+            batches = images.split(self.measure.batch_size) if isinstance(images, Tensor) else images
+            found |= self.measure(batches, labels=labels).values
         return found
 
-    def beats(self, score: str, value: float, other: float | None) -> bool:
-        """Whether `value` is better than `other`; NaN never is, and anything else beats NaN or None."""
+    def is_better(self, score: str, value: float, other: float | None) -> bool:
+        """Whether `value` is better than `other`; NaN never is, and anything else is better than NaN or None."""
         if math.isnan(value):
             return False
         if other is None or math.isnan(other):
@@ -119,12 +105,8 @@ class Judge:
         return value > other if self.better[score] == "higher" else value < other
 
 
-def _batches(images: Tensor | Iterable[Tensor], measure: Measure) -> Iterable[Tensor]:
-    return images.split(measure.batch_size) if isinstance(images, Tensor) else images
-
-
 def judge_digits(images: Tensor, labels: Tensor) -> dict:
-    """What the judge of digits makes of images (N, 1, H, W), float in [0, 1], that should show the classes (N,).
+    """The scores of images (N, 1, H, W), float in [0, 1], that should show the digits `labels` (N,).
 
     Returns:
         A dict that JSON can hold: `count`, `recognised`, `recognised_count`, `recognised_by_class` and `fd-digits` as
@@ -137,14 +119,9 @@ def judge_digits(images: Tensor, labels: Tensor) -> dict:
     return Judge(["digits"], device=images.device)(images, labels)
 
 
-def judge_of_score(
-    score: str,
-    judge: str | None,
-    reference,
-    device: str | torch.device = "cpu",
-    extractor_options: dict[str, dict] | None = None,
-) -> Judge:
-    """Who gives `score`: the set `judge` that a recipe names, unless there is a `reference` to measure it against."""
+def judge_of_score(score: str, judge: str | None, reference, *options) -> Judge:
+    """A judge that gives `score`: the set `judge` of a recipe, if it does so and there is no `reference`."""
     part = metrics.create(judge) if judge else None
-    known = judge and isinstance(part, MetricSet) and score in part.names and reference is None
-    return Judge([judge if known and judge else score], reference, device, extractor_options)
+    if judge and isinstance(part, MetricSet) and score in part.names and reference is None:
+        score = judge
+    return Judge([score], reference, *options)

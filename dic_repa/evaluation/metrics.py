@@ -220,6 +220,12 @@ def find_metric(name: str) -> Metric | None:
     return part if isinstance(part, Metric) else None
 
 
+def title(score: str) -> str:
+    """What a score is called where it is shown: a metric by its title ('FD-digits'), another by its name."""
+    metric = find_metric(score)
+    return metric.title if metric else score
+
+
 _KINDS: tuple[tuple[str, type[Metric], str, str], ...] = (
     ("fid", Frechet, "inception.pool", "FID"),
     ("sfid", Frechet, "inception.spatial", "sFID"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,25 +32,40 @@ class Judgement:
 
     run: Path
     step: int
-    sample: SampleSection
     recipe: Recipe
-    scores: dict
-    record: Path
-    picture: Path
+    sample: SampleSection
+    scores: dict = field(default_factory=dict)
     evaluations: int = 0  # of the network, per image
 
-    @classmethod
-    def of(cls, run: RunFolder, step: int, recipe: Recipe, sample: SampleSection) -> Judgement:
-        """The judgement of these samples, its scores yet to come."""
-        stem = run.path / "evaluation" / f"step_{step:08d}-{describe_sampling(sample).replace(' ', '-')}"
-        record, picture = (stem.with_name(stem.name + ending) for ending in (".json", ".png"))
-        return cls(run.path, step, sample, recipe, {}, record, picture)
+    @property
+    def record(self) -> Path:
+        name = f"step_{self.step:08d}-{describe_sampling(self.sample).replace(' ', '-')}.json"
+        return self.run / "evaluation" / name
+
+    @property
+    def picture(self) -> Path:
+        return self.record.with_name(self.record.name.removesuffix(".json") + ".png")
 
     def identity(self) -> dict:
         """What tells a record of the same judgement from others."""
         names = self.recipe.evaluate.names if self.recipe.evaluate else ()
         metric, sample = "+".join(names), self.sample.model_dump(mode="json")
         return {"step": self.step, "metric": metric, "sample": sample, **weak_weights(self.sample)}
+
+    def read(self) -> bool:
+        """Take the scores from the record of the same judgement, if there is one and it is whole."""
+        with contextlib.suppress(OSError, ValueError):
+            record, wanted = json.loads(self.record.read_text()), self.identity()
+            if {key: record.get(key) for key in wanted} == wanted:
+                self.scores, self.evaluations = current_names(record["scores"]), record["evaluations"]
+                return True
+        return False
+
+    def save(self, images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
+        """Write the picture of the samples and the record of their scores."""
+        save_grid(images, self.picture, labels, class_names, COLUMNS)
+        record = {"made_by": MARK, **self.identity(), "evaluations": self.evaluations, "scores": self.scores}
+        write_whole(self.record, json.dumps(record, indent=2) + "\n")
 
 
 def evaluate_run(
@@ -59,10 +74,10 @@ def evaluate_run(
     again: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Judgement:
-    """Sample as `sample` says (by default as the run's recipe says) and judge by the recipe's metric.
+    """Sample as `sample` says (by default as the run's recipe says) and score by the recipe's metrics.
 
-    The result is kept in RUN/evaluation and read from there next time, unless `again`. `progress` is told of each
-    batch.
+    The result is kept in RUN/evaluation and read from there next time, unless `again`. `progress` is called with the
+    number of images of each batch.
     """
     run = RunFolder.open(path)
     newest = run.newest_checkpoint("ema")
@@ -72,12 +87,9 @@ def evaluate_run(
     if recipe.evaluate is None:
         raise no_judge(path)
     sample = sample or recipe.sample
-    step = checkpoint_step(newest)
-    judged = Judgement.of(run, step, recipe, sample)
-    if not again and (record := _read_record(judged.record, judged.identity())):
-        judged.scores, judged.evaluations = record["scores"], record["evaluations"]
+    judged = Judgement(run.path, checkpoint_step(newest), recipe, sample)
+    if not again and judged.read():
         return judged
-
     for file in (judged.record, judged.picture):
         check_file(file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,12 +98,10 @@ def evaluate_run(
     sampler = checkpoint.sampler(sample)
     rows = shown_in_grid(labels, COLUMNS)
     shown: dict[int, Tensor] = {}
-    judged.scores = Judge(recipe.evaluate.names, recipe.evaluate.reference, device, own_encoder(recipe))(
-        _as_kept(sampler(labels), rows, shown, progress), labels
-    )
+    judge = Judge(recipe.evaluate.names, recipe.evaluate.reference, device, own_encoder(recipe))
+    judged.scores = judge(_keep_rows(sampler(labels), rows, shown, progress), labels)
     judged.evaluations = sampler.evaluations
-    pictures = torch.stack([shown[i] for i in rows])
-    save_judgement(judged, pictures, labels[rows], checkpoint.condition.names)
+    judged.save(torch.stack([shown[i] for i in rows]), labels[rows], checkpoint.condition.names)
     return judged
 
 
@@ -101,33 +111,16 @@ def no_judge(path: str | Path, hint: str = "") -> UserError:
     return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; {hint}")
 
 
-def _as_kept(
+def _keep_rows(
     batches: Iterable[Tensor], rows: Sequence[int], shown: dict[int, Tensor], progress: Callable[[int], object]
 ) -> Iterator[Tensor]:
-    """The batches as a PNG file keeps them, which is what is judged; the images of `rows` are put into `shown` too."""
+    """The batches; the images of `rows` are put into `shown` on the way."""
     start = 0
     for batch in batches:
-        batch = (batch * 255).round() / 255
         shown.update({i: batch[i - start].clone() for i in rows if start <= i < start + len(batch)})
         start += len(batch)
         progress(len(batch))
         yield batch
-
-
-def save_judgement(judged: Judgement, images: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]) -> None:
-    """Write the picture of the samples and the record of their scores."""
-    save_grid(images, judged.picture, labels, class_names, COLUMNS)
-    record = {"made_by": MARK, **judged.identity(), "evaluations": judged.evaluations, "scores": judged.scores}
-    write_whole(judged.record, json.dumps(record, indent=2) + "\n")
-
-
-def _read_record(path: Path, wanted: dict) -> dict | None:
-    """The record of an earlier judgement of the same samples, if there is one and it is whole."""
-    with contextlib.suppress(OSError, ValueError):
-        record = json.loads(path.read_text())
-        if {key: record.get(key) for key in wanted} == wanted:
-            return record | {"scores": current_names(record["scores"])}
-    return None
 
 
 def describe_sampling(sample: SampleSection) -> str:

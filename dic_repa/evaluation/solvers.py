@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.judging import all_directions, title
+from dic_repa.evaluation.metrics import find_metric, title
 from dic_repa.evaluation.runs import evaluate_run
 from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.recipe import SampleSection
@@ -56,8 +56,8 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
         def __call__(self, x, pos=None):
             return f"{x:g}" if super().__call__(x, pos) else ""
 
-    better = all_directions()
     shown = list(dict.fromkeys(score for point in points for score in point.scores))
+    better = {score: metric.better for score in shown if (metric := find_metric(score))}
     figure, axes = new_figure(1, len(shown), (5.2 * len(shown), 3.8))
     for i, solver in enumerate(dict.fromkeys(point.solver for point in points)):
         info = solver_info(solver)

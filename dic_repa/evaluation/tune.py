@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.judging import Judge, judge_of_score, own_encoder, title
+from dic_repa.evaluation.judging import Judge, judge_of_score, own_encoder
+from dic_repa.evaluation.metrics import title
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.pictures import new_figure, save_figure
@@ -159,7 +160,7 @@ class Tuner:
         if known is None:
             labels = draw_labels(self.loaded.recipe, self.loaded.condition, settings)
             batches = self.loaded.sampler(settings)(labels)
-            known = wanted | {"scores": self.judge(_as_kept(batches, progress), labels)}
+            known = wanted | {"scores": self.judge(_counted(batches, progress), labels)}
             self.done.append(known)
             self._write()
         cell = Cell(scale, interval, num, float(known["scores"][self.score]))
@@ -191,10 +192,9 @@ class Tuner:
         write_whole(self.file, json.dumps(record | {"cells": self.done}, indent=1) + "\n")
 
 
-def _as_kept(batches: Iterable[Tensor], progress) -> Iterator[Tensor]:
-    """The batches as a PNG file keeps them, which is what is judged."""
+def _counted(batches: Iterable[Tensor], progress) -> Iterator[Tensor]:
     for batch in batches:
-        yield (batch * 255).round() / 255
+        yield batch
         progress(None, len(batch))
 
 

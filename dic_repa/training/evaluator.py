@@ -1,8 +1,7 @@
-"""`evaluate.every`: samples are scored in training, of the weights that `sample.weights` names, and the best checkpoint
-is kept.
+"""`evaluate.every`: samples are scored in training, and the best checkpoint is kept.
 
-Nothing of it touches the training's randomness: a sample's noise belongs to (sample.seed, its index), and a run with
-evaluations ends with the same weights as one without.
+The training's randomness is untouched: a sample's noise belongs to (sample.seed, its index), so a run with evaluations
+ends with the same weights as one without.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from dic_repa.training.trackers import Trackers
 
 
 class Evaluator:
-    """`evaluator(step)` samples, scores and records; it tells every process whether this step is the best so far.
+    """`evaluator(step)` samples, scores and records; in every process it returns whether this step is the best so far.
 
     The records are those of `dic-repa evaluate`, in RUN/evaluation. Processes share the sampling; the main one judges.
     """
@@ -84,14 +83,14 @@ class Evaluator:
         return in_order[: len(labels)]
 
     def _judge(self, step: int, images: Tensor, labels: Tensor) -> dict | None:
-        from dic_repa.evaluation.judging import title
-        from dic_repa.evaluation.runs import Judgement, save_judgement
+        from dic_repa.evaluation.metrics import title
+        from dic_repa.evaluation.runs import Judgement
 
-        judged = Judgement.of(self.run, step, self.recipe, self.sample)
+        judged = Judgement(self.run.path, step, self.recipe, self.sample)
         try:
             judged.scores = self.judge(images, labels)
             judged.evaluations = self.parts.sampler.evaluations if self.parts.sampler else 0
-        except UserError as error:  # such as images of a single colour, which a later step may mend
+        except UserError as error:  # such as images of a single colour; a later step may be better
             tqdm.write(f"warning: the samples of step {step} cannot be scored ({error})", file=sys.stderr)
             return None
         shown = {name: judged.scores.get(name) for name in self.judge.better}
@@ -101,16 +100,13 @@ class Evaluator:
         if self.score in numbers:
             before = self.best or self.run.best() or {}
             other = before.get("value") if before.get("score") == self.score else None
-            if self.judge.beats(self.score, numbers[self.score], other):
+            if self.judge.is_better(self.score, numbers[self.score], other):
                 self.best = best = {"step": step, "score": self.score, "value": numbers[self.score]}
         words = ", ".join(f"{title(name)} {value:.4g}" for name, value in numbers.items())
         say(f"step {step}: {words}{', the best so far' if best else ''}")
         try:
-            save_judgement(judged, images, labels, self.parts.condition.names)
+            judged.save(images, labels, self.parts.condition.names)
         except (OSError, UserError) as error:
             reason = getattr(error, "strerror", error)
-            tqdm.write(
-                f"warning: the scores of step {step} cannot be written ({reason})",
-                file=sys.stderr,
-            )
+            tqdm.write(f"warning: the scores of step {step} cannot be written ({reason})", file=sys.stderr)
         return best

@@ -192,11 +192,11 @@ def test_the_judge_of_digits_counts(checkpoint):
 def test_judges():
     judge = Judge(["digits"])
     assert (judge.main, judge.better["recognised"]) == ("fd-digits", "higher")
-    assert judge.beats("fd-digits", 1.0, 2.0)
-    assert judge.beats("recognised", 2.0, 1.0)
-    assert judge.beats("fd-digits", 1.0, None)
-    assert not judge.beats("fd-digits", math.nan, 2.0)
-    assert judge.beats("fd-digits", 5.0, math.nan)
+    assert judge.is_better("fd-digits", 1.0, 2.0)
+    assert judge.is_better("recognised", 2.0, 1.0)
+    assert judge.is_better("fd-digits", 1.0, None)
+    assert not judge.is_better("fd-digits", math.nan, 2.0)
+    assert judge.is_better("fd-digits", 5.0, math.nan)
     with pytest.raises(UserError, match="did you mean digits"):
         Judge(["digit"])
 
@@ -235,7 +235,7 @@ def test_records_of_guidance_by_a_weaker_model_know_its_weights(checkpoint, tmp_
 
     def identities():
         tuner = Tuner(loaded, "fd-digits", sample=sample, num=2, out=tmp_path / "out")
-        return tuner.spec, Judgement.of(RunFolder(tmp_path), 4, loaded.recipe, sample).identity()
+        return tuner.spec, Judgement(tmp_path, 4, loaded.recipe, sample).identity()
 
     before = identities()
     assert identities() == before
