@@ -31,14 +31,6 @@ PREDICTIONS = ("velocity", "noise", "score", "data")
 paths = Registry("interpolant", key="objective.options.path")
 
 
-def create_path(name: str, **kwargs) -> Interpolant:
-    """The path filed under `name`: 'linear', 'cosine' or 'vp' (which takes `beta_min` and `beta_max`).
-
-    Raises UserError for an unknown name.
-    """
-    return paths.create(name, **kwargs)
-
-
 def path_of(model: object) -> Interpolant | None:
     """The path that a model or field names as its `path`; None where it has none, or means something else by it."""
     path = getattr(model, "path", None)

@@ -16,7 +16,7 @@ _EXPORTS = {
     "SolverInfo": "solvers",
     "StepNoise": "noise",
     "UniformGrid": "grids",
-    "create_grid": "grids",
+    "time_grids": "grids",
     "initial_noise": "noise",
     "list_solvers": "solvers",
     "log_likelihood": "likelihood",

@@ -16,14 +16,6 @@ TimeGrid = Callable[[int, float, float, Interpolant], list[float]]
 time_grids = Registry("time grid", key="sample.grid.name")
 
 
-def create_grid(name: str, **kwargs) -> TimeGrid:
-    """The grid filed under `name`: 'uniform', 'shifted' (shift) or 'karras' (rho, ratio_min, ratio_max).
-
-    Raises UserError for an unknown name and for arguments that it does not take.
-    """
-    return time_grids.create(name, **kwargs)
-
-
 @time_grids.register("uniform")
 @dataclass(frozen=True)
 class UniformGrid:

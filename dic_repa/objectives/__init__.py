@@ -14,7 +14,6 @@ from dic_repa.objectives.base import (
     Noisy,
     ObjectiveOutput,
     VelocityModel,
-    create_objective,
     objectives,
 )
 from dic_repa.objectives.ddpm import DDPM
@@ -23,11 +22,10 @@ from dic_repa.objectives.time_sampling import (
     LogitNormal,
     LogNormal,
     Uniform,
-    create_time_sampling,
     resolution_shift,
     time_samplings,
 )
-from dic_repa.objectives.weighting import create_weighting, weightings
+from dic_repa.objectives.weighting import weightings
 
 __all__ = [
     "DDPM",
@@ -40,9 +38,6 @@ __all__ = [
     "ObjectiveOutput",
     "Uniform",
     "VelocityModel",
-    "create_objective",
-    "create_time_sampling",
-    "create_weighting",
     "objectives",
     "resolution_shift",
     "time_samplings",

@@ -17,11 +17,6 @@ from dic_repa.registry import Registry
 objectives = Registry("objective", modules=["dic_repa.objectives"], key="objective.name")
 
 
-def create_objective(name: str, **kwargs) -> Objective:
-    """The objective filed under `name` ('flow-matching', 'ddpm'), made with `kwargs`. UserError for an unknown name."""
-    return objectives.create(name, **kwargs)
-
-
 @dataclass
 class Batch:
     """What one pass of a training step gives an objective."""

@@ -13,11 +13,6 @@ from dic_repa.registry import Registry
 time_samplings = Registry("time sampling", key="objective.options.time")
 
 
-def create_time_sampling(name: str, **kwargs):
-    """The time sampling filed under `name`, made with `kwargs`. Raises UserError for an unknown name."""
-    return time_samplings.create(name, **kwargs)
-
-
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """t' = shift t / (1 + (shift - 1) t): times for larger latents, which lose less of their content to the same noise.
 

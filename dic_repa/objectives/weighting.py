@@ -18,11 +18,6 @@ from dic_repa.registry import Registry
 weightings = Registry("loss weighting", key="objective.options.weighting")
 
 
-def create_weighting(name: str, **kwargs):
-    """The weighting filed under `name`, made with `kwargs`. Raises UserError for an unknown name."""
-    return weightings.create(name, **kwargs)
-
-
 @weightings.register("none")
 @dataclass(frozen=True)
 class NoWeighting:

@@ -23,7 +23,7 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.files.pictures import unit_images
 from dic_repa.models import create_denoiser, find_denoiser
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.objectives import create_objective
+from dic_repa.objectives import objectives
 from dic_repa.protocols import Samples
 from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
 from dic_repa.registry import add_folders, import_plugin
@@ -143,7 +143,7 @@ def build_denoiser(section: ModelSection, channels: int, condition: Condition) -
 
 def build_objective(section: ObjectiveSection):
     """The objective; a UserError if it does not take the options."""
-    objective = create_objective(section.name, **section.options)
+    objective = objectives.create(section.name, **section.options)
     try:
         objective.draw((1, 1, 1, 1), torch.Generator())  # an option of the wrong kind may show only here
     except UserError:

@@ -18,7 +18,7 @@ from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.runtime.precision import tf32
-from dic_repa.samplers import Guidance, SolverInfo, create_grid, initial_noise, sample, solver_info
+from dic_repa.samplers import Guidance, SolverInfo, initial_noise, sample, solver_info, time_grids
 from dic_repa.samplers.guidance import guidances
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,7 +139,7 @@ class Sampler:
         options = {key: getattr(s, key) for key in s.solver_keys() if key != "grid"}
         options["steps"] = s.steps or (None if info.kind == "adaptive" else 50 if info.process == "ode" else 250)
         if s.grid and s.grid.times is None:
-            options["times"] = create_grid(s.grid.name, **s.grid.options)
+            options["times"] = time_grids.create(s.grid.name, **s.grid.options)
         elif s.grid:
             options |= {"times": s.grid.times, "steps": None}  # as many as the times make
         if info.process == "ddpm":

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dic_repa.errors import UserError
 from dic_repa.models import DiC
-from dic_repa.objectives import DDPM, create_objective
+from dic_repa.objectives import DDPM, objectives
 from dic_repa.samplers import Guidance, sample, sample_ddpm, sample_ode
 
 REFERENCE = load_file(FIXTURES / "ddpm_reference.safetensors")
@@ -192,7 +192,7 @@ def test_bad_input_is_told():
     with pytest.raises(UserError, match="learn_sigma"):
         OBJECTIVE.loss(REFERENCE["train.model_out"][:, :4], reference_batch())
     with pytest.raises(UserError, match="betas"):
-        create_objective("ddpm", beta_end=2.0)
+        objectives.create("ddpm", beta_end=2.0)
 
 
 def test_without_learned_variance_the_loss_is_the_squared_error():

@@ -9,8 +9,8 @@ from places import FIXTURES
 from safetensors.torch import load_file
 
 from dic_repa.errors import UserError
-from dic_repa.interpolants import PREDICTIONS, CosinePath, LinearPath, VPPath, create_path
-from dic_repa.objectives import FlowMatching, LogNormal, create_objective, create_weighting, resolution_shift
+from dic_repa.interpolants import PREDICTIONS, CosinePath, LinearPath, VPPath, paths
+from dic_repa.objectives import FlowMatching, LogNormal, objectives, resolution_shift, weightings
 
 SIT = load_file(FIXTURES / "sit_dit_reference.safetensors")
 PATHS = [LinearPath(), CosinePath(), VPPath()]
@@ -108,7 +108,7 @@ def test_weighted_loss_is_the_same_for_every_prediction(path, weighting):
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_weights_are_those_of_sit_and_min_snr(name):
     """By their own formulas: on the noise's error in SiT, on the data's in min-SNR."""
-    path = create_path(name)
+    path = paths.create(name)
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     c = path.coefficients(t)
     # SiT's drift_var; its time runs the other way, so that its derivatives have the opposite sign.
@@ -123,7 +123,7 @@ def test_weights_are_those_of_sit_and_min_snr(name):
         ("noise", "score"): c.sigma**2,
     }
     for (weighting, prediction), weight in expected.items():
-        torch.testing.assert_close(create_weighting(weighting)(path, t, prediction), weight, rtol=1e-10, atol=0)
+        torch.testing.assert_close(weightings.create(weighting)(path, t, prediction), weight, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("prediction", ["score", "noise"])
@@ -201,7 +201,7 @@ def test_velocity_model(path, prediction):
 
 def test_unknown_names_are_told():
     with pytest.raises(UserError, match="did you mean flow-matching"):
-        create_objective("flow_matching")
+        objectives.create("flow_matching")
     with pytest.raises(UserError, match="did you mean logit-normal"):
         FlowMatching(time="logitnormal")
     with pytest.raises(UserError, match="did you mean velocity"):

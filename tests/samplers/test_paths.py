@@ -10,7 +10,7 @@ from places import FIXTURES
 from safetensors.torch import load_file
 
 from dic_repa.errors import UserError
-from dic_repa.interpolants import PREDICTIONS, CosinePath, LinearPath, VPPath, create_path
+from dic_repa.interpolants import PREDICTIONS, CosinePath, LinearPath, VPPath, paths
 
 REFERENCE = load_file(FIXTURES / "repa_reference.safetensors")
 PATHS = [LinearPath(), CosinePath(), VPPath()]
@@ -67,7 +67,7 @@ def test_time_at_ratio_inverts_sigma_over_alpha(path):
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_score_of_a_velocity_is_the_references(name):
-    got = create_path(name).convert(
+    got = paths.create(name).convert(
         REFERENCE["score.v"], REFERENCE["score.x"], REFERENCE["score.t"], "velocity", "score"
     )
     torch.testing.assert_close(got, REFERENCE[f"score.{name}"], rtol=1e-6, atol=1e-6)
@@ -75,6 +75,6 @@ def test_score_of_a_velocity_is_the_references(name):
 
 def test_unknown_names_are_told_with_the_near_ones():
     with pytest.raises(UserError, match="did you mean linear"):
-        create_path("linaer")
+        paths.create("linaer")
     with pytest.raises(UserError, match="did you mean velocity"):
         LinearPath().convert(torch.ones(1), torch.ones(1), torch.ones(1), "velocty", "data")

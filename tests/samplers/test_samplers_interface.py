@@ -16,13 +16,13 @@ from dic_repa.samplers import (
     KarrasGrid,
     ShiftedGrid,
     UniformGrid,
-    create_grid,
     initial_noise,
     list_solvers,
     sample,
     sample_ode,
     sample_sde,
     solver_info,
+    time_grids,
 )
 
 MIXTURE = GaussianMixture([[0.8, -0.5], [-0.6, 0.4]], [0.5, 0.5], 0.3)
@@ -228,7 +228,7 @@ def test_options_of_other_samplers_are_told():
 
 def test_bad_grids_are_told():
     with pytest.raises(UserError, match="did you mean karras"):
-        create_grid("karas")
+        time_grids.create("karas")
     with pytest.raises(UserError, match="shift"):
         ShiftedGrid(0.0)
     with pytest.raises(UserError, match="karras"):

@@ -7,7 +7,7 @@ import torch
 from places import FIXTURES
 from safetensors.torch import load_file
 
-from dic_repa.interpolants import create_path
+from dic_repa.interpolants import paths
 from dic_repa.samplers import Guidance, sample_ode, sample_sde
 
 REFERENCE = load_file(FIXTURES / "repa_reference.safetensors")
@@ -37,14 +37,14 @@ def field(path, scale):
 @pytest.mark.parametrize("scale", [1.0, 1.8])
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_ode(solver, scale):
-    got = sample_ode(field(create_path("linear"), scale), REFERENCE["z"], solver=solver, steps=20)
+    got = sample_ode(field(paths.create("linear"), scale), REFERENCE["z"], solver=solver, steps=20)
     torch.testing.assert_close(got, REFERENCE[f"ode.{solver}.linear.cfg{scale}"], rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.8])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_sde(name, scale):
-    path = create_path(name)
+    path = paths.create(name)
     got = sample_sde(
         field(path, scale),
         REFERENCE["z"],
@@ -59,7 +59,7 @@ def test_sde(name, scale):
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_heun_of_sit(name, form):
     """Against SiT's own, with the same noise."""
-    path = create_path(name)
+    path = paths.create(name)
 
     def velocity(x, t):
         c = path.coefficients(t.reshape(-1, 1, 1, 1))
@@ -74,7 +74,7 @@ def test_heun_of_sit(name, form):
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_sde_reaches_the_exact_mean_and_variance(name):
-    path, count = create_path(name), 4000
+    path, count = paths.create(name), 4000
     labels = torch.zeros(count, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
 
