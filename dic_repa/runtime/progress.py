@@ -55,6 +55,11 @@ def detail(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
+def warn(text: str) -> None:
+    """Print a warning on standard error, above a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 def progress_bar(iterable=None, **options) -> tqdm:
     """A `tqdm` bar, none if quiet; where standard error is no terminal, a new state every ten seconds at most."""
     if not sys.stderr.isatty():

@@ -26,8 +26,8 @@ from dic_repa.recipe.build import build_decoder, build_denoiser, build_objective
 from dic_repa.recipe.dotted import differences
 from dic_repa.recipe.files import paper_recipe
 from dic_repa.runtime.precision import tf32
-from dic_repa.training.header import device_name
 from dic_repa.training.inputs import check_batch
+from dic_repa.training.log import device_name
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
 from dic_repa.training.optimizers import state_bytes

@@ -1,4 +1,4 @@
-"""From the data set to what one pass of a step takes.
+"""The batches of a run, and the randomness of its steps.
 
 A step has a global batch; each process has a share of it, and goes through its share in one or several passes.
 
@@ -13,7 +13,6 @@ import functools
 import hashlib
 import itertools
 import math
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -23,14 +22,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from dic_repa.data.latents import denoiser_data, global_noise
 from dic_repa.errors import UserError, print_rank_errors
-from dic_repa.files.pictures import unit_images
-from dic_repa.objectives import Batch
 from dic_repa.recipe import Recipe, TrainSection
-from dic_repa.training.parts import Parts
+from dic_repa.runtime.progress import warn
 from dic_repa.training.preemption import ignore_signals
 
 PREFETCH = 4  # batches that each loader process has ready: they bridge a slow read from a disk or a network
@@ -150,77 +145,7 @@ class LoaderWatch:
             waited = time.monotonic() - self.since
             if waited > self.patience:
                 self.patience *= 2
-                tqdm.write(
-                    f"warning: process {self.process} has waited {waited:.0f} s for the batch of step {self.step}: the "
-                    "loader is stalled (a slow or dead disk or network? see data.workers)",
-                    file=sys.stderr,
+                warn(
+                    f"process {self.process} has waited {waited:.0f} s for the batch of step {self.step}: the loader "
+                    "is stalled (a slow or dead disk or network? see data.workers)"
                 )
-
-
-class Tokens(list):
-    """The encoders' tokens of one pass, (B, N, D) each; None where an alignment's schedule is at 0."""
-
-    def join(self) -> None:
-        """Before the tokens are used: on a GPU they are computed beside the denoiser's forward pass."""
-        for tokens in self:
-            stream = None if tokens is None else side_stream(tokens.device)
-            if stream is not None:
-                current = torch.cuda.current_stream(tokens.device)
-                current.wait_stream(stream)
-                tokens.record_stream(current)
-
-
-def step_inputs(
-    parts: Parts,
-    batch: dict[str, Tensor],
-    settings: TrainSection,
-    step: int,
-    accelerator: Accelerator,
-    passes: int,
-    scales: list[float],
-) -> Iterator[tuple[Batch, Tokens]]:
-    """The step's inputs of this process, split into its passes; an encoder is run where its schedule's scale is not 0.
-
-    What is random is drawn for the global batch and then sliced: the same numbers whatever the number of processes and
-    passes.
-    """
-    generator = step_generator(settings.seed, step, accelerator.device)
-    draws = parts.objective.draw((settings.batch_size, *parts.shape), generator)
-    uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
-    rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
-    y = parts.condition.drop(batch[parts.condition.key], uniform[rows] < settings.label_dropout)
-    x = denoiser_data(parts.data, batch, global_noise(settings.batch_size, rows, generator))
-    images = batch.get("image", x)  # latents without images have no encoder to show them to
-    split = [tensor.chunk(passes) for tensor in (x, y, images)]
-    drawn = {name: values[rows].chunk(passes) for name, values in draws.items()}
-    cached = {name: batch[name].chunk(passes) for name in parts.caches}
-    for k, (x, y, image) in enumerate(zip(*split)):
-        tokens = Tokens([None] * len(scales))
-        for i, encoder in enumerate(parts.encoders):
-            if scales[i]:
-                tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encode(encoder, image, accelerator)
-        draws = {name: parts_of[k] for name, parts_of in drawn.items()}
-        yield Batch(x, y, draws, parts.ema.model), tokens
-
-
-def encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
-    """The frozen encoder's tokens, in the run's mixed precision; on a GPU on a second stream, see `Tokens.join`."""
-    stream = side_stream(images.device)
-    if stream is None:
-        return _encode(encoder, images, accelerator)
-    stream.wait_stream(torch.cuda.current_stream(images.device))
-    with torch.cuda.stream(stream):
-        images.record_stream(stream)
-        return _encode(encoder, images, accelerator)
-
-
-def _encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
-    with torch.inference_mode(), accelerator.autocast():
-        tokens = encoder(unit_images(images))
-    return tokens.clone()  # the loss keeps it for its backward pass, for which an inference tensor is no good
-
-
-@functools.lru_cache
-def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A second stream of a GPU, always the same."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -1,4 +1,5 @@
-"""What a run tells while it goes on: a progress bar, metrics.jsonl, trackers, and at the end a picture of the curves.
+"""What a run tells: a table before its first step, then a progress bar, metrics.jsonl, trackers, and a picture of the
+loss curves at its end.
 
 Sums stay on the device between two log steps, so that logging waits for the device then and never in between.
 """
@@ -18,16 +19,67 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
-from dic_repa.recipe import TrainSection
+from dic_repa.models import measure_cost
+from dic_repa.recipe import AlignmentSection, Recipe, TrainSection
+from dic_repa.recipe.build import build_denoiser
 from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runtime.progress import progress_bar
+from dic_repa.runtime.progress import progress_bar, warn
+from dic_repa.runtime.threads import describe_threads
+from dic_repa.training.parts import Parts
 from dic_repa.training.step import PassLosses
 from dic_repa.training.trackers import Trackers
+
+PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
+
+
+def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator, passes: int, start: int) -> str:
+    """The run as a table: device, denoiser, data, encoders, batch, steps and folder; `start` steps of it are done."""
+    settings = recipe.train
+    precision = PRECISIONS[settings.precision] + (", TF32" if settings.tf32 else "")
+    threads = f", {describe_threads()}" if accelerator.device.type == "cpu" else ""
+    rows = [
+        ("device", f"{device_name(accelerator.device)}, {precision}{threads}"),
+        ("denoiser", _denoiser(recipe, parts)),
+        ("data", _data(recipe, parts)),
+        *(("encoder", _encoder(section)) for section in recipe.alignments),
+        ("batch", _batch(settings.batch_size, accelerator.num_processes, passes)),
+        ("steps", f"{settings.steps:,}" + (f", of which {start:,} are done" if start else "")),
+        ("folder", str(run.path)),
+    ]
+    return "\n".join(f"{name:10}{text}" for name, text in rows)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type.upper()}, no GPU"
+
+
+def _denoiser(recipe: Recipe, parts: Parts) -> str:
+    model = parts.ema.model
+    if parts.sharded:  # then a process has a part of it alone
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build_denoiser(recipe.model, parts.data.channels, parts.condition)
+    cost = measure_cost(model, recipe.data.size)
+    return f"{recipe.model.name}, {cost.parameters / 1e6:.4g} M parameters, {cost.macs / 1e9:.4g} GMACs an image"
+
+
+def _data(recipe: Recipe, parts: Parts) -> str:
+    size = " x ".join(map(str, parts.shape))
+    place = f" in {recipe.data.path}" if recipe.data.path else ""
+    return f"{recipe.data.name}{place}, {len(parts.data):,} samples of {size}, {parts.condition.describe()}"
+
+
+def _encoder(section: AlignmentSection) -> str:
+    cached = ", its tokens from the cache" if section.cache else ""
+    return f"{section.encoder} at {section.tap}, weight {section.weight:g}{cached}"
+
+
+def _batch(size: int, processes: int, passes: int) -> str:
+    each = f"{processes} process{'es' * (processes > 1)} x {size // processes}"
+    return f"{size} = {each}" + (f" in {passes} passes of {size // processes // passes}" if passes > 1 else "")
 
 
 class MetricLog:
@@ -43,8 +95,8 @@ class MetricLog:
     def __init__(
         self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, trackers: Trackers
     ):
-        self.run, self.accelerator, self.settings, self.start = run, accelerator, settings, start
-        self.trackers = trackers
+        self.run, self.accelerator, self.settings, self.trackers = run, accelerator, settings, trackers
+        self.start = start
         self.sums: dict[str, Tensor] = {}
         self.steps: dict[str, Tensor] = {}
         self.images, self.pause, self.wait = 0, 0.0, 0.0
@@ -75,11 +127,7 @@ class MetricLog:
             try:
                 save_curves([self.run])
             except (OSError, UserError) as error:
-                reason = getattr(error, "strerror", error)
-                print(
-                    f"warning: {self.run.curves_file} cannot be written ({reason})",
-                    file=sys.stderr,
-                )
+                warn(f"{self.run.curves_file} cannot be written ({getattr(error, 'strerror', error)})")
 
     def waiting(self, batches: Iterator) -> Iterator:
         """The same batches; the time until each is there counts as waiting."""
@@ -91,21 +139,22 @@ class MetricLog:
             self.wait += time.perf_counter() - begin
             yield batch
 
-    def add(self, losses: PassLosses) -> None:
-        """Count the losses of one pass."""
+    def _add(self, losses: PassLosses) -> None:
         share, values = losses.share, {"loss": losses.loss, "denoising": losses.denoising}
         for i, parts in enumerate(losses.terms):
             values |= {f"alignment.{i}.{name}": value for name, value in parts.items()}
         for name, value in values.items():
-            value = value.detach().float()
+            value = value.float()
             finite = value.isfinite()
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0) * share
             self.steps[name] = self.steps.get(name, 0) + finite * share  # an alignment may stop between two log steps
 
-    def step(self, step: int, norm: Tensor, learning_rate: float, images: int, skipped: int = 0) -> None:
-        """End a step; at a log step, average, write and show."""
+    def step(self, step: int, losses: list[PassLosses], norm: Tensor, learning_rate: float, skipped: int) -> None:
+        """Count a step's losses, of each pass; at a log step, average, write and show."""
+        for each in losses:
+            self._add(each)
         self.bar.update()
-        self.images += images
+        self.images += self.settings.batch_size
         if step % self.settings.log_every and step != self.settings.steps:
             return
         sums, steps = self.accelerator.reduce(
@@ -122,8 +171,8 @@ class MetricLog:
             "skipped": skipped,
             "seconds": round(seconds, 3),
         }
-        self.steps = {}
-        self.sums, self.images, self.pause, self.wait, self.since = {}, 0, 0.0, 0.0, time.perf_counter()
+        self.sums, self.steps = {}, {}
+        self.images, self.pause, self.wait, self.since = 0, 0.0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
             self._write(record)
 
@@ -133,11 +182,10 @@ class MetricLog:
             append_whole(self.run.metrics_file, self.unwritten)
             self.unwritten = ""
         except OSError as error:
-            tqdm.write(f"warning: {self.run.metrics_file} cannot be written ({error.strerror}); tried again later",
-                       file=sys.stderr)  # fmt: skip
-        told = {name: value for name, value in record.items() if value is not None}
-        self.trackers.log(told, told.pop("step"))
-        # First what is trained for; the loss is it and the alignment's, which falls by the similarity alone.
+            warn(f"{self.run.metrics_file} cannot be written ({error.strerror}); tried again later")
+        values = {name: value for name, value in record.items() if value is not None}
+        self.trackers.log(values, values.pop("step"))
+        # The denoising loss first: the total also falls with the alignment's.
         losses = {name: record[name] for name in ("denoising", "loss")}
         shown = {name: "not finite" if value is None else f"{value:.3f}" for name, value in losses.items()}
         tokens = [value for name, value in record.items() if name.endswith(".token") and value is not None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import atexit
 import json
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
@@ -26,7 +25,7 @@ from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.lock import locked
 from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.processes import start_processes
-from dic_repa.runtime.progress import say
+from dic_repa.runtime.progress import say, warn
 from dic_repa.training.checkpoint import (
     CheckpointWriter,
     copy_state,
@@ -35,15 +34,13 @@ from dic_repa.training.checkpoint import (
     write_snapshots,
 )
 from dic_repa.training.evaluator import Evaluator
-from dic_repa.training.header import run_header
 from dic_repa.training.inputs import batches, check_batch, data_order
-from dic_repa.training.log import MetricLog
+from dic_repa.training.log import MetricLog, run_header
 from dic_repa.training.parts import Parts, build_parts, check_sampling_and_evaluation
 from dic_repa.training.preemption import Preempted, StopRequest
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.sharding import wants_sharding
-from dic_repa.training.step import PassLosses, TrainingStep
-from dic_repa.training.step_guard import StepGuard, Verdict
+from dic_repa.training.step import StepGuard, TrainingStep, Verdict
 from dic_repa.training.trackers import Trackers, check_trackers
 
 FAR_BEHIND = 0.1  # of the steps so far: an average with warm-up is, until its warm-up is over
@@ -55,11 +52,18 @@ def train(
 ) -> RunFolder:  # fmt: skip
     """Train what `recipe` says into the run folder `path`, and return it.
 
-    The folder must be new, unless `resume` goes on from its newest whole checkpoint (with `allow_change`, also with
-    another recipe) or `overwrite` removes it, and no other file. `trackers` are left open, for what comes after the
-    training. Runs in as many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result.
-    Raises Preempted when a SIGTERM or SIGUSR1 has ended it, with its state saved; UserError where the run cannot begin,
-    or stops for losses or gradients that are not finite.
+    Runs in as many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result.
+
+    Args:
+        path: a new folder, unless one of the next two is set.
+        resume: go on from the newest whole checkpoint of the run at `path`.
+        overwrite: remove the run at `path` first, and no other file.
+        allow_change: with `resume`, also with a recipe that changes the run.
+        trackers: left open, for what comes after the training.
+
+    Raises:
+        Preempted: when SIGTERM or SIGUSR1 has ended the run, with its state saved.
+        UserError: where the run cannot begin, or stops for losses or gradients that are not finite.
     """
     recipe = note_current_folder(recipe)
     settings, run = recipe.train, RunFolder(path)
@@ -70,16 +74,25 @@ def train(
         trackers = trackers or stack.enter_context(Trackers())
         check_trackers(settings.trackers)
         accelerator = start_accelerator(settings)
-        if not resume:  # told before the work
+        if not resume:  # now, before `claim` makes the folder a run's
             on_main_process(accelerator, lambda: run.check_new(overwrite))
-        check_batch(settings, accelerator.num_processes)  # told before the work
+        check_batch(settings, accelerator.num_processes)
         parts = build_parts(recipe, accelerator)
-        optimizer, train_step = parts.optimizer, TrainingStep(parts, settings, accelerator)
+        train_step = TrainingStep(parts, settings, accelerator)
         learning_rate = LearningRate(recipe)
         check_sampling_and_evaluation(recipe, parts.objective)
         evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
         on_main_process(accelerator, evaluator.prepare)
-        checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
+
+        def open_run() -> Path | None:
+            run.claim()
+            stack.enter_context(locked(run.path))
+            if resume:
+                return run.resume(recipe, allow_change)
+            run.create(recipe, overwrite)
+            return None
+
+        checkpoint = on_main_process(accelerator, open_run)
         on_main_process(accelerator, lambda: trackers.start(accelerator, run, recipe, resume))
         request = stack.enter_context(StopRequest())
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
@@ -87,29 +100,29 @@ def train(
             on_main_process(accelerator, lambda: run.save_recipe(recipe))
         if accelerator.is_main_process:
             say(run_header(recipe, run, parts, accelerator, train_step.passes, start))
-        data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
-        incoming = batches(data, recipe, accelerator, start)
-        guard = StepGuard(accelerator, optimizer.optimizer)
+        incoming = batches(
+            WithTokens(parts.data, parts.caches) if parts.caches else parts.data, recipe, accelerator, start
+        )
+        guard = StepGuard(accelerator, parts.optimizer.optimizer)
         writer = stack.enter_context(CheckpointWriter(run))
+        after = AfterStep(recipe, run, parts, accelerator, evaluator, writer, trackers)
         log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers))
         stack.callback(incoming.close)
 
-        def note(losses: PassLosses) -> None:
-            log.add(losses)
-            guard.add(losses.loss)
-
         for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
-            norm = train_step.gradients(batch, step, note)
-            guard.judge(step + 1, norm, request.received)
-            rate = set_learning_rate(optimizer, learning_rate(step))
+            norm, losses = train_step.gradients(batch, step)
+            guard.judge(step + 1, losses, norm, request.received)
+            rate = learning_rate(step)
+            for group in parts.optimizer.param_groups:
+                group["lr"] = rate
             train_step.update(step)
 
             verdict = guard.verdict()
-            log.step(step + 1, norm, rate, settings.batch_size, verdict.skipped)
+            log.step(step + 1, losses, norm, rate, verdict.skipped)
             if verdict.in_a_row >= settings.max_skipped:
-                stop_not_finite(accelerator, run, writer, verdict, recipe, len(data))
+                after.stop_not_finite(verdict)
             with log.paused():
-                save_due(step + 1, verdict.stop, run, writer, accelerator, parts, recipe, evaluator, trackers)
+                after(step + 1, verdict.stop)
             if verdict.stop and step + 1 < settings.steps:
                 on_main_process(accelerator, writer.finish)
                 raise Preempted(f"{run.path} was told to stop, and has saved step {step + 1}")
@@ -133,23 +146,6 @@ def start_accelerator(settings: TrainSection) -> Accelerator:
     return accelerator
 
 
-def open_run(
-    stack: ExitStack, accelerator: Accelerator, run: RunFolder, recipe: Recipe, resume: bool, overwrite: bool,
-    allow_change: bool,
-) -> Path | None:  # fmt: skip
-    """Lock the folder until `stack` ends, and make it ready; the checkpoint to go on from."""
-
-    def prepare() -> Path | None:
-        run.claim()
-        stack.enter_context(locked(run.path))
-        if resume:
-            return run.resume(recipe, allow_change)
-        run.create(recipe, overwrite)
-        return None
-
-    return on_main_process(accelerator, prepare)
-
-
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """Do `action` in the main process while the others wait, and return its result in all of them; a UserError there is
     raised in all of them.
@@ -167,104 +163,103 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     return result
 
 
-def save_due(
-    step: int, stop: bool, run: RunFolder, writer: CheckpointWriter, accelerator: Accelerator, parts: Parts,
-    recipe: Recipe, evaluator: Evaluator, trackers: Trackers,
-) -> None:  # fmt: skip
-    """After `step` steps: scores, a checkpoint, snapshots of the averages, a grid of samples. Written by the main
-    process; a step that scores best has a checkpoint too."""
-    settings = recipe.train
-    best = evaluator(step) if evaluator.due(step) and not stop else None
-    checkpoint = stop or bool(best) or due(step, settings.checkpoint_every, settings.steps)
-    snapshot = bool(settings.power_ema) and due(step, settings.snapshot_every, settings.steps)
-    if checkpoint or snapshot:
-        state = copy_state(step, accelerator, parts)
+@dataclass
+class AfterStep:
+    """Writes what is due after a step: scores, a checkpoint, snapshots of the averages, a grid of samples."""
+
+    recipe: Recipe
+    run: RunFolder
+    parts: Parts
+    accelerator: Accelerator
+    evaluator: Evaluator
+    writer: CheckpointWriter
+    trackers: Trackers
+
+    def __call__(self, step: int, stop: bool) -> None:
+        """After `step` steps; with `stop` a checkpoint is due. A step that scores best has one too."""
+        settings = self.recipe.train
+        best = self.evaluator(step) if self.evaluator.due(step) and not stop else None
+        checkpoint = stop or bool(best) or self.due(step, settings.checkpoint_every)
+        snapshot = bool(settings.power_ema) and self.due(step, settings.snapshot_every)
+        if checkpoint or snapshot:
+            self.save(step, checkpoint, snapshot, best)
+        takes_part = self.accelerator.is_main_process or self.parts.sharded
+        if takes_part and settings.sample_every and self.due(step, settings.sample_every):
+            self.save_grid(step)
+            self.trackers.log_picture("samples", self.run.samples / f"step_{step:08d}.png", step)
+
+    def due(self, step: int, every: int | None) -> bool:
+        return step == self.recipe.train.steps or (every is not None and step % every == 0)
+
+    def save(self, step: int, checkpoint: bool, snapshot: bool, best: dict | None) -> None:
+        """Copy the state, and let the main process write it while the training goes on."""
+        run, settings, state = self.run, self.recipe.train, copy_state(step, self.accelerator, self.parts)
 
         def write() -> None:
             assert state is not None  # in the main process, which writes
             if snapshot:
-                write_snapshots(run, state, parts.averages)
+                write_snapshots(run, state, self.parts.averages)
             if checkpoint:
-                write_checkpoint(run.checkpoint_path(step), state, recipe)
+                write_checkpoint(run.checkpoint_path(step), state, self.recipe)
                 if best:
                     run.mark_best(best)
                 run.drop_old_checkpoints(settings.keep_checkpoints, settings.keep_every)
 
-        if accelerator.is_main_process:
-            writer.start(step, write)
-    takes_part = accelerator.is_main_process or parts.sharded
-    if takes_part and settings.sample_every and due(step, settings.sample_every, settings.steps):
-        save_progress_grid(run, step, parts, recipe, accelerator.is_main_process)
-        trackers.log_picture("samples", run.samples / f"step_{step:08d}.png", step)
+        if self.accelerator.is_main_process:
+            self.writer.start(step, write)
 
+    def save_grid(self, step: int) -> None:
+        """Samples of the averaged weights: a few of each of the first ten classes, with the same noise every time.
 
-def stop_not_finite(
-    accelerator: Accelerator, run: RunFolder, writer: CheckpointWriter, verdict: Verdict, recipe: Recipe, count: int
-) -> None:
-    """End a run whose steps change nothing any more, with the indices of what it saw. What cannot be written is said
-    beside the cause, not in its place.
-    """
-    settings, file = recipe.train, run.path / "not_finite.json"
+        While the average is far behind, those of the weights themselves stand beside them.
+        """
+        from dic_repa.files.pictures import draw_grid, save_picture, save_side_by_side
+        from dic_repa.sampling.labels import balanced_labels
 
-    def dump() -> list[str]:
-        first = verdict.step - verdict.in_a_row
-        order = data_order(settings.seed, count, settings.batch_size, first)
-        skipped = [{"step": first + 1 + i, "indices": next(order)} for i in range(verdict.in_a_row)]
+        parts = self.parts
+        assert parts.sampler is not None  # there is one wherever train.sample_every is set
+        shown = max(1, min(10, parts.condition.count))
+        each = 6 if shown > 1 else 30
+        labels = balanced_labels(self.recipe, parts.condition, shown * each)
+        if self.recipe.train.label_dropout < 1:
+            labels = labels % shown
+        images = {"averaged weights": torch.cat(list(parts.sampler(labels)))}
+        if parts.ema.lag(step) > FAR_BEHIND * step:
+            with parts.ema.raw(parts.denoiser):
+                images["raw weights"] = torch.cat(list(parts.sampler(labels)))
+        if not self.accelerator.is_main_process:
+            return
+        grids = {title: draw_grid(half, labels, parts.condition.names, columns=10) for title, half in images.items()}
+        file = self.run.samples / f"step_{step:08d}.png"
         try:
-            write_whole(file, json.dumps(skipped) + "\n")
-            said = [f"the indices of their samples are in {file}"]
-        except OSError as error:
-            said = [f"the indices of their samples could not be written ({first_line(error)})"]
-        try:
-            writer.finish()
-        except UserError as error:
-            return [*said, str(error)]
-        newest = max(run.list_checkpoints(), default=None)
-        return [*said, f"{newest.name} is the last checkpoint" if newest else "there is no checkpoint yet"]
+            save_side_by_side(grids, file) if len(grids) > 1 else save_picture(grids["averaged weights"], file)
+        except (OSError, UserError) as error:
+            warn(f"the grid of step {step} cannot be written ({getattr(error, 'strerror', error)})")
 
-    said = on_main_process(accelerator, dump)
-    raise UserError(
-        f"the loss or gradient was not finite in the {verdict.in_a_row} steps up to {verdict.step}, so the run stops; "
-        + "; ".join(said)
-    )
+    def stop_not_finite(self, verdict: Verdict) -> None:
+        """End a run whose steps change nothing any more, and write the indices of their samples. What cannot be written
+        is said beside the cause, not in its place.
+        """
+        settings, file = self.recipe.train, self.run.path / "not_finite.json"
 
+        def dump() -> list[str]:
+            first = verdict.step - verdict.in_a_row
+            order = data_order(settings.seed, len(self.parts.data), settings.batch_size, first)
+            skipped = [{"step": first + 1 + i, "indices": next(order)} for i in range(verdict.in_a_row)]
+            try:
+                write_whole(file, json.dumps(skipped) + "\n")
+                said = [f"the indices of their samples are in {file}"]
+            except OSError as error:
+                said = [f"the indices of their samples could not be written ({first_line(error)})"]
+            try:
+                self.writer.finish()
+            except UserError as error:
+                return [*said, str(error)]
+            newest = max(self.run.list_checkpoints(), default=None)
+            return [*said, f"{newest.name} is the last checkpoint" if newest else "there is no checkpoint yet"]
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Let the optimizer's next step have the learning rate `rate`, which is returned."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def due(step: int, every: int | None, last: int) -> bool:
-    return step == last or (every is not None and step % every == 0)
-
-
-def save_progress_grid(run: RunFolder, step: int, parts: Parts, recipe: Recipe, write: bool = True) -> None:
-    """A grid of samples of the averaged weights: a few of each of the first ten classes, the same noise every time.
-
-    While the average is far behind, those of the weights as they are now stand beside them.
-    """
-    from dic_repa.files.pictures import draw_grid, save_picture, save_side_by_side
-    from dic_repa.sampling.labels import balanced_labels
-
-    sampler = parts.sampler
-    assert sampler is not None  # there is one wherever train.sample_every is set
-    shown = max(1, min(10, parts.condition.count))
-    each = 6 if shown > 1 else 30
-    labels = balanced_labels(recipe, parts.condition, shown * each)
-    if recipe.train.label_dropout < 1:
-        labels = labels % shown
-    images = {"averaged weights": torch.cat(list(sampler(labels)))}
-    if parts.ema.lag(step) > FAR_BEHIND * step:
-        with parts.ema.raw(parts.denoiser):
-            images["raw weights"] = torch.cat(list(sampler(labels)))
-    if not write:
-        return
-    grids = {title: draw_grid(half, labels, parts.condition.names, columns=10) for title, half in images.items()}
-    file = run.samples / f"step_{step:08d}.png"
-    try:
-        save_side_by_side(grids, file) if len(grids) > 1 else save_picture(grids["averaged weights"], file)
-    except (OSError, UserError) as error:
-        reason = getattr(error, "strerror", error)
-        tqdm.write(f"warning: the grid of step {step} cannot be written ({reason})", file=sys.stderr)
+        said = on_main_process(self.accelerator, dump)
+        raise UserError(
+            f"the loss or gradient was not finite in the {verdict.in_a_row} steps up to {verdict.step}, so the run "
+            f"stops; {'; '.join(said)}"
+        )

@@ -1,23 +1,31 @@
 """One training step: what the loop, the dry run and `bench train` have in common.
 
 step = TrainingStep(parts, recipe.train, accelerator)
-norm = step.gradients(batch, number)    # draw, run the objective, add the alignments' losses, go backward
-step.update(number)                     # the optimizer and the averages
+norm, losses = step.gradients(batch, number)    # draw, run the objective, add the alignments' losses, go backward
+step.update(number)                             # the optimizer and the averages
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dic_repa.data.latents import denoiser_data, global_noise
+from dic_repa.files.pictures import unit_images
+from dic_repa.objectives import Batch
 from dic_repa.recipe import TrainSection
-from dic_repa.training.inputs import check_batch, step_inputs
+from dic_repa.training.inputs import check_batch, process_rows, step_generator
+from dic_repa.training.optimizers import skips_on_device
 from dic_repa.training.parts import Parts
-from dic_repa.training.sharding import whole
+
+LAG = 2  # steps after which a GPU has long counted what `StepGuard` reads
 
 
 @dataclass
@@ -28,6 +36,19 @@ class PassLosses:
     denoising: Tensor  # the objective's part of it
     terms: list[dict[str, Tensor]]  # of each alignment, by name
     share: float
+
+
+class Tokens(list):
+    """The encoders' tokens of one pass, (B, N, D) each; None where an alignment's schedule is at 0."""
+
+    def join(self) -> None:
+        """Before the tokens are used: on a GPU they are computed beside the denoiser's forward pass."""
+        for tokens in self:
+            stream = None if tokens is None else side_stream(tokens.device)
+            if stream is not None:
+                current = torch.cuda.current_stream(tokens.device)
+                current.wait_stream(stream)
+                tokens.record_stream(current)
 
 
 class TrainingStep:
@@ -47,26 +68,20 @@ class TrainingStep:
         self.passes = check_batch(settings, accelerator.num_processes)
 
     def gradients(
-        self,
-        batch: dict[str, Tensor],
-        step: int,
-        note: Callable[[PassLosses], None] = lambda losses: None,
-        clock: Callable[[str], None] = lambda phase: None,
-    ) -> Tensor:
+        self, batch: dict[str, Tensor], step: int, clock: Callable[[str], None] = lambda phase: None
+    ) -> tuple[Tensor, list[PassLosses]]:
         """Leave the gradients of step number `step` (from 0) with the parameters, clipped.
 
         Args:
             batch: this process's rows of the global batch, as the data set gives them.
-            note: called with the losses of each pass.
             clock: called with a phase's name at its end.
 
         Returns:
-            The norm of the gradient before clipping, a scalar.
+            The norm of the gradient before clipping, a scalar, and the losses of each pass.
         """
-        parts, accelerator = self.parts, self.accelerator
+        parts, accelerator, losses = self.parts, self.accelerator, []
         scales = [alignment.schedule(step) for alignment in parts.alignments]
-        inputs = step_inputs(parts, batch, self.settings, step, accelerator, self.passes, scales)
-        for k, (example, tokens) in enumerate(inputs):
+        for k, (example, tokens) in enumerate(self.inputs(batch, step, scales)):
             with nullcontext() if k == self.passes - 1 else accelerator.no_sync(parts.model):
                 clock("encoder")
                 out = parts.objective(parts.model, example)
@@ -86,8 +101,33 @@ class TrainingStep:
             terms = [terms for _, terms in aligned]
             for alignment, own in zip(parts.alignments, terms):
                 alignment.observe(own, accelerator.reduce)
-            note(PassLosses(loss.detach(), denoising.detach(), terms, 1 / self.passes))
-        return whole(accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf")))
+            losses.append(PassLosses(loss.detach(), denoising.detach(), terms, 1 / self.passes))
+        norm = accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf"))
+        return getattr(norm, "full_tensor", lambda: norm)(), losses  # the whole norm, where the model is sharded
+
+    def inputs(self, batch: dict[str, Tensor], step: int, scales: list[float]) -> Iterator[tuple[Batch, Tokens]]:
+        """What each pass takes; an encoder is run where its schedule's scale is not 0.
+
+        Random numbers are drawn for the global batch and then sliced: they are the same for any number of processes and
+        passes.
+        """
+        parts, settings, accelerator = self.parts, self.settings, self.accelerator
+        generator = step_generator(settings.seed, step, accelerator.device)
+        draws = parts.objective.draw((settings.batch_size, *parts.shape), generator)
+        uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
+        rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
+        y = parts.condition.drop(batch[parts.condition.key], uniform[rows] < settings.label_dropout)
+        x = denoiser_data(parts.data, batch, global_noise(settings.batch_size, rows, generator))
+        images = batch.get("image", x)  # latents without images have no encoder to show them to
+        split = [tensor.chunk(self.passes) for tensor in (x, y, images)]
+        drawn = {name: values[rows].chunk(self.passes) for name, values in draws.items()}
+        cached = {name: batch[name].chunk(self.passes) for name in parts.caches}
+        for k, (x, y, image) in enumerate(zip(*split)):
+            tokens = Tokens([None] * len(scales))
+            for i, encoder in enumerate(parts.encoders):
+                if scales[i]:
+                    tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encode(encoder, image, accelerator)
+            yield Batch(x, y, {name: passes[k] for name, passes in drawn.items()}, parts.ema.model), tokens
 
     def update(self, step: int, clock: Callable[[str], None] = lambda phase: None) -> None:
         """Change the weights by the gradients, and the averages by the weights."""
@@ -102,7 +142,81 @@ class TrainingStep:
         self, batch: dict[str, Tensor], step: int, clock: Callable[[str], None] = lambda phase: None
     ) -> Tensor:
         """A whole step; the loss of its last pass."""
-        losses: list[PassLosses] = []
-        self.gradients(batch, step, losses.append, clock)
+        _, losses = self.gradients(batch, step, clock)
         self.update(step, clock)
         return losses[-1].loss
+
+
+def encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
+    """The frozen encoder's tokens, in the run's mixed precision; on a GPU on a second stream, see `Tokens.join`."""
+    stream = side_stream(images.device)
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(images.device))
+        images.record_stream(stream)
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        with torch.inference_mode(), accelerator.autocast():
+            tokens = encoder(unit_images(images))
+        return tokens.clone()  # the loss keeps it for its backward pass, which takes no inference tensor
+
+
+@functools.lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A second stream of a GPU, always the same."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was known at the end of step `step` (counted from 1), in every process the same."""
+
+    step: int
+    stop: bool = False  # a process has a signal to stop
+    in_a_row: int = 0  # skipped steps up to and with this one
+    skipped: int = 0  # skipped steps since the run or its resumption began
+
+
+class StepGuard:
+    """What all processes decide alike after each step, without waiting for the device: whether it counts, and whether
+    to stop.
+
+    A step whose loss or gradient is not finite is skipped by the optimizer on the device, by the flag `found_inf` that
+    gradient scalers use. With an optimizer that does not take it, the host waits for the device in each step, and drops
+    the gradients. With fp16 the gradient scaler skips; that is only counted here. `optimizer` is torch's own.
+    """
+
+    def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer):
+        self.accelerator, self.optimizer = accelerator, optimizer
+        device = accelerator.device
+        self.counts = torch.zeros(2, device=device)  # in a row, in all
+        self.flags = {flag: torch.tensor(float(flag), device=device) for flag in (False, True)}
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self.last = Verdict(0)
+
+    def judge(self, step: int, losses: list[PassLosses], norm: Tensor, stop: bool) -> None:
+        """Skip the optimizer's coming step if a loss of it, in any process, or `norm` is not finite."""
+        bad = ~torch.stack([each.loss for each in losses]).isfinite().all()
+        shared = torch.stack([bad.float(), self.flags[stop]])
+        if self.accelerator.num_processes > 1:
+            shared = self.accelerator.reduce(shared, "sum")
+        skip = ((shared[0] > 0) | ~norm.isfinite()).float()
+        if self.accelerator.scaler is None and skips_on_device(self.optimizer):
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's gradient scaler sets, too
+        elif self.accelerator.scaler is None and skip:
+            self.optimizer.zero_grad(set_to_none=True)
+        in_a_row, skipped = self.counts.unbind()
+        self.counts = torch.stack([(in_a_row + 1) * skip, skipped + skip])
+        known, event = torch.cat([shared[1:], self.counts]), None
+        if known.is_cuda:
+            known, event = known.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.pending.append((step, known, event))
+
+    def verdict(self) -> Verdict:
+        """The newest verdict that is at least `LAG` steps old; on the CPU, where nothing is waited for, the newest."""
+        while len(self.pending) > (LAG if self.accelerator.device.type == "cuda" else 0):
+            step, known, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            stop, in_a_row, skipped = known.tolist()
+            self.last = Verdict(step, stop > 0, round(in_a_row), round(skipped))
+        return self.last
