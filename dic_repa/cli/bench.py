@@ -1,35 +1,24 @@
-"""`dic-repa bench`: the group; each of its verbs is a module beside this one, imported when it is called."""
+"""`dic-repa bench`: a group of measurements."""
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Collection
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from dic_repa.cli import completion
+from dic_repa.cli.bench_options import device_option, finish, listed, measuring_options, rounds_option
 from dic_repa.cli.groups import Group
-from dic_repa.cli.options import Count, option_group
-from dic_repa.errors import UserError, first_line, unknown_name
-from dic_repa.files.outputs import check_file
-
-VERBS = {
-    "model": "The forward pass of denoisers: images per second, share of the device's peak, memory.",
-    "train": "Whole training steps: images per second, and where the time goes.",
-    "sample": "The whole sampler with guidance and decoding.",
-    "paper": "All measurements that compare with the papers' speed, in one go.",
-    "data": "How fast the data comes, and the share of a training step spent waiting for it.",
-}
+from dic_repa.cli.options import Command, Count, json_option, set_option
+from dic_repa.errors import UserError, first_line, is_main_process
+from dic_repa.files.outputs import begin_folder, check_folder
+from dic_repa.recipe import load_training_recipe
 
 
 class BenchGroup(Group):
-    def list_commands(self, _context):
-        return list(VERBS)
-
-    def get_command(self, _context, name):
-        return import_module(f"dic_repa.cli.bench_{name}").command if name in VERBS else None
+    """A group that says in one line that the GPU's memory is full."""
 
     def invoke(self, context):
         try:
@@ -44,7 +33,7 @@ class BenchGroup(Group):
 
     def format_commands(self, _context, formatter):
         with formatter.section("Verbs"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl([(name, verb.short_help) for name, verb in self.commands.items()])
 
 
 @click.group("bench", cls=BenchGroup)
@@ -61,128 +50,157 @@ def command():
     """
 
 
-_COMPARED = (
-    click.option("--precision", default="fp32", help="fp32, tf32, bf16, fp16, or several: bf16,tf32."),
-    click.option(
-        "--compile",
-        "compile_",
-        default="off",
-        help="off, default, reduce-overhead (CUDA graphs), max-autotune, or several: off,default.",
-    ),
-    click.option(
-        "--baseline",
-        multiple=True,
-        metavar="[NAME=]FACTORY",
-        help="Also measure what the function file.py:name or module:name makes of each denoiser, or of NAME.",
-    ),
+@command.command(
+    "model",
+    cls=Command,
+    short_help="The forward pass of denoisers: speed, share of the device's peak, memory.",
 )
-_TIMING = option_group(
-    "How it is measured",
-    click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]"),
-    click.option("--rounds", type=Count(1), default=7, help="How often each case is measured."),
-    click.option(
-        "--seconds",
-        type=click.FloatRange(0),
-        default=0.3,
-        help="About how long each measurement lasts; one call at least.",
-    ),
-)
+@click.argument("names", nargs=-1, required=True)
+@click.option("--size", type=Count(4), default=32, help="Height and width of the latent.")
+@click.option("--layout", default="channels_last", help="channels_last, contiguous: of the weights.")
+@click.option("--no-peak", is_flag=True, help="Do not measure the device's peak.")
+@measuring_options()
+def model(names, size, layout, no_peak, **measuring):
+    """The forward pass of denoisers (presets, or package.module:factory) with random weights, side by side.
 
+    All cases - each denoiser in each precision, layout, compile mode and batch size - take turns in one process; a row
+    has the median over the rounds and its quartiles. "To first" is the ratio to the first row of the same batch size.
+    "Of matrix peak" and "of conv peak" compare with the best matrix product and 3x3 convolution that this device did
+    in the same precision in this run. "Differs by" is the relative error of the output against float32, eager. MB is
+    what one call allocates beyond the weights.
 
-def _check_out(_context, _parameter, path: Path | None) -> Path | None:
-    if path:
-        check_file(path)
-    return path
-
-
-def _check_chart(context, parameter, path: Path | None) -> Path | None:
-    _check_out(context, parameter, path)
-    if path and path.suffix.lower() != ".png":  # said now, not when all is measured
-        raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
-    return path
-
-
-set_option = click.option(
-    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipes; repeatable."
-)
-_PATH = click.Path(path_type=Path)
-_RESULTS = option_group(
-    "What is written",
-    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-    click.option("--chart", type=_PATH, callback=_check_chart, help="A bar chart: a PNG file."),
-    click.option("--out", type=_PATH, callback=_check_out, help="Save the result: a JSON file."),
-)
-
-
-def measuring_options(modes: Collection[str] = (), batch: tuple[str, str] = ("1,32", "1,8")) -> Callable:
-    """A decorator that gives a measuring verb the options that all of them take.
-
-    Args:
-        modes: What --compile may be; by default all modes of `torch.compile`.
-        batch: The batch sizes where none are given, on a GPU and on a CPU.
-
-    The verb is called with its own options and `device`, `precisions`, `compiles`, `batches`, `baselines`, `rounds` and
-    `seconds`; it returns a title and the result, which is printed and saved.
+    \b
+    Examples:
+      dic-repa bench model DiC-S
+      dic-repa bench model DiC-S SiT-S/2 --batch 1,8 --compile off,default --chart speed.png
+      dic-repa bench model DiC-XL SiT-XL/2 --batch 1,32,128 --precision bf16,tf32 --compile off,default
+      dic-repa bench model DiC-S --baseline tests/helpers/oracle.py:PlainDiC
     """
+    from dic_repa.bench.model import LAYOUTS, bench_model
 
-    def decorate(verb: Callable[..., tuple[str, dict]]) -> Callable:
-        @functools.wraps(verb)
-        def measure(*, device, precision, compile_, baseline, as_json, chart, out, **options):
-            from dic_repa.bench.device import find_device
-            from dic_repa.models.compiled import COMPILE_MODES
-
-            found = find_device(device)
-            title, result = verb(
-                device=found,
-                precisions=listed(precision),
-                compiles=listed(compile_, modes or COMPILE_MODES, "compile mode" + " of training" * bool(modes)),
-                batches=_parse_batches(options.pop("batch") or batch[found.type == "cpu"]),
-                baselines=baseline,
-                **options,
-            )
-            finish(result, as_json, out, chart, title)
-
-        batch_text = f"Batch sizes, such as 1,32,128.  [default: {batch[0]} on a GPU, {batch[1]} on a CPU]"
-        compared = option_group("What is compared", click.option("--batch", help=batch_text), *_COMPARED)
-        return compared(_TIMING(_RESULTS(measure)))
-
-    return decorate
+    layouts = listed(layout, LAYOUTS, "layout")
+    result = bench_model(names, layouts=layouts, size=size, peaks=not no_peak, **measuring)
+    return f"forward pass at {size}x{size}", result
 
 
-def listed(text: str, known: Collection[str] | None = None, kind: str = "") -> list[str]:
-    """'a,b' as ['a', 'b']; a UserError for one that is not `known`."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if known is not None and name not in known:
-            raise unknown_name(kind, name, known)
-    return names
+@command.command("train", cls=Command, short_help="Whole training steps: images per second, and where the time goes.")
+@click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
+@set_option("the recipes")
+@measuring_options(modes=("off", "default"), batch=("32", "8"))
+def train(recipes, overrides, **measuring):
+    """Whole training steps of recipes, side by side: encoder, denoiser, alignment, backward, optimizer and EMA.
+
+    Data is random and in memory (`bench data` measures the loader), and encoders without a file of weights have random
+    ones. Below the table are the shares of a step; on a GPU the encoder runs beside the forward pass. TFLOP/s counts
+    the denoiser's forward three times. A --baseline takes the denoiser's place, with torch's plain AdamW and an average
+    of the weights written tensor by tensor. All cases are in memory at once, each with its optimizer and averages.
+
+    \b
+    Examples:
+      dic-repa bench train digits-urepa
+      dic-repa bench train dic-xl-urepa sit-xl-2-repa --batch 32 --precision bf16 --compile off,default
+      dic-repa bench train dic-s --set alignments=[] --batch 8 --baseline tests/helpers/oracle.py:PlainDiC
+    """
+    from dic_repa.bench.train import bench_train
+
+    return "training step", bench_train(recipes, overrides=overrides, **measuring)
 
 
-def _parse_batches(text: str) -> list[int]:
-    names = listed(text)
-    if not all(name.isdigit() and int(name) for name in names):
-        raise UserError(f"--batch takes numbers of images, such as 1,32, not '{text}'")
-    return [int(name) for name in names]
+@command.command("sample", cls=Command, short_help="The whole sampler with guidance and decoding.")
+@click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
+@set_option("the recipes")
+@click.option("--guidance", default="doubled", help="doubled (batch), one-by-one, or both: doubled,one-by-one.")
+@measuring_options(batch=("32", "8"))
+def sample(recipes, overrides, guidance, baselines, **measuring):
+    """The whole sampler of training recipes with random weights: all steps, guidance, and decoding to images.
+
+    The solver, its steps and the guidance are those of the recipe's `sample` section. NFE counts the network's
+    evaluations for one image. The decoder has random weights where its own cannot be had.
+
+    \b
+    Examples:
+      dic-repa bench sample digits-urepa --batch 64
+      dic-repa bench sample dic-xl-urepa --set sample.steps=250 --set sample.solver=euler_maruyama \\
+        --precision bf16,tf32 --compile off,reduce-overhead --batch 32
+    """
+    from dic_repa.bench.sample import GUIDANCE, bench_sample
+
+    if baselines:
+        raise click.UsageError("--baseline is for `bench model` and `bench train`")
+    ways = listed(guidance, GUIDANCE, "way of guidance")
+    return "sampling", bench_sample(recipes, overrides=overrides, guidance=ways, **measuring)
 
 
-def finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, title: str) -> None:
-    """Print a measurement as a table or as JSON, and save what was asked for."""
-    from dic_repa.bench.report import environment_lines, save_chart, save_json, table
+@command.command("paper", short_help="All measurements that compare with the papers' speed, in one go.")
+@click.option("--out", type=click.Path(path_type=Path), default="bench", help="Folder for results.")
+@click.option("--small", is_flag=True, help="The same measurements with small models: minutes on a CPU.")
+@device_option
+@click.option("--baseline", default="tests/helpers/oracle.py:PlainDiC", help="The plain DiC to compare with.")
+@click.option("--only", default="forward,train,sample", help="Which parts to measure.")
+@click.option("--precision", help="Which precisions.  [default: bf16,tf32; with --small bf16,fp32]")
+@rounds_option
+def paper(out: Path, small: bool, device: str | None, baseline: str, only: str, precision: str | None, rounds: int):
+    """Everything that compares with the papers' speed, in one go; a JSON file and a bar chart for each part in each
+    precision, written as soon as it is measured, so that a GPU lent for minutes can do one at a time.
 
-    if out:
-        save_json(result, out)
-    if chart:
-        save_chart(result["rows"], chart, f"{title}, {environment_lines(result['environment'])}")
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    click.echo(environment_lines(result["environment"]))
-    if result.get("after") not in (None, result["environment"]):
-        click.echo(f"afterwards: {environment_lines(result['after'])}")
-    for precision, peak in result.get("peaks", {}).items():
-        click.echo(f"peak, {precision}: {peak['matrix']:.3g} TFLOP/s matrix, {peak['convolution']:.3g} convolution")
-    click.echo(table(result["rows"]))
-    for line in result.get("notes", []):
-        click.echo(line)
-    for file in filter(None, (chart, out)):
-        click.echo(f"written: {file}")
+    DiC-XL and SiT-XL/2 at 32x32, batches 1, 32 and 128, in bf16 and TF32, compiled and eager, and a plain DiC beside
+    them; a training step with DINOv2-B; and guided sampling in 250 steps. Run from a clone of the repository, whose
+    tests/ hold the plain DiC.
+
+    \b
+    Examples:
+      dic-repa bench paper                    on a GPU of 80 GB
+      dic-repa bench paper --only forward --precision bf16
+      dic-repa bench paper --small            on a CPU
+    """
+    there = bool(check_folder(out, "measurements"))
+
+    from dic_repa.bench.device import find_device
+    from dic_repa.bench.paper import FULL, PARTS, SMALL, measure_paper
+
+    found, plan = find_device(device), SMALL if small else FULL
+    if precision:
+        plan = replace(plan, precisions=tuple(listed(precision, plan.precisions, "precision")))
+    for name, result in measure_paper(found, small, baseline, rounds, plan, listed(only, PARTS, "part")):
+        if is_main_process():
+            if not there:
+                begin_folder(out, "measurements")
+                there = True
+            click.echo(f"\n{name}")
+            finish(result, False, out / f"{name}.json", out / f"{name}.png", name)
+    click.echo(f"\nsaved: {out}")
+
+
+@command.command("data", short_help="How fast the data comes, and the share of a training step spent waiting for it.")
+@click.argument("recipe", shell_complete=completion.recipes)
+@set_option()
+@click.option("--samples", type=Count(1), default=2000, help="How many to read.")
+@click.option("--steps", type=Count(2), default=20, help="Training steps to time.")
+@click.option("--encoded", type=Count(1), default=64, help="How many to encode.")
+@json_option()
+def data(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int, steps: int, as_json: bool):
+    """Images per second of RECIPE's data, and the share of a training step that is spent waiting for them.
+
+    The samples are written as loose files, as in REPA's layout, and read one at a time; that is what the loader and
+    `dic-repa prepare` (on the same images, without and with the recipe's autoencoder) are compared with. Then the
+    recipe is trained for some steps; a waiting share above a few percent calls for more data.workers.
+
+    \b
+    Examples:
+      dic-repa bench data mine.yaml
+      dic-repa bench data mine.yaml --set data.workers=8 --json
+    """
+    from dic_repa.bench.data import bench_data
+
+    result = bench_data(load_training_recipe(recipe, overrides), samples, encoded, steps)
+    click.echo(json.dumps(result, indent=2) if as_json else _table(result))
+
+
+def _table(result: dict) -> str:
+    width = max(map(len, result["images_per_second"]))
+    lines = [
+        f"{name:{width}} {speed:10.0f} images/s   {result['to_loose_files'][name]:6.2f} of loose files one by one"
+        for name, speed in result["images_per_second"].items()
+    ]
+    lines.append(f"{'training':{width}} {result['training_images_per_second']:10.0f} images/s")
+    return "\n".join([*lines, f"waiting for data {result['waiting_share']:.1%} of a step, {result['workers']} workers"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.options import Count
+from dic_repa.cli.options import Count, json_option, set_option
 from dic_repa.errors import unknown_name
 from dic_repa.recipe import list_recipes, load_training_recipe
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     multiple=True,
     help="Height and width of the latent.  [default: 32 and 64]",
 )
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of a recipe.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, unrounded.")
+@set_option("a recipe")
+@json_option(", unrounded")
 def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str, ...], as_json: bool):
     """Parameters and multiply-accumulates (MACs; papers call them FLOPs) of models or recipes; by default of all models
     of patch size 2 and those without patches.

@@ -42,6 +42,17 @@ def option_group(title: str, *options: Callable) -> Callable:
     return decorate
 
 
+def set_option(whose: str = "the recipe") -> Callable:
+    """The option --set, repeatable: `overrides` of keys."""
+    text = f"Override a key of {whose}; repeatable."
+    return click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help=text)
+
+
+def json_option(more: str = "") -> Callable:
+    """The option --json, `as_json`; `more` may say what is printed."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print JSON{more}.")
+
+
 class Count(click.ParamType):
     """A whole number from `least` to `most`, also as 5e4 or 50_000."""
 
@@ -59,9 +70,9 @@ class Count(click.ParamType):
 
 
 def recipe_option(key: str, form: str = "{}", **settings: Any) -> Callable:
-    """An option that overrides a dotted `key` of a recipe, named as its last part, with the schema's words, type and
-    default; `form` may put others around the words. What the recipe says, and where it says nothing the schema, is the
-    default.
+    """An option that overrides a dotted `key` of a recipe, named as its last part.
+
+    Words, type and default are the schema's; `form` may put other words around them.
     """
     field = find_field(Recipe, key)
     words, _, null = (field.description or "").partition("; null: ")

@@ -9,6 +9,7 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
+from dic_repa.cli.options import json_option, set_option
 from dic_repa.recipe import Recipe, list_recipes, load_recipe, to_yaml
 from dic_repa.recipe.keys import Key, commented_yaml, find_keys, list_keys
 from dic_repa.runtime.table import format_rows
@@ -55,7 +56,7 @@ def command(context: click.Context):
 
 @command.command("show")
 @click.argument("recipe", shell_complete=completion.recipes)
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key; repeatable.")
+@set_option()
 @click.option("--comments", is_flag=True, help="Above each key, what it means and its default, as a comment.")
 def show(recipe: str, overrides: tuple[str, ...], comments: bool):
     """Print RECIPE (a name or a YAML file) resolved, all defaults included.
@@ -95,7 +96,7 @@ def _explanation(key: Key) -> str:
 @command.command("diff")
 @click.argument("a", shell_complete=completion.recipes)
 @click.argument("b", shell_complete=completion.recipes)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: the key, and the value in A and in B.")
+@json_option(": the key, and the value in A and in B")
 def diff(a: str, b: str, as_json: bool):
     """Print the keys in which the recipes A and B differ, defaults filled in, with the value of each.
 
@@ -106,7 +107,7 @@ def diff(a: str, b: str, as_json: bool):
       dic-repa recipes diff dic-xl dic-xl-urepa
       dic-repa recipes diff runs/mine/recipe.yaml dic-xl-urepa     a finished run against a row of the paper
     """
-    from dic_repa.recipe.dotted import differences
+    from dic_repa.recipe.keys import differences
 
     different = differences(load_recipe(a), load_recipe(b))
     if as_json:

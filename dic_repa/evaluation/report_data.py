@@ -18,7 +18,7 @@ from PIL import Image
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
-from dic_repa.recipe.dotted import flatten
+from dic_repa.recipe.keys import flatten
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.score_names import current_names
 

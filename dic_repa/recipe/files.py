@@ -20,9 +20,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.recipe.dotted import assign
 from dic_repa.recipe.folders import note_folders
-from dic_repa.recipe.keys import explain_mistake
+from dic_repa.recipe.keys import assign, explain_mistake
 from dic_repa.recipe.schema import Recipe, SamplingRecipe
 from dic_repa.recipe.values import read_yaml, write_yaml
 from dic_repa.runtime.progress import detail

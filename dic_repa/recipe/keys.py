@@ -1,4 +1,4 @@
-"""The keys of a recipe as its schema has them: what each means and takes, and which one is meant by another name."""
+"""The dotted keys of a recipe, such as `alignments.0.tap`: what each means, near names, how to set and compare them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel
@@ -17,6 +17,9 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.recipe.values import whole_number, write_yaml
+
+if TYPE_CHECKING:
+    from dic_repa.recipe import Recipe, SamplingRecipe
 
 # What other tools call it. A section's own key goes before one of another section.
 _ELSEWHERE = {
@@ -76,6 +79,8 @@ _ELSEWHERE = {
     "evaluate.every": "eval_every eval_steps eval_interval",
 }
 REQUIRED = PydanticUndefined
+_APART = {"description", "paper", "folders"}  # what changes nothing
+ABSENT = "-"  # the key does not exist there: its section is null, or the list is shorter
 
 
 @dataclass(frozen=True)
@@ -155,16 +160,16 @@ def _places(node: yaml.Node, dotted: str = "") -> Iterator[tuple[int, int, str]]
 def find_field(schema: type[BaseModel], dotted: str) -> FieldInfo:
     """The schema's own field of a dotted key that is known to be there."""
     *sections, last = dotted.split(".")
-    for section in sections:
-        schema = _section_at(schema, section)
-    return schema.model_fields[last]
+    return _section_at(schema, sections).model_fields[last]
 
 
 def explain_mistake(schema: type[BaseModel], error: ErrorDetails) -> str:
     """One of pydantic's errors in the words of a recipe: the key, and what it takes or which one is meant."""
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("extra_forbidden", "no_such_attribute"):
-        return f"unknown key '{location}'{_meant(schema, location, _fields_at(schema, error['loc'][:-1]))}"
+        return (
+            f"unknown key '{location}'{_meant(schema, location, _section_at(schema, error['loc'][:-1]).model_fields)}"
+        )
     if error["type"] == "missing":
         return f"{location} is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
@@ -173,7 +178,7 @@ def explain_mistake(schema: type[BaseModel], error: ErrorDetails) -> str:
     return f"{location} {message}, not {error['input']!r}"
 
 
-def _meant(schema: type[BaseModel], dotted: str, near: typing.Iterable[str]) -> str:
+def _meant(schema: type[BaseModel], dotted: str, near: Iterable[str]) -> str:
     """'; did you mean train.learning_rate?' of train.lr, by what other tools and other sections call it; else by the
     spelling of the `near` ones."""
     section, _, last = dotted.rpartition(".")
@@ -196,19 +201,14 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
 
 
-def _section_at(schema: type[BaseModel], key: str) -> type[BaseModel]:
-    """The section that `key` of `schema` holds, which is known to be one."""
-    section = _section_of(schema.model_fields[key].annotation)
-    assert section is not None, key
-    return section
-
-
-def _fields_at(schema: type[BaseModel], location: tuple) -> list[str]:
-    """The keys of the section at `location`, which may pass through lists and optional sections."""
-    for part in location:
-        if not isinstance(part, int):
-            schema = _section_at(schema, part)
-    return list(schema.model_fields)
+def _section_at(schema: type[BaseModel], location: Iterable[str | int]) -> type[BaseModel]:
+    """The section at `location`, which is known to be there and may pass through lists and optional sections."""
+    for key in location:
+        if isinstance(key, str):
+            section = _section_of(schema.model_fields[key].annotation)
+            assert section is not None, key
+            schema = section
+    return schema
 
 
 def _takes(schema: dict) -> str:
@@ -228,3 +228,52 @@ def _takes(schema: dict) -> str:
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
     limits = [f"{word} {whole_number(schema[bound])}" for bound, word in bounds.items() if bound in schema]
     return " ".join([words.get(kind, kind) or "a name, or a mapping of name and arguments", *limits])
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts and lists of dicts by dotted keys: {'train.steps': 400000, 'alignments.0.tap': 'mid.3', ...}."""
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for key, inner in items:
+        leaves |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return leaves or {prefix: value}
+
+
+def differences(a: Recipe | SamplingRecipe, b: Recipe | SamplingRecipe) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two resolved recipes differ, with both values; not `description`, `paper` and `folders`."""
+    ours, theirs = (flatten(r.model_dump(mode="json", exclude=_APART)) for r in (a, b))
+    keys = {**ours, **theirs}
+    pairs = {key: (ours.get(key, ABSENT), theirs.get(key, ABSENT)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def assign(raw: dict, dotted: str, value: Any, source: str) -> None:
+    """Set one dotted key of a raw recipe; `source` is who asks for it."""
+    *parents, last = dotted.split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}  # a section that the recipe leaves to its defaults
+        node = _child(node, part, f"{source} {dotted}")
+    if isinstance(node, list):
+        _child(node, last, f"{source} {dotted}")
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"{source} {dotted}: '{'.'.join(parents)}' has no keys of its own")
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"{where}: there are {len(node)} entries, from 0; '{part}' is none of them")
+        return node[int(part)]
+    if isinstance(node, dict):
+        return node[part]
+    raise UserError(f"{where}: '{part}' is not inside a section")

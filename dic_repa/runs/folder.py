@@ -34,8 +34,8 @@ from dic_repa.files.outputs import (
     write_marker,
 )
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
-from dic_repa.recipe.dotted import ABSENT, differences
 from dic_repa.recipe.files import read_recipe
+from dic_repa.recipe.keys import ABSENT, differences
 from dic_repa.runs.checkpoints import Checkpoints, checkpoint_step
 from dic_repa.runs.manifest import MANIFEST, find_damage
 

@@ -33,7 +33,7 @@ from dic_repa.files.pictures import load_png, save_grid, save_png, shown_in_grid
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
-from dic_repa.recipe.dotted import flatten
+from dic_repa.recipe.keys import flatten
 from dic_repa.runtime.processes import start_processes
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.samplers import solver_info

@@ -23,8 +23,8 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
 from dic_repa.recipe.build import build_decoder, build_denoiser, build_objective, data_traits, import_plugins
-from dic_repa.recipe.dotted import differences
 from dic_repa.recipe.files import paper_recipe
+from dic_repa.recipe.keys import differences
 from dic_repa.runtime.precision import tf32
 from dic_repa.training.inputs import check_batch
 from dic_repa.training.log import device_name

@@ -16,8 +16,8 @@ from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.recipe import ModelSection, Recipe, SamplingRecipe, list_paper_rows, list_recipes, load_recipe
 from dic_repa.recipe.build import build_denoiser, build_objective
-from dic_repa.recipe.dotted import differences, flatten
 from dic_repa.recipe.files import paper_recipe
+from dic_repa.recipe.keys import differences, flatten
 from dic_repa.sampling.sampler import check_sampling
 
 ROWS = [name for name in list_recipes() if name.startswith(("imagenet", "dic-", "urepa-", "ladder-"))]

@@ -18,7 +18,7 @@ from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.evaluation.runs import evaluate_run
 from dic_repa.recipe import list_recipes, load_recipe
-from dic_repa.recipe.dotted import differences
+from dic_repa.recipe.keys import differences
 from dic_repa.runs import RunFolder
 from dic_repa.sampling.load import load
 from dic_repa.training import EMA
