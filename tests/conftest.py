@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_samplers import write_tiny_checkpoint
 
 from dic_repa.cli import main
 
@@ -102,3 +103,9 @@ def plugin_folder(tmp_path, monkeypatch):
     for name, module in list(sys.modules.items()):
         if (file := getattr(module, "__file__", None)) and Path(file).is_relative_to(tmp_path):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An inference checkpoint of a small denoiser."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")

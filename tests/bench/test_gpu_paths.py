@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import OracleDiC
-from test_sampling_speed import images, small_sampler
+from small_samplers import images, small_sampler
 
 from dic_repa.bench.device import precision
 from dic_repa.bench.timing import interleave

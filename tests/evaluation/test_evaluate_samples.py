@@ -16,7 +16,6 @@ from inception import write_inception
 from pictures import picture, write_tree
 from PIL import Image
 from safetensors import SafetensorError
-from test_sample_scale import checkpoint  # noqa: F401  a fixture
 
 from dic_repa.cli import main
 from dic_repa.cli.evaluate import command
@@ -96,7 +95,7 @@ def test_a_folder_and_an_npz_of_the_same_images_score_the_same(evaluate, places,
     assert record["command"]
 
 
-def test_a_checkpoint_is_sampled_first_and_reused(evaluate, places, checkpoint):  # noqa: F811
+def test_a_checkpoint_is_sampled_first_and_reused(evaluate, places, checkpoint):
     options = ["--reference", places / "real.npz", "--metrics", "fd-digits", "--num", "30"]
     evaluate(checkpoint, *options)
     (record,) = Path("samples").glob("*/metrics.json")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA
 from PIL import Image
 from small_runs import small_run
-from test_convert import AUTHORS
 
 from dic_repa.cli import main
 from dic_repa.errors import UserError
@@ -35,8 +35,8 @@ FOLDERS = {
     "sample over": (["sample", "nowhere", "--overwrite", "--out"], []),
     "sample npz": (["sample", "nowhere", "--format", "npz", "--overwrite", "--trajectory", "--out"], []),
     "ema": (["ema", "nowhere", "--sigma-rel", "0.1", "--out"], []),
-    "convert": (["convert", AUTHORS], []),
-    "convert over": (["convert", AUTHORS], ["--overwrite"]),
+    "convert": (["convert", DATA / "authors_dic_tiny.safetensors"], []),
+    "convert over": (["convert", DATA / "authors_dic_tiny.safetensors"], ["--overwrite"]),
     "prepare": (["prepare", "nowhere"], []),
     "probe": (["probe", "nowhere", "--out"], []),
     "tune": (["tune", "nowhere", "--out"], []),
@@ -44,8 +44,8 @@ FOLDERS = {
 }
 FILES = {
     "report": (["report", "nowhere", "--out"], ".html"),
-    "convert": (["convert", AUTHORS, "--overwrite"], ".pt"),
-    "convert safetensors": (["convert", AUTHORS, "--overwrite"], ".safetensors"),
+    "convert": (["convert", DATA / "authors_dic_tiny.safetensors", "--overwrite"], ".pt"),
+    "convert safetensors": (["convert", DATA / "authors_dic_tiny.safetensors", "--overwrite"], ".safetensors"),
     "record": (["evaluate", "nowhere", "--reference", "digits", "--out"], ".json"),
     "statistics": (["evaluate", "nowhere", "--reference", "digits", "--save-statistics"], ".safetensors"),
     "solvers": (["solvers", "compare", "nowhere", "--out"], ".png"),
@@ -271,9 +271,9 @@ def test_what_was_written_is_written_over_and_nothing_beside_it(work, tmp_path, 
     verbs = (
         ["report", work / "run", "--out", "page.html"],
         ["ema", work / "run", "--sigma-rel", "0.1", "--out", "average"],
-        ["convert", AUTHORS, "model"],
-        ["convert", AUTHORS, "model.pt"],
-        ["convert", AUTHORS, "model.safetensors"],
+        ["convert", DATA / "authors_dic_tiny.safetensors", "model"],
+        ["convert", DATA / "authors_dic_tiny.safetensors", "model.pt"],
+        ["convert", DATA / "authors_dic_tiny.safetensors", "model.safetensors"],
         ["prepare", "pictures", "data", "--size", "16", "--autoencoder", "none"],
         ["encoders", "check", "digits-vit", "--out", "tokens.jpg"],
         ["encoders", "check", "digits-vit", "--out", "tokens.webp"],
@@ -291,7 +291,7 @@ def test_what_was_written_is_written_over_and_nothing_beside_it(work, tmp_path, 
         assert DiC.from_pretrained(folder)
     assert torch.load("model.pt", weights_only=True).keys() == {"made_by", "ema"}
     (tmp_path / "model/recipe.yaml").write_text("mine")
-    call("convert", AUTHORS, "model", "--recipe", "dic-s-ddpm", "--overwrite", code=2)
+    call("convert", DATA / "authors_dic_tiny.safetensors", "model", "--recipe", "dic-s-ddpm", "--overwrite", code=2)
     assert "model/recipe.yaml is in the way" in capsys.readouterr().err
     assert DiC.from_pretrained("model")
 
@@ -338,8 +338,8 @@ def test_the_umask_decides_who_may_read(umask, mode, work, tmp_path, monkeypatch
         call("ema", run.path, "--sigma-rel", "0.1")
         call("sample", run.path, "--num", "2", "--steps", "1", "--out", "out")
         call("convert", run.path, "model")
-        call("convert", AUTHORS, "model.pt")
-        call("convert", AUTHORS, "model.safetensors")
+        call("convert", DATA / "authors_dic_tiny.safetensors", "model.pt")
+        call("convert", DATA / "authors_dic_tiny.safetensors", "model.safetensors")
         call("report", run.path)
         call("prepare", "pictures", "data", "--size", "16", "--autoencoder", "none")
     finally:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from own_encoder import ENCODER
 from safetensors.torch import load_file
 
 from dic_repa.cli.encoders import command
@@ -17,31 +18,6 @@ from dic_repa.recipe import load_recipe
 from dic_repa.registry import import_plugin
 from dic_repa.training import train
 
-ENCODER = '''
-import torch
-from torch import nn
-
-from dic_repa.encoders import register_encoder
-
-
-@register_encoder("my-patches")
-class Patches(nn.Module):
-    """A frozen random projection of 4x4 patches: useless as a teacher, complete as an example."""
-
-    def __init__(self, embed_dim: int = 32):
-        super().__init__()
-        self.embed_dim = embed_dim
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.project = nn.Conv2d(1, embed_dim, 4, stride=4)
-
-    def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        return size[0] // 4, size[1] // 4
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 1 or 3, H, W) in [0, 1] to tokens (B, h * w, embed_dim), row by row."""
-        return self.project(images.mean(dim=1, keepdim=True)).flatten(2).mT
-'''
 HEAD = '''
 from torch import nn
 from torch.nn import functional as F

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from own_encoder import ENCODER
 from pictures import write_tree
 from small_runs import SMALL
-from test_plugins import ENCODER
 
 from dic_repa.cli import main
 from dic_repa.recipe import load_recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_runs import small_recipe, small_run
-from test_sampling_speed import images, small_sampler
+from small_samplers import images, small_sampler
 
 from dic_repa.bench.train import bench_train
 from dic_repa.evaluation import Measure, judge_digits

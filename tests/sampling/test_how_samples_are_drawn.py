@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_sample_scale import RECIPE, checkpoint  # noqa: F401  a fixture
+from small_samplers import RECIPE
 
 from dic_repa.cli import main
 from dic_repa.conditions import ClassLabels
@@ -20,7 +20,7 @@ from dic_repa.sampling.load import load
 
 
 @pytest.fixture
-def run(checkpoint, tmp_path, monkeypatch, capsys):  # noqa: F811
+def run(checkpoint, tmp_path, monkeypatch, capsys):
     """A verb on the checkpoint in this process, in an empty folder; returns what it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -67,7 +67,7 @@ def test_a_score_says_how_classes_were_drawn(run):
     assert torch.equal(draw_labels(RECIPE, ClassLabels(10), drawn), random_labels(RECIPE, ClassLabels(10), drawn.num))
 
 
-def test_pixels_are_truncated_as_repa_does_or_rounded_as_dit_does(run, checkpoint):  # noqa: F811
+def test_pixels_are_truncated_as_repa_does_or_rounded_as_dit_does(run, checkpoint):
     settings = RECIPE.sample.model_copy(update={"num": 4})
     (images,) = load(checkpoint).sampler(settings)(torch.arange(4))
     levels = {"round": np.rint(255 * images.numpy()), "truncate": np.floor(255 * images.numpy())}

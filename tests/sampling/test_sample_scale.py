@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from places import SCRIPTS
 from safetensors.torch import load_file, save_file
-from test_sampling_speed import small_sampler
+from small_samplers import RECIPE, small_sampler
 
 from dic_repa.cli import main
 from dic_repa.conditions import ClassLabels
@@ -26,28 +26,11 @@ from dic_repa.data.autoencoders import Pixels
 from dic_repa.errors import UserError, print_rank_errors
 from dic_repa.evaluation import open_images
 from dic_repa.files.npz import NpzFile, write_npz
-from dic_repa.recipe import DataSection, SampleSection, load_training_recipe, to_yaml
-from dic_repa.recipe.build import build_decoder, build_denoiser
+from dic_repa.recipe import DataSection, SampleSection
+from dic_repa.recipe.build import build_decoder
 from dic_repa.sampling.folder import SampleFolder, fill, sample_spec, save_trajectory
 from dic_repa.sampling.labels import random_labels
 from dic_repa.sampling.load import load
-
-RECIPE = load_training_recipe(
-    "digits-urepa", ["model.width=8", "model.depths=[1,1,1,1,1]", "sample.solver=euler", "sample.steps=1"]
-)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """An inference checkpoint of a small denoiser; random, since a new one predicts zero whatever it sees."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    denoiser = build_denoiser(RECIPE.model, 1, ClassLabels(10))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in denoiser.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    denoiser.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(to_yaml(RECIPE))
-    return folder
 
 
 @pytest.fixture

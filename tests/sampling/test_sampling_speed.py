@@ -6,25 +6,10 @@ import functools
 
 import pytest
 import torch
+from small_samplers import LABELS, images, small_sampler
 
 from dic_repa.models import DiC
-from dic_repa.objectives import FlowMatching
-from dic_repa.recipe import SampleSection
-from dic_repa.sampling.sampler import Sampler, decode_batches
-
-LABELS = torch.arange(4)
-
-
-def small_sampler(**settings) -> Sampler:
-    torch.manual_seed(0)
-    denoiser = DiC(8, (1, 1, 1, 1, 1), in_channels=1, num_classes=4).requires_grad_(False)
-    torch.nn.init.normal_(denoiser.output.conv2.weight, std=0.02)
-    section = SampleSection(steps=3, batch_size=2, guidance={"scale": 2.0, "interval": [0.0, 0.7]}, **settings)
-    return Sampler(denoiser, FlowMatching(), section, (1, 8, 8))
-
-
-def images(sampler: Sampler, labels: torch.Tensor = LABELS) -> torch.Tensor:
-    return torch.cat(list(sampler(labels)))
+from dic_repa.sampling.sampler import decode_batches
 
 
 def test_half_precision_gives_the_same_images_within_its_rounding():

@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("helpers", "bench")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 
 import torch
-from test_oracle import TOLERANCE, assert_close, inputs, outputs_and_gradients, pair
+from oracle_pairs import TOLERANCE, assert_close, inputs, outputs_and_gradients, pair
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
