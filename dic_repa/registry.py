@@ -131,7 +131,7 @@ class Registry:
                 raise UserError(f"{spec!r} is no {self.kind}: give its name, or a mapping of its name and options")
             return spec
         factory = self.find(spec)
-        self._check_options(spec, factory, args, options)
+        self.check_options(spec, factory, args, options)
         try:
             return factory(*args, **options)
         except UserError:
@@ -141,17 +141,23 @@ class Registry:
                 raise  # nothing that the user gave
             raise UserError(f"{self.kind} '{spec}' does not take these options: {first_line(error)}") from error
 
-    def _check_options(self, name: str, factory: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    def check_options(
+        self, name: str, factory: Any, args: Sequence[Any], options: Mapping[str, Any], hint: str = ""
+    ) -> None:
+        """A UserError for an option that `factory` does not take, or for one that is missing (with the `hint`)."""
         try:
             signature = inspect.signature(factory)
         except (TypeError, ValueError):  # written in C
             return
         parameters = signature.parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][len(args) :]
+        takes = [p.name for p in named]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            takes = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL][len(args) :]
             for option in options:
                 if option not in takes:
                     raise unknown_name(f"option of {self.kind} '{name}':", option, takes)
+        if needs := [p.name for p in named if p.default is p.empty and p.name not in options]:
+            raise UserError(f"{self.kind} '{name}' needs {' and '.join(needs)}{hint}")
         try:
             signature.bind(*args, **options)
         except TypeError as error:

@@ -5,7 +5,7 @@ from dic_repa.models.cost import Cost, forward_on_meta, measure_cost
 from dic_repa.models.dic import PRESETS, DiC
 from dic_repa.models.ladder import EarlyModulationBlock, GatedBlock, MidModulationBlock
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.models.registry import create_denoiser, find_denoiser, list_denoisers, load_denoiser, register_denoiser
+from dic_repa.models.registry import create_denoiser, denoisers, list_denoisers, load_denoiser, register_denoiser
 
 __all__ = [
     "PRESETS",
@@ -16,7 +16,7 @@ __all__ = [
     "MidModulationBlock",
     "Pretrained",
     "create_denoiser",
-    "find_denoiser",
+    "denoisers",
     "forward_on_meta",
     "list_denoisers",
     "load_authors_checkpoint",

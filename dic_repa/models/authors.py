@@ -26,7 +26,8 @@ _BLOCK = {
     "conv2": "conv.conv1",
     "shortcut": "conv.skip",
 }
-_RULES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+Rules = list[tuple[str, str | Callable[[re.Match], str]]]  # patterns of one side's keys, and the other's keys
+_RULES: Rules = [
     (r"stem\.(.*)", r"x_embedder.proj.\1"),
     (r"condition\.(\d)\.time1\.(.*)", r"t_embedder_ls.\1.mlp.0.\2"),
     (r"condition\.(\d)\.time2\.(.*)", r"t_embedder_ls.\1.mlp.2.\2"),
@@ -42,12 +43,12 @@ _RULES: list[tuple[str, str | Callable[[re.Match], str]]] = [
 ]
 
 
-def authors_key(key: str) -> str:
-    """The authors' name of one of DiC's parameters."""
-    for pattern, theirs in _RULES:
+def rename(key: str, rules: Rules) -> str:
+    """What the first rule that fits makes of a parameter's `key`; the key itself if none fits."""
+    for pattern, other in rules:
         if match := re.fullmatch(pattern, key):
-            return match.expand(theirs) if isinstance(theirs, str) else theirs(match)
-    raise KeyError(key)
+            return match.expand(other) if isinstance(other, str) else other(match)
+    return key
 
 
 def load_authors_checkpoint(
@@ -73,7 +74,7 @@ def load_authors_checkpoint(
 
         return load_uvit(state, name, **overrides)
     model = DiC(**{**_infer_config(state, name), **overrides})
-    ours = {authors_key(key): key for key in model.state_dict()}
+    ours = {rename(key, _RULES): key for key in model.state_dict()}
     load_weights(model, {ours.get(key, key): value for key, value in state.items()}, name)
     return model.eval()
 
@@ -111,4 +112,4 @@ def authors_state_dict(model: nn.Module) -> dict[str, Tensor]:
     theirs = {"shape": "unet", "skips": "sparse", "embedding": "per-level", "block": "dic"}
     if other := [key for key, value in theirs.items() if model.config[key] != value]:
         raise UserError(f"the DiC authors' code has no DiC with another {' or '.join(other)} than its own")
-    return {authors_key(key): value for key, value in model.state_dict().items()}
+    return {rename(key, _RULES): value for key, value in model.state_dict().items()}

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.files.weights import load_weights, read_tensors
-from dic_repa.models.registry import list_denoisers, preset_options
+from dic_repa.models.authors import Rules, rename
+from dic_repa.models.registry import preset_heads
 from dic_repa.models.sit import SiT, position_embedding
 
 FAMILIES = ("DiT", "SiT", "REPA")
-_RULES = [
+_RULES: Rules = [
     (r"x_embedder\.proj\.(\w+)", r"patches.proj.\1"),
     (r"t_embedder\.mlp\.0\.(\w+)", r"condition.time1.\1"),
     (r"t_embedder\.mlp\.2\.(\w+)", r"condition.time2.\1"),
@@ -41,8 +42,7 @@ _RULES = [
 def load_sit(state: dict[str, Tensor], name: str, family: str | None = None, **overrides) -> SiT:
     """The SiT of a state dict in this layout, which errors call `name`; `overrides` are other arguments of `SiT`.
 
-    Without a `family` it is REPA's where there are projectors, else what the file's name begins with. The heads cannot
-    be seen in the tensors: as many as the preset of that width and depth has, or one for each 64 channels.
+    Without a `family` it is REPA's where there are projectors, else what the file's name begins with.
     """
     family = family or _guess_family(state, name)
     if family not in FAMILIES:
@@ -54,7 +54,8 @@ def load_sit(state: dict[str, Tensor], name: str, family: str | None = None, **o
     except KeyError as missing:
         raise UserError(f"{name} is not a whole checkpoint of DiT, SiT or REPA: it has no {missing.args[0]}") from None
     _check_positions(positions, name)
-    tensors = {_our_key(key): value for key, value in state.items() if not key.startswith("projectors.")}
+    # Attention and MLP are timm's, with timm's names, on both sides.
+    tensors = {rename(key, _RULES): value for key, value in state.items() if not key.startswith("projectors.")}
     patch, channels = config["patch_size"], config["in_channels"]
     if family == "SiT":
         config["learn_sigma"] = False
@@ -101,12 +102,10 @@ def infer_config(state: dict[str, Tensor]) -> dict:
     """The arguments of `SiT` that the names and shapes of a state dict tell; a KeyError names what it lacks."""
     width, in_channels, patch_size = state["x_embedder.proj.weight"].shape[:3]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    presets = [preset_options(name) for name in list_denoisers("SiT-*")]
-    heads = [preset["num_heads"] for preset in presets if (preset["width"], preset["depth"]) == (width, depth)]
     return {
         "width": width,
         "depth": depth,
-        "num_heads": heads[0] if heads else max(1, width // 64),
+        "num_heads": preset_heads("SiT", width, depth),
         "patch_size": patch_size,
         "in_channels": in_channels,
         "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
@@ -119,13 +118,6 @@ def _check_positions(positions: Tensor, name: str) -> None:
     side = round(count**0.5)
     if side**2 != count or (position_embedding((side, side), width) - positions).abs().max() > 1e-2:
         raise UserError(f"{name} has position embeddings of its own, but SiT's are fixed sinusoids")
-
-
-def _our_key(key: str) -> str:
-    for pattern, ours in _RULES:
-        if match := re.fullmatch(pattern, key):
-            return match.expand(ours)
-    return key  # attention and MLP are timm's, with timm's names, on both sides
 
 
 def _flip_time(weight: Tensor) -> Tensor:

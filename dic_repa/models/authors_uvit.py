@@ -9,17 +9,16 @@ model is loaded with the `time_scale` of what it was trained by:
 
 from __future__ import annotations
 
-import re
-
 from einops import rearrange
 from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.files.weights import load_weights
-from dic_repa.models.registry import list_denoisers, preset_options
+from dic_repa.models.authors import Rules, rename
+from dic_repa.models.registry import preset_heads
 from dic_repa.models.uvit import EXTRA_TOKENS, UViT
 
-_RULES = [
+_RULES: Rules = [
     (r"patch_embed\.(.*)", r"patches.\1"),
     (r"label_emb\.(.*)", r"label.\1"),
     (r"pos_embed", "positions"),
@@ -35,14 +34,13 @@ _RULES = [
 def load_uvit(state: dict[str, Tensor], name: str, **overrides) -> UViT:
     """The U-ViT of a state dict in this layout, which errors call `name`; `overrides` are other arguments of `UViT`.
 
-    Without a `time_scale`, U-ViT-H has 1 and any other 999. The heads cannot be seen in the tensors: as many as the
-    preset of that width and depth has, or one for each 64 channels.
+    Without a `time_scale`, U-ViT-H has 1 and any other 999.
     """
     try:
         config = infer_config(state)
     except KeyError as missing:
         raise UserError(f"{name} is not a checkpoint of a U-ViT with classes: it has no {missing.args[0]}") from None
-    tensors = {_our_key(key): value for key, value in state.items()}
+    tensors = {rename(key, _RULES): value for key, value in state.items()}
     for key in ("linear.weight", "linear.bias"):
         # A patch's rows are theirs by pixel, then channel; ours by channel, then pixel.
         if key in tensors:
@@ -57,24 +55,14 @@ def infer_config(state: dict[str, Tensor]) -> dict:
     width, in_channels, patch_size = state["patch_embed.proj.weight"].shape[:3]
     depth = 2 * len({key.split(".")[1] for key in state if key.startswith("in_blocks.")}) + 1
     classes, positions = len(state["label_emb.weight"]) - 1, state["pos_embed"].shape[1]
-    names = list_denoisers("U-ViT-*")
-    sizes = {(preset["width"], preset["depth"]): preset["num_heads"] for preset in map(preset_options, names)}
-    huge = preset_options("U-ViT-H/2")
     return {
         "width": width,
         "depth": depth,
-        "num_heads": sizes.get((width, depth), max(1, width // 64)),
+        "num_heads": preset_heads("U-ViT", width, depth),
         "patch_size": patch_size,
         "size": patch_size * round((positions - EXTRA_TOKENS) ** 0.5),
         "in_channels": in_channels,
         "num_classes": classes,
         "final_conv": "final_layer.weight" in state,
-        "time_scale": 1.0 if (width, depth) == (huge["width"], huge["depth"]) else 999.0,
+        "time_scale": 1.0 if (width, depth) == (1152, 29) else 999.0,  # U-ViT-H
     }
-
-
-def _our_key(key: str) -> str:
-    for pattern, ours in _RULES:
-        if match := re.fullmatch(pattern, key):
-            return match.expand(ours)
-    return key  # the last norm

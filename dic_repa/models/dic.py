@@ -26,7 +26,7 @@ from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.gradient_checkpointing import RecomputableBlock
 from dic_repa.models.memory_format import layout_of, pixel_shuffle
 from dic_repa.models.modules import Modules
-from dic_repa.models.pretrained import Pretrained
+from dic_repa.models.pretrained import Pretrained, config_of
 from dic_repa.registry import Registry
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -195,6 +195,10 @@ class DiC(Pretrained):
         condition: dict[str, Any] | None = None,
     ):
         super().__init__()
+        self.config = config_of(locals())
+        self.config["depths"] = list(depths)
+        if not condition:
+            del self.config["condition"]
         if len(depths) != 5 or min(depths) < 1:
             raise UserError(
                 f"depths are five numbers of at least 1 (encoder, encoder, middle, decoder, decoder), not {depths}"
@@ -208,19 +212,6 @@ class DiC(Pretrained):
         ):
             if name not in known:
                 raise unknown_name(kind, name, known)
-        self.config = {
-            "width": width,
-            "depths": list(depths),
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "learn_sigma": learn_sigma,
-            "time_scale": time_scale,
-            "shape": shape,
-            "skips": skips,
-            "embedding": embedding,
-            "block": block,
-            **({"condition": condition} if condition else {}),
-        }
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.skip_stride = SKIP_STRIDES[skips]

@@ -79,6 +79,12 @@ class Pretrained(nn.Module):
         return model.eval()
 
 
+def config_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model from its constructor's `locals()`: the arguments that say what its weights are."""
+    others = ("self", "__class__", "zero_gates", "gradient_checkpointing")
+    return {key: value for key, value in arguments.items() if key not in others}
+
+
 def saved_kind(path_or_hub_id: str | Path) -> str | None:
     """The name of the class that a saved denoiser's config.json gives."""
     return _read_config(_locate(path_or_hub_id)[0])[0]

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dic_repa.conditions import Condition, create_condition
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError
 from dic_repa.models.dic import PRESETS as DIC_PRESETS
 from dic_repa.models.pretrained import Pretrained, saved_kind
 from dic_repa.registry import Registry
@@ -79,20 +78,16 @@ for _name, _preset in _PRESETS.items():
 
 
 def list_denoisers(pattern: str = "*") -> list[str]:
-    """The names that can be built without further options and match a shell `pattern`: presets in the papers' order,
-    then others."""
+    """The names that need no further options and match a shell `pattern`: presets in the papers' order, then others."""
     others = sorted(set(denoisers.names()) - set(_PRESETS))
     return fnmatch.filter([*(name for name, preset in _PRESETS.items() if "width" in preset.options), *others], pattern)
 
 
-def preset_options(name: str) -> dict[str, Any]:
-    """What a preset of the papers passes to its class."""
-    return dict(_PRESETS[name].options)
-
-
-def find_denoiser(name: str) -> Any:
-    """The class, function or preset of that name, its module imported; a UserError lists the near names."""
-    return denoisers.find(name)
+def preset_heads(family: str, width: int, depth: int) -> int:
+    """The attention heads of the papers' preset of that width and depth; if there is none, one for 64 channels."""
+    presets = [_PRESETS[name].options for name in list_denoisers(f"{family}-*")]
+    heads = [preset["num_heads"] for preset in presets if (preset["width"], preset["depth"]) == (width, depth)]
+    return heads[0] if heads else max(1, width // 64)
 
 
 def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **options) -> Pretrained:
@@ -103,13 +98,14 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
     A UserError lists the near names of an unknown name or option, and says what a family's sizes or a denoiser of your
     own lacks.
     """
-    factory = find_denoiser(name)
+    factory = denoisers.find(name)
     if isinstance(factory, Preset):
         options = {**factory.options, **options}
         factory = factory.load()
     options = {"in_channels": in_channels, "num_classes": num_classes, **options}
     check_condition(name, factory, create_condition(num_classes, options.get("condition")))
-    _check_options(name, factory, options)
+    presets = ", ".join(list_denoisers(f"{name}-*"))
+    denoisers.check_options(name, factory, (), options, hint=f"; or name a preset: {presets}" if presets else "")
     denoiser = factory(**options)
     parts = ("in_channels", "num_classes", "config", "save_pretrained", "set_gradient_checkpointing")
     if lacking := [part for part in parts if not hasattr(denoiser, part)]:
@@ -146,20 +142,3 @@ def check_condition(name: str, factory, condition: Condition) -> None:
             f"model '{name}' cannot be conditioned on {condition.describe()}: it takes {' or '.join(taken)}; name "
             "another model, or write one (docs/extending.md)"
         )
-
-
-def _check_options(name: str, factory, options: dict[str, Any]) -> None:
-    parameters = inspect.signature(factory).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        for option in options:
-            if option not in parameters:
-                raise unknown_name(f"option of model {name}:", option, parameters)
-    missing = [
-        key
-        for key, p in parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and key not in options
-    ]
-    if missing:
-        presets = list_denoisers(f"{name}-*")
-        others = f"; or name a preset: {', '.join(presets)}" if presets else ""
-        raise UserError(f"model {name} needs {' and '.join(missing)}{others}")

@@ -24,7 +24,7 @@ from dic_repa.errors import UserError
 from dic_repa.models.dic import Condition
 from dic_repa.models.gradient_checkpointing import RecomputableBlock
 from dic_repa.models.modules import Modules
-from dic_repa.models.pretrained import Pretrained
+from dic_repa.models.pretrained import Pretrained, config_of
 from dic_repa.models.tokens import patch_grid, to_map, unpatchify
 
 
@@ -112,18 +112,9 @@ class SiT(Pretrained):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        self.config = config_of(locals())
         if num_heads < 1 or width < 4 or width % 4 or width % num_heads:
             raise UserError(f"width must be a multiple of 4 and of num_heads {num_heads}, not {width}")
-        self.config = {
-            "width": width,
-            "depth": depth,
-            "num_heads": num_heads,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "learn_sigma": learn_sigma,
-            "time_scale": time_scale,
-        }
         self.in_channels, self.num_classes, self.patch_size = in_channels, num_classes, patch_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patches = PatchEmbed(None, patch_size, in_channels, width)

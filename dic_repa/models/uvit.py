@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dic_repa.errors import UserError
 from dic_repa.models.dic import timestep_embedding
 from dic_repa.models.gradient_checkpointing import RecomputableBlock
-from dic_repa.models.pretrained import Pretrained
+from dic_repa.models.pretrained import Pretrained, config_of
 from dic_repa.models.tokens import patch_grid, to_map, unpatchify
 
 EXTRA_TOKENS = 2  # label and time
@@ -75,22 +75,11 @@ class UViT(Pretrained):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        self.config = config_of(locals())
         if num_heads < 1 or width < 2 or width % 2 or width % num_heads:
             raise UserError(f"width must be even and a multiple of num_heads {num_heads}, not {width}")
         if depth < 1 or depth % 2 == 0:
             raise UserError(f"depth must be an odd number, two halves and a middle block, not {depth}")
-        self.config = {
-            "width": width,
-            "depth": depth,
-            "num_heads": num_heads,
-            "patch_size": patch_size,
-            "size": size,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "learn_sigma": learn_sigma,
-            "time_scale": time_scale,
-            "final_conv": final_conv,
-        }
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.size, self.patch_size, self.time_scale = size, patch_size, time_scale

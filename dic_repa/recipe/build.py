@@ -21,7 +21,7 @@ from dic_repa.data.prepared import prepared_spec
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.pictures import unit_images
-from dic_repa.models import create_denoiser, find_denoiser
+from dic_repa.models import create_denoiser, denoisers
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import objectives
 from dic_repa.protocols import Samples
@@ -38,7 +38,7 @@ def import_plugins(recipe: Recipe) -> None:
     add_folders(recipe.folders)
     for name in recipe.plugins:
         import_plugin(name)
-    find_denoiser(recipe.model.name)  # one of the user's own must be known before a saved one is loaded
+    denoisers.find(recipe.model.name)  # one of the user's own must be known before a saved one is loaded
 
 
 def build_dataset(section: DataSection, split: str = "train"):

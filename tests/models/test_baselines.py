@@ -347,9 +347,11 @@ def test_names_and_options_of_denoisers():
     assert "SiT" not in list_denoisers()  # has no size of its own
     with pytest.raises(UserError, match="did you mean SiT-XL/"):
         create_denoiser("SIT-XL")
-    with pytest.raises(UserError, match="unknown option of model SiT-S/2: 'widht'; did you mean width"):
+    with pytest.raises(UserError, match="unknown option of denoiser 'SiT-S/2': 'widht'; did you mean width"):
         create_denoiser("SiT-S/2", widht=8)
-    with pytest.raises(UserError, match="model SiT needs width and depth and num_heads; or name a preset: SiT-S/2"):
+    with pytest.raises(
+        UserError, match="denoiser 'SiT' needs width and depth and num_heads; or name a preset: SiT-S/2"
+    ):
         create_denoiser("SiT")
     with pytest.raises(UserError, match=r"model\.options: learn_sigma is a key of its own"):
         build_denoiser(load_recipe("digits-sit", ["model.options.learn_sigma=true"]).model, 1, ClassLabels(10))
