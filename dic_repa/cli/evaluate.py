@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from dic_repa.evaluation.runs import Judgement
 
 ADM = "fid,sfid,is,prec,recall"
+OWN_GROUPS = ("Metrics and their reference", "Networks that look at the images")
 
 
 @click.command("evaluate", cls=Command)
 @click.argument("samples", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=completion.runs)
 @option_group(
-    "Metrics and their reference",
+    OWN_GROUPS[0],
     click.option(
         "--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or 'digits'."
     ),
@@ -46,7 +48,7 @@ ADM = "fid,sfid,is,prec,recall"
     click.option("--out", type=click.Path(path_type=Path), help="The record.  [default: metrics.json beside SAMPLES]"),
 )
 @option_group(
-    "Networks that look at the images",
+    OWN_GROUPS[1],
     click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format."),
     click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights."),
     click.option(
@@ -125,30 +127,27 @@ def command(
             evaluate_and_show(list(samples), recipe, again, **_sampling(options))
         return
     names = [name.strip() for name in (metrics or ADM).split(",") if name.strip()]
+    if not names:
+        raise UserError("--metrics names no metric; see --list-metrics")
     if fid_infinity and "fid-infinity" not in names:
         names.append("fid-infinity")
     with when_interrupted(lambda: "interrupted; samples that are drawn are kept, and the same command takes them"):
         measure_and_show(list(samples), reference, names, recipe, again, **options)
 
 
-_OWN = (
-    "inception_weights dinov2_weights dinov2_encoder encoder encoder_weights encoder_options "
-    "bootstrap resize feature_batch save_statistics no_cache out"
-).split()
-
-
 def _sampling(options: dict) -> dict:
-    return {name: value for name, value in options.items() if name not in _OWN}
+    """The options that `sampling_options` has added."""
+    own = {parameter.name for parameter in command.params if getattr(parameter, "group", "") in OWN_GROUPS}
+    return {name: value for name, value in options.items() if name not in own}
 
 
 def _list_metrics(context, _parameter, value) -> None:
     if value:
         from dic_repa.evaluation.metrics import find_metric, metrics
 
-        for name, score in ((name, find_metric(name)) for name in metrics.names()):
-            if score is None:  # a set of metrics
-                continue
-            click.echo(f"{name:20} {score.better:7} is better   {score.layer}")
+        for name in metrics.names():
+            if metric := find_metric(name):  # else a set of metrics
+                click.echo(f"{name:20} {metric.better:7} is better   {metric.layer}")
         context.exit()
 
 
@@ -163,56 +162,54 @@ def measure_and_show(
             check_file(options[option])
 
     from dic_repa.evaluation import Measure
-    from dic_repa.evaluation.extractors import describe_extractor
     from dic_repa.evaluation.features import Share
     from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
-    from dic_repa.evaluation.samples import is_checkpoint, record, save_record
+    from dic_repa.evaluation.samples import is_checkpoint, record, record_file, sample_checkpoint, save_record
     from dic_repa.runs.folder import suggest_runs
     from dic_repa.sampling.folder import patient_accelerator
 
-    if not names:
-        raise UserError("--metrics names no metric; see --list-metrics")
-    # Before the reference is read, so that a mistake is told at once.
+    # Before the reference is read, so that a mistake is shown at once.
     for path in samples:
-        if not path.exists() and (meant := suggest_runs(path)):
-            raise UserError(f"there is nothing to measure at {path}{meant}")
+        if not path.exists() and (hint := suggest_runs(path)):
+            raise UserError(f"there is nothing to measure at {path}{hint}")
     opened = {path: open_images(path, options["resize"]) for path in samples if not is_checkpoint(path)}
     for path in opened:
-        check_file(options["out"] or _record_file(path))
+        check_file(options["out"] or record_file(path))
     choose_threads()
     processes = patient_accelerator()
     device = processes.device
-    share = Share(processes.process_index, processes.num_processes, processes.gather)
-    extractor_options = _extractor_options(options) | _encoder(samples, names, options)
     with _bar("reading the reference", processes) as bar:
         measure = Measure(
             names,
             reference,
             device,
-            extractor_options=extractor_options,
+            extractor_options=_extractor_options(samples, names, options),
             batch_size=options["feature_batch"],
             resize=options["resize"],
             cache=not options["no_cache"],
-            share=share,
+            share=Share(processes.process_index, processes.num_processes, processes.gather),
             progress=bar.update,
         )
     if options["save_statistics"] and measure.reference and processes.is_main_process:
-        described = {name: describe_extractor(extractor) for name, extractor in measure.extractors.items()}
-        save_statistics(measure.reference, options["save_statistics"], described)
+        save_statistics(measure.reference, options["save_statistics"], measure.extractors)
     rows, written, unwritten = [], [], ""
     notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
+    given = load_recipe(recipe) if recipe else None
     for path in samples:
-        place = _sampled(path, recipe, again, processes, options) if is_checkpoint(path) else path
+        place = path
+        if is_checkpoint(path):
+            settings = partial(sample_settings, **_sampling(options))
+            place = sample_checkpoint(path, given, settings, processes, options["weights"], again)
         images = opened.get(path) or open_images(place, options["resize"])
         with print_rank_errors(), _bar(f"measuring {place}", processes, len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update)
         if not processes.is_main_process:
             continue
         notes += [*images.notes, *measured.warnings]
-        file = options["out"] or _record_file(place)
-        given = {key: str(value) for key, value in options.items() if value is not None}
-        content = record(measured, measure, images, reference, given, str(device), processes.num_processes)
+        file = options["out"] or record_file(place)
+        chosen = {key: str(value) for key, value in options.items() if value is not None}
+        content = record(measured, measure, images, reference, chosen, str(device), processes.num_processes)
         rows.append((str(path), content["samples"].get("sampling", {}).get("sample", {}).get("classes", ""), measured))
         try:
             save_record(file, content)
@@ -230,63 +227,22 @@ def measure_and_show(
     processes.end_training()
 
 
-def _record_file(samples: Path) -> Path:
-    return samples / "metrics.json" if samples.is_dir() else samples.with_suffix(".metrics.json")
+def _extractor_options(samples: list[Path], names: list[str], options: dict) -> dict[str, dict]:
+    """By extractor, its options; `encoder` is the one that the runs among `samples` were aligned to, or --encoder."""
+    from dic_repa.cli.encoders import parse_encoder_options
+    from dic_repa.evaluation.judging import encoder_of_runs
 
-
-def _extractor_options(options: dict) -> dict:
     dinov2 = {"weights": options["dinov2_weights"], "encoder": options["dinov2_encoder"]}
-    return {
+    found = {
         "inception": {"weights": options["inception_weights"]},
         "dinov2": {key: value for key, value in dinov2.items() if value},
     }
-
-
-def _encoder(samples: list[Path], names: list[str], options: dict) -> dict[str, dict]:
-    """The encoder of fd-encoder and its like: --encoder, or the one that the runs among `samples` were aligned to."""
-    from dic_repa.cli.encoders import parse_encoder_options
-    from dic_repa.evaluation.judging import by_encoder, own_encoder
-    from dic_repa.recipe import load_training_recipe
-    from dic_repa.recipe.build import import_plugins
-
     given = parse_encoder_options(options["encoder_options"], options["encoder_weights"])
     if options["encoder"]:
-        return {"encoder": {"encoder": options["encoder"], **given}}
+        return found | {"encoder": {"encoder": options["encoder"], **given}}
     if given:
         raise UserError("--encoder-weights and --encoder-option go with --encoder")
-    found: dict[str, dict] = {}
-    for path in samples if by_encoder(names) else ():
-        files = [file for file in (path / "recipe.yaml", path / "ema" / "recipe.yaml") if file.is_file()]
-        if not files:
-            continue
-        recipe = load_training_recipe(files[0])
-        import_plugins(recipe)
-        own = own_encoder(recipe)
-        if own and found and own != found:
-            raise UserError(f"{path} was aligned to another encoder than the one before; name one for all by --encoder")
-        found = found or own
-    return found
-
-
-def _sampled(path: Path, recipe: str | None, again: bool, processes, options: dict) -> Path:
-    """The folder of samples of a run or checkpoint, filled as far as it is not yet."""
-    from dic_repa.cli.sample import choose_labels
-    from dic_repa.evaluation.runs import describe_sampling
-    from dic_repa.evaluation.samples import samples_folder
-    from dic_repa.recipe import Recipe
-    from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec
-    from dic_repa.sampling.load import load
-
-    given = load_recipe(recipe) if recipe else None
-    weights = options["weights"] or (given.sample.weights if given else None)
-    loaded = load(path, processes.device, given if isinstance(given, Recipe) else None, weights)
-    settings = sample_settings((given or loaded.recipe).sample, **_sampling(options))
-    labels, sampler = choose_labels(loaded, settings), loaded.sampler(settings)
-    place = samples_folder(path, describe_sampling(settings))
-    hint = "pass --again to sample anew"
-    folder = SampleFolder(place, sample_spec(loaded, settings, labels), hint)
-    sample_into(folder, sampler, labels, processes, overwrite=again)
-    return place
+    return found | encoder_of_runs(samples, names)
 
 
 def _bar(label: str, processes, total: int | None = None):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dic_repa.errors import unknown_name
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.measuring import Measure
 from dic_repa.evaluation.metrics import MetricSet, find_metric, metrics
-from dic_repa.recipe import Recipe
+from dic_repa.recipe import Recipe, load_training_recipe
+from dic_repa.recipe.build import import_plugins
 
 
 def measured(names: Sequence[str], reference) -> list[str]:
@@ -36,6 +38,26 @@ def own_encoder(recipe: Recipe) -> dict[str, dict]:
 def by_encoder(names: Sequence[str]) -> list[str]:
     """The metrics among `names` that compare the tokens of a run's own encoder."""
     return [name for name in names if (metric := find_metric(name)) and metric.layer.startswith("encoder.")]
+
+
+def encoder_of_runs(paths: Sequence[Path], names: Sequence[str]) -> dict[str, dict]:
+    """`own_encoder` of the runs and checkpoints among `paths`, where a metric of `names` takes it.
+
+    Raises:
+        UserError: where they were aligned to different ones.
+    """
+    found: dict[str, dict] = {}
+    for path in paths if by_encoder(names) else ():
+        file = next((f for f in (path / "recipe.yaml", path / "ema" / "recipe.yaml") if f.is_file()), None)
+        if file is None:
+            continue
+        recipe = load_training_recipe(file)
+        import_plugins(recipe)
+        own = own_encoder(recipe)
+        if own and found and own != found:
+            raise UserError(f"{path} was aligned to another encoder than the one before; name one for all by --encoder")
+        found = found or own
+    return found
 
 
 class Judge:

@@ -18,7 +18,6 @@ from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, metrics, plain
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
 
-ADM_METRICS = ("fid", "sfid", "is", "prec", "recall")
 FULL_COUNT = 50_000  # samples behind a published FID
 DEFAULT_SEED = 0
 OF_REFERENCE = ("gaussian", "features")  # what a metric may need of it
@@ -163,40 +162,39 @@ class Measure:
             yield batch
 
     def _warnings(self, samples: FeatureSet) -> list[str]:
-        reference, warnings = self.reference, []
         if samples.constant == samples.count:
             raise UserError(f"all {samples.count} images are of a single colour each; look at what made them")
+        count, reference, warnings = samples.count, self.reference, []
         if samples.constant:
-            warnings.append(f"{samples.constant} of {samples.count} images are of a single colour each")
-        gaussian = [name for name, score in self.metrics.items() if score.needs == "gaussian"]
-        if gaussian and samples.count < FULL_COUNT:
-            offers = [f"{name}-infinity" for name in gaussian if f"{name}-infinity" in metrics]
-            offer = f"; the metric {offers[0]} extrapolates" if offers and offers[0] not in gaussian else ""
-            which = ", ".join(name for name in gaussian if "infinity" not in name)
-            if which:
-                few = f"{samples.count} samples are fewer than {FULL_COUNT}"
-                warnings.append(f"{few}, which biases upward: {which}{offer}")
-        if gaussian and reference and reference.count < min(samples.count, FULL_COUNT):
+            warnings.append(f"{samples.constant} of {count} images are of a single colour each")
+        gaussian = [name for name, metric in self.metrics.items() if metric.needs == "gaussian"]
+        biased = [name for name in gaussian if "infinity" not in name]
+        if biased and count < FULL_COUNT:
+            offer = f"{gaussian[0]}-infinity"
+            offered = f"; the metric {offer} extrapolates" if offer in metrics and offer not in gaussian else ""
+            few = f"{count} samples are fewer than {FULL_COUNT}"
+            warnings.append(f"{few}, which biases upward: {', '.join(biased)}{offered}")
+        if reference is None:
+            return warnings
+        if gaussian and reference.count < min(count, FULL_COUNT):
             warnings.append(f"the reference has {reference.count} images, fewer than the samples: a bias of its own")
-        compared = min([samples.count, *(len(part) for part in reference.features.values())] if reference else [0])
-        if reference:
-            warnings += reference.notes
-        if reference and reference.constant:
+        warnings += reference.notes
+        if reference.constant:
             warnings.append(f"{reference.constant} images of the reference are of a single colour each")
-        if self.resize and reference and reference.size is None:
+        if self.resize and reference.size is None:
             warnings.append(
                 f"the samples were resized to {self.resize}; the reference's statistics are as they were stored, and "
                 "do not tell the size of their images"
             )
+        compared = min([count, *map(len, reference.features.values())])
         if "kid" in self.metrics and compared < KID_SUBSET_SIZE:
             warnings.append(f"kid is over subsets of {compared} images, where others take {KID_SUBSET_SIZE}")
-        layers = [self.metrics[name].layer for name in gaussian]
-        dims = {layer: len(reference.gaussians[layer][0]) for layer in layers} if reference else {}
-        for which, count in (("samples", samples.count), ("reference images", reference.count if reference else None)):
-            short = [f"{layer} ({dim})" for layer, dim in dims.items() if count is not None and count <= dim]
-            if short:
+        layers = dict.fromkeys(self.metrics[name].layer for name in gaussian)
+        dims = {layer: len(reference.gaussians[layer][0]) for layer in layers}
+        for which, number in (("samples", count), ("reference images", reference.count)):
+            if short := [f"{layer} ({dim})" for layer, dim in dims.items() if number <= dim]:
                 what = ", ".join(short)
                 warnings.append(
-                    f"{count} {which} are not more than the dimensions of {what}: the covariance is singular"
+                    f"{number} {which} are not more than the dimensions of {what}: the covariance is singular"
                 )
         return warnings

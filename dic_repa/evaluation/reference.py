@@ -131,7 +131,7 @@ def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) ->
     found.notes, found.fingerprint = images.notes, images.fingerprint
     if cache and os.environ.get("RANK", "0") == "0":
         try:
-            save_statistics(found, file, statistics.description())
+            save_statistics(found, file, statistics.extractors)
         except (UserError, OSError) as error:  # nothing is lost but time, the next time
             print(f"warning: the reference's statistics are not cached: {error}", file=sys.stderr)
     return found
@@ -146,16 +146,13 @@ class _Statistics:
         # All layers that some score compares with, so that another choice of metrics finds them too.
         self.layers = [f"{n}.{k}" for n, e in self.extractors.items() for k in e.layers if k != "logits"]
 
-    def description(self) -> dict:
-        return {name: describe_extractor(extractor) for name, extractor in self.extractors.items()}
-
     def cache_file(self, images: ImageSet) -> Path:
-        key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, self.layers, self.description()]
-        digest = fingerprint(json.dumps(key), size=16)
-        return statistics_folder() / f"{digest}.safetensors"
+        key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, self.layers, _describe(self.extractors)]
+        folder = cache_folder("statistics", "DIC_REPA_STATISTICS")
+        return folder / f"{fingerprint(json.dumps(key), size=16)}.safetensors"
 
     def read(self, path: Path) -> FeatureSet:
-        """The statistics of a file; a UserError where it is none, or of other extractors or weights."""
+        """The statistics of a file; a UserError where it has none, or those of other extractors or weights."""
         try:
             with safe_open(path, framework="pt") as file:
                 record = json.loads((file.metadata() or {}).get("statistics", "{}"))
@@ -164,7 +161,7 @@ class _Statistics:
             raise UserError(f"{path} is no whole file of statistics ({error})") from None
         if "count" not in record:
             raise UserError(f"{path} is no file of statistics; make one with --save-statistics")
-        for name, mine in self.description().items():
+        for name, mine in _describe(self.extractors).items():
             theirs = record["extractors"].get(name)
             if theirs != mine:
                 what = "lacks" if theirs is None else "was made with other weights or resizing of"
@@ -180,22 +177,23 @@ class _Statistics:
         return found
 
 
-def statistics_folder() -> Path:
-    """Where cached statistics are: `$DIC_REPA_STATISTICS`, or `dic-repa/statistics` in the user's cache folder."""
-    return cache_folder("statistics", "DIC_REPA_STATISTICS")
+def _describe(extractors: dict[str, FeatureExtractor]) -> dict[str, dict]:
+    return {name: describe_extractor(extractor) for name, extractor in extractors.items()}
 
 
-def save_statistics(found: FeatureSet, path: str | Path, extractors: dict) -> None:
+def save_statistics(found: FeatureSet, path: str | Path, extractors: dict[str, FeatureExtractor]) -> None:
     """Write what a reference is compared by into a safetensors file, new or in place of one of ours.
 
-    `extractors` describes by name their weights and resizing; a file is read only where these are the same. A UserError
-    or an OSError where it cannot be written.
+    The weights and resizing of `extractors` are kept too: a file is read only where these are the same.
+
+    Raises:
+        UserError, OSError: where it cannot be written.
     """
     tensors = {f"features/{layer}": part.contiguous() for layer, part in found.features.items()}
     for layer, (mean, cov) in found.gaussians.items():
         tensors |= {f"mean/{layer}": mean.contiguous(), f"cov/{layer}": cov.contiguous()}
     record = {name: getattr(found, name) for name in ("count", "size", "constant", "fingerprint")}
-    record |= {"extractors": extractors, "made_by": MARK}
+    record |= {"extractors": _describe(extractors), "made_by": MARK}
     try:
         with write_aside(path) as aside:
             save_file(tensors, aside, {"statistics": json.dumps(record)})
