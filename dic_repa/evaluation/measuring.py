@@ -170,8 +170,8 @@ class Measure:
         gaussian = [name for name, metric in self.metrics.items() if metric.needs == "gaussian"]
         biased = [name for name in gaussian if "infinity" not in name]
         if biased and count < FULL_COUNT:
-            offer = f"{gaussian[0]}-infinity"
-            offered = f"; the metric {offer} extrapolates" if offer in metrics and offer not in gaussian else ""
+            offer = next((f"{name}-infinity" for name in gaussian if f"{name}-infinity" in metrics), "")
+            offered = f"; the metric {offer} extrapolates" if offer and offer not in gaussian else ""
             few = f"{count} samples are fewer than {FULL_COUNT}"
             warnings.append(f"{few}, which biases upward: {', '.join(biased)}{offered}")
         if reference is None:

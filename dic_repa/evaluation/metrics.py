@@ -69,14 +69,18 @@ class Frechet(Metric):
     """The Fréchet distance to the reference's Gaussian: FID on Inception's pool, sFID on its spatial features."""
 
     def __call__(self, features: Tensor, reference: FeatureSet) -> float:
-        return self._distance(features, reference)(*statistics(features))
+        return self._score(features, self._distance(features, reference))
 
     def _resampled(self, features: Tensor, reference: FeatureSet):
-        distance = self._distance(features, reference)
-        return lambda rows: distance(*statistics(features[rows]))
+        distance = self._distance(features, reference)  # once, since it takes a root
+        return lambda rows: self._score(features[rows], distance)
 
     def _distance(self, features: Tensor, reference: FeatureSet) -> FrechetDistance:
         return FrechetDistance(*(part.to(features.device) for part in reference.gaussians[self.layer]))
+
+    @staticmethod
+    def _score(features: Tensor, distance: FrechetDistance) -> float:
+        return distance(*statistics(features))
 
 
 class FrechetAtInfinity(Frechet):
@@ -86,15 +90,8 @@ class FrechetAtInfinity(Frechet):
     linear in 1/N. 15 sizes from 5,000 samples on (from half of them where there are fewer than 10,000).
     """
 
-    def __call__(self, features: Tensor, reference: FeatureSet) -> float:
-        return self._extrapolate(features, self._distance(features, reference))
-
-    def _resampled(self, features: Tensor, reference: FeatureSet):
-        distance = self._distance(features, reference)
-        return lambda rows: self._extrapolate(features[rows], distance)
-
     @staticmethod
-    def _extrapolate(features: Tensor, distance: FrechetDistance) -> float:
+    def _score(features: Tensor, distance: FrechetDistance) -> float:
         count = len(features)
         smallest = min(INFINITY_SMALLEST, count // 2)
         if smallest < 2:
@@ -226,28 +223,25 @@ def title(score: str) -> str:
     return metric.title if metric else score
 
 
-_KINDS: tuple[tuple[str, type[Metric], str, str], ...] = (
-    ("fid", Frechet, "inception.pool", "FID"),
-    ("sfid", Frechet, "inception.spatial", "sFID"),
-    ("is", InceptionScore, "inception.logits", "IS"),
-    ("is-torch-fidelity", InceptionScoreOfTorchFidelity, "inception.logits", "IS (10 parts)"),
-    ("kid", KernelDistance, "inception.pool", "KID"),
-    ("prec", Precision, "inception.pool", "precision"),
-    ("recall", Recall, "inception.pool", "recall"),
-    ("fid-infinity", FrechetAtInfinity, "inception.pool", "FID-infinity"),
-    ("fd-dinov2", Frechet, "dinov2.cls", "FD-DINOv2"),
-    ("fd-dinov2-infinity", FrechetAtInfinity, "dinov2.cls", "FD-DINOv2-infinity"),
-    ("prec-dinov2", Precision, "dinov2.cls", "precision (DINOv2)"),
-    ("recall-dinov2", Recall, "dinov2.cls", "recall (DINOv2)"),
-    ("fd-digits", Frechet, "digits.features", "FD-digits"),
-    ("fd-digits-infinity", FrechetAtInfinity, "digits.features", "FD-digits-infinity"),
-    ("prec-digits", Precision, "digits.features", "precision (digits)"),
-    ("recall-digits", Recall, "digits.features", "recall (digits)"),
-    ("fd-encoder", Frechet, "encoder.pooled", "FD-encoder"),
-    ("fd-encoder-infinity", FrechetAtInfinity, "encoder.pooled", "FD-encoder-infinity"),
-    ("prec-encoder", Precision, "encoder.pooled", "precision (encoder)"),
-    ("recall-encoder", Recall, "encoder.pooled", "recall (encoder)"),
-)
-for _name, _kind, _layer, _title in _KINDS:
-    _says = f"{_title} on {_layer}: {first_sentence(_kind.__doc__ or '')}"
-    metrics.register(_name, description=_says)(functools.partial(_kind, _layer, _title))
+def _register(name: str, kind: type[Metric], layer: str, title: str) -> None:
+    description = f"{title} on {layer}: {first_sentence(kind.__doc__ or '')}"
+    metrics.register(name, description=description)(functools.partial(kind, layer, title))
+
+
+_register("fid", Frechet, "inception.pool", "FID")
+_register("sfid", Frechet, "inception.spatial", "sFID")
+_register("is", InceptionScore, "inception.logits", "IS")
+_register("is-torch-fidelity", InceptionScoreOfTorchFidelity, "inception.logits", "IS (10 parts)")
+_register("kid", KernelDistance, "inception.pool", "KID")
+_register("prec", Precision, "inception.pool", "precision")
+_register("recall", Recall, "inception.pool", "recall")
+_register("fid-infinity", FrechetAtInfinity, "inception.pool", "FID-infinity")
+for _name, _layer, _title in (
+    ("dinov2", "dinov2.cls", "DINOv2"),
+    ("digits", "digits.features", "digits"),
+    ("encoder", "encoder.pooled", "encoder"),
+):
+    _register(f"fd-{_name}", Frechet, _layer, f"FD-{_title}")
+    _register(f"fd-{_name}-infinity", FrechetAtInfinity, _layer, f"FD-{_title}-infinity")
+    _register(f"prec-{_name}", Precision, _layer, f"precision ({_title})")
+    _register(f"recall-{_name}", Recall, _layer, f"recall ({_title})")

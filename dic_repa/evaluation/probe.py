@@ -7,8 +7,9 @@ encoder's over its tokens.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from dic_repa.recipe import AlignmentSection, Recipe
 from dic_repa.recipe.build import build_alignment, build_dataset, build_encoder, build_objective
 from dic_repa.runtime.precision import tf32
 from dic_repa.samplers import StepNoise, initial_noise
-from dic_repa.sampling.load import checkpoint_of, load
+from dic_repa.sampling.load import checkpoint_of, home_of, load
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NEIGHBOURS = 10
@@ -80,29 +81,30 @@ def probe_checkpoint(
     loaded = load(path, device)
     recipe, denoiser = loaded.recipe, loaded.denoiser
     checkpoint = checkpoint_of(loaded.source)
-    home = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-    folder = Path(out) if out else home / "probe"
+    folder = Path(out) if out else home_of(loaded.source) / "probe"
     check_folder(folder, "probe")
     section = _section(recipe, encoder)
-    eyes = build_encoder(section, torch.device(device))
+    network = build_encoder(section, torch.device(device))
     data, split = _dataset(recipe, num)
     condition = condition_of_data(data.dataset)
     if not isinstance(condition, ClassLabels):
         raise UserError(f"{loaded.source} is conditioned on {condition.describe()}; a probe needs data with labels")
-    heads = _trained_heads(recipe, section, checkpoint, denoiser, eyes, data, device)
+    heads = _trained_heads(recipe, section, checkpoint, denoiser, network, data, device)
     size = (recipe.data.size, recipe.data.size)
     aligned = [entry.tap for entry in recipe.alignments if entry.encoder == section.encoder]
     taps = list(taps) or stage_taps(denoiser, size, per_stage, aligned)
     for tap in taps:
         find_tap(denoiser, tap)
 
+    objective = build_objective(recipe.objective)
     features, cosines, tokens, labels = _collect(
-        denoiser, build_objective(recipe.objective), eyes, heads, data, taps, times, batch_size, seed, device, progress
+        denoiser, objective, network, heads, data, taps, times, batch_size, seed, device, progress
     )
     scores = _scores(features, tokens, labels, condition.num_classes)
     if cosines:
         scores["cosine"] = [[cosines.get((tap, t)) for t in times] for tap in taps]
-    half = len(labels) // 2
+    half, classes = len(labels) // 2, condition.num_classes
+    itself = linear_probe(tokens[:half], labels[:half], tokens[half:], labels[half:], classes)
     digits = checkpoint.name.removeprefix("step_")
     record = {
         "checkpoint": str(checkpoint),
@@ -114,14 +116,8 @@ def probe_checkpoint(
         "times": list(times),
         "taps": taps,
         "aligned": [tap for tap in taps if tap in aligned],
-        "scores": {
-            name: [[None if v is None else round(v, 6) for v in row] for row in s] for name, s in scores.items()
-        },
-        "reference": {
-            "linear_probe": linear_probe(
-                tokens[:half], labels[:half], tokens[half:], labels[half:], condition.num_classes
-            )
-        },
+        "scores": {name: [[v and round(v, 6) for v in row] for row in rows] for name, rows in scores.items()},
+        "reference": {"linear_probe": itself},
     }
     if check_folder(folder, "probe") is None:
         begin_folder(folder, "probe")
@@ -135,20 +131,9 @@ def stage_taps(denoiser: Pretrained, size: tuple[int, int], per_stage: int, also
     A stage is a list of modules which all give feature maps (B, C, h, w), or tokens (B, N, D), of one shape; taps
     named in `also` join them. A denoiser without such lists has its direct children that give either.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str):
-        def hook(_module, _inputs, output):
-            shapes.setdefault(name, tuple(getattr(output, "shape", ())))
-
-        return hook
-
-    handles = [module.register_forward_hook(note(name)) for name, module in denoiser.named_modules() if name]
-    try:
+    with _outputs({name: module for name, module in denoiser.named_modules() if name}) as seen:
         forward_on_meta(denoiser, *size)
-    finally:
-        for handle in handles:
-            handle.remove()
+    shapes = {name: tuple(getattr(output, "shape", ())) for name, output in seen.items()}
     order = {name: i for i, (name, shape) in enumerate(shapes.items()) if len(shape) in (3, 4)}
     chosen = {name for name in also if name in order}
     stages = [
@@ -163,6 +148,20 @@ def stage_taps(denoiser: Pretrained, size: tuple[int, int], per_stage: int, also
     if not chosen:
         raise UserError("this denoiser has no stages to choose taps from; name submodules with --taps")
     return sorted(chosen, key=order.__getitem__)
+
+
+@contextlib.contextmanager
+def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """A dict that gets what each of the modules gives, in running order, as long as the context lasts."""
+    seen: dict[str, Any] = {}
+
+    def keep(name: str, _module, _inputs, output) -> None:
+        seen[name] = output
+
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(partial(keep, name)).remove)
+        yield seen
 
 
 def _section(recipe: Recipe, encoder: str | None) -> AlignmentSection:
@@ -186,7 +185,7 @@ def _dataset(recipe: Recipe, num: int) -> tuple[Any, str]:
 
 
 def _trained_heads(
-    recipe: Recipe, section: AlignmentSection, checkpoint: Path, denoiser: Pretrained, eyes, data: Any, device
+    recipe: Recipe, section: AlignmentSection, checkpoint: Path, denoiser: Pretrained, network, data: Any, device
 ) -> dict[str, Alignment]:
     """By tap, the alignments to this encoder with the heads that were trained; none where only the EMA is there."""
     file = checkpoint / "model.safetensors"
@@ -195,7 +194,7 @@ def _trained_heads(
     state, heads = read_tensors(file)[0], {}
     for i, entry in enumerate(recipe.alignments):
         if (entry.encoder, entry.encoder_options) == (section.encoder, section.encoder_options):
-            alignment = build_alignment(entry, eyes, denoiser, data.dataset, device).to(device).eval()
+            alignment = build_alignment(entry, network, denoiser, data.dataset, device).to(device).eval()
             start = f"alignments.{i}."
             mine = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
             load_weights(alignment, mine, file)
@@ -205,22 +204,13 @@ def _trained_heads(
 
 @tf32(False)
 @torch.no_grad()
-def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, seed, device, progress):
+def _collect(denoiser, objective, network, heads, data, taps, times, batch_size, seed, device, progress):
     """Pooled features {(tap, t): (N, C)}, mean cosines {(tap, t)}, the encoder's pooled tokens (N, D), labels (N,)."""
-    field, seen = objective.velocity_model(denoiser), {}
-
-    def keep(name: str):
-        def hook(_module, _inputs, output):
-            seen[name] = output
-
-        return hook
-
-    hooked = {*taps, *heads}
-    handles = [find_tap(denoiser, tap).register_forward_hook(keep(tap)) for tap in hooked]
+    field = objective.velocity_model(denoiser)
     features: dict[tuple, list[Tensor]] = {}
     cosines: dict[tuple, list[Tensor]] = {}
     tokens, labels, start = [], [], 0
-    try:
+    with _outputs({tap: find_tap(denoiser, tap) for tap in {*taps, *heads}}) as seen:
         for batch in DataLoader(data, batch_size=batch_size):
             batch = {name: value.to(device) for name, value in batch.items()}
             batch["image"] = unit_images(batch["image"])
@@ -230,7 +220,7 @@ def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, se
             x = denoiser_data(data.dataset, batch, partial(posterior, 0))
             noise = initial_noise(tuple(x.shape[1:]), seed, indices).to(device)
             y = field.null(batch["label"])
-            target = eyes(batch["image"])
+            target = network(batch["image"])
             tokens.append(target.float().mean(dim=1).cpu())
             labels.append(batch["label"].cpu())
             for time in times:
@@ -246,9 +236,6 @@ def _collect(denoiser, objective, eyes, heads, data, taps, times, batch_size, se
                 seen.clear()
                 progress(count)
             start += count
-    finally:
-        for handle in handles:
-            handle.remove()
     means = {key: torch.cat(parts).mean().item() for key, parts in cosines.items()}
     return {key: torch.cat(parts) for key, parts in features.items()}, means, torch.cat(tokens), torch.cat(labels)
 

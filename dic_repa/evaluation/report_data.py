@@ -43,9 +43,7 @@ def read_run(run: RunFolder) -> dict:
         "step": done,
         "steps": total,
         "finished": total is not None and done >= total,
-        "alignments": [
-            {"encoder": a.encoder, "tap": a.tap, "head": a.head} for a in (recipe.alignments if recipe else [])
-        ],
+        "alignments": [a.model_dump(include={"encoder", "tap", "head"}) for a in (recipe.alignments if recipe else [])],
         "metrics": metrics,
         "samples": list(_samples(run, problems)),
         "evaluations": list(_evaluations(run, recipe, problems)),
@@ -83,7 +81,7 @@ def _metrics(run: RunFolder, problems: list[str]) -> dict:
     try:
         for line in run.metrics_file.read_text("utf-8", errors="replace").splitlines():
             record = _parse(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if _has(record, step=int):
                 records.append(record)
             elif line.strip():
                 problems.append("metrics.jsonl has a line that is cut short; it is left out")
@@ -131,26 +129,15 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
         record = _read_json(file)
         if record is None:
             problems.append(f"evaluation/{file.name} is not whole; it is left out")
-        elif (
-            isinstance(record, dict) and isinstance(record.get("scores"), dict) and isinstance(record.get("step"), int)
-        ):
-            scores = current_names(record["scores"])
-            reference = scores.get("reference")
-            found.append(
-                {
-                    "step": record["step"],
-                    "metric": str(record.get("metric", "")),
-                    "sampling": (sampling := _describe(record.get("sample"))),
-                    "own": sampling == own,
-                    "evaluations": _number(record.get("evaluations")),
-                    "count": _number(scores.get("count")),
-                    "scores": _scores(scores),
-                    "reference": _scores(reference) if isinstance(reference, dict) else {},
-                }
-            )
+        elif _has(record, scores=dict, step=int):
+            scores, sampling = current_names(record["scores"]), _describe(record.get("sample"))
+            entry = {"step": record["step"], "metric": str(record.get("metric", "")), "sampling": sampling}
+            entry |= {"own": sampling == own, "evaluations": _number(record.get("evaluations"))}
+            entry |= {"count": _number(scores.get("count")), "scores": _scores(scores)}
+            found.append(entry | {"reference": _scores(scores["reference"]) if _has(scores, reference=dict) else {}})
     for file in sorted((run.path / "evaluation").glob("step_*/metrics.json")):  # of `dic-repa evaluate --reference`
         record, (step, _, sampling) = _read_json(file), file.parent.name.removeprefix("step_").partition("-")
-        if not (isinstance(record, dict) and isinstance(record.get("metrics"), dict) and step.isdigit()):
+        if not (_has(record, metrics=dict) and step.isdigit()):
             problems.append(f"evaluation/{file.parent.name}/metrics.json is not whole; it is left out")
             continue
         entry = next((e for e in found if (e["step"], e["sampling"].replace(" ", "-")) == (int(step), sampling)), None)
@@ -165,9 +152,8 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
 
 
 def _scores(scores: dict) -> dict[str, float]:
-    return {
-        name: value for name, entry in scores.items() if (value := _number(entry)) is not None and "count" not in name
-    }
+    numbers = {name: _number(value) for name, value in scores.items() if "count" not in name}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _describe(sample: Any) -> str:
@@ -184,8 +170,8 @@ def _probe(run: RunFolder, problems: list[str]) -> dict | None:
     files = sorted((run.path / "probe").glob("*.json"))
     if not files:
         return None
-    records = [record for file in files if isinstance(record := _read_json(file), dict)]
-    shown = [r for r in records if isinstance(r.get("scores"), dict) and r.get("taps") and r.get("times")]
+    records = map(_read_json, files)
+    shown = [r for r in records if _has(r, scores=dict) and r.get("taps") and r.get("times")]
     if len(shown) < len(files):
         problems.append("a record in probe/ is not whole; it is left out")
     return _finite(max(shown, key=lambda r: r.get("step") or 0, default=None))
@@ -227,15 +213,18 @@ def _environment(run: RunFolder, problems: list[str]) -> list[dict[str, str]]:
     if content is None:
         problems.append("environment.json is missing or not whole")
         return []
-    sessions = content if isinstance(content, list) else [content]
     shown = []
-    for session in sessions:
+    for session in content if isinstance(content, list) else [content]:
+        if _has(session, command=list):
+            session = session | {"command": " ".join(map(str, session["command"]))}
         if isinstance(session, dict):
-            command = session.get("command")
-            if isinstance(command, list):
-                session = session | {"command": " ".join(map(str, command))}
             shown.append(_shown(session))
     return shown
+
+
+def _has(record: Any, **kinds: type) -> bool:
+    """Whether `record` is a dict with values of these kinds."""
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
 
 
 def _parse(text: str) -> Any:

@@ -24,7 +24,7 @@ from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.sampling.labels import draw_labels
-from dic_repa.sampling.load import Checkpoint, checkpoint_of, weak_weights
+from dic_repa.sampling.load import Checkpoint, home_of, weak_weights
 
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.0, 0.85), (0.0, 1.0), (0.2, 0.8))
@@ -111,7 +111,7 @@ class Tuner:
         named = (reference, device, own_encoder(recipe))
         self.judge = judge_of_score(score, judge, *named) if score else Judge([counts], *named)
         self.score = self.judge.check(score or self.judge.main or "")
-        self.folder = Path(out) if out else _folder(self.loaded.source) / "tune"
+        self.folder = Path(out) if out else home_of(self.loaded.source) / "tune"
         check_folder(self.folder, "tune")
         self.file = self.folder / "tune.json"
         self.spec = {
@@ -196,12 +196,6 @@ def _counted(batches: Iterable[Tensor], progress) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
         progress(None, len(batch))
-
-
-def _folder(source: Path) -> Path:
-    """The run of a checkpoint's weights; the checkpoint itself where it lies in no run."""
-    checkpoint = checkpoint_of(source)
-    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: Path) -> None:

@@ -179,6 +179,12 @@ def checkpoint_of(weights: Path) -> Path:
     return weights.parent if (weights.parent / WEIGHTS).is_file() else weights
 
 
+def home_of(weights: Path) -> Path:
+    """The run's folder that a checkpoint's weights lie in; the checkpoint itself where it lies in no run."""
+    checkpoint = checkpoint_of(weights)
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
 def load_raw(denoiser: Pretrained, checkpoint: Path) -> None:
     """Load the weights themselves of a training checkpoint, which are in one file with the heads'."""
     prefix, tensors = "denoiser.", read_tensors(checkpoint / WEIGHTS)[0]
