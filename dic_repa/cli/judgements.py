@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from dic_repa.runtime.progress import say
@@ -23,26 +23,25 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
     from dic_repa.evaluation.metrics import title
     from dic_repa.evaluation.runs import describe_sampling
 
-    shown = [
-        key for key, value in judgements[0].scores.items() if key not in _NO_COLUMN and not isinstance(value, dict)
-    ]
+    first = judgements[0].scores
+    shown = [key for key, value in first.items() if key not in _NO_COLUMN and not isinstance(value, dict)]
+
+    def cells(scores: dict) -> list[str]:
+        return [_score(key, scores.get(key)) for key in shown]
+
     rows = [("run", "step", "samples", *map(title, shown))]
-    for j in judgements:
-        rows.append(
-            (str(j.run), str(j.step), describe_sampling(j.sample), *(_score(k, j.scores.get(k)) for k in shown))
-        )
+    rows += [(str(j.run), str(j.step), describe_sampling(j.sample), *cells(j.scores)) for j in judgements]
     groups: dict[str, dict[int, Judgement]] = {}
     for j in judgements:
         groups.setdefault(_without_seed(j), {})[j.recipe.train.seed] = j
     for seeds in groups.values():
         if len(seeds) > 1:
             group = list(seeds.values())
-            name = _common_start([str(j.run) for j in group]) + "*"
+            name = os.path.commonprefix([str(j.run) for j in group]) + "*"  # noqa: RUF071, by letters
             spreads = [_spread([j.scores.get(key) for j in group]) for key in shown]
             rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
-    reference = judgements[0].scores.get("reference")
-    if isinstance(reference, dict):
-        rows.append((f"real {judgements[0].recipe.data.name}", "", "", *(_score(k, reference.get(k)) for k in shown)))
+    if isinstance(first.get("reference"), dict):
+        rows.append((f"real {judgements[0].recipe.data.name}", "", "", *cells(first["reference"])))
     print(format_rows(rows, left=(0, 2)))
     if by_encoder(shown):
         for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
@@ -61,10 +60,6 @@ def _without_seed(judgement: Judgement) -> str:
         exclude={"description": True, "folders": True, "train": {"seed"}, "sample": True}
     )
     return f"{judgement.step} {judgement.sample.model_dump_json()} {recipe}"
-
-
-def _common_start(names: list[str]) -> str:
-    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*names)))
 
 
 def _spread(values: list) -> str:

@@ -31,13 +31,12 @@ class Inception(nn.Module):
     """Inception v3 of 2015-12-05, the network of FID, by torch-fidelity.
 
     - `pool` (2048): the average pool, for FID, KID, precision and recall;
-    - `spatial` (2023): for sFID, the first 7 channels of TensorFlow's `mixed_6/conv:0`, which is the 1x1 branch of
-      torchvision's Mixed_6d behind its ReLU, 17x17; flattened rows first and channels last as there, so that stored
-      statistics of ADM fit;
+    - `spatial` (2023): for sFID, the first 7 channels of TensorFlow's `mixed_6/conv:0` (torchvision's 1x1 branch of
+      Mixed_6d behind its ReLU, 17x17), flattened rows first and channels last, so that statistics stored by ADM fit;
     - `logits` (1008): without the bias, as ADM and torch-fidelity take them for the Inception Score.
 
-    `weights` is a file in the format of torch-fidelity's; by default its download in torch's hub folder, fetched where
-    it is missing. Raises UserError where it cannot be fetched, and for weights of another network.
+    Args:
+        weights: a file in torch-fidelity's format; by default its download in torch's hub folder, fetched if missing.
     """
 
     layers = ("pool", "spatial", "logits")
@@ -106,10 +105,8 @@ def _inception_file() -> Path:
 class DINOv2(nn.Module):
     """A DINOv2 vision transformer: `cls`, the class token behind the final norm.
 
-    Stein et al., arXiv 2306.04675, take ViT-L/14 at 224 px (bicubic, antialiased, ImageNet's mean and deviation), the
-    default. `encoder` names another encoder of `dic-repa encoders` that is a ViT with a class token; `weights` is a
-    file of its weights, `options` go to it. Raises UserError as `create_encoder` does, and for an encoder that has no
-    class token.
+    By default ViT-L/14 at 224 px (bicubic, antialiased, ImageNet's mean and deviation), as Stein et al., arXiv
+    2306.04675. `encoder` may name another ViT with a class token; `weights` (a file) and `options` go to it.
     """
 
     layers = ("cls",)
@@ -139,10 +136,7 @@ class DINOv2(nn.Module):
 
 @extractors.register("digits")
 class Digits(nn.Module):
-    """The judge of digits: `features`, the 64 numbers that it reads the digit from, and `logits` for the ten digits.
-
-    It comes with the package.
-    """
+    """The package's classifier of digits: `features`, the 64 numbers before its head, and `logits` of ten digits."""
 
     layers = ("features", "logits")
     resizing = "area to 16, grey"
@@ -168,9 +162,7 @@ class Digits(nn.Module):
 class PooledTokens(nn.Module):
     """`pooled`: the mean of an encoder's tokens, float32. For weights that are at hand, where Inception's are not.
 
-    `encoder` is a name from `dic-repa encoders`, `options` go to it. A run's own first encoder is what its samples are
-    measured by: no FID, since that is another network; and a model that was aligned to it is judged by its own teacher.
-    Raises UserError as `create_encoder` does, where no encoder is named, and for tokens that are no grid.
+    `encoder` is a name from `dic-repa encoders`, by default the run's own first one; `options` go to it.
     """
 
     layers = ("pooled",)
@@ -203,7 +195,7 @@ class PooledTokens(nn.Module):
 
 
 def no_fid(encoder: str) -> str:
-    """What is to be said wherever a score by a run's own encoder is shown."""
+    """The note that goes with every score by a run's own encoder."""
     return (
         f"scores by the tokens of {encoder} are no FID and compare with no published number; a model that was aligned "
         "to it is judged by its own teacher"
@@ -211,11 +203,11 @@ def no_fid(encoder: str) -> str:
 
 
 def describe_extractor(extractor: FeatureExtractor) -> dict:
-    """What tells an extractor's features from another's: of the weights, and of the size that images are brought to."""
+    """What an extractor's features depend on."""
     return {"weights": extractor.fingerprint, "resizing": extractor.resizing}
 
 
 def tensors_fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Of the tensors' names and values."""
+    """A hash of the tensors' names and values."""
     names = (name for name in sorted(tensors) if not name.endswith("num_batches_tracked"))
     return fingerprint(*(part for name in names for part in (name, tensors[name])))

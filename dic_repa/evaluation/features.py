@@ -17,16 +17,12 @@ from dic_repa.runtime.precision import tf32
 
 @dataclass
 class FeatureSet:
-    """`gaussians` and `features` by layer, such as 'inception.pool'.
-
-    count: images; size: their (H, W), None where it is not known; gaussians: mean (D,) and covariance (D, D) of all
-    images, float64; features: (N, D) float32 of all images, or of some that are spread evenly over them.
-    """
+    """`gaussians` and `features` by layer, such as 'inception.pool'."""
 
     count: int
-    size: tuple[int, int] | None = None
-    gaussians: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(default_factory=dict)
+    size: tuple[int, int] | None = None  # (H, W) of the images, if known
+    gaussians: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # mean (D,), covariance (D, D), float64
+    features: dict[str, Tensor] = field(default_factory=dict)  # (N, D) float32, of all images or an even choice
     constant: int = 0  # images of a single colour
     notes: tuple[str, ...] = ()  # what a reader of scores should know of the images
     fingerprint: str = ""  # of the images, or of the statistics where there are no images
@@ -55,10 +51,15 @@ def extract(
 ) -> FeatureSet:
     """The features of `images`: a set, or batches (B, 1 or 3, H, W), uint8 or float in [0, 1].
 
-    `layers` are '<extractor>.<layer>'. `statistics` asks for the Gaussians of all images; features are kept of all
-    images, or of at most `keep` of them, spread evenly (of batches of unknown number: the first). In several processes
-    each reads its share of a set, and all have the whole result, the same whatever their number. A UserError for
-    fewer than two images and for broken ones.
+    In several processes each reads its share of a set, and all get the whole result, the same whatever their number.
+
+    Args:
+        layers: '<extractor>.<layer>' each.
+        keep: at most how many images' features are kept, spread evenly (of batches: the first); by default all.
+        statistics: also the Gaussians of all images.
+
+    Raises:
+        UserError: for fewer than two images and for broken ones.
     """
     layers = list(layers)
     share = share or Share()
@@ -68,9 +69,10 @@ def extract(
     count, constant = 0, 0
     size: tuple[int, int] | None = None
     for batch, total in _batches(images, batch_size, share):
-        before, size = size, (batch.shape[-2], batch.shape[-1])
-        if before not in (None, size):
-            raise UserError(f"the images change their size from {_side(before)} to {_side(size)}")
+        height, width = batch.shape[-2:]
+        if size not in (None, (height, width)):
+            raise UserError(f"the images change their size from {size[1]}x{size[0]} to {width}x{height}")
+        size = height, width
         parts = _features(batch.to(device), extractors, layers)
         flat = (batch.flatten(2) == batch.flatten(2)[..., :1]).all(dim=2).all(dim=1)
         constant += int(share.gather(flat.to(device))[:total].sum())
@@ -90,10 +92,8 @@ def extract(
     if count < 2:
         which = f"{images.source}: " if isinstance(images, ImageSet) else ""
         raise UserError(f"{which}a set to measure takes at least two images, not {count}")
-    gaussians = {}
-    for layer, sums in running.items():
-        mean, cov = sums.result()
-        gaussians[layer] = mean.cpu(), cov.cpu()
+    results = {layer: sums.result() for layer, sums in running.items()}
+    gaussians = {layer: (mean.cpu(), cov.cpu()) for layer, (mean, cov) in results.items()}
     return FeatureSet(count, size, gaussians, {k: torch.cat(parts) for k, parts in kept.items()}, constant)
 
 
@@ -101,12 +101,12 @@ def _batches(images, batch_size: int, share: Share) -> Iterator[tuple[Tensor, in
     """This process's batches, and how many images all processes' batches of that turn are."""
     if not isinstance(images, ImageSet):
         for batch in images:
-            yield _three_channels(as_uint8(batch)), len(batch)
+            yield as_uint8(batch).expand(-1, 3, -1, -1), len(batch)
         return
     turns = range(0, len(images), batch_size * share.processes)
     mine = [_turn(start, len(images), batch_size, share) for start in turns]
     for start, batch in zip(turns, images.batches(mine)):
-        yield _three_channels(batch), min(len(images) - start, batch_size * share.processes)
+        yield batch, min(len(images) - start, batch_size * share.processes)
 
 
 def _turn(start: int, count: int, batch_size: int, share: Share) -> list[int]:
@@ -118,10 +118,8 @@ def _turn(start: int, count: int, batch_size: int, share: Share) -> list[int]:
 
 
 def _features(batch: Tensor, extractors: dict[str, FeatureExtractor], layers: Sequence[str]) -> dict[str, Tensor]:
-    found = {}
-    for name in dict.fromkeys(layer.partition(".")[0] for layer in layers):
-        for key, value in extractors[name](batch).items():
-            found[f"{name}.{key}"] = value
+    names = dict.fromkeys(layer.partition(".")[0] for layer in layers)
+    found = {f"{name}.{key}": value for name in names for key, value in extractors[name](batch).items()}
     return {layer: found[layer] for layer in layers}
 
 
@@ -130,11 +128,3 @@ def _spread(count: int, keep: int) -> Tensor:
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[(torch.arange(min(keep, count)) * count) // min(keep, count)] = True
     return chosen
-
-
-def _three_channels(images: Tensor) -> Tensor:
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
-
-def _side(size) -> str:
-    return f"{size[1]}x{size[0]}"

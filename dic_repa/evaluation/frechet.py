@@ -11,7 +11,8 @@ from dic_repa.errors import UserError
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """The mean (D,) and the unbiased covariance (D, D), in float64, of features (N, D).
 
-    Raises UserError for fewer than two rows or numbers that are not finite.
+    Raises:
+        UserError: for fewer than two rows, and numbers that are not finite.
     """
     if features.ndim != 2:
         raise UserError(f"a covariance takes features (N, D) of at least two samples, not {tuple(features.shape)}")

@@ -46,12 +46,16 @@ def load_reference(
     cache: bool = True,
     agree: Callable[[bool], bool] = bool,
 ) -> FeatureSet:
-    """The Gaussians and features of `source` that the scores `needed` take; `run` is `extract` with its device, and
-    `agree` tells whether something is so in all processes.
+    """The Gaussians and features of `source` that the scores `needed` take.
 
-    `source`: see `Measure`. An `.npz` with stored statistics gives these to Fréchet distances, as in ADM's script, and
-    its images, if it has some, to the rest. A UserError says what `source` lacks, and tells statistics that are known
-    to be of images of another size than `resize`.
+    Args:
+        source: see `Measure`. An `.npz` with stored statistics gives these to Fréchet distances, as in ADM's script,
+            and its images, if it has some, to the rest.
+        run: `extract` with its device.
+        agree: whether something is so in all processes.
+
+    Raises:
+        UserError: for what `source` lacks, and statistics of images of another size than `resize`.
     """
     if isinstance(source, FeatureSet):
         return _complete(source, needed, "the reference")
@@ -96,7 +100,7 @@ def _stored(file: NpzFile) -> FeatureSet:
 
 
 def _check_resize(found: FeatureSet, resize: int | None, source: str) -> None:
-    """A UserError for statistics of images of a known size, which cannot be resized any more."""
+    """A UserError for statistics of images of another size, which cannot be resized any more."""
     if resize and found.size not in (None, (resize, resize)):
         height, width = found.size
         raise UserError(

@@ -124,7 +124,8 @@ def inline_picture(path: Path) -> dict:
 
 def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> Iterator[dict]:
     """The records of judged samples, by step; `own` are those sampled as the run's recipe says."""
-    found, own = [], _describe(recipe.sample) if recipe else None
+    found: list[dict[str, Any]] = []
+    own = _describe(recipe.sample) if recipe else None
     for file in sorted((run.path / "evaluation").glob("*.json")):
         record = _read_json(file)
         if record is None:

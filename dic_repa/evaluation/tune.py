@@ -66,7 +66,7 @@ class Tuner:
         loaded: what `dic_repa.load` gives for a run or a checkpoint.
         score: what counts: a score of the recipe's judge (digits: fd-digits, recognised), or a metric such as fid.
         reference: the real images that a metric compares with.
-        sample: the sampler; by default the recipe's, whose guidance is replaced.
+        sample: the sampler, by default the recipe's; its guidance is replaced.
         num: samples of each cell.
         confirm, confirm_num: how many of the best cells are sampled anew, with how many samples.
         out: folder of tune.json and tune.png; by default RUN/tune.
