@@ -189,7 +189,7 @@ def _of_dataset(data) -> ImageSet:
         sample = data[index]
         return _from_float((sample["x"] / 2 + 0.5).clamp(0, 1) if pixels else sample["image"])
 
-    parts = [int(i) for i in torch.linspace(0, len(data) - 1, min(len(data), 64)).round()]
+    parts = torch.linspace(0, len(data) - 1, min(len(data), 64)).round().int().tolist()
     probe = [fingerprint(load(i).tobytes()) for i in parts]
     return ImageSet(name, len(data), load, _digest(len(data), probe))
 

@@ -141,9 +141,12 @@ def judge_digits(images: Tensor, labels: Tensor) -> dict:
     return Judge(["digits"], device=images.device)(images, labels)
 
 
-def judge_of_score(score: str, judge: str | None, reference, *options) -> Judge:
-    """A judge that gives `score`: the set `judge` of a recipe, if it does so and there is no `reference`."""
+def judge_of_score(score: str | None, judge: str | None, reference, *options) -> Judge:
+    """A judge that gives `score`: the set `judge` of a recipe, if it does so and there is no `reference`.
+
+    Without a `score`, the `judge` itself.
+    """
     part = metrics.create(judge) if judge else None
-    if judge and isinstance(part, MetricSet) and score in part.names and reference is None:
+    if judge and (score is None or (isinstance(part, MetricSet) and score in part.names and reference is None)):
         score = judge
-    return Judge([score], reference, *options)
+    return Judge([score or ""], reference, *options)

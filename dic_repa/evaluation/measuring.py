@@ -15,7 +15,7 @@ from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import ImageSet
 from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, metrics, plain
-from dic_repa.evaluation.reference import load_reference
+from dic_repa.evaluation.reference import Reference
 from dic_repa.runtime.precision import tf32
 
 FULL_COUNT = 50_000  # samples behind a published FID
@@ -103,7 +103,7 @@ class Measure:
         needed = [metric for metric in self.metrics.values() if metric.needs in OF_REFERENCE]
         if needed:
             run = functools.partial(extract, device=device, batch_size=batch_size, share=share, progress=progress)
-            self.reference = load_reference(reference, needed, self.extractors, run, resize, cache, self._agree)
+            self.reference = Reference(needed, self.extractors, run, resize, cache, self._agree).load(reference)
 
     @tf32(False)
     def __call__(

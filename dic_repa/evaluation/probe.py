@@ -72,11 +72,12 @@ def probe_checkpoint(
         times: noise levels in [0, 1].
         taps: names of submodules; by default `per_stage` of each stage and those that were trained to align.
         out: folder for probe.json and the pictures; by default RUN/probe.
-        progress: told of the images done, `num` for each time.
+        progress: called with the number of images done, `num` for each time in all.
 
-    The record's `scores` has, for each measure, a list of taps of lists over times: `cka`, `cknna` (k = 10) and
-    `linear_probe` on the averaged weights' pooled features; `cosine`, of the trained head's tokens, for taps that have
-    a head to this encoder, None for others. A UserError says what is missing.
+    Returns:
+        The record, whose `scores` has, for each measure, a list of taps of lists over times: `cka`, `cknna` (k = 10)
+        and `linear_probe` on the averaged weights' pooled features; `cosine`, of the trained head's tokens, for taps
+        that have a head to this encoder, None for others.
     """
     loaded = load(path, device)
     recipe, denoiser = loaded.recipe, loaded.denoiser
@@ -241,7 +242,7 @@ def _collect(denoiser, objective, network, heads, data, taps, times, batch_size,
 
 
 def _pooled(feature: Tensor, tap: str) -> Tensor:
-    """A feature map (B, C, h, w) or tokens (B, N, D), averaged over the positions, (B, C) in float32."""
+    """A feature map (B, C, h, w) or tokens (B, N, D) averaged over the positions, (B, C) in float32."""
     if getattr(feature, "ndim", 0) not in (3, 4):
         raise UserError(f"tap '{tap}' gives neither a feature map (B, C, h, w) nor tokens (B, N, D)")
     return feature.float().mean(dim=(2, 3) if feature.ndim == 4 else 1)
@@ -255,8 +256,8 @@ def _scores(features: dict, tokens: Tensor, labels: Tensor, num_classes: int) ->
         "cknna": lambda x: cknna(x, tokens, k),
         "linear_probe": lambda x: linear_probe(x[:half], labels[:half], x[half:], labels[half:], num_classes),
     }
-    rows: dict[str, dict] = {name: {} for name in measures}
-    for (tap, _), x in features.items():
-        for name, measure in measures.items():
-            rows[name].setdefault(tap, []).append(measure(x))
-    return {name: list(by_tap.values()) for name, by_tap in rows.items()}
+    taps = dict.fromkeys(tap for tap, _ in features)
+    return {
+        name: [[measure(x) for (tap, _), x in features.items() if tap == mine] for mine in taps]
+        for name, measure in measures.items()
+    }

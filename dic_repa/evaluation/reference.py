@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dic_repa.errors import UserError, first_line
+from dic_repa.errors import UserError, first_line, is_main_process
 from dic_repa.evaluation.extractors import describe_extractor
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
@@ -37,118 +36,112 @@ UNKNOWN_COUNT = 2**62  # the count of stored statistics: of how many images they
 STORED = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma_s")}
 
 
-def load_reference(
-    source,
-    needed: Sequence[Metric],
-    extractors: dict[str, FeatureExtractor],
-    run: Callable[..., FeatureSet],
-    resize: int | None = None,
-    cache: bool = True,
-    agree: Callable[[bool], bool] = bool,
-) -> FeatureSet:
-    """The Gaussians and features of `source` that the scores `needed` take.
+class Reference:
+    """Where the features of real images come from.
 
     Args:
-        source: see `Measure`. An `.npz` with stored statistics gives these to Fréchet distances, as in ADM's script,
-            and its images, if it has some, to the rest.
+        needed: the metrics that compare with them.
+        extractors: the networks, by name.
         run: `extract` with its device.
+        resize: crop the images to this size; stored statistics must be of images of this size.
+        cache: keep what is extracted in the user's cache folder.
         agree: whether something is so in all processes.
-
-    Raises:
-        UserError: for what `source` lacks, and statistics of images of another size than `resize`.
     """
-    if isinstance(source, FeatureSet):
-        return _complete(source, needed, "the reference")
-    if not isinstance(source, (str, Path)):
-        return _extracted(open_images(source, resize), needed, extractors, run, cache, agree)
-    if str(source).endswith(".safetensors"):
-        found = _Statistics(extractors, needed).read(Path(source))
-        _check_resize(found, resize, str(source))
-        return _complete(found, needed, str(source))
-    stored = FeatureSet(0)
-    if str(source).endswith(".npz"):
-        stored = _stored(NpzFile(source))
-        left = [s for s in needed if s.needs == "features" or s.layer not in stored.gaussians]
-        if len(left) < len(needed):
-            _check_resize(stored, resize, str(source))
-        if stored.gaussians and "arr_0" not in NpzFile(source).names:
-            return _complete(stored, needed, str(source))
-        needed = left
-    if not needed:
-        return stored
-    found = _extracted(open_images(source, resize), needed, extractors, run, cache, agree)
-    # The covariance of a reference that stores its statistics is that of more images than it has.
-    found.gaussians |= stored.gaussians
-    found.count = max(found.count, stored.count)
-    return found
 
+    def __init__(
+        self,
+        needed: Sequence[Metric],
+        extractors: dict[str, FeatureExtractor],
+        run: Callable[..., FeatureSet],
+        resize: int | None = None,
+        cache: bool = True,
+        agree: Callable[[bool], bool] = bool,
+    ):
+        self.needed, self.run, self.resize, self.cache, self.agree = list(needed), run, resize, cache, agree
+        self._extractors = extractors
 
-def _stored(file: NpzFile) -> FeatureSet:
-    found = FeatureSet(UNKNOWN_COUNT)
-    for layer, (mean, cov) in STORED.items():
-        if mean in file.names and cov in file.names:
-            parts = torch.from_numpy(file.array(mean)).double(), torch.from_numpy(file.array(cov)).double()
-            if parts[0].ndim != 1 or parts[1].shape != (len(parts[0]),) * 2:
-                raise UserError(f"{file.path}: {mean} and {cov} must be (D,) and (D, D)")
-            if not all(part.isfinite().all() for part in parts):
-                raise UserError(f"{file.path}: {mean} or {cov} holds NaN or infinity")
-            found.gaussians[layer] = parts
-    if found.gaussians and "arr_0" in file.names and len(shape := file.shape("arr_0")) == 4:
-        found.size = shape[1], shape[2]  # ADM stores the statistics of images like those beside them
-    found.fingerprint = file.checksum()
-    return found if found.gaussians else FeatureSet(0)
+    @property
+    def extractors(self) -> dict[str, FeatureExtractor]:
+        """Those that are needed."""
+        return {name: self._extractors[name] for name in dict.fromkeys(m.layer.partition(".")[0] for m in self.needed)}
 
+    @property
+    def layers(self) -> list[str]:
+        """All layers that some metric compares with, so that another choice of metrics finds them in the cache too."""
+        return [f"{n}.{k}" for n, e in self.extractors.items() for k in e.layers if k != "logits"]
 
-def _check_resize(found: FeatureSet, resize: int | None, source: str) -> None:
-    """A UserError for statistics of images of another size, which cannot be resized any more."""
-    if resize and found.size not in (None, (resize, resize)):
-        height, width = found.size
-        raise UserError(
-            f"{source} has statistics of images of {width}x{height}, which cannot be resized to {resize}; resize to "
-            f"their size, or give the images (a folder, or an .npz of arr_0 alone)"
-        )
+    def load(self, source) -> FeatureSet:
+        """The Gaussians and features of `source`, see `Measure`; a UserError says what it lacks.
 
+        An `.npz` with stored statistics gives these to Fréchet distances, as in ADM's script, and its images, if it has
+        some, to the rest.
+        """
+        if isinstance(source, FeatureSet):
+            return self._complete(source, "the reference")
+        ending = Path(source).suffix if isinstance(source, (str, Path)) else ""
+        if ending == ".safetensors":
+            found = self.read(Path(source))
+            self._check_resize(found, source)
+            return self._complete(found, source)
+        stored = FeatureSet(0)
+        if ending == ".npz":
+            stored = _stored(NpzFile(source))
+            left = [m for m in self.needed if m.needs == "features" or m.layer not in stored.gaussians]
+            if len(left) < len(self.needed):
+                self._check_resize(stored, source)
+            if stored.gaussians and "arr_0" not in NpzFile(source).names:
+                return self._complete(stored, source)
+            self.needed = left
+        if not self.needed:
+            return stored
+        found = self._extracted(open_images(source, self.resize))
+        # The covariance of a reference that stores its statistics is that of more images than it has.
+        found.gaussians |= stored.gaussians
+        found.count = max(found.count, stored.count)
+        return found
 
-def _complete(found: FeatureSet, needed: Sequence[Metric], source: str) -> FeatureSet:
-    for score in needed:
-        if score.needs == "gaussian" and score.layer not in found.gaussians:
-            raise UserError(f"{source} has no statistics of {score.layer}, which {score.title} needs; give the images")
-        if score.needs == "features" and score.layer not in found.features:
-            raise UserError(f"{source} has statistics but no images, which {score.title} needs; give the images")
-    return found
+    def _check_resize(self, found: FeatureSet, source) -> None:
+        """A UserError for statistics of images of another size, which cannot be resized any more."""
+        if self.resize and found.size not in (None, (self.resize, self.resize)):
+            height, width = found.size
+            raise UserError(
+                f"{source} has statistics of images of {width}x{height}, which cannot be resized to {self.resize}; "
+                "resize to their size, or give the images (a folder, or an .npz of arr_0 alone)"
+            )
 
+    def _complete(self, found: FeatureSet, source) -> FeatureSet:
+        for metric in self.needed:
+            kept, what = (
+                (found.features, "statistics but no images")
+                if metric.needs == "features"
+                else (found.gaussians, f"no statistics of {metric.layer}")
+            )
+            if metric.layer not in kept:
+                raise UserError(f"{source} has {what}, which {metric.title} needs; give the images")
+        return found
 
-def _extracted(images: ImageSet, needed, extractors, run, cache: bool, agree) -> FeatureSet:
-    statistics = _Statistics(extractors, needed)
-    file, cached = statistics.cache_file(images), None
-    if cache and file.is_file():
-        with contextlib.suppress(UserError):  # damaged: made anew
-            cached = statistics.read(file)
-    # Another machine may lack the file, or another command have written it just now; all extract, or none.
-    if agree(cached is not None) and cached is not None:
-        detail(f"statistics of the reference: {file}")
-        cached.notes, cached.fingerprint = images.notes, images.fingerprint
-        return cached
-    found = run(images, extractors, statistics.layers, KEPT, True)
-    if found.constant == found.count:
-        raise UserError(f"{images.source}: all {found.count} images are of a single colour each; they are no reference")
-    found.notes, found.fingerprint = images.notes, images.fingerprint
-    if cache and os.environ.get("RANK", "0") == "0":
-        try:
-            save_statistics(found, file, statistics.extractors)
-        except (UserError, OSError) as error:  # nothing is lost but time, the next time
-            print(f"warning: the reference's statistics are not cached: {error}", file=sys.stderr)
-    return found
-
-
-class _Statistics:
-    """Which layers of a reference to keep, and the file in which they are."""
-
-    def __init__(self, extractors: dict[str, FeatureExtractor], needed: Sequence[Metric]):
-        names = dict.fromkeys(score.layer.partition(".")[0] for score in needed)
-        self.extractors = {name: extractors[name] for name in names}
-        # All layers that some score compares with, so that another choice of metrics finds them too.
-        self.layers = [f"{n}.{k}" for n, e in self.extractors.items() for k in e.layers if k != "logits"]
+    def _extracted(self, images: ImageSet) -> FeatureSet:
+        file, cached = self.cache_file(images), None
+        if self.cache and file.is_file():
+            with contextlib.suppress(UserError):  # damaged: made anew
+                cached = self.read(file)
+        # Another machine may lack the file, or another command have written it just now; all extract, or none.
+        if self.agree(cached is not None) and cached is not None:
+            detail(f"statistics of the reference: {file}")
+            cached.notes, cached.fingerprint = images.notes, images.fingerprint
+            return cached
+        found = self.run(images, self.extractors, self.layers, KEPT, True)
+        if found.constant == found.count:
+            raise UserError(
+                f"{images.source}: all {found.count} images are of a single colour each; they are no reference"
+            )
+        found.notes, found.fingerprint = images.notes, images.fingerprint
+        if self.cache and is_main_process():
+            try:
+                save_statistics(found, file, self.extractors)
+            except (UserError, OSError) as error:  # nothing is lost but time, the next time
+                print(f"warning: the reference's statistics are not cached: {error}", file=sys.stderr)
+        return found
 
     def cache_file(self, images: ImageSet) -> Path:
         key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, self.layers, _describe(self.extractors)]
@@ -179,6 +172,22 @@ class _Statistics:
             elif kind == "mean":
                 found.gaussians[layer] = (tensor, tensors[f"cov/{layer}"])
         return found
+
+
+def _stored(file: NpzFile) -> FeatureSet:
+    found = FeatureSet(UNKNOWN_COUNT)
+    for layer, (mean, cov) in STORED.items():
+        if mean in file.names and cov in file.names:
+            parts = torch.from_numpy(file.array(mean)).double(), torch.from_numpy(file.array(cov)).double()
+            if parts[0].ndim != 1 or parts[1].shape != (len(parts[0]),) * 2:
+                raise UserError(f"{file.path}: {mean} and {cov} must be (D,) and (D, D)")
+            if not all(part.isfinite().all() for part in parts):
+                raise UserError(f"{file.path}: {mean} or {cov} holds NaN or infinity")
+            found.gaussians[layer] = parts
+    if found.gaussians and "arr_0" in file.names and len(shape := file.shape("arr_0")) == 4:
+        found.size = shape[1], shape[2]  # ADM stores the statistics of images like those beside them
+    found.fingerprint = file.checksum()
+    return found if found.gaussians else FeatureSet(0)
 
 
 def _describe(extractors: dict[str, FeatureExtractor]) -> dict[str, dict]:

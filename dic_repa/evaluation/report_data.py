@@ -6,6 +6,7 @@ Whatever a run lacks (it may be going on, or its folder be damaged) is left out,
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import math
@@ -62,11 +63,10 @@ def _recipe(run: RunFolder, problems: list[str]) -> tuple[Recipe | None, dict[st
         return recipe, _shown(recipe.model_dump(mode="json"))
     except UserError as error:
         problems.append(str(error))
-    try:
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         raw = yaml.safe_load(run.recipe_file.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        raw = None
-    return None, _shown(raw) if isinstance(raw, dict) else {}
+        return None, _shown(raw) if isinstance(raw, dict) else {}
+    return None, {}
 
 
 def _shown(tree: dict) -> dict[str, str]:
@@ -132,10 +132,10 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
             problems.append(f"evaluation/{file.name} is not whole; it is left out")
         elif _has(record, scores=dict, step=int):
             scores, sampling = current_names(record["scores"]), _describe(record.get("sample"))
-            entry = {"step": record["step"], "metric": str(record.get("metric", "")), "sampling": sampling}
-            entry |= {"own": sampling == own, "evaluations": _number(record.get("evaluations"))}
-            entry |= {"count": _number(scores.get("count")), "scores": _scores(scores)}
-            found.append(entry | {"reference": _scores(scores["reference"]) if _has(scores, reference=dict) else {}})
+            judged: dict[str, Any] = {"step": record["step"], "metric": str(record.get("metric", ""))}
+            judged |= {"sampling": sampling, "own": sampling == own, "evaluations": _number(record.get("evaluations"))}
+            judged |= {"count": _number(scores.get("count")), "scores": _scores(scores)}
+            found.append(judged | {"reference": _scores(scores["reference"]) if _has(scores, reference=dict) else {}})
     for file in sorted((run.path / "evaluation").glob("step_*/metrics.json")):  # of `dic-repa evaluate --reference`
         record, (step, _, sampling) = _read_json(file), file.parent.name.removeprefix("step_").partition("-")
         if not (_has(record, metrics=dict) and step.isdigit()):
@@ -229,17 +229,13 @@ def _has(record: Any, **kinds: type) -> bool:
 
 
 def _parse(text: str) -> Any:
-    try:
+    with contextlib.suppress(ValueError):
         return json.loads(text)
-    except ValueError:
-        return None
 
 
 def _read_json(path: Path) -> Any:
-    try:
+    with contextlib.suppress(OSError):
         return _parse(path.read_text("utf-8", errors="replace"))
-    except OSError:
-        return None
 
 
 def _number(value: Any) -> float | int | None:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.judging import Judge, judge_of_score, own_encoder
+from dic_repa.evaluation.judging import judge_of_score, own_encoder
 from dic_repa.evaluation.metrics import title
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import begin_folder, check_folder
@@ -103,13 +103,11 @@ class Tuner:
             for interval in self.intervals:
                 self._settings(scale, interval, self.num)  # a mistake shall be told before the first cell
         judge = recipe.evaluate.metric if recipe.evaluate else None
-        counts = score or judge
-        if counts is None:
+        if not (score or judge):
             raise UserError(
                 f"the recipe of {loaded.source} names no judge; say which metric counts, such as --metric fid"
             )
-        named = (reference, device, own_encoder(recipe))
-        self.judge = judge_of_score(score, judge, *named) if score else Judge([counts], *named)
+        self.judge = judge_of_score(score, judge, reference, device, own_encoder(recipe))
         self.score = self.judge.check(score or self.judge.main or "")
         self.folder = Path(out) if out else home_of(self.loaded.source) / "tune"
         check_folder(self.folder, "tune")
