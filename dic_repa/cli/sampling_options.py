@@ -11,7 +11,7 @@ from dic_repa.cli.options import option_group, recipe_option
 from dic_repa.errors import UserError
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.registry import read_source
-from dic_repa.sampling.settings import override_sampling
+from dic_repa.sampling import override_sampling
 
 # Read, since importing them would import torch.
 DIFFUSION_FORMS = read_source("dic_repa.samplers.diffusion_coefficients", "diffusion_forms")

@@ -26,9 +26,9 @@ from dic_repa.runs.checkpoints import RAW
 from dic_repa.runs.folder import RunFolder, suggest_runs
 from dic_repa.runs.manifest import MANIFEST, find_damage
 from dic_repa.runtime.progress import detail
+from dic_repa.sampling import override_sampling
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.sampler import Sampler, check_sampling
-from dic_repa.sampling.settings import override_sampling
 
 
 @dataclass
