@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import platform
 import sys
@@ -16,8 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dic_repa.errors import UserError, first_line, unknown_name
 from dic_repa.runtime.precision import tf32
-
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from dic_repa.sampling.sampler import DTYPES
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -85,25 +85,6 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that one call has allocated at once."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    now = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
 def free_memory(device: torch.device) -> None:
     """Free models that are no longer used: compiled code and their own hooks hold on to them."""
     torch.compiler.reset()
@@ -113,28 +94,37 @@ def free_memory(device: torch.device) -> None:
 
 
 def look_inside(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """The memory of a call and its share of convolutions.
+    """The most `memory_mb` that a call allocates at once, and its share of `time_in_convolutions`, backward too.
 
     Not for CUDA graphs: their memory is reserved before, and their kernels belong to no operation.
     """
-    return {"memory_mb": peak_memory(call, device) / 1e6, "time_in_convolutions": convolution_share(call, device)}
-
-
-def convolution_share(call: Callable[[], object], device: torch.device) -> float:
-    """The share of the device's busy time that one call spends in convolutions, forward and backward."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with _quiet(), profile(activities=activities) as recorded:
+    gpu = device.type == "cuda"
+    before = _gpu_memory(device) if gpu else 0
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    with _quiet(), profile(activities=activities, profile_memory=not gpu) as recorded:
         call()
     averages = recorded.key_averages()
-    if device.type == "cuda":  # an operation has the time of the kernels that it launched, which are entries too
+    if gpu:  # an operation has the time of the kernels that it launched, which are entries too
+        most = torch.cuda.max_memory_allocated(device) - before
         # Annotated regions, as a compiled call and the optimizer's step are, span kernels that are counted already.
         on_device = [event for event in averages if event.device_type == DeviceType.CUDA]
         kernels = [event for event in on_device if not getattr(event, "is_user_annotation", False)]
         total = sum(event.self_device_time_total for event in kernels)
         within = [event for event in averages if event.key in ("aten::convolution", "aten::convolution_backward")]
-        return sum(event.device_time_total for event in within) / max(total, 1e-9)
-    total = sum(event.self_cpu_time_total for event in averages)
-    return sum(event.self_cpu_time_total for event in averages if "conv" in event.key) / max(total, 1e-9)
+        spent = sum(event.device_time_total for event in within)
+    else:
+        changes = [e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        most = max(itertools.accumulate(changes), default=0)
+        total = sum(event.self_cpu_time_total for event in averages)
+        spent = sum(event.self_cpu_time_total for event in averages if "conv" in event.key)
+    return {"memory_mb": most / 1e6, "time_in_convolutions": spent / max(total, 1e-9)}
+
+
+def _gpu_memory(device: torch.device) -> int:
+    """The bytes that are allocated, from which on a new maximum is kept."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 @contextlib.contextmanager

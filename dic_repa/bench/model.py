@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dic_repa.bench.device import DTYPES, check_precisions, look_inside, precision
+from dic_repa.bench.device import check_precisions, look_inside, precision
 from dic_repa.bench.peak import measure_peak
 from dic_repa.bench.timing import measure
 from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
@@ -21,6 +21,7 @@ from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.registry import Registry
+from dic_repa.sampling.sampler import DTYPES
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from dic_repa.bench.device import DTYPES, precision
+from dic_repa.bench.device import precision
 from dic_repa.bench.timing import interleave
+from dic_repa.sampling.sampler import DTYPES
 
 # (batch, channels, side): a CPU's fit its caches, a GPU's are those of DiC-XL at 32x32.
 CONVOLUTIONS = {

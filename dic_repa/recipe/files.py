@@ -2,10 +2,8 @@
 
 A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
 merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
-Of the base's `model` section nothing is left where the recipe names a model of another family: SiT has no DiC's depths;
-nor of the `options` of its data set, objective, optimizer or schedule where the recipe names another.
-`load_recipe` finds a file or one of the recipes that come with the package, applies `--set` overrides and validates;
-every mistake is one line that names the key and what it takes.
+A recipe that names a model of another family drops the base's `model` section, whose sizes are other keys; one that
+names another data set, objective, optimizer or schedule drops the `options` of the base's.
 """
 
 from __future__ import annotations
@@ -46,10 +44,12 @@ def list_paper_rows() -> dict[str, str]:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe | SamplingRecipe:
-    """The recipe of that name or file with `overrides` ('train.steps=200', values in YAML) applied, validated.
+    """The recipe of that name or file, with `overrides` such as 'train.steps=200' (values in YAML), validated.
 
-    A plugin, or data, that is not in the current folder is looked for beside the file too. A UserError names the near
-    recipes or keys, or the key and what it takes.
+    A plugin, or data, that is not in the current folder is looked for beside the file too.
+
+    Raises:
+        UserError: There is no such recipe or key, or a key does not take its value; one line says what would do.
     """
     raw = read_recipe(name_or_path)
     for override in overrides:
@@ -61,7 +61,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def load_training_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """`load_recipe`, where only a recipe that can be trained will do."""
+    """`load_recipe`, with a UserError for a sampling recipe."""
     recipe = load_recipe(name_or_path, overrides)
     if isinstance(recipe, SamplingRecipe):
         use = f"dic-repa sample RUN --recipe {name_or_path}"
@@ -84,47 +84,49 @@ def to_yaml(recipe: BaseModel) -> str:
 
 
 def paper_recipe(recipe: Recipe | SamplingRecipe) -> str | None:
-    """The name of the recipe, of those that come with the package, that stands for the same row of a paper."""
+    """The name of the package's recipe for the same row of a paper."""
     return list_paper_rows().get(recipe.paper.row) if recipe.paper else None
 
 
 def read_shipped() -> dict[str, dict]:
-    """The recipes that come with the package by their names, each as it stands in its file."""
+    """The package's recipes by name, each as its file says it."""
     files = {f.name[:-5]: f for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")}
     return {name: _parse(files[name].read_text(encoding="utf-8"), name) for name in sorted(files)}
 
 
-def read_recipe(name_or_path: str | Path, seen: tuple[str, ...] = ()) -> dict:
-    """The plain dict of a name or file, merged with its bases; `seen` are those that have it as their base."""
-    text, label = _read(name_or_path)
-    if label in seen:
-        raise UserError(f"recipes name each other as their base: {' -> '.join([*seen, label])}")
-    raw = _parse(text, label)
-    base, resolved = raw.pop("base", None), {}
-    if base is not None:
-        if not isinstance(base, str):
-            raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
-        beside = Path(label).parent / base
-        resolved = read_recipe(beside if beside.is_file() else base, (*seen, label))
+def read_recipe(name_or_path: str | Path) -> dict:
+    """The plain dict of a name or file, merged with its bases."""
+    resolved: dict = {}
+    for label, raw in reversed(_with_bases(name_or_path).items()):
         _drop_other_model(resolved, raw)
         _drop_other_options(resolved, raw)
-    resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
-    for key, value in raw.items():
-        if "." in str(key):
-            assign(resolved, key, value, label)
+        resolved = _merge(resolved, {key: value for key, value in raw.items() if "." not in str(key)})
+        for key, value in raw.items():
+            if "." in str(key):
+                assign(resolved, key, value, label)
     return resolved
 
 
 def recipe_files(name_or_path: str | Path) -> list[Path]:
     """The file of that path and those that it is based on; none for a recipe of the package."""
-    files: list[Path] = []
-    while (file := Path(name_or_path)).suffix in (".yaml", ".yml") and file not in files:
-        files.append(file)
-        base = _parse(*_read(file)).get("base")
-        if base is None:
-            break
-        name_or_path = file.parent / base if (file.parent / base).is_file() else base
-    return files
+    return [Path(label) for label in _with_bases(name_or_path) if label.endswith((".yaml", ".yml"))]
+
+
+def _with_bases(name_or_path: str | Path) -> dict[str, dict]:
+    """A recipe, its base, the base of that and so on: name or path to what its file says, without `base`."""
+    found: dict[str, dict] = {}
+    base: Any = name_or_path
+    while base is not None:
+        text, label = _read(base)
+        if label in found:
+            raise UserError(f"recipes name each other as their base: {' -> '.join([*found, label])}")
+        found[label] = _parse(text, label)
+        base = found[label].pop("base", None)
+        if not isinstance(base, str | None):
+            raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
+        if base is not None and (beside := Path(label).parent / base).is_file():
+            base = beside
+    return found
 
 
 def _read(name_or_path: str | Path) -> tuple[str, str]:
@@ -160,7 +162,7 @@ def _parse(text: str, label: str) -> dict:
 
 
 def _with_todays_keys(raw: dict, label: str) -> dict:
-    """A recipe of an earlier version with the keys that its values have today."""
+    """A recipe of an earlier version with today's keys."""
     for old, new in RENAMED.items():
         section, key = old.split(".")
         held = raw.get(section)
@@ -178,20 +180,23 @@ def _with_todays_keys(raw: dict, label: str) -> dict:
 
 
 def _drop_other_model(base: dict, top: dict) -> None:
-    """Empty the `model` section of `base` where `top` names a model of another family, whose sizes are other keys."""
-    section, model = top.get("model"), base.get("model")
-    name = top.get("model.name") or (section.get("name") if isinstance(section, dict) else None)
+    """Empty the `model` section of `base` if `top` names a model of another family, whose sizes are other keys."""
+    name, model = _part_name(top, "model"), base.get("model")
     if name and isinstance(model, dict) and _family(name) != _family(model.get("name", "DiC")):
         del base["model"]
 
 
 def _drop_other_options(base: dict, top: dict) -> None:
-    """Empty the `options` of sections of `base` where `top` names another part, which has other options."""
-    for name in ("data", "objective", "optimizer", "schedule"):
-        ours, theirs = top.get(name), base.get(name)
-        part = top.get(f"{name}.name") or (ours.get("name") if isinstance(ours, dict) else None)
-        if part and isinstance(theirs, dict) and theirs.get("options") and part != theirs.get("name"):
-            theirs["options"] = {}  # still there, for a recipe that empties it itself
+    """Empty the `options` of sections of `base` if `top` names another part, which has other options."""
+    for section in ("data", "objective", "optimizer", "schedule"):
+        name, below = _part_name(top, section), base.get(section)
+        if name and isinstance(below, dict) and below.get("options") and name != below.get("name"):
+            below["options"] = {}  # still there, for a recipe that empties it itself
+
+
+def _part_name(raw: dict, section: str) -> Any:
+    held = raw.get(section)
+    return raw.get(f"{section}.name") or (held.get("name") if isinstance(held, dict) else None)
 
 
 def _family(model: str) -> str:
@@ -222,7 +227,7 @@ def override_key(raw: dict, override: str) -> None:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """A value as a recipe has it. A UserError names its `source` where it cannot be read."""
+    """A value in YAML; a UserError names its `source` if it cannot be read."""
     try:
         return read_yaml(text)
     except yaml.YAMLError:

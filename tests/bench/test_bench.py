@@ -14,7 +14,7 @@ from small_runs import small_recipe
 from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
-from dic_repa.bench.device import convolution_share, peak_memory, precision, read_clocks
+from dic_repa.bench.device import look_inside, precision, read_clocks
 from dic_repa.bench.model import bench_model, load_factory, random_denoiser
 from dic_repa.bench.paper import SMALL, measure_paper
 from dic_repa.bench.report import table
@@ -52,11 +52,10 @@ def test_ratios_are_to_the_first_of_the_same_batch():
 
 def test_memory_and_convolutions_of_a_known_call():
     x, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 3, 3)
-    assert (
-        4_000_000 <= peak_memory(lambda: x.repeat(4, 1, 1, 1), CPU) <= 4_300_000
-    )  # four times x's megabyte, and a bit
-    assert convolution_share(lambda: torch.conv2d(x, weight), CPU) > 0.9
-    assert convolution_share(lambda: x * 2, CPU) == 0
+    repeated = look_inside(lambda: x.repeat(4, 1, 1, 1), CPU)
+    assert 4 <= repeated["memory_mb"] <= 4.3  # four times x's megabyte, and a bit
+    assert repeated["time_in_convolutions"] == 0
+    assert look_inside(lambda: torch.conv2d(x, weight), CPU)["time_in_convolutions"] > 0.9
 
 
 def test_tf32_is_put_back():
