@@ -170,27 +170,22 @@ def build_alignment(
     """
     from dic_repa.encoders import check_tokens
 
-    taken = inspect.signature(Alignment.build).parameters.keys() & section.head_options
-    if taken:
-        raise UserError(
-            f"alignments: head_options cannot hold {', '.join(sorted(taken))}, which an alignment has itself"
-        )
     sample = data[0]
     if "image" not in sample:
         raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")
     check_tokens(section.encoder, encoder, unit_images(sample["image"][None].to(device)))
-    return Alignment.build(
-        denoiser,
-        section.tap,
-        encoder.embed_dim,
-        encoder.token_grid((sample["image"].shape[-2], sample["image"].shape[-1])),
-        size=data_shape(data)[1:],
-        head=section.head,
-        weight=section.weight,
-        manifold_weight=section.manifold_weight,
-        target=section.target,
-        time_weight=section.time_weight,
-        schedule=section.schedule,
-        loss=section.loss,
-        **section.head_options,
-    )
+    return join_encoder(section, encoder, denoiser, tuple(sample["image"].shape[-2:]), data_shape(data)[1:])
+
+
+def join_encoder(
+    section: AlignmentSection, encoder: Encoder, denoiser: Pretrained, image_size: tuple, size: tuple[int, int]
+) -> Alignment:
+    """`build_alignment` from sizes alone: (H, W) of the encoder's images and of the denoiser's data."""
+    if taken := inspect.signature(Alignment.build).parameters.keys() & section.head_options:
+        raise UserError(
+            f"alignments: head_options cannot hold {', '.join(sorted(taken))}, which an alignment has itself"
+        )
+    keys = ("head", "weight", "manifold_weight", "target", "time_weight", "schedule", "loss")
+    given = {key: getattr(section, key) for key in keys} | section.head_options
+    grid = encoder.token_grid(image_size)
+    return Alignment.build(denoiser, section.tap, encoder.embed_dim, grid, size, **given)

@@ -17,12 +17,19 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import default_collate
 
-from dic_repa.alignment import AlignedDenoiser, Alignment
+from dic_repa.alignment import AlignedDenoiser
 from dic_repa.conditions import create_condition
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
-from dic_repa.recipe.build import build_decoder, build_denoiser, build_objective, data_traits, import_plugins
+from dic_repa.recipe.build import (
+    build_decoder,
+    build_denoiser,
+    build_objective,
+    data_traits,
+    import_plugins,
+    join_encoder,
+)
 from dic_repa.recipe.files import paper_recipe
 from dic_repa.recipe.keys import differences
 from dic_repa.runtime.precision import tf32
@@ -52,7 +59,8 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     launched = accelerator.num_processes
     processes = launched if launched > 1 else processes
     passes = check_batch(recipe.train, processes)
-    check_sampling_and_evaluation(recipe, build_objective(recipe.objective))
+    objective = build_objective(recipe.objective)
+    check_sampling_and_evaluation(recipe, objective)
     LearningRate(recipe)
     notes: list[str] = []
     trial = with_random_data(recipe, notes)
@@ -71,6 +79,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
         "gmacs": shapes["macs"] / 1e9,
         "memory_estimate": estimate_memory(
             shapes["model"],
+            objective,
             sum(shapes["parameters"]["encoders"].values()),
             shapes["tokens"],
             (share // passes, *shapes["data"]),
@@ -145,19 +154,7 @@ def build_shapes(trial: Recipe) -> dict:
         tokens.append((grid[0] * grid[1], encoder.embed_dim))
         encoders[section.encoder] = count_parameters(encoder) if isinstance(encoder, torch.nn.Module) else 0
         with torch.device("meta"):
-            alignments.append(
-                Alignment.build(
-                    denoiser,
-                    section.tap,
-                    encoder.embed_dim,
-                    grid,
-                    (size, size),
-                    section.head,
-                    manifold_weight=section.manifold_weight,
-                    loss=section.loss,
-                    **section.head_options,
-                )
-            )
+            alignments.append(join_encoder(section, encoder, denoiser, image_size, (size, size)))
     heads = count_parameters(*alignments)
     return {
         "model": AlignedDenoiser(denoiser, alignments),

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.conditions import NoCondition, condition_of_model
+from dic_repa.objectives import Batch
+from dic_repa.objectives.base import Objective
 from dic_repa.recipe import TrainSection
 
 NORMS = (F.group_norm, F.layer_norm)
@@ -33,6 +35,7 @@ class FloatNorms(TorchFunctionMode):
 
 def estimate_memory(
     model: AlignedDenoiser,
+    objective: Objective,
     encoder_parameters: int,
     tokens: list[tuple[int, int]],
     shape: tuple[int, int, int, int],
@@ -61,11 +64,13 @@ def estimate_memory(
         "optimizer": int(optimizer_bytes * weights / 4) // share,
         "averages": averages // share,
         "encoders": 4 * encoder_parameters,
-        "activations": activation_bytes(model, tokens, shape, settings.precision != "no"),
+        "activations": activation_bytes(model, objective, tokens, shape, settings.precision != "no"),
     }
 
 
-def activation_bytes(model: AlignedDenoiser, tokens: list[tuple[int, int]], shape: tuple, mixed: bool) -> int:
+def activation_bytes(
+    model: AlignedDenoiser, objective: Objective, tokens: list[tuple[int, int]], shape: tuple, mixed: bool
+) -> int:
     """What autograd keeps of one pass; under mixed precision with the weights' half-precision copies."""
     batch, condition = shape[0], condition_of_model(model.denoiser) or NoCondition()
     kept: dict[int, Tensor] = {}
@@ -75,17 +80,17 @@ def activation_bytes(model: AlignedDenoiser, tokens: list[tuple[int, int]], shap
         return tensor
 
     autocast = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
-    with FakeTensorMode(), FloatNorms() if mixed else nullcontext():
+    with FakeTensorMode(allow_non_fake_inputs=True), FloatNorms() if mixed else nullcontext():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).train()  # to_empty takes no fakes
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        x, t, y = torch.empty(shape), torch.empty(batch), condition.blank(batch)
+        draws = objective.draw(shape, torch.Generator())
         targets = [torch.empty(batch, *token) for token in tokens]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with autocast:
-                out = model(x, t, y)
-            loss = (out.prediction.float() - torch.empty(out.prediction.shape)).square().mean()
+                out = objective(model, Batch(torch.empty(shape), condition.blank(batch), draws, model.denoiser))
+            loss = out.loss.mean()
             for alignment, projection, target in zip(model.alignments, out.projections, targets):
-                loss = loss + alignment.loss(projection, target, t)[0]
+                loss = loss + alignment.loss(projection, target, out.time)[0]
         return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in own)
 
 

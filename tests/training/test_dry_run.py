@@ -13,7 +13,8 @@ from torch import nn
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.cli import main
 from dic_repa.models import DiC
-from dic_repa.recipe import load_recipe
+from dic_repa.recipe import ObjectiveSection, load_recipe
+from dic_repa.recipe.build import build_objective
 from dic_repa.training import train
 from dic_repa.training.memory_estimate import activation_bytes
 
@@ -102,10 +103,11 @@ class TwoConvs(nn.Module):
 
 
 def test_activations_in_closed_form():
-    """Kept are the input, what lies between the convolutions (once, for both) and the error."""
+    """Kept are the input, what lies between the convolutions (once, for both), the error and its weight by image."""
     with torch.device("meta"):
         model = AlignedDenoiser(TwoConvs())
-    assert activation_bytes(model, [], (4, 3, 8, 8), mixed=False) == 4 * 4 * 64 * (3 + 16 + 3)
+    kept = activation_bytes(model, build_objective(ObjectiveSection()), [], (4, 3, 8, 8), mixed=False)
+    assert kept == 4 * 4 * 64 * (3 + 16 + 3) + 4 * 4
 
 
 def test_mistakes(mistake, tmp_path, monkeypatch):
