@@ -41,7 +41,7 @@ def measure(
 class Measured:
     """`values` and `intervals` (where asked for) by metric, of `count` samples of `size`, and `warnings` about them.
 
-    A value is None where there was nothing to look at, as without labels; `details` are what metrics tell besides.
+    A value is None where there was nothing to look at; `details` are what metrics add to a record.
     """
 
     values: dict[str, float]
@@ -115,11 +115,11 @@ class Measure:
     ) -> Measured:
         """The scores of `images`, with the classes `labels` (N,) that they should show where a metric needs them.
 
-        `bootstrap` resamplings give each a confidence interval of 95 %.
+        `bootstrap` resamplings give each a 95 % confidence interval: 1.96 standard deviations on either side, not
+        quantiles, since resampling repeats samples, which by itself makes a Fréchet distance larger.
 
-        The interval is the score and 1.96 standard deviations of its resamplings on either side: not their quantiles,
-        since resampling repeats samples, which by itself makes a Fréchet distance larger. Raises UserError for images
-        that are broken, of another size than the reference's, or of a single colour each.
+        Raises:
+            UserError: for images that are broken, of another size than the reference's, or of a single colour each.
         """
         if labels is None and (needy := [name for name, metric in self.metrics.items() if metric.needs == "labels"]):
             raise UserError(f"{', '.join(needy)}: the images do not tell which class each should show; measure a run")

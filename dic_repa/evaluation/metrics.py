@@ -123,11 +123,8 @@ class InceptionScore(Metric):
         return torch.stack(parts).mean().item()
 
 
-class InceptionScoreOfTorchFidelity(Metric):
+class InceptionScoreOfTorchFidelity(InceptionScore):
     """The same over 10 parts of the shuffled samples, whatever their number: torch-fidelity's definition."""
-
-    better = "higher"
-    needs = ""
 
     def __call__(self, features: Tensor, reference: FeatureSet | None = None) -> float:
         from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric

@@ -37,15 +37,10 @@ STORED = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigm
 
 
 class Reference:
-    """Where the features of real images come from.
+    """Gives the features of real images that the metrics `needed` compare with.
 
-    Args:
-        needed: the metrics that compare with them.
-        extractors: the networks, by name.
-        run: `extract` with its device.
-        resize: crop the images to this size; stored statistics must be of images of this size.
-        cache: keep what is extracted in the user's cache folder.
-        agree: whether something is so in all processes.
+    `run` is `extract` with its device; `agree` says whether something is so in all processes; the rest is as in
+    `Measure`.
     """
 
     def __init__(
@@ -64,11 +59,6 @@ class Reference:
     def extractors(self) -> dict[str, FeatureExtractor]:
         """Those that are needed."""
         return {name: self._extractors[name] for name in dict.fromkeys(m.layer.partition(".")[0] for m in self.needed)}
-
-    @property
-    def layers(self) -> list[str]:
-        """All layers that some metric compares with, so that another choice of metrics finds them in the cache too."""
-        return [f"{n}.{k}" for n, e in self.extractors.items() for k in e.layers if k != "logits"]
 
     def load(self, source) -> FeatureSet:
         """The Gaussians and features of `source`, see `Measure`; a UserError says what it lacks.
@@ -121,7 +111,11 @@ class Reference:
         return found
 
     def _extracted(self, images: ImageSet) -> FeatureSet:
-        file, cached = self.cache_file(images), None
+        # All layers that some metric compares with, so that another choice of metrics finds them in the cache too.
+        layers = [f"{name}.{k}" for name, found in self.extractors.items() for k in found.layers if k != "logits"]
+        key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, layers, _describe(self.extractors)]
+        folder = cache_folder("statistics", "DIC_REPA_STATISTICS")
+        file, cached = folder / f"{fingerprint(json.dumps(key), size=16)}.safetensors", None
         if self.cache and file.is_file():
             with contextlib.suppress(UserError):  # damaged: made anew
                 cached = self.read(file)
@@ -130,7 +124,7 @@ class Reference:
             detail(f"statistics of the reference: {file}")
             cached.notes, cached.fingerprint = images.notes, images.fingerprint
             return cached
-        found = self.run(images, self.extractors, self.layers, KEPT, True)
+        found = self.run(images, self.extractors, layers, KEPT, True)
         if found.constant == found.count:
             raise UserError(
                 f"{images.source}: all {found.count} images are of a single colour each; they are no reference"
@@ -142,11 +136,6 @@ class Reference:
             except (UserError, OSError) as error:  # nothing is lost but time, the next time
                 print(f"warning: the reference's statistics are not cached: {error}", file=sys.stderr)
         return found
-
-    def cache_file(self, images: ImageSet) -> Path:
-        key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, self.layers, _describe(self.extractors)]
-        folder = cache_folder("statistics", "DIC_REPA_STATISTICS")
-        return folder / f"{fingerprint(json.dumps(key), size=16)}.safetensors"
 
     def read(self, path: Path) -> FeatureSet:
         """The statistics of a file; a UserError where it has none, or those of other extractors or weights."""

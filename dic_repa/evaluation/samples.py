@@ -82,26 +82,25 @@ def record(measured: Measured, measure: Measure, images, reference, options: dic
         name: {**describe_extractor(extractor), **getattr(extractor, "made_of", {}), "notes": extractor.notes}
         for name, extractor in measure.extractors.items()
     }
-    found = measure.reference
+    found, described = measure.reference, None
+    if found is not None:
+        described = {
+            "path": str(reference),
+            "count": found.count if found.count < UNKNOWN_COUNT else None,
+            "size": found.size,
+            "fingerprint": found.fingerprint,
+            "features": {layer: len(part) for layer, part in found.features.items()},
+        }
     return {
         "metrics": measured.values,
         "intervals": measured.intervals,
         "warnings": measured.warnings,
         "samples": samples,
-        "reference": None if found is None else {"path": str(reference), **_describe_reference(found)},
+        "reference": described,
         "extractors": extractors,
         "options": options,
         "precision": {"networks": "float32", "tf32": False, "statistics": "float64"},
         **describe_environment(device, processes),
-    }
-
-
-def _describe_reference(found) -> dict:
-    return {
-        "count": found.count if found.count < UNKNOWN_COUNT else None,
-        "size": found.size,
-        "fingerprint": found.fingerprint,
-        "features": {layer: len(part) for layer, part in found.features.items()},
     }
 
 
