@@ -1,9 +1,9 @@
 """What a denoiser is conditioned on: class labels, nothing, a vector, or a sequence of tokens such as a text's.
 
-A condition belongs to the data: data sets have it as `condition`, denoisers as `conditioned_on`. It alone knows what
-stands for "no condition", the null, to which training drops some rows and from which guidance moves away.
+Data sets have a `condition`, denoisers are `conditioned_on` one. It alone knows what stands for "no condition", the
+null: training puts it into some rows, guidance moves away from it.
 
-To sample, one names rows by number: label k is class k, or the k-th of the `examples` of a vector or token condition,
+Rows to sample are named by number: label k is class k, or the k-th of the `examples` of a vector or token condition,
 and label `count` is the null. So balanced and random draws, pictures and files are the same for all kinds.
 """
 
@@ -31,14 +31,11 @@ class Condition:
 
     kind: ClassVar[str]
     key: ClassVar[str] = "condition"  # of the row in a sample of the data
+    choices: ClassVar[str] = "examples"  # what the rows to choose from are called
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    count: int = 0
     names: tuple[str, ...] = ()  # of the rows to choose from, for captions
-
-    @property
-    def count(self) -> int:
-        """How many rows there are to choose from."""
-        raise NotImplementedError
 
     def null(self, y: Tensor) -> Tensor:
         """The null for each row of y (B, *shape), like y."""
@@ -54,15 +51,23 @@ class Condition:
 
     def describe_rows(self) -> str:
         """The rows to choose from, in words: 'the classes 0 to 9'."""
-        raise NotImplementedError
+        return f"the {self.choices} 0 to {self.count - 1}" if self.count else f"no {self.choices}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, without names and examples: what a denoiser is built for. `create_condition` reads it."""
+        """As JSON, without names and examples, for `create_condition`: what a denoiser is built for."""
         raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """A denoiser's options for it: `num_classes`, and `condition` (see `to_dict`) if it is not classes."""
+        return {"num_classes": 0, "condition": self.to_dict()}
 
     def drop(self, y: Tensor, mask: Tensor) -> Tensor:
         """y (B, *shape) with the null in the rows where `mask` (B,) is true."""
         return torch.where(mask.reshape(-1, *[1] * (y.ndim - 1)), self.null(y), y)
+
+    def blank(self, batch: int) -> Tensor:
+        """Rows (batch, *shape) of zeros, to run a denoiser for its shapes."""
+        return torch.zeros(batch, *self.shape, dtype=self.dtype)
 
     def check(self, y: Tensor) -> None:
         """A UserError where y (B, *shape) is no batch of this condition."""
@@ -72,28 +77,17 @@ class Condition:
                 f"not {y.dtype} of shape {tuple(y.shape)}"
             )
 
-    def blank(self, batch: int) -> Tensor:
-        """Rows (batch, *shape) of zeros, to run a denoiser for its shapes."""
-        return torch.zeros(batch, *self.shape, dtype=self.dtype)
-
-    def options(self) -> dict[str, Any]:
-        """What a denoiser is told of it: `num_classes`, and beyond classes `condition`, as `to_dict` has it."""
-        return {"num_classes": 0, "condition": self.to_dict()}
-
-    def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> Condition:
-        """The same condition with other rows (K, *shape) to choose from; a UserError where these are classes."""
-        raise UserError(
-            f"the model is conditioned on {self.describe()}, so rows of numbers cannot be given: name classes"
-        )
-
     def check_labels(self, labels: Tensor) -> None:
         """A UserError for a label (N,) that names neither a row nor the null."""
         wrong = labels[(labels < 0) | (labels > self.count)]
         if len(wrong):
-            raise UserError(
-                f"label {int(wrong[0])} is out of range: the model has {self.describe_rows()}, and {self.count} for "
-                "none"
-            )
+            known = f"{self.describe_rows()}, and {self.count} for none"
+            raise UserError(f"label {int(wrong[0])} is out of range: the model has {known}")
+
+    def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> Condition:
+        """The same condition with other rows (K, *shape) to choose from; a UserError where these are classes."""
+        what = self.describe()
+        raise UserError(f"the model is conditioned on {what}, so rows of numbers cannot be given: name classes")
 
 
 class ClassLabels(Condition):
@@ -101,15 +95,12 @@ class ClassLabels(Condition):
 
     kind = "classes"
     key = "label"
+    choices = "classes"
     dtype = torch.int64
 
     def __init__(self, num_classes: int, class_names: Sequence[object] | None = None):
-        self.num_classes = num_classes
+        self.num_classes = self.count = num_classes
         self.names = tuple(map(str, range(num_classes) if class_names is None else class_names))
-
-    @property
-    def count(self) -> int:
-        return self.num_classes
 
     def null(self, y: Tensor) -> Tensor:
         return torch.full_like(y, self.num_classes)
@@ -121,11 +112,8 @@ class ClassLabels(Condition):
     def describe(self) -> str:
         return f"{self.count} class{'es' * (self.count != 1)}"
 
-    def describe_rows(self) -> str:
-        return f"the classes 0 to {self.count - 1}" if self.count else "no classes"
-
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "num_classes": self.num_classes}
+        return {"kind": self.kind, **self.options()}
 
     def options(self) -> dict[str, Any]:
         return {"num_classes": self.num_classes}
@@ -145,20 +133,14 @@ class VectorCondition(Condition):
 
     Args:
         dim: numbers in a vector.
-        null: 'zeros', or 'learnt': rows of NaN, in whose place the denoiser puts a vector that it learns.
-        examples: (K, dim), vectors to sample for where nobody names others; some of the data's by default.
+        null: 'zeros', or 'learnt': rows of NaN, which the denoiser replaces by a vector that it learns.
+        examples: (K, dim), vectors to sample for unless others are named; some of the data's by default.
         names: K captions for them; 'example 0', 'example 1', ... by default.
     """
 
     kind = "vector"
 
-    def __init__(
-        self,
-        dim: int,
-        null: str = "learnt",
-        examples: Tensor | np.ndarray | None = None,
-        names: Sequence[object] | None = None,
-    ):
+    def __init__(self, dim: int, null: str = "learnt", examples=None, names: Sequence[object] | None = None):
         self._set((dim,), null, examples, names)
 
     def _set(self, shape: tuple[int, ...], null: str, examples, names: Sequence[object] | None) -> None:
@@ -169,12 +151,8 @@ class VectorCondition(Condition):
         if examples is not None:
             self.examples = torch.as_tensor(examples).to(self.dtype)
             self.check(self.examples)
-        given = names if names is not None else (f"example {k}" for k in range(len(self.examples)))
-        self.names = tuple(map(str, given))
-
-    @property
-    def count(self) -> int:
-        return len(self.examples)
+        self.count = len(self.examples)
+        self.names = tuple(map(str, (f"example {k}" for k in range(self.count)) if names is None else names))
 
     def null(self, y: Tensor) -> Tensor:
         return torch.full_like(y, math.nan if self.null_kind == "learnt" else 0.0)
@@ -182,13 +160,10 @@ class VectorCondition(Condition):
     def rows(self, labels: Tensor) -> Tensor:
         self.check_labels(labels)
         examples = self.examples.to(labels.device)
-        return torch.cat([examples, self.null(self.blank(1).to(labels.device))])[labels]
+        return torch.cat([examples, self.null(examples.new_zeros(1, *self.shape))])[labels]
 
     def describe(self) -> str:
         return f"vectors of {self.shape[0]} number{'s' * (self.shape[0] != 1)}"
-
-    def describe_rows(self) -> str:
-        return f"the examples 0 to {self.count - 1}" if self.count else "no examples"
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "dim": self.shape[0], "null": self.null_kind}
@@ -205,12 +180,7 @@ class TokenCondition(VectorCondition):
     kind = "tokens"
 
     def __init__(
-        self,
-        length: int,
-        dim: int,
-        null: str = "learnt",
-        examples: Tensor | np.ndarray | None = None,
-        names: Sequence[object] | None = None,
+        self, length: int, dim: int, null: str = "learnt", examples=None, names: Sequence[object] | None = None
     ):
         self._set((length, dim), null, examples, names)
 
@@ -227,16 +197,11 @@ def class_labels(num_classes: int, class_names: Sequence[object] | None = None) 
 
 
 def create_condition(num_classes: int = 0, condition: dict[str, Any] | None = None) -> Condition:
-    """The condition of which `Condition.options` told.
-
-    Raises:
-        UserError: for a `condition` of unknown kind or with other keys than its kind has.
-    """
-    kinds: dict[str, Callable[..., Condition]] = {
-        kind.kind: kind for kind in (ClassLabels, NoCondition, VectorCondition, TokenCondition)
-    }
+    """The condition whose `options` these are; a UserError for an unknown kind or other keys than its kind has."""
     if condition is None:
         return class_labels(num_classes)
+    known = (ClassLabels, NoCondition, VectorCondition, TokenCondition)
+    kinds: dict[str, Callable[..., Condition]] = {kind.kind: kind for kind in known}
     try:
         return kinds[condition["kind"]](**{key: value for key, value in condition.items() if key != "kind"})
     except (KeyError, TypeError):
@@ -244,10 +209,7 @@ def create_condition(num_classes: int = 0, condition: dict[str, Any] | None = No
 
 
 def condition_of_data(data) -> Condition:
-    """A data set's `condition`; that of its `num_classes` and `class_names` where it has none.
-
-    A condition without examples to sample for gets a few of the data's own, spread over it.
-    """
+    """A data set's `condition`, or else its classes'. One without examples gets a few, spread over the data."""
     condition = getattr(data, "condition", None)
     if condition is None:
         return class_labels(data.num_classes, getattr(data, "class_names", None))
@@ -258,10 +220,7 @@ def condition_of_data(data) -> Condition:
 
 
 def condition_of_model(model) -> Condition | None:
-    """What a denoiser is `conditioned_on`; by its `num_classes` where it does not say, and None where it has neither.
-
-    The one place that takes a plain model's `num_classes` for its null class.
-    """
+    """What a denoiser is `conditioned_on`, or else the classes of its `num_classes`; None if it has neither."""
     condition = getattr(model, "conditioned_on", None)
     if condition is None and getattr(model, "num_classes", None) is not None:
         condition = class_labels(model.num_classes)
@@ -269,9 +228,9 @@ def condition_of_model(model) -> Condition | None:
 
 
 def null_of(model) -> Callable[[Tensor], Tensor] | None:
-    """What a model takes for no condition, as a function of the rows y (B, ...): its own `null`, or its condition's."""
-    condition = condition_of_model(model)
+    """The null as a function of the rows y (B, ...): a model's own `null`, or its condition's."""
     null: Callable[[Tensor], Tensor] | None = getattr(model, "null", None)
+    condition = condition_of_model(model)
     return null or (condition.null if condition else None)
 
 

@@ -106,12 +106,16 @@ def sample_ddpm(
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """The noise (B, C, ...) of a denoiser's output and, of one with 2C channels, the variance; else None."""
+    """A denoiser's output as its prediction (B, C, ...) and, with `learn_sigma`, the variance (else None).
+
+    Raises:
+        UserError: for an output that has neither C nor 2C channels.
+    """
     if output.shape[1] == 2 * channels:
         return output[:, :channels], output[:, channels:]
     if output.shape[1] == channels:
         return output, None
     raise UserError(
         f"the denoiser gives {output.shape[1]} channels for {channels} of data: "
-        f"DDPM sampling takes {channels}, or {2 * channels} with learn_sigma"
+        f"build it with {channels} output channels, or {2 * channels} with learn_sigma"
     )

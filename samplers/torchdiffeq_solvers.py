@@ -36,6 +36,8 @@ class FixedGrid:
     """A method that takes the steps it is given."""
 
     method: str
+    order: int
+    evaluations: int | None  # None: it iterates to the tolerances
     options: dict[str, Any] = field(default_factory=dict)
     uniform: bool = False  # steps of one size only
 
@@ -58,6 +60,8 @@ class Adaptive:
     """A method that chooses its steps by the tolerances; it starts anew at each of the field's breakpoints."""
 
     method: str
+    order: int
+    evaluations = None
     adaptive = True
 
     def integrate(
@@ -86,61 +90,34 @@ def _check_uniform(times: list[float], method: str) -> None:
         raise UserError(f"'{method}' needs steps of one size; take ab2 or ab3 for other time grids")
 
 
-ode_solvers.register(
-    "midpoint", order=2, evaluations=2, description="one evaluation in the middle of the step; as accurate as heun"
-)(FixedGrid("midpoint"))
-ode_solvers.register("heun2", order=2, evaluations=2, description="heun without the Euler step at the end")(
-    FixedGrid("heun2")
+ode_solvers.register("midpoint", description="one evaluation in the middle of the step; as accurate as heun")(
+    FixedGrid("midpoint", 2, 2)
 )
-ode_solvers.register("heun3", order=3, evaluations=3, description="Heun's third-order Runge-Kutta method")(
-    FixedGrid("heun3")
+ode_solvers.register("heun2", description="heun without the Euler step at the end")(FixedGrid("heun2", 2, 2))
+ode_solvers.register("heun3", description="Heun's third-order Runge-Kutta method")(FixedGrid("heun3", 3, 3))
+ode_solvers.register("rk4", description="fourth-order Runge-Kutta (3/8 rule); for reference values at few, long steps")(
+    FixedGrid("rk4", 4, 4)
 )
-ode_solvers.register(
-    "rk4",
-    order=4,
-    evaluations=4,
-    description="fourth-order Runge-Kutta (3/8 rule); for reference values at few, long steps",
-)(FixedGrid("rk4"))
 # torchdiffeq's own default is the twelfth order, which is unstable at the step sizes of sampling.
-ode_solvers.register(
-    "explicit_adams", order=4, evaluations=1, description="Adams-Bashforth on a uniform grid, started by rk4"
-)(FixedGrid("explicit_adams", {"max_order": 5}, uniform=True))
-ode_solvers.register(
-    "implicit_adams",
-    order=4,
-    evaluations=None,
-    description="Adams-Moulton on a uniform grid, iterated to rtol and atol",
-)(FixedGrid("implicit_adams", {"max_order": 4}, uniform=True))
-ode_solvers.register(
-    "dopri5",
-    order=5,
-    evaluations=None,
-    description="Dormand-Prince; the one to take for inversion, likelihood and reference samples",
-)(Adaptive("dopri5"))
-ode_solvers.register(
-    "dopri8",
-    order=8,
-    evaluations=None,
-    description="Dormand-Prince of eighth order; for tolerances below 1e-7, in float64",
-)(Adaptive("dopri8"))
-ode_solvers.register(
-    "bosh3",
-    order=3,
-    evaluations=None,
-    description="Bogacki-Shampine; fewer evaluations than dopri5 at tolerances above 1e-3",
-)(Adaptive("bosh3"))
-ode_solvers.register(
-    "fehlberg2",
-    order=2,
-    evaluations=None,
-    description="Runge-Kutta-Fehlberg; its error is about a hundred times the tolerance",
-)(Adaptive("fehlberg2"))
-ode_solvers.register("adaptive_heun", order=2, evaluations=None, description="heun with an error estimate")(
-    Adaptive("adaptive_heun")
+ode_solvers.register("explicit_adams", description="Adams-Bashforth on a uniform grid, started by rk4")(
+    FixedGrid("explicit_adams", 4, 1, {"max_order": 5}, uniform=True)
+)
+ode_solvers.register("implicit_adams", description="Adams-Moulton on a uniform grid, iterated to rtol and atol")(
+    FixedGrid("implicit_adams", 4, None, {"max_order": 4}, uniform=True)
 )
 ode_solvers.register(
-    "scipy_solver",
-    order=5,
-    evaluations=None,
-    description="a method of scipy's solve_ivp on the CPU (LSODA unless the options name another)",
-)(Adaptive("scipy_solver"))
+    "dopri5", description="Dormand-Prince; the one to take for inversion, likelihood and reference samples"
+)(Adaptive("dopri5", 5))
+ode_solvers.register("dopri8", description="Dormand-Prince of eighth order; for tolerances below 1e-7, in float64")(
+    Adaptive("dopri8", 8)
+)
+ode_solvers.register("bosh3", description="Bogacki-Shampine; fewer evaluations than dopri5 at tolerances above 1e-3")(
+    Adaptive("bosh3", 3)
+)
+ode_solvers.register("fehlberg2", description="Runge-Kutta-Fehlberg; its error is about a hundred times the tolerance")(
+    Adaptive("fehlberg2", 2)
+)
+ode_solvers.register("adaptive_heun", description="heun with an error estimate")(Adaptive("adaptive_heun", 2))
+ode_solvers.register(
+    "scipy_solver", description="a method of scipy's solve_ivp on the CPU (LSODA unless the options name another)"
+)(Adaptive("scipy_solver", 5))

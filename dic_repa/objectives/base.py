@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dic_repa.conditions import null_of
-from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
+from dic_repa.samplers.ddpm import split_output
 
 objectives = Registry("objective", modules=["dic_repa.objectives"], key="objective.name")
 
@@ -34,29 +34,6 @@ class ObjectiveOutput:
     loss: Tensor  # (B,), float32
     time: Tensor  # (B,), in [0, 1]: when the projections were taken
     projections: list[Tensor]  # one (B, N, D) for each alignment, from the run of the model that they belong to
-
-
-class Objective(Protocol):
-    """What a model is trained for."""
-
-    @property
-    def path(self) -> Interpolant:
-        """On which `velocity_model` puts the denoiser."""
-        ...
-
-    def draw(
-        self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str | None = None
-    ) -> dict[str, Tensor]:
-        """The random numbers of a whole step's data of `shape` (B, C, H, W), each (B, ...)."""
-        ...
-
-    def __call__(self, model: Any, batch: Batch) -> ObjectiveOutput:
-        """Run the `AlignedDenoiser` `model` on the batch, as often as it takes."""
-        ...
-
-    def velocity_model(self, denoiser: Any) -> VelocityModel:
-        """The trained denoiser as (x, t, y) -> velocity."""
-        ...
 
 
 class Denoising:
@@ -128,15 +105,5 @@ class VelocityModel:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         output = run_denoiser(self.denoiser, x, once(self.embedded_time, t), y)
-        value = prediction_channels(output, x.shape[1])
+        value = split_output(output, x.shape[1])[0]
         return self.path.convert(value, x.to(value.dtype), t.to(value.dtype), self.prediction, "velocity")
-
-
-def prediction_channels(output: Tensor, channels: int) -> Tensor:
-    """The first `channels` of a denoiser's output, which has that many or (with `learn_sigma`) twice as many."""
-    if output.shape[1] not in (channels, 2 * channels):
-        raise UserError(
-            f"the denoiser gives {output.shape[1]} channels for {channels} of data: "
-            f"build it with {channels} output channels, or {2 * channels} with learn_sigma"
-        )
-    return output[:, :channels]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant, check_prediction, paths
-from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives, prediction_channels
+from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives
 from dic_repa.objectives.time_sampling import shift_time, time_samplings
 from dic_repa.objectives.weighting import weightings
+from dic_repa.samplers.ddpm import split_output
 
 
 @objectives.register("flow-matching")
@@ -80,7 +81,7 @@ class FlowMatching(Denoising):
             UserError: for other counts of channels.
         """
         target = noisy.target.float()
-        error = prediction_channels(prediction, target.shape[1]).float() - target
+        error = split_output(prediction, target.shape[1])[0].float() - target
         return noisy.weight * reduce(error.square(), "b ... -> b", "mean")
 
     def velocity_model(self, denoiser) -> VelocityModel:

@@ -21,8 +21,7 @@ from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.objectives.base import Objective
-from dic_repa.protocols import DataSet, Samples
+from dic_repa.protocols import DataSet, Objective, Samples
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.build import (
     build_alignment,
