@@ -103,15 +103,14 @@ def write_loose_files(data: Samples, folder: Path, count: int) -> list[Path]:
 
 
 def loose_files_speed(stems: list[Path]) -> float:
-    """Samples per second of a plain loop over loose files, which are in the page cache, as in the best case."""
+    """Samples per second of a plain loop over loose files, at best: they are in the page cache."""
     begin = time.perf_counter()
     for stem in stems:
-        for file in (stem.with_suffix(".png"), stem.with_suffix(".npy")):
-            if file.suffix == ".npy" and file.is_file():
-                np.load(file, allow_pickle=False)
-            elif file.is_file():
-                with Image.open(file) as image:
-                    np.array(image)
+        if (file := stem.with_suffix(".png")).is_file():
+            with Image.open(file) as image:
+                np.array(image)
+        if (file := stem.with_suffix(".npy")).is_file():
+            np.load(file, allow_pickle=False)
     return len(stems) / (time.perf_counter() - begin)
 
 
@@ -125,9 +124,9 @@ def prepare_speed(source: Path, destination: Path, autoencoder: Autoencoder, siz
 
 
 def loader_speed(batches, count: int, workers: int = 0, prefetch: int = 0) -> float:
-    """Samples per second of an iterator of batches, over `count` samples and four batches of each worker at least.
+    """Samples per second of an iterator of batches, over at least `count` samples and four batches of each worker.
 
-    The clock runs once as many batches as the workers prepare ahead are gone: those were made while they started.
+    The batches that the workers prepare ahead, while they start, come first and are not timed.
     """
     for _ in range(1 + workers * prefetch):
         next(batches)

@@ -121,7 +121,7 @@ def look_inside(call: Callable[[], object], device: torch.device) -> dict[str, f
 
 
 def _gpu_memory(device: torch.device) -> int:
-    """The bytes that are allocated, from which on a new maximum is kept."""
+    """The bytes that are allocated now; the maximum begins anew."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)

@@ -90,7 +90,7 @@ class TrainCase:
 
 
 class PlainEMA:
-    """The average as one writes it first, tensor by tensor: for the baselines."""
+    """The average of the baselines, written plainly, tensor by tensor."""
 
     def __init__(self, denoiser: nn.Module, decay: float):
         self.decay, self.model = decay, denoiser
@@ -159,7 +159,7 @@ def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: 
 
 
 def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator]:
-    """What a recipe names, built in this process, whatever was built before it."""
+    """The parts of a recipe, built in this process after others."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = start_accelerator(recipe.train)
     if accelerator.device.type != device.type:
@@ -170,7 +170,7 @@ def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator
 
 
 def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Train what the factory `baseline` makes of the denoiser in its place, and let go of all that was about that."""
+    """Put what the factory `baseline` makes of the denoiser in its place, and free what belonged to the denoiser."""
     settings = recipe.train
     parts.denoiser = build_baseline(baseline, parts.denoiser, recipe.data.size)
     parts.model = parts.optimizer = parts.ema = parts.sampler = parts.averages = None

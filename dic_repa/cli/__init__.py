@@ -94,9 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
             click.echo(f"error: {_message(error)}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:
-        told = error.__cause__ if isinstance(error, click.Abort) else error  # what click makes of it, after a new line
+        cause = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps it
         if is_main_process():
-            click.echo(str(told or "") or "interrupted; nothing was written", err=True)
+            click.echo(str(cause or "") or "interrupted; nothing was written", err=True)
         sys.exit(130)
 
 

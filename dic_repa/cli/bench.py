@@ -115,7 +115,7 @@ def sample(recipes, overrides, guidance, baselines, **measuring):
     """The whole sampler of training recipes with random weights: all steps, guidance, and decoding to images.
 
     The solver, its steps and the guidance are those of the recipe's `sample` section. NFE counts the network's
-    evaluations for one image. The decoder has random weights where its own cannot be had.
+    evaluations for one image. The decoder has random weights if its own are not here.
 
     \b
     Examples:

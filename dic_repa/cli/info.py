@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 @click.command("info")
 @click.argument("names", nargs=-1, shell_complete=completion.recipes)
 @click.option(
-    "--size",
-    "sizes",
-    type=Count(4),
-    multiple=True,
-    help="Height and width of the latent.  [default: 32 and 64]",
+    "--size", "sizes", type=Count(4), multiple=True, help="Height and width of the latent.  [default: 32 and 64]"
 )
 @set_option("a recipe")
 @json_option(", unrounded")
@@ -68,7 +64,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
 
 
 def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> list[tuple[int, Pretrained]]:
-    """Each size with the model or recipe of that `name`, which is one model for all sizes where it can be."""
+    """Each size with the model or recipe of that `name`: one model for all sizes, if possible."""
     from dic_repa.models import create_denoiser, list_denoisers
     from dic_repa.recipe.build import build_denoiser, data_traits, import_plugins
 

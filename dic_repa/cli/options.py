@@ -89,7 +89,7 @@ def recipe_option(key: str, form: str = "{}", **settings: Any) -> Callable:
 
 
 def _click_type(schema: dict[str, Any]) -> Any:
-    """What click reads a value as that is to fit a JSON schema, whose null is an option that is not given."""
+    """The click type of a JSON schema; null is an option that is not given."""
     schema = next(one for one in schema.get("anyOf", [schema]) if one.get("type") != "null")
     if "enum" in schema:
         return click.Choice(schema["enum"])

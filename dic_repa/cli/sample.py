@@ -132,9 +132,7 @@ def choose_labels(loaded, settings: SampleSection, classes: str | None = None):
 
 
 def parse_classes(text: str, condition: Condition) -> list[int]:
-    """'3', '0,4,7', '0-9', names such as 'cat,dog', and 'none' (the null) as lists of labels; a UserError names what is
-    wrong. What may be a number is one, whatever the classes are called.
-    """
+    """'3', '0,4,7', '0-9', 'cat,dog' or 'none' (the null) as a list of labels; a number is never a class's name."""
     names = condition.names
     if text == "none":
         return [condition.count]
@@ -149,8 +147,8 @@ def parse_classes(text: str, condition: Condition) -> list[int]:
             classes.append(names.index(part))
         else:
             named = [name for name in names if not name.isdigit()]
-            meant = f", or names{did_you_mean(part, named)}" if named else f", not '{text}'"
-            raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9{meant}")
+            instead = f", or names{did_you_mean(part, named)}" if named else f", not '{text}'"
+            raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9{instead}")
     if max(classes) >= condition.count:
         raise UserError(f"--classes {text}: the model has {condition.describe_rows()}")
     return classes

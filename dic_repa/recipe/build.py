@@ -42,8 +42,10 @@ def import_plugins(recipe: Recipe) -> None:
 
 
 def build_dataset(section: DataSection, split: str = "train"):
-    """The data set: samples are dicts of `label`, `image` (where there are images) and `x` or the `moments` that it is
-    drawn from; it has `channels`, and `num_classes` and `class_names` or another `condition`.
+    """The data set.
+
+    Its samples are dicts of `label`, `image` (if there are images) and `x` or the `moments` that `x` is drawn from. It
+    has `channels`, and `num_classes` and `class_names` or another `condition`.
     """
     given = {"path": section.place, "autoencoder": section.autoencoder}
     given = {key: value for key, value in given.items() if value is not None}
@@ -56,7 +58,7 @@ def build_dataset(section: DataSection, split: str = "train"):
 
 @dataclass(frozen=True)
 class DataTraits:
-    """What the parts of a recipe need to know of its data. `image_size` is 0 where there are no images."""
+    """What the parts of a recipe need to know of its data. `image_size` is 0 if there are no images."""
 
     channels: int
     condition: Condition
@@ -65,7 +67,7 @@ class DataTraits:
 
 
 def data_traits(section: DataSection) -> tuple[DataTraits, str]:
-    """The traits of the recipe's data, and why they had to be assumed; '' where the data is on this machine.
+    """The traits of the recipe's data, and why they had to be assumed; '' if the data is on this machine.
 
     Assumed are Stable Diffusion's latents (or pixels, with the autoencoder `none`) and ImageNet's 1000 classes.
     """
@@ -89,11 +91,14 @@ def build_decoder(
     saved: SavedData | None = None,
     place: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """From the denoiser's data to images in [0, 1], of a whole batch at once: the caller chooses its size.
+    """A function from a batch of the denoiser's data to images in [0, 1].
 
-    The training data itself is not needed where `saved` tells of it, or the recipe names its autoencoder. `place` is
-    where the autoencoder is now, if it is no longer under its name. A UserError where it cannot be found, or is another
-    than `saved` tells of.
+    Args:
+        saved: What the checkpoint holds about its data; it or `section.autoencoder` spares a look at the data.
+        place: Where the autoencoder is now, if it is no longer under its name.
+
+    Raises:
+        UserError: The autoencoder is not found, or is not that of `saved`.
     """
     if saved and saved.autoencoder:
         return _saved_decoder(saved.autoencoder, device, place)
@@ -122,7 +127,7 @@ def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str
 
 
 def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]:
-    """The classes' names; their numbers where the data set is not on this machine."""
+    """The classes' names; their numbers if the data set is not on this machine."""
     names = getattr(datasets.find(section.name), "class_names", None)
     if names is None:
         try:
@@ -166,7 +171,8 @@ def build_alignment(
 ) -> Alignment:
     """The head and losses between the denoiser's tap and the encoder, for the sizes that `data` has.
 
-    A UserError where the encoder's tokens of the first image are not the grid that it promises.
+    Raises:
+        UserError: There are no images, or the encoder's tokens of the first are not the grid that it promises.
     """
     from dic_repa.encoders import check_tokens
 

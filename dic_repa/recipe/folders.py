@@ -1,7 +1,7 @@
 """Where a recipe's plugins and its data are looked for: in the current folder, then in the recipe's `folders`.
 
 `load_recipe` notes the folder of the recipe's file there if it holds what the current folder lacks, and a run notes the
-current folder that it was begun in, so that it finds them again from wherever it is resumed or sampled.
+current folder that it was begun in, so that it finds them again when it is resumed or sampled from another folder.
 """
 
 from __future__ import annotations

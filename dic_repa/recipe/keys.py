@@ -164,7 +164,7 @@ def find_field(schema: type[BaseModel], dotted: str) -> FieldInfo:
 
 
 def explain_mistake(schema: type[BaseModel], error: ErrorDetails) -> str:
-    """One of pydantic's errors in the words of a recipe: the key, and what it takes or which one is meant."""
+    """One of pydantic's errors in the words of a recipe: the key, and what it takes or the nearest key."""
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("extra_forbidden", "no_such_attribute"):
         return (

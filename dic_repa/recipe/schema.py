@@ -1,4 +1,4 @@
-"""The typed schema of a recipe, and nothing that it builds: a section is a class, a key a field with its meaning."""
+"""The typed schema of a recipe: a section is a class, a key is a field with its meaning."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a key as if it stood in a recipe; what it does not take is a UserError, and changes nothing."""
+        """Set a key as a recipe would; a wrong value is a UserError and changes nothing."""
         if name.startswith("_"):
             return super().__setattr__(name, value)
         try:
@@ -43,7 +43,7 @@ class Section(BaseModel):
         super().__setattr__(name, getattr(changed, name))
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.__dict__ == other.__dict__  # wherever it was found
+        return type(self) is type(other) and self.__dict__ == other.__dict__
 
 
 class ModelSection(Section):

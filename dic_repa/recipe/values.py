@@ -1,4 +1,4 @@
-"""What values a recipe takes, written as people do: 1e3 steps, a learning rate of 1e-4, and YAML that reads both.
+"""The values of a recipe, as people write them: 1e3 steps, a learning rate of 1e-4, and YAML that reads both.
 
 YAML 1.1 takes 1e3, 1e-4 and 1.0e3 for strings: it wants a dot and a sign in the exponent.
 """
@@ -17,7 +17,7 @@ _FLOAT = "tag:yaml.org,2002:float"
 
 
 def whole_number(value: Any) -> Any:
-    """1000 of 1000.0, '1e3' and '1_000'; what is no whole number as it is, for a schema to refuse."""
+    """1000 of 1000.0, '1e3' and '1_000'; anything else unchanged, for a schema to refuse."""
     number = value
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -27,7 +27,7 @@ def whole_number(value: Any) -> Any:
 
 
 def real_number(value: Any) -> Any:
-    """0.001 of '1e-3'; what is no number as it is, for a schema to refuse."""
+    """0.001 of '1e-3'; anything else unchanged, for a schema to refuse."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)
@@ -78,7 +78,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> Any:
-    """The plain content of YAML; a `yaml.YAMLError` where it is none, or asks for more than plain values."""
+    """The content of YAML; a `yaml.YAMLError` if it is not YAML or has more than plain values."""
     return yaml.load(text, Loader=_Loader)
 
 

@@ -36,8 +36,8 @@ def convert(
             from.
         dtype: Of the weights, as torch calls it.
         weights: Which of a training checkpoint: an average's name, or raw.
-        family: What an authors' checkpoint is of, where its file does not say.
-        recipe: By what the weights were trained, where no recipe lies beside them.
+        family: The model of an authors' checkpoint, if its file does not say.
+        recipe: What the weights were trained by, if no recipe lies beside them.
 
     Returns:
         The denoiser that was written.
@@ -60,12 +60,13 @@ def convert(
 
 
 def load_any(source: Path, weights: str = "ema", family: str | None = None) -> tuple[Pretrained, Path | None]:
-    """The denoiser of any kind of checkpoint, and the recipe.yaml beside it, or None where there is none.
+    """The denoiser of any kind of checkpoint, and the recipe.yaml beside it if there is one.
 
-    A UserError says what `source` is not, or lacks.
+    Raises:
+        UserError: `source` is not a checkpoint, or lacks these weights.
     """
-    if not source.exists() and len(source.parts) == 1 and (meant := suggest_runs(source)):  # no hub id either
-        raise UserError(f"there is no run or checkpoint folder {source}{meant}")
+    if not source.exists() and len(source.parts) == 1 and (near := suggest_runs(source)):  # no hub id either
+        raise UserError(f"there is no run or checkpoint folder {source}{near}")
     if source.is_file():
         return load_authors_checkpoint(source, family), None
     folder = source
@@ -79,15 +80,17 @@ def load_any(source: Path, weights: str = "ema", family: str | None = None) -> t
         return load_denoiser(source), _existing(source / "recipe.yaml")
     if weights not in ("raw", *averages):
         raise UserError(f"{folder} has no weights '{weights}'; it has {', '.join(averages)} and raw")
-    _import_plugins(folder / averages[0] / "recipe.yaml")
+    recipe_file = _existing(folder / averages[0] / "recipe.yaml")
+    if recipe_file:
+        import_plugins(load_training_recipe(recipe_file))  # they may register the denoiser
     model = load_denoiser(folder / (averages[0] if weights == "raw" else weights))
     if weights == "raw":
         load_raw(model, folder)
-    return model, _existing(folder / averages[0] / "recipe.yaml")
+    return model, recipe_file
 
 
 def check_recipe(name: str, model: Pretrained) -> None:
-    """A UserError where `model` cannot have been trained by the recipe `name`: for other channels, classes or sizes."""
+    """Raise a UserError if the recipe `name` is for other channels, classes or sizes than `model`."""
     recipe = load_training_recipe(name)
     import_plugins(recipe)
     # Weights fit whether or not the data that is here has mirrored images, which training would ask for.
@@ -102,19 +105,13 @@ def check_recipe(name: str, model: Pretrained) -> None:
     forward_on_meta(model, recipe.data.size, recipe.data.size)
 
 
-def _import_plugins(recipe_file: Path) -> None:
-    """Import what the recipe names, so that a denoiser of the user's own is found."""
-    if recipe_file.is_file():
-        import_plugins(load_training_recipe(recipe_file))
-
-
 def _write_authors(model: Pretrained, target: Path) -> None:
     state = authors_state_dict(model)
     with write_aside(target) as aside:
         if target.suffix == ".safetensors":
             save_tensors(state, aside, {"made_by": MARK})
         else:
-            with aside.open("wb") as file:  # given its path, torch would tell of another cause than the disk's
+            with aside.open("wb") as file:  # given a path, torch would hide the disk's own error
                 torch.save({"made_by": MARK, "ema": state}, file)  # "ema": where the authors' sampling looks first
 
 

@@ -2,10 +2,10 @@
 
     000000.png, 000001.png, ...    samples.json    what they are: checkpoint, settings, the label of each
 
-Images are sampled in blocks of `batch_size` consecutive indices, whichever process takes one, and a block of which an
-image is missing is sampled as a whole: so every image is computed in the same batch, and comes out the same to the bit,
-whatever the number of processes and kills. (With another batch size a rounding may fall the other way; for an adaptive
-solver, whose steps suit a whole batch, the images change within its tolerances.)
+Images are sampled in blocks of `batch_size` consecutive indices. A block that lacks an image is sampled as a whole, so
+every image is computed in the same batch and is the same to the bit, whatever the number of processes and kills. (With
+another batch size a rounding may fall the other way; with an adaptive solver, whose steps suit a whole batch, images
+change within its tolerances.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from dic_repa.conditions import Condition, VectorCondition
+from dic_repa.conditions import VectorCondition
 from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.hashing import fingerprint
@@ -44,7 +44,7 @@ from dic_repa.sampling.sampler import Sampler
 WRITERS = 4  # threads that compress PNG files while the next batch is sampled
 _NAMES = (SAMPLES_FILE, SAMPLES_NPZ, "grid.png", "trajectory.png")
 _CHANGEABLE = {
-    "checkpoint",  # where it is; what it is, its weights tell
+    "checkpoint",  # its place alone; its weights are compared
     "sample.guidance.weak",
     "sample.num",
     "sample.batch_size",
@@ -58,8 +58,10 @@ _CHANGEABLE = {
 class SampleFolder:
     """A folder of samples, and what is to be in it.
 
-    `spec` is what determines the images; a folder that has samples of another spec is refused. More images (`num`) of
-    the same spec are added to those that are there. `mend` says what to do about a folder that is refused.
+    Args:
+        spec: What determines the images. A folder with samples of another spec is refused; more images of the same spec
+            are added to those that are there.
+        hint: What to do about a folder that is refused.
     """
 
     def __init__(self, path: str | Path, spec: dict, hint: str = "pass --overwrite, or another folder with --out"):
@@ -67,8 +69,7 @@ class SampleFolder:
         self.num, self.block = spec["sample"]["num"], spec["sample"]["batch_size"]
 
     def check(self, overwrite: bool = False) -> None:
-        """A UserError where the folder holds anything but samples, of this spec unless they are to be overwritten, or
-        where a file that is not ours bears a name that is to be written."""
+        """Raise a UserError for anything else in the folder, or for other samples unless `overwrite`."""
         if check_folder(self.path, "samples") is None:
             return
         coming = Marker("samples", {*_NAMES, "metrics.json"}, self.num)
@@ -96,8 +97,7 @@ class SampleFolder:
             self.spec["evaluations_per_image"] = before["evaluations_per_image"]
 
     def begin(self, overwrite: bool = False) -> None:
-        """Write the spec, and remove what does not belong to it: of a kill and, to `overwrite`, of other samples. What
-        is not of samples is left."""
+        """Write the spec; remove what a kill left and, to `overwrite`, other samples, but nothing that is not ours."""
         self.check(overwrite)
         marker = check_folder(self.path, "samples")
         if marker is None or overwrite:
@@ -123,10 +123,10 @@ class SampleFolder:
         return [self.file(i) for i in range(self.num) if self.file(i).name in there]
 
     def missing(self) -> list[range]:
-        """The blocks of indices of which an image is missing."""
-        there = {entry.name for entry in os.scandir(self.path)}
+        """The blocks of indices that lack an image."""
+        there = set(self.numbered())
         blocks = [range(k, min(k + self.block, self.num)) for k in range(0, self.num, self.block)]
-        return [block for block in blocks if any(self.file(i).name not in there for i in block)]
+        return [block for block in blocks if any(self.file(i) not in there for i in block)]
 
     def arrays(self) -> Iterator[np.ndarray]:
         """All images in order, in batches of uint8 (B, H, W, 3), read by several threads."""
@@ -156,11 +156,12 @@ class SampleFolder:
 
 def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None = None) -> dict:
     """What determines the images of a folder, as JSON has it."""
+    condition = checkpoint.condition
     return {
         "checkpoint": str(checkpoint.source),
         "weights": weights_fingerprint(checkpoint.source / WEIGHTS),
         **weak_weights(settings),
-        **_examples(checkpoint.condition),
+        **({"conditions": fingerprint(condition.examples)} if isinstance(condition, VectorCondition) else {}),
         "sample": settings.model_dump(mode="json"),
         "evaluations_per_image": None,
         "classes": classes,
@@ -168,15 +169,8 @@ def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor,
     }
 
 
-def _examples(condition: Condition) -> dict[str, str]:
-    """The examples that the labels name, as what tells samples from others; nothing for classes."""
-    if not isinstance(condition, VectorCondition):
-        return {}
-    return {"conditions": fingerprint(condition.examples)}
-
-
 def patient_accelerator() -> Accelerator:
-    """An Accelerator whose processes wait a day for each other: one may be hours ahead, which is no sign of a fault."""
+    """An Accelerator whose processes wait a day for each other, since one may be hours ahead."""
     return start_processes(patience=timedelta(days=1))
 
 
@@ -185,7 +179,8 @@ def sample_into(
 ) -> None:
     """Fill `folder` in all processes of `accelerator`, with a progress bar; done when all of them are.
 
-    Raises UserError where the folder holds other samples, unless `overwrite`, and always where it holds anything else.
+    Raises:
+        UserError: The folder holds other samples (unless `overwrite`), or anything else.
     """
     folder.check(overwrite)  # by all processes, so that all of them end
     accelerator.wait_for_everyone()
@@ -227,8 +222,10 @@ def fill(
 ) -> None:
     """Sample this process's share of the blocks that are `missing`, and write them.
 
-    In several processes all must be given the same `missing`, listed before the first of them writes. A UserError
-    names an image that came out as NaN.
+    Several processes must be given the same `missing`, listed before the first of them writes.
+
+    Raises:
+        UserError: An image came out as NaN.
     """
     blocks = list(folder.missing() if missing is None else missing)[rank::processes]
     indices = [i for block in blocks for i in block]

@@ -1,4 +1,4 @@
-"""Which conditions are sampled, each by its label: in turn, at random, or those that the user names."""
+"""The labels of samples: in turn, at random, or those that the user names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ _LABELS = 3  # the purpose of a random number, beside those of dic_repa.samplers
 
 
 def balanced_labels(recipe: Recipe, condition: Condition, num: int, classes: Sequence[int] | None = None) -> Tensor:
-    """Labels (num,) that go round the `classes`, so that each is drawn as often as the others.
+    """Labels (num,) that go round the `classes`, so that each comes as often as the others.
 
-    By default all that the condition has; only the null for a model that was trained without (data without classes, or
-    label dropout 1), which knows no other.
+    By default all that the condition has, or the null for a model that was trained without labels.
     """
     if classes is None:
         without = not condition.count or recipe.train.label_dropout == 1
@@ -33,7 +32,6 @@ def random_labels(
     choices = balanced_labels(recipe, condition, len(classes) if classes else max(1, condition.count), classes).unique()
     drawn = []
     for index in range(num):
-        # A purpose of its own in the counter, beside those of dic_repa.samplers.noise.
         bits = np.random.Philox(key=[index, seed & (2**64 - 1)], counter=[0, 0, 0, _LABELS])
         drawn.append(np.random.Generator(bits).integers(len(choices)))
     return choices[torch.tensor(drawn)]

@@ -53,7 +53,8 @@ class Checkpoint:
     def sampler(self, settings: SampleSection) -> Sampler:
         """What samples from the denoiser by `settings`, with the objective and the data's shape of its recipe.
 
-        A UserError where the guidance asks for what the model never learnt, or the settings do not fit together.
+        Raises:
+            UserError: The model never learnt what the guidance needs, or the settings do not fit together.
         """
         recipe, denoiser = self.recipe, self.denoiser
         guidance, weak = settings.guidance, None
@@ -85,7 +86,7 @@ class Checkpoint:
         guidance: float | dict[str, Any] | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Images as PIL has them, by the recipe's `sample` section unless told otherwise.
+        """Images as PIL has them, by the recipe's `sample` section with the keys that are given.
 
         Args:
             classes: the class of each image, by its name or number, None for none; by default all classes in turn.
@@ -215,9 +216,6 @@ def _folder_of(file: Path) -> str:
 
 
 def weak_weights(settings: SampleSection) -> dict[str, str]:
-    """The weaker model that `settings` guide with, as what tells samples from others; nothing where there is none.
-
-    Its path would not tell that it has been trained on, or written over.
-    """
+    """The fingerprint of the weaker model that `settings` guide with, if any: its path may hold other weights later."""
     weak = settings.guidance and settings.guidance.weak
     return {"weak_weights": weights_fingerprint(weights_folder(weak) / WEIGHTS)} if weak else {}

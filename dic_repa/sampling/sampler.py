@@ -38,7 +38,7 @@ class Sampler:
         shape: (C, H, W) of the denoiser's data.
         weak: a denoiser of the same objective for autoguidance.
         decode: from the denoiser's data to images in [0, 1], `settings.decode_batch` at once.
-        condition: what the labels name; by default what the denoiser tells, which knows no examples.
+        condition: what the labels name; by default the denoiser's own, without examples.
     """
 
     denoiser: Pretrained
@@ -58,7 +58,7 @@ class Sampler:
         self.condition = self.condition or condition_of_model(self.denoiser) or NoCondition()
 
     def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Samples of what the `labels` (N,) name, with the `indices` (0 to N - 1 by default) that tell their noise."""
+        """Samples for the `labels` (N,), with the noise of the `indices`, by default 0 to N - 1."""
         indices = range(len(labels)) if indices is None else indices
         y = self.condition.rows(labels)
         settings, info = self.settings, solver_info(self.settings.solver)
@@ -112,7 +112,7 @@ class Sampler:
         return tf32(self.settings.precision == "tf32")
 
     def _prepare(self, denoiser: Pretrained) -> nn.Module:
-        """`denoiser` in the settings' precision, compiled where they say so.
+        """`denoiser` in the settings' precision, compiled if they say so.
 
         Cast at each call, not for each batch or step: a run's averaged weights have moved on since the last grid.
         """
@@ -151,8 +151,8 @@ class Sampler:
 def decode_batches(samples: Iterable[Tensor], decode: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """The images of each batch of `samples`, on the CPU, in order.
 
-    On a GPU a batch is decoded and copied on a second stream, and handed out when the next batch is on its way, so that
-    neither decoding nor whoever saves the images keeps the sampler waiting.
+    On a GPU a batch is decoded and copied on a second stream, and handed out when the next batch is on its way: neither
+    decoding nor saving keeps the sampler waiting.
     """
     stream, pending = None, None
     for x in samples:
@@ -191,15 +191,15 @@ class _Nothing(Pretrained):
 
 
 def check_sampling(settings: SampleSection, objective) -> None:
-    """A UserError now for what sampling by `settings` would fail on later: names, options and how they fit together."""
+    """Raise a UserError now for names and options that sampling by `settings` would fail on later."""
     sampler = Sampler(_Nothing(), objective, settings.model_copy(update={"batch_size": 1, "compile": "off"}), (1, 1, 1))
     for _ in sampler(torch.zeros(1, dtype=torch.int64)):
         pass
 
 
 def build_guidance(section: GuidanceSection | None) -> Guidance:
-    """The guidance of a recipe; a scale of 1 where there is none."""
+    """The guidance of a recipe; a scale of 1 if it has none."""
     if section is None:
         return Guidance(1.0)
-    settings = (section.scale, section.interval, section.channels, section.schedule, section.rescale, section.doubled)
-    return guidances.create(section.kind, *settings)
+    s = section
+    return guidances.create(s.kind, s.scale, s.interval, s.channels, s.schedule, s.rescale, s.doubled)
