@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend.
+"""The one exception for mistakes that a user can fix.
 
 The command line prints it as a single line and exits with code 2; a traceback is shown only under `--debug`.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message is one line: the cause, then the mend."""
+    """A mistake that the user can fix. The message is one line: the cause, then what to do."""
 
     def __init__(self, message: str = ""):
         if "Original Traceback" in message:  # what a data loader's worker process makes of it; the last line is ours
@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def when_interrupted(tell: Callable[[], str]) -> Iterator[None]:
-    """While entered, Ctrl-C ends the command with the line that `tell` gives; what is nearer to the work goes first."""
+    """While entered, Ctrl-C ends the command with the line that `tell` gives; the innermost one counts."""
     try:
         yield
     except Interrupted:

@@ -21,13 +21,8 @@ def dry_run_text(report: dict) -> str:
         ("memory", _memory(report)),
     ]
     if "steps_per_second" in report:
-        rows.append(
-            (
-                "speed",
-                f"{report['steps_per_second']:.3g} steps/s, {report['images_per_second']:.4g} images/s "
-                f"(the first step took {report['first_step_seconds']:.1f} s){_scaling(report)}",
-            )
-        )
+        speed = f"{report['steps_per_second']:.3g} steps/s, {report['images_per_second']:.4g} images/s "
+        rows.append(("speed", f"{speed}(the first step took {report['first_step_seconds']:.1f} s){_scaling(report)}"))
         energy = report["kwh_to_the_end"]
         spent = f"{energy:.4g} kWh at {report['watts']:.0f} W a GPU" if energy else "energy not measured"
         rows.append(("to the end", f"{_duration(report['hours_to_the_end'])}, {spent}"))
@@ -35,13 +30,8 @@ def dry_run_text(report: dict) -> str:
         rows.append(("speed", "not measured"))
     disk = report["disk"]
     snapshots = f" and {disk['snapshots']} snapshots" if disk["snapshots"] else ""
-    rows.append(
-        (
-            "disk",
-            f"{_gib(disk['checkpoint'])} a checkpoint; {disk['kept']} at once{snapshots}: {_gib(disk['total'])} "
-            f"of {_gib(disk['free'])} free" + (" - TOO LITTLE" if disk["total"] > disk["free"] else ""),
-        )
-    )
+    enough = f"{_gib(disk['total'])} of {_gib(disk['free'])} free{' - TOO LITTLE' * (disk['total'] > disk['free'])}"
+    rows.append(("disk", f"{_gib(disk['checkpoint'])} a checkpoint; {disk['kept']} at once{snapshots}: {enough}"))
     rows += _paper(report["paper"])
     rows += [("note", note) for note in report["notes"]]
     return "\n".join(f"{name:12}{text}" for name, text in rows)

@@ -78,7 +78,12 @@ def command(
     if dry_run:
         if resume:
             say("note: --resume is ignored: --dry-run tries the first steps of a run")
-        show_dry_run(settings, path, processes, as_json)
+        from dic_repa.cli.dry_run import dry_run_text
+        from dic_repa.training.dry_run import dry_run as try_out
+
+        report = try_out(settings, path, processes)
+        if is_main_process():
+            click.echo(json.dumps(report, indent=2) if as_json else dry_run_text(report))
         return
 
     with when_interrupted(lambda: interrupted_message(path)):
@@ -87,10 +92,13 @@ def command(
 
 
 def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, allow_change: bool) -> None:
-    """Train, judge, and tell where everything is; the exit code to requeue by after a signal of a scheduler."""
+    """Train, score, and print where everything is. After a scheduler's signal, exit with the code to requeue by."""
     if not resume:
         RunFolder(path).check_new(overwrite)
-    say(summary(settings, path))  # both now: torch takes seconds to import
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    shared = f", shared by {launched} processes" if launched > 1 else ""
+    # Both now, since torch takes seconds to import.
+    say(f"training into {path}: {settings.train.steps:,} steps of {settings.train.batch_size} images{shared}")
     from torch import OutOfMemoryError
 
     from dic_repa.training import Preempted, train
@@ -118,41 +126,33 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
             f"the GPU's memory is full ({first_line(error)}); lower train.micro_batch or set "
             "train.gradient_checkpointing=true, which change nothing else: --resume goes on with them"
         )
-        if not prints_errors():  # the one that does may have enough
+        if not prints_errors():  # the process that does may have enough memory
             click.echo(f"error: {fault}", err=True)
         raise fault from None
-
-
-def summary(settings: Recipe, path: Path) -> str:
-    """What is known of the run before it is built."""
-    size, processes = settings.train.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
-    shared = f", shared by {processes} processes" if processes > 1 else ""
-    return f"training into {path}: {settings.train.steps:,} steps of {size} images{shared}"
 
 
 def choose_recipe(
     recipe: str | None, path: Path | None, overrides: tuple[str, ...], resume: bool
 ) -> tuple[Recipe, Path]:
-    """The recipe, and the run's folder; with `resume` those of a run that `recipe` or `path` alone names."""
-    if resume and (recipe is None or _names_a_run(recipe)):
+    """The recipe, and the run's folder; with `resume` those of a run that `recipe` or `path` alone names.
+
+    A `recipe` names a run, which may be missing, where it holds a recipe.yaml or has a slash and is no YAML file.
+    """
+    file = Path(recipe or "")
+    names_run = (file / "recipe.yaml").is_file() or ("/" in (recipe or "") and file.suffix not in (".yaml", ".yml"))
+    if resume and (recipe is None or names_run):
         if recipe is None and path is None:
             raise click.UsageError("--resume without a recipe takes the run: dic-repa train --resume runs/NAME")
-        if recipe and path and Path(recipe).resolve() != path.resolve():
+        if recipe and path and file.resolve() != path.resolve():
             raise click.UsageError(f"--resume names two runs, {recipe} and {path}; leave --out out")
-        folder = path or Path(recipe or "")
-        return RunFolder.open(folder).recipe(overrides), folder
+        return RunFolder.open(path or file).recipe(overrides), path or file
     if recipe is None:
         raise click.UsageError("Missing argument 'RECIPE': a name from `dic-repa recipes`, or a YAML file")
-    return load_training_recipe(recipe, overrides), path or Path("runs") / Path(recipe).stem
-
-
-def _names_a_run(recipe: str) -> bool:
-    """Whether a run is meant, which may not be there, and not a recipe."""
-    return (Path(recipe) / "recipe.yaml").is_file() or ("/" in recipe and Path(recipe).suffix not in (".yaml", ".yml"))
+    return load_training_recipe(recipe, overrides), path or Path("runs") / file.stem
 
 
 def is_finished(settings: Recipe, path: Path, allow_change: bool) -> bool:
-    """Whether there is nothing to go on with, which is said; a run whose end was cut off before it was judged is."""
+    """Whether the run has done all its steps. Prints that, and scores the run if its end was cut off before that."""
     run, steps = RunFolder(path), settings.train.steps
     run.check_resume(settings, allow_change)
     if not run.is_finished(steps):
@@ -165,7 +165,7 @@ def is_finished(settings: Recipe, path: Path, allow_change: bool) -> bool:
 
 
 def show_results(run: RunFolder, settings: Recipe):
-    """Judge a run at its end, where it says how, and tell where everything is; the judgement."""
+    """Score a finished run, where its recipe says how, and print where everything is; the judgement."""
     judged = evaluate_and_show([run.path])[0] if settings.evaluate else None
     if run.curves_file.is_file():
         click.echo(f"loss curves: {run.curves_file}")
@@ -188,13 +188,3 @@ def interrupted_message(path: Path) -> str:
 def resume_command(path: Path) -> str:
     """The line that goes on with the run at `path`."""
     return shlex.join(["dic-repa", "train", "--resume", str(path)])
-
-
-def show_dry_run(settings: Recipe, path: Path, processes: int, as_json: bool) -> None:
-    """Try the recipe out, and print what the run would take."""
-    from dic_repa.cli.dry_run import dry_run_text
-    from dic_repa.training.dry_run import dry_run
-
-    report = dry_run(settings, path, processes)
-    if is_main_process():
-        click.echo(json.dumps(report, indent=2) if as_json else dry_run_text(report))

@@ -40,25 +40,11 @@ from dic_repa.runs.checkpoints import Checkpoints, checkpoint_step
 from dic_repa.runs.manifest import MANIFEST, find_damage
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
-_HARMLESS = {
-    "sample",
-    "evaluate",
-    "train.steps",
-    "train.log_every",
-    "train.sample_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.keep_every",
-    "train.snapshot_every",
-    "train.max_skipped",
-    "train.loader_timeout",
-    "train.trackers",
-    "train.sharding",
-    "train.micro_batch",
-    "train.gradient_checkpointing",
-    "train.compile",
-    "data.workers",
-}
+_HARMLESS = set(
+    "sample evaluate train.steps train.log_every train.sample_every train.checkpoint_every train.keep_checkpoints "
+    "train.keep_every train.snapshot_every train.max_skipped train.loader_timeout train.trackers train.sharding "
+    "train.micro_batch train.gradient_checkpointing train.compile data.workers".split()
+)
 RUNS = Path("runs")  # the default folder of runs
 
 
@@ -163,12 +149,12 @@ class RunFolder(Checkpoints):
         newest = self.newest_checkpoint() if last >= steps else None
         if newest is None:
             return False
-        self._check_steps(checkpoint_step(newest), steps)
-        return checkpoint_step(newest) == steps
+        return self._check_steps(newest, steps) == steps
 
-    def _check_steps(self, done: int, steps: int) -> None:
-        if done > steps:
+    def _check_steps(self, newest: Path | None, steps: int) -> int:
+        if (done := checkpoint_step(newest) if newest else 0) > steps:
             raise UserError(f"{self.path} has done {done} steps already, more than train.steps {steps}")
+        return done
 
     def resume(self, recipe: Recipe, allow_change: bool = False) -> Path | None:
         """Make an existing run ready to go on, and return the checkpoint to go on from; None where there is none yet.
@@ -178,8 +164,7 @@ class RunFolder(Checkpoints):
         """
         self.check_resume(recipe, allow_change)
         newest = self.newest_checkpoint()
-        done = checkpoint_step(newest) if newest else 0
-        self._check_steps(done, recipe.train.steps)
+        done = self._check_steps(newest, recipe.train.steps)
         for folder in self.list_checkpoints():
             if checkpoint_step(folder) > done:
                 self.remove_checkpoint(folder)
@@ -215,8 +200,7 @@ class RunFolder(Checkpoints):
 
 
 def suggest_runs(path: Path) -> str:
-    """'; did you mean runs/mine?' for a folder of runs, one inside a run, or the bare or misspelt name of one; '' where
-    there is none to mean."""
+    """'; did you mean runs/mine?' for a folder of runs, a folder in a run, or a bare or misspelt name; else ''."""
     inside = path.is_dir() and (path.parent / "recipe.yaml").is_file() and (path.parent / "checkpoints").is_dir()
     runs = [path.parent] if inside else runs_in(path)
     if not path.exists():

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from dic_repa.errors import UserError
+from dic_repa.runtime.progress import warn
 
 try:
     import fcntl
@@ -50,8 +50,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Who is at work in the run folder, 'process 17 on host'; None where nobody is, or the system does not say."""
-    if folder.resolve() in _held:  # whose lock would be lost by closing the file a second time
+    """Which process works in the run folder, 'process 17 on host'; None for none, or where the system has no locks."""
+    if folder.resolve() in _held:  # opening and closing the file would lose this process's lock
         return _name(json.dumps(_owner()))
     if fcntl is None or not (folder / "lock").is_file():
         return None
@@ -83,8 +83,7 @@ def _acquire(path: Path) -> int | None:
                 continue
             raise UserError(f"{path.parent} is in use by {_name(owner)}; wait for it, or stop it") from None
         except OSError as error:
-            print(f"warning: {path.parent} cannot be locked ({error.strerror}): begin no second run there",
-                  file=sys.stderr)  # fmt: skip
+            warn(f"{path.parent} cannot be locked ({error.strerror}): begin no second run there")
             os.close(descriptor)
             path.unlink(missing_ok=True)
             return None

@@ -23,8 +23,8 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path, part: str = "", thorough: bool = True) -> str | None:
     """What is wrong with the checkpoint `folder`, in a few words; None where all is as its manifest says.
 
-    `part` is a folder or a file inside it, such as 'ema', where the rest does not matter. What
-    is not `thorough` compares sizes alone, which is quick.
+    `part` is a folder or a file inside it, such as 'ema', where the rest does not matter. Unless `thorough`, only
+    sizes are compared, which is quick.
     """
     try:
         listed = json.loads((folder / MANIFEST).read_text())["files"]

@@ -1,5 +1,5 @@
-"""How many threads torch takes on a CPU: one a core, also where other work keeps the cores busy. Then all of them wait
-in every operation for the one that waits for its core; so they are fewer here.
+"""How many threads torch takes on a CPU. By itself it takes one a core, also where other work keeps cores busy; then in
+every operation all threads wait for the one whose core is taken. Here they are fewer.
 """
 
 from __future__ import annotations

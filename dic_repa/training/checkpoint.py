@@ -11,7 +11,6 @@ A checkpoint is written aside, flushed and renamed, in a thread, from a copy in 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
@@ -32,7 +30,7 @@ from dic_repa.recipe import Recipe, to_yaml
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.manifest import write_manifest
-from dic_repa.runtime.progress import say
+from dic_repa.runtime.progress import say, warn
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.parts import Parts
 from dic_repa.training.sharding import cut_like, to_cpu
@@ -40,7 +38,7 @@ from dic_repa.training.sharding import cut_like, to_cpu
 
 @dataclass
 class TrainingState:
-    """A run's state after `step` steps, in CPU memory, apart from what trains on."""
+    """A run's state after `step` steps, copied into CPU memory."""
 
     step: int
     model: dict[str, Tensor]
@@ -80,8 +78,8 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
             (aside / name / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
             state.data.write(aside / name)
             save_tensors(tensors, aside / name / "model.safetensors")
-        with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not tell of a full disk
-            content = {"class": state.optimizer_class, "state": state.optimizer, "scaler": state.scaler}
+        content = {"class": state.optimizer_class, "state": state.optimizer, "scaler": state.scaler}
+        with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not report a full disk
             torch.save(content, file)
         (aside / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
         write_manifest(aside)
@@ -108,18 +106,12 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
         step = json.loads((folder / "state.json").read_text())["step"]
         saved, kind = content["state"], content.get("class", "AdamW")  # there was no other before
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
-        raise UserError(
-            f"{folder} is damaged ({type(error).__name__}); remove it to resume from the one before"
-        ) from None
+        damage = f"{folder} is damaged ({type(error).__name__})"
+        raise UserError(f"{damage}; remove it to resume from the one before") from None
     groups = parts.optimizer.state_dict()["param_groups"]  # the recipe's, which may have been changed
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
-    state = {
-        i: {
-            name: _like(value, parameters[i])
-            for name, value in values.items()  # the step's count is no parameter's shape, and is left as it is
-        }
-        for i, values in saved.items()
-    }
+    # The step's count has no parameter's shape, and is left as it is.
+    state = {i: {name: _like(value, parameters[i]) for name, value in kept.items()} for i, kept in saved.items()}
     if kind == type(parts.optimizer.optimizer).__name__:
         parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
     elif accelerator.is_main_process:
@@ -143,8 +135,8 @@ def _like(tensor: Tensor, own: Tensor | None) -> Tensor:
 class CheckpointWriter:
     """Writes in a thread, one job at a time: `start` waits for the job before.
 
-    A job that fails is told of on standard error, and the run goes on; `finish` raises it if it was the last one.
-    Main process only; elsewhere nothing is ever started.
+    A job that fails costs a warning, and the run goes on; `finish` raises its error if it was the last one. Only the
+    main process starts jobs.
     """
 
     run: RunFolder
@@ -182,11 +174,11 @@ class CheckpointWriter:
             kept = f"{newest.name} is whole" if newest else "there is none before it"
             folder = self.run.checkpoint_path(step)
             self.failure = f"the checkpoint {folder} could not be written ({first_line(_cause(error))}); {kept}"
-            tqdm.write(f"warning: {self.failure}; the run goes on", file=sys.stderr)
+            warn(f"{self.failure}; the run goes on")
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The system's error that torch's own came of, such as a full disk's; `error` where there is none."""
+    """The system's error that caused torch's own, such as a full disk's; else `error` itself."""
     before: BaseException | None = error
     while before is not None and not isinstance(before, OSError):
         before = before.__context__

@@ -99,8 +99,8 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
 
 
 def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
-    """The recipe with random data of the right shapes, no progress grids and no feature cache; `notes` says what else
-    had to be put in a thing's place."""
+    """The recipe with random data of the right shapes, no progress grids and no feature cache; `notes` says what was
+    assumed."""
     trial = recipe.model_copy(deep=True)
     traits, missing = data_traits(recipe.data)
     if missing:
@@ -116,9 +116,8 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
         "image_size": traits.image_size or 1,
         **traits.condition.options(),
     }
-    trial.data = trial.data.model_copy(
-        update={"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
-    )
+    update = {"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
+    trial.data = trial.data.model_copy(update=update)
     trial.train.sample_every, trial.evaluate = 0, None
     for section in trial.alignments:
         if section.cache:
@@ -128,7 +127,7 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
 
 
 def note_missing_decoder(recipe: Recipe, notes: list[str]) -> None:
-    """What would keep the run from drawing its grids: an autoencoder that is not here."""
+    """Note an autoencoder that is missing here, without which the run cannot draw its grids."""
     if not recipe.data.autoencoder and not Path(recipe.data.place or ".").exists():
         return  # the data, which is not here, will name it
     try:
@@ -139,13 +138,11 @@ def note_missing_decoder(recipe: Recipe, notes: list[str]) -> None:
 
 def build_shapes(trial: Recipe) -> dict:
     """The denoiser with its heads on the meta device, and what else can be known from it."""
-    size = trial.data.size
-    options = trial.data.options
+    size, options = trial.data.size, trial.data.options
     condition = create_condition(options["num_classes"], options.get("condition"))
     with torch.device("meta"):
         denoiser = build_denoiser(trial.model, options["channels"], condition)
     denoiser.set_gradient_checkpointing(trial.train.gradient_checkpointing)
-    macs = measure_cost(denoiser, size).macs
     alignments, tokens, encoders = [], [], {}
     image_size = (options["image_size"],) * 2
     for section in trial.alignments:
@@ -157,9 +154,9 @@ def build_shapes(trial: Recipe) -> dict:
             alignments.append(join_encoder(section, encoder, denoiser, image_size, (size, size)))
     heads = count_parameters(*alignments)
     return {
+        "macs": measure_cost(denoiser, size).macs,  # before the taps have their hooks
         "model": AlignedDenoiser(denoiser, alignments),
         "parameters": {"denoiser": count_parameters(denoiser), "heads": heads, "encoders": encoders},
-        "macs": macs,
         "tokens": tokens,
         "data": (options["channels"], size, size),
     }
@@ -177,6 +174,7 @@ def random_encoder(section: AlignmentSection):
 
 
 def takes_pretrained(section: AlignmentSection) -> bool:
+    """Whether the encoder is one of timm's, which has an option `pretrained`."""
     from dic_repa.encoders.families import FAMILIES
 
     return section.encoder in FAMILIES or section.encoder.startswith("timm:")
@@ -206,10 +204,9 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
                 if step == 0:
                     power.forget()  # it compiles, chooses algorithms and warms up
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the step does not fit into the memory of {device_name(device)} ({first_line(error)}); lower "
-            f"train.micro_batch (now {rows // passes}) or set train.gradient_checkpointing=true"
-        ) from None
+        fault = f"the step does not fit into the memory of {device_name(device)} ({first_line(error)})"
+        hint = f"lower train.micro_batch (now {rows // passes}) or set train.gradient_checkpointing=true"
+        raise UserError(f"{fault}; {hint}") from None
     if not torch.isfinite(loss):
         raise UserError(f"the loss of the random batch is {loss.item()}; try train.precision=no")
     step_seconds = statistics.median(seconds[1:])
@@ -229,7 +226,7 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
 
 
 def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> None:
-    """Leave an encoder's weights random where they cannot be fetched, since the speed is the same; `notes` says so."""
+    """Leave an encoder's weights random, and note it, where they cannot be fetched: the speed is the same."""
     from dic_repa.encoders import create_encoder
 
     if not takes_pretrained(section) or section.encoder_options.get("pretrained") is False:

@@ -30,10 +30,8 @@ class EMA:
 
     Made before the denoiser is wrapped or hooked: `model` is a plain copy of it in eval mode, ready to sample from.
 
-    A step that was skipped counts as one that changed no weight: the average moves by its usual share towards weights
-    that stayed as they were. So its profile is one of the step alone, as averages made after the run take for granted.
-    Nor could one call leave it out: only the device knows of the skip, and the share of a lerp over many tensors is a
-    number of the host.
+    A skipped step counts as one that changed no weight, so that the average's profile depends on the step alone, as
+    averages made after the run take for granted.
     """
 
     def __init__(self, denoiser: Pretrained, decay: float = 0.9999, warmup: bool = False):

@@ -109,13 +109,9 @@ class MetricLog:
             with contextlib.suppress(OSError, ValueError):
                 sessions = json.loads(self.run.environment_file.read_text())
             write_whole(self.run.environment_file, json.dumps([*sessions, environment], indent=2) + "\n")
-        self.bar = progress_bar(
-            total=self.settings.steps,
-            initial=self.start,
-            unit="step",
-            desc=self.run.path.name,
-            disable=not self.accelerator.is_main_process,
-        )
+        quiet = not self.accelerator.is_main_process
+        steps, name = self.settings.steps, self.run.path.name
+        self.bar = progress_bar(total=steps, initial=self.start, unit="step", desc=name, disable=quiet)
         self.since = time.perf_counter()
         return self
 
@@ -157,9 +153,8 @@ class MetricLog:
         self.images += self.settings.batch_size
         if step % self.settings.log_every and step != self.settings.steps:
             return
-        sums, steps = self.accelerator.reduce(
-            torch.stack([torch.stack(list(self.sums.values())), torch.stack(list(self.steps.values()))]), "sum"
-        ).tolist()
+        both = torch.stack([torch.stack([*self.sums.values()]), torch.stack([*self.steps.values()])])
+        sums, steps = self.accelerator.reduce(both, "sum").tolist()
         seconds = time.perf_counter() - self.since - self.pause
         record = {
             "step": step,

@@ -52,9 +52,8 @@ def estimate_memory(
         shape: of what one pass takes, (micro batch, C, H, W).
         optimizer_bytes: that the optimizer keeps for each weight; 8 are AdamW's two moments.
     """
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    averages = 4 * sum(p.numel() for p in model.denoiser.parameters())
-    averages *= 1 + len(settings.more_ema_decays) + len(settings.power_ema)
+    weights = 4 * count_parameters(model)
+    averages = 4 * count_parameters(model.denoiser) * (1 + len(settings.more_ema_decays) + len(settings.power_ema))
     sharded = settings.sharding != "none" and processes > 1
     share = processes if sharded else 1
     return {

@@ -1,8 +1,8 @@
 """The optimizers by name, and what each keeps for a weight.
 
-An optimizer is made as `factory(parameters, lr=..., weight_decay=..., betas=..., **options)`, of which it may leave out
-`weight_decay` and `betas`: any of torch.optim will do, as `torch.optim:NAdam`. It should take `found_inf`, as the fused
-ones do: then a step that must be skipped is skipped on the device, and nobody waits for the device to tell.
+An optimizer is made as `factory(parameters, lr=..., weight_decay=..., betas=..., **options)`; it need not take
+`weight_decay` and `betas`. Any of torch.optim will do, as `torch.optim:NAdam`. One that takes `found_inf`, as the fused
+ones do, skips a step on the device, so that the host need not wait for it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,19 @@ optimizers = Registry("optimizer", key="optimizer.name")
 
 
 @optimizers.register("adamw")
-def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0,
-          betas: tuple[float, float] = (0.9, 0.999), **options) -> torch.optim.Optimizer:  # fmt: skip
+def adamw(parameters, lr, weight_decay=0.0, betas=(0.9, 0.999), **options) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay: what DiC, SiT, REPA and U-REPA are trained with."""
     return torch.optim.AdamW(parameters, lr, betas, weight_decay=weight_decay, fused=True, **options)
 
 
 @optimizers.register("adam")
-def adam(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0,
-         betas: tuple[float, float] = (0.9, 0.999), **options) -> torch.optim.Optimizer:  # fmt: skip
+def adam(parameters, lr, weight_decay=0.0, betas=(0.9, 0.999), **options) -> torch.optim.Optimizer:
     """Adam, whose weight decay is a part of the gradient."""
     return torch.optim.Adam(parameters, lr, betas, weight_decay=weight_decay, fused=True, **options)
 
 
 @optimizers.register("sgd")
-def sgd(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
-        **options) -> torch.optim.Optimizer:  # fmt: skip
+def sgd(parameters, lr, weight_decay=0.0, momentum=0.9, **options) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum: half of Adam's memory."""
     parameters = list(parameters)
     fused = not any(hasattr(parameter, "device_mesh") for parameter in parameters)  # torch has none for shards

@@ -99,7 +99,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     model, optimizer = (
         (model, accelerator.prepare_optimizer(optimizer)) if sharded else accelerator.prepare(model, optimizer)
     )
-    objective, sampler = build_objective(recipe.objective), None
+    sampler = None
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
         from dic_repa.sampling.load import Checkpoint
 
@@ -108,22 +108,11 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
         source = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition))
         sampler = source.sampler(sample)
+    objective = build_objective(recipe.objective)
     return Parts(
-        data=data,
-        condition=condition,
-        shape=shape,
-        objective=objective,
-        encoders=encoders,
-        caches=caches,
-        denoiser=denoiser,
-        alignments=alignments,
-        model=model,
-        optimizer=optimizer,
-        ema=ema,
-        averages=averages,
-        sampler=sampler,
-        sharded=sharded,
-    )
+        condition, data, shape, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, averages,
+        sampler, sharded,
+    )  # fmt: skip
 
 
 def in_all_processes(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
@@ -198,13 +187,7 @@ def build_caches(recipe: Recipe, encoders: list, data: Samples, accelerator: Acc
     with accelerator.local_main_process_first():  # who fills what the others then open
         for i, section in enumerate(recipe.alignments):
             if section.cache:
-                caches[f"tokens.{i}"] = feature_cache(
-                    section.encoder,
-                    section.encoder_options,
-                    encoders[i],
-                    data,
-                    accelerator.device,
-                    recipe.data.workers,
-                )
+                named = (section.encoder, section.encoder_options, encoders[i])
+                caches[f"tokens.{i}"] = feature_cache(*named, data, accelerator.device, recipe.data.workers)
                 encoders[i] = None
     return caches

@@ -45,7 +45,7 @@ def list_snapshots(run: RunFolder) -> list[Snapshot]:
 
 
 def no_snapshots(run: RunFolder) -> UserError:
-    """The error for a run that has stored none, or not yet."""
+    """The error for a run without snapshots."""
     settings = "train.power_ema=[0.05,0.1] and train.snapshot_every=STEPS"
     return UserError(f"{run.path} has no snapshots; train with {settings} to make averages later")
 
@@ -76,7 +76,6 @@ def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tu
     """The average of width `sigma_rel` after `step` steps (by default those of the last snapshot): tensors by name, and
     the step.
 
-    A UserError where the run has no snapshots, or none as late as `step`.
     """
     snapshots, gamma = list_snapshots(run), sigma_rel_to_gamma(sigma_rel)
     if not snapshots:

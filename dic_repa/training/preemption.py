@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
@@ -26,17 +26,27 @@ class StopRequest:
         self.received = False
 
     def __enter__(self) -> StopRequest:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._handling = _handling(self._note)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     def _note(self, _number, _frame) -> None:
         self.received = True
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable) -> Iterator[None]:
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 @contextlib.contextmanager
@@ -48,14 +58,8 @@ def preempted_by_signals() -> Iterator[None]:
     def stop(_number, _frame) -> None:
         raise Preempted("told to stop, with nothing left to save")
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
+    with _handling(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def ignore_signals(_worker: int = 0) -> None:

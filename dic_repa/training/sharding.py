@@ -58,11 +58,6 @@ def stages(model: nn.Module) -> list[list[nn.Module]]:
     ]
 
 
-def whole(tensor: Any) -> Any:
-    """The whole of a sharded tensor, for which all processes must call; anything else as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def cut_like(tensor: Tensor, like: Any) -> Tensor:
     """`tensor`, which every process has, cut up and laid out in memory as `like` is."""
     if not hasattr(like, "device_mesh"):
@@ -78,7 +73,9 @@ def to_cpu(tree: Any, keep: bool) -> Any:
     All processes must call it with the same tree, one after the other for each tensor.
     """
     if isinstance(tree, Tensor):
-        tensor = whole(tree.detach())
+        tensor: Any = tree.detach()
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
         return tensor.to("cpu", copy=True) if keep else None
     if isinstance(tree, dict):
         return {key: to_cpu(value, keep) for key, value in tree.items()}

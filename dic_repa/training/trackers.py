@@ -1,10 +1,10 @@
-"""Who is told of a run besides metrics.jsonl: TensorBoard, Weights & Biases, trackio through Accelerate, or your own.
+"""Trackers of a run besides metrics.jsonl: TensorBoard, Weights & Biases, trackio through Accelerate, or your own.
 
 A tracker is made as `factory(run, id, resumed, **options)`, where `id` is the run's name for a service that keeps it,
 and has `configure(values)`, `log(values, step)`, `log_picture(name, picture, step)` and `finish()`.
 
-A resumed run does again what came after its checkpoint. Of that nobody is told twice: `trackers/told.json` has the last
-step that they were told of, and the run's name at W&B.
+A resumed run repeats the steps after its checkpoint, but logs nothing twice: `trackers/told.json` has the last
+step that was logged, and the run's name at W&B.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
-from tqdm import tqdm
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_whole
@@ -29,6 +28,7 @@ from dic_repa.files.outputs import list_output
 from dic_repa.recipe import Recipe
 from dic_repa.registry import Registry
 from dic_repa.runs.folder import RunFolder
+from dic_repa.runtime.progress import warn
 
 trackers = Registry("tracker", key="train.trackers")
 
@@ -53,19 +53,19 @@ class OfAccelerate:
         return {}
 
     def configure(self, values: Mapping[str, Any]) -> None:
-        """Tell the recipe, flat."""
+        """Log the recipe, flat."""
         self.tracker.store_init_configuration(dict(values))
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Tell numbers of a step."""
+        """Log numbers of a step."""
         self.tracker.log(dict(values), step=step)
 
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """Tell a picture of a step."""
+        """Log a picture of a step."""
         self.tracker.log_images({name: [picture]}, step=step)
 
     def finish(self) -> None:
-        """No more will be told."""
+        """Close it."""
         self.tracker.finish()
 
 
@@ -121,15 +121,14 @@ def check_trackers(specs: Sequence[Any]) -> None:
 class Trackers:
     """`with Trackers() as trackers`: the recipe's trackers, from their `start` to the end of the block.
 
-    Only the main process tells them anything; in the others, and without trackers, nothing happens. One that fails
-    costs a warning and not the run.
+    Only the main process logs. A tracker that fails costs a warning, not the run.
     """
 
     def __init__(self):
         self.open: list = []
-        self.told: dict[str, int] = {}  # the last step by the kind of news: metrics, samples, ...
+        self.told: dict[str, int] = {}  # the last step logged, by kind: metrics, samples, ...
         self.folders: list[Path] = []  # in the run, that they write into
-        self.before: set[Path] = set()  # what was in these
+        self.before: set[Path] = set()  # the files in these at the start
 
     def __enter__(self) -> Trackers:
         return self
@@ -178,19 +177,19 @@ class Trackers:
                 list_output(file)
 
     def log(self, values: dict[str, float], step: int, kind: str = "metrics") -> None:
-        """Tell them numbers of a step."""
+        """Log numbers of a step."""
         if self._is_news(kind, step):
             self._each(lambda tracker: tracker.log(values, step))
 
     def log_picture(self, name: str, file: Path, step: int) -> None:
-        """Tell them the picture in `file`, if it is there: a full disk may have kept it from being written."""
+        """Log the picture in `file`, if it is there: a full disk may have kept it from being written."""
         if file.is_file() and self._is_news(name, step):
             with Image.open(file) as image:
                 picture = image.convert("RGB")
             self._each(lambda tracker: tracker.log_picture(name, picture, step))
 
     def log_final(self, scores: dict, picture: Path, step: int) -> None:
-        """Tell them what the samples at the end have scored, and their picture."""
+        """Log the scores of the samples at the end, and their picture."""
         numbers = {f"final/{k}": v for k, v in scores.items() if isinstance(v, int | float) and "count" not in k}
         self.log(numbers, step, "final")
         self.log_picture("final/samples", picture, step)
@@ -210,7 +209,7 @@ class Trackers:
                 action(tracker)
             except Exception as error:  # somebody else's code, a disk or a network
                 name = getattr(tracker, "name", type(tracker).__name__)
-                tqdm.write(f"warning: {name} could not be told: {first_line(error)}", file=sys.stderr)
+                warn(f"{name} could not be told: {first_line(error)}")
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -52,13 +52,9 @@ def main(
     # Both read-outs are thrown away: they are there to say what a token has to know.
     heads = nn.ModuleDict({"label": nn.Linear(embed_dim, NUM_CLASSES), "pixels": nn.Linear(embed_dim, patch * patch)})
     parameters = [*vit.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.99),
-    )
+    decayed = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05}
+    others = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.99))
     steps_per_epoch = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps_per_epoch, pct_start=0.1)
 
