@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.conditions import NoCondition, condition_of_model
 from dic_repa.objectives import Batch
-from dic_repa.objectives.base import Objective
+from dic_repa.protocols import Objective
 from dic_repa.recipe import TrainSection
 
 NORMS = (F.group_norm, F.layer_norm)
