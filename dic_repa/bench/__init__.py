@@ -3,7 +3,3 @@
 Everything that is compared runs in one process, interleaved and repeated, so that a clock that sinks or a busy
 neighbour slows all of it alike; what is reported is the median with its quartiles.
 """
-
-from dic_repa.bench.timing import interleave
-
-__all__ = ["interleave"]

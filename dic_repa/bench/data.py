@@ -70,8 +70,8 @@ def _reading_and_preparing(
     size = data[0]["image"].shape[-1] if "image" in data[0] else 0
     if size < 8:  # too small to be prepared
         return speeds
-    pixels = load_autoencoder("none")
-    speeds["prepare, no autoencoder"] = prepare_speed(folder / "loose", folder / "pixels", pixels, size)
+    none = load_autoencoder("none")
+    speeds["prepare, no autoencoder"] = prepare_speed(folder / "loose", folder / "pixels", none, size)
     if isinstance(data, LatentDataset) and data.spec.name != "none":
         try:
             autoencoder = data.autoencoder.to(device)
@@ -92,11 +92,9 @@ def write_loose_files(data: Samples, folder: Path, count: int) -> list[Path]:
         if "image" in sample:
             image = sample["image"]
             levels = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
-            Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy()).save(
-                stem.with_suffix(".png"), compress_level=0
-            )
-        latents = sample.get("moments", sample.get("x"))
-        if latents is not None:
+            picture = Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
+            picture.save(stem.with_suffix(".png"), compress_level=0)
+        if (latents := sample.get("moments", sample.get("x"))) is not None:
             np.save(stem.with_suffix(".npy"), latents.float().numpy())
         stems.append(stem)
     return stems

@@ -129,19 +129,14 @@ def _decoder(recipe: Recipe, device: torch.device, notes: list[str]) -> Callable
     try:
         return build_decoder(recipe.data, device)
     except UserError as error:
-        notes.append(
-            f"decoding by Stable Diffusion's decoder with random weights, which is as fast ({first_line(error)})"
-        )
+        why = first_line(error)
+        notes.append(f"decoding by Stable Diffusion's decoder with random weights, which is as fast ({why})")
     from diffusers import AutoencoderKL
 
-    autoencoder: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-    )
-    autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    model: Any = AutoencoderKL(**blocks, **sizes)
+    autoencoder = model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def decode(x: Tensor) -> Tensor:

@@ -163,9 +163,8 @@ def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = start_accelerator(recipe.train)
     if accelerator.device.type != device.type:
-        raise UserError(
-            f"training runs on {accelerator.device.type} here; set ACCELERATE_USE_CPU=true for --device cpu"
-        )
+        here = accelerator.device.type
+        raise UserError(f"training runs on {here} here; set ACCELERATE_USE_CPU=true for --device cpu")
     return build_parts(recipe, accelerator), accelerator
 
 

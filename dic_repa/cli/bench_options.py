@@ -43,16 +43,12 @@ _TIMING = option_group(
 )
 
 
-def _check_out(_context, _parameter, path: Path | None) -> Path | None:
+def _check(_context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written now, not when all is measured."""
     if path:
         check_file(path)
-    return path
-
-
-def _check_chart(context, parameter, path: Path | None) -> Path | None:
-    _check_out(context, parameter, path)
-    if path and path.suffix.lower() != ".png":  # said now, not when all is measured
-        raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
+        if option.name == "chart" and path.suffix.lower() != ".png":
+            raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
     return path
 
 
@@ -60,8 +56,8 @@ _PATH = click.Path(path_type=Path)
 _RESULTS = option_group(
     "What is written",
     json_option(),
-    click.option("--chart", type=_PATH, callback=_check_chart, help="A bar chart: a PNG file."),
-    click.option("--out", type=_PATH, callback=_check_out, help="Save the result: a JSON file."),
+    click.option("--chart", type=_PATH, callback=_check, help="A bar chart: a PNG file."),
+    click.option("--out", type=_PATH, callback=_check, help="Save the result: a JSON file."),
 )
 
 

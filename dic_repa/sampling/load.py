@@ -57,9 +57,8 @@ class Checkpoint:
             UserError: The model never learnt what the guidance needs, or the settings do not fit together.
         """
         recipe, denoiser = self.recipe, self.denoiser
-        guidance, weak = settings.guidance, None
+        guidance, weak, device = settings.guidance, None, next(denoiser.parameters()).device
         if guidance and guidance.weak:
-            device = next(denoiser.parameters()).device
             weak = load(guidance.weak, device).denoiser
         elif guidance and guidance.scale != 1 and self.condition.kind == "none":
             raise UserError(
@@ -72,7 +71,6 @@ class Checkpoint:
                 "sample without guidance, or with a weaker model (guidance.weak)"
             )
         shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
-        device = next(denoiser.parameters()).device
         decode = build_decoder(recipe.data, device, self.data, settings.autoencoder)
         objective = build_objective(recipe.objective)
         check_sampling(settings, objective)
@@ -129,21 +127,22 @@ def load(
 ) -> Checkpoint:
     """The denoiser of a run (of its newest checkpoint), of one checkpoint, or of an inference checkpoint.
 
-    `weights` are 'ema', the average that is sampled from; 'raw', the model itself; or a further average such as
-    'ema-0.999'. By default those of the recipe's `sample` section. `recipe` stands in for the one that a checkpoint of
-    ours has beside its weights, and others lack. Its plugins are imported. A UserError says what `path` lacks.
+    Args:
+        recipe: For a checkpoint without a recipe.yaml. The recipe's plugins are imported.
+        weights: 'ema', 'raw' (the model itself), or a further average such as 'ema-0.999'; by default those of the
+            recipe's `sample` section.
+
+    Raises:
+        UserError: `path` is no run or checkpoint, or lacks a recipe or these weights.
     """
     folder = weights_folder(path)
     if (folder / "recipe.yaml").is_file():
         recipe = load_training_recipe(folder / "recipe.yaml")
-    if recipe is None and not (folder / CONFIG).is_file():
-        raise UserError(
-            f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}{suggest_runs(folder)}"
-        )
     if recipe is None:
-        raise UserError(
-            f"{folder} has no recipe.yaml to tell objective and data size; put a training recipe there or pass --recipe"
-        )
+        lacks = f"is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}{suggest_runs(folder)}"
+        if (folder / CONFIG).is_file():
+            lacks = "has no recipe.yaml to tell objective and data size; put a training recipe there or pass --recipe"
+        raise UserError(f"{folder} {lacks}")
     import_plugins(recipe)
     if weights is None:
         weights = "ema" if folder == Path(path) else recipe.sample.weights
@@ -181,7 +180,7 @@ def checkpoint_of(weights: Path) -> Path:
 
 
 def home_of(weights: Path) -> Path:
-    """The run's folder that a checkpoint's weights lie in; the checkpoint itself where it lies in no run."""
+    """The run's folder that a checkpoint's weights lie in; the checkpoint itself if it is not in a run."""
     checkpoint = checkpoint_of(weights)
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 
