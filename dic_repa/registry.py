@@ -70,8 +70,7 @@ class Registry:
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
         """Decorator that files its class or function under `name`. Filing a second thing there is a UserError.
 
-        `facts` are what a list tells of it, such as a solver's order; `fact` gives them again. Of a `description` no
-        docstring is needed.
+        `facts` are for lists, such as a solver's order; `fact` returns them. A `description` replaces the docstring.
         """
 
         def decorate(entry):
@@ -174,7 +173,7 @@ class Registry:
         return given if isinstance(given, str) else first_sentence(inspect.getdoc(self._entry(name)) or "")
 
     def fact(self, name: str, key: str, default: Any = None) -> Any:
-        """What a part was registered with as `key`, else its attribute of that name."""
+        """What a part was registered with as `key`, or else its attribute of that name."""
         facts = self._facts.get(name, {}) if name in self._entries else {}
         return facts[key] if key in facts else getattr(self._entry(name), key, default)
 
@@ -220,13 +219,11 @@ def read_source(module: str, variable: str) -> dict[str, str]:
             if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{variable}.register":
                 given = {word.arg: ast.unparse(word.value) for word in call.keywords}
                 described = given.get("description")
-                text = ast.literal_eval(described) if described else first_sentence(_docstring(node))
+                documented = isinstance(node, ast.ClassDef | ast.FunctionDef)
+                text = first_sentence(ast.get_docstring(node) or "") if documented else ""
+                text = ast.literal_eval(described) if described else text
                 found[ast.literal_eval(call.args[0])] = text
     return found
-
-
-def _docstring(node: ast.AST) -> str:
-    return ast.get_docstring(node) or "" if isinstance(node, ast.ClassDef | ast.FunctionDef) else ""
 
 
 def _same(known: Any, entry: Any) -> bool:
@@ -280,5 +277,5 @@ def _load(kind: str, point: importlib.metadata.EntryPoint) -> Any:
     except (ImportError, AttributeError) as error:
         package = f"{point.dist.name} {point.dist.version}" if point.dist else "an installed package"
         raise UserError(
-            f"{kind} '{point.name}' of {package} cannot be loaded from {point.value} ({error}); mend or remove it"
+            f"{kind} '{point.name}' of {package} cannot be loaded from {point.value} ({error}); fix or remove it"
         ) from error

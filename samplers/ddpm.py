@@ -73,11 +73,10 @@ def sample_ddpm(
     'ddpm' draws from N(mean, variance) of each step, but for the last one, which gives its mean (Ho et al. 2020;
     Nichol and Dhariwal 2021). 'ddim' is x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) eps + d z with d = `eta` (0 by
     default) times the posterior's deviation (Song et al. 2021, eq. 12); 'ddpm' takes none. `clip` limits x0 to [-1, 1].
-    `noise_fn`, `seed` and `indices` as in `sample_sde`.
+    `noise_fn`, `seed`, `indices` and the result as in `sample_sde`.
 
-    Returns x (B, C, ...) in the dtype of `noise`, at least float32; with `return_info` also a SampleInfo. Raises
-    UserError for an unknown solver, a step count that the schedule cannot be respaced to, an `eta` outside [0, 1] or
-    for 'ddpm', and other output channels.
+    Raises:
+        UserError: for an unknown solver, a wrong `eta`, other output channels, and steps that the schedule cannot have.
     """
     solver_info(solver, "ddpm")
     method = ddpm_solvers.find(solver)

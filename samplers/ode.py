@@ -48,22 +48,24 @@ def sample_ode(
 
         x0 = sample_ode(Guidance(1.65).bind(model, y), noise, solver="heun", steps=50)
 
-    `direction="backward"` takes data to noise instead (inversion); `noise` is the data then.
+    If the velocity cannot be evaluated down to t = 0 (a VP path; predictions that are divided by sigma), the last step
+    gives the data prediction.
 
-    A fixed-step solver (`list_solvers('ode')` tells which) takes `steps`, and a grid for them as `times`; or the times
-    themselves without `steps`. An adaptive one takes the tolerances `rtol` and `atol` (1e-5), and `times` only to ask
-    for the states there; its steps suit the whole batch, so a sample depends on the others within the tolerances.
-    `options` goes to a torchdiffeq method, or to a class of your own.
+    Args:
+        steps: their number, for a fixed-step solver.
+        path: that of x, if it is not linear and `velocity_fn` does not carry it.
+        times: a grid for the `steps`, or the times themselves; for an adaptive solver, times at which to give states.
+        direction: 'forward', or 'backward' from data (as `noise`) to noise, the inversion.
+        rtol, atol: tolerances of an adaptive solver, 1e-5 by default. Its steps suit the whole batch, so a sample
+            depends on the others within the tolerances.
+        options: of a torchdiffeq method, or of a class of your own.
+        return_info: return a SampleInfo too.
 
-    `path` is needed where x is not the linear path's and `velocity_fn` does not carry its path. Where the velocity may
-    not be evaluated down to t = 0 (a VP path; predictions that are divided by sigma), the last step gives the data
-    prediction.
+    Returns:
+        x (B, ...) in the dtype of `noise`, at least float32.
 
-    Returns x (B, ...) in the state's dtype: that of `noise`, at least float32; with `return_info` also a SampleInfo.
-
-    Raises UserError for an unknown solver, less than one step, a step count for an adaptive solver or none for a fixed
-    one, tolerances that are not positive or given for a fixed one, options for another than a torchdiffeq method, and
-    times that do not fall (rise, backward) within [0, 1].
+    Raises:
+        UserError: for an unknown solver, and steps, tolerances, options or times that do not fit it.
     """
     info = solver_info(solver, "ode")
     if direction not in ("forward", "backward"):
@@ -116,11 +118,9 @@ def _plan_times(
         grid = times or UniformGrid()
         if forward and low > 0:
             # Of the `steps`, the last goes from `low` to 0.
-            plan = [*grid((steps or 2) - 1, high, low, field.path), 0.0] if steps != 1 else [high, 0.0]
-        else:
-            plan = grid(steps or 1, high, low, field.path)
-            plan = plan if forward else plan[::-1]
-        return plan
+            return [*grid((steps or 2) - 1, high, low, field.path), 0.0] if steps != 1 else [high, 0.0]
+        plan = grid(steps or 1, high, low, field.path)
+        return plan if forward else plan[::-1]
     plan = check_times(times, low, high, forward)
     if info.kind == "adaptive" and plan[-1] < low < plan[-2]:
         plan.insert(-1, low)

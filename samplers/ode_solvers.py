@@ -1,8 +1,6 @@
 """Fixed-step ODE solvers.
 
-A one-step method is a function of (field, x, t, s) that takes x from time t to time s; a method that remembers earlier
-steps is a class whose objects are such functions, one for each run. What stands first in a docstring is what `dic-repa
-solvers` says.
+`dic_repa.protocols.ODESolver` says how they are called. `dic-repa solvers` shows the first sentence of each docstring.
 """
 
 from __future__ import annotations
@@ -41,9 +39,7 @@ def heun(field: Field, x: Tensor, t: float, s: float) -> Tensor:
 class AdamsBashforth2:
     """Second order for Euler's price: reuses the last velocity (Adams-Bashforth).
 
-    x_s = x_t + int_t^s p, with p the polynomial in time through the last velocities (Adams-Bashforth).
-
-    The weights are those of the steps' actual sizes, so any time grid will do.
+    x_s = x_t + int_t^s p, with p the polynomial through the last velocities at their times, on any time grid.
     """
 
     order = 2

@@ -123,18 +123,21 @@ def sample_sde(
 ) -> Tensor | tuple[Tensor, SampleInfo]:
     """Integrate from `noise` (B, ...) at t = 1 to data at t = 0 by the SDE whose diffusion w(t) is `diffusion`.
 
-    `steps` counts all steps: steps - 1 of the solver from 1 to `last_step_size` on a uniform grid (or on the grid
-    `times`), then the one of `last_step`: 'mean', 'tweedie' or 'euler'. With 'none' all steps are the solver's and they
-    end where the score can still be computed. `times` may also be the times themselves, of which the last is the size
-    of the last step; `steps` and `last_step_size` are not looked at then.
+    Args:
+        path: as in `sample_ode`.
+        steps: all steps: steps - 1 of the solver from 1 to `last_step_size`, then the `last_step`.
+        noise_fn: gives the standard normal noise of a step, (step, like) -> like; by default it depends on (`seed`,
+            the sample's index among `indices`, step) only. `indices` are 0 to B - 1 by default.
+        last_step: 'mean', 'tweedie' or 'euler'; with 'none' the solver's steps end where there still is a score.
+        times: a grid for the steps, uniform by default; or the times themselves, which replace `steps` and
+            `last_step_size`: the last time is the size of the last step.
+        return_info: return a SampleInfo too.
 
-    `noise_fn(step, like)` gives the standard normal noise of a step; by default it depends on (`seed`, sample index,
-    step) only, `indices` being the samples' indices (0 to B - 1). `path` as in `sample_ode`.
+    Returns:
+        x (B, ...) in the dtype of `noise`, at least float32.
 
-    Returns x (B, ...) in the dtype of `noise`, at least float32; with `return_info` also a SampleInfo.
-
-    Raises UserError for an unknown solver, diffusion form or last step, less than one step, and a last step whose size
-    leaves no time for the others.
+    Raises:
+        UserError: for an unknown solver, form or last step, less than one step, or a last step that is too large.
     """
     solver_info(solver, "sde")
     step = start_solver(solver, "sde")

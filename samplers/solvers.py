@@ -1,9 +1,4 @@
-"""The solvers by name, whatever they solve, and what a user wants to know of each.
-
-A solver is a function that takes one step; a class whose objects are such functions, one for each run, where it
-remembers earlier steps or has options; or, of ODEs, an object with `integrate`, which takes all steps itself.
-`dic_repa.protocols` says what each is called with.
-"""
+"""The solvers by name, whatever they solve, and facts about each; `dic_repa.protocols` says how they are called."""
 
 from __future__ import annotations
 
@@ -26,17 +21,13 @@ SOLVERS = {"ode": ode_solvers, "sde": sde_solvers, "ddpm": ddpm_solvers}
 
 @dataclass(frozen=True)
 class SolverInfo:
-    """What a user wants to know of a solver.
-
-    `order` is that of the global error in the step size (for an SDE solver the weak order); `evaluations` is the number
-    of network evaluations per step, None where the solver chooses.
-    """
+    """Facts about a solver."""
 
     name: str
     process: str  # 'ode', 'sde' or 'ddpm': which sampler takes it
     kind: str  # 'fixed' (takes `steps`) or 'adaptive' (takes `rtol` and `atol`)
-    order: int
-    evaluations: int | None
+    order: int  # of the global error in the step size; for an SDE solver the weak order
+    evaluations: int | None  # of the network per step; None: the solver chooses
     deterministic: bool
     description: str
 
@@ -44,16 +35,18 @@ class SolverInfo:
 def register_solver(
     name: str, order: int = 1, evaluations: int = 1, description: str | None = None
 ) -> Callable[[Any], Any]:
-    """Decorator that makes a fixed-step ODE solver of a step function, or of a class of them where it has a memory;
-    `order` and `evaluations` a step are what `dic-repa solvers` tells of it, with the docstring's first sentence.
+    """Decorator that registers a step function, or a class of them, as a fixed-step ODE solver.
 
         @register_solver("my-euler")
         def my_euler(field, x, t, s):  # x (B, ...) from time t to s, both floats; field(x, t) is the velocity
             return x + (s - t) * field(x, t)
 
-    Raises UserError where another solver has this name.
+    `dic-repa solvers` shows `order`, `evaluations` a step, and the `description` or the docstring's first sentence.
+
+    Raises:
+        UserError: if another solver has this name.
     """
-    ode_solvers.names()  # those of the package come first, so that a name of theirs is known to be taken
+    ode_solvers.names()  # loads the package's own, so that their names are taken
     if name in sde_solvers or name in ddpm_solvers:
         raise UserError(f"solver '{name}' is registered already; choose another name")
     facts = {"description": description} if description else {}
@@ -66,11 +59,7 @@ def list_solvers(process: str | None = None) -> list[SolverInfo]:
 
 
 def solver_info(name: str, process: str | None = None) -> SolverInfo:
-    """The solver `name`, registered or `package.module:factory`.
-
-    Raises:
-        UserError: where there is none, or where it is not one of the `process` asked for.
-    """
+    """The solver `name`, registered or `package.module:factory`; a UserError if it is not for this `process`."""
     known = [SOLVERS[kind] for kind in SOLVERS if process in (None, kind)]
     owner = next((kind for kind, registry in SOLVERS.items() if name in registry), None)
     if owner is None and ":" in name:
@@ -78,9 +67,8 @@ def solver_info(name: str, process: str | None = None) -> SolverInfo:
     if owner is None:
         raise unknown_name("solver", name, [other for registry in known for other in registry])
     if process not in (None, owner):
-        samplers = {"ode": "sample_ode", "sde": "sample_sde", "ddpm": "sample_ddpm"}
         others = ", ".join(name for registry in known for name in registry)
-        raise UserError(f"'{name}' is a solver for {samplers[owner]}; {samplers[str(process)]} takes {others}")
+        raise UserError(f"'{name}' is a solver for sample_{owner}; sample_{process} takes {others}")
     return _info(name, owner)
 
 
