@@ -14,9 +14,9 @@ from dic_repa.errors import UserError
 def linear_cka(x: Tensor, y: Tensor) -> float:
     """Linear centred kernel alignment (Kornblith et al., arXiv 1905.00414), in [0, 1].
 
-    `|Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F)` for features x (N, D1) and y (N, D2) whose columns are centred. 1 for features
-    that are rotated, shifted or scaled as a whole; its value for unrelated ones is about D1 D2 / N where that is small.
-    0 where one of them is constant. UserError for fewer than two rows or features that are not finite.
+    `|Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F)` for features x (N, D1) and y (N, D2) with centred columns. 1 for features that
+    are rotated, shifted or scaled as a whole, about D1 D2 / N for unrelated ones where that is small, 0 for constant
+    ones.
     """
     x, y = _checked(x, y)
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
@@ -36,8 +36,6 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
     `HSIC(M K, M L) / sqrt(HSIC(M_x K, M_x K) HSIC(M_y L, M_y L))`, products by element, M_x and M_y the neighbours in
     one of the two. HSIC is the unbiased estimate, as in the authors' evaluation and the figures published with it.
     With k = N - 1 this is unbiased CKA. Unrelated features give about 0, and may fall a little below.
-
-    UserError where k is not in 2 to N - 1, for fewer than 4 images, or as `linear_cka`.
     """
     x, y = _checked(x, y)
     if len(x) < 4 or not 2 <= k < len(x):

@@ -13,7 +13,7 @@ from importlib import resources
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from dic_repa.data.digits import NUM_CLASSES, load_digits
@@ -93,8 +93,8 @@ class Recognised(Metric):
 class DigitsJudge(MetricSet):
     """Are digits read as asked (`recognised`), and are they spread as the 2,000 held-out ones are (`fd-digits`)?
 
-    `bounds` are what real digits reach: the share of the held-out ones that is read right, and the distance to them of
-    as many training digits, because it grows as samples get fewer.
+    `bounds` are those of the held-out digits for `recognised`, and for `fd-digits` those of as many training digits as
+    there are samples, since it grows as these get fewer.
     """
 
     def __init__(self):
@@ -121,15 +121,12 @@ class DigitsJudge(MetricSet):
             )
 
 
-@functools.cache
-def load_digits_classifier(device: torch.device | str = "cpu") -> DigitsClassifier:
+def load_digits_classifier() -> DigitsClassifier:
     """The judge with the weights in the package, in eval mode."""
     model = DigitsClassifier()
-    with resources.as_file(
-        resources.files("dic_repa.evaluation").joinpath("weights/digits_classifier.safetensors")
-    ) as path:
-        model.load_state_dict(load_file(path))
-    return model.eval().requires_grad_(False).to(device)
+    weights = resources.files("dic_repa.evaluation").joinpath("weights/digits_classifier.safetensors")
+    model.load_state_dict(load(weights.read_bytes()))
+    return model.eval().requires_grad_(False)
 
 
 @tf32(False)

@@ -6,7 +6,6 @@ depend on: `fingerprint` (of the weights) and `resizing`, which go into the key 
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -68,10 +67,7 @@ class Inception(nn.Module):
 
 
 def _torch_fidelity_inception() -> nn.Module:
-    try:
-        from torch_fidelity import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError("Inception's features need torch-fidelity: pip install torch-fidelity") from None
+    from torch_fidelity import FeatureExtractorInceptionV3
 
     class InceptionV3(FeatureExtractorInceptionV3):
         # Its constructor would unpickle any file it is given, or fetch one: it gets an empty one, and loads nothing.
@@ -146,7 +142,7 @@ class Digits(nn.Module):
         from dic_repa.evaluation.digits import load_digits_classifier
 
         super().__init__()
-        self.model = copy.deepcopy(load_digits_classifier("cpu"))  # that one is shared, and stays where it is
+        self.model = load_digits_classifier()
         self.fingerprint = tensors_fingerprint(self.model.state_dict())
 
     @torch.no_grad()

@@ -27,11 +27,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
 
     A UserError names the first path that is no run, or says that `out` is there and no report of ours.
     """
-    folders = [RunFolder.open(path) for path in runs]
+    folders, out = [RunFolder.open(path) for path in runs], Path(out)
     check_file(out)
-    described = [read_run(run) | {"name": name} for run, name in zip(folders, distinct_names(folders))]
-    out = Path(out)
-    write_whole(out, render(described))
+    write_whole(out, render([read_run(run) | {"name": name} for run, name in zip(folders, distinct_names(folders))]))
     return out
 
 
@@ -39,7 +37,9 @@ def render(runs: list[dict]) -> str:
     """The page for runs as `read_run` gives them."""
     assets = resources.files("dic_repa.evaluation").joinpath("assets")
     generated = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    data = {"version": __version__, "generated": generated, "scores": _known_scores(), "runs": runs}
+    known = {name: metric for name in metrics.names() if (metric := find_metric(name))}
+    scores = {name: {"title": m.title, "better": m.better, "most": m.most} for name, m in known.items()}
+    data = {"version": __version__, "generated": generated, "scores": scores, "runs": runs}
     parts = {
         "MARK": MARK,
         "TITLE": html.escape(", ".join(run["name"] for run in runs)),
@@ -50,12 +50,6 @@ def render(runs: list[dict]) -> str:
     }
     page = assets.joinpath("report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
-
-
-def _known_scores() -> dict[str, dict]:
-    """What the page has to know of each score: its title, which direction is better, and the most that it can be."""
-    known = {name: metric for name in metrics.names() if (metric := find_metric(name))}
-    return {name: {"title": m.title, "better": m.better, "most": m.most} for name, m in known.items()}
 
 
 def distinct_names(runs: Sequence[RunFolder]) -> list[str]:

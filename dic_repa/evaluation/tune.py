@@ -6,6 +6,8 @@ is done, and a second call goes on where the first stopped.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,9 +91,8 @@ class Tuner:
         device = next(loaded.denoiser.parameters()).device
         self.sample = sample or recipe.sample
         guidance = self.sample.guidance
-        if (recipe.train.label_dropout in (0, 1) or loaded.condition.kind == "none") and not (
-            guidance and guidance.weak
-        ):
+        guided = recipe.train.label_dropout not in (0, 1) and loaded.condition.kind != "none"
+        if not guided and not (guidance and guidance.weak):
             why = "without label dropout" if recipe.train.label_dropout == 0 else "without labels"
             raise UserError(f"{loaded.source} was trained {why}, so it has no guidance to search")
         if guidance and guidance.kind == "cfg++" and 1 in scales:
@@ -99,9 +100,8 @@ class Tuner:
         self.confirm, self.confirm_num = confirm, confirm_num or self.sample.num
         self.num = num or min(5000, max(200, self.sample.num // 10), self.confirm_num)
         self.scales, self.intervals = sorted(set(scales)), list(dict.fromkeys(intervals))
-        for scale in self.scales:
-            for interval in self.intervals:
-                self._settings(scale, interval, self.num)  # a mistake shall be told before the first cell
+        for scale, interval in itertools.product(self.scales, self.intervals):
+            self._settings(scale, interval, self.num)  # shows a mistake before the first cell
         judge = recipe.evaluate.metric if recipe.evaluate else None
         if not (score or judge):
             raise UserError(
@@ -128,8 +128,10 @@ class Tuner:
         return plain + [(scale, interval) for scale in self.scales if scale != 1 for interval in self.intervals]
 
     def run(self, progress: Callable[[Cell | None, int], None] = lambda cell, count: None) -> Tuned:
-        """Search, confirm, draw. `progress(None, count)` is told of images, `progress(cell, count)` of a cell that is
-        done and how many of its images an earlier call had sampled.
+        """Search, confirm, draw.
+
+        `progress(None, count)` is called with images done, `progress(cell, count)` when a cell is done, with the number
+        of its images that an earlier call had sampled.
         """
         found = [self._cell(scale, interval, self.num, progress) for scale, interval in self.cells()]
         best = self.ranked(found)[: self.confirm]
@@ -176,11 +178,10 @@ class Tuner:
         return self.sample.model_copy(update={"guidance": guidance, "num": num})
 
     def _read(self) -> list[dict]:
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
             cells = json.loads(self.file.read_text())["cells"]
             return [cell for cell in cells if isinstance(cell, dict) and cell.get("score") in cell.get("scores", {})]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return []
+        return []
 
     def _write(self) -> None:
         if check_folder(self.folder, "tune") is None:

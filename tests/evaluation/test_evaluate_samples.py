@@ -72,7 +72,7 @@ def evaluate(tmp_path, monkeypatch):
 
 def features(images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return load_digits_classifier("cpu").features(images[:, :1].float() / 255)
+        return load_digits_classifier().features(images[:, :1].float() / 255)
 
 
 def test_a_folder_and_an_npz_of_the_same_images_score_the_same(evaluate, places, digits):
