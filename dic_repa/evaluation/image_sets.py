@@ -59,8 +59,15 @@ class ImageSet:
             coming: list[tuple[int, Future[Tensor]]] = []
             for indices in [*batches, ()]:
                 ready, coming = coming, [(i, pool.submit(self._read, i)) for i in indices]
+                for index, future in ready:
+                    if (image := future.result()).shape != size:
+                        raise UserError(
+                            f"{self.source}: {self.name(index)} is {image.shape[2]}x{image.shape[1]}, the first image "
+                            f"{size[2]}x{size[1]}; remove what does not belong there, or crop all to one size with "
+                            "--resize"
+                        )
                 if ready:
-                    yield torch.stack([self._same_size(i, future.result(), size) for i, future in ready])
+                    yield torch.stack([future.result() for _, future in ready])
 
     def size(self) -> tuple[int, int]:
         """(H, W) of the images."""
@@ -75,14 +82,6 @@ class ImageSet:
         if self.resize and array.shape[:2] != (self.resize, self.resize):
             array = np.asarray(center_crop(Image.fromarray(array), self.resize))
         return torch.from_numpy(np.array(array)).permute(2, 0, 1)
-
-    def _same_size(self, index: int, image: Tensor, size: torch.Size) -> Tensor:
-        if image.shape != size:
-            raise UserError(
-                f"{self.source}: {self.name(index)} is {image.shape[2]}x{image.shape[1]}, the first image "
-                f"{size[2]}x{size[1]}; remove what does not belong there, or crop all to one size with --resize"
-            )
-        return image
 
 
 def open_images(source, resize: int | None = None) -> ImageSet:

@@ -66,9 +66,8 @@ class Measure:
 
     Args:
         names: from `metrics.names()`: fid, sfid, is, kid, prec, recall, fid-infinity, fd-dinov2, fd-digits, ...
-        reference: a folder, zip or tar of images, an `.npz` (images, or ADM's mu, sigma, mu_s, sigma_s), a prepared or
-            Arrow data set, 'digits' (the held-out ones), statistics saved by `save_statistics`, a data set in memory,
-            or a FeatureSet; None for metrics that need none.
+        reference: what `open_images` takes, an `.npz` of statistics (ADM's mu, sigma, mu_s, sigma_s), a file of
+            `save_statistics`, or a FeatureSet; None for metrics that need none.
         device: where the networks run and the distances are computed.
         extractor_options: by extractor, what it is built with: {"inception": {"weights": FILE}}.
         batch_size: images at once in a network.
@@ -76,7 +75,8 @@ class Measure:
         cache: keep the reference's statistics in the user's cache folder.
         share: of this process among others, for samples that are an `ImageSet` and for the reference.
 
-    Raises UserError for unknown metrics, weights that are not there, and a reference that lacks what a metric needs.
+    Raises:
+        UserError: for unknown metrics, missing weights, and a reference that lacks what a metric needs.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
-"""Where in the denoiser the encoder's view of an image is, and at which noise: the figures with which the papers argue.
+"""How alike the features at each place in the denoiser are to an encoder's, at several levels of noise.
 
-Real images, noised to each of several levels, are shown to the denoiser without their class (the null class, else a
-linear probe would read the label that the model was told); features at a tap are averaged over the positions, the
-encoder's over its tokens.
+The denoiser sees real images with noise and the null class, since a linear probe would else read the label that went
+in. Features at a tap are averaged over the positions, the encoder's over its tokens.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main(out: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
     for epoch in range(epochs):
         model.train()
         for batch in torch.randperm(len(images), generator=generator).split(batch_size)[:steps_per_epoch]:
-            drawn = blemish(random_warp(images[batch], generator), generator)
+            drawn = soften(random_warp(images[batch], generator), generator)
             loss = F.cross_entropy(model(drawn), labels[batch], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -63,11 +63,11 @@ def main(out: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
     print(f"held-out accuracy {accuracy:.2%}; weights in {out}")
 
 
-def blemish(images: Tensor, generator: torch.Generator) -> Tensor:
+def soften(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (B, 1, 28, 28), some blurred or noisy, at the judge's size.
 
-    Samples are a little soft or grainy, and one that a reader takes for a 3 should count as a 3. A judge trained
-    without this misread 40 % of real digits that had gone through 10x10 pixels.
+    Samples are a little soft or grainy. A judge trained without this misread 40 % of real digits that had gone through
+    10x10 pixels.
     """
     sharpness = int(torch.randint(10, images.shape[-1] + 1, (), generator=generator))
     images = resize(resize(images, sharpness), IMAGE_SIZE)
