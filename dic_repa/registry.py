@@ -219,9 +219,8 @@ def read_source(module: str, variable: str) -> dict[str, str]:
             if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{variable}.register":
                 given = {word.arg: ast.unparse(word.value) for word in call.keywords}
                 described = given.get("description")
-                documented = isinstance(node, ast.ClassDef | ast.FunctionDef)
-                text = first_sentence(ast.get_docstring(node) or "") if documented else ""
-                text = ast.literal_eval(described) if described else text
+                docstring = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+                text = ast.literal_eval(described) if described else first_sentence(docstring or "")
                 found[ast.literal_eval(call.args[0])] = text
     return found
 
