@@ -37,11 +37,6 @@ def set_verbosity(level: str) -> None:
     _level = level
 
 
-def verbosity() -> str:
-    """The level that is set, one of `LEVELS`."""
-    return _level
-
-
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a header or a note, unless quiet: by the main process alone, above a progress bar, on standard error or
     `file`."""

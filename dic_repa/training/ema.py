@@ -92,11 +92,6 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
 
 
-def gamma_to_sigma_rel(gamma: float) -> float:
-    """The width of the power function's profile, as a share of the training time."""
-    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
-
-
 @torch.no_grad()
 def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
     for source, target in zip(sources, targets):

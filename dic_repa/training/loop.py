@@ -52,13 +52,10 @@ def train(
 ) -> RunFolder:  # fmt: skip
     """Train what `recipe` says into the run folder `path`, and return it.
 
-    Runs in as many processes as it was launched in (`accelerate launch`, `torchrun`), with the same result.
-
     Args:
         path: a new folder, unless one of the next two is set.
-        resume: go on from the newest whole checkpoint of the run at `path`.
+        resume: go on from the newest whole checkpoint (with `allow_change`, also with a recipe that changes the run).
         overwrite: remove the run at `path` first, and no other file.
-        allow_change: with `resume`, also with a recipe that changes the run.
         trackers: left open, for what comes after the training.
 
     Raises:
@@ -78,21 +75,12 @@ def train(
             on_main_process(accelerator, lambda: run.check_new(overwrite))
         check_batch(settings, accelerator.num_processes)
         parts = build_parts(recipe, accelerator)
-        train_step = TrainingStep(parts, settings, accelerator)
-        learning_rate = LearningRate(recipe)
+        train_step, learning_rate = TrainingStep(parts, settings, accelerator), LearningRate(recipe)
         check_sampling_and_evaluation(recipe, parts.objective)
         evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
         on_main_process(accelerator, evaluator.prepare)
 
-        def open_run() -> Path | None:
-            run.claim()
-            stack.enter_context(locked(run.path))
-            if resume:
-                return run.resume(recipe, allow_change)
-            run.create(recipe, overwrite)
-            return None
-
-        checkpoint = on_main_process(accelerator, open_run)
+        checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
         on_main_process(accelerator, lambda: trackers.start(accelerator, run, recipe, resume))
         request = stack.enter_context(StopRequest())
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
@@ -100,9 +88,8 @@ def train(
             on_main_process(accelerator, lambda: run.save_recipe(recipe))
         if accelerator.is_main_process:
             say(run_header(recipe, run, parts, accelerator, train_step.passes, start))
-        incoming = batches(
-            WithTokens(parts.data, parts.caches) if parts.caches else parts.data, recipe, accelerator, start
-        )
+        data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
+        incoming = batches(data, recipe, accelerator, start)
         guard = StepGuard(accelerator, parts.optimizer.optimizer)
         writer = stack.enter_context(CheckpointWriter(run))
         after = AfterStep(recipe, run, parts, accelerator, evaluator, writer, trackers)
@@ -112,11 +99,8 @@ def train(
         for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
             norm, losses = train_step.gradients(batch, step)
             guard.judge(step + 1, losses, norm, request.received)
-            rate = learning_rate(step)
-            for group in parts.optimizer.param_groups:
-                group["lr"] = rate
+            rate = learning_rate.apply(parts.optimizer, step)
             train_step.update(step)
-
             verdict = guard.verdict()
             log.step(step + 1, losses, norm, rate, verdict.skipped)
             if verdict.in_a_row >= settings.max_skipped:
@@ -144,6 +128,23 @@ def start_accelerator(settings: TrainSection) -> Accelerator:
     atexit.unregister(accelerator.state.destroy_process_group)
     atexit.register(accelerator.state.destroy_process_group)  # not at the run's end: another may follow
     return accelerator
+
+
+def open_run(
+    stack: ExitStack, accelerator: Accelerator, run: RunFolder, recipe: Recipe, resume: bool, overwrite: bool,
+    allow_change: bool,
+) -> Path | None:  # fmt: skip
+    """Lock the folder until `stack` ends, and make it ready; the checkpoint to go on from."""
+
+    def prepare() -> Path | None:
+        run.claim()
+        stack.enter_context(locked(run.path))
+        if resume:
+            return run.resume(recipe, allow_change)
+        run.create(recipe, overwrite)
+        return None
+
+    return on_main_process(accelerator, prepare)
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:

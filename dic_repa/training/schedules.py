@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from dic_repa.errors import UserError
 from dic_repa.recipe.schema import Recipe
 from dic_repa.registry import Registry
@@ -85,6 +87,13 @@ class LearningRate:
         self.rate, self.steps = recipe.optimizer.learning_rate, recipe.train.steps
         self.warmup_steps = recipe.schedule.warmup_steps
         self.schedule = lr_schedules.create(recipe.schedule.name, **recipe.schedule.options)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Let the optimizer's next step have the rate of `step`, which is returned."""
+        rate = self(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
