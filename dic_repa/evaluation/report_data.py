@@ -21,7 +21,7 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.keys import flatten
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runs.score_names import current_names
+from dic_repa.runs.listing import current_names
 
 MOST_POINTS = 1500  # of a curve: more than a screen has pixels
 MOST_GRIDS = 60  # of the samples over training

@@ -19,7 +19,7 @@ from dic_repa.files.pictures import save_grid, shown_in_grid
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runs.score_names import current_names
+from dic_repa.runs.listing import current_names
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import load, weak_weights
 

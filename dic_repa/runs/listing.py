@@ -15,7 +15,6 @@ from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.lock import holder
 from dic_repa.runs.manifest import find_damage
-from dic_repa.runs.score_names import current_names
 
 TAIL = 1 << 16  # bytes of metrics.jsonl's end that are looked at
 LINES = 5  # of these, over which the speed is taken
@@ -116,6 +115,12 @@ def _newest_scores(folder: Path) -> dict[str, float]:
             newest = max(newest, ((int(step), file.stat().st_mtime), found), key=lambda entry: entry[0])
     numbers = {name: value for name, value in current_names(newest[1]).items() if _is_number(value)}
     return {name: value for name, value in numbers.items() if "count" not in name}
+
+
+def current_names(scores: dict) -> dict:
+    """The scores of a record by the names of today: earlier versions called fd-digits `frechet`."""
+    renamed = {"fd-digits" if name == "frechet" else name: value for name, value in scores.items()}
+    return {name: current_names(value) if name == "reference" else value for name, value in renamed.items()}
 
 
 def _recipe_name(run: RunFolder) -> str:

@@ -116,15 +116,15 @@ def train(
 
 
 def start_accelerator(settings: TrainSection) -> Accelerator:
-    """The processes, devices and precision of a run; a UserError for what is not to be had here."""
+    """The processes, devices and precision of a run; a UserError for a precision that this machine does not have."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.precision:
         AcceleratorState._reset_state()  # one for the whole process, made by a run before this one
     # The main process may fill a feature cache or judge samples while the others wait, longer than NCCL's ten minutes.
     accelerator = start_processes(patience=timedelta(hours=3), mixed_precision=settings.precision)
-    if settings.precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("train.precision fp16 needs a GPU; take bf16, or no for float32")
-    if settings.precision == "fp16" and wants_sharding(settings.sharding, accelerator):
-        raise UserError("train.precision fp16 does not go with sharding; take bf16, or no for float32")
+    if settings.precision == "fp16":
+        on_cpu, sharded = accelerator.device.type == "cpu", wants_sharding(settings.sharding, accelerator)
+        if why := "needs a GPU" if on_cpu else "does not go with sharding" if sharded else "":
+            raise UserError(f"train.precision fp16 {why}; take bf16, or no for float32")
     atexit.unregister(accelerator.state.destroy_process_group)
     atexit.register(accelerator.state.destroy_process_group)  # not at the run's end: another may follow
     return accelerator
