@@ -27,8 +27,7 @@ class Denoiser(Protocol):
     num_classes: int  # also the index of the null class; 0 where y is no class
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor:
-        """From x (B, C, H, W), t (B,), y (B, ...) to what the objective predicts: (B, C, H, W), or (B, 2C, H, W) with a
-        variance."""
+        """From x (B, C, H, W), t (B,), y (B, ...) to the prediction (B, C, H, W), or (B, 2C, H, W) with a variance."""
 
 
 class Block(Protocol):
@@ -127,10 +126,7 @@ class LossWeighting(Protocol):
 
 # What it is aligned with
 class Encoder(Protocol):
-    """A frozen network that turns images into a grid of tokens, the targets of the alignment.
-
-    Frozen: always in eval mode, and neither parameters nor tokens ask for a gradient. It resizes and normalises itself.
-    """
+    """A frozen network (eval mode, no gradients) that turns images into the alignment's targets; it resizes itself."""
 
     embed_dim: int
 
@@ -194,8 +190,7 @@ class ODESolver(Protocol):
     """
 
     def __call__(self, field: Any, x: Tensor, t: float, s: float, /) -> Tensor:
-        """From x (B, ...) at time t to x at time s; `field(x, t)` is the velocity, `field.data(x, t)` the predicted
-        data."""
+        """From x (B, ...) at time t to x at s; `field(x, t)` is the velocity, `field.data(x, t)` the predicted data."""
 
 
 class SDESolver(Protocol):
@@ -218,8 +213,7 @@ class DDPMSolver(Protocol):
 
 
 class Guidance(Protocol):
-    """Made by `factory(scale, interval, channels, schedule, rescale, doubled)`; derive from
-    `dic_repa.samplers.Guidance`."""
+    """Made as `dic_repa.samplers.Guidance` is; derive from it."""
 
     @property
     def active(self) -> bool: ...  # whether it does anything at all

@@ -20,8 +20,7 @@ _SAMPLERS: dict[str, Callable[..., Any]] = {"ode": sample_ode, "sde": sample_sde
 def sample(model_fn: Callable[[Tensor, Tensor], Tensor], noise: Tensor, solver: str = "heun", **options):
     """`sample_ode`, `sample_sde` or `sample_ddpm`, whichever has the `solver`, with its options.
 
-    Options that are None count as not given. Raises UserError for an option that the solver does not have, and as the
-    samplers do.
+    Options that are None count as not given; one that the solver does not have is a UserError.
     """
     process = solver_info(solver).process
     options = {name: value for name, value in options.items() if value is not None}

@@ -83,9 +83,8 @@ class Guidance:
     def bind(self, model: Model, y: Tensor, weak_model: Model | None = None) -> GuidedField:
         """The guided velocity field of `model` (x, t, y) -> velocity for the conditions `y` (B, ...), labels for one.
 
-        Its null is `model.null(y)`, or the class `model.num_classes` where it has no `null`. With a `weak_model`
-        (x, t, y) -> velocity, that guides instead, and no null is needed. Raises UserError where guidance needs one
-        and there is none.
+        Its null is `model.null(y)`, or else the class `model.num_classes`; a UserError if it has neither. With a
+        `weak_model` (x, t, y) -> velocity, that guides instead, and no null is needed.
         """
         return GuidedField(self, model, y, weak_model)
 
@@ -132,8 +131,8 @@ class CFGPlusPlus(Guidance):
 class GuidedField:
     """(x (B, C, ...), t (B,), all times the same) -> velocity.
 
-    Whether a step is guided is decided where it starts, for all of its evaluations (as in the REPA authors' sampler).
-    Of a model that gives more channels than x has, those beyond are never guided.
+    A step's start decides whether all its evaluations are guided (as in the REPA authors' sampler). Channels that x
+    does not have are never guided.
     """
 
     def __init__(self, guidance: Guidance, model: Model, y: Tensor, weak_model: Model | None = None):

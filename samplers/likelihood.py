@@ -47,13 +47,17 @@ def log_likelihood(
 ) -> Likelihood:
     """log p(x) = log N(x_1; 0, I) + int_0^1 div v(x_t, t) dt along the ODE from x at t = 0 (Chen et al. 2018).
 
-    The divergence is 'exact', with a backward pass for every dimension, or Hutchinson's estimate e^T (dv/dx) e averaged
-    over `probes` vectors of random signs, each of which depends on (`seed`, the sample's index) alone. Solver, steps,
-    tolerances and times are `sample_ode`'s, with rising times; where the field's range begins above 0, x counts as the
-    state there. `bin_width` is the distance of neighbouring values in the data: 2/256 for 8-bit images in [-1, 1], to
-    which uniform noise within a bin has been added; bits per dimension are those of the discrete values.
+    The other arguments are those of `sample_ode`, with rising times. If the field's range begins above 0, x is taken as
+    the state there.
 
-    Raises UserError as `sample_ode`, for an unknown divergence, and for a velocity that x has no gradient through.
+    Args:
+        divergence: 'exact', with a backward pass for every dimension; or 'hutchinson', the estimate e^T (dv/dx) e.
+        probes: vectors e of random signs to average over; each depends on (`seed`, the sample's index) alone.
+        bin_width: the distance of neighbouring values in the data, 2/256 for 8-bit images in [-1, 1] with uniform noise
+            of a bin added; bits per dimension are those of the discrete values.
+
+    Raises:
+        UserError: as `sample_ode`, and for a velocity without a gradient by x.
     """
     if divergence not in DIVERGENCES:
         raise unknown_name("divergence", divergence, DIVERGENCES)

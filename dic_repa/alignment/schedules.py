@@ -1,9 +1,7 @@
 """How much an alignment counts: over the time of an image (`time_weights`) and over the steps of a run (`schedules`).
 
-A time weight maps times t (B,) in [0, 1], 0 at the data, to factors (B,). A schedule maps the index of a step, from 0,
-to a factor; where it is 0 the encoder is not run. A schedule with `observe(similarity)` is told each pass's mean cosine
-similarity (over all processes); what it remembers belongs into buffers, which checkpoints keep, so that a resumed run
-goes on alike.
+`dic_repa.protocols` says how both are called. `observe(similarity)` gets the mean over all processes; what a schedule
+remembers belongs into buffers, which checkpoints keep, so that a resumed run continues unchanged.
 """
 
 from __future__ import annotations

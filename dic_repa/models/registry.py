@@ -3,11 +3,9 @@
     create_denoiser("SiT-XL/2", in_channels=4, num_classes=1000)
     load_denoiser("runs/mine/checkpoints/step_00400000/ema")
 
-A name is one of the papers' presets; a family (DiC, SiT, DiT, U-ViT), whose sizes are options; one that
-`register_denoiser` filed; an entry point of the group `dic_repa.denoisers`; or `package.module:factory`. A denoiser of
-your own is called with (x, t, y), has `in_channels` and `num_classes`, is made by `factory(in_channels=...,
-num_classes=..., **options)`, and derives from `Pretrained`, so that it can be saved. Where its hidden states are
-tokens, `feature_map(tokens, size)` lays them out, so that they can be tapped.
+A name is one of the papers' presets; a family (DiC, SiT, DiT, U-ViT), whose sizes are options; or any that a
+`Registry` takes. `dic_repa.protocols.Denoiser` says what one of your own must have. If its hidden states are tokens,
+`feature_map(tokens, size)` lays them out, so that they can be tapped.
 """
 
 from __future__ import annotations
@@ -91,12 +89,13 @@ def preset_heads(family: str, width: int, depth: int) -> int:
 
 
 def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **options) -> Pretrained:
-    """The denoiser `name`, with new weights, for data of that many channels and classes; `options` are its class's.
+    """The denoiser `name`, with new weights, for data of that many channels and classes.
 
-    For data that is conditioned on something else, `condition` is that, as `Condition.to_dict` has it.
+    Args:
+        options: of its class; `condition`, a `Condition.to_dict`, for data without classes.
 
-    A UserError lists the near names of an unknown name or option, and says what a family's sizes or a denoiser of your
-    own lacks.
+    Raises:
+        UserError: for an unknown name or option, with the near ones, and for what a denoiser of your own lacks.
     """
     factory = denoisers.find(name)
     if isinstance(factory, Preset):

@@ -37,10 +37,13 @@ class DDPMNoisy(Noisy):
 class DDPM(Denoising):
     """|noise prediction - noise|^2 + L_vlb (Nichol and Dhariwal 2021, eq. 16 without its 0.001).
 
-    L_vlb trains the variance alone: the mean that it sees is detached. `learned_variance=False` leaves it out, and the
-    surplus channels of a `learn_sigma` denoiser with it. The denoiser gets the step as a float, from `first_step` on
-    (DiT and DiC number them from 0, U-ViT from 1). One that learns no variance is sampled with the `fixed_variance`,
-    'large' (DiT's) or 'small'. `betas` are 'linear' or 'scaled-linear'; see `BetaSchedule`.
+    L_vlb trains the variance alone: its mean is detached. The denoiser gets the step as a float.
+
+    Args:
+        learned_variance: False leaves L_vlb out, and the second half of a `learn_sigma` denoiser's channels.
+        fixed_variance: of sampling without a learned one: 'large' (DiT's) or 'small'.
+        betas: 'linear' or 'scaled-linear'; see `BetaSchedule`.
+        first_step: the number of the first step: 0 for DiT and DiC, 1 for U-ViT.
     """
 
     def __init__(
