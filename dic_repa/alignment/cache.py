@@ -155,7 +155,7 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, devic
         # Written, not mapped: a disk that fills up is then an error and not the end of the process.
         with aside.open("wb") as out, torch.random.fork_rng(devices=[]):  # a loader draws a seed from torch's generator
             np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
-            images = DataLoader(_Images(data), batch_size=BATCH, num_workers=workers)
+            images = DataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=_images)
             for batch in progress_bar(images, desc=f"caching {file.name}", unit="batch"):
                 tokens = encoder(unit_images(batch.to(device))).to(torch.float16)
                 if not tokens.isfinite().all():
@@ -170,14 +170,5 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, devic
         aside.unlink(missing_ok=True)
 
 
-class _Images(Dataset):
-    """The images of a data set alone, in its order."""
-
-    def __init__(self, data: Samples):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.data[index]["image"]
+def _images(samples: list[dict[str, Tensor]]) -> Tensor:
+    return torch.stack([sample["image"] for sample in samples])

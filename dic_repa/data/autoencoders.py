@@ -7,10 +7,12 @@ drawn from the posterior: see `dic_repa.data.latents`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,7 @@ def load_spec(name: str) -> AutoencoderSpec:
         return _loaded(name).spec
     from diffusers import AutoencoderKL
 
-    with _Explained(name):
+    with _explain_errors(name):
         place, subfolder = _place(name)
         return _read_spec(name, AutoencoderKL.load_config(place, subfolder=subfolder))
 
@@ -145,7 +147,7 @@ class KLAutoencoder:
     def __init__(self, name: str):
         from diffusers import AutoencoderKL
 
-        with _Explained(name):
+        with _explain_errors(name):
             place, subfolder = _place(name)
             self.model = AutoencoderKL.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
         self.model.eval().requires_grad_(False)
@@ -197,38 +199,32 @@ def _fingerprint(state: dict[str, Tensor], spec: AutoencoderSpec) -> str:
     return fingerprint(json.dumps([spec.shift, spec.scale]), *weights)
 
 
-class _Explained:
-    """Turns diffusers' errors, many lines long, into one that says what to get and where to put it."""
+@contextlib.contextmanager
+def _explain_errors(name: str) -> Iterator[None]:
+    """Turn diffusers' errors, many lines long, into one line that says what to get and where to put it."""
+    from diffusers.utils import logging
 
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self):
-        from diffusers.utils import logging
-
-        self.verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        self.warnings = warnings.catch_warnings()
-        self.warnings.__enter__()
-        # Of an argument that diffusers passes on to the hub's client, and nobody else.
-        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
-
-    def __exit__(self, kind, error, _traceback):
-        from diffusers.utils import logging
-
-        self.warnings.__exit__(None, None, None)
-        logging.set_verbosity(self.verbosity)
-        if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
-            return
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            # Of an argument that diffusers passes on to the hub's client, and nobody else.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         files = "config.json and diffusion_pytorch_model.safetensors"
-        place, subfolder = _place(self.name)
+        place, subfolder = _place(name)
         if Path(place).is_dir():
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({reason})")
+            raise UserError(
+                f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({reason})"
+            ) from None
         if place.startswith((".", "/", "~")) or place.count("/") != 1:
             raise UserError(f"there is no autoencoder '{place}': name a local folder or a hub id") from None
         where = f"https://huggingface.co/{place}/tree/main/{subfolder or ''}".rstrip("/")
         raise UserError(
-            f"the autoencoder {self.name} cannot be fetched from the hub; download {files} from {where} into a folder "
+            f"the autoencoder {name} cannot be fetched from the hub; download {files} from {where} into a folder "
             "and name that folder in its place"
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from dic_repa.data.autoencoders import Autoencoder, decode_in_batches
 from dic_repa.data.prepare import write_json
 from dic_repa.data.prepared import Prepared, read_settings
 from dic_repa.data.sources import ImageSource
-from dic_repa.files.pictures import save_picture, unit_images
+from dic_repa.files.pictures import save_side_by_side, to_pil, unit_images
 
 PREVIEW = 64
 
@@ -89,17 +89,10 @@ def _preview(data: Prepared, autoencoder: Autoencoder, path: Path) -> float | No
     return float(psnr(images, decoded).mean())
 
 
-def _save(versions: Tensor, path: Path, caption: str, columns: int = 8, gap: int = 4) -> None:
+def _save(versions: Tensor, path: Path, caption: str, columns: int = 8) -> None:
     """(V, N, 3, H, W) in [0, 1] as a picture in which the V versions of an image stand above each other."""
-    count, side = versions.shape[1], versions.shape[-1]
-    rows = -(-count // columns) * len(versions)
-    font = ImageFont.load_default(size=14)
-    head, width = 22, max(min(columns, count) * (side + gap), int(font.getlength(caption)) + gap) + gap
-    sheet = Image.new("RGB", (width, head + rows * (side + gap) + gap), "white")
-    ImageDraw.Draw(sheet).text((gap, head // 2 + 1), caption, fill=(40, 40, 40), font=font, anchor="lm")
-    pixels = (versions * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
-    for v in range(len(versions)):
-        for k in range(count):
-            top = head + (k // columns * len(versions) + v) * (side + gap) + gap
-            sheet.paste(Image.fromarray(pixels[v, k]), (k % columns * (side + gap) + gap, top))
-    save_picture(sheet, path)
+    columns = min(columns, versions.shape[1])
+    count = versions.shape[1]
+    blank = torch.ones_like(versions[:, :1]).expand(-1, -count % columns, -1, -1, -1)
+    rows = torch.cat([versions, blank], dim=1).unflatten(1, (-1, columns)).transpose(0, 1)
+    save_side_by_side({caption: to_pil(make_grid(rows.flatten(0, 2), nrow=columns, padding=4, pad_value=1))}, path)

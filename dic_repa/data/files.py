@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from dic_repa.errors import UserError
@@ -21,7 +22,10 @@ _LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
 @dataclass
 class FileTree:
-    """`names`, sorted, with / between folders; `folders`, even empty ones; `read(name)` gives a file's bytes."""
+    """`names`, sorted, with / between folders; `folders`, even empty ones; `read(name)` gives a file's bytes.
+
+    `read` can be pickled, for loader processes that are spawned.
+    """
 
     path: Path
     names: list[str]
@@ -52,14 +56,6 @@ def stamp(files: Iterable[Path]) -> str:
     return fingerprint(*(f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in states))
 
 
-@dataclass
-class _FolderReader:
-    path: Path
-
-    def __call__(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-
 def _open_folder(path: Path) -> FileTree:
     names, folders = [], []
     for root, inside, files in os.walk(path, followlinks=True):
@@ -67,7 +63,11 @@ def _open_folder(path: Path) -> FileTree:
         inside[:] = [name for name in inside if _wanted(name)]
         folders += [(relative / name).as_posix() for name in inside]
         names += [(relative / name).as_posix() for name in files if _wanted(name)]
-    return FileTree(path, sorted(names), sorted(folders), _FolderReader(path))
+    return FileTree(path, sorted(names), sorted(folders), partial(_read_file, path))
+
+
+def _read_file(folder: Path, name: str) -> bytes:
+    return (folder / name).read_bytes()
 
 
 class _ZipReader:
@@ -97,19 +97,14 @@ def _open_zip(path: Path) -> FileTree:
     return _archive(path, entries, _ZipReader(path))
 
 
-@dataclass
-class _TarReader:
-    path: Path
-    places: dict[str, tuple[int, int]] = field(repr=False)
-
-    def __call__(self, name: str) -> bytes:
-        offset, size = self.places[name]
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-        if len(data) < size:
-            raise OSError(f"{self.path} ends within {name}")
-        return data
+def _read_tar(path: Path, places: dict[str, tuple[int, int]], name: str) -> bytes:
+    offset, size = places[name]
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise OSError(f"{path} ends within {name}")
+    return data
 
 
 def _open_tar(path: Path) -> FileTree:
@@ -123,7 +118,7 @@ def _open_tar(path: Path) -> FileTree:
     named = {PurePosixPath(member.name).as_posix(): member for member in members}  # ./cat.png is cat.png
     places = {name: (member.offset_data, member.size) for name, member in named.items()}
     entries = {name: member.isdir() for name, member in named.items() if name != "."}
-    return _archive(path, entries, _TarReader(path, places))
+    return _archive(path, entries, partial(_read_tar, path, places))
 
 
 def _archive(path: Path, entries: dict[str, bool], read: Callable[[str], bytes]) -> FileTree:

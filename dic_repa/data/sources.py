@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,23 +63,13 @@ class ImageSource:
         return f"{self.fingerprint()} {stamp(self.files)} {self.version}"
 
 
-@dataclass
-class _ReadNamed:  # classes, since workers that are spawned take no closures
-    read: Callable[[str], bytes]
-    names: Sequence[str]
-
-    def __call__(self, index: int) -> bytes:
-        return self.read(self.names[index])
+def _read_named(read: Callable[[str], bytes], names: Sequence[str], index: int) -> bytes:
+    return read(names[index])
 
 
-@dataclass
-class _ReadColumn:
-    rows: Any
-    column: str
-
-    def __call__(self, index: int) -> bytes:
-        entry = self.rows[index][self.column]
-        return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+def _read_row(rows: Any, column: str, index: int) -> bytes:
+    entry = rows[index][column]
+    return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
 
 
 def open_source(
@@ -116,7 +107,7 @@ def open_source(
     else:
         numbers, class_names = _labels_of_folders(tree, names)
     files = [tree.path / name for name in names] if tree.path.is_dir() else [tree.path]
-    return ImageSource(path, names, numbers, class_names, _ReadNamed(tree.read, names), rejected, files)
+    return ImageSource(path, names, numbers, class_names, partial(_read_named, tree.read, names), rejected, files)
 
 
 def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -209,7 +200,7 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
     rows = data.cast_column(image, datasets.Image(decode=False))
     name = Path(place).resolve().name if Path(place).exists() else path  # however it was typed
     names = [f"{name}#{k}" for k in range(len(labels))]
-    return ImageSource(path, names, labels, class_names, _ReadColumn(rows, image), files=files, version=version)
+    return ImageSource(path, names, labels, class_names, partial(_read_row, rows, image), files=files, version=version)
 
 
 def _labels_of_column(data, path: str) -> tuple[list[int], tuple[str, ...]]:

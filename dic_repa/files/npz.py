@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -57,13 +59,8 @@ class NpzFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        except FileNotFoundError:
-            raise UserError(f"there is no file {self.path}") from None
-        except (zipfile.BadZipFile, OSError) as error:
-            raise self._damaged(error) from None
+        with self._errors(), zipfile.ZipFile(self.path) as archive:
+            self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         self.names = tuple(self._members)
 
     def checksum(self) -> str:
@@ -71,40 +68,45 @@ class NpzFile:
         return "-".join(f"{name}:{info.CRC:08x}:{info.file_size}" for name, info in sorted(self._members.items()))
 
     def array(self, name: str) -> np.ndarray:
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self._member(name)) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-            raise self._damaged(error) from None
+        with self._open(name) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The array's shape, from its header alone."""
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self._member(name)) as file:
-                return self._header(file)[0]
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-            raise self._damaged(error) from None
+        with self._open(name) as file:
+            return self._header(file)[0]
 
     def mapped(self, name: str) -> np.ndarray:
         """The array as it lies in the file; a compressed one is unpacked into a temporary file first."""
         info = self._member(name)
-        try:
+        with self._errors(), contextlib.ExitStack() as stack:
             if info.compress_type != zipfile.ZIP_STORED:
-                return self._unpacked(info)
-            with self.path.open("rb") as file:
-                file.seek(info.header_offset + _LOCAL_HEADER - 4)
-                name_length, extra_length = struct.unpack("<HH", file.read(4))
-                file.seek(name_length + extra_length, os.SEEK_CUR)
-                return self._map(file)
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, struct.error) as error:
-            raise self._damaged(error) from None
+                file = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(stack.enter_context(self._open(name)), file, 1 << 20)
+                file.seek(0)
+                return self._map(file)  # the map keeps the file's space until it is let go of
+            file = stack.enter_context(self.path.open("rb"))
+            file.seek(info.header_offset + _LOCAL_HEADER - 4)
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            file.seek(name_length + extra_length, os.SEEK_CUR)
+            return self._map(file)
 
-    def _unpacked(self, info: zipfile.ZipInfo) -> np.ndarray:
-        with tempfile.TemporaryFile() as file:
-            with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
-                shutil.copyfileobj(member, file, 1 << 20)
-            file.seek(0)
-            return self._map(file)  # the map keeps the file's space until it is let go of
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        with self._errors(), zipfile.ZipFile(self.path) as archive, archive.open(self._member(name)) as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except FileNotFoundError:
+            raise UserError(f"there is no file {self.path}") from None
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, struct.error) as error:
+            reason = first_line(error)
+            raise UserError(f"{self.path} is truncated or no .npz file ({reason}); copy or write it again") from None
 
     @staticmethod
     def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -125,6 +127,3 @@ class NpzFile:
         if name not in self._members:
             raise UserError(f"{self.path} has no array {name} (it has {', '.join(self.names) or 'none'})")
         return self._members[name]
-
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self.path} is truncated or no .npz file ({first_line(error)}); copy or write it again")

@@ -119,13 +119,14 @@ def save_side_by_side(pictures: dict[str, Image.Image], path: Path) -> None:
     """Write pictures of the same height as one, each under its title."""
     font = ImageFont.load_default(size=20)
     head, gap = 36, 24
-    width = sum(picture.width for picture in pictures.values()) + gap * (len(pictures) - 1)
+    widths = [max(picture.width, int(font.getlength(title)) + 1) for title, picture in pictures.items()]
+    width = sum(widths) + gap * (len(pictures) - 1)
     sheet = Image.new("RGB", (width, head + max(picture.height for picture in pictures.values())), BACKGROUND)
     draw, left = ImageDraw.Draw(sheet), 0
-    for title, picture in pictures.items():
-        draw.text((left + picture.width // 2, head // 2), title, fill=INK, font=font, anchor="mm")
+    for (title, picture), width in zip(pictures.items(), widths):
+        draw.text((left + width // 2, head // 2), title, fill=INK, font=font, anchor="mm")
         sheet.paste(picture, (left, head))
-        left += picture.width + gap
+        left += width + gap
     save_picture(sheet, path)
 
 
