@@ -21,9 +21,8 @@ def random_warp(
 ) -> Tensor:
     """Images (B, C, H, W), each rotated, scaled, sheared, shifted and bent by its own random amounts.
 
-    Amounts are uniform in plus or minus `degrees`, `scale` (of the size, per axis), `shear`, `shift` (of the width),
-    and a smooth displacement field of standard deviation `elastic` (of the width). What comes in from outside is
-    black.
+    Amounts are uniform in plus or minus `degrees`, `scale` (of the size, per axis), `shear` and `shift` (of the width);
+    `elastic` (of the width) is the standard deviation of a smooth displacement. Outside the image is black.
     """
     batch = len(images)
 

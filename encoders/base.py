@@ -1,9 +1,7 @@
-"""What an encoder is, and the table in which encoders are found by name.
+"""Encoders by name: a registered one, an entry point of the group `dic_repa.encoders`, or `package.module:factory`.
 
-Besides the names filed here, an encoder may be `package.module:factory` or an entry point of the group
-`dic_repa.encoders`. A name that ends in a colon files a *family*:
-`create_encoder("timm:vit_small_patch14_dinov2")` calls the factory filed under `timm:` with `vit_small_patch14_dinov2`
-as its first argument.
+A registered name that ends in a colon is a *family*: `create_encoder("timm:vit_small_patch14_dinov2")` calls the
+factory `timm:` with `vit_small_patch14_dinov2` as its first argument.
 """
 
 from __future__ import annotations
@@ -35,28 +33,22 @@ class Card:
 
 
 def register_encoder(name: str) -> Callable[[Any], Any]:
-    """Decorator that files a class or function under `name`; called with the options it returns an `Encoder`.
-
-    Raises UserError when the name is taken.
-    """
+    """Decorator for a class or function that makes an `Encoder` from its options; a UserError for a taken name."""
     return encoders.register(name)
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
-    """The sorted names that match a shell `pattern`; one with a colon at its end is a family, such as `timm:`.
-
-    Entry points of other installed packages are among them.
-    """
+    """The sorted names that match a shell `pattern`, entry points included; a name such as `timm:` is a family."""
     return encoders.names(pattern)
 
 
 def encoder_card(name: str) -> Card | None:
-    """What the encoder says of itself; None where it says nothing. A UserError for an unknown name."""
+    """The card of the encoder `name`, None if it has none; a UserError for an unknown name."""
     return getattr(encoders.find(name), "card", None)
 
 
 def measure_card(name: str) -> Card:
-    """What an encoder without a card turns out to be when it is built without options."""
+    """A card for an encoder that has none: it is built, without options, and measured."""
     encoder = create_encoder(name)
     rows, columns = encoder.token_grid((256, 256))
     parameters = sum(p.numel() for p in encoder.parameters()) if isinstance(encoder, nn.Module) else 0
@@ -66,8 +58,8 @@ def measure_card(name: str) -> Card:
 def create_encoder(name: str, **options: Any) -> Encoder:
     """Build the encoder of that `name`, frozen; the options are those of its class or function.
 
-    Raises UserError for an unknown name or option, with the near ones, and for whatever the encoder itself cannot mend
-    (weights that cannot be fetched or do not fit).
+    Raises:
+        UserError: an unknown name or option, or weights that cannot be fetched or do not fit.
     """
     encoder = encoders.create(name, **options)
     if isinstance(encoder, nn.Module):
@@ -77,7 +69,7 @@ def create_encoder(name: str, **options: Any) -> Encoder:
 
 @torch.no_grad()
 def check_tokens(name: str, encoder: Encoder, images: Tensor) -> Tensor:
-    """The tokens of `images` (B, C, H, W), after a look at whether they keep the protocol; a UserError says how not."""
+    """The tokens of `images` (B, C, H, W); a UserError says how the encoder breaks the protocol `Encoder`."""
     missing = [part for part in ("embed_dim", "token_grid", "__call__") if not hasattr(encoder, part)]
     if missing:
         raise UserError(

@@ -1,8 +1,7 @@
 """`digits-vit`: the embedded teacher of the digit recipes, a stand-in for DINOv2 that fits in the package.
 
-A convolutional stem to 7x7 tokens, then three transformer blocks. `train_digits_vit` trained its weights, with digit
-classes read from the mean of the tokens, and each patch's pixels from its own token so that the tokens of an image
-stay apart.
+A convolutional stem to 7x7 tokens, then three transformer blocks. `train_digits_vit` trained it to give the digit from
+the mean of the tokens, and each patch's pixels from its token, so that the tokens of an image differ.
 """
 
 from __future__ import annotations
@@ -60,8 +59,9 @@ def build_digits_vit(embed_dim: int = 96, depth: int = 3, stem_width: int = 24) 
 class DigitsViT(FrozenViT):
     """Digits (B, 1 or 3, H, W), of any size, to 7x7 tokens of width 96.
 
-    `weights`: a file that `python -m dic_repa.training.train_digits_vit --out` wrote, instead of the weights in the
-    package. Raises UserError when they cannot be read or do not fit.
+    Args:
+        weights: a file of `python -m dic_repa.training.train_digits_vit --out`; by default the package's own.
+        layer: the block that gives the tokens.
     """
 
     card = Card(96, 4, 49, 0.2, "in this package", "Apache-2.0")

@@ -1,9 +1,8 @@
 """The encoders that the literature aligns with, by short names: a table of data, read by `TimmViT`.
 
-Preprocessing is REPA's where REPA has the encoder: images are normalised by the mean and std below and resized
-(bicubic, no antialiasing) to one token for 16 pixels, so that 256 px become 224 for a patch of 14 and stay 256 for a
-patch of 16.
-As in REPA, the tokens of CLIP and MAE are those before the final norm. REPA names them dinov1, jepa and clip-vit-L.
+Preprocessing is REPA's if REPA has the encoder: images are normalised by the mean and std below and resized (bicubic,
+no antialiasing) to one token for 16 pixels: 256 px become 224 for a patch of 14. As in REPA, the tokens of CLIP and MAE
+are those before the final norm. REPA's names are dinov1, jepa and clip-vit-L.
 """
 
 from __future__ import annotations
@@ -49,28 +48,32 @@ def _dinov2(size: str, width: int, parameters: float, registers: bool = False) -
     return Family(width, 14, 256, parameters, f"hub:timm/{model}", "Apache-2.0", model)
 
 
-def _hub(width: int, patch: int, parameters: float, model: str, licence: str, hub: str = "", **options) -> Family:
-    return Family(width, patch, 256, parameters, f"hub:timm/{hub or model}", licence, model, **options)
+def _row(width: int, patch: int, parameters: float, model: str, licence: str, source: str = "", **options) -> Family:
+    return Family(width, patch, 256, parameters, source or f"hub:timm/{model}", licence, model, **options)
 
 
-def _file(width: int, patch: int, parameters: float, model: str, source: str, licence: str, **options) -> Family:
-    return Family(width, patch, 256, parameters, source, licence, model, **options)
+def _clip(width: int, patch: int, parameters: float, size: str) -> Family:
+    # OpenAI's own networks have the quick GELU, an approximation, and give other tokens with the exact one.
+    model = f"vit_{size}_patch{patch}_clip_quickgelu_224.openai"
+    source = f"hub:timm/{model.replace('quickgelu_', '')}"
+    return _row(width, patch, parameters, model, "MIT", source, statistics=CLIP, norm=False)
 
 
 def _siglip2(width: int, parameters: float, size: str) -> Family:
-    return _hub(width, 16, parameters, f"vit_{size}_patch16_siglip_256.v2_webli", "Apache-2.0", statistics=HALF)
+    return _row(width, 16, parameters, f"vit_{size}_patch16_siglip_256.v2_webli", "Apache-2.0", statistics=HALF)
 
 
 def _pe(width: int, patch: int, parameters: float, name: str) -> Family:
-    return _hub(width, patch, parameters, f"vit_pe_{name}.fb", "Apache-2.0", statistics=HALF)
+    return _row(width, patch, parameters, f"vit_pe_{name}.fb", "Apache-2.0", statistics=HALF)
 
 
 _DINOV3 = "DINOv3 licence"
+_RCG = "https://github.com/LTH14/rcg"
 _MOCO = "https://dl.fbaipublicfiles.com/moco-v3/vit-{0}-300ep/vit-{0}-300ep.pth.tar"
 _IJEPA = "https://dl.fbaipublicfiles.com/ijepa/{0}.pth.tar"
+_IJEPA_H, _IJEPA_G = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_giant_patch16_gap_224.in22k_ijepa"
 # MoCo v3's small ViT has twice the heads of timm's.
-_MOCO_OPTIONS = {"in_timm": False}
-_MOCO_SMALL = _MOCO_OPTIONS | {"model_args": MappingProxyType({"num_heads": 12})}
+_MOCO_SMALL = {"in_timm": False, "model_args": MappingProxyType({"num_heads": 12})}
 
 FAMILIES: dict[str, Family] = {
     "dinov2-vit-s": _dinov2("small", 384, 22.1),
@@ -81,53 +84,28 @@ FAMILIES: dict[str, Family] = {
     "dinov2reg-vit-b": _dinov2("base", 768, 86.6, registers=True),
     "dinov2reg-vit-l": _dinov2("large", 1024, 304.4, registers=True),
     "dinov2reg-vit-g": _dinov2("giant", 1536, 1136.5, registers=True),
-    "dinov3-vit-s": _hub(384, 16, 21.6, "vit_small_patch16_dinov3.lvd1689m", _DINOV3),
-    "dinov3-vit-s+": _hub(384, 16, 28.7, "vit_small_plus_patch16_dinov3.lvd1689m", _DINOV3),
-    "dinov3-vit-b": _hub(768, 16, 85.6, "vit_base_patch16_dinov3.lvd1689m", _DINOV3),
-    "dinov3-vit-l": _hub(1024, 16, 303.1, "vit_large_patch16_dinov3.lvd1689m", _DINOV3),
-    "dinov3-vit-h+": _hub(1280, 16, 840.5, "vit_huge_plus_patch16_dinov3.lvd1689m", _DINOV3),
-    "dinov3-vit-7b": _hub(4096, 16, 6716.0, "vit_7b_patch16_dinov3.lvd1689m", _DINOV3),
-    "dino-vit-s": _hub(384, 16, 21.7, "vit_small_patch16_224.dino", "Apache-2.0"),
-    "dino-vit-b": _hub(768, 16, 85.8, "vit_base_patch16_224.dino", "Apache-2.0"),
-    # OpenAI's own networks have the quick GELU, an approximation, and give other tokens with the exact one.
-    "clip-vit-b": _hub(
-        768,
-        16,
-        85.8,
-        "vit_base_patch16_clip_quickgelu_224.openai",
-        "MIT",
-        "vit_base_patch16_clip_224.openai",
-        statistics=CLIP,
-        norm=False,
-    ),
-    "clip-vit-l": _hub(
-        1024,
-        14,
-        303.2,
-        "vit_large_patch14_clip_quickgelu_224.openai",
-        "MIT",
-        "vit_large_patch14_clip_224.openai",
-        statistics=CLIP,
-        norm=False,
-    ),
+    "dinov3-vit-s": _row(384, 16, 21.6, "vit_small_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-s+": _row(384, 16, 28.7, "vit_small_plus_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-b": _row(768, 16, 85.6, "vit_base_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-l": _row(1024, 16, 303.1, "vit_large_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-h+": _row(1280, 16, 840.5, "vit_huge_plus_patch16_dinov3.lvd1689m", _DINOV3),
+    "dinov3-vit-7b": _row(4096, 16, 6716.0, "vit_7b_patch16_dinov3.lvd1689m", _DINOV3),
+    "dino-vit-s": _row(384, 16, 21.7, "vit_small_patch16_224.dino", "Apache-2.0"),
+    "dino-vit-b": _row(768, 16, 85.8, "vit_base_patch16_224.dino", "Apache-2.0"),
+    "clip-vit-b": _clip(768, 16, 85.8, "base"),
+    "clip-vit-l": _clip(1024, 14, 303.2, "large"),
     "siglip2-vit-b": _siglip2(768, 92.9, "base"),
     "siglip2-vit-l": _siglip2(1024, 316.0, "large"),
     "siglip2-vit-so400m": _siglip2(1152, 427.9, "so400m"),
     "siglip2-vit-g": _siglip2(1536, 1163.2, "giantopt"),
-    "mae-vit-b": _hub(768, 16, 85.8, "vit_base_patch16_224.mae", NON_COMMERCIAL, norm=False),
-    "mae-vit-l": _hub(1024, 16, 303.3, "vit_large_patch16_224.mae", NON_COMMERCIAL, norm=False),
-    "mae-vit-h": _hub(1280, 14, 630.8, "vit_huge_patch14_224.mae", NON_COMMERCIAL, norm=False),
-    "mocov3-vit-s": _file(384, 16, 21.7, "vit_small_patch16_224", _MOCO.format("s"), NON_COMMERCIAL, **_MOCO_SMALL),
-    "mocov3-vit-b": _file(768, 16, 85.8, "vit_base_patch16_224", _MOCO.format("b"), NON_COMMERCIAL, **_MOCO_OPTIONS),
-    "mocov3-vit-l": _file(
-        1024, 16, 303.3, "vit_large_patch16_224", "https://github.com/LTH14/rcg", "MIT", **_MOCO_OPTIONS
-    ),
-    "ijepa-vit-h": _file(
-        1280, 14, 630.8, "vit_huge_patch14_gap_224.in1k_ijepa", _IJEPA.format("IN1K-vit.h.14-300e"), NON_COMMERCIAL
-    ),
-    "ijepa-vit-g": _file(
-        1408, 16, 1011.4, "vit_giant_patch16_gap_224.in22k_ijepa", _IJEPA.format("IN22K-vit.g.16-600e"), NON_COMMERCIAL
-    ),
+    "mae-vit-b": _row(768, 16, 85.8, "vit_base_patch16_224.mae", NON_COMMERCIAL, norm=False),
+    "mae-vit-l": _row(1024, 16, 303.3, "vit_large_patch16_224.mae", NON_COMMERCIAL, norm=False),
+    "mae-vit-h": _row(1280, 14, 630.8, "vit_huge_patch14_224.mae", NON_COMMERCIAL, norm=False),
+    "mocov3-vit-s": _row(384, 16, 21.7, "vit_small_patch16_224", NON_COMMERCIAL, _MOCO.format("s"), **_MOCO_SMALL),
+    "mocov3-vit-b": _row(768, 16, 85.8, "vit_base_patch16_224", NON_COMMERCIAL, _MOCO.format("b"), in_timm=False),
+    "mocov3-vit-l": _row(1024, 16, 303.3, "vit_large_patch16_224", "MIT", _RCG, in_timm=False),
+    "ijepa-vit-h": _row(1280, 14, 630.8, _IJEPA_H, NON_COMMERCIAL, _IJEPA.format("IN1K-vit.h.14-300e")),
+    "ijepa-vit-g": _row(1408, 16, 1011.4, _IJEPA_G, NON_COMMERCIAL, _IJEPA.format("IN22K-vit.g.16-600e")),
     "pe-core-t": _pe(192, 16, 6.0, "core_tiny_patch16_384"),
     "pe-core-s": _pe(384, 16, 23.6, "core_small_patch16_384"),
     "pe-core-b": _pe(768, 16, 92.9, "core_base_patch16_224"),

@@ -14,8 +14,8 @@ from dic_repa.files.pictures import to_pil
 def principal_components(tokens: Tensor, count: int = 3) -> Tensor:
     """The coordinates (N, count) of tokens (N, D) along their directions of largest variance, largest first.
 
-    Where the tokens vary in fewer directions, or are fewer, the rest is zero. The largest coordinate of each is
-    positive, so that the picture does not depend on the sign in which a decomposition comes out.
+    If there are fewer directions, the rest is zero. The largest coordinate of each is positive: a sign by chance of the
+    decomposition would change the picture.
     """
     centred = tokens.double() - tokens.double().mean(dim=0)
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -28,7 +28,7 @@ def token_picture(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens (N, D) of a `grid` (h, w) as a picture (3, h, w) in [0, 1], each component stretched to that range."""
     components = principal_components(tokens)
     low, high = components.amin(dim=0), components.amax(dim=0)
-    # A component that is there by rounding alone is not to be stretched into a pattern.
+    # Rounding errors must not be stretched into a pattern.
     ranges = (high - low).clamp(min=max(1e-12, 1e-6 * float((high - low).max())))
     return rearrange(((components - low) / ranges).float(), "(h w) c -> c h w", h=grid[0], w=grid[1])
 

@@ -22,17 +22,20 @@ WEIGHTS_OPTION = "--weights FILE (in a recipe: encoder_options: {weights: FILE})
 class TimmViT(FrozenViT):
     """Images (B, 1 or 3, H, W) to the patch tokens of a timm ViT, without its class and register tokens.
 
-    `pixels_per_token`: the stride of the token grid in pixels of the image. Images are resized (bicubic) so that it
-    holds; the default of 16 is REPA's preprocessing, in which 256 px give 16x16 tokens whatever the patch size (patch
-    14: 224 px). Position embeddings are resampled to the grid.
-    `weights`: a safetensors file or plain state dict, in timm's layout or one that is converted to it: those of DINO,
-    DINOv2, DINOv3, CLIP, MAE, PE (by timm), MoCo v3 and I-JEPA.
-    `pretrained`: fetch timm's weights from the hub where no file is given; False leaves them random.
-    `norm`: whether the tokens pass the model's final norm. `mean` and `std` of the channels default to timm's.
-    `model_args` go to `timm.create_model`.
+    Args:
+        model_name: timm's name.
+        weights: a safetensors file or plain state dict, in timm's layout or one that is converted to it: those of DINO,
+            DINOv2, DINOv3, CLIP, MAE, PE (by timm), MoCo v3 and I-JEPA.
+        pretrained: fetch timm's weights from the hub if no file is given; False leaves them random.
+        layer: the block that gives the tokens.
+        pixels_per_token: pixels of the image, in each direction, for one token. Images are resized (bicubic) to fit,
+            and position embeddings to the grid. With 16, as in REPA, 256 px give 16x16 tokens for any patch size.
+        norm: whether the tokens pass the model's final norm.
+        mean, std: of each channel; by default timm's.
+        model_args: go to `timm.create_model`.
 
-    Raises UserError for an unknown model, one that is not a ViT, weights that cannot be fetched and weights that do
-    not fit.
+    Raises:
+        UserError: an unknown model, no ViT, or weights that cannot be fetched or do not fit.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:
     if not timm.is_model(architecture):
         raise unknown_name("timm model", architecture, timm.list_models())
     try:
-        # Without weights first: what fails here is the name's or the options' fault, what fails below the hub's.
+        # Without weights first: a failure here comes from the name or the options, one below from the hub.
         model: Any = timm.create_model(name, num_classes=0, dynamic_img_size=True, **model_args)
         is_vit = hasattr(model, "blocks") and hasattr(model, "forward_intermediates")
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -126,10 +129,7 @@ _MISSPELT |= {"blocks.14.norm14": "blocks.14.norm2", "blocks.14.mlp.fc14": "bloc
 
 
 def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the ViT inside a training checkpoint whose layout timm does not know.
-
-    MoCo v3 keeps the encoder as `module.base_encoder`, beside its momentum encoder, I-JEPA as `module`.
-    """
+    """The encoder's state dict: MoCo v3 keeps it as `module.base_encoder`, I-JEPA as `module`."""
     prefixes = [p for p in ("module.base_encoder.", "module.") if any(key.startswith(p + "blocks.") for key in state)]
     if not prefixes:
         return state

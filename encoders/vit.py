@@ -15,9 +15,11 @@ from dic_repa.errors import UserError
 class FrozenViT(nn.Module):
     """A timm ViT as an `Encoder`. A subclass says to which size images are resized.
 
-    `model` has timm's `forward_intermediates` and `embed_dim`; `mean` and `std` normalise each of its input channels.
-    `layer` is the index of the block whose tokens are given, counted as in a list (-1: the last); they pass the final
-    norm whichever it is, unless `norm` is False.
+    Args:
+        model: has timm's `forward_intermediates` and `embed_dim`.
+        mean, std: of each input channel.
+        layer: the index of the block that gives the tokens; -1 is the last.
+        norm: whether the tokens pass the final norm, whichever block they come from.
     """
 
     mean: Tensor
@@ -48,10 +50,7 @@ class FrozenViT(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 1 or 3, H, W), float in [0, 1], to tokens (B, h * w, embed_dim), row by row.
-
-        Raises UserError for other shapes and for integers.
-        """
+        """Images (B, 1 or 3, H, W), float in [0, 1], to tokens (B, h * w, embed_dim), row by row."""
         if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
             shape = tuple(images.shape)
             raise UserError(

@@ -1,8 +1,8 @@
 """The feature cache: an encoder's tokens of a whole data set, computed once and then read instead of the encoder.
 
-A cache is one .npy file (images, tokens, width) in float16, memory-mapped, written aside and renamed. Its name is a
-hash of the encoder's name, options, code and weights, and of the data set's images; before it is used, a few of its
-tokens are compared with the encoder's own. So a stale one is never read.
+A cache is one .npy file (images, tokens, width) in float16, memory-mapped. Its name is a hash of the encoder (name,
+options, code and weights) and of the images, and a few of its tokens are compared with the encoder's own before it is
+used, so an outdated cache is never read.
 """
 
 from __future__ import annotations
@@ -67,10 +67,17 @@ class WithTokens(Dataset):
 def feature_cache(
     name: str, options: dict[str, Any], encoder, data: Samples, device: torch.device | str = "cpu", workers: int = 0
 ) -> FeatureCache:
-    """The cache of the tokens that the encoder `name`, built with `options`, gives for the images of `data`.
+    """The cache of the tokens of the images of `data`, filled if there is none yet.
 
-    Filled where there is none that fits. UserError where the images of `data` are not the same each time that they are
-    read, where the disk is too small, and where the tokens exceed float16.
+    Args:
+        name, options: what `encoder` was built with.
+        encoder: gives the tokens.
+        data: samples with an `image`.
+        device: of the encoder.
+        workers: processes that read images.
+
+    Raises:
+        UserError: an image changes from one reading to the next, the disk is too small, or tokens exceed float16.
     """
     folder = cache_folder("features", "DIC_REPA_CACHE")
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", name)
@@ -101,9 +108,9 @@ def cache_key(name: str, options: dict[str, Any], encoder, data: Samples) -> str
 
 
 def encoder_hash(name: str, options: dict[str, Any], encoder, *more):
-    """A hash object of an encoder's name, options, code, weights and statistics, and of `more` that JSON can tell."""
+    """A hash object of an encoder's name, options, code, weights and statistics, and of `more`, as JSON."""
     digest = hashlib.sha256()
-    # A weights file counts by what is in it, not by where it lies.
+    # A weights file counts by its content, not by its place.
     named = {key: value for key, value in options.items() if key != "weights"}
     digest.update(json.dumps([name, named, *more], default=str).encode())
     with contextlib.suppress(OSError, TypeError):  # of a class made at a prompt; the cache's probes still tell
@@ -155,7 +162,9 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, devic
         # Written, not mapped: a disk that fills up is then an error and not the end of the process.
         with aside.open("wb") as out, torch.random.fork_rng(devices=[]):  # a loader draws a seed from torch's generator
             np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
-            images = DataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=_images)
+            images: DataLoader = DataLoader(
+                WithTokens(data, {}), batch_size=BATCH, num_workers=workers, collate_fn=_images
+            )
             for batch in progress_bar(images, desc=f"caching {file.name}", unit="batch"):
                 tokens = encoder(unit_images(batch.to(device))).to(torch.float16)
                 if not tokens.isfinite().all():

@@ -10,6 +10,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
+from dic_repa.errors import UserError
 from dic_repa.files.outputs import check_file
 
 if TYPE_CHECKING:
@@ -65,7 +66,6 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     from dic_repa.data.images import center_crop, to_tensor
     from dic_repa.encoders import check_tokens, create_encoder
     from dic_repa.encoders.picture import token_sheet
-    from dic_repa.errors import UserError
     from dic_repa.files.pictures import save_picture
 
     out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
@@ -88,7 +88,6 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
 def _row(name: str) -> str:
     from dic_repa.encoders import encoder_card
     from dic_repa.encoders.base import measure_card
-    from dic_repa.errors import UserError
 
     if name.endswith(":"):
         return "any of timm's vision transformers, such as timm:vit_base_patch16_224.augreg_in21k"
@@ -105,21 +104,17 @@ def _row(name: str) -> str:
 def _open(path: Path | None) -> Image.Image:
     from dic_repa.data.digits import load_digits
     from dic_repa.data.images import decode_image
-    from dic_repa.errors import UserError
+    from dic_repa.files.pictures import to_pil
 
     if path is None:
-        from PIL import Image
-
-        digit = (load_digits("held-out")[0][0, 0] * 255).byte().numpy()
-        return Image.fromarray(digit).convert("RGB")
+        return to_pil(load_digits("held-out")[0][0]).convert("RGB")
     if not path.is_file():
         raise UserError(f"there is no image at {path}")
     return decode_image(path.read_bytes(), str(path))
 
 
 def parse_encoder_options(options: tuple[str, ...], weights: Path | None) -> dict:
-    """What `create_encoder` takes, of KEY=VALUE options and a weights file."""
-    from dic_repa.errors import UserError
+    """The options of `create_encoder`, from KEY=VALUE texts and a weights file."""
     from dic_repa.recipe.files import parse_value
 
     parsed = {"weights": str(weights)} if weights else {}

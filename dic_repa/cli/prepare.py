@@ -54,11 +54,10 @@ from dic_repa.runtime.threads import choose_threads
 def command(source: str, destination: Path, autoencoder: str, labels: str | None, unlabelled: bool, **options):
     """Crop and encode the images of SOURCE into the data set DESTINATION.
 
-    SOURCE is a folder, zip or tar with a folder for each class, or a flat one, with a labels file (dataset.json,
-    labels.json or labels.csv in it, or --labels) or without, as one class; or a Hugging Face data set (ID, ID:SPLIT or
-    a local folder).
-    Stopped or killed, the same command goes on with the shards that are missing. `datasets.load_from_disk` opens the
-    result; a recipe reads it with `data: {name: prepared, path: DESTINATION, size: 32}`.
+    SOURCE is a folder, zip or tar, or a Hugging Face data set (ID, ID:SPLIT or a local folder). Files have a folder for
+    each class, or a labels file (--labels, or dataset.json, labels.json or labels.csv in SOURCE), or are one class.
+    After a stop, the same command makes the missing shards. `datasets.load_from_disk` opens the result; a recipe reads
+    it with `data: {name: prepared, path: DESTINATION, size: 32}`.
 
     \b
     Examples:
@@ -78,7 +77,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     choose_threads()
     settings = PrepareSettings(**options)
     images = open_source(source, labels, settings.skip_bad, unlabelled)
-    # One process may be minutes behind, which NCCL would take for a fault.
+    # One process may be minutes behind, which NCCL would report as an error.
     state = start_processes(patience=timedelta(days=1))
     encoder = load_autoencoder(autoencoder, state.device)
     if state.is_main_process:
@@ -95,7 +94,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
 
 
 def _classes(report) -> str:
-    """'2 classes of 30 images each', or from which to which."""
+    """'2 classes of 30 images each', or the smallest and the largest."""
     if not report.classes:
         return "without classes"
     (small, few), (large, many) = report.smallest_class, report.largest_class

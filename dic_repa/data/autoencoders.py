@@ -1,8 +1,7 @@
 """Autoencoders between images and the denoiser's data: `dic_repa.protocols.Autoencoder` says what they have.
 
-A name is 'none' (pixels), one that was registered in `autoencoders` or is an entry point, `package.module:factory`, or
-else a `diffusers.AutoencoderKL`: a local folder or a hub id. The denoiser's data is x = (z - shift) * scale, with z
-drawn from the posterior: see `dic_repa.data.latents`.
+A name is 'none' (pixels), a registered one, an entry point, `package.module:factory`, or the local folder or hub id of
+a `diffusers.AutoencoderKL`. The denoiser's data is x = (z - shift) * scale, with z drawn from the posterior.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class AutoencoderSpec:
         return cls(**content | {"shift": tuple(content["shift"]), "scale": tuple(content["scale"])})
 
     def same_weights(self, other: AutoencoderSpec) -> bool:
-        """Whether both are one autoencoder, whatever their names: by fingerprints, or else by channels and scale."""
+        """Whether both are the same autoencoder, by fingerprint if both have one, else by all but the name."""
         if self.fingerprint and other.fingerprint:
             return self.fingerprint == other.fingerprint
         mine, its = ({**spec.to_dict(), "name": "", "fingerprint": ""} for spec in (self, other))
@@ -77,11 +76,10 @@ _KNOWN = {name: AutoencoderSpec(name, **_SD_VAE) for name in ("stabilityai/sd-va
 
 
 def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
-    """'none' for pixels, one of your own, or a `diffusers.AutoencoderKL` from a local folder or a hub id, ':SUBFOLDER'
-    behind it where it is part of a pipeline; its weights are safetensors.
+    """The autoencoder `name`; diffusers' weights must be safetensors, with ':SUBFOLDER' after the name for a pipeline.
 
     Raises:
-        UserError: that says what is missing and where to put it.
+        UserError: says what is missing and where to put it.
     """
     return _loaded(name).to(device)
 
@@ -101,13 +99,13 @@ def _loaded(name: str) -> Autoencoder:  # once, though both training data and sa
 
 
 def _is_part(name: str) -> bool:
-    """Whether `name` is one of the registry's, or `package.module:factory`, and no place of diffusers' files."""
+    """Whether `name` is registered or `package.module:factory`, not a place of diffusers' files."""
     is_factory = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and not Path(name.partition(":")[0]).is_dir()
     return bool(name in autoencoders or is_factory)
 
 
 def load_spec(name: str) -> AutoencoderSpec:
-    """The spec of an autoencoder; of diffusers' from its config alone, or known (sd-vae-ft-ema and -mse)."""
+    """The spec of an autoencoder, without loading diffusers' weights."""
     if name in _KNOWN:
         return _KNOWN[name]
     if _is_part(name):

@@ -21,9 +21,7 @@ PREVIEW = 64
 
 @dataclass
 class Report:
-    """What `check_prepared` found. `psnr` is in dB, the mean over the previewed images; None without an autoencoder.
-    The smallest and the largest class are None where there are no classes.
-    """
+    """What `check_prepared` found; the classes are None if there are none, `psnr` (dB) without an autoencoder."""
 
     images: int
     expected: int
@@ -38,10 +36,7 @@ class Report:
 
 
 def check_prepared(path: str | Path, source: ImageSource, autoencoder: Autoencoder) -> Report:
-    """Read all labels back and decode up to 64 images, spread over the data, beside their originals.
-
-    Writes preview.png (above the image, below it its round trip) and check.json into the folder.
-    """
+    """Read all labels back, decode up to 64 images, and write preview.png and check.json into the folder."""
     import datasets
 
     path = Path(path)

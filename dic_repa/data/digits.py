@@ -1,7 +1,7 @@
 """The embedded digits: 10,000 real MNIST images, so that everything runs with no download.
 
-The file is shuffled, so the split is by position: the first 8,000 are for training (of the denoiser, of the encoder
-and of the classifier that judges), the last 2,000 are held out and seen by none of the three.
+The file is shuffled. The first 8,000 train the denoiser, the encoder and the classifier that measures; the last 2,000
+are held out from all three.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 class Digits(Dataset):
-    """The digits as training samples.
-
-    A sample is a dict: `x`, the denoiser's data, (1, size, size) in [-1, 1]; `image`, what an encoder sees, (1, 28,
-    28) in [0, 1]; `label`, an int64 scalar.
-    """
+    """Samples of `x` (1, size, size) in [-1, 1], `image` (1, 28, 28) in [0, 1] for the encoder, and `label`, int64."""
 
     num_classes = NUM_CLASSES
     class_names = tuple(str(digit) for digit in range(10))

@@ -34,9 +34,10 @@ class FileTree:
 
 
 def open_tree(path: str | Path) -> FileTree:
-    """The files of a folder, a .zip or an uncompressed .tar; hidden files are left out.
+    """The files of a folder, a .zip or an uncompressed .tar, without hidden ones.
 
-    A UserError for anything else, for a damaged archive, and for a name that leads out of the archive.
+    Raises:
+        UserError: anything else, a damaged archive, or a name that leads out of it.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,7 +52,7 @@ def open_tree(path: str | Path) -> FileTree:
 
 
 def stamp(files: Iterable[Path]) -> str:
-    """A hash of the files' names, sizes and times of change: tells without reading them whether one was changed."""
+    """A hash of the files' names, sizes and times of change, to see whether one was changed."""
     states = ((file.name, file.stat()) for file in sorted(files))
     return fingerprint(*(f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in states))
 

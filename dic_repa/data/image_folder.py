@@ -15,18 +15,18 @@ from dic_repa.data.sources import open_source
 
 
 class ImageFolder(LatentDataset):
-    """Samples of any source that `dic-repa prepare` takes, without preparation: for a look, and for small data.
+    """Samples of any source that `dic-repa prepare` takes, without preparation: for small data.
 
-    A sample is a dict of `image` (3, H, W), uint8, and `label`. The training step makes the denoiser's data of it. With
-    `flip`, the second half of the samples are the first, mirrored.
+    A sample is a dict of `image` (3, H, W), uint8, and `label`; the training step encodes the image. With `flip`, the
+    second half of the samples mirrors the first.
 
     Args:
         path: a folder, zip, tar or Hugging Face data set.
-        size: height and width of the denoiser's data; the images' is that times the autoencoder's reduction.
+        size: height and width of the denoiser's data; images are larger by the autoencoder's reduction.
         autoencoder: 'none' for pixels, a hub id or a local folder.
-        labels: a labels file, for a flat folder; without one, it is one class.
-        skip_bad: leave out files that are no image by their names. A damaged one stops the run all the same.
-        unlabelled: all images are of no class, wherever they lie.
+        labels: a labels file for a flat folder, which is otherwise one class.
+        skip_bad: leave out files that are not named as images. A damaged image still stops the run.
+        unlabelled: no image has a class.
     """
 
     def __init__(

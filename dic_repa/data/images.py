@@ -21,10 +21,10 @@ class BadImage(UserError):
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """The first frame of an image file as 8-bit RGB, upright.
+    """The first frame of an image file as 8-bit RGB, over white if it is transparent, turned upright (EXIF).
 
-    Greyscale, palette and CMYK are converted, 16-bit values scaled to 8 bits, transparent parts laid over white, and
-    the turn that a camera noted (EXIF) is made. BadImage names a file that is truncated or no image.
+    Raises:
+        BadImage: names a file that is truncated or no image.
     """
     try:
         with warnings.catch_warnings():
@@ -52,10 +52,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop (arXiv 2105.05233, as in its public code): halved by a box filter while the short side is at least
-    twice `size`, resized so that the short side is `size` by a bicubic filter, and the centre cut out.
-
-    A smaller image is enlarged.
+    """ADM's crop (arXiv 2105.05233): halved by a box filter while the short side is at least twice `size`, resized by a
+    bicubic filter to a short side of `size`, and cut to the centre. A smaller image is enlarged.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -1,8 +1,8 @@
-"""Data that people have prepared for other projects, read as it lies.
+"""Data that was prepared for REPA or DiT, read without conversion.
 
-REPA's, as its public preprocessing writes it: images/ with picture files, vae-sd/ with .npy moments and dataset.json,
-either of them a folder or a zip. The DiC authors' (and DiT's): *_features/ with .npy latents, already scaled, and
-*_labels/ with .npy labels of the same names; no images.
+REPA's preprocessing writes images/ (picture files) and vae-sd/ (.npy moments and dataset.json), each a folder or a zip.
+DiT's, which DiC's authors use, writes *_features/ (.npy latents, already scaled) and *_labels/ (.npy labels of the same
+names), and no images.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class RepaLayout(LatentDataset):
                 f"{path} has {len(self.image_names)} images and {len(self.moment_names)} moments; each needs the other"
             )
         self.labels = self._read_labels()
-        highest = max(self.labels)
-        if min(self.labels) < 0:
-            raise UserError(f"{path} has the label {min(self.labels)}; classes are numbered from 0")
+        lowest, highest = min(self.labels), max(self.labels)
+        if lowest < 0:
+            raise UserError(f"{path} has the label {lowest}; classes are numbered from 0")
         if num_classes is not None and highest >= num_classes:
             raise UserError(f"{path} has the label {highest}, which is beyond num_classes {num_classes}")
         self.class_names = tuple(str(k) for k in range(num_classes or highest + 1))

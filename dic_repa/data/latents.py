@@ -1,7 +1,7 @@
 """From what a data set stores to what the denoiser is trained on.
 
-A sample has `x`, or `moments`: the mean and standard deviation of the autoencoder's posterior, one behind the other; or
-neither, and then the data set's autoencoder encodes the `image` in the training step, or its pixels are the data.
+A sample has `x`; or `moments`, the mean and standard deviation of the autoencoder's posterior in one tensor; or only an
+`image`, which the training step encodes, or whose pixels are the data.
 """
 
 from __future__ import annotations
@@ -73,10 +73,8 @@ def data_shape(data: Samples) -> tuple[int, int, int]:
 
 
 def denoiser_data(data: Any, batch: dict[str, Tensor], noise_like: Callable[[Tensor], Tensor]) -> Tensor:
-    """The denoiser's data (B, C, H, W) of a batch: z = mean + std * noise, x = (z - shift) * scale; the images' pixels
-    in [-1, 1] where there is no autoencoder.
-
-    `noise_like` draws the posterior's noise, like the mean; it is not called where there is no posterior.
+    """The denoiser's data (B, C, H, W) of a batch: z = mean + std * noise, x = (z - shift) * scale; without an
+    autoencoder, the pixels in [-1, 1]. `noise_like(mean)` draws the noise of the posterior, if there is one.
     """
     if "x" in batch:
         return batch["x"]

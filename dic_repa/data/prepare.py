@@ -1,10 +1,9 @@
 """Prepare a data set once: crop, encode, and write shards that training reads.
 
-The result is a Hugging Face data set that `datasets.load_from_disk` opens, with the columns `image` (a WebP, PNG or
-JPEG file), `moments` (mean and standard deviation, float16 or float32), `moments_flipped` (of the mirrored image, on
-request), `label`, `name`, `width` and `height` (of the original); `prepare.json` in it says how it was made. Shard k
-holds the source's images k * shard_size and following, so what is in it depends on neither the number of processes nor
-on interruptions.
+`datasets.load_from_disk` opens the result. Its columns are `image` (a WebP, PNG or JPEG file), `moments` (mean and
+standard deviation, float16 or float32), `moments_flipped` (of the mirrored image, on request), `label`, `name`, `width`
+and `height` (of the original). `prepare.json` says how it was made. Shard k holds `shard_size` images, from image
+k * shard_size on, whatever the number of processes or interruptions.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,25 +36,23 @@ SETTINGS_FILE = "prepare.json"
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How to prepare: `size` of the crop in pixels, the mirrored moments too (`flip`), the images' file format, the
-    moments' numbers (float16, or float32 as REPA's), images to a shard and to an encoder batch, whether to skip damaged
-    files, and threads that read and crop.
-    """
+    """How to prepare."""
 
-    size: int = 256
-    flip: bool = False
+    size: int = 256  # of the crop, in pixels
+    flip: bool = False  # store the moments of the mirrored images too
     image_format: str = "webp"
-    moments: str = "float16"
-    shard_size: int = 1000
-    batch_size: int = 32
+    moments: str = "float16"  # or float32, as REPA has them
+    shard_size: int = 1000  # images
+    batch_size: int = 32  # images encoded at once
     skip_bad: bool = False
-    workers: int = 8
+    workers: int = 8  # threads that read and crop
 
 
 def begin(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, settings: PrepareSettings) -> None:
-    """Make the destination, or check that what is in it was begun in the same way. One process does this, first.
+    """Make the destination, or check that it was begun with the same settings. One process does this, first.
 
-    A UserError for a destination that holds something else.
+    Raises:
+        UserError: the destination holds something else.
     """
     destination, wanted = Path(destination), describe(source, spec, settings)
     if settings.size % spec.downsample:
@@ -64,15 +60,14 @@ def begin(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, s
     file = destination / SETTINGS_FILE
     there = check_folder(destination, "prepared")
     if there and file.is_file():
-        # The place of the images or of the weights may change between two calls; their content may not.
+        # Images and weights may move between two calls, but not change.
         found, wanted = {"moments": "float16"} | json.loads(file.read_text()), json.loads(json.dumps(wanted))
         if differs := [key for key in wanted if _content(wanted[key]) != _content(found.get(key))]:
             raise UserError(f"{destination} was begun with another {', '.join(differs)}; choose another folder")
         return
     # All names at once, since the processes that will write them may be on several machines.
-    names = [_shard_file(shard, source, settings) for shard in range(shard_count(source, settings))]
     others = ("dataset_info.json", "state.json", "check.json", "preview.png")
-    begin_folder(destination, "prepared", [SETTINGS_FILE, *names, *others])
+    begin_folder(destination, "prepared", [SETTINGS_FILE, *_shards(source, settings), *others])
     write_json(file, wanted)
 
 
@@ -84,35 +79,44 @@ def write_shards(
     process: int = 0,
     processes: int = 1,
 ) -> None:
-    """Write those of this process's shards that are not there yet, each aside and then renamed: whole, or not there.
+    """Write the shards of this process that are still missing; a shard is whole or not there.
 
-    A UserError for a damaged image (unless skip_bad) and for a full disk.
+    Raises:
+        UserError: a damaged image (unless skip_bad), or a full disk.
     """
+    from datasets.arrow_writer import ArrowWriter
+
     destination, features = Path(destination), _features(autoencoder.spec, source, settings)
-    # Dealt out before the finished ones are left out: processes that look at different moments share no shard.
-    mine = range(process, shard_count(source, settings), processes)
-    todo = [shard for shard in mine if not (destination / _shard_file(shard, source, settings)).is_file()]
-    total = sum(len(_rows(shard, source, settings)) for shard in todo)
+    # Split before finished ones are left out, so that processes that look at different times share no shard.
+    mine = list(_shards(source, settings).items())[process::processes]
+    todo = [(name, rows) for name, rows in mine if not (destination / name).is_file()]
+    total = sum(len(rows) for _, rows in todo)
     label = "encoding" if processes == 1 else f"encoding (process 1 of {processes})"
     with (
         progress_bar(total=total, desc=label, unit="image", disable=process > 0 or not total) as bar,
         ThreadPoolExecutor(settings.workers) as pool,
     ):
-        for shard in todo:
-            rows = _encoded(source, _rows(shard, source, settings), autoencoder, settings, pool, bar)
-            with _whole_or_not(destination / _shard_file(shard, source, settings)) as aside:
-                _write_shard(aside, features, rows)
+        for name, rows in todo:
+            with (
+                _whole_or_not(destination / name) as aside,
+                ArrowWriter(features=features, path=str(aside), writer_batch_size=100) as writer,
+            ):
+                for row in _encoded(source, rows, autoencoder, settings, pool, bar):
+                    writer.write(row)
+                writer.finalize()
 
 
-def shard_count(source: ImageSource, settings: PrepareSettings) -> int:
-    return -(-len(source) // settings.shard_size)
+def _shards(source: ImageSource, settings: PrepareSettings) -> dict[str, range]:
+    """The file name of each shard, and the indices of its images."""
+    starts = range(0, len(source), settings.shard_size)
+    return {
+        f"data-{k:05d}-of-{len(starts):05d}.arrow": range(len(source))[start : start + settings.shard_size]
+        for k, start in enumerate(starts)
+    }
 
 
 def describe(source: ImageSource, spec: AutoencoderSpec, settings: PrepareSettings) -> dict:
-    """What determines the prepared data, as `prepare.json` keeps it.
-
-    Whether to skip bad files is no part of it: one adds that to a command that has just stopped at one.
-    """
+    """What determines the prepared data, as `prepare.json` keeps it; not `skip_bad`, which may be added later."""
     return {
         "format": 1,
         "source": {"path": str(source.path), "images": len(source), "fingerprint": source.fingerprint()},
@@ -127,41 +131,26 @@ def describe(source: ImageSource, spec: AutoencoderSpec, settings: PrepareSettin
 
 
 def finish(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, settings: PrepareSettings) -> None:
-    """Join the shards into one data set, by the two small files that `datasets.load_from_disk` looks for."""
+    """Make one data set of the shards, with the two small files that `datasets.load_from_disk` reads."""
     destination = Path(destination)
-    files = [_shard_file(shard, source, settings) for shard in range(shard_count(source, settings))]
+    files = list(_shards(source, settings))
     if missing := [name for name in files if not (destination / name).is_file()]:
         raise UserError(f"{destination} still lacks {len(missing)} of {len(files)} shards; run the same command again")
     features = _features(spec, source, settings).to_dict()
     write_json(destination / "dataset_info.json", {"features": features})
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": source.fingerprint(),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": "train",
-    }
-    write_json(destination / "state.json", state)
+    state = {"_data_files": [{"filename": name} for name in files], "_fingerprint": source.fingerprint()}
+    formats = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+    write_json(destination / "state.json", state | formats | {"_split": "train"})
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all."""
+    """Write JSON, whole or not at all."""
     with _whole_or_not(path) as aside:
         aside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _content(value):
     return {k: v for k, v in value.items() if k not in ("path", "name")} if isinstance(value, dict) else value
-
-
-def _shard_file(shard: int, source: ImageSource, settings: PrepareSettings) -> str:
-    return f"data-{shard:05d}-of-{shard_count(source, settings):05d}.arrow"
-
-
-def _rows(shard: int, source: ImageSource, settings: PrepareSettings) -> range:
-    return range(len(source))[shard * settings.shard_size : (shard + 1) * settings.shard_size]
 
 
 def _features(spec: AutoencoderSpec, source: ImageSource, settings: PrepareSettings):
@@ -183,15 +172,6 @@ def _features(spec: AutoencoderSpec, source: ImageSource, settings: PrepareSetti
             "height": Value("int32"),
         }
     )
-
-
-def _write_shard(path: Path, features, rows: Iterable[dict]) -> None:
-    from datasets.arrow_writer import ArrowWriter
-
-    with ArrowWriter(features=features, path=str(path), writer_batch_size=100) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
 
 
 def _encoded(
@@ -260,7 +240,7 @@ def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int, bar)
 
 @contextlib.contextmanager
 def _whole_or_not(path: Path):
-    """A name to write to, which becomes `path` once it is whole and on the disk; a fault leaves nothing."""
+    """`write_aside`, with the free space in the message of an error."""
     try:
         with write_aside(path) as aside:
             yield aside

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import io
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -25,15 +24,14 @@ from dic_repa.errors import UserError
 class Prepared(LatentDataset):
     """Samples of a prepared folder, memory-mapped.
 
-    A sample is a dict: `moments` (2C, size, size), float16 or float32, where an autoencoder was used; `image` (3, H,
-    W), uint8; `label`, an int64 scalar. Where mirrored moments are stored, the second half of the samples are the
-    first, mirrored.
+    A sample is a dict of `moments` (2C, size, size), float16 or float32, if an autoencoder was used; `image` (3, H, W),
+    uint8; and `label`, int64. With `flip`, the second half of the samples mirrors the first.
 
     Args:
         path: the folder.
         size: height and width of the denoiser's data.
-        autoencoder: the same autoencoder, where it is no longer found under the name that it had in preparation.
-        flip: use the mirrored images; by default where they are stored. A UserError where they are asked for and not.
+        autoencoder: the same autoencoder, if it has another name now.
+        flip: use the mirrored images, which must be stored; by default if they are.
     """
 
     def __init__(
@@ -66,8 +64,9 @@ class Prepared(LatentDataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         flipped, index = divmod(index, self.count)
-        k = bisect.bisect_right(self._parts.starts, index) - 1
-        part, row = self._parts.columns[k], index - self._parts.starts[k]
+        starts, parts = self._parts
+        k = bisect.bisect_right(starts, index) - 1
+        part, row = parts[k], index - starts[k]
         sample = {"label": torch.tensor(part["label"][row])}
         if self.with_images or self.spec.name == "none":
             # The formats are named, since Pillow would try a dozen others first.
@@ -86,10 +85,10 @@ class Prepared(LatentDataset):
     @property
     def count(self) -> int:
         """Images, not counting the mirrored ones."""
-        return self._parts.starts[-1]
+        return self._parts[0][-1]
 
     @cached_property
-    def _parts(self) -> _Parts:
+    def _parts(self) -> tuple[list[int], list[dict]]:
         return _open_parts([self.path / name for name in self.files], (2 * self.spec.channels, self.size, self.size))
 
     def __getstate__(self) -> dict:
@@ -97,15 +96,8 @@ class Prepared(LatentDataset):
         return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "autoencoder")}
 
 
-@dataclass
-class _Parts:
-    """The record batches of all shards: `starts` of each, and the total; its columns as arrays that map the files."""
-
-    starts: list[int]
-    columns: list[dict]
-
-
-def _open_parts(files: list[Path], shape: tuple[int, int, int]) -> _Parts:
+def _open_parts(files: list[Path], shape: tuple[int, int, int]) -> tuple[list[int], list[dict]]:
+    """The record batches of all shards: where each starts (and the total), and its columns, mapped from the files."""
     # Straight from Arrow, since the rows that `datasets` formats take longer than decoding the image.
     import datasets  # noqa: F401  makes its array types known to Arrow
     import pyarrow as pa
@@ -123,7 +115,7 @@ def _open_parts(files: list[Path], shape: tuple[int, int, int]) -> _Parts:
                     part[name] = _flat(batch[name]).reshape(-1, *shape)
             columns.append(part)
             starts.append(starts[-1] + len(batch))
-    return _Parts(starts, columns)
+    return starts, columns
 
 
 def read_settings(path: str | Path) -> dict:

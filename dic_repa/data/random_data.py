@@ -13,7 +13,7 @@ COUNT = 64  # distinct samples; the data set repeats them
 
 class RandomData(Dataset):
     """Samples of `x` (channels, size, size), standard normal, `image` (image_channels, image_size, image_size), uint8,
-    and `label`, or vectors or tokens, standard normal, where `condition` (`Condition.to_dict`) says so.
+    and `label`; or standard normal vectors or tokens, if `condition` (`Condition.to_dict`) asks for them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What sampling needs to know of the training data, kept beside the weights: the data may be elsewhere by then."""
+"""What sampling needs to know of the training data, saved with the weights: the data may be gone by then."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DATA_FILE = "data.json"
 class SavedData:
     """The autoencoder behind which a model was trained ('none' for pixels), and what it was conditioned on.
 
-    `autoencoder` is None for a data set that does not tell; then the recipe's `data` section decides.
+    `autoencoder` is None if the data set names none; then the recipe's `data` section decides.
     """
 
     autoencoder: AutoencoderSpec | None
@@ -33,14 +33,14 @@ class SavedData:
 
     @classmethod
     def of(cls, data, condition: Condition) -> SavedData:
-        """That of a data set and its condition; with the autoencoder's fingerprint, where it is known or loaded."""
+        """Of a data set and its condition, with the autoencoder's fingerprint if it is known or loaded."""
         loaded = vars(data).get("autoencoder")  # not asked for by its name, which would load it
         spec = getattr(loaded, "spec", None) or getattr(data, "spec", None)
         return cls(spec if isinstance(spec, AutoencoderSpec) else None, condition)
 
     @classmethod
     def read(cls, folder: Path) -> SavedData | None:
-        """What is beside the weights in `folder`; None where nothing is, as of older checkpoints and of others'."""
+        """Read it from `folder`; None if it is not there, as in older checkpoints."""
         file = folder / DATA_FILE
         if not file.is_file():
             return None

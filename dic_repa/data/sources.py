@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -29,17 +29,14 @@ ONLY_CLASS = "images"  # of flat images without labels; not the folder's name, w
 
 @dataclass
 class ImageSource:
-    """Labelled images: `names[i]`, `labels[i]` and the picture `load(i)`; `rejected` were no image by their names.
-
-    Images without classes have no `class_names`, and the label 0, which is then the null class.
-    """
+    """Images `load(i)` with `names[i]` and `labels[i]`; without classes, all labels are 0, the null class."""
 
     path: str
     names: Sequence[str]
     labels: Sequence[int]
     class_names: tuple[str, ...]
     load_bytes: Callable[[int], bytes] = field(repr=False)
-    rejected: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()  # files that are not named as images
     files: Sequence[Path] = field(repr=False, default=())  # that the images are in
     version: str = ""  # of a data set on the hub, which has no files of ours
 
@@ -55,11 +52,11 @@ class ImageSource:
         return decode_image(data, self.names[index])
 
     def fingerprint(self) -> str:
-        """Of names, labels and classes: whether a resumed preparation still has the same images before it."""
+        """Of names, labels and classes, so that a resumed preparation knows whether the images are the same."""
         return fingerprint(*map(json.dumps, (list(self.names), list(map(int, self.labels)), self.class_names)))
 
     def state(self) -> str:
-        """`fingerprint`, and that of the files: tells without reading them whether any image was changed."""
+        """Changes with any image, without reading them."""
         return f"{self.fingerprint()} {stamp(self.files)} {self.version}"
 
 
@@ -75,11 +72,17 @@ def _read_row(rows: Any, column: str, index: int) -> bytes:
 def open_source(
     path: str | Path, labels: str | Path | None = None, skip_bad: bool = False, unlabelled: bool = False
 ) -> ImageSource:
-    """The images at `path`: a folder, zip or tar (a class per folder; or flat with a `labels` file, by default
-    dataset.json, labels.json or labels.csv in it; or flat without, which is one class), or a Hugging Face data set,
-    local or 'ID[:SPLIT]' on the hub. `unlabelled` takes all images without a class, wherever they lie.
+    """Open the images at `path`, whatever their kind.
 
-    A UserError for files that are no image (unless `skip_bad`), an empty class, or labels that miss files.
+    Args:
+        path: a folder, zip or tar, with a folder for each class or flat; or a Hugging Face data set, local or
+            'ID[:SPLIT]' on the hub.
+        labels: the labels of flat files, by default one of `LABEL_FILES` in `path`; without any, they are one class.
+        skip_bad: leave out files that are not named as images.
+        unlabelled: no image has a class.
+
+    Raises:
+        UserError: files that are no images (unless `skip_bad`), an empty class, or files without a label.
     """
     path = str(path)
     if labels and unlabelled:
@@ -120,8 +123,7 @@ def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[lis
             content = content.get("labels", content)
             table = dict(content)
         else:
-            rows = [row[:2] for row in csv.reader(io.StringIO(text.decode("utf-8-sig"))) if row]
-            table = dict(rows)
+            table = dict(row[:2] for row in csv.reader(io.StringIO(text.decode("utf-8-sig"))) if row)
         table = {str(name).replace("\\", "/"): label for name, label in table.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{label_file} is no labels file: it takes CSV rows 'file,label', or JSON ({error})") from None
@@ -133,15 +135,19 @@ def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[lis
         if min(numbers) < 0:
             raise UserError(f"{label_file} has the label {min(numbers)}; classes are numbered from 0")
         return numbers, tuple(str(k) for k in range(max(numbers) + 1))
-    class_names = tuple(sorted(set(map(str, given))))
+    return _numbered(map(str, given))
+
+
+def _numbered(labels: Iterable[str]) -> tuple[list[int], tuple[str, ...]]:
+    """The class number of each label, and the class names in sorted order."""
+    labels = list(labels)
+    class_names = tuple(sorted(set(labels)))
     index = {name: k for k, name in enumerate(class_names)}
-    return [index[str(label)] for label in given], class_names
+    return [index[label] for label in labels], class_names
 
 
 def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tuple[str, ...]]:
-    """The class is the first folder, below any folders that hold everything (the 'train/' of a zip); all images are one
-    class where none is in a folder.
-    """
+    """The class is the first folder, below folders that hold all (a zip's 'train/'); without folders, there is one."""
     if not tree.folders and not any("/" in name for name in names):
         return [0] * len(names), (ONLY_CLASS,)
     depth = 0
@@ -157,9 +163,7 @@ def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tup
     folders = {folder[len(base) :].split("/")[0] for folder in tree.folders if folder.startswith(base)} - {""}
     if empty := sorted(folders - set(classes)):
         raise UserError(f"{tree.path}: class {_named(empty)} without images; fill or remove the folder")
-    class_names = tuple(sorted(set(classes)))
-    index = {name: k for k, name in enumerate(class_names)}
-    return [index[name] for name in classes], class_names
+    return _numbered(classes)
 
 
 def _is_hugging_face(path: str) -> bool:

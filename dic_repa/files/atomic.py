@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written aside, flushed, renamed. All outputs are made here."""
+"""All outputs are written here: aside, flushed, then renamed, so that a file or folder is whole or not there."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ from dic_repa.files.outputs import (
 
 @contextlib.contextmanager
 def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
-    """Write a file or a folder beside `path`, which takes the place of `path` once it is whole and on the disk.
+    """Write a file or a folder beside `path`, which replaces `path` once it is whole and on the disk.
 
-    If the block fails, what was at `path` before stays. After a kill, the unfinished file is left too, and the next
-    writer removes it. Files in the old folder that are not ours stay in the new one. The permissions are those of any
-    new file (by the umask), whatever the library that wrote it has set.
+    If the block fails, the old one stays. After a kill, the next writer removes the unfinished one. Files in the old
+    folder that are not ours stay. Permissions follow the umask, whatever the writing library has set.
 
     Args:
-        path: where the output is to be.
+        path: of the output.
         kind: for a folder, which one of `outputs.KINDS` it is; None for a file.
 
     Yields:
@@ -43,7 +42,7 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     """
     path = Path(path)
     check = (lambda: check_folder(path, kind)) if kind else (lambda: check_file(path))
-    if os.path.lexists(path):  # where nothing is, the system itself says best why nothing can be
+    if os.path.lexists(path):  # otherwise the system's own message is the best
         check()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{path.name}")
@@ -77,13 +76,13 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file aside and rename it, so that a kill or a full disk leaves the old one or the new one, whole."""
+    """Write a text file by `write_aside`."""
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def _move_into(aside: Path, path: Path) -> None:
-    """Put the content of `aside` into the folder `path` of ours, in place of what it lists."""
+    """Move the content of `aside` into our folder `path`, in place of what its marker lists."""
     remove_listed(path)
     (path / MARKER).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # what is not ours is left in it
@@ -97,7 +96,7 @@ def _move_into(aside: Path, path: Path) -> None:
 
 
 def _check_way(aside: Path, path: Path) -> None:
-    """A UserError where what is not ours bears a name that is about to be written into the folder of ours `path`."""
+    """A UserError if a file that is not ours has a name that is about to be written into our folder `path`."""
     marker = read_marker(path) if path.is_dir() else None
     if marker is None:
         return
@@ -115,8 +114,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _new_file_mode(probe: Path) -> int:
-    """The permissions of a new file here: asked of the system by making one, since the umask itself cannot be read
-    without changing it, in all threads."""
+    """The permissions of a new file, found by making one: reading the umask would change it, for all threads."""
     descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         return os.fstat(descriptor).st_mode & 0o777

@@ -1,4 +1,4 @@
-"""Where dic-repa keeps what can be computed again."""
+"""The folder for what can be computed again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder(name: str = "", variable: str = "") -> Path:
-    """`dic-repa/NAME` in the user's cache folder, or the place that the environment `variable` names in its stead."""
+    """The folder that the environment `variable` names, or `dic-repa/NAME` in the user's cache folder."""
     if variable and (folder := os.environ.get(variable)):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dic-repa" / name

@@ -1,4 +1,4 @@
-"""Fingerprints: short hashes that tell contents from others."""
+"""Fingerprints: short hashes of contents."""
 
 from __future__ import annotations
 
@@ -16,22 +16,15 @@ def fingerprint(*parts: str | bytes | Tensor, size: int = 12) -> str:
 
 
 def add_parts(digest: Any, *parts: str | bytes | Tensor) -> Any:
-    """Add texts in UTF-8, bytes, and the values of tensors, one after the other, to a hash of hashlib's."""
+    """Add texts, bytes and the values of tensors to a hash of hashlib."""
     for part in parts:
-        if isinstance(part, str):
-            digest.update(part.encode())
-        elif isinstance(part, bytes):
-            digest.update(part)
-        else:
-            digest.update(tensor_bytes(part))
+        data: Any = part.encode() if isinstance(part, str) else part
+        if not isinstance(data, bytes):
+            import torch  # not for those who only hash text
+
+            data = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        digest.update(data)
     return digest
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor as they lie in memory, in the order of its indices."""
-    import torch  # what only hashes text has no need of it
-
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def file_sha256(file: Path) -> str:

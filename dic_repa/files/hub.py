@@ -1,4 +1,4 @@
-"""The Hugging Face hub, where there is no network."""
+"""The Hugging Face hub without a network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 @functools.cache
 def offline_without_network() -> None:
-    """Switch to the hub's offline mode where its name cannot be looked up: what is in the cache is found all the same,
-    and what is not is missed at once, where huggingface_hub would try again for a minute.
+    """Use the hub's offline mode if its host cannot be found: huggingface_hub would try again for a minute, even for
+    what is in its cache.
     """
     from huggingface_hub import constants
 
@@ -23,6 +23,6 @@ def offline_without_network() -> None:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError:
         constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported from here on, and for processes
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for later imports and for child processes
         if "datasets" in sys.modules:
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -1,4 +1,4 @@
-"""ADM's `.npz` of samples (`arr_0`: images, `arr_1`: labels), read and written without holding the images in memory."""
+"""ADM's `.npz` of samples (`arr_0`: images, `arr_1`: labels), read and written without all images in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_npz(
 ) -> None:
     """Stream batches of uint8 images into `arr_0` (N, H, W, C) of `shape`, uncompressed, as `np.savez` lays it out.
 
-    `labels` (N,) become `arr_1`. Written aside and renamed. Raises UserError where the batches do not make up `shape`.
+    `labels` (N,) become `arr_1`. Raises UserError if the batches do not make up `shape`.
     """
     path = Path(path)
     with write_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
@@ -52,10 +52,7 @@ def write_npz(
 
 
 class NpzFile:
-    """The arrays of an `.npz` by name: `names`, `array(name)` in memory, `mapped(name)` as a memory map, `shape(name)`.
-
-    Nothing is unpickled. Raises UserError for a file that is truncated or no `.npz`, and for an array it lacks.
-    """
+    """The arrays of an `.npz`; a UserError for a file that is truncated or no `.npz`, and for a missing array."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -64,7 +61,7 @@ class NpzFile:
         self.names = tuple(self._members)
 
     def checksum(self) -> str:
-        """Of the contents, from the checksums that the zip's directory has."""
+        """From the checksums in the zip's directory."""
         return "-".join(f"{name}:{info.CRC:08x}:{info.file_size}" for name, info in sorted(self._members.items()))
 
     def array(self, name: str) -> np.ndarray:
@@ -77,11 +74,11 @@ class NpzFile:
             return self._header(file)[0]
 
     def mapped(self, name: str) -> np.ndarray:
-        """The array as it lies in the file; a compressed one is unpacked into a temporary file first."""
+        """The array as a memory map; a compressed one is unpacked into a temporary file first."""
         info = self._member(name)
         with self._errors(), contextlib.ExitStack() as stack:
             if info.compress_type != zipfile.ZIP_STORED:
-                file = stack.enter_context(tempfile.TemporaryFile())
+                file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(stack.enter_context(self._open(name)), file, 1 << 20)
                 file.seek(0)
                 return self._map(file)  # the map keeps the file's space until it is let go of

@@ -1,12 +1,10 @@
-"""What an output may be written over: nothing, or what this package wrote. One place decides, for all verbs.
+"""An output may replace nothing but what this package wrote. All verbs ask here.
 
-A folder of ours has a marker, `.dic-repa.jsonl`: what kind of folder it is, then the name of each file that was written
-into it, put down before the file is made. A file by itself bears `MARK` within its first or last 64 KiB, in a place
-that its format has for such things: a picture's software, a PDF's creator, a key of a JSON object or of a torch file,
-safetensors' metadata, the comment of an .npz, an HTML page's generator.
+A folder of ours has a marker file, `.dic-repa.jsonl`: the kind of folder, then the name of each file in it, written
+before the file itself. A single file has `MARK` in the metadata of its format, within its first or last 64 KiB.
 
-Never written to or removed: a device, FIFO or socket; the current folder, the user's own, or one around them; a link;
-what neither a marker lists nor bears the mark. So a `recipe.yaml`, `config.json` or `samples.json` proves nothing.
+Never written to or removed: a device, FIFO or socket; the current folder, the home folder, or one around them; a link;
+a file that no marker lists and that has no mark, whatever its name.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ _FORMAT, _ENDS = 1, 1 << 16
 
 @dataclass
 class Marker:
-    """The kind of a folder of ours and the names in it; of numbered `pictures`, 000000.png and so on, their count."""
+    """The kind of a folder of ours, the names in it, and the number of `pictures` (000000.png and so on) in it."""
 
     kind: str
     names: set[str] = field(default_factory=set)
@@ -57,7 +55,7 @@ class Marker:
 
 
 def check_file(path: str | Path) -> None:
-    """A UserError where no file may be written at `path`: there is something that is not ours, or nothing can be."""
+    """A UserError if no file may be written at `path`."""
     path = Path(path)
     _check_sort(path)
     if path.is_dir():
@@ -69,9 +67,10 @@ def check_file(path: str | Path) -> None:
 
 
 def check_folder(path: str | Path, kind: str) -> Marker | None:
-    """A UserError where no folder of this `kind` may be at `path`; the marker of one that is there, None for none.
+    """The marker of the folder at `path`; None if there is none, or it is empty.
 
-    An empty folder is as good as none.
+    Raises:
+        UserError: no folder of this `kind` may be written there.
     """
     path = Path(path)
     _check_sort(path)
@@ -94,7 +93,7 @@ def check_folder(path: str | Path, kind: str) -> Marker | None:
 
 
 def check_parents(path: Path) -> None:
-    """A UserError where nothing can be made at `path`: below a file, or in a folder that may not be written to."""
+    """A UserError if `path` cannot be made: it is below a file, or its folder is not writable."""
     place = next(parent for parent in path.parents if parent.exists())
     if not place.is_dir():
         raise UserError(f"{path} cannot be written: {place} is a file")
@@ -103,9 +102,9 @@ def check_parents(path: Path) -> None:
 
 
 def begin_folder(path: str | Path, kind: str, names: Iterable[str] = (), pictures: int = 0) -> None:
-    """Make the folder where it is missing, and mark it as ours, with the names of files to come.
+    """Make the folder and its marker, with the names of files to come.
 
-    `check_folder` comes first, and for a folder that is there `remove_listed`: what was listed before is forgotten.
+    Call `check_folder` first, and `remove_listed` if the folder exists: the old list is lost.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -114,7 +113,7 @@ def begin_folder(path: str | Path, kind: str, names: Iterable[str] = (), picture
 
 
 def write_marker(folder: Path, marker: Marker) -> None:
-    """Put the marker into `folder`, in place of an older one."""
+    """Write the marker of `folder`, in place of an older one."""
     lines = [{"made_by": MARK, "format": _FORMAT, "kind": marker.kind}, *sorted(marker.names)]
     lines += [{"pictures": marker.pictures}] if marker.pictures else []
     aside = folder / f"{ASIDE}{MARKER}"
@@ -145,13 +144,12 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def list_output(path: Path) -> None:
-    """Put the name of a file or folder that is about to be made into the marker of the folder of ours around it, if
-    there is one. Appended, so that several processes can."""
+    """Add a file or folder that is about to be made to the marker of the folder of ours around it, if there is one."""
     folder, name, marker = _around(path)
     if marker is None or name in marker or any(part.startswith(ASIDE) for part in PurePosixPath(name).parts):
         return
     with (folder / MARKER).open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(name))  # begun anew, in case that a full disk has cut the line before
+        file.write("\n" + json.dumps(name))  # on a new line, since a full disk may have cut the last one
         file.flush()
         os.fsync(file.fileno())
 
@@ -168,8 +166,9 @@ def foreign(folder: Path) -> list[str]:
 
 
 def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -> None:
-    """Remove what the marker of `folder` lists, in it and in the folders of ours inside it, but for `keep`; the folder,
-    with its marker, stays. What is not ours is left; with `warn`, standard error says how much that is.
+    """Remove what the marker of `folder` lists, but for `keep`; the folder and its marker stay.
+
+    Files that are not ours stay too; with `warn`, standard error names them.
     """
     marker = read_marker(folder)
     for name in [*(marker.names if marker else ()), *_pictures(folder, marker)]:
@@ -187,7 +186,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of ours: what its marker lists, and itself where nothing else is in it."""
+    """Remove what the marker of a folder of ours lists, and the folder if nothing else is in it."""
     if read_marker(folder) is None:
         return
     remove_listed(folder)
@@ -214,7 +213,7 @@ def _bears_mark(path: Path) -> bool:
 
 
 def _around(path: Path) -> tuple[Path, str, Marker | None]:
-    """The nearest folder of ours that `path` lies in, its name there, and the folder's marker."""
+    """The nearest folder of ours around `path`, the path inside it, and its marker."""
     path = Path(os.path.abspath(path))  # links on the way are left as they are
     for parent in path.parents:
         if marker := read_marker(parent):

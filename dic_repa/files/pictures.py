@@ -24,10 +24,7 @@ INK, BACKGROUND = (40, 40, 40), (250, 250, 250)
 
 
 def unit_images(images: Tensor) -> Tensor:
-    """Images of uint8 levels as float32 in [0, 1]; images that are floats already, as they are.
-
-    Data sets hand out levels, a quarter of the bytes on the way from a loader process to the device.
-    """
+    """uint8 images, which data sets give since they are a quarter of the bytes, as float32 in [0, 1]; floats as is."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
@@ -50,10 +47,7 @@ def save_png(image: Tensor, path: Path) -> None:
 
 
 def save_picture(image: Image.Image, path: str | Path) -> None:
-    """A PIL image as the file `path`, of the format that its ending says, marked as ours in its Exif data.
-
-    A UserError where there is something at `path` that is not ours.
-    """
+    """Write a PIL image in the format of its ending, with our mark in its Exif data; see `write_aside`."""
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = MARK
     with write_aside(path) as aside, aside.open("wb") as file:
@@ -64,15 +58,14 @@ FIGURES = (".png", ".pdf", ".svg")
 
 
 def check_figure(path: str | Path) -> None:
-    """A UserError where no figure may be written at `path`, or its ending is none of `FIGURES`."""
+    """A UserError if no figure may be written at `path`, or its ending is not one of `FIGURES`."""
     check_file(path)
     if Path(path).suffix.lower() not in FIGURES:
         raise UserError(f"{path} is no picture; end it in {', '.join(FIGURES)}")
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """A figure of matplotlib's, `size` = (width, height) in inches, with its axes (rows, columns): one without a
-    window, which nobody needs to close."""
+    """A matplotlib figure without a window, of `size` (width, height) in inches, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -80,10 +73,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figu
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
-    """A figure of matplotlib's as the file `path`, PNG, PDF or SVG, marked as ours in its metadata.
-
-    A UserError where there is something at `path` that is not ours.
-    """
+    """Write a matplotlib figure as PNG, PDF or SVG, with our mark in its metadata; see `write_aside`."""
     check_figure(path)
     ending = Path(path).suffix.lower()[1:]
     metadata = {"Software" if ending == "png" else "Creator": MARK}
@@ -93,18 +83,21 @@ def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
 
 def load_png(path: Path) -> Tensor:
     """A PNG as (C, H, W) in [0, 1]; a UserError names a file that is no whole image."""
-    try:
-        with Image.open(path) as image:
-            array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path} is not a whole image ({error})") from None
+    array = load_levels(path, ("L", "RGB"))
     return torch.from_numpy(array).view(*array.shape[:2], -1).movedim(-1, 0).float() / 255
 
 
+def load_levels(path: Path, modes: Sequence[str] = ("RGB",)) -> np.ndarray:
+    """An image of one of our samples, uint8, (H, W, 3), or (H, W) if `modes` has "L"."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image if image.mode in modes else image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{path} is not a whole image ({error}); remove it and sample again") from None
+
+
 def shown_in_grid(labels: Tensor, columns: int) -> list[int]:
-    """The indices of the images, by their labels (N,), that a grid shows: a row of each of the first classes, or as
-    many rows of the only one.
-    """
+    """The indices of the images that a grid shows: a row of each of the first classes, or all of the only one."""
     found = labels.unique()[:MOST_ROWS]
     each = columns * MOST_ROWS if len(found) == 1 else columns
     return [i for label in found for i in (labels == label).nonzero()[:each, 0].tolist()]
@@ -138,10 +131,9 @@ def draw_grid(
     height: int = 480,
     headings: Sequence[str] = (),
 ) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1] as one picture, a row for each class, its name in front.
+    """Images (N, C, H, W) in [0, 1] as one picture: a row for each class, with its name, `headings` above the columns.
 
-    Which are shown, `shown_in_grid` says; small images are enlarged by a whole number until the grid is about `height`.
-    `headings` are put above the columns.
+    It shows those of `shown_in_grid`. Small images are enlarged by a whole number, to a grid of about `height` pixels.
     """
     shown = shown_in_grid(labels, columns)
     images, labels = images[shown], labels[shown]

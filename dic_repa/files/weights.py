@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
 
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has another name in torch and in safetensors
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises in torch and in safetensors
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dict[str, str] | None = None) -> None:
@@ -25,8 +25,10 @@ def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dic
 def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file by name, and its metadata (empty unless it is a safetensors file).
 
-    Of a training checkpoint in torch's format, the inner dict is taken: `ema`, `model`, `state_dict` or `encoder`. A
-    UserError for a file that is missing, cut short, or holds more than tensors and plain containers.
+    A torch training checkpoint gives its inner dict: `ema`, `model`, `state_dict` or `encoder`.
+
+    Raises:
+        UserError: a file that is missing, cut short, or holds more than tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,10 +74,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str | Pa
 
 
 def weights_fingerprint(path: Path) -> str:
-    """Of a weights file's size and of 64 places in it: any training step changes them all, and it takes no time.
-
-    A UserError where there is none.
-    """
+    """Of a file's size and of 64 places in it, which is fast, and any training step changes all of them."""
     if not path.is_file():
         raise UserError(f"there are no weights {path}")
     size = path.stat().st_size

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 
 from dic_repa.conditions import VectorCondition
@@ -29,7 +28,7 @@ from dic_repa.files.atomic import write_whole
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.files.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
-from dic_repa.files.pictures import load_png, save_grid, save_png, shown_in_grid
+from dic_repa.files.pictures import load_levels, load_png, save_grid, save_png, shown_in_grid
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
@@ -133,7 +132,7 @@ class SampleFolder:
         with ThreadPoolExecutor(WRITERS) as pool:
             for start in range(0, self.num, 256):
                 indices = range(start, min(start + 256, self.num))
-                yield np.stack(list(pool.map(lambda i: _read_rgb(self.file(i)), indices)))
+                yield np.stack(list(pool.map(lambda i: load_levels(self.file(i)), indices)))
 
     def has_npz(self) -> bool:
         """Whether samples.npz is there with as many images: it is written last, and in place of the files it may be."""
@@ -142,7 +141,7 @@ class SampleFolder:
 
     def write_npz(self) -> None:
         """ADM's `.npz` of the images, with their labels."""
-        first = _read_rgb(self.file(0))
+        first = load_levels(self.file(0))
         write_npz(self.path / SAMPLES_NPZ, self.arrays(), (self.num, *first.shape), np.array(self.spec["labels"]))
 
     def save_grid(self, names: Sequence[str], columns: int = 10) -> Path:
@@ -257,11 +256,3 @@ def save_trajectory(sampler: Sampler, path: Path) -> None:
     rows = torch.arange(len(images)).repeat_interleave(len(stages))
     headings = [f"t={sampler.times[stage]:.2f}" for stage in stages]
     save_grid(images.flatten(0, 1), path, rows, [""] * len(images), columns=len(stages), headings=headings)
-
-
-def _read_rgb(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path} is not a whole image ({error}); remove it and sample again") from None
