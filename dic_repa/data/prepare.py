@@ -139,7 +139,7 @@ def finish(source: ImageSource, destination: str | Path, spec: AutoencoderSpec, 
     features = _features(spec, source, settings).to_dict()
     write_json(destination / "dataset_info.json", {"features": features})
     state = {"_data_files": [{"filename": name} for name in files], "_fingerprint": source.fingerprint()}
-    formats = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+    formats: dict = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
     write_json(destination / "state.json", state | formats | {"_split": "train"})
 
 

@@ -208,7 +208,7 @@ def test_the_data_block_says_what_does_not_fit():
     def build(**data):
         return build_dataset(validate({"data": data}).data)
 
-    with pytest.raises(UserError, match="'path'"):
+    with pytest.raises(UserError, match="path"):
         build(name="prepared", size=16)
     with pytest.raises(UserError, match="'flop'"):
         build(name="images", path="x", size=16, options={"flop": True})
