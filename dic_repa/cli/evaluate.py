@@ -165,7 +165,14 @@ def measure_and_show(
     from dic_repa.evaluation.features import Share
     from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
-    from dic_repa.evaluation.samples import is_checkpoint, record, record_file, sample_checkpoint, save_record
+    from dic_repa.evaluation.samples import (
+        is_checkpoint,
+        labels_of,
+        record,
+        record_file,
+        sample_checkpoint,
+        save_record,
+    )
     from dic_repa.runs.folder import suggest_runs
     from dic_repa.sampling.folder import patient_accelerator
 
@@ -203,7 +210,7 @@ def measure_and_show(
             place = sample_checkpoint(path, given, settings, processes, options["weights"], again)
         images = opened.get(path) or open_images(place, options["resize"])
         with print_rank_errors(), _bar(f"measuring {place}", processes, len(images)) as bar:
-            measured = measure(images, options["bootstrap"] or 0, bar.update)
+            measured = measure(images, options["bootstrap"] or 0, bar.update, labels_of(place, len(images)))
         if not processes.is_main_process:
             continue
         notes += [*images.notes, *measured.warnings]
@@ -256,7 +263,10 @@ def _print_measured(rows: list, metrics: dict) -> None:
         cells = []
         for name, value in measured.values.items():
             low, high = measured.intervals.get(name, (None, None))
-            cells.append(number(value) + (f" [{number(low)}, {number(high)}]" if low is not None else ""))
+            cells.append(
+                ("no labels" if value is None else number(value))
+                + (f" [{number(low)}, {number(high)}]" if low is not None else "")
+            )
         table.append((path, str(measured.count), classes or "unknown", *cells))
     click.echo(format_rows(table, left=(0,)))
 

@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import describe_extractor
@@ -69,6 +71,13 @@ def sample_checkpoint(
     folder = SampleFolder(place, sample_spec(loaded, settings, labels), "pass --again to sample anew")
     sample_into(folder, sampler, labels, processes, overwrite=again)
     return place
+
+
+def labels_of(samples: Path, count: int) -> Tensor | None:
+    """The classes that the `count` images of a folder of samples should show; None if nothing tells them."""
+    spec = samples / SAMPLES_FILE
+    labels = json.loads(spec.read_text()).get("labels", ()) if spec.is_file() else ()
+    return torch.tensor(labels) if len(labels) == count else None
 
 
 def record(measured: Measured, measure: Measure, images, reference, options: dict, device: str, processes: int) -> dict:

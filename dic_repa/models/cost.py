@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,6 +67,9 @@ def measure_cost(model: Pretrained, height: int, width: int | None = None) -> Co
 
 def forward_on_meta(model: Pretrained, height: int, width: int) -> None:
     """Run a denoiser on shapes alone, so that hooks can see those of its feature maps. The model stays where it is."""
+    rearrange(
+        torch.empty(1), "a -> a"
+    )  # its first use makes torch 2.6 import what cannot be imported on the meta device
     meta = {name: tensor.to("meta") for name, tensor in model.state_dict(keep_vars=True).items()}
     with torch.no_grad(), torch.device("meta"):
         condition = condition_of_model(model) or NoCondition()

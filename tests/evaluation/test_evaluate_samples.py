@@ -437,3 +437,14 @@ def test_prepared_and_arrow_data_sets_are_references(tmp_path, mistake):
     with pytest.raises(UserError, match=r"has several splits; name one of them, such as .*splits/"):
         open_images(tmp_path / "splits")
     assert len(open_images(tmp_path / "splits/train")) == 3
+
+
+def test_samples_of_a_run_tell_their_classes(checkpoint, evaluate, tmp_path):
+    """What is recognised is measured of a folder of samples too, by the labels beside them; not of other images."""
+    said = evaluate(checkpoint, "--reference", "digits", "--metrics", "digits", "--num", 12)
+    assert "recognised" in said
+    (record,) = Path("samples").rglob("metrics.json")
+    assert 0 <= json.loads(record.read_text())["metrics"]["recognised"] <= 1
+    (record.parent / "samples.json").unlink()
+    refused = evaluate(record.parent, "--reference", "digits", "--metrics", "recognised", fails=True)
+    assert "do not tell which class each should show" in refused
