@@ -1,4 +1,4 @@
-"""What a part must have, whoever wrote it: one class for each kind that `dic-repa parts` lists.
+"""What a part must have: one class for each kind that `dic-repa parts` lists.
 
 B is the number of images; C, H, W are channels, height and width of the denoiser's data; N is the number of tokens, D
 their width. Times t run from 0 (data) to 1 (noise). A recipe gives a part's options to what makes it: its class, or a

@@ -47,7 +47,7 @@ class Metric:
         raise NotImplementedError
 
     def details(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
-        """What a record tells beside the score, of a metric that needs labels."""
+        """What a record keeps beside the score, for a metric that needs labels."""
         return {}
 
     def deviation(self, features: Tensor, reference: Any, times: int, seed: int = 0) -> float:

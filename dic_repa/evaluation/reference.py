@@ -31,7 +31,7 @@ from dic_repa.runtime.progress import detail
 
 KEPT = 10_000  # reference images behind precision, recall and KID, as in ADM's reference files
 FORMAT = "1"
-UNKNOWN_COUNT = 2**62  # the count of stored statistics: of how many images they are is not told
+UNKNOWN_COUNT = 2**62  # of stored statistics, which do not say how many images they are of
 # What an .npz of statistics calls the Gaussians; the names are ADM's, and for mu and sigma also TTUR's.
 STORED = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma_s")}
 

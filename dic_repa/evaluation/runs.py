@@ -47,7 +47,7 @@ class Judgement:
         return self.record.with_name(self.record.name.removesuffix(".json") + ".png")
 
     def identity(self) -> dict:
-        """What tells a record of the same judgement from others."""
+        """What a record of the same judgement has in common with this one."""
         names = self.recipe.evaluate.names if self.recipe.evaluate else ()
         metric, sample = "+".join(names), self.sample.model_dump(mode="json")
         return {"step": self.step, "metric": metric, "sample": sample, **weak_weights(self.sample)}

@@ -89,7 +89,7 @@ class RunFolder(Checkpoints):
         if read_marker(self.path) is not None:
             return
         names = self._own_names()
-        for folder in self.list_checkpoints():  # of a version that left no marker: the manifest tells what is in it
+        for folder in self.list_checkpoints():  # of a version without markers: the manifest lists what is in it
             with contextlib.suppress(OSError, ValueError, KeyError):
                 files = json.loads((folder / MANIFEST).read_text())["files"]
                 write_marker(folder, Marker("checkpoint", {MANIFEST, *files}))

@@ -44,7 +44,7 @@ class Checkpoint:
     def condition(self) -> Condition:
         """What the denoiser is conditioned on, with what is known of it: names of classes, or examples."""
         taken = condition_of_model(self.denoiser)
-        assert taken is not None  # every saved denoiser tells
+        assert taken is not None  # every saved denoiser has one
         if not isinstance(taken, ClassLabels):
             return self.data.condition if self.data and self.data.condition.shape == taken.shape else taken
         names = self.data.condition.names if self.data else build_class_names(self.recipe.data, taken.count)

@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (s
 
 
 class Preempted(Exception):
-    """The run was told to stop and has saved; it goes on with `resume`."""
+    """A signal has stopped the run; its state is saved, and it goes on with `resume`."""
 
 
 class StopRequest:

@@ -1,8 +1,8 @@
 """One training step: what the loop, the dry run and `bench train` have in common.
 
 step = TrainingStep(parts, recipe.train, accelerator)
-norm, losses = step.gradients(batch, number)    # draw, run the objective, add the alignments' losses, go backward
-step.update(number)                             # the optimizer and the averages
+norm, losses = step.gradients(batch, number)  # draw, run the objective, add the alignments' losses, go backward
+step.update(number)                           # the optimizer and the averages
 """
 
 from __future__ import annotations

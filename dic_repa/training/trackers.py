@@ -198,7 +198,7 @@ class Trackers:
         if not self.open or step <= self.told.get(kind, -1):
             return False
         self.told[kind] = step
-        with contextlib.suppress(OSError, UserError):  # a full disk: after a resume they are told twice
+        with contextlib.suppress(OSError, UserError):  # a full disk: after a resume these values are logged twice
             self.file.parent.mkdir(exist_ok=True)
             write_whole(self.file, json.dumps({"id": self.id, "told": self.told}) + "\n")
         return True
