@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib import import_module
 
 import click
@@ -92,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         if prints_errors():
             click.echo(f"error: {_message(error)}", err=True)
+        else:
+            time.sleep(1)  # a launcher stops all processes once one has ended: that must not be before the line is out
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps it
