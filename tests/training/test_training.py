@@ -147,6 +147,23 @@ def test_a_mistake_in_two_processes_is_one_line(dic_repa, whole_run):
     assert "gloo" not in done.stderr
 
 
+def test_the_line_of_a_slow_process_is_out_before_a_launcher_stops_it(dic_repa, tmp_path):
+    """A launcher stops all processes once one has ended; here the one that prints is late by half a second."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/sitecustomize.py").write_text(
+        "import os, time\n"
+        "if os.environ.get('LOCAL_RANK') == '0':\n"
+        "    import click\n"
+        "    echo = click.echo\n"
+        "    click.echo = lambda *args, **options: (time.sleep(0.5), echo(*args, **options))\n"
+    )
+    environment = {"PYTHONPATH": str(tmp_path / "modules")}
+    done = dic_repa("train", "digits-urep", processes=2, check=False, env=environment)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: unknown recipe 'digits-urep'; did you mean digits-urepa or digits-sit-repa or digits-ddpm?"
+    ]
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     process = start(tmp_path, "stopped", "--set=train.steps=100000")
