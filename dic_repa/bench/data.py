@@ -18,7 +18,7 @@ from PIL import Image
 
 from dic_repa.data.autoencoders import Autoencoder, load_autoencoder
 from dic_repa.data.latents import LatentDataset
-from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
+from dic_repa.data.prepare import Preparation
 from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError
 from dic_repa.protocols import Samples
@@ -114,10 +114,11 @@ def loose_files_speed(stems: list[Path]) -> float:
 
 def prepare_speed(source: Path, destination: Path, autoencoder: Autoencoder, size: int) -> float:
     """Images per second of `dic-repa prepare` by its defaults on a folder of images, from first to last byte."""
-    images, settings, start = open_source(source, skip_bad=True), PrepareSettings(size=size), time.perf_counter()
-    begin(images, destination, autoencoder.spec, settings)
-    write_shards(images, destination, autoencoder, settings)
-    finish(images, destination, autoencoder.spec, settings)
+    images, start = open_source(source, skip_bad=True), time.perf_counter()
+    preparation = Preparation(images, destination, autoencoder, size=size)
+    preparation.begin()
+    preparation.write_shards()
+    preparation.finish()
     return len(images) / (time.perf_counter() - start)
 
 

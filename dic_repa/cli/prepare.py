@@ -70,53 +70,43 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     check_folder(destination, "prepared")
 
     from dic_repa.data.autoencoders import load_autoencoder
-    from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
+    from dic_repa.data.prepare import Preparation
     from dic_repa.data.sources import open_source
     from dic_repa.runtime.processes import start_processes
 
     choose_threads()
-    settings = PrepareSettings(**options)
-    images = open_source(source, labels, settings.skip_bad, unlabelled)
+    images = open_source(source, labels, options["skip_bad"], unlabelled)
     # One process may be minutes behind, which NCCL would report as an error.
     state = start_processes(patience=timedelta(days=1))
-    encoder = load_autoencoder(autoencoder, state.device)
+    preparation = Preparation(images, destination, load_autoencoder(autoencoder, state.device), **options)
     if state.is_main_process:
-        begin(images, destination, encoder.spec, settings)
+        preparation.begin()
     state.wait_for_everyone()
     begun = f"the finished shards are in {destination}, and the same command goes on with the others"
     with when_interrupted(lambda: f"interrupted; {begun}"), print_rank_errors():
-        write_shards(images, destination, encoder, settings, state.process_index, state.num_processes)
+        preparation.write_shards(state.process_index, state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(images, destination, encoder.spec, settings)
-        _report(destination, images, encoder)
+        preparation.finish()
+        report = preparation.check()
+        _print_report(destination, report)
+        if report["expected"] and not report["images"]:
+            raise UserError(f"not one image of {source} was whole")
     state.end_training()
 
 
-def _classes(report) -> str:
-    """'2 classes of 30 images each', or the smallest and the largest."""
-    if not report.classes:
-        return "without classes"
-    (small, few), (large, many) = report.smallest_class, report.largest_class
-    if report.classes == 1:
-        return f"1 class ({small})"
-    each = f"of {few} images each" if few == many else f"from {few} ({small}) to {many} ({large}) images"
-    return f"{report.classes} classes {each}"
-
-
-def _report(destination: Path, images, autoencoder) -> None:
-    from dic_repa.data.check import check_prepared
-
-    report = check_prepared(destination, images, autoencoder)
-    click.echo(f"{destination}: {report.images} of {report.expected} images, {_classes(report)}")
-    if report.skipped:
-        shown = ", ".join(report.skipped[:5]) + (", ..." if len(report.skipped) > 5 else "")
-        click.echo(f"skipped {len(report.skipped)}: {shown}")
-    if report.empty_classes:
-        click.echo(f"warning: nothing is left of the classes {', '.join(report.empty_classes[:10])}")
-    if report.enlarged:
-        click.echo(f"{report.enlarged} images were smaller than the crop and have been enlarged")
-    quality = "" if report.psnr is None else f"PSNR of the round trip {report.psnr:.1f} dB; "
-    click.echo(f"{quality}look at {report.preview}; all of this is in {destination / 'check.json'}")
-    if len(images) and not report.images:
-        raise UserError(f"not one image of {images.path} was whole")
+def _print_report(destination: Path, report: dict) -> None:
+    said, skipped = "without classes", report["skipped"]
+    if report["classes"]:
+        (small, few), (large, many) = report["smallest_class"], report["largest_class"]
+        each = f"of {few} images each" if few == many else f"from {few} ({small}) to {many} ({large}) images"
+        said = f"1 class ({small})" if report["classes"] == 1 else f"{report['classes']} classes {each}"
+    click.echo(f"{destination}: {report['images']} of {report['expected']} images, {said}")
+    if skipped:
+        click.echo(f"skipped {len(skipped)}: {', '.join(skipped[:5])}{', ...' if len(skipped) > 5 else ''}")
+    if report["empty_classes"]:
+        click.echo(f"warning: nothing is left of the classes {', '.join(report['empty_classes'][:10])}")
+    if report["enlarged"]:
+        click.echo(f"{report['enlarged']} images were smaller than the crop and have been enlarged")
+    quality = "" if report["psnr"] is None else f"PSNR of the round trip {report['psnr']:.1f} dB; "
+    click.echo(f"{quality}look at {report['preview']}; all of this is in {destination / 'check.json'}")

@@ -8,7 +8,6 @@ import json
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,8 +16,9 @@ from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
 from dic_repa.data.files import stamp
 from dic_repa.data.images import IMAGE_FORMATS, to_levels
 from dic_repa.data.latents import LatentDataset
-from dic_repa.data.prepare import SETTINGS_FILE
 from dic_repa.errors import UserError
+
+SETTINGS_FILE = "prepare.json"
 
 
 class Prepared(LatentDataset):
@@ -29,7 +29,7 @@ class Prepared(LatentDataset):
 
     Args:
         path: the folder.
-        size: height and width of the denoiser's data.
+        size: height and width of the denoiser's data; None takes what is there.
         autoencoder: the same autoencoder, if it has another name now.
         flip: use the mirrored images, which must be stored; by default if they are.
     """
@@ -37,7 +37,7 @@ class Prepared(LatentDataset):
     def __init__(
         self,
         path: str | Path,
-        size: int,
+        size: int | None = None,
         split: str = "train",
         autoencoder: str | None = None,
         flip: bool | None = None,
@@ -45,10 +45,10 @@ class Prepared(LatentDataset):
         settings, state = read_settings(path), Path(path) / "state.json"
         if not state.is_file():
             raise UserError(f"the preparation of {path} was not finished; run its `dic-repa prepare` again")
-        self.path, self.size = Path(path), size
-        self.spec = prepared_spec(path, autoencoder)
+        self.path, self.spec = Path(path), prepared_spec(path, autoencoder)
         self.class_names = tuple(settings["class_names"])
-        self.check_size(size, settings["size"] // self.spec.downsample, str(path))
+        self.size = settings["size"] // self.spec.downsample
+        self.check_size(size or self.size, self.size, str(path))
         if flip and not settings["flip"]:
             raise UserError(
                 f"{path} holds no mirrored images, which data.options.flip asks for: prepare it with --flip, or set "
@@ -112,7 +112,10 @@ def _open_parts(files: list[Path], shape: tuple[int, int, int]) -> tuple[list[in
             part = {"image": batch["image"].field("bytes"), "label": batch["label"].to_numpy()}
             for name in ("moments", "moments_flipped"):
                 if name in batch.schema.names:
-                    part[name] = _flat(batch[name]).reshape(-1, *shape)
+                    values = batch[name].storage  # nested lists, whose numbers lie one after another in the file
+                    while hasattr(values, "flatten") and values.type.num_fields:
+                        values = values.flatten()
+                    part[name] = values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
             columns.append(part)
             starts.append(starts[-1] + len(batch))
     return starts, columns
@@ -127,7 +130,7 @@ def read_settings(path: str | Path) -> dict:
 
 
 def prepared_spec(path: str | Path, autoencoder: str | None = None) -> AutoencoderSpec:
-    """The spec of the autoencoder that a folder was prepared with; a UserError where `autoencoder` is another one."""
+    """The spec of the autoencoder that a folder was prepared with; a UserError if `autoencoder` is another one."""
     found = AutoencoderSpec.from_dict(read_settings(path)["autoencoder"])
     if autoencoder is None or autoencoder == found.name:
         return found
@@ -135,11 +138,3 @@ def prepared_spec(path: str | Path, autoencoder: str | None = None) -> Autoencod
     if given.fingerprint != found.fingerprint:
         raise UserError(f"{path} was prepared with the autoencoder {found.name}, not with {autoencoder}")
     return given
-
-
-def _flat(array) -> np.ndarray:
-    """The values of an Array3D column, as they lie in the file."""
-    values = array.storage
-    while hasattr(values, "flatten") and values.type.num_fields:
-        values = values.flatten()
-    return values.to_numpy(zero_copy_only=True)

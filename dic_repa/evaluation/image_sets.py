@@ -170,9 +170,9 @@ def _of_npz(path: Path) -> ImageSet:
 
 
 def _of_prepared(path: Path) -> ImageSet:
-    from dic_repa.data.prepared import Prepared, prepared_spec, read_settings
+    from dic_repa.data.prepared import Prepared
 
-    data = Prepared(path, read_settings(path)["size"] // prepared_spec(path).downsample, flip=False)
+    data = Prepared(path, flip=False)
     # The names that state.json holds stay when an image is replaced; the shards do not.
     digest = _digest((path / "state.json").read_text(), stamp(path.glob("*.arrow")))
     return ImageSet(str(path), len(data), lambda i: _from_float(data[i]["image"]), digest)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from dic_repa.data.autoencoders import AutoencoderSpec
-from dic_repa.data.prepare import PrepareSettings, begin, finish, write_shards
+from dic_repa.data.prepare import Preparation
 from dic_repa.data.sources import open_source
-
-SETTINGS = PrepareSettings(size=32, shard_size=4, batch_size=4, workers=2)
 
 
 class SlowHalves:
@@ -30,10 +29,11 @@ class SlowHalves:
 
 
 def run(source, destination, seconds: float) -> None:
-    images, encoder = open_source(source), SlowHalves(seconds)
-    begin(images, destination, encoder.spec, SETTINGS)
-    write_shards(images, destination, encoder, SETTINGS)
-    finish(images, destination, encoder.spec, SETTINGS)
+    sizes = {"size": 32, "shard_size": 4, "batch_size": 4, "workers": 2}
+    preparation = Preparation(open_source(source), Path(destination), SlowHalves(seconds), **sizes)
+    preparation.begin()
+    preparation.write_shards()
+    preparation.finish()
 
 
 if __name__ == "__main__":
