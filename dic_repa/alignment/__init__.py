@@ -2,9 +2,8 @@
 
 from dic_repa.alignment.aligned import AlignedDenoiser, AlignedOutput, Alignment
 from dic_repa.alignment.heads import heads, register_head
-from dic_repa.alignment.losses import alignment_losses, manifold_loss, token_loss
+from dic_repa.alignment.losses import alignment_losses, manifold_loss, targets, token_loss
 from dic_repa.alignment.schedules import schedules, time_weights
-from dic_repa.alignment.targets import targets
 
 __all__ = [
     "AlignedDenoiser",

@@ -13,12 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dic_repa.alignment.heads import heads
-from dic_repa.alignment.losses import alignment_losses
+from dic_repa.alignment.losses import alignment_losses, targets
 from dic_repa.alignment.schedules import schedules, time_weights
-from dic_repa.alignment.targets import targets
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.cost import forward_on_meta
-from dic_repa.models.modules import Modules
+from dic_repa.models.layers import Modules
 from dic_repa.models.pretrained import Pretrained
 
 Spec = str | Mapping[str, Any] | Callable  # a registered name, a mapping of `name` and arguments, or the thing itself

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dic_repa.models.dic import timestep_embedding
+from dic_repa.models.layers import timestep_embedding
 from dic_repa.registry import Registry
 
 heads = Registry("head", key="alignments.0.head")

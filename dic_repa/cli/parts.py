@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # The modules in which the registries are, in the order of the list.
 _HOMES = (
-    "models.registry models.dic data data.autoencoders objectives.base interpolants objectives.time_sampling "
-    "objectives.weighting encoders.base alignment.heads alignment.targets alignment.losses alignment.schedules "
+    "models.registry models.dic data data.autoencoders objectives.base interpolants objectives.flow_matching "
+    "encoders.base alignment.heads alignment.losses alignment.schedules "
     "training.optimizers training.schedules training.trackers samplers.solvers samplers.guidance samplers.grids "
     "samplers.diffusion_coefficients samplers.sde evaluation.metrics evaluation.extractors"
 ).split()

@@ -2,8 +2,7 @@
 
 from dic_repa.models.authors import load_authors_checkpoint
 from dic_repa.models.cost import Cost, forward_on_meta, measure_cost
-from dic_repa.models.dic import PRESETS, DiC
-from dic_repa.models.ladder import EarlyModulationBlock, GatedBlock, MidModulationBlock
+from dic_repa.models.dic import PRESETS, DiC, EarlyModulationBlock, GatedBlock, MidModulationBlock
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.models.registry import create_denoiser, denoisers, list_denoisers, load_denoiser, register_denoiser
 

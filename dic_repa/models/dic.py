@@ -7,13 +7,12 @@ its own width; and the modulation stands between a block's two convolutions.
 Any submodule's name is a tap for the alignment: `mid.3` is the fourth block of the middle stage, `enc.0.2` and
 `dec.1.0` are blocks of the encoder and decoder stages, numbered by level.
 
-The steps that led the paper here are options: `shape`, `skips`, `embedding` and `block` (the earlier blocks are in
-`ladder.py`); their defaults are DiC.
+The steps that led the paper here are options: `shape`, `skips`, `embedding` and `block`; their defaults are DiC.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +22,7 @@ from torch.nn import functional as F
 
 from dic_repa.conditions import VectorCondition
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.models.gradient_checkpointing import RecomputableBlock
-from dic_repa.models.memory_format import layout_of, pixel_shuffle
-from dic_repa.models.modules import Modules
+from dic_repa.models.layers import Condition, Modules, RecomputableBlock, layout_of, pixel_shuffle
 from dic_repa.models.pretrained import Pretrained, config_of
 from dic_repa.registry import Registry
 
@@ -47,48 +44,6 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
-def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of t (B,) as (B, width), float32: cosines in the first half, sines in the second."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class Condition(nn.Module):
-    """SiLU(c) of one level: c is the sum of a timestep embedding and a row of a label table (or a linear
-    map of a vector), both as wide as the level.
-
-    The activation is part of it because every use of c begins with it.
-    """
-
-    def __init__(self, width: int, num_classes: int, time_scale: float, vector: VectorCondition | None = None):
-        super().__init__()
-        self.time_scale = time_scale
-        self.time1 = nn.Linear(256, width)
-        self.time2 = nn.Linear(width, width)
-        self.label = VectorEmbedding(vector, width) if vector else nn.Embedding(num_classes + 1, width)
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        if t.stride(0) == 0:  # expanded from one time, as samplers do: embedded once, for all rows
-            t = t[:1]
-        embedding = timestep_embedding(t * self.time_scale).to(self.time1.weight.dtype)
-        return F.silu(self.time2(F.silu(self.time1(embedding))) + self.label(y))
-
-
-class VectorEmbedding(nn.Linear):
-    """A linear map of vectors (B, dim) to (B, width); a vector of NaN, the null, becomes a learnt one before it."""
-
-    def __init__(self, vector: VectorCondition, width: int):
-        super().__init__(vector.shape[0], width)
-        learnt = vector.null_kind == "learnt"
-        self.null = nn.Parameter(torch.zeros(vector.shape[0])) if learnt else None
-
-    def forward(self, y: Tensor) -> Tensor:
-        y = y.to(self.weight.dtype)
-        return super().forward(y if self.null is None else torch.where(y.isnan(), self.null, y))
-
-
 @blocks.register("dic")
 class Block(RecomputableBlock):
     """GroupNorm, GELU, conv; GroupNorm, modulate, GELU, conv; gate; plus the input.
@@ -97,6 +52,7 @@ class Block(RecomputableBlock):
     """
 
     gated = True
+    activation: Callable[..., Tensor] = staticmethod(F.gelu)
 
     def __init__(self, in_channels: int, channels: int, condition_width: int):
         super().__init__()
@@ -108,11 +64,45 @@ class Block(RecomputableBlock):
         self.shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def _forward(self, x: Tensor, c: Tensor) -> Tensor:
-        gate, scale, shift = self.modulation(c)[:, :, None, None].chunk(3, dim=1)
-        h = self.conv1(F.gelu(self.norm1(x)))
+        *gate, scale, shift = self.modulation(c)[:, :, None, None].chunk(2 + self.gated, dim=1)
+        h = self.conv1(self.activation(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)  # one pass over memory, not two, where nothing is compiled
-        h = self.conv2(F.gelu(h))
-        return torch.addcmul(self.shortcut(x), gate, h)
+        h = self.conv2(self.activation(h))
+        return torch.addcmul(self.shortcut(x), gate[0], h) if gate else self.shortcut(x) + h
+
+
+@blocks.register("gated")
+class GatedBlock(Block):
+    """DiC's block with SiLU instead of GELU."""
+
+    activation = staticmethod(F.silu)
+
+
+@blocks.register("mid-modulation")
+class MidModulationBlock(GatedBlock):
+    """Modulated between its convolutions, without a gate: GroupNorm, SiLU, conv; GroupNorm, modulate, SiLU, conv."""
+
+    gated = False
+
+    def __init__(self, in_channels: int, channels: int, condition_width: int):
+        super().__init__(in_channels, channels, condition_width)
+        self.modulation = nn.Linear(condition_width, 2 * channels)
+
+
+@blocks.register("early-modulation")
+class EarlyModulationBlock(GatedBlock):
+    """Modulated before its first convolution, no gate: GroupNorm, modulate, SiLU, conv; GroupNorm, SiLU, conv."""
+
+    gated = False
+
+    def __init__(self, in_channels: int, channels: int, condition_width: int):
+        super().__init__(in_channels, channels, condition_width)
+        self.modulation = nn.Linear(condition_width, 2 * in_channels)
+
+    def _forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x) * (1 + scale) + shift))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class Downsample(nn.Module):
@@ -170,7 +160,7 @@ class DiC(Pretrained):
         skips: 'sparse' (one in three blocks), 'dense' (every block) or 'none'.
         embedding: 'per-level', or 'shared': one condition embedding as wide as level 0.
         condition: vectors in place of classes, as `VectorCondition.to_dict` has it.
-        block: 'dic', or a block of `ladder.py`: 'gated', 'mid-modulation', 'early-modulation'.
+        block: 'dic', or an earlier step's: 'gated', 'mid-modulation', 'early-modulation'.
         zero_gates: start each block as the identity. The authors' code means to, but does not: theirs is the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """

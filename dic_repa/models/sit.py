@@ -21,11 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.errors import UserError
-from dic_repa.models.dic import Condition
-from dic_repa.models.gradient_checkpointing import RecomputableBlock
-from dic_repa.models.modules import Modules
+from dic_repa.models.layers import Condition, Modules, RecomputableBlock, patch_grid, to_map, unpatchify
 from dic_repa.models.pretrained import Pretrained, config_of
-from dic_repa.models.tokens import patch_grid, to_map, unpatchify
 
 
 def position_embedding(grid: tuple[int, int], width: int, device: torch.device | str | None = None) -> Tensor:

@@ -15,10 +15,8 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError
-from dic_repa.models.dic import timestep_embedding
-from dic_repa.models.gradient_checkpointing import RecomputableBlock
+from dic_repa.models.layers import RecomputableBlock, patch_grid, timestep_embedding, to_map, unpatchify
 from dic_repa.models.pretrained import Pretrained, config_of
-from dic_repa.models.tokens import patch_grid, to_map, unpatchify
 
 EXTRA_TOKENS = 2  # label and time
 

@@ -8,24 +8,17 @@ and `objective.velocity_model(denoiser)` is what the samplers take.
 
 from __future__ import annotations
 
-from dic_repa.objectives.base import (
-    Batch,
-    Denoising,
-    Noisy,
-    ObjectiveOutput,
-    VelocityModel,
-    objectives,
-)
+from dic_repa.objectives.base import Batch, Denoising, Noisy, ObjectiveOutput, VelocityModel, objectives
 from dic_repa.objectives.ddpm import DDPM
-from dic_repa.objectives.flow_matching import FlowMatching
-from dic_repa.objectives.time_sampling import (
+from dic_repa.objectives.flow_matching import (
+    FlowMatching,
     LogitNormal,
     LogNormal,
     Uniform,
     resolution_shift,
     time_samplings,
+    weightings,
 )
-from dic_repa.objectives.weighting import weightings
 
 __all__ = [
     "DDPM",

@@ -1,8 +1,15 @@
-"""Flow matching: regression on a path's velocity (or noise, score, data) at random times."""
+"""Flow matching: regression on a path's velocity (or noise, score, data) at random times.
+
+A time sampling is a callable (count, generator, path) -> times (count,) in [0, 1]; a loss weighting, a callable (path,
+t (B,), prediction) -> weights (B,) of the squared error. A weighting is defined on the error of one quantity, its
+`unit`; the error of another prediction counts by what it is in that quantity. A `unit` of None is the prediction.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import reduce
@@ -11,9 +18,122 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant, check_prediction, paths
 from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives
-from dic_repa.objectives.time_sampling import shift_time, time_samplings
-from dic_repa.objectives.weighting import weightings
+from dic_repa.registry import Registry
 from dic_repa.samplers.ddpm import split_output
+
+time_samplings = Registry("time sampling", key="objective.options.time")
+weightings = Registry("loss weighting", key="objective.options.weighting")
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t' = shift t / (1 + (shift - 1) t): times for larger latents, which lose less of their content to the same noise.
+
+    `resolution_shift` gives the `shift` (Esser et al. 2024, eq. 23).
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(dimensions: int, base: int = 4 * 32 * 32) -> float:
+    """sqrt(dimensions / base), for latents of so many numbers where no shift was needed for `base` of them."""
+    return (dimensions / base) ** 0.5
+
+
+def _normal(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, generator=generator, device=generator.device)
+
+
+@time_samplings.register("uniform")
+@dataclass(frozen=True)
+class Uniform:
+    """t ~ U(0, 1)."""
+
+    def __call__(self, count: int, generator: torch.Generator, path: Interpolant) -> Tensor:
+        return torch.rand(count, generator=generator, device=generator.device)
+
+
+@time_samplings.register("logit-normal")
+@dataclass(frozen=True)
+class LogitNormal:
+    """t = sigmoid(n), n ~ N(mean, std^2) (Esser et al. 2024, eq. 19)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, count: int, generator: torch.Generator, path: Interpolant) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * _normal(count, generator))
+
+
+@time_samplings.register("log-normal")
+@dataclass(frozen=True)
+class LogNormal:
+    """The time at which sigma / alpha = exp(n), n ~ N(mean, std^2) (REPA's 'lognormal', after Karras et al. 2022)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, count: int, generator: torch.Generator, path: Interpolant) -> Tensor:
+        return path.time_at_ratio(torch.exp(self.mean + self.std * _normal(count, generator)))
+
+
+@weightings.register("none")
+@dataclass(frozen=True)
+class NoWeighting:
+    """1, whatever is predicted."""
+
+    unit: ClassVar[str | None] = None
+
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
+        return torch.ones_like(t)
+
+
+@weightings.register("noise")
+@dataclass(frozen=True)
+class NoiseWeighting:
+    """The squared error of the noise that the prediction amounts to: of a score, sigma^2 times its own, as SiT's code
+    trains it where it is asked for no weighting."""
+
+    unit: ClassVar[str | None] = "noise"
+
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
+        return path.jacobian(t, prediction, "noise").square()
+
+
+@weightings.register("velocity")
+@dataclass(frozen=True)
+class VelocityWeighting:
+    """The squared error of the velocity that the prediction amounts to."""
+
+    unit: ClassVar[str | None] = "velocity"
+
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
+        return path.jacobian(t, prediction, "velocity").square()
+
+
+@weightings.register("likelihood")
+@dataclass(frozen=True)
+class LikelihoodWeighting:
+    """g^2 / 2 times the squared error of the score, with g^2 = 2 sigma D / alpha: the bound on the likelihood of the
+    diffusion that has the path's marginals (Song et al. 2021, eq. 7; SiT)."""
+
+    unit: ClassVar[str | None] = "score"
+
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
+        c = path.coefficients(t)
+        return c.sigma * c.determinant / c.alpha * path.jacobian(t, prediction, "score").square()
+
+
+@weightings.register("min-snr-gamma")
+@dataclass(frozen=True)
+class MinSNRGamma:
+    """min(alpha^2 / sigma^2, gamma) times the squared error of the data (Hang et al. 2023)."""
+
+    gamma: float = 5.0
+    unit: ClassVar[str | None] = "data"
+
+    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
+        c = path.coefficients(t)
+        snr = (c.alpha / c.sigma).square()
+        return snr.clamp(max=self.gamma) * path.jacobian(t, prediction, "data").square()
 
 
 @objectives.register("flow-matching")

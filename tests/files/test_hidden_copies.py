@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dic_repa.models import DiC
-from dic_repa.models.memory_format import pixel_shuffle
+from dic_repa.models.layers import pixel_shuffle
 
 _COPIES = {"aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous"}
 BATCH, SIDE, WIDTH = 8, 16, 16
