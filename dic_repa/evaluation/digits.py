@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar
 
-import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.frechet import frechet_distance, statistics
 from dic_repa.evaluation.metrics import Metric, MetricSet, metrics
-from dic_repa.runtime.precision import tf32
 
 IMAGE_SIZE = 16
 FEATURES = 64
@@ -101,10 +99,13 @@ class DigitsJudge(MetricSet):
         super().__init__(("recognised", "fd-digits"), main="fd-digits")
 
     def reference(self) -> FeatureSet:
-        return FeatureSet(len(_held_out()[0]), gaussians={"digits.features": statistics(_held_out()[0])})
+        features, _ = _real("held-out")
+        return FeatureSet(len(features), gaussians={"digits.features": statistics(features)})
 
     def bounds(self, count: int) -> dict[str, Any]:
-        return _bounds(count)
+        (features, _), (held_out, recognised) = _real("train", count), _real("held-out")
+        distance = frechet_distance(*statistics(features), *statistics(held_out))
+        return {"recognised": recognised, "fd-digits": distance, "count": len(features)}
 
     def check(self, images: Tensor, labels: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 1 or len(images) < 2 or not images.is_floating_point():
@@ -129,26 +130,10 @@ def load_digits_classifier() -> DigitsClassifier:
     return model.eval().requires_grad_(False)
 
 
-@tf32(False)
-@torch.no_grad()
-def _read(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, 64) and logits (N, 10) of images (N, 1, H, W), as the extractor gives them."""
+@functools.cache
+def _real(split: str, count: int | None = None) -> tuple[Tensor, float]:
+    """The features (N, 64) of a split's digits, or of its first `count`, and the share of them that is read right."""
+    images, labels = (part[:count] for part in load_digits(split))
     found = extract(images.split(500), {"digits": extractors.create("digits")}, ["digits.features", "digits.logits"])
-    return found.features["digits.features"], found.features["digits.logits"]
-
-
-@functools.cache
-def _held_out() -> tuple[Tensor, float]:
-    """The features of the held-out digits, and the share of them that is read right."""
-    images, labels = load_digits("held-out")
-    features, logits = _read(images)
-    return features, (logits.argmax(dim=1) == labels).double().mean().item()
-
-
-@functools.cache
-def _bounds(count: int) -> dict[str, Any]:
-    images, _ = load_digits("train")
-    features, _ = _read(images[:count])
-    held_out, recognised = _held_out()
-    distance = frechet_distance(*statistics(features), *statistics(held_out))
-    return {"recognised": recognised, "fd-digits": distance, "count": len(features)}
+    right = found.features["digits.logits"].argmax(dim=1) == labels
+    return found.features["digits.features"], right.double().mean().item()

@@ -24,8 +24,8 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 class RunningStatistics:
     """The mean and covariance of features that come in batches, in float64.
 
-    Batches are merged by Chan's formula, which sums squares about each batch's own mean: no cancellation where the mean
-    is large against the spread.
+    Batches are merged by Chan's formula: squares are summed about each batch's own mean, so that nothing cancels out
+    when the mean is large against the spread.
     """
 
     def __init__(self):
@@ -33,23 +33,21 @@ class RunningStatistics:
         self.mean = self.squares = torch.empty(0)  # squares: the sum over samples of (x - mean)(x - mean)^T
 
     def update(self, features: Tensor) -> None:
-        """Add a batch (N, D); a UserError where it holds NaN or infinity."""
-        for rows in features.split(8192):  # a bounded copy in float64
-            self._add((rows.cpu() if rows.device.type == "mps" else rows).double())  # Apple's GPUs have no float64
-
-    def _add(self, rows: Tensor) -> None:
-        if not rows.isfinite().all():
-            raise UserError("the features hold NaN or infinity; look at the images that they come from")
-        count, mean = len(rows), rows.mean(dim=0)
-        centred = rows - mean
-        squares = centred.mT @ centred
-        if not self.count:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
-        total, shift = self.count + count, mean - self.mean
-        self.squares += squares + torch.outer(shift, shift) * (self.count * count / total)
-        self.mean += shift * (count / total)
-        self.count = total
+        """Add a batch (N, D); a UserError if it holds NaN or infinity."""
+        for part in features.split(8192):  # a bounded copy in float64
+            rows = (part.cpu() if part.device.type == "mps" else part).double()  # Apple's GPUs have no float64
+            if not rows.isfinite().all():
+                raise UserError("the features hold NaN or infinity; look at the images that they come from")
+            count, mean = len(rows), rows.mean(dim=0)
+            centred = rows - mean
+            squares = centred.mT @ centred
+            if not self.count:
+                self.count, self.mean, self.squares = count, mean, squares
+                continue
+            total, shift = self.count + count, mean - self.mean
+            self.squares += squares + torch.outer(shift, shift) * (self.count * count / total)
+            self.mean += shift * (count / total)
+            self.count = total
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The mean (D,) and the unbiased covariance (D, D); a UserError for fewer than two samples."""

@@ -19,13 +19,14 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.frechet import FrechetDistance, statistics
-from dic_repa.evaluation.manifold import within_manifold
 from dic_repa.registry import Registry, first_sentence
 
 metrics = Registry("metric", modules=["dic_repa.evaluation.digits"], key="evaluate.metric")
 IS_SPLIT = 5000  # ADM's
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's
 INFINITY_POINTS, INFINITY_SMALLEST = 15, 5000  # of Chong and Forsyth
+NEIGHBOURS = 3  # of precision and recall
+BLOCK = 2**26  # distances computed at once: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -53,57 +54,44 @@ class Metric:
     def deviation(self, features: Tensor, reference: Any, times: int, seed: int = 0) -> float:
         """The standard deviation of the score over `times` resamplings of the samples, with replacement."""
         generator = torch.Generator().manual_seed(seed)
-        resampled = self._resampled(features, reference)
-        values = []
+        count, values = len(features), []
         for _ in range(times):
-            rows = torch.randint(len(features), (len(features),), generator=generator)
-            values.append(resampled(rows.to(features.device)))
+            rows = torch.randint(count, (count,), generator=generator).to(features.device)
+            values.append(self(features[rows], reference))
         return torch.tensor(values, dtype=torch.float64).std().item()
 
-    def _resampled(self, features: Tensor, reference: Any):
-        """From rows, drawn with replacement, to the score of these."""
-        return lambda rows: self(features[rows], reference)
+
+@functools.lru_cache(maxsize=2)  # resampling asks for the same one again and again, and its root takes long
+def _distance_to(mean: Tensor, cov: Tensor, device: torch.device) -> FrechetDistance:
+    return FrechetDistance(mean.to(device), cov.to(device))
 
 
 class Frechet(Metric):
     """The Fréchet distance to the reference's Gaussian: FID on Inception's pool, sFID on its spatial features."""
 
     def __call__(self, features: Tensor, reference: FeatureSet) -> float:
-        return self._score(features, self._distance(features, reference))
-
-    def _resampled(self, features: Tensor, reference: FeatureSet):
-        distance = self._distance(features, reference)  # once, since it takes a root
-        return lambda rows: self._score(features[rows], distance)
-
-    def _distance(self, features: Tensor, reference: FeatureSet) -> FrechetDistance:
-        return FrechetDistance(*(part.to(features.device) for part in reference.gaussians[self.layer]))
-
-    @staticmethod
-    def _score(features: Tensor, distance: FrechetDistance) -> float:
+        distance = _distance_to(*reference.gaussians[self.layer], features.device)
         return distance(*statistics(features))
 
 
-class FrechetAtInfinity(Frechet):
+class FrechetAtInfinity(Metric):
     """The Fréchet distance of infinitely many samples (Chong and Forsyth, arXiv 1911.07023).
 
     A straight line through the distances of subsets of N samples, over 1/N, read off at 1/N = 0: the bias of FID is
-    linear in 1/N. 15 sizes from 5,000 samples on (from half of them where there are fewer than 10,000).
+    linear in 1/N. 15 sizes from 5,000 samples on (from half of them if there are fewer than 10,000).
     """
 
-    @staticmethod
-    def _score(features: Tensor, distance: FrechetDistance) -> float:
+    def __call__(self, features: Tensor, reference: FeatureSet) -> float:
         count = len(features)
         smallest = min(INFINITY_SMALLEST, count // 2)
         if smallest < 2:
             raise UserError(f"an extrapolation to infinitely many samples takes at least 4, not {count}")
+        distance = _distance_to(*reference.gaussians[self.layer], features.device)
         sizes = torch.linspace(smallest, count, INFINITY_POINTS).long().unique().tolist()
         generator = torch.Generator().manual_seed(0)
-        values = []
-        for size in sizes:
-            rows = torch.randperm(count, generator=generator)[:size].to(features.device)
-            values.append(distance(*statistics(features[rows])))
+        rows = [torch.randperm(count, generator=generator)[:size].to(features.device) for size in sizes]
         x = torch.tensor([1 / size for size in sizes], dtype=torch.float64)
-        y = torch.tensor(values, dtype=torch.float64)
+        y = torch.tensor([distance(*statistics(features[part])) for part in rows], dtype=torch.float64)
         slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
         return (y.mean() - slope * x.mean()).item()
 
@@ -161,8 +149,7 @@ class Precision(Metric):
         return self._inside(features, reference).double().mean().item()
 
     def deviation(self, features: Tensor, reference: FeatureSet, times: int, seed: int = 0) -> float:
-        # Of a share, the resampled deviation is known; and resampling recall's manifold would put points on top of
-        # each other, whose neighbours are then no distance away.
+        # Known for a share. Resampling would repeat points, and the nearest neighbour of a repeated one is itself.
         inside = self._inside(features, reference).double()
         return math.sqrt(inside.var(unbiased=False).item() / len(inside))
 
@@ -175,6 +162,40 @@ class Recall(Precision):
 
     def _inside(self, features: Tensor, reference: FeatureSet) -> Tensor:
         return within_manifold(reference.features[self.layer].to(features.device), features)
+
+
+def within_manifold(points: Tensor, features: Tensor) -> Tensor:
+    """Whether each of `points` (M, D) lies within the manifold of `features` (N, D): booleans (M,).
+
+    The manifold (Kynkäänniemi et al., arXiv 1904.06991) is the union of balls about the features, each reaching to its
+    third nearest neighbour among them, as in ADM's script. ADM computes the distances in float16 where they fit, here
+    they are float32: the third decimal may differ.
+    """
+    radii = manifold_radii(features)
+    blocks = points.split(_rows(features))
+    return torch.cat([(_squared_distances(block, features) <= radii).any(dim=1) for block in blocks])
+
+
+def manifold_radii(features: Tensor) -> Tensor:
+    """The squared distance (N,) of each of `features` (N, D) to its third nearest neighbour among the others."""
+    radii, start = [], 0
+    for block in features.split(_rows(features)):
+        distances = _squared_distances(block, features)
+        # A feature is no neighbour of itself; by rounding, this distance would not be exactly 0.
+        distances[torch.arange(len(block)), torch.arange(start, start + len(block))] = 0
+        radii.append(distances.kthvalue(min(NEIGHBOURS + 1, len(features)), dim=1).values)
+        start += len(block)
+    return torch.cat(radii)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.float(), b.float()
+    squares = a.square().sum(dim=1, keepdim=True) - 2 * (a @ b.mT) + b.square().sum(dim=1)
+    return squares.clamp(min=0)
+
+
+def _rows(features: Tensor) -> int:
+    return max(1, BLOCK // len(features))
 
 
 @dataclass(frozen=True)
