@@ -162,6 +162,14 @@ class Registry:
         except TypeError as error:
             raise UserError(f"{self.kind} '{name}': {error}") from None
 
+    def check_has(self, name: str, part: Any, needs: Sequence[str]) -> None:
+        """A UserError if the part that `name` gave lacks an attribute that it `needs`."""
+        if missing := [attribute for attribute in needs if not hasattr(part, attribute)]:
+            raise UserError(
+                f"{self.kind} '{name}' gives a {type(part).__name__} without {' and '.join(missing)}; "
+                f"dic_repa.protocols.{self.protocol} says what it must have"
+            )
+
     def names(self, pattern: str = "*") -> list[str]:
         """The sorted names that match a shell `pattern`, those of entry points among them."""
         self._load_modules()

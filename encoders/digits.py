@@ -7,16 +7,19 @@ the mean of the tokens, and each patch's pixels from its token, so that the toke
 from __future__ import annotations
 
 import json
+import math
 from os import PathLike
 from pathlib import Path
 
+import torch
+from einops import rearrange
 from timm.layers import HybridEmbed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.encoders.base import Card, register_encoder
-from dic_repa.encoders.vit import FrozenViT
+from dic_repa.encoders.timm_vit import FrozenViT
 from dic_repa.errors import UserError
 from dic_repa.files.weights import load_weights, read_tensors
 
@@ -69,13 +72,9 @@ class DigitsViT(FrozenViT):
     def __init__(self, weights: str | PathLike | None = None, layer: int = -1):
         path = weights or Path(__file__).parent / "weights" / "digits_vit.safetensors"
         state, metadata = read_tensors(path)
-        try:
-            config = json.loads(metadata["config"])
-        except KeyError:
-            raise UserError(
-                f"'{path}' has no config among its metadata; write it with train_digits_vit --out"
-            ) from None
-        model = build_digits_vit(**config)
+        if "config" not in metadata:
+            raise UserError(f"'{path}' has no config among its metadata; write it with train_digits_vit --out")
+        model = build_digits_vit(**json.loads(metadata["config"]))
         load_weights(model, state, path)
         super().__init__(model, MEAN, STD, layer)
 
@@ -87,3 +86,36 @@ class DigitsViT(FrozenViT):
         if images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
             return images
         return F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+
+
+def random_warp(
+    images: Tensor,
+    generator: torch.Generator,
+    degrees: float = 15.0,
+    scale: float = 0.15,
+    shear: float = 0.15,
+    shift: float = 0.1,
+    elastic: float = 0.03,
+) -> Tensor:
+    """Images (B, C, H, W), each warped by its own random amounts: what both networks of digits are trained on.
+
+    Amounts are uniform in plus or minus `degrees`, `scale` (of the size, per axis), `shear` and `shift` (of the width);
+    `elastic` (of the width) is the standard deviation of a smooth displacement. Outside the image is black.
+    """
+    batch = len(images)
+
+    def uniform(limit: float) -> Tensor:
+        return (torch.rand(batch, generator=generator) * 2 - 1) * limit
+
+    angle, shear_x = uniform(math.radians(degrees)), uniform(shear)
+    scale_x, scale_y = 1 + uniform(scale), 1 + uniform(scale)
+    cos, sin = angle.cos(), angle.sin()
+    # grid_sample's coordinates run from -1 to 1, so a share of the width counts twice.
+    rows = [
+        torch.stack([cos / scale_x, (shear_x - sin) / scale_y, uniform(2 * shift)], dim=1),
+        torch.stack([sin / scale_x, cos / scale_y, uniform(2 * shift)], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    bend = torch.randn(batch, 2, 4, 4, generator=generator) * (2 * elastic)
+    bend = F.interpolate(bend, images.shape[-2:], mode="bicubic", align_corners=False)
+    return F.grid_sample(images, grid + rearrange(bend, "b xy h w -> b h w xy"), align_corners=False)

@@ -120,21 +120,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def _register(name: str, family: Family) -> None:
-    def create(
-        weights: str | PathLike | None = None,
-        pretrained: bool = True,
-        layer: int = -1,
-        pixels_per_token: int = 16,
-        **model_args: Any,
-    ) -> TimmViT:
+    def create(weights: str | PathLike | None = None, pretrained: bool = True, **options: Any) -> TimmViT:
         if pretrained and weights is None and not family.in_timm:
             raise UserError(
                 f"timm has no weights of '{name}'; fetch them from {family.source} and give {WEIGHTS_OPTION}, or "
                 "pretrained=False for random ones"
             )
         mean, std = family.statistics
-        options: dict[str, Any] = {"norm": family.norm, "mean": mean, "std": std} | dict(family.model_args) | model_args
-        return TimmViT(family.model, weights, pretrained, layer, pixels_per_token, **options)
+        options = {"norm": family.norm, "mean": mean, "std": std, **family.model_args, **options}
+        return TimmViT(family.model, weights, pretrained, **options)
 
     create.__qualname__ = f"{name}"  # tells the registry one row from another
     create.card = family  # type: ignore[attr-defined]  # mypy knows no attributes of functions

@@ -1,4 +1,4 @@
-"""`timm:<model name>`: any of timm's vision transformers, with its patch tokens and at any image size."""
+"""Frozen vision transformers of timm, whose patch tokens are the targets; `timm:<model name>` is any of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,65 @@ from os import PathLike
 from typing import Any
 
 import timm
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dic_repa.encoders.base import register_encoder
-from dic_repa.encoders.vit import FrozenViT, resize_bicubic
 from dic_repa.errors import UserError, first_line, unknown_name
 from dic_repa.files.hub import offline_without_network
 from dic_repa.files.weights import load_weights, read_tensors
 
 WEIGHTS_OPTION = "--weights FILE (in a recipe: encoder_options: {weights: FILE})"
+
+
+class FrozenViT(nn.Module):
+    """A timm ViT as an `Encoder`. A subclass says to which size images are resized.
+
+    Args:
+        model: has timm's `forward_intermediates` and `embed_dim`.
+        mean, std: of each input channel.
+        layer: the index of the block that gives the tokens; -1 is the last.
+        norm: whether the tokens pass the final norm, whichever block they come from.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...], layer: int = -1, norm: bool = True):
+        super().__init__()
+        depth = len(model.blocks)
+        if not -depth <= layer < depth:
+            blocks = f"{depth} blocks, 0 to {depth - 1} or -1 to {-depth}"
+            raise UserError(f"layer {layer} does not exist: the encoder has {blocks}")
+        self.model, self.layer, self.norm = model, layer, norm
+        self.embed_dim: int = model.embed_dim
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FrozenViT:
+        """Stays in eval mode, also when the module that holds it is put in train mode."""
+        return super().train(False)
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) at the size that the model is fed."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 1 or 3, H, W), float in [0, 1], to tokens (B, h * w, embed_dim), row by row."""
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            given = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise UserError(f"an encoder takes float images (B, 1 or 3, H, W) in [0, 1], not {given}")
+        if len(self.mean) == 1:
+            images = images.mean(dim=1, keepdim=True)
+        images = self.resize((images - self.mean) / self.std)  # of a grey image the same for each channel
+        (tokens,) = self.model.forward_intermediates(
+            images, indices=[self.layer], norm=self.norm, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return tokens
 
 
 @register_encoder("timm:")
@@ -65,9 +115,9 @@ class TimmViT(FrozenViT):
         return h, w
 
     def resize(self, images: Tensor) -> Tensor:
-        h, w = self.token_grid((images.shape[-2], images.shape[-1]))
-        patch_h, patch_w = self.model.patch_embed.patch_size
-        return resize_bicubic(images, (h * patch_h, w * patch_w))
+        grid = self.token_grid((images.shape[-2], images.shape[-1]))
+        h, w = (count * patch for count, patch in zip(grid, self.model.patch_embed.patch_size))
+        return images if images.shape[-2:] == (h, w) else F.interpolate(images, (h, w), mode="bicubic")
 
 
 def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:

@@ -87,12 +87,11 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
 
 def _row(name: str) -> str:
     from dic_repa.encoders import encoder_card
-    from dic_repa.encoders.base import measure_card
 
     if name.endswith(":"):
         return "any of timm's vision transformers, such as timm:vit_base_patch16_224.augreg_in21k"
     try:
-        card = encoder_card(name) or measure_card(name)
+        card = encoder_card(name)
     except UserError as error:
         return str(error)
     except Exception as error:  # somebody else's code: a broken plug-in must not hide the other encoders

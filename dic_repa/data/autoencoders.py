@@ -89,11 +89,7 @@ def _loaded(name: str) -> Autoencoder:  # once, though both training data and sa
     if not _is_part(name):
         return KLAutoencoder(name)
     autoencoder = autoencoders.create(name)
-    if missing := [part for part in ("spec", "encode", "decode", "device", "to") if not hasattr(autoencoder, part)]:
-        raise UserError(
-            f"autoencoder '{name}' gives a {type(autoencoder).__name__} without {' and '.join(missing)}; "
-            "dic_repa.protocols.Autoencoder says what it must have"
-        )
+    autoencoders.check_has(name, autoencoder, ("spec", "encode", "decode", "device", "to"))
     autoencoder.spec = replace(autoencoder.spec, name=name)  # by which data and checkpoints find it again
     return autoencoder
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.data.digits import load_digits, resize
-from dic_repa.encoders.augment import random_warp
+from dic_repa.encoders.digits import random_warp
 from dic_repa.evaluation.digits import IMAGE_SIZE, DigitsClassifier
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.outputs import MARK, check_file

@@ -107,11 +107,7 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
     denoisers.check_options(name, factory, (), options, hint=f"; or name a preset: {presets}" if presets else "")
     denoiser = factory(**options)
     parts = ("in_channels", "num_classes", "config", "save_pretrained", "set_gradient_checkpointing")
-    if lacking := [part for part in parts if not hasattr(denoiser, part)]:
-        raise UserError(
-            f"model '{name}' gives a {type(denoiser).__name__} without {' and '.join(lacking)}; a denoiser derives "
-            "from dic_repa.models.Pretrained and nn.Module, has these and is called with (x, t, y)"
-        )
+    denoisers.check_has(name, denoiser, parts)
     return denoiser
 
 

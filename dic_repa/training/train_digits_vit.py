@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.data.digits import NUM_CLASSES, load_digits
-from dic_repa.encoders.augment import random_warp
-from dic_repa.encoders.digits import HEAD_WIDTH, IMAGE_SIZE, MEAN, STD, build_digits_vit
+from dic_repa.encoders.digits import HEAD_WIDTH, IMAGE_SIZE, MEAN, STD, build_digits_vit, random_warp
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.outputs import MARK, check_file
 from dic_repa.runtime.progress import progress_bar

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dic_repa.data.digits import load_digits
-from dic_repa.encoders import base, create_encoder, list_encoders, register_encoder
+from dic_repa.encoders import create_encoder, list_encoders, register_encoder
 from dic_repa.errors import UserError
-from dic_repa.registry import Registry
 from dic_repa.training.train_digits_vit import main as train_digits_vit
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -38,9 +37,7 @@ def tokens_of(encoder, images):
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 
-def test_registering_and_creating(monkeypatch):
-    monkeypatch.setattr(base, "encoders", Registry("encoder"))
-
+def test_registering_and_creating(plugin_folder):
     @register_encoder("mine")
     class Mine:
         def __init__(self, width: int = 3):
@@ -52,7 +49,7 @@ def test_registering_and_creating(monkeypatch):
 
     assert create_encoder("mine", width=5).embed_dim == 5
     assert create_encoder("family:some:thing", scale=2) == ("some:thing", 2)
-    assert list_encoders() == ["family:", "mine"]
+    assert {"family:", "mine", "digits-vit"} <= set(list_encoders())
     assert list_encoders("mi*") == ["mine"]
     with pytest.raises(UserError, match="registered already"):
         register_encoder("mine")(lambda: None)
