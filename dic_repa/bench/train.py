@@ -23,7 +23,7 @@ from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.runtime.precision import tf32
-from dic_repa.training.dry_run import takes_pretrained, with_random_data
+from dic_repa.training.dry_run import random_weights, with_random_data
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.parts import Parts, build_parts
 from dic_repa.training.step import TrainingStep
@@ -152,7 +152,7 @@ def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: 
     recipe.train.precision, recipe.train.tf32, recipe.train.trackers = MIXED[kind], kind == "tf32", []
     for section in recipe.alignments:
         section.cache = False
-        if takes_pretrained(section) and "weights" not in section.encoder_options:
+        if random_weights(section) is not None and "weights" not in section.encoder_options:
             section.encoder_options["pretrained"] = False
             notes.append(f"{section.encoder} has random weights: they are as fast")
     return recipe

@@ -174,7 +174,7 @@ def measure_and_show(
         save_record,
     )
     from dic_repa.runs.folder import suggest_runs
-    from dic_repa.sampling.folder import patient_accelerator
+    from dic_repa.runtime.processes import start_processes
 
     # Before the reference is read, so that a mistake is shown at once.
     for path in samples:
@@ -184,7 +184,7 @@ def measure_and_show(
     for path in opened:
         check_file(options["out"] or record_file(path))
     choose_threads()
-    processes = patient_accelerator()
+    processes = start_processes()
     device = processes.device
     with _bar("reading the reference", processes) as bar:
         measure = Measure(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -76,8 +75,7 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
 
     choose_threads()
     images = open_source(source, labels, options["skip_bad"], unlabelled)
-    # One process may be minutes behind, which NCCL would report as an error.
-    state = start_processes(patience=timedelta(days=1))
+    state = start_processes()
     preparation = Preparation(images, destination, load_autoencoder(autoencoder, state.device), **options)
     if state.is_main_process:
         preparation.begin()

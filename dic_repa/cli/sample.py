@@ -12,7 +12,7 @@ from dic_repa.cli.options import Command, option_group
 from dic_repa.cli.sampling_options import EPILOG, sample_settings, sampling_options
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.files.outputs import check_folder
-from dic_repa.recipe import Recipe, SampleSection, load_recipe
+from dic_repa.recipe import Recipe, load_recipe
 from dic_repa.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
@@ -83,18 +83,21 @@ def command(
         check_folder(out, "samples")  # before torch is imported
 
     from dic_repa.conditions import read_examples
-    from dic_repa.sampling.folder import SampleFolder, patient_accelerator, sample_into, sample_spec, save_trajectory
+    from dic_repa.runtime.processes import start_processes
+    from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec, save_trajectory
+    from dic_repa.sampling.labels import draw_labels
     from dic_repa.sampling.load import load
 
     choose_threads()
-    processes = patient_accelerator()
+    processes = start_processes()
     given = load_recipe(recipe) if recipe else None
     weights = options["weights"] or (given.sample.weights if given else None)
     loaded = load(checkpoint, processes.device, given if isinstance(given, Recipe) else None, weights)
     settings = sample_settings((given or loaded.recipe).sample, **options)
     if conditions:
         loaded.condition = read_examples(loaded.condition, conditions)
-    labels = choose_labels(loaded, settings, classes)
+    chosen = parse_classes(classes, loaded.condition) if classes else None
+    labels = draw_labels(loaded.recipe, loaded.condition, settings, chosen)
     sampler = loaded.sampler(settings)  # before there is a folder
     sampler.trace = trajectory
     others = "" if settings.weights == "ema" else f"-{settings.weights}"
@@ -121,14 +124,6 @@ def command(
             for file in folder.numbered():
                 file.unlink()
     processes.end_training()
-
-
-def choose_labels(loaded, settings: SampleSection, classes: str | None = None):
-    """The label of each image, of the `classes` that the command line names."""
-    from dic_repa.sampling.labels import draw_labels
-
-    chosen = parse_classes(classes, loaded.condition) if classes else None
-    return draw_labels(loaded.recipe, loaded.condition, settings, chosen)
 
 
 def parse_classes(text: str, condition: Condition) -> list[int]:

@@ -19,7 +19,11 @@ _WITH_WEIGHTS = ("checkpoints", "environment.json", "config.json")
 
 def note_folders(recipe: Recipe, files: Iterable[Path]) -> None:
     """Note in `recipe` the folders of its `files`, its own and those of its bases, that hold what is not here."""
-    beside = [file.parent for file in files if not _came_with_weights(file)]
+    beside = [
+        file.parent
+        for file in files
+        if file.name != "recipe.yaml" or not any((file.parent / name).exists() for name in _WITH_WEIGHTS)
+    ]
     missing = [path for path in _looked_for(recipe) if not any(map(Path.exists, path))]
     _note(recipe, [folder for folder in beside if any((folder / file).exists() for path in missing for file in path)])
 
@@ -37,10 +41,6 @@ def _note(recipe: Recipe, folders: Iterable[Path]) -> None:
     new = dict.fromkeys([*recipe.folders, *(str(folder.resolve()) for folder in folders)])
     if list(new) != recipe.folders:
         recipe.folders = list(new)
-
-
-def _came_with_weights(file: Path) -> bool:
-    return file.name == "recipe.yaml" and any((file.parent / name).exists() for name in _WITH_WEIGHTS)
 
 
 def _looked_for(recipe: Recipe) -> list[list[Path]]:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 
 from dic_repa.errors import UserError
 
+T = TypeVar("T")
 
-def start_processes(patience: timedelta, **options) -> Accelerator:
-    """An Accelerator of all processes that were launched, which wait up to `patience` for each other; `options` are the
-    Accelerator's own.
 
-    Without a GPU Accelerate takes each process of torchrun for the only one, unless its use of the CPU is asked for. A
-    UserError where they cannot be joined: each would do all of the work, and write the same files.
+def start_processes(patience: timedelta = timedelta(days=1), **options) -> Accelerator:
+    """An Accelerator of all processes that were launched; `options` are the Accelerator's own.
+
+    Args:
+        patience: how long they wait for each other. NCCL's ten minutes are too few: one may be hours ahead.
+
+    Raises:
+        UserError: they cannot be joined. Each would do all of the work, and write the same files.
     """
     options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=patience)]
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(**options)
     if accelerator.num_processes < launched and accelerator.device.type in ("cpu", "mps"):
+        # Without a GPU, Accelerate takes each process of torchrun for the only one unless it is asked to use the CPU.
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ["ACCELERATE_USE_CPU"] = "true"
         accelerator = Accelerator(**options)
@@ -31,3 +39,32 @@ def start_processes(patience: timedelta, **options) -> Accelerator:
             "set ACCELERATE_USE_CPU=true for CPUs, or launch them by torchrun or accelerate launch"
         )
     return accelerator
+
+
+def in_all_processes(accelerator: Accelerator, action: Callable[[], T], main_only: bool = False) -> T:
+    """Do `action` in every process and return each its own result.
+
+    A UserError or OSError in one of them, such as for a file that it alone cannot read, is raised in all of them.
+
+    Args:
+        main_only: only the main process does it; the others wait, and get its result.
+    """
+    outcome: tuple = (None, None)
+    if not main_only or accelerator.is_main_process:
+        try:
+            outcome = action(), None
+        except (UserError, OSError) as error:
+            outcome = None, error
+    if accelerator.num_processes > 1:
+        outcomes = gather_object([outcome if main_only else (None, outcome[1])])
+        failures = [failure for _, failure in outcomes if failure is not None]
+        outcome = outcomes[0] if main_only else (outcome[0], next(iter(failures), None))
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    return result
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """`in_all_processes` by the main process alone."""
+    return in_all_processes(accelerator, action, main_only=True)

@@ -16,8 +16,7 @@ from dic_repa.models.authors import authors_state_dict
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import load_training_recipe, to_yaml
 from dic_repa.recipe.build import data_traits, import_plugins
-from dic_repa.runs.folder import RunFolder, suggest_runs
-from dic_repa.sampling.load import load_raw
+from dic_repa.sampling.load import read_weights, weights_folder
 
 
 def convert(
@@ -65,28 +64,15 @@ def load_any(source: Path, weights: str = "ema", family: str | None = None) -> t
     Raises:
         UserError: `source` is not a checkpoint, or lacks these weights.
     """
-    if not source.exists() and len(source.parts) == 1 and (near := suggest_runs(source)):  # no hub id either
-        raise UserError(f"there is no run or checkpoint folder {source}{near}")
     if source.is_file():
         return load_authors_checkpoint(source, family), None
-    folder = source
-    if (source / "checkpoints").is_dir():
-        newest = RunFolder.open(source).newest_checkpoint()
-        if newest is None:
-            raise UserError(f"{source} has no checkpoint yet")
-        folder = newest
-    averages = sorted(path.name for path in folder.glob("ema*") if path.is_dir())
-    if not averages:  # an inference checkpoint, a folder or a hub id
-        return load_denoiser(source), _existing(source / "recipe.yaml")
-    if weights not in ("raw", *averages):
-        raise UserError(f"{folder} has no weights '{weights}'; it has {', '.join(averages)} and raw")
-    recipe_file = _existing(folder / averages[0] / "recipe.yaml")
-    if recipe_file:
+    if not source.is_dir() and len(source.parts) > 1:
+        return load_denoiser(source), None  # a hub id
+    folder = weights_folder(source)
+    recipe_file = folder / "recipe.yaml"
+    if recipe_file.is_file():
         import_plugins(load_training_recipe(recipe_file))  # they may register the denoiser
-    model = load_denoiser(folder / (averages[0] if weights == "raw" else weights))
-    if weights == "raw":
-        load_raw(model, folder)
-    return model, recipe_file
+    return read_weights(folder, weights)[0], recipe_file if recipe_file.is_file() else None
 
 
 def check_recipe(name: str, model: Pretrained) -> None:
@@ -125,7 +111,3 @@ def _write_folder(model: Pretrained, target: Path, recipe: str | None, recipe_fi
             (aside / "recipe.yaml").write_text(text, encoding="utf-8")
         if data:
             data.write(aside)
-
-
-def _existing(file: Path) -> Path | None:
-    return file if file.is_file() else None

@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe.keys import flatten
-from dic_repa.runtime.processes import start_processes
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.samplers import solver_info
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
@@ -166,11 +164,6 @@ def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor,
         "classes": classes,
         "labels": labels.tolist(),
     }
-
-
-def patient_accelerator() -> Accelerator:
-    """An Accelerator whose processes wait a day for each other, since one may be hours ahead."""
-    return start_processes(patience=timedelta(days=1))
 
 
 def sample_into(

@@ -146,11 +146,7 @@ def load(
     import_plugins(recipe)
     if weights is None:
         weights = "ema" if folder == Path(path) else recipe.sample.weights
-    source = folder if weights == "ema" else _other_weights(folder, weights)
-    detail(f"weights: {source}")
-    denoiser = load_denoiser(folder if weights == RAW else source)
-    if weights == RAW:
-        load_raw(denoiser, source)
+    denoiser, source = read_weights(folder, weights)
     return Checkpoint(denoiser.to(device), recipe, source, SavedData.read(folder))
 
 
@@ -185,11 +181,17 @@ def home_of(weights: Path) -> Path:
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
-def load_raw(denoiser: Pretrained, checkpoint: Path) -> None:
-    """Load the weights themselves of a training checkpoint, which are in one file with the heads'."""
-    prefix, tensors = "denoiser.", read_tensors(checkpoint / WEIGHTS)[0]
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    load_weights(denoiser, own, checkpoint / WEIGHTS)
+def read_weights(folder: Path, name: str) -> tuple[Pretrained, Path]:
+    """The denoiser with the weights `name` of the checkpoint that `weights_folder` has found, and where these are."""
+    source = folder if name == "ema" else _other_weights(folder, name)
+    detail(f"weights: {source}")
+    if name != RAW:
+        return load_denoiser(source), source
+    denoiser, prefix = load_denoiser(folder), "denoiser."
+    tensors = read_tensors(source / WEIGHTS)[0]  # with those of the heads
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    load_weights(denoiser, own, source / WEIGHTS)
+    return denoiser, source
 
 
 def _other_weights(ema: Path, name: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -138,15 +139,19 @@ def note_missing_decoder(recipe: Recipe, notes: list[str]) -> None:
 
 def build_shapes(trial: Recipe) -> dict:
     """The denoiser with its heads on the meta device, and what else can be known from it."""
-    size, options = trial.data.size, trial.data.options
-    condition = create_condition(options["num_classes"], options.get("condition"))
+    from dic_repa.encoders import create_encoder
+
+    size, data = trial.data.size, trial.data.options
+    condition = create_condition(data["num_classes"], data.get("condition"))
     with torch.device("meta"):
-        denoiser = build_denoiser(trial.model, options["channels"], condition)
+        denoiser = build_denoiser(trial.model, data["channels"], condition)
     denoiser.set_gradient_checkpointing(trial.train.gradient_checkpointing)
     alignments, tokens, encoders = [], [], {}
-    image_size = (options["image_size"],) * 2
+    image_size = (data["image_size"],) * 2
     for section in trial.alignments:
-        encoder = random_encoder(section)
+        options = random_weights(section)
+        with torch.device("meta") if options else nullcontext():
+            encoder = create_encoder(section.encoder, **(options or section.encoder_options))
         grid = encoder.token_grid(image_size)
         tokens.append((grid[0] * grid[1], encoder.embed_dim))
         encoders[section.encoder] = count_parameters(encoder) if isinstance(encoder, torch.nn.Module) else 0
@@ -158,26 +163,17 @@ def build_shapes(trial: Recipe) -> dict:
         "model": AlignedDenoiser(denoiser, alignments),
         "parameters": {"denoiser": count_parameters(denoiser), "heads": heads, "encoders": encoders},
         "tokens": tokens,
-        "data": (options["channels"], size, size),
+        "data": (data["channels"], size, size),
     }
 
 
-def random_encoder(section: AlignmentSection):
-    """The encoder's architecture with no weights in memory, where it is one of timm's; else the encoder itself."""
-    from dic_repa.encoders import create_encoder
-
-    if not takes_pretrained(section):
-        return create_encoder(section.encoder, **section.encoder_options)
-    options = {key: value for key, value in section.encoder_options.items() if key != "weights"}
-    with torch.device("meta"):
-        return create_encoder(section.encoder, **{**options, "pretrained": False})
-
-
-def takes_pretrained(section: AlignmentSection) -> bool:
-    """Whether the encoder is one of timm's, which has an option `pretrained`."""
+def random_weights(section: AlignmentSection) -> dict | None:
+    """The options that give the encoder random weights; None if it is not one of timm's, which have them."""
     from dic_repa.encoders.families import FAMILIES
 
-    return section.encoder in FAMILIES or section.encoder.startswith("timm:")
+    if section.encoder not in FAMILIES and not section.encoder.startswith("timm:"):
+        return None
+    return {key: value for key, value in section.encoder_options.items() if key != "weights"} | {"pretrained": False}
 
 
 def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, processes: int, notes: list[str]) -> dict:
@@ -229,13 +225,13 @@ def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> No
     """Leave an encoder's weights random, and note it, where they cannot be fetched: the speed is the same."""
     from dic_repa.encoders import create_encoder
 
-    if not takes_pretrained(section) or section.encoder_options.get("pretrained") is False:
+    options = random_weights(section)
+    if options is None or section.encoder_options.get("pretrained") is False:
         return
     try:
         create_encoder(section.encoder, **section.encoder_options)
     except UserError as error:
-        options = {key: value for key, value in section.encoder_options.items() if key != "weights"}
-        section.encoder_options = {**options, "pretrained": False}
+        section.encoder_options = options
         notes.append(f"{section.encoder} has random weights here ({first_line(error)})")
 
 

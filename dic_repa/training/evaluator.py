@@ -6,20 +6,18 @@ ends with the same weights as one without.
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from tqdm import tqdm
 
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runtime.progress import say
+from dic_repa.runtime.processes import on_main_process
+from dic_repa.runtime.progress import say, warn
 from dic_repa.training.parts import Parts
 from dic_repa.training.trackers import Trackers
 
@@ -62,12 +60,7 @@ class Evaluator:
         labels = draw_labels(self.recipe, self.parts.condition, self.sample)
         with self.parts.ema.raw(self.parts.denoiser) if self.sample.weights == RAW else nullcontext():
             levels = self._sample(labels)
-        best: list[dict | None] = [None]
-        if self.accelerator.is_main_process:
-            best = [self._judge(step, levels.float() / 255, labels)]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(best)
-        return best[0]
+        return on_main_process(self.accelerator, lambda: self._judge(step, levels.float() / 255, labels))
 
     def _sample(self, labels: Tensor) -> Tensor:
         """The images of all labels as a PNG would keep them, uint8, in every process."""
@@ -91,7 +84,7 @@ class Evaluator:
             judged.scores = self.judge(images, labels)
             judged.evaluations = self.parts.sampler.evaluations if self.parts.sampler else 0
         except UserError as error:  # such as images of a single colour; a later step may be better
-            tqdm.write(f"warning: the samples of step {step} cannot be scored ({error})", file=sys.stderr)
+            warn(f"the samples of step {step} cannot be scored ({error})")
             return None
         shown = {name: judged.scores.get(name) for name in self.judge.better}
         numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
@@ -107,6 +100,5 @@ class Evaluator:
         try:
             judged.save(images, labels, self.parts.condition.names)
         except (OSError, UserError) as error:
-            reason = getattr(error, "strerror", error)
-            tqdm.write(f"warning: the scores of step {step} cannot be written ({reason})", file=sys.stderr)
+            warn(f"the scores of step {step} cannot be written ({getattr(error, 'strerror', error)})")
         return best

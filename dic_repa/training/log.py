@@ -23,7 +23,7 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
 from dic_repa.models import measure_cost
-from dic_repa.recipe import AlignmentSection, Recipe, TrainSection
+from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.build import build_denoiser
 from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
@@ -38,16 +38,31 @@ PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator, passes: int, start: int) -> str:
     """The run as a table: device, denoiser, data, encoders, batch, steps and folder; `start` steps of it are done."""
-    settings = recipe.train
+    settings, data, processes = recipe.train, recipe.data, accelerator.num_processes
     precision = PRECISIONS[settings.precision] + (", TF32" if settings.tf32 else "")
     threads = f", {describe_threads()}" if accelerator.device.type == "cpu" else ""
+    model = parts.ema.model
+    if parts.sharded:  # then a process has only a part of it
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build_denoiser(recipe.model, parts.data.channels, parts.condition)
+    cost = measure_cost(model, data.size)
+    place, size = f" in {data.path}" if data.path else "", " x ".join(map(str, parts.shape))
+    share = settings.batch_size // processes
     rows = [
         ("device", f"{device_name(accelerator.device)}, {precision}{threads}"),
-        ("denoiser", _denoiser(recipe, parts)),
-        ("data", _data(recipe, parts)),
-        *(("encoder", _encoder(section)) for section in recipe.alignments),
-        ("batch", _batch(settings.batch_size, accelerator.num_processes, passes)),
-        ("steps", f"{settings.steps:,}" + (f", of which {start:,} are done" if start else "")),
+        (
+            "denoiser",
+            f"{recipe.model.name}, {cost.parameters / 1e6:.4g} M parameters, {cost.macs / 1e9:.4g} GMACs an image",
+        ),
+        ("data", f"{data.name}{place}, {len(parts.data):,} samples of {size}, {parts.condition.describe()}"),
+    ]
+    for section in recipe.alignments:
+        cached = ", its tokens from the cache" if section.cache else ""
+        rows.append(("encoder", f"{section.encoder} at {section.tap}, weight {section.weight:g}{cached}"))
+    each = f"{processes} process{'es' * (processes > 1)} x {share}"
+    rows += [
+        ("batch", f"{settings.batch_size} = {each}" + (f" in {passes} passes of {share // passes}" * (passes > 1))),
+        ("steps", f"{settings.steps:,}" + (f", {start:,} of them done" if start else "")),
         ("folder", str(run.path)),
     ]
     return "\n".join(f"{name:10}{text}" for name, text in rows)
@@ -55,31 +70,6 @@ def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accele
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type.upper()}, no GPU"
-
-
-def _denoiser(recipe: Recipe, parts: Parts) -> str:
-    model = parts.ema.model
-    if parts.sharded:  # then a process has a part of it alone
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = build_denoiser(recipe.model, parts.data.channels, parts.condition)
-    cost = measure_cost(model, recipe.data.size)
-    return f"{recipe.model.name}, {cost.parameters / 1e6:.4g} M parameters, {cost.macs / 1e9:.4g} GMACs an image"
-
-
-def _data(recipe: Recipe, parts: Parts) -> str:
-    size = " x ".join(map(str, parts.shape))
-    place = f" in {recipe.data.path}" if recipe.data.path else ""
-    return f"{recipe.data.name}{place}, {len(parts.data):,} samples of {size}, {parts.condition.describe()}"
-
-
-def _encoder(section: AlignmentSection) -> str:
-    cached = ", its tokens from the cache" if section.cache else ""
-    return f"{section.encoder} at {section.tap}, weight {section.weight:g}{cached}"
-
-
-def _batch(size: int, processes: int, passes: int) -> str:
-    each = f"{processes} process{'es' * (processes > 1)} x {size // processes}"
-    return f"{size} = {each}" + (f" in {passes} passes of {size // processes // passes}" if passes > 1 else "")
 
 
 class MetricLog:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import atexit
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
 
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
@@ -24,7 +21,7 @@ from dic_repa.recipe.folders import note_current_folder
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.lock import locked
 from dic_repa.runtime.precision import tf32
-from dic_repa.runtime.processes import start_processes
+from dic_repa.runtime.processes import on_main_process, start_processes
 from dic_repa.runtime.progress import say, warn
 from dic_repa.training.checkpoint import (
     CheckpointWriter,
@@ -37,7 +34,7 @@ from dic_repa.training.evaluator import Evaluator
 from dic_repa.training.inputs import batches, check_batch, data_order
 from dic_repa.training.log import MetricLog, run_header
 from dic_repa.training.parts import Parts, build_parts, check_sampling_and_evaluation
-from dic_repa.training.preemption import Preempted, StopRequest
+from dic_repa.training.preemption import Preempted, stop_request
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.sharding import wants_sharding
 from dic_repa.training.step import StepGuard, TrainingStep, Verdict
@@ -82,7 +79,7 @@ def train(
 
         checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
         on_main_process(accelerator, lambda: trackers.start(accelerator, run, recipe, resume))
-        request = stack.enter_context(StopRequest())
+        signals = stack.enter_context(stop_request())
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
         if resume:
             on_main_process(accelerator, lambda: run.save_recipe(recipe))
@@ -98,7 +95,7 @@ def train(
 
         for step, batch in zip(range(start, settings.steps), log.waiting(incoming)):
             norm, losses = train_step.gradients(batch, step)
-            guard.judge(step + 1, losses, norm, request.received)
+            guard.judge(step + 1, losses, norm, bool(signals))
             rate = learning_rate.apply(parts.optimizer, step)
             train_step.update(step)
             verdict = guard.verdict()
@@ -145,23 +142,6 @@ def open_run(
         return None
 
     return on_main_process(accelerator, prepare)
-
-
-def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Do `action` in the main process while the others wait, and return its result in all of them; a UserError there is
-    raised in all of them.
-    """
-    result, failure = None, None
-    if accelerator.is_main_process:
-        try:
-            result = action()
-        except (UserError, OSError) as error:
-            failure = error
-    if accelerator.num_processes > 1:
-        result, failure = broadcast_object_list([result, failure])
-    if failure is not None:
-        raise failure
-    return result
 
 
 @dataclass

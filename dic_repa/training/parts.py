@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object
 from torch import nn
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
@@ -33,6 +31,7 @@ from dic_repa.recipe.build import (
 )
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runtime.precision import allow_tf32
+from dic_repa.runtime.processes import in_all_processes
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.optimizers import build_optimizer
 from dic_repa.training.sharding import shard, wants_sharding
@@ -68,11 +67,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     allow_tf32(settings.tf32)
     torch.manual_seed(settings.seed)
 
-    def read_data() -> tuple[DataSet, tuple[int, int, int]]:
-        data = build_dataset(recipe.data)
-        return data, data_shape(data)
-
-    data, shape = in_all_processes(accelerator, read_data)
+    data, shape = in_all_processes(accelerator, lambda: (data := build_dataset(recipe.data), data_shape(data)))
     if len(data) < accelerator.num_processes:
         raise UserError(f"{accelerator.num_processes} processes are more than the {len(data)} samples of the data")
     condition = condition_of_data(data)
@@ -113,23 +108,6 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         condition, data, shape, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, averages,
         sampler, sharded,
     )  # fmt: skip
-
-
-def in_all_processes(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Do `action` in every process, and return each its own result; a UserError or OSError of one, such as for a file
-    that it alone cannot read, is raised in all of them.
-    """
-    result, failure = None, None
-    try:
-        result = action()
-    except (UserError, OSError) as error:
-        failure = error
-    if accelerator.num_processes > 1:
-        failures = gather_object([failure])
-        failure = failure or next(filter(None, failures), None)
-    if failure is not None:
-        raise failure
-    return result
 
 
 def cast_weights(encoder, precision: str) -> None:

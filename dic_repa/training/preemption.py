@@ -16,25 +16,15 @@ class Preempted(Exception):
     """A signal has stopped the run; its state is saved, and it goes on with `resume`."""
 
 
-class StopRequest:
-    """While entered, SIGTERM and SIGUSR1 set `received` and do nothing else, so that the step comes to its end.
+@contextlib.contextmanager
+def stop_request() -> Iterator[list[int]]:
+    """While entered, SIGTERM and SIGUSR1 are added to the list and do nothing else, so that the step is finished.
 
     A second signal changes nothing: a launcher passes on what the whole process group has received already.
     """
-
-    def __init__(self):
-        self.received = False
-
-    def __enter__(self) -> StopRequest:
-        self._handling = _handling(self._note)
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._handling.__exit__(None, None, None)
-
-    def _note(self, _number, _frame) -> None:
-        self.received = True
+    received: list[int] = []
+    with _handling(lambda number, _frame: received.append(number)):
+        yield received
 
 
 @contextlib.contextmanager
@@ -52,7 +42,7 @@ def _handling(handler: Callable) -> Iterator[None]:
 @contextlib.contextmanager
 def preempted_by_signals() -> Iterator[None]:
     """While entered, SIGTERM and SIGUSR1 raise Preempted: for the time before the first step and after the last, when
-    there is nothing to save. `StopRequest` goes before, while it is entered.
+    there is nothing to save. `stop_request` goes before, while it is entered.
     """
 
     def stop(_number, _frame) -> None:

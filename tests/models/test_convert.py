@@ -14,6 +14,7 @@ from small_runs import full_disk
 from dic_repa.cli import main
 from dic_repa.models import DiC, create_denoiser
 from dic_repa.recipe import load_recipe, to_yaml
+from dic_repa.runs.manifest import write_manifest
 from dic_repa.sampling.convert import load_any
 
 AUTHORS = DATA / "authors_dic_tiny.safetensors"
@@ -76,6 +77,8 @@ def checkpoint(tmp_path):
         (folder / name / "recipe.yaml").write_text(to_yaml(recipe))
     (folder.parent.parent / "recipe.yaml").write_text(to_yaml(recipe))
     save_file(raw | {"alignments.0.head.weight": torch.zeros(1)}, folder / "model.safetensors")
+    (folder / "state.json").write_text("{}")
+    write_manifest(folder)
     return folder
 
 
@@ -102,8 +105,9 @@ def test_recipe_beside_the_authors_weights(convert):
 
 def test_mistakes(mistake, checkpoint, tmp_path):
     assert "is not a saved model, so it is not overwritten" in mistake("convert", AUTHORS, "run", "--overwrite")
-    assert "it has ema, ema-0.9 and raw" in mistake("convert", checkpoint, "out", "--weights", "ema-0.5")
-    assert "no model folder" in mistake("convert", "./nowhere", "out")
+    said = mistake("convert", checkpoint, "out", "--weights", "ema-0.5")
+    assert "has no weights 'ema-0.5'; did you mean ema-0.9 or ema?" in said
+    assert "no run or checkpoint folder nowhere" in mistake("convert", "./nowhere", "out")
     DiC(8, (1, 1, 1, 1, 1), skips="dense", block="gated").save_pretrained(tmp_path / "rung")
     assert "rung exists; pass --overwrite" in mistake("convert", AUTHORS, "rung")
     assert "has no DiC with another skips or block" in mistake("convert", "rung", "out.pt")
@@ -142,7 +146,6 @@ def test_a_full_disk_leaves_what_was_there(convert, mistake, tmp_path, target):
 
 
 def test_load_reads_every_kind(checkpoint, tmp_path):
-    (checkpoint / "state.json").write_text("{}")
     assert load_any(checkpoint)[1] == checkpoint / "ema" / "recipe.yaml"
     assert load_any(AUTHORS)[1] is None
     assert load_any(checkpoint / "ema")[0].config == load_any(checkpoint)[0].config

@@ -25,7 +25,7 @@ from dic_repa.bench.train import MIXED, Clock, TrainCase, build_step
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
 from dic_repa.recipe import load_training_recipe
-from dic_repa.training.dry_run import takes_pretrained, with_random_data
+from dic_repa.training.dry_run import random_weights, with_random_data
 
 WARM_UP = 5  # steps before the clock runs: compilation, choice of kernels
 
@@ -37,7 +37,7 @@ def build_case(name: str, overrides: list[str], precision: str, batch: int, comp
     settings.batch_size, settings.micro_batch, settings.compile = batch, None, compiled
     settings.precision, settings.tf32 = MIXED[precision], False
     for section in recipe.alignments:
-        if takes_pretrained(section) and "weights" not in section.encoder_options:
+        if random_weights(section) is not None and "weights" not in section.encoder_options:
             section.encoder_options["pretrained"] = False
     parts, accelerator = build_step(recipe, device)
     gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9  # which has no hooks

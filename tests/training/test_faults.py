@@ -29,7 +29,7 @@ from dic_repa.training import EMA, Preempted, train
 from dic_repa.training.checkpoint import CheckpointWriter, write_checkpoint
 from dic_repa.training.inputs import LoaderWatch, data_order
 from dic_repa.training.log import append_whole
-from dic_repa.training.preemption import SIGNALS, StopRequest, ignore_signals
+from dic_repa.training.preemption import SIGNALS, ignore_signals, stop_request
 
 
 @pytest.fixture(autouse=True)
@@ -193,8 +193,8 @@ def test_stop_request_outside_the_main_thread_leaves_signals_alone():
     seen = []
 
     def enter():
-        with StopRequest() as request:
-            seen.append(request.received)
+        with stop_request() as received:
+            seen.append(bool(received))
 
     thread = threading.Thread(target=enter)
     thread.start()

@@ -47,7 +47,7 @@ def test_a_resumed_run_says_what_is_done(tmp_path, monkeypatch, capsys):
     run = small_run(tmp_path / "run", "train.steps=4")
     capsys.readouterr()
     small_run(run.path, "train.steps=8", resume=True)
-    assert "steps     8, of which 4 are done" in capsys.readouterr().err
+    assert "steps     8, 4 of them done" in capsys.readouterr().err
 
 
 def test_first_line_comes_before_torch(dic_repa, tmp_path):
