@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.judgements import print_judgements
 from dic_repa.cli.options import Command, Count, option_group
-from dic_repa.cli.sampling_options import sample_settings, sampling_options
+from dic_repa.cli.sampling_options import load_for_sampling, sample_settings, sampling_options
 from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
 from dic_repa.recipe import load_recipe
@@ -20,16 +21,16 @@ from dic_repa.runtime.table import format_rows, number
 from dic_repa.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
+    from dic_repa.evaluation import Measured
     from dic_repa.evaluation.runs import Judgement
 
 ADM = "fid,sfid,is,prec,recall"
-OWN_GROUPS = ("Metrics and their reference", "Networks that look at the images")
 
 
 @click.command("evaluate", cls=Command)
 @click.argument("samples", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=completion.runs)
 @option_group(
-    OWN_GROUPS[0],
+    "Metrics and their reference",
     click.option(
         "--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or 'digits'."
     ),
@@ -48,7 +49,7 @@ OWN_GROUPS = ("Metrics and their reference", "Networks that look at the images")
     click.option("--out", type=click.Path(path_type=Path), help="The record.  [default: metrics.json beside SAMPLES]"),
 )
 @option_group(
-    OWN_GROUPS[1],
+    "Networks that look at the images",
     click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format."),
     click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights."),
     click.option(
@@ -124,7 +125,7 @@ def command(
         several = "runs that are judged by now stay judged, and the same command goes on with the others"
         kept = several if len(samples) > 1 and not again else "nothing was written"
         with when_interrupted(lambda: f"interrupted; {kept}"):
-            evaluate_and_show(list(samples), recipe, again, **_sampling(options))
+            evaluate_and_show(list(samples), recipe, again, **options)
         return
     names = [name.strip() for name in (metrics or ADM).split(",") if name.strip()]
     if not names:
@@ -133,12 +134,6 @@ def command(
         names.append("fid-infinity")
     with when_interrupted(lambda: "interrupted; samples that are drawn are kept, and the same command takes them"):
         measure_and_show(list(samples), reference, names, recipe, again, **options)
-
-
-def _sampling(options: dict) -> dict:
-    """The options that `sampling_options` has added."""
-    own = {parameter.name for parameter in command.params if getattr(parameter, "group", "") in OWN_GROUPS}
-    return {name: value for name, value in options.items() if name not in own}
 
 
 def _list_metrics(context, _parameter, value) -> None:
@@ -155,76 +150,68 @@ def measure_and_show(
     samples: list[Path], reference: str | None, names: list[str], recipe: str | None, again: bool, **options
 ) -> None:
     """Measure each of `samples` against the reference, print a table, and record each."""
-    if options["out"] and len(samples) > 1:
+    out, resize, statistics = options["out"], options["resize"], options["save_statistics"]
+    if out and len(samples) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
-    for option in ("out", "save_statistics"):
-        if options[option]:
-            check_file(options[option])
+    for file in filter(None, (out, statistics)):
+        check_file(file)
 
-    from dic_repa.evaluation import Measure
+    from dic_repa.evaluation import Measure, open_images
     from dic_repa.evaluation.features import Share
-    from dic_repa.evaluation.image_sets import open_images
     from dic_repa.evaluation.reference import save_statistics
-    from dic_repa.evaluation.samples import (
-        is_checkpoint,
-        labels_of,
-        record,
-        record_file,
-        sample_checkpoint,
-        save_record,
-    )
+    from dic_repa.evaluation.runs import is_checkpoint, labels_of, record, record_file, sample_checkpoint, save_record
     from dic_repa.runs.folder import suggest_runs
     from dic_repa.runtime.processes import start_processes
 
-    # Before the reference is read, so that a mistake is shown at once.
+    opened = {}  # before the reference is read, so that a mistake is shown at once
     for path in samples:
         if not path.exists() and (hint := suggest_runs(path)):
             raise UserError(f"there is nothing to measure at {path}{hint}")
-    opened = {path: open_images(path, options["resize"]) for path in samples if not is_checkpoint(path)}
-    for path in opened:
-        check_file(options["out"] or record_file(path))
+        if not is_checkpoint(path):
+            opened[path] = open_images(path, resize)
+            check_file(out or record_file(path))
     choose_threads()
     processes = start_processes()
-    device = processes.device
-    with _bar("reading the reference", processes) as bar:
+    images_done = partial(progress_bar, unit="image", disable=not processes.is_main_process, leave=False)
+    with images_done(desc="reading the reference") as bar:
         measure = Measure(
             names,
             reference,
-            device,
+            processes.device,
             extractor_options=_extractor_options(samples, names, options),
             batch_size=options["feature_batch"],
-            resize=options["resize"],
+            resize=resize,
             cache=not options["no_cache"],
             share=Share(processes.process_index, processes.num_processes, processes.gather),
             progress=bar.update,
         )
-    if options["save_statistics"] and measure.reference and processes.is_main_process:
-        save_statistics(measure.reference, options["save_statistics"], measure.extractors)
-    rows, written, unwritten = [], [], ""
+    if statistics and measure.reference and processes.is_main_process:
+        save_statistics(measure.reference, statistics, measure.extractors)
+    table = [("samples", "images", "classes", *(metric.title for metric in measure.metrics.values()))]
     notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
-    given = load_recipe(recipe) if recipe else None
+    written, unwritten = [], ""
+    chosen = {key: str(value) for key, value in options.items() if value is not None}
     for path in samples:
         place = path
-        if is_checkpoint(path):
-            settings = partial(sample_settings, **_sampling(options))
-            place = sample_checkpoint(path, given, settings, processes, options["weights"], again)
-        images = opened.get(path) or open_images(place, options["resize"])
-        with print_rank_errors(), _bar(f"measuring {place}", processes, len(images)) as bar:
+        if path not in opened:
+            loaded = load_for_sampling(path, recipe, processes.device, **options)
+            place = sample_checkpoint(path, *loaded, processes, again)
+        images = opened.get(path) or open_images(place, resize)
+        with print_rank_errors(), images_done(desc=f"measuring {place}", total=len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update, labels_of(place, len(images)))
         if not processes.is_main_process:
             continue
         notes += [*images.notes, *measured.warnings]
-        file = options["out"] or record_file(place)
-        chosen = {key: str(value) for key, value in options.items() if value is not None}
-        content = record(measured, measure, images, reference, chosen, str(device), processes.num_processes)
-        rows.append((str(path), content["samples"].get("sampling", {}).get("sample", {}).get("classes", ""), measured))
+        content, file = record(measured, measure, images, reference, chosen, processes), out or record_file(place)
+        classes = content["samples"].get("sampling", {}).get("sample", {}).get("classes", "unknown")
+        table.append((str(path), str(measured.count), classes, *_cells(measured)))
         try:
             save_record(file, content)
             written.append(str(file))
         except OSError as error:
             unwritten = f"{file} cannot be written ({error.strerror}); name another file with --out"
     if processes.is_main_process:
-        _print_measured(rows, measure.metrics)
+        click.echo(format_rows(table, left=(0,)))
         for note in dict.fromkeys(notes):
             say(f"note: {note}")
         if written:
@@ -232,6 +219,12 @@ def measure_and_show(
         if unwritten:
             raise UserError(unwritten)  # now that the scores are shown
     processes.end_training()
+
+
+def _cells(measured: Measured) -> Iterator[str]:
+    for name, value in measured.values.items():
+        interval = ", ".join(map(number, measured.intervals.get(name, ())))
+        yield ("no labels" if value is None else number(value)) + (f" [{interval}]" if interval else "")
 
 
 def _extractor_options(samples: list[Path], names: list[str], options: dict) -> dict[str, dict]:
@@ -250,25 +243,6 @@ def _extractor_options(samples: list[Path], names: list[str], options: dict) -> 
     if given:
         raise UserError("--encoder-weights and --encoder-option go with --encoder")
     return found | encoder_of_runs(samples, names)
-
-
-def _bar(label: str, processes, total: int | None = None):
-    return progress_bar(total=total, desc=label, unit="image", disable=not processes.is_main_process, leave=False)
-
-
-def _print_measured(rows: list, metrics: dict) -> None:
-    """A row for each set of samples, a column for each metric and one for how the classes were drawn."""
-    table = [("samples", "images", "classes", *(score.title for score in metrics.values()))]
-    for path, classes, measured in rows:
-        cells = []
-        for name, value in measured.values.items():
-            low, high = measured.intervals.get(name, (None, None))
-            cells.append(
-                ("no labels" if value is None else number(value))
-                + (f" [{number(low)}, {number(high)}]" if low is not None else "")
-            )
-        table.append((path, str(measured.count), classes or "unknown", *cells))
-    click.echo(format_rows(table, left=(0,)))
 
 
 def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> list[Judgement]:

@@ -9,10 +9,9 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.options import Command, option_group
-from dic_repa.cli.sampling_options import EPILOG, sample_settings, sampling_options
+from dic_repa.cli.sampling_options import EPILOG, load_for_sampling, sampling_options
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.files.outputs import check_folder
-from dic_repa.recipe import Recipe, load_recipe
 from dic_repa.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
@@ -86,14 +85,10 @@ def command(
     from dic_repa.runtime.processes import start_processes
     from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec, save_trajectory
     from dic_repa.sampling.labels import draw_labels
-    from dic_repa.sampling.load import load
 
     choose_threads()
     processes = start_processes()
-    given = load_recipe(recipe) if recipe else None
-    weights = options["weights"] or (given.sample.weights if given else None)
-    loaded = load(checkpoint, processes.device, given if isinstance(given, Recipe) else None, weights)
-    settings = sample_settings((given or loaded.recipe).sample, **options)
+    loaded, settings = load_for_sampling(checkpoint, recipe, processes.device, **options)
     if conditions:
         loaded.condition = read_examples(loaded.condition, conditions)
     chosen = parse_classes(classes, loaded.condition) if classes else None

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.options import option_group, recipe_option
 from dic_repa.errors import UserError
-from dic_repa.recipe import GuidanceSection, SampleSection
+from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_recipe
 from dic_repa.registry import read_source
 from dic_repa.sampling import override_sampling
+
+if TYPE_CHECKING:
+    import torch
+
+    from dic_repa.sampling.load import Checkpoint
 
 # Read, since importing them would import torch.
 DIFFUSION_FORMS = read_source("dic_repa.samplers.diffusion_coefficients", "diffusion_forms")
@@ -58,6 +65,7 @@ _OWN = {
     ),
     "kind": click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
 }
+_KEYS = {"random_classes", *SampleSection.model_fields, *GuidanceSection.model_fields}
 _SAMPLES = ("num", "seed", "classes", "pixels", "weights")
 _SOLVER = ("solver", *SampleSection.solver_keys())
 
@@ -83,9 +91,21 @@ def sampling_options(command: Callable) -> Callable:
     return command
 
 
+def load_for_sampling(
+    path: Path, recipe: str | None, device: torch.device, **options
+) -> tuple[Checkpoint, SampleSection]:
+    """A run or checkpoint, and how to sample it: as `recipe` says, by default as its own does, with these options."""
+    from dic_repa.sampling.load import load
+
+    given = load_recipe(recipe) if recipe else None
+    weights = options["weights"] or (given.sample.weights if given else None)
+    loaded = load(path, device, given if isinstance(given, Recipe) else None, weights)
+    return loaded, sample_settings((given or loaded.recipe).sample, **options)
+
+
 def sample_settings(base: SampleSection, **options) -> SampleSection:
-    """`base` with the options that were given, validated as if they stood in a recipe."""
-    given = {name: value for name, value in options.items() if value is not None}
+    """`base` with the options that were given, validated as if they stood in a recipe; other options are left out."""
+    given = {name: value for name, value in options.items() if value is not None and name in _KEYS}
     if "random_classes" in given:
         given["classes"] = "random" if given.pop("random_classes") else "balanced"
     if "grid" in given:

@@ -47,7 +47,7 @@ def extract(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     share: Share | None = None,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> FeatureSet:
     """The features of `images`: a set, or batches (B, 1 or 3, H, W), uint8 or float in [0, 1].
 

@@ -90,7 +90,7 @@ class Measure:
         resize: int | None = None,
         cache: bool = True,
         share: Share | None = None,
-        progress: Callable[[int], None] = lambda count: None,
+        progress: Callable[[int], object] = lambda count: None,
     ):
         self.metrics = {name: metrics.create(name) for name in plain(names)}
         self.device, self.batch_size, self.share, self.resize = device, batch_size, share, resize
@@ -110,7 +110,7 @@ class Measure:
         self,
         images: ImageSet | Iterable[Tensor],
         bootstrap: int = 0,
-        progress: Callable[[int], None] = lambda count: None,
+        progress: Callable[[int], object] = lambda count: None,
         labels: Tensor | None = None,
     ) -> Measured:
         """The scores of `images`, with the classes `labels` (N,) that they should show where a metric needs them.

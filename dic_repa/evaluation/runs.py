@@ -1,27 +1,40 @@
-"""Judging a run: sample from its averaged weights, measure, and keep both beside the run."""
+"""Samples of runs and checkpoints, drawn and scored, and the records that are kept of them.
+
+`evaluate_run` judges a run as its recipe says. `sample_checkpoint` draws the samples that `dic-repa evaluate` measures
+against a reference, and `record` says how they were measured.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.evaluation.extractors import describe_extractor
+from dic_repa.evaluation.image_sets import ImageSet
 from dic_repa.evaluation.judging import Judge, own_encoder
+from dic_repa.evaluation.measuring import Measure, Measured
+from dic_repa.evaluation.reference import UNKNOWN_COUNT
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
 from dic_repa.files.pictures import save_grid, shown_in_grid
+from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.runs.checkpoints import checkpoint_step
+from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.listing import current_names
+from dic_repa.sampling import SAMPLES_FILE
+from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec
 from dic_repa.sampling.labels import draw_labels
-from dic_repa.sampling.load import load, weak_weights
+from dic_repa.sampling.load import Checkpoint, load, weak_weights
 
 COLUMNS = 12  # images of each class in the picture
 
@@ -53,7 +66,7 @@ class Judgement:
         return {"step": self.step, "metric": metric, "sample": sample, **weak_weights(self.sample)}
 
     def read(self) -> bool:
-        """Take the scores from the record of the same judgement, if there is one and it is whole."""
+        """Take the scores from a whole record of the same judgement; False if there is none."""
         with contextlib.suppress(OSError, ValueError):
             record, wanted = json.loads(self.record.read_text()), self.identity()
             if {key: record.get(key) for key in wanted} == wanted:
@@ -98,8 +111,17 @@ def evaluate_run(
     sampler = checkpoint.sampler(sample)
     rows = shown_in_grid(labels, COLUMNS)
     shown: dict[int, Tensor] = {}
+
+    def batches() -> Iterator[Tensor]:
+        start = 0
+        for batch in sampler(labels):
+            shown.update({i: batch[i - start].clone() for i in rows if start <= i < start + len(batch)})
+            start += len(batch)
+            progress(len(batch))
+            yield batch
+
     judge = Judge(recipe.evaluate.names, recipe.evaluate.reference, device, own_encoder(recipe))
-    judged.scores = judge(_keep_rows(sampler(labels), rows, shown, progress), labels)
+    judged.scores = judge(batches(), labels)
     judged.evaluations = sampler.evaluations
     judged.save(torch.stack([shown[i] for i in rows]), labels[rows], checkpoint.condition.names)
     return judged
@@ -111,29 +133,13 @@ def no_judge(path: str | Path, hint: str = "") -> UserError:
     return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; {hint}")
 
 
-def _keep_rows(
-    batches: Iterable[Tensor], rows: Sequence[int], shown: dict[int, Tensor], progress: Callable[[int], object]
-) -> Iterator[Tensor]:
-    """The batches; the images of `rows` are put into `shown` on the way."""
-    start = 0
-    for batch in batches:
-        shown.update({i: batch[i - start].clone() for i in rows if start <= i < start + len(batch)})
-        start += len(batch)
-        progress(len(batch))
-        yield batch
-
-
 def describe_sampling(sample: SampleSection) -> str:
     """'500 heun 20', and behind it all that is no default, as in 'cfg 1.8 0.0 0.7': short enough for a file's name."""
-    words = [sample.num, sample.solver] + ([sample.steps] if sample.steps else [])
-    if sample.classes == "random":
-        words.append("random classes")
-    if sample.pixels == "truncate":
-        words.append("truncated")
-    if sample.weights != "ema":
-        words += ["weights", sample.weights]
-    if sample.seed:
-        words += ["seed", sample.seed]
+    words: list[object] = [sample.num, sample.solver] + ([sample.steps] if sample.steps else [])
+    words += ["random classes"] if sample.classes == "random" else []
+    words += ["truncated"] if sample.pixels == "truncate" else []
+    words += ["weights", sample.weights] if sample.weights != "ema" else []
+    words += ["seed", sample.seed] if sample.seed else []
     for key in SampleSection.solver_keys():
         if key not in ("steps", "grid", "options") and getattr(sample, key) is not None:
             words += [key, getattr(sample, key)]
@@ -144,4 +150,78 @@ def describe_sampling(sample: SampleSection) -> str:
         for key in ("channels", "schedule", "rescale", "weak"):
             if getattr(guidance, key) != GuidanceSection.model_fields[key].default:
                 words += [key, str(getattr(guidance, key)).replace("/", "-")]
-    return " ".join(str(word) for word in words)
+    return " ".join(map(str, words))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is something to sample from: a run, or a checkpoint of a run or for inference."""
+    return any((path / name).exists() for name in ("recipe.yaml", "checkpoints", f"ema/{CONFIG}", CONFIG))
+
+
+def sample_checkpoint(
+    path: Path, loaded: Checkpoint, sample: SampleSection, processes: Accelerator, again: bool = False
+) -> Path:
+    """The folder of samples of what was `loaded` from `path`; missing samples are drawn now, or `again` all of them."""
+    labels = draw_labels(loaded.recipe, loaded.condition, sample)
+    sampler = loaded.sampler(sample)
+    newest = RunFolder(path).newest_checkpoint("ema")  # None if `path` is one checkpoint
+    place = path / f"evaluation/{newest.name}" if newest else Path("samples") / path.resolve().name
+    place = place.with_name(f"{place.name}-{describe_sampling(sample).replace(' ', '-')}")
+    folder = SampleFolder(place, sample_spec(loaded, sample, labels), "pass --again to sample anew")
+    sample_into(folder, sampler, labels, processes, overwrite=again)
+    return place
+
+
+def sample_facts(samples: str | Path) -> dict:
+    """How a folder of samples was made: what `dic-repa sample` wrote beside them; {} for other images."""
+    spec = Path(samples) / SAMPLES_FILE
+    return json.loads(spec.read_text()) if spec.is_file() else {}
+
+
+def labels_of(samples: Path, count: int) -> Tensor | None:
+    """The classes (N,) that the `count` images of a folder of samples should show; None if nothing says them."""
+    labels = sample_facts(samples).get("labels", ())
+    return torch.tensor(labels) if len(labels) == count else None
+
+
+def record_file(samples: Path) -> Path:
+    """Where the record of a folder or file of samples is kept by default."""
+    return samples / "metrics.json" if samples.is_dir() else samples.with_suffix(".metrics.json")
+
+
+def record(
+    measured: Measured, measure: Measure, images: ImageSet, reference, options: dict, processes: Accelerator
+) -> dict:
+    """What `metrics.json` holds: the scores, and everything that is needed to repeat them."""
+    samples = {"path": images.source, "count": measured.count, "size": measured.size, "fingerprint": images.fingerprint}
+    if facts := sample_facts(images.source):
+        samples["sampling"] = {key: value for key, value in facts.items() if key != "labels"}
+    extractors = {
+        name: {**describe_extractor(extractor), **getattr(extractor, "made_of", {}), "notes": extractor.notes}
+        for name, extractor in measure.extractors.items()
+    }
+    found, described = measure.reference, None
+    if found is not None:
+        described = {
+            "path": str(reference),
+            "count": found.count if found.count < UNKNOWN_COUNT else None,
+            "size": found.size,
+            "fingerprint": found.fingerprint,
+            "features": {layer: len(part) for layer, part in found.features.items()},
+        }
+    return {
+        "metrics": measured.values,
+        "intervals": measured.intervals,
+        "warnings": measured.warnings,
+        "samples": samples,
+        "reference": described,
+        "extractors": extractors,
+        "options": options,
+        "precision": {"networks": "float32", "tf32": False, "statistics": "float64"},
+        **describe_environment(str(processes.device), processes.num_processes),
+    }
+
+
+def save_record(path: Path, content: dict) -> None:
+    """Write a record as JSON; a UserError if there is something else at `path`."""
+    write_whole(path, json.dumps({"made_by": MARK, **content}, indent=2, default=str) + "\n")

@@ -393,7 +393,7 @@ def test_a_record_that_cannot_be_written_loses_no_scores(evaluate, places, monke
     def full(_path, _content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dic_repa.evaluation.samples.save_record", full)
+    monkeypatch.setattr("dic_repa.evaluation.runs.save_record", full)
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", f"{places}/samples.npz", "--reference", f"{places}/real.npz", "--metrics", "fd-digits"])
     shown = capsys.readouterr()
