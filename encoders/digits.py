@@ -1,6 +1,6 @@
 """`digits-vit`: the embedded teacher of the digit recipes, a stand-in for DINOv2 that fits in the package.
 
-A convolutional stem to 7x7 tokens, then three transformer blocks. `train_digits_vit` trained it to give the digit from
+A convolutional stem to 7x7 tokens, then three transformer blocks. `train_digits` trained it to give the digit from
 the mean of the tokens, and each patch's pixels from its token, so that the tokens of an image differ.
 """
 
@@ -63,7 +63,7 @@ class DigitsViT(FrozenViT):
     """Digits (B, 1 or 3, H, W), of any size, to 7x7 tokens of width 96.
 
     Args:
-        weights: a file of `python -m dic_repa.training.train_digits_vit --out`; by default the package's own.
+        weights: a file of `python -m dic_repa.training.train_digits encoder --out`; by default the package's own.
         layer: the block that gives the tokens.
     """
 
@@ -73,7 +73,7 @@ class DigitsViT(FrozenViT):
         path = weights or Path(__file__).parent / "weights" / "digits_vit.safetensors"
         state, metadata = read_tensors(path)
         if "config" not in metadata:
-            raise UserError(f"'{path}' has no config among its metadata; write it with train_digits_vit --out")
+            raise UserError(f"'{path}' has no config among its metadata; write it with train_digits encoder --out")
         model = build_digits_vit(**json.loads(metadata["config"]))
         load_weights(model, state, path)
         super().__init__(model, MEAN, STD, layer)

@@ -1,7 +1,7 @@
 """Judging digits: are they read as the digit that was asked for, and are they spread as real ones are?
 
 The judge is a small convolutional network of its own, not the encoder that training is aligned with;
-`train_digits_classifier` trained it, on the training split.
+`train_digits` trained it, on the training split.
 """
 
 from __future__ import annotations

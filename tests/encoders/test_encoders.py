@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dic_repa.data.digits import load_digits
 from dic_repa.encoders import create_encoder, list_encoders, register_encoder
 from dic_repa.errors import UserError
-from dic_repa.training.train_digits_vit import main as train_digits_vit
+from dic_repa.training.train_digits import main as train_digits
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -265,10 +265,10 @@ def test_a_layer_that_is_not_there(layer):
 
 def test_training_script_writes_weights_that_the_encoder_takes(tmp_path, monkeypatch):
     digits = {split: tuple(part[:128] for part in load_digits(split)) for split in ("train", "held-out")}
-    monkeypatch.setattr("dic_repa.training.train_digits_vit.load_digits", digits.get)
+    monkeypatch.setattr("dic_repa.training.train_digits.load_digits", digits.get)
     out = tmp_path / "new" / "weights.safetensors"
-    arguments = ["--epochs", "1", "--embed-dim", "64", "--depth", "2", "--out", str(out)]
-    result = CliRunner().invoke(train_digits_vit, arguments, catch_exceptions=False)
+    arguments = ["encoder", "--epochs", "1", "--embed-dim", "64", "--depth", "2", "--out", str(out)]
+    result = CliRunner().invoke(train_digits, arguments, catch_exceptions=False)
     assert "held-out accuracy" in result.output
     encoder = create_encoder("digits-vit", weights=out)
     assert encoder(digits["train"][0][:2]).shape == (2, 49, 64)

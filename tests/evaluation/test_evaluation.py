@@ -15,7 +15,7 @@ from dic_repa.data.digits import load_digits, resize
 from dic_repa.errors import UserError
 from dic_repa.evaluation import frechet_distance, judge_digits, metrics, statistics
 from dic_repa.evaluation.digits import DigitsClassifier
-from dic_repa.evaluation.train_digits_classifier import main as train_digits_classifier
+from dic_repa.training.train_digits import main as train_digits
 
 
 def random_covariance(dim: int, rank: int, generator: torch.Generator) -> torch.Tensor:
@@ -158,8 +158,8 @@ def test_shipped_weights_are_small():
 
 def test_training_script_writes_weights_that_load(tmp_path, monkeypatch):
     digits = {split: tuple(part[:256] for part in load_digits(split)) for split in ("train", "held-out")}
-    monkeypatch.setattr("dic_repa.evaluation.train_digits_classifier.load_digits", digits.get)
+    monkeypatch.setattr("dic_repa.training.train_digits.load_digits", digits.get)
     out = tmp_path / "new" / "weights.safetensors"
-    result = CliRunner().invoke(train_digits_classifier, ["--epochs", "1", "--out", str(out)], catch_exceptions=False)
+    result = CliRunner().invoke(train_digits, ["judge", "--epochs", "1", "--out", str(out)], catch_exceptions=False)
     assert "held-out accuracy" in result.output
     DigitsClassifier().load_state_dict(load_file(out))
