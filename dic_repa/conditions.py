@@ -9,7 +9,6 @@ and label `count` is the null. So balanced and random draws, pictures and files 
 
 from __future__ import annotations
 
-import base64
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -42,8 +41,12 @@ class Condition:
         raise NotImplementedError
 
     def rows(self, labels: Tensor) -> Tensor:
-        """The rows (N, *shape) that the `labels` (N,) name; a UserError for a label that names none."""
-        raise NotImplementedError
+        """The rows (N, *shape) that the `labels` (N,) name; a UserError for a label that is no row's nor the null's."""
+        wrong = labels[(labels < 0) | (labels > self.count)]
+        if len(wrong):
+            known = f"{self.describe_rows()}, and {self.count} for none"
+            raise UserError(f"label {int(wrong[0])} is out of range: the model has {known}")
+        return labels
 
     def describe(self) -> str:
         """In words, for cards: '10 classes'."""
@@ -70,24 +73,18 @@ class Condition:
         return torch.zeros(batch, *self.shape, dtype=self.dtype)
 
     def check(self, y: Tensor) -> None:
-        """A UserError where y (B, *shape) is no batch of this condition."""
+        """A UserError if y (B, *shape) is no batch of this condition."""
         if y.shape[1:] != self.shape or y.dtype.is_floating_point != self.dtype.is_floating_point:
             raise UserError(
                 f"the condition is {self.describe()}: {self.dtype} of shape (batch, *{self.shape}), "
                 f"not {y.dtype} of shape {tuple(y.shape)}"
             )
 
-    def check_labels(self, labels: Tensor) -> None:
-        """A UserError for a label (N,) that names neither a row nor the null."""
-        wrong = labels[(labels < 0) | (labels > self.count)]
-        if len(wrong):
-            known = f"{self.describe_rows()}, and {self.count} for none"
-            raise UserError(f"label {int(wrong[0])} is out of range: the model has {known}")
-
     def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> Condition:
-        """The same condition with other rows (K, *shape) to choose from; a UserError where these are classes."""
-        what = self.describe()
-        raise UserError(f"the model is conditioned on {what}, so rows of numbers cannot be given: name classes")
+        """The same condition with other rows (K, *shape) to choose from; a UserError if these are classes."""
+        raise UserError(
+            f"the model is conditioned on {self.describe()}, so rows of numbers cannot be given: name classes"
+        )
 
 
 class ClassLabels(Condition):
@@ -104,10 +101,6 @@ class ClassLabels(Condition):
 
     def null(self, y: Tensor) -> Tensor:
         return torch.full_like(y, self.num_classes)
-
-    def rows(self, labels: Tensor) -> Tensor:
-        self.check_labels(labels)
-        return labels
 
     def describe(self) -> str:
         return f"{self.count} class{'es' * (self.count != 1)}"
@@ -158,9 +151,8 @@ class VectorCondition(Condition):
         return torch.full_like(y, math.nan if self.null_kind == "learnt" else 0.0)
 
     def rows(self, labels: Tensor) -> Tensor:
-        self.check_labels(labels)
         examples = self.examples.to(labels.device)
-        return torch.cat([examples, self.null(examples.new_zeros(1, *self.shape))])[labels]
+        return torch.cat([examples, self.null(examples.new_zeros(1, *self.shape))])[super().rows(labels)]
 
     def describe(self) -> str:
         return f"vectors of {self.shape[0]} number{'s' * (self.shape[0] != 1)}"
@@ -221,17 +213,14 @@ def condition_of_data(data) -> Condition:
 
 def condition_of_model(model) -> Condition | None:
     """What a denoiser is `conditioned_on`, or else the classes of its `num_classes`; None if it has neither."""
-    condition = getattr(model, "conditioned_on", None)
-    if condition is None and getattr(model, "num_classes", None) is not None:
-        condition = class_labels(model.num_classes)
-    return condition
+    condition, num_classes = getattr(model, "conditioned_on", None), getattr(model, "num_classes", None)
+    return condition if condition is not None or num_classes is None else class_labels(num_classes)
 
 
 def null_of(model) -> Callable[[Tensor], Tensor] | None:
     """The null as a function of the rows y (B, ...): a model's own `null`, or its condition's."""
-    null: Callable[[Tensor], Tensor] | None = getattr(model, "null", None)
     condition = condition_of_model(model)
-    return null or (condition.null if condition else None)
+    return getattr(model, "null", None) or (condition.null if condition else None)
 
 
 def read_examples(condition: Condition, file: str | Path) -> Condition:
@@ -243,15 +232,3 @@ def read_examples(condition: Condition, file: str | Path) -> Condition:
     if not (isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and len(rows)) or not np.isfinite(rows).all():
         raise UserError(f"{file} must hold finite floats, a row for each {condition.kind} to sample for")
     return condition.with_examples(rows)
-
-
-def pack_examples(condition: VectorCondition) -> dict[str, Any]:
-    """Its names and examples as JSON has them; the numbers are little-endian float32 in base64."""
-    numbers = condition.examples.cpu().numpy().astype("<f4").tobytes()
-    return {"names": list(condition.names), "examples": base64.b64encode(numbers).decode()}
-
-
-def unpack_examples(condition: VectorCondition, packed: dict[str, Any]) -> VectorCondition:
-    """`condition` with what `pack_examples` has packed; a ValueError where the numbers are not whole rows."""
-    numbers = np.frombuffer(base64.b64decode(packed["examples"]), dtype="<f4")
-    return condition.with_examples(numbers.reshape(-1, *condition.shape).copy(), packed["names"])

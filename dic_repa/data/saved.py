@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dic_repa.conditions import (
-    Condition,
-    VectorCondition,
-    class_labels,
-    create_condition,
-    pack_examples,
-    unpack_examples,
-)
+import numpy as np
+
+from dic_repa.conditions import Condition, VectorCondition, class_labels, create_condition
 from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.errors import UserError
 
@@ -47,29 +42,24 @@ class SavedData:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             spec = content["autoencoder"]
-            return cls(spec and AutoencoderSpec.from_dict(spec), _read_condition(content))
+            if "condition" in content:
+                condition = create_condition(condition=content["condition"])
+                numbers = np.frombuffer(base64.b64decode(content["examples"]), dtype="<f4")
+                examples = numbers.reshape(-1, *condition.shape).copy()
+                condition = condition.with_examples(examples, content["names"])
+            else:
+                condition = class_labels(len(content["class_names"]), content["class_names"])
+            return cls(spec and AutoencoderSpec.from_dict(spec), condition)
         except (ValueError, KeyError, TypeError, UserError):
             raise UserError(f"{file} is damaged; remove it to sample by the recipe's data alone") from None
 
     def write(self, folder: Path) -> None:
-        """Keep it in `folder`."""
-        content = {
-            "autoencoder": self.autoencoder and self.autoencoder.to_dict(),
-            **_write_condition(self.condition),
-        }
+        """Keep it in `folder`: examples as little-endian float32 in base64."""
+        condition = self.condition
+        content: dict = {"autoencoder": self.autoencoder and self.autoencoder.to_dict()}
+        if isinstance(condition, VectorCondition):
+            numbers = base64.b64encode(condition.examples.cpu().numpy().astype("<f4").tobytes()).decode()
+            content |= {"condition": condition.to_dict(), "names": list(condition.names), "examples": numbers}
+        else:
+            content["class_names"] = condition.names
         (folder / DATA_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_condition(condition: Condition) -> dict[str, Any]:
-    if isinstance(condition, VectorCondition):
-        return {"condition": condition.to_dict(), **pack_examples(condition)}
-    return {"class_names": condition.names}
-
-
-def _read_condition(content: dict[str, Any]) -> Condition:
-    if "condition" not in content:
-        return class_labels(len(content["class_names"]), content["class_names"])
-    condition = create_condition(condition=content["condition"])
-    if not isinstance(condition, VectorCondition):
-        raise ValueError(f"no examples go with {condition.describe()}")
-    return unpack_examples(condition, content)

@@ -24,7 +24,7 @@ from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.evaluation.reference import UNKNOWN_COUNT
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
-from dic_repa.files.pictures import save_grid, shown_in_grid
+from dic_repa.files.pictures import draw_grid, save_picture, shown_in_grid
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
 from dic_repa.runs.checkpoints import checkpoint_step
@@ -76,7 +76,7 @@ class Judgement:
 
     def save(self, images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
         """Write the picture of the samples and the record of their scores."""
-        save_grid(images, self.picture, labels, class_names, COLUMNS)
+        save_picture(draw_grid(images, labels, class_names, COLUMNS), self.picture)
         record = {"made_by": MARK, **self.identity(), "evaluations": self.evaluations, "scores": self.scores}
         write_whole(self.record, json.dumps(record, indent=2) + "\n")
 

@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -61,7 +61,7 @@ def check_file(path: str | Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
     if not path.exists():
-        check_parents(path)
+        _check_parents(path)
     elif not (is_listed(path) or _bears_mark(path)):
         raise UserError(f"{path} is there, and not of dic-repa's making, so it is not overwritten; name another file")
 
@@ -77,7 +77,7 @@ def check_folder(path: str | Path, kind: str) -> Marker | None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a folder")
     if not path.exists():
-        check_parents(path)
+        _check_parents(path)
         return None
     for inside, what in ((Path.cwd(), "current folder"), (Path.home(), "home folder")):
         if path.resolve() in (inside.resolve(), *inside.resolve().parents):
@@ -92,7 +92,7 @@ def check_folder(path: str | Path, kind: str) -> Marker | None:
     return marker
 
 
-def check_parents(path: Path) -> None:
+def _check_parents(path: Path) -> None:
     """A UserError if `path` cannot be made: it is below a file, or its folder is not writable."""
     place = next(parent for parent in path.parents if parent.exists())
     if not place.is_dir():
@@ -162,24 +162,47 @@ def is_listed(path: Path) -> bool:
 
 def foreign(folder: Path) -> list[str]:
     """The names, relative to `folder`, of all files and links in it that are not ours."""
-    return sorted(_walk(folder, read_marker(folder), ""))
+    marker = read_marker(folder) or Marker("")
+
+    def walk(prefix: str) -> Iterator[str]:
+        for entry in os.scandir(folder / prefix):
+            name = prefix + entry.name
+            if not entry.is_dir(follow_symlinks=False):
+                if entry.name != MARKER and not (name in marker and (entry.is_file() or entry.is_symlink())):
+                    yield name
+            elif name in marker and read_marker(Path(entry.path)):
+                yield from (f"{name}/{other}" for other in foreign(Path(entry.path)))
+            else:
+                yield from walk(f"{name}/")
+
+    return sorted(walk(""))
 
 
 def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -> None:
-    """Remove what the marker of `folder` lists, but for `keep`; the folder and its marker stay.
+    """Remove what the marker of `folder` lists, except for `keep`; the folder and its marker stay.
 
     Files that are not ours stay too; with `warn`, standard error names them.
     """
-    marker = read_marker(folder)
-    for name in [*(marker.names if marker else ()), *_pictures(folder, marker)]:
+    marker = read_marker(folder) or Marker("")
+    pictures = [name for name in os.listdir(folder) if name in marker and name != MARKER]
+    for name in {*marker.names, *pictures}.difference(keep):
+        parents = [folder / parent for parent in list(PurePosixPath(name).parents)[:-1]]
+        if any(parent.is_symlink() for parent in parents):
+            continue
         for place in (folder / name, (folder / name).with_name(f"{ASIDE}{PurePosixPath(name).name}")):
-            if name not in keep and not _through_a_link(folder, place):
-                _remove(place)
-        for parent in list(PurePosixPath(name).parents)[:-1]:
-            with contextlib.suppress(OSError):  # not empty, or a link
-                (folder / parent).rmdir()
-    left = [name for name in foreign(folder) if name not in keep]
-    if left and warn:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                mode = place.lstat().st_mode
+                if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
+                    place.unlink()
+                elif stat.S_ISDIR(mode) and read_marker(place):
+                    remove_listed(place, warn=False)
+                    if not foreign(place):  # else it stays a folder of ours
+                        remove_folder(place)
+        for parent in parents:
+            with contextlib.suppress(OSError):  # not empty
+                parent.rmdir()
+    left = [name for name in foreign(folder) if name not in keep] if warn else []
+    if left:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         count = "1 file that is" if len(left) == 1 else f"{len(left)} files that are"
         print(f"left {count} not dic-repa's in {folder}: {shown}", file=sys.stderr)
@@ -219,39 +242,3 @@ def _around(path: Path) -> tuple[Path, str, Marker | None]:
         if marker := read_marker(parent):
             return parent, path.relative_to(parent).as_posix(), marker
     return path.parent, path.name, None
-
-
-def _pictures(folder: Path, marker: Marker | None) -> list[str]:
-    if not (marker and marker.pictures):
-        return []
-    return [name for name in os.listdir(folder) if name not in marker.names and name != MARKER and name in marker]
-
-
-def _through_a_link(folder: Path, place: Path) -> bool:
-    between = list(place.relative_to(folder).parents)[:-1]
-    return any((folder / parent).is_symlink() for parent in between)
-
-
-def _remove(path: Path) -> None:
-    """A file, a link, or a folder of ours; nothing else."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
-            path.unlink()
-        elif stat.S_ISDIR(mode) and read_marker(path):
-            remove_listed(path, warn=False)
-            if not foreign(path):
-                remove_folder(path)
-
-
-def _walk(folder: Path, marker: Marker | None, prefix: str) -> Iterable[str]:
-    for entry in os.scandir(folder / prefix):
-        name = prefix + entry.name
-        if not entry.is_dir(follow_symlinks=False):
-            ours = marker is not None and name in marker and (entry.is_file() or entry.is_symlink())
-            if not ours and entry.name != MARKER:
-                yield name
-        elif marker and name in marker and (inner := read_marker(Path(entry.path))):
-            yield from (f"{name}/{other}" for other in _walk(Path(entry.path), inner, ""))
-        else:
-            yield from _walk(folder, marker, f"{name}/")

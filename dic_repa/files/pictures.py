@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_ROWS = 20  # of a grid
+FIGURES = (".png", ".pdf", ".svg")
 INK, BACKGROUND = (40, 40, 40), (250, 250, 250)
 
 
@@ -28,14 +29,9 @@ def unit_images(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images (..., C, H, W) in [0, 1] as uint8 (..., H, W, C), rounded to the nearest level."""
-    return (images * 255).round().to(torch.uint8).movedim(-3, -1)
-
-
 def to_pil(image: Tensor) -> Image.Image:
-    """One image (C, H, W) in [0, 1], of one or three channels, as a PIL image."""
-    array = to_uint8(image).numpy()
+    """One image (C, H, W) in [0, 1], of one or three channels, as a PIL image, rounded to the nearest of 256 levels."""
+    array = (image * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
     return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
 
 
@@ -52,9 +48,6 @@ def save_picture(image: Image.Image, path: str | Path) -> None:
     exif[ExifTags.Base.Software] = MARK
     with write_aside(path) as aside, aside.open("wb") as file:
         image.save(file, Image.registered_extensions()[Path(path).suffix.lower()], exif=exif)
-
-
-FIGURES = (".png", ".pdf", ".svg")
 
 
 def check_figure(path: str | Path) -> None:
@@ -103,11 +96,6 @@ def shown_in_grid(labels: Tensor, columns: int) -> list[int]:
     return [i for label in found for i in (labels == label).nonzero()[:each, 0].tolist()]
 
 
-def save_grid(images: Tensor, path: Path, labels: Tensor, class_names: Sequence[str], columns: int, **options) -> None:
-    """Write `draw_grid`'s picture of the images."""
-    save_picture(draw_grid(images, labels, class_names, columns, **options), path)
-
-
 def save_side_by_side(pictures: dict[str, Image.Image], path: Path) -> None:
     """Write pictures of the same height as one, each under its title."""
     font = ImageFont.load_default(size=20)
@@ -131,18 +119,22 @@ def draw_grid(
     height: int = 480,
     headings: Sequence[str] = (),
 ) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1] as one picture: a row for each class, with its name, `headings` above the columns.
-
-    It shows those of `shown_in_grid`. Small images are enlarged by a whole number, to a grid of about `height` pixels.
+    """The images (N, C, H, W) in [0, 1] of `shown_in_grid` as one picture: a row for each class, with its name, and
+    `headings` above the columns. Small ones are enlarged by a whole number, to a grid of about `height` pixels.
     """
     shown = shown_in_grid(labels, columns)
     images, labels = images[shown], labels[shown]
-    rows = [(int(label), row) for label in labels.unique() for row in images[labels == label].split(columns)]
+    captions = dict(enumerate(class_names))
+    rows = [
+        (captions.get(label, "none"), row)
+        for label in labels.unique().tolist()
+        for row in images[labels == label].split(columns)
+    ]
     size = images.shape[-1]
     scale = max(1, height // (size * len(rows)))
     cell, gap = size * scale, max(2, scale // 2)
     font = ImageFont.load_default(size=max(11, min(28, cell // 2)))
-    margin = int(max(font.getlength(_name(label, class_names)) for label, _ in rows)) + 16
+    margin = int(max(font.getlength(caption) for caption, _ in rows)) + 16
     widest = max(len(row) for _, row in rows)
     small_size = max(8, min(28, cell // 4))
     small = ImageFont.load_default(size=small_size)
@@ -152,14 +144,10 @@ def draw_grid(
     for j, heading in enumerate(headings[:widest]):
         middle = margin + j * (cell + gap) + cell // 2
         draw.text((middle, head // 2 + 2), heading, fill=INK, font=small, anchor="mm")
-    for i, (label, row) in enumerate(rows):
+    for i, (caption, row) in enumerate(rows):
         top = head + gap + i * (cell + gap)
-        draw.text((margin - 8, top + cell // 2), _name(label, class_names), fill=INK, font=font, anchor="rm")
+        draw.text((margin - 8, top + cell // 2), caption, fill=INK, font=font, anchor="rm")
         for j, image in enumerate(row):
             tile = to_pil(image[:3]).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + j * (cell + gap), top))
     return sheet
-
-
-def _name(label: int, class_names: Sequence[str]) -> str:
-    return class_names[label] if label < len(class_names) else "none"

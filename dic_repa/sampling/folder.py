@@ -27,7 +27,7 @@ from dic_repa.files.atomic import write_whole
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.files.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
-from dic_repa.files.pictures import load_levels, load_png, save_grid, save_png, shown_in_grid
+from dic_repa.files.pictures import draw_grid, load_levels, load_png, save_picture, save_png, shown_in_grid
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
@@ -147,7 +147,7 @@ class SampleFolder:
         labels = torch.tensor(self.spec["labels"])
         shown = shown_in_grid(labels, columns)
         images = torch.stack([load_png(self.file(i)) for i in shown])
-        save_grid(images, self.path / "grid.png", labels[shown], names, columns)
+        save_picture(draw_grid(images, labels[shown], names, columns), self.path / "grid.png")
         return self.path / "grid.png"
 
 
@@ -248,4 +248,4 @@ def save_trajectory(sampler: Sampler, path: Path) -> None:
     images = torch.stack([sampler.to_images(sampler.states[stage][:10]).cpu() for stage in stages], dim=1)
     rows = torch.arange(len(images)).repeat_interleave(len(stages))
     headings = [f"t={sampler.times[stage]:.2f}" for stage in stages]
-    save_grid(images.flatten(0, 1), path, rows, [""] * len(images), columns=len(stages), headings=headings)
+    save_picture(draw_grid(images.flatten(0, 1), rows, [""] * len(images), len(stages), headings=headings), path)

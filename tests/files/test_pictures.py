@@ -13,7 +13,7 @@ from matplotlib.text import Text
 
 from dic_repa.evaluation.solvers import Point, save_comparison
 from dic_repa.evaluation.tune import Cell, Tuned, save_heat_map
-from dic_repa.files.pictures import load_png, save_grid
+from dic_repa.files.pictures import draw_grid, load_png, save_picture
 from dic_repa.runs.folder import RunFolder
 from dic_repa.training.curves import save_curves
 
@@ -54,7 +54,7 @@ def test_curves_show_the_terms_of_an_own_alignment_loss(tmp_path, figures):
 def test_headings_of_a_grid_are_above_its_columns(tmp_path):
     images, rows = torch.zeros(6, 1, 8, 8), torch.arange(2).repeat_interleave(3)
     for name, headings in (("without", ()), ("with", ("t=1.00", "t=0.50", "t=0.00"))):
-        save_grid(images, tmp_path / f"{name}.png", rows, ["", ""], 3, headings=headings)
+        save_picture(draw_grid(images, rows, ["", ""], 3, headings=headings), tmp_path / f"{name}.png")
     without, headed = (load_png(tmp_path / f"{name}.png") for name in ("without", "with"))
     extra = headed.shape[1] - without.shape[1]
     assert torch.equal(headed[:, extra:], without)
