@@ -9,25 +9,26 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor
 
 from dic_repa.data.autoencoders import Autoencoder, load_autoencoder
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.prepare import Preparation
 from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError
+from dic_repa.files.pictures import to_pil, unit_images
 from dic_repa.protocols import Samples
 from dic_repa.recipe import Recipe
 from dic_repa.recipe.build import build_dataset, import_plugins
 from dic_repa.training import train
 from dic_repa.training.inputs import PREFETCH, batches
-
-PER_FOLDER = 1000
 
 
 def bench_data(recipe: Recipe, samples: int = 2000, encoded: int = 64, steps: int = 20) -> dict:
@@ -48,8 +49,7 @@ def bench_data(recipe: Recipe, samples: int = 2000, encoded: int = 64, steps: in
     half = -(-steps // 2)  # the first half warms up, and is not reported
     with tempfile.TemporaryDirectory() as folder:
         speeds = _reading_and_preparing(data, Path(folder), samples, encoded, accelerator.device)
-        loaded = batches(data, recipe, accelerator, start=0)
-        speeds["loader"] = loader_speed(loaded, samples, recipe.data.workers, PREFETCH)
+        speeds["loader"] = _loader_speed(batches(data, recipe, accelerator, start=0), samples, recipe.data.workers)
         recipe.train.steps, recipe.train.log_every = 2 * half, half
         recipe.train.sample_every, recipe.train.checkpoint_every = 0, 2 * half
         run = train(recipe, Path(folder) / "run")
@@ -66,53 +66,46 @@ def bench_data(recipe: Recipe, samples: int = 2000, encoded: int = 64, steps: in
 def _reading_and_preparing(
     data: Samples, folder: Path, samples: int, encoded: int, device: torch.device
 ) -> dict[str, float]:
-    speeds = {"loose files": loose_files_speed(write_loose_files(data, folder / "loose", samples))}
+    stems = _write_loose_files(data, folder / "loose", samples)
+    start = time.perf_counter()
+    for stem in stems:  # in a plain loop, at best: they are in the page cache
+        if (file := stem.with_suffix(".png")).is_file():
+            with Image.open(file) as image:
+                np.array(image)
+        if (file := stem.with_suffix(".npy")).is_file():
+            np.load(file, allow_pickle=False)
+    speeds = {"loose files": len(stems) / (time.perf_counter() - start)}
     size = data[0]["image"].shape[-1] if "image" in data[0] else 0
     if size < 8:  # too small to be prepared
         return speeds
     none = load_autoencoder("none")
-    speeds["prepare, no autoencoder"] = prepare_speed(folder / "loose", folder / "pixels", none, size)
+    speeds["prepare, no autoencoder"] = _prepare_speed(folder / "loose", folder / "pixels", none, size)
     if isinstance(data, LatentDataset) and data.spec.name != "none":
         try:
             autoencoder = data.autoencoder.to(device)
         except UserError as error:  # training needs only the moments
             print(f"prepare with {data.spec.name} is not measured: {error}", file=sys.stderr)
             return speeds
-        write_loose_files(data, folder / "few", encoded)
-        speeds[f"prepare, {data.spec.name}"] = prepare_speed(folder / "few", folder / "latents", autoencoder, size)
+        _write_loose_files(data, folder / "few", encoded)
+        speeds[f"prepare, {data.spec.name}"] = _prepare_speed(folder / "few", folder / "latents", autoencoder, size)
     return speeds
 
 
-def write_loose_files(data: Samples, folder: Path, count: int) -> list[Path]:
+def _write_loose_files(data: Samples, folder: Path, count: int) -> list[Path]:
     """Write the first `count` samples as 00000/img00000000.png and .npy; their names without the ending."""
     stems = []
     for k in range(min(count, len(data))):
-        sample, stem = data[k], folder / f"{k // PER_FOLDER:05d}" / f"img{k:08d}"
+        sample, stem = data[k], folder / f"{k // 1000:05d}" / f"img{k:08d}"
         stem.parent.mkdir(exist_ok=True, parents=True)
         if "image" in sample:
-            image = sample["image"]
-            levels = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
-            picture = Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
-            picture.save(stem.with_suffix(".png"), compress_level=0)
+            to_pil(unit_images(sample["image"])).save(stem.with_suffix(".png"), compress_level=0)
         if (latents := sample.get("moments", sample.get("x"))) is not None:
             np.save(stem.with_suffix(".npy"), latents.float().numpy())
         stems.append(stem)
     return stems
 
 
-def loose_files_speed(stems: list[Path]) -> float:
-    """Samples per second of a plain loop over loose files, at best: they are in the page cache."""
-    begin = time.perf_counter()
-    for stem in stems:
-        if (file := stem.with_suffix(".png")).is_file():
-            with Image.open(file) as image:
-                np.array(image)
-        if (file := stem.with_suffix(".npy")).is_file():
-            np.load(file, allow_pickle=False)
-    return len(stems) / (time.perf_counter() - begin)
-
-
-def prepare_speed(source: Path, destination: Path, autoencoder: Autoencoder, size: int) -> float:
+def _prepare_speed(source: Path, destination: Path, autoencoder: Autoencoder, size: int) -> float:
     """Images per second of `dic-repa prepare` by its defaults on a folder of images, from first to last byte."""
     images, start = open_source(source, skip_bad=True), time.perf_counter()
     preparation = Preparation(images, destination, autoencoder, size=size)
@@ -122,14 +115,14 @@ def prepare_speed(source: Path, destination: Path, autoencoder: Autoencoder, siz
     return len(images) / (time.perf_counter() - start)
 
 
-def loader_speed(batches, count: int, workers: int = 0, prefetch: int = 0) -> float:
-    """Samples per second of an iterator of batches, over at least `count` samples and four batches of each worker.
+def _loader_speed(batches: Iterator[dict[str, Tensor]], count: int, workers: int) -> float:
+    """Samples per second, over at least `count` samples and four batches of each worker.
 
     The batches that the workers prepare ahead, while they start, come first and are not timed.
     """
-    for _ in range(1 + workers * prefetch):
+    for _ in range(1 + workers * PREFETCH):
         next(batches)
-    begin, seen, taken = time.perf_counter(), 0, 0
+    start, seen, taken = time.perf_counter(), 0, 0
     while seen < count or taken < 4 * workers:
         seen, taken = seen + len(next(iter(next(batches).values()))), taken + 1
-    return seen / (time.perf_counter() - begin)
+    return seen / (time.perf_counter() - start)

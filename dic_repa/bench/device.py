@@ -1,4 +1,4 @@
-"""The device, its precisions, its clocks and its memory."""
+"""The device, its clocks and its memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import itertools
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dic_repa.errors import UserError, first_line, unknown_name
-from dic_repa.runtime.precision import tf32
-from dic_repa.sampling.sampler import DTYPES
+from dic_repa.errors import UserError, first_line
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -28,27 +25,11 @@ def find_device(name: str | None = None) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"there is no device '{name}' to measure; take cpu, cuda or cuda:1")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; take --device cpu")
-    if device.type == "cuda" and device.index is not None:
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"there is no {device}, only {torch.cuda.device_count()} CUDA devices, numbered from 0")
-        torch.cuda.set_device(device)  # whose streams the events are recorded on
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no {device}: {torch.cuda.device_count()} CUDA devices are here; try --device cpu")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # its streams are those that events are recorded on
     return device
-
-
-def check_precisions(names: Iterable[str], device: torch.device) -> None:
-    """Raise a UserError for an unknown precision, and for tf32 on a CPU."""
-    for name in names:
-        if name not in DTYPES:
-            raise unknown_name("precision", name, DTYPES)
-        if name == "tf32" and device.type != "cuda":
-            raise UserError("tf32 is a precision of NVIDIA GPUs; on this device take fp32, bf16 or fp16")
-
-
-def precision(name: str) -> AbstractContextManager[None]:
-    """A context in which float32 products use TF32 only if `name` is tf32."""
-    return tf32(name == "tf32")
 
 
 def describe_device(device: torch.device) -> dict[str, str | int]:
@@ -98,9 +79,12 @@ def look_inside(call: Callable[[], object], device: torch.device) -> dict[str, f
 
     Not for CUDA graphs: their memory is reserved before, and their kernels belong to no operation.
     """
-    gpu = device.type == "cuda"
-    before = _gpu_memory(device) if gpu else 0
+    gpu, before = device.type == "cuda", 0
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    if gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     with _quiet(), profile(activities=activities, profile_memory=not gpu) as recorded:
         call()
     averages = recorded.key_averages()
@@ -120,23 +104,16 @@ def look_inside(call: Callable[[], object], device: torch.device) -> dict[str, f
     return {"memory_mb": most / 1e6, "time_in_convolutions": spent / max(total, 1e-9)}
 
 
-def _gpu_memory(device: torch.device) -> int:
-    """The bytes that are allocated now; the maximum begins anew."""
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Nothing on standard error: torch's profiler writes its own log there, from C++, and takes no level for it."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
     try:
-        os.dup2(nowhere, 2)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)

@@ -6,24 +6,34 @@ import copy
 import itertools
 import runpy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dic_repa.bench.device import check_precisions, look_inside, precision
-from dic_repa.bench.peak import measure_peak
-from dic_repa.bench.timing import measure
-from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
+from dic_repa.bench.device import look_inside
+from dic_repa.bench.timing import Settings, case_label, interleave, measure
+from dic_repa.errors import UserError, did_you_mean, first_line
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.registry import Registry
+from dic_repa.registry import import_plugin
+from dic_repa.runtime.precision import tf32
 from dic_repa.sampling.sampler import DTYPES
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+# (batch, channels, side): a CPU's fit its caches, a GPU's are those of DiC-XL at 32x32.
+CONVOLUTIONS = {
+    "cpu": [(8, 96, 32), (8, 192, 16), (8, 384, 8), (4, 256, 32)],
+    "cuda": [(128, 384, 32), (32, 384, 32), (128, 768, 16), (128, 1536, 8), (256, 512, 32)],
+}
+MATRICES = {"cpu": [1024, 2048], "cuda": [4096, 8192, 16384]}
 
 
 @dataclass
@@ -32,99 +42,91 @@ class ModelCase:
 
     label: str
     model: nn.Module
-    gmacs: float
+    operations: float
     precision: str
     inputs: tuple[Tensor, Tensor, Tensor]
     reference: Tensor
-    peak: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def batch(self) -> int:
-        return len(self.inputs[0])
-
-    @property
-    def operations(self) -> float:
-        return 2 * self.gmacs
+    def __post_init__(self):
+        self.batch = len(self.reference)
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
-        with precision(self.precision):
+        with tf32(self.precision == "tf32"):
             return self.model(*self.inputs)
 
-    def facts(self, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        shares = {f"{kind}_share": row["tflops"] / peak for kind, peak in self.peak.items()}
+    def facts(self, device: torch.device) -> dict[str, Any]:
         graphs = device.type == "cuda" and getattr(self.model, "graphs", False)
-        found = {"gmacs": self.gmacs, **shares, **({} if graphs else look_inside(self, device))}
-        return found | {"difference": float((self().float() - self.reference).norm() / self.reference.norm())}
+        difference = float((self().float() - self.reference).norm() / self.reference.norm())
+        return {"gmacs": self.operations / 2, "difference": difference} | ({} if graphs else look_inside(self, device))
 
 
 def bench_model(
     names: Sequence[str],
-    device: torch.device,
-    precisions: Sequence[str] = ("fp32",),
+    settings: Settings,
     layouts: Sequence[str] = ("channels_last",),
-    compiles: Sequence[str] = ("off",),
-    batches: Sequence[int] = (1, 8),
     size: int = 32,
-    baselines: Sequence[str] = (),
-    rounds: int = 7,
-    seconds: float = 0.2,
     peaks: bool = True,
 ) -> dict:
-    """Time the forward pass of each denoiser in each precision, layout, compile mode and batch size, interleaved.
-
-    Args:
-        baselines: Factories `package.module:name` or `file.py:name`, called with each denoiser: what they return runs
-            beside it, eager. `NAME=FACTORY` is for the denoiser of that name only.
-        peaks: Whether to measure what the device can do at most, in each precision.
+    """Time the forward pass of each denoiser as the settings say, in each memory layout, at `size` x `size`.
 
     Returns:
-        As `measure`, with `peaks` (TFLOP/s by precision). A row's `difference` is the relative error of its output
-        against the same denoiser's in float32, eager.
+        As `measure`, with `peaks`, the TFLOP/s that the device can do at most in each precision, unless they are not
+        asked for. A row's `difference` is the relative error of its output against the same denoiser's in float32,
+        eager.
     """
-    check_precisions(precisions, device)
-    check_baselines(names, baselines)
-    cases = []
+    device, baselines, cases = settings.device, settings.baselines_of(names), []
     for name in names:
-        denoiser = random_denoiser(name).to(device)
-        gmacs = measure_cost(denoiser, size).macs / 1e9
-        batch_inputs = [random_inputs(denoiser, batch, size, device) for batch in batches]
-        with torch.inference_mode(), precision("fp32"):
+        torch.manual_seed(0)
+        denoiser = randomise(create_denoiser(name)).to(device)
+        operations = 2 * measure_cost(denoiser, size).macs / 1e9
+        batch_inputs = [random_inputs(denoiser, batch, size, device) for batch in settings.batches]
+        with torch.inference_mode(), tf32(False):
             references = [denoiser(*inputs) for inputs in batch_inputs]
-        for kind, layout in itertools.product(precisions, layouts):
+        for kind, layout in itertools.product(settings.precisions, layouts):
             model = copy.deepcopy(denoiser).to(DTYPES[kind])
             model.to(memory_format=LAYOUTS[layout])
             shown = layout if len(layouts) > 1 else ""
             models: dict[str, nn.Module] = {
-                case_label(name, kind, shown, mode): model if mode == "off" else CompiledDenoiser(model, mode)
-                for mode in compiles
+                case_label(name, kind, mode, shown): model if mode == "off" else CompiledDenoiser(model, mode)
+                for mode in settings.compiles
             }
-            for baseline in baselines_of(name, baselines) if layout == layouts[0] else ():
+            for baseline in baselines[name] if layout == layouts[0] else ():
                 other = build_baseline(baseline, denoiser, size).to(DTYPES[kind]).eval()
                 models[f"{name} {kind} by {baseline.rpartition(':')[2]}"] = other
             for label, called in models.items():
                 for (x, t, y), reference in zip(batch_inputs, references):
-                    cases.append(ModelCase(label, called, gmacs, kind, (x.to(DTYPES[kind]), t, y), reference))
-    limits = {kind: measure_peak(kind, device) for kind in precisions} if peaks else {}
-    for case in cases:
-        case.peak = limits.get(case.precision, {})
-    return {"peaks": limits, **measure(cases, device, rounds, seconds, "forward")}
+                    cases.append(ModelCase(label, called, operations, kind, (x.to(DTYPES[kind]), t, y), reference))
+    limits = {kind: measure_peak(kind, device) for kind in settings.precisions} if peaks else {}
+    result = measure(cases, settings, "forward")
+    for case, row in zip(cases, result["rows"]):
+        row |= {f"{kind}_share": row["tflops"] / peak for kind, peak in limits.get(case.precision, {}).items()}
+    return {"peaks": limits, **result}
 
 
-def case_label(name: str, kind: str, layout: str, mode: str) -> str:
-    how = {"off": "eager", "default": "compiled"}.get(mode, mode)
-    return " ".join(part for part in (name, kind, layout, how) if part)
+@torch.no_grad()
+def measure_peak(precision: str, device: torch.device, rounds: int = 5) -> dict[str, float]:
+    """`matrix` and `convolution`: the TFLOP/s of the best of a few large matrix products and 3x3 convolutions.
 
-
-def random_denoiser(name: str, **options) -> Pretrained:
-    """The denoiser `name` with random weights, those that start at zero too."""
-    torch.manual_seed(0)
-    return randomise(create_denoiser(name, **options).eval().requires_grad_(False))
+    A multiply-add is two operations. A convolution by Winograd's or Fourier's method may exceed the matrix product.
+    """
+    random = partial(torch.randn, device=device, dtype=DTYPES[precision])
+    work = [("matrix", 2.0 * n**3, partial(torch.matmul, random(n, n), random(n, n))) for n in MATRICES[device.type]]
+    for (batch, channels, side), layout in itertools.product(CONVOLUTIONS[device.type], LAYOUTS.values()):
+        x = random(batch, channels, side, side).to(memory_format=layout)
+        weight = random(channels, channels, 3, 3).to(memory_format=layout)
+        work.append(("convolution", 18.0 * channels**2 * batch * side**2, partial(F.conv2d, x, weight, padding=1)))
+    with tf32(precision == "tf32"):
+        timings = interleave([call for *_, call in work], rounds, 0.05, description=f"{precision} peak")
+    best = {"matrix": 0.0, "convolution": 0.0}
+    for (kind, operations, _), timing in zip(work, timings):
+        best[kind] = max(best[kind], operations / timing.median / 1e12)
+    return best
 
 
 def randomise(denoiser: Pretrained) -> Pretrained:
-    """Give random values to what starts at zero, so that nothing is skipped or trivial."""
-    for parameter in denoiser.parameters():
+    """A new denoiser for timing: random where it starts at zero, so that nothing is skipped or trivial."""
+    for parameter in denoiser.eval().requires_grad_(False).parameters():
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     return denoiser
@@ -137,20 +139,6 @@ def random_inputs(denoiser: Pretrained, batch: int, size: int, device: torch.dev
     t = torch.rand(batch, generator=generator)
     y = torch.randint(denoiser.num_classes, (batch,), generator=generator)
     return x.to(device), t.to(device), y.to(device)
-
-
-def baselines_of(name: str, baselines: Sequence[str]) -> list[str]:
-    """The factories that are for `name`: those without a name, and those with this one."""
-    split = [baseline.rpartition("=") for baseline in baselines]
-    return [factory for only, _, factory in split if only in ("", name)]
-
-
-def check_baselines(names: Sequence[str], baselines: Sequence[str]) -> None:
-    """Raise a UserError for a baseline of a denoiser that is not among the `names`."""
-    for baseline in baselines:
-        only, equals, _ = baseline.rpartition("=")
-        if equals and only not in names:
-            raise unknown_name(f"name in --baseline {baseline}:", only, names)
 
 
 def build_baseline(name: str, denoiser: Pretrained, size: int) -> Any:
@@ -188,9 +176,7 @@ def load_factory(name: str) -> Callable[[nn.Module], nn.Module]:
     if place.endswith(".py") and not Path(place).is_file():
         raise UserError(f"baseline '{name}': there is no file {place}")
     try:
-        if not place.endswith(".py"):
-            return Registry("baseline").find(name)
-        found = runpy.run_path(place)
+        found = runpy.run_path(place) if place.endswith(".py") else vars(import_plugin(place))
     except UserError:
         raise
     except Exception as error:  # of the module itself, or of what it imports

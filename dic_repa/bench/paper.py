@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,73 +11,54 @@ import torch
 from dic_repa.bench.device import free_memory
 from dic_repa.bench.model import bench_model
 from dic_repa.bench.sample import bench_sample
+from dic_repa.bench.timing import Settings
 from dic_repa.bench.train import bench_train
-from dic_repa.errors import UserError, unknown_name
 
-PARTS = ("forward", "train", "sample")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured: for each part the arguments of `bench_model`, `bench_train` or `bench_sample`."""
-
-    precisions: tuple[str, ...]
-    forward: dict[str, Any]
-    train: dict[str, Any]
-    sample: dict[str, Any]
-
-
-SAMPLING = ("sample.solver=euler_maruyama", "sample.guidance={scale: 1.65, interval: [0.0, 0.7]}")
-FULL = Plan(
-    ("bf16", "tf32"),
-    {"names": ("DiC-XL", "SiT-XL/2"), "batches": (1, 32, 128), "compiles": ("default", "off"), "seconds": 0.5},
-    {"recipes": ("dic-xl-urepa", "sit-xl-2-repa"), "batches": (32,), "compiles": ("default", "off"), "seconds": 0.5},
-    {
-        "recipes": ("dic-xl-urepa",),
-        "overrides": (*SAMPLING, "sample.steps=250"),
-        "batches": (32,),
-        "compiles": ("reduce-overhead", "off"),
-    },
-)
-SMALL = Plan(
-    ("bf16", "fp32"),
-    {"names": ("DiC-S", "SiT-S/2"), "batches": (1, 2), "size": 16, "seconds": 0.0},
-    {"recipes": ("digits-urepa", "digits-sit-repa"), "batches": (8,), "seconds": 0.0},
-    {"recipes": ("digits-urepa",), "overrides": (*SAMPLING, "sample.steps=4"), "batches": (8,)},
-)
+_GUIDED = ("sample.solver=euler_maruyama", "sample.guidance={scale: 1.65, interval: [0.0, 0.7]}")
+# For each part: the denoisers or recipes, keys of their `Settings`, and options of `bench_model` and so on.
+Plan = dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]]
+FULL: Plan = {
+    "forward": (
+        ("DiC-XL", "SiT-XL/2"),
+        {"batches": (1, 32, 128), "compiles": ("default", "off"), "seconds": 0.5},
+        {},
+    ),
+    "train": (
+        ("dic-xl-urepa", "sit-xl-2-repa"),
+        {"batches": (32,), "compiles": ("default", "off"), "seconds": 0.5},
+        {},
+    ),
+    "sample": (
+        ("dic-xl-urepa",),
+        {"batches": (32,), "compiles": ("reduce-overhead", "off")},
+        {"overrides": (*_GUIDED, "sample.steps=250")},
+    ),
+}
+SMALL: Plan = {
+    "forward": (("DiC-S", "SiT-S/2"), {"batches": (1, 2), "seconds": 0.0}, {"size": 16}),
+    "train": (("digits-urepa", "digits-sit-repa"), {"batches": (8,), "seconds": 0.0}, {}),
+    "sample": (("digits-urepa",), {"batches": (8,)}, {"overrides": (*_GUIDED, "sample.steps=4")}),
+}
 
 
 def measure_paper(
-    device: torch.device,
-    small: bool,
-    baseline: str,
-    rounds: int = 7,
-    plan: Plan | None = None,
-    only: Collection[str] = PARTS,
+    device: torch.device, plan: Plan, precisions: Collection[str], baseline: str, rounds: int = 7
 ) -> Iterator[tuple[str, dict]]:
-    """Measure each part in `only` in each precision, with the plain `baseline` beside DiC.
+    """Measure each part of the `plan` in each precision, with the plain `baseline` beside DiC.
 
     Yields:
         'forward-PRECISION', 'train-PRECISION' or 'sample-PRECISION' and its result, as soon as it is measured.
-
-    Raises:
-        UserError: A part is unknown, or the full size is asked for without a GPU.
     """
-    for name in only:
-        if name not in PARTS:
-            raise unknown_name("part", name, PARTS)
-    if device.type != "cuda" and not small:
-        raise UserError("models of full size need a GPU; take --small, which runs on a CPU")
-    plan = plan or (SMALL if small else FULL)
     # What takes turns is in memory all at once, with its optimizer and averages: all precisions would not fit in 80 GB.
-    for part, kind in itertools.product([part for part in PARTS if part in only], plan.precisions):
-        options: dict[str, Any] = {"device": device, "precisions": (kind,), "rounds": rounds}
+    for (part, (names, keys, options)), kind in itertools.product(plan.items(), precisions):
+        settings = Settings(device, (kind,), rounds=rounds, **keys)
         if part == "forward":
-            result = bench_model(baselines=[f"{plan.forward['names'][0]}={baseline}"], **options | plan.forward)
+            settings.baselines = [f"{names[0]}={baseline}"]
+            result = bench_model(names, settings, **options)
         elif part == "train":
-            result = bench_train(**options | plan.train)
+            result = bench_train(names, settings, **options)
         else:
-            options |= {"rounds": min(rounds, 3), "seconds": 0.0, "guidance": ("doubled", "one-by-one")}
-            result = bench_sample(**options | plan.sample)
+            settings.rounds, settings.seconds = min(rounds, 3), 0.0
+            result = bench_sample(names, settings, guidance=("doubled", "one-by-one"), **options)
         yield f"{part}-{kind}", result
         free_memory(device)

@@ -1,13 +1,10 @@
-"""Rows of a measurement as a table, as JSON and as a bar chart."""
+"""Rows of a measurement as a table and as a bar chart."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dic_repa.files.atomic import write_whole
-from dic_repa.files.outputs import MARK
 from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.runtime.table import format_rows
 
@@ -35,14 +32,6 @@ def table(rows: Sequence[dict]) -> str:
     keys = [key for key in COLUMNS if any(key in row for row in rows)]
     cells = [[COLUMNS[key][1].format(row[key]) if key in row else "" for key in keys] for row in rows]
     return format_rows([[COLUMNS[key][0] for key in keys], *cells], left=(0,))
-
-
-def environment_lines(environment: dict) -> str:
-    return ", ".join(f"{key} {value}" for key, value in environment.items())
-
-
-def save_json(result: dict, path: Path) -> None:
-    write_whole(path, json.dumps({"made_by": MARK, **result}, indent=2) + "\n")
 
 
 def save_chart(rows: Sequence[dict], path: Path, title: str) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import timer
 
-from dic_repa.bench.device import check_precisions, look_inside
-from dic_repa.bench.model import case_label, randomise
-from dic_repa.bench.timing import measure
+from dic_repa.bench.device import look_inside
+from dic_repa.bench.model import randomise
+from dic_repa.bench.timing import Settings, case_label, measure
 from dic_repa.conditions import create_condition
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
@@ -37,12 +37,12 @@ class SampleCase:
 
     @property
     def operations(self) -> float:
-        return 2 * self.gmacs * self.sampler.evaluations
+        return 2 * self.gmacs * self.sampler.evaluations  # which are known when it has run
 
     def __call__(self) -> list[Tensor]:
         return list(self.sampler(self.labels))
 
-    def facts(self, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    def facts(self, device: torch.device) -> dict[str, Any]:
         found = {"evaluations": self.sampler.evaluations, "decode_share": self.decode_share()}
         graphs = device.type == "cuda" and self.sampler.settings.compile in GRAPH_MODES
         return found if graphs else found | look_inside(self.shortened(), device)
@@ -57,37 +57,26 @@ class SampleCase:
 
     def decode_share(self) -> float:
         """The share of one call that goes into decoding."""
-        decode, spent = self.sampler.decode, 0.0
+        spent = 0.0
 
         def timed(x: Tensor) -> Tensor:
             nonlocal spent
             begin = timer()
-            images = decode(x)
+            images = self.sampler.decode(x)
             spent += timer() - begin
             return images
 
-        self.sampler.decode = timed
-        begin = timer()
-        try:
-            self()
-        finally:
-            self.sampler.decode = decode
+        sampler, begin = dataclasses.replace(self.sampler, decode=timed), timer()
+        for _ in sampler(self.labels):
+            pass
         return spent / (timer() - begin)
 
 
 def bench_sample(
-    recipes: Sequence[str],
-    device: torch.device,
-    overrides: Sequence[str] = (),
-    precisions: Sequence[str] = ("fp32",),
-    compiles: Sequence[str] = ("off",),
-    guidance: Sequence[str] = ("doubled",),
-    batches: Sequence[int] = (8,),
-    rounds: int = 7,
-    seconds: float = 0.2,
+    recipes: Sequence[str], settings: Settings, overrides: Sequence[str] = (), guidance: Sequence[str] = ("doubled",)
 ) -> dict:
-    """Time the sampler of each training recipe, with random weights, in each precision, compile mode, way of guidance
-    and batch size, interleaved: all its steps, guidance, and decoding. The solver's state is float32 throughout.
+    """Time the sampler of each training recipe, with random weights, as the settings say: all its steps, guidance, and
+    decoding. The solver's state is float32 throughout.
 
     Args:
         overrides: Of the recipes, such as sample.steps=250.
@@ -97,31 +86,28 @@ def bench_sample(
         As `measure`. Rows have `evaluations` of the network for each image, and `decode_share`; memory and the share of
         the convolutions are those of two steps.
     """
-    check_precisions(precisions, device)
-    cases = []
+    device, cases = settings.device, []
     notes: list[str] = []
     for name in recipes:
         recipe = load_training_recipe(name, overrides)
         options = with_random_data(recipe, notes).data.options
         torch.manual_seed(0)
         condition = create_condition(options["num_classes"], options.get("condition"))
-        denoiser = build_denoiser(recipe.model, options["channels"], condition)
-        randomise(denoiser.eval().requires_grad_(False).to(device))
+        denoiser = randomise(build_denoiser(recipe.model, options["channels"], condition)).to(device)
         gmacs = measure_cost(denoiser, recipe.data.size).macs / 1e9
         decode = _decoder(recipe, device, notes)
         guided = recipe.sample.guidance is not None and recipe.sample.guidance.scale != 1
-        for kind, mode, way, batch in itertools.product(
-            precisions, compiles, guidance if guided else guidance[:1], batches
-        ):
+        ways = guidance if guided else guidance[:1]
+        for kind, mode, way, batch in itertools.product(settings.precisions, settings.compiles, ways, settings.batches):
             changes = {"batch_size": batch, "num": batch, "precision": kind, "compile": mode}
-            settings = recipe.sample.model_copy(deep=True, update=changes)
-            if guided and settings.guidance:
-                settings.guidance.doubled = GUIDANCE[way]
+            section = recipe.sample.model_copy(deep=True, update=changes)
+            if guided and section.guidance:
+                section.guidance.doubled = GUIDANCE[way]
             shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
-            sampler = Sampler(denoiser, build_objective(recipe.objective), settings, shape, None, decode)
-            label = case_label(name, kind, way if guided and len(guidance) > 1 else "", mode)
+            sampler = Sampler(denoiser, build_objective(recipe.objective), section, shape, None, decode)
+            label = case_label(name, kind, mode, way if len(ways) > 1 else "")
             cases.append(SampleCase(label, sampler, gmacs))
-    return measure(cases, device, rounds, seconds, "sampling", warmup=1) | {"notes": [*dict.fromkeys(notes)]}
+    return measure(cases, settings, "sampling", warmup=1) | {"notes": [*dict.fromkeys(notes)]}
 
 
 def _decoder(recipe: Recipe, device: torch.device, notes: list[str]) -> Callable[[Tensor], Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import timeit
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,45 +13,81 @@ from torch.utils.benchmark import Measurement, timer
 from torch.utils.benchmark.utils.common import TaskSpec
 
 from dic_repa.bench.device import describe_device
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.runtime.progress import progress_bar
+from dic_repa.sampling.sampler import DTYPES
+
+
+@dataclass
+class Settings:
+    """What is compared (each precision, compile mode and batch size), and how it is measured.
+
+    `baselines` are factories, `package.module:name` or `file.py:name`, called with each denoiser: what they return is
+    measured beside it, eager. `NAME=FACTORY` is for the denoiser or recipe of that name only.
+    """
+
+    device: torch.device
+    precisions: Sequence[str] = ("fp32",)
+    compiles: Sequence[str] = ("off",)
+    batches: Sequence[int] = (1, 8)
+    baselines: Sequence[str] = ()
+    rounds: int = 7
+    seconds: float = 0.2  # of one measurement, about
+
+    def __post_init__(self):
+        for name in self.precisions:
+            if name not in DTYPES:
+                raise unknown_name("precision", name, DTYPES)
+            if name == "tf32" and self.device.type != "cuda":
+                raise UserError("tf32 is a precision of NVIDIA GPUs; on this device take fp32, bf16 or fp16")
+
+    def baselines_of(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The factories for each of the `names`; a UserError for a baseline of another name."""
+        found: dict[str, list[str]] = {name: [] for name in names}
+        for baseline in self.baselines:
+            only, equals, factory = baseline.rpartition("=")
+            if equals and only not in names:
+                raise unknown_name(f"name in --baseline {baseline}:", only, names)
+            for name in [only] if equals else names:
+                found[name].append(factory)
+        return found
 
 
 class Case(Protocol):
     """What is timed: a call on `batch` images, of `operations` (in 1e9) each."""
 
     label: str
-
-    @property
-    def batch(self) -> int: ...
+    batch: int
 
     @property
     def operations(self) -> float: ...
 
     def __call__(self) -> object: ...
 
-    def facts(self, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        """What else the case adds to its `row`, found after the timing."""
-        ...
+    def facts(self, device: torch.device) -> dict[str, Any]: ...  # what else its row holds, found after the timing
 
 
-def measure(
-    cases: Sequence[Case], device: torch.device, rounds: int, seconds: float, description: str, warmup: int = 2
-) -> dict[str, Any]:
+def case_label(name: str, precision: str, mode: str, detail: str = "") -> str:
+    how = {"off": "eager", "default": "compiled"}.get(mode, mode)
+    return " ".join(part for part in (name, precision, detail, how) if part)
+
+
+def measure(cases: Sequence[Case], settings: Settings, description: str, warmup: int = 2) -> dict[str, Any]:
     """Time the cases in turns.
 
     Returns:
         The `environment` before, the one `after`, and a row for each case: images per second with quartiles,
         milliseconds of a call, TFLOP/s, the `ratio` to the first row of the same batch size, and its own facts.
     """
-    before = describe_device(device)
-    timings = interleave(cases, rounds, seconds, warmup, description)
+    before = describe_device(settings.device)
+    timings = interleave(cases, settings.rounds, settings.seconds, warmup, description)
     rows = []
     for case, timing in zip(cases, timings):
         row = {"label": case.label, "batch": case.batch, **speed(timing, case.batch)}
         row["tflops"] = case.operations * row["images_per_second"] / 1000
-        rows.append(row | case.facts(row, device))
+        rows.append(row | case.facts(settings.device))
     add_ratios(rows)
-    return {"environment": before, "after": describe_device(device), "rows": rows}
+    return {"environment": before, "after": describe_device(settings.device), "rows": rows}
 
 
 def interleave(

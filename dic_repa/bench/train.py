@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
-from dic_repa.bench.device import check_precisions, look_inside, precision
-from dic_repa.bench.model import baselines_of, build_baseline, case_label, check_baselines
-from dic_repa.bench.timing import measure
+from dic_repa.bench.device import look_inside
+from dic_repa.bench.model import build_baseline
+from dic_repa.bench.timing import Settings, case_label, measure
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import allow_recompilation
@@ -42,9 +42,7 @@ class Clock:
 
     def __call__(self, name: str) -> None:
         if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
+            self.marks.append((name, torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))))
         else:
             self.marks.append((name, time.perf_counter()))
 
@@ -62,27 +60,24 @@ class Clock:
 class TrainCase:
     """The training loop's step on one batch in memory, without its log and checkpoints."""
 
-    def __init__(self, label: str, recipe: Recipe, parts: Parts, accelerator: Accelerator, kind: str, gmacs: float):
+    def __init__(self, label: str, recipe: Recipe, parts: Parts, accelerator: Accelerator, gmacs: float = 0.0):
         self.label, self.recipe, self.parts, self.accelerator = label, recipe, parts, accelerator
-        self.precision, self.gmacs, self.batch, self.steps = kind, gmacs, recipe.train.batch_size, 0
+        self.batch, self.steps = recipe.train.batch_size, 0
+        self.operations = 3 * 2 * gmacs  # of the denoiser, whose backward pass is two forward passes
         self.step = TrainingStep(parts, recipe.train, accelerator)
         # Accelerate has one state for the whole process, and reads its precision anew where the encoder is run.
         self.state = dict(AcceleratorState._shared_state)
         batch = default_collate([parts.data[i] for i in range(self.batch)])
         self.data = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
-    @property
-    def operations(self) -> float:
-        return 3 * 2 * self.gmacs  # of the denoiser, whose backward pass is two forward passes
-
     def __call__(self, clock=lambda _name: None) -> Tensor:
         AcceleratorState._shared_state.update(self.state)
-        with precision(self.precision):
+        with tf32(self.recipe.train.tf32):
             loss = self.step(self.data, self.steps, clock)
         self.steps += 1
         return loss
 
-    def facts(self, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    def facts(self, device: torch.device) -> dict[str, Any]:
         clock = Clock(device)
         for _ in range(3):
             self(clock)
@@ -103,55 +98,48 @@ class PlainEMA:
 
 
 @tf32(False)  # put back what building the parts sets
-def bench_train(
-    recipes: Sequence[str],
-    device: torch.device,
-    overrides: Sequence[str] = (),
-    precisions: Sequence[str] = ("fp32",),
-    compiles: Sequence[str] = ("off",),
-    batches: Sequence[int] = (8,),
-    baselines: Sequence[str] = (),
-    rounds: int = 7,
-    seconds: float = 0.2,
-) -> dict:
-    """Time a training step of each recipe in each precision, compiled or not, at each batch size, interleaved.
+def bench_train(recipes: Sequence[str], settings: Settings, overrides: Sequence[str] = ()) -> dict:
+    """Time a training step of each recipe as the settings say.
 
     A step has the data's noise, the frozen encoders, the denoiser, its heads and losses, the backward pass, clipping,
     the optimizer and the averages of the weights. Data is random and in memory; encoders have random weights unless a
     file of theirs is given. A baseline runs the same step with its denoiser, torch's plain AdamW and an average written
     tensor by tensor. Returns as `measure`, rows with `phases`: the shares of a step.
     """
-    check_precisions(precisions, device)
-    if device.type == "cpu" and "fp16" in precisions:
+    device, baselines = settings.device, settings.baselines_of(recipes)
+    if device.type == "cpu" and "fp16" in settings.precisions:
         raise UserError("training in fp16 needs a GPU; take bf16 or fp32")
-    check_baselines(recipes, baselines)
     notes: list[str] = []
     allow_recompilation()
     cases = []
-    for name, kind, batch in itertools.product(recipes, precisions, batches):
-        recipe = _prepare(name, overrides, kind, batch, notes)
-        for mode in compiles:
+    for name, kind, batch in itertools.product(recipes, settings.precisions, settings.batches):
+        recipe = prepare_recipe(name, overrides, kind, batch, notes)
+        for mode in settings.compiles:
             recipe.train.compile = mode != "off"
             parts, accelerator = build_step(recipe, device)
             # Of the average, which has no hooks: what the tap's would leave behind makes torch.compile start twice.
             gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9
-            cases.append(TrainCase(case_label(name, kind, "", mode), recipe, parts, accelerator, kind, gmacs))
-        for baseline in baselines_of(name, baselines):
+            cases.append(TrainCase(case_label(name, kind, mode), recipe, parts, accelerator, gmacs))
+        for baseline in baselines[name]:
             recipe.train.compile = False
             parts, accelerator = build_step(recipe, device)
             replace_denoiser(parts, baseline, recipe, accelerator)
             label = f"{name} {kind} by {baseline.rpartition(':')[2]}"
-            cases.append(TrainCase(label, recipe, parts, accelerator, kind, gmacs))
-    result = measure(cases, device, rounds, seconds, "training steps")
-    return result | {"notes": [*dict.fromkeys(notes), *map(_phases_line, result["rows"])]}
+            cases.append(TrainCase(label, recipe, parts, accelerator, gmacs))
+    result = measure(cases, settings, "training steps")
+    for row in result["rows"]:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in row["phases"].items())
+        notes.append(f"{row['label']}, batch {row['batch']}: {shares}")
+    return result | {"notes": [*dict.fromkeys(notes)]}
 
 
-def _prepare(name: str, overrides: Sequence[str], kind: str, batch: int, notes: list[str]) -> Recipe:
+def prepare_recipe(name: str, overrides: Sequence[str], kind: str, batch: int, notes: list[str]) -> Recipe:
+    """The recipe with random data, in one precision and batch size; encoders whose weights are fetched have random
+    ones, which `notes` then says."""
     recipe = with_random_data(load_training_recipe(name, overrides), notes)
     recipe.train.micro_batch, recipe.train.batch_size = None, batch
     recipe.train.precision, recipe.train.tf32, recipe.train.trackers = MIXED[kind], kind == "tf32", []
     for section in recipe.alignments:
-        section.cache = False
         if random_weights(section) is not None and "weights" not in section.encoder_options:
             section.encoder_options["pretrained"] = False
             notes.append(f"{section.encoder} has random weights: they are as fast")
@@ -170,7 +158,6 @@ def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator
 
 def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
     """Put what the factory `baseline` makes of the denoiser in its place, and free what belonged to the denoiser."""
-    settings = recipe.train
     parts.denoiser = build_baseline(baseline, parts.denoiser, recipe.data.size)
     parts.model = parts.optimizer = parts.ema = parts.sampler = parts.averages = None
     accelerator.free_memory()  # it holds on to what it has prepared
@@ -179,10 +166,5 @@ def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Acc
     given = recipe.optimizer
     optimizer = torch.optim.AdamW(model.parameters(), given.learning_rate, given.betas, weight_decay=given.weight_decay)
     parts.model, parts.optimizer = accelerator.prepare(model, optimizer)
-    parts.ema = PlainEMA(parts.denoiser, settings.ema_decay)
+    parts.ema = PlainEMA(parts.denoiser, recipe.train.ema_decay)
     parts.averages = {"ema": parts.ema}
-
-
-def _phases_line(row: dict) -> str:
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in row["phases"].items())
-    return f"{row['label']}, batch {row['batch']}: {shares}"

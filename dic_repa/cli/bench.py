@@ -1,19 +1,21 @@
-"""`dic-repa bench`: a group of measurements."""
+"""`dic-repa bench`: a group of measurements, and the options that they share."""
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import replace
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.bench_options import device_option, finish, listed, measuring_options, rounds_option
 from dic_repa.cli.groups import Group
-from dic_repa.cli.options import Command, Count, json_option, set_option
-from dic_repa.errors import UserError, first_line, is_main_process
-from dic_repa.files.outputs import begin_folder, check_folder
+from dic_repa.cli.options import Command, Count, json_option, option_group, set_option
+from dic_repa.errors import UserError, first_line, is_main_process, unknown_name
+from dic_repa.files.atomic import write_whole
+from dic_repa.files.outputs import MARK, begin_folder, check_file, check_folder
 from dic_repa.recipe import load_training_recipe
 
 
@@ -33,7 +35,7 @@ class BenchGroup(Group):
 
     def format_commands(self, _context, formatter):
         with formatter.section("Verbs"):
-            formatter.write_dl([(name, verb.short_help) for name, verb in self.commands.items()])
+            formatter.write_dl([(name, verb.get_short_help_str(limit=200)) for name, verb in self.commands.items()])
 
 
 @click.group("bench", cls=BenchGroup)
@@ -50,17 +52,128 @@ def command():
     """
 
 
-@command.command(
-    "model",
-    cls=Command,
-    short_help="The forward pass of denoisers: speed, share of the device's peak, memory.",
-)
+def _check(_context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written now, not when all is measured."""
+    if path:
+        check_file(path)
+        if option.name == "chart" and path.suffix.lower() != ".png":
+            raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
+    return path
+
+
+_PATH = click.Path(path_type=Path)
+_DEVICE = click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]")
+_ROUNDS = click.option("--rounds", type=Count(1), default=7, help="How often each case is measured.")
+
+
+def measuring_options(modes: Collection[str] = (), batch: str = "32", cpu_batch: str = "8") -> Callable:
+    """A decorator that gives a measuring verb the options that all of them take.
+
+    Args:
+        modes: What --compile may be; by default all modes of `torch.compile`.
+        batch, cpu_batch: The batch sizes where none are given, on a GPU and on a CPU.
+
+    The verb is called with its own options and the `settings` of the measurement; it returns a title and the result,
+    which is printed and saved.
+    """
+
+    def decorate(verb: Callable[..., tuple[str, dict]]) -> Callable:
+        @option_group(
+            "What is compared",
+            click.option(
+                "--batch", help=f"Batch sizes, such as 1,32,128.  [default: {batch} on a GPU, {cpu_batch} on a CPU]"
+            ),
+            click.option("--precision", default="fp32", help="fp32, tf32, bf16, fp16, or several: bf16,tf32."),
+            click.option(
+                "--compile",
+                "compile_",
+                default="off",
+                help="off, default, reduce-overhead (CUDA graphs), max-autotune, or several: off,default.",
+            ),
+            click.option(
+                "--baseline",
+                multiple=True,
+                metavar="[NAME=]FACTORY",
+                help="Also measure what the function file.py:name or module:name makes of each denoiser, or of NAME.",
+            ),
+        )
+        @option_group(
+            "How it is measured",
+            _DEVICE,
+            _ROUNDS,
+            click.option(
+                "--seconds",
+                type=click.FloatRange(0),
+                default=0.3,
+                help="About how long each measurement lasts; one call at least.",
+            ),
+        )
+        @option_group(
+            "What is written",
+            json_option(),
+            click.option("--chart", type=_PATH, callback=_check, help="A bar chart: a PNG file."),
+            click.option("--out", type=_PATH, callback=_check, help="Save the result: a JSON file."),
+        )
+        @functools.wraps(verb)
+        def measure(*, device, precision, compile_, baseline, rounds, seconds, as_json, chart, out, **options):
+            from dic_repa.bench.device import find_device
+            from dic_repa.bench.timing import Settings
+            from dic_repa.models.compiled import COMPILE_MODES
+
+            found = find_device(device)
+            compiles = listed(compile_, modes or COMPILE_MODES, "compile mode" + " of training" * bool(modes))
+            sizes = listed(options.pop("batch") or (cpu_batch if found.type == "cpu" else batch))
+            if not all(re.fullmatch(r"0*[1-9]\d*", size) for size in sizes):
+                raise UserError(f"--batch takes numbers of images, such as 1,32, not '{','.join(sizes)}'")
+            settings = Settings(found, listed(precision), compiles, [*map(int, sizes)], baseline, rounds, seconds)
+            title, result = verb(settings=settings, **options)
+            _finish(result, as_json, out, chart, title)
+
+        return measure
+
+    return decorate
+
+
+def listed(text: str, known: Collection[str] | None = None, kind: str = "") -> list[str]:
+    """'a,b' as ['a', 'b']; a UserError for one that is not `known`."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if known is not None and name not in known:
+            raise unknown_name(kind, name, known)
+    return names
+
+
+def _finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, title: str) -> None:
+    """Print a measurement as a table or as JSON, and save what was asked for."""
+    from dic_repa.bench.report import save_chart, table
+
+    here, after = (
+        ", ".join(f"{key} {value}" for key, value in result.get(when, {}).items()) for when in ("environment", "after")
+    )
+    if out:
+        write_whole(out, json.dumps({"made_by": MARK, **result}, indent=2) + "\n")
+    if chart:
+        save_chart(result["rows"], chart, f"{title}, {here}")
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(here)
+    if after not in ("", here):
+        click.echo(f"afterwards: {after}")
+    for precision, peak in result.get("peaks", {}).items():
+        click.echo(f"peak, {precision}: {peak['matrix']:.3g} TFLOP/s matrix, {peak['convolution']:.3g} convolution")
+    click.echo("\n".join([table(result["rows"]), *result.get("notes", [])]))
+    for file in filter(None, (chart, out)):
+        click.echo(f"written: {file}")
+
+
+@command.command("model", cls=Command)
 @click.argument("names", nargs=-1, required=True)
 @click.option("--size", type=Count(4), default=32, help="Height and width of the latent.")
 @click.option("--layout", default="channels_last", help="channels_last, contiguous: of the weights.")
 @click.option("--no-peak", is_flag=True, help="Do not measure the device's peak.")
-@measuring_options()
-def model(names, size, layout, no_peak, **measuring):
+@measuring_options(batch="1,32", cpu_batch="1,8")
+def model(names, size, layout, no_peak, settings):
     """The forward pass of denoisers (presets, or package.module:factory) with random weights, side by side.
 
     All cases - each denoiser in each precision, layout, compile mode and batch size - take turns in one process; a row
@@ -79,15 +192,14 @@ def model(names, size, layout, no_peak, **measuring):
     from dic_repa.bench.model import LAYOUTS, bench_model
 
     layouts = listed(layout, LAYOUTS, "layout")
-    result = bench_model(names, layouts=layouts, size=size, peaks=not no_peak, **measuring)
-    return f"forward pass at {size}x{size}", result
+    return f"forward pass at {size}x{size}", bench_model(names, settings, layouts, size, peaks=not no_peak)
 
 
-@command.command("train", cls=Command, short_help="Whole training steps: images per second, and where the time goes.")
+@command.command("train", cls=Command)
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @set_option("the recipes")
-@measuring_options(modes=("off", "default"), batch=("32", "8"))
-def train(recipes, overrides, **measuring):
+@measuring_options(modes=("off", "default"))
+def train(recipes, overrides, settings):
     """Whole training steps of recipes, side by side: encoder, denoiser, alignment, backward, optimizer and EMA.
 
     Data is random and in memory (`bench data` measures the loader), and encoders without a file of weights have random
@@ -103,15 +215,15 @@ def train(recipes, overrides, **measuring):
     """
     from dic_repa.bench.train import bench_train
 
-    return "training step", bench_train(recipes, overrides=overrides, **measuring)
+    return "training step", bench_train(recipes, settings, overrides)
 
 
-@command.command("sample", cls=Command, short_help="The whole sampler with guidance and decoding.")
+@command.command("sample", cls=Command)
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @set_option("the recipes")
 @click.option("--guidance", default="doubled", help="doubled (batch), one-by-one, or both: doubled,one-by-one.")
-@measuring_options(batch=("32", "8"))
-def sample(recipes, overrides, guidance, baselines, **measuring):
+@measuring_options()
+def sample(recipes, overrides, guidance, settings):
     """The whole sampler of training recipes with random weights: all steps, guidance, and decoding to images.
 
     The solver, its steps and the guidance are those of the recipe's `sample` section. NFE counts the network's
@@ -125,27 +237,26 @@ def sample(recipes, overrides, guidance, baselines, **measuring):
     """
     from dic_repa.bench.sample import GUIDANCE, bench_sample
 
-    if baselines:
+    if settings.baselines:
         raise click.UsageError("--baseline is for `bench model` and `bench train`")
-    ways = listed(guidance, GUIDANCE, "way of guidance")
-    return "sampling", bench_sample(recipes, overrides=overrides, guidance=ways, **measuring)
+    return "sampling", bench_sample(recipes, settings, overrides, listed(guidance, GUIDANCE, "way of guidance"))
 
 
-@command.command("paper", short_help="All measurements that compare with the papers' speed, in one go.")
-@click.option("--out", type=click.Path(path_type=Path), default="bench", help="Folder for results.")
+@command.command("paper")
+@click.option("--out", type=_PATH, default="bench", help="Folder for results.")
 @click.option("--small", is_flag=True, help="The same measurements with small models: minutes on a CPU.")
-@device_option
+@_DEVICE
 @click.option("--baseline", default="tests/helpers/oracle.py:PlainDiC", help="The plain DiC to compare with.")
 @click.option("--only", default="forward,train,sample", help="Which parts to measure.")
 @click.option("--precision", help="Which precisions.  [default: bf16,tf32; with --small bf16,fp32]")
-@rounds_option
+@_ROUNDS
 def paper(out: Path, small: bool, device: str | None, baseline: str, only: str, precision: str | None, rounds: int):
-    """Everything that compares with the papers' speed, in one go; a JSON file and a bar chart for each part in each
-    precision, written as soon as it is measured, so that a GPU lent for minutes can do one at a time.
+    """All measurements that compare with the papers' speed, in one go.
 
-    DiC-XL and SiT-XL/2 at 32x32, batches 1, 32 and 128, in bf16 and TF32, compiled and eager, and a plain DiC beside
-    them; a training step with DINOv2-B; and guided sampling in 250 steps. Run from a clone of the repository, whose
-    tests/ hold the plain DiC.
+    Each part in each precision has a JSON file and a bar chart, written as soon as it is measured, so that a GPU lent
+    for minutes can do one at a time. DiC-XL and SiT-XL/2 at 32x32, batches 1, 32 and 128, in bf16 and TF32, compiled
+    and eager, and a plain DiC beside them; a training step with DINOv2-B; and guided sampling in 250 steps. Run from a
+    clone of the repository, whose tests/ hold the plain DiC.
 
     \b
     Examples:
@@ -156,22 +267,24 @@ def paper(out: Path, small: bool, device: str | None, baseline: str, only: str, 
     there = bool(check_folder(out, "measurements"))
 
     from dic_repa.bench.device import find_device
-    from dic_repa.bench.paper import FULL, PARTS, SMALL, measure_paper
+    from dic_repa.bench.paper import FULL, SMALL, measure_paper
 
-    found, plan = find_device(device), SMALL if small else FULL
-    if precision:
-        plan = replace(plan, precisions=tuple(listed(precision, plan.precisions, "precision")))
-    for name, result in measure_paper(found, small, baseline, rounds, plan, listed(only, PARTS, "part")):
+    found, parts, known = find_device(device), listed(only, FULL, "part"), ("bf16", "fp32" if small else "tf32")
+    if found.type != "cuda" and not small:
+        raise UserError("models of full size need a GPU; take --small, which runs on a CPU")
+    plan = {part: how for part, how in (SMALL if small else FULL).items() if part in parts}
+    precisions = listed(precision, known, "precision") if precision else known
+    for name, result in measure_paper(found, plan, precisions, baseline, rounds):
         if is_main_process():
             if not there:
                 begin_folder(out, "measurements")
                 there = True
             click.echo(f"\n{name}")
-            finish(result, False, out / f"{name}.json", out / f"{name}.png", name)
+            _finish(result, False, out / f"{name}.json", out / f"{name}.png", name)
     click.echo(f"\nsaved: {out}")
 
 
-@command.command("data", short_help="How fast the data comes, and the share of a training step spent waiting for it.")
+@command.command("data")
 @click.argument("recipe", shell_complete=completion.recipes)
 @set_option()
 @click.option("--samples", type=Count(1), default=2000, help="How many to read.")
@@ -193,14 +306,12 @@ def data(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int, st
     from dic_repa.bench.data import bench_data
 
     result = bench_data(load_training_recipe(recipe, overrides), samples, encoded, steps)
-    click.echo(json.dumps(result, indent=2) if as_json else _table(result))
-
-
-def _table(result: dict) -> str:
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
     width = max(map(len, result["images_per_second"]))
-    lines = [
-        f"{name:{width}} {speed:10.0f} images/s   {result['to_loose_files'][name]:6.2f} of loose files one by one"
-        for name, speed in result["images_per_second"].items()
-    ]
-    lines.append(f"{'training':{width}} {result['training_images_per_second']:10.0f} images/s")
-    return "\n".join([*lines, f"waiting for data {result['waiting_share']:.1%} of a step, {result['workers']} workers"])
+    for name, speed in result["images_per_second"].items():
+        share = result["to_loose_files"][name]
+        click.echo(f"{name:{width}} {speed:10.0f} images/s   {share:6.2f} of loose files one by one")
+    click.echo(f"{'training':{width}} {result['training_images_per_second']:10.0f} images/s")
+    click.echo(f"waiting for data {result['waiting_share']:.1%} of a step, {result['workers']} workers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import weakref
 
@@ -14,16 +13,17 @@ from small_runs import small_recipe
 from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
-from dic_repa.bench.device import look_inside, precision, read_clocks
-from dic_repa.bench.model import bench_model, load_factory, random_denoiser
+from dic_repa.bench.device import look_inside, read_clocks
+from dic_repa.bench.model import bench_model, load_factory, randomise
 from dic_repa.bench.paper import SMALL, measure_paper
 from dic_repa.bench.report import table
 from dic_repa.bench.sample import bench_sample
-from dic_repa.bench.timing import add_ratios, interleave, speed
+from dic_repa.bench.timing import Settings, add_ratios, interleave, speed
 from dic_repa.bench.train import build_step, replace_denoiser
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import MARK
+from dic_repa.models import create_denoiser
 from dic_repa.training.power import PowerMeter
 
 CPU = torch.device("cpu")
@@ -58,19 +58,9 @@ def test_memory_and_convolutions_of_a_known_call():
     assert look_inside(lambda: torch.conv2d(x, weight), CPU)["time_in_convolutions"] > 0.9
 
 
-def test_tf32_is_put_back():
-    before = torch.backends.cuda.matmul.allow_tf32
-    with precision("tf32"):
-        assert torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cudnn.allow_tf32
-    assert torch.backends.cuda.matmul.allow_tf32 == before
-
-
 def test_model_beside_the_oracle():
-    result = bench_model(
-        ["DiC-S"], CPU, ("fp32", "bf16"), batches=(1,), size=8, baselines=[f"DiC-S={ORACLE}:OracleDiC"], peaks=False,
-        **SHORT,
-    )  # fmt: skip
+    settings = Settings(CPU, ("fp32", "bf16"), batches=(1,), baselines=[f"DiC-S={ORACLE}:OracleDiC"], **SHORT)
+    result = bench_model(["DiC-S"], settings, size=8, peaks=False)
     rows = {row["label"]: row for row in result["rows"]}
     assert list(rows) == ["DiC-S fp32 eager", "DiC-S fp32 by OracleDiC", "DiC-S bf16 eager", "DiC-S bf16 by OracleDiC"]
     # DiC's table: 5.87 GMACs at 32x32, which go with the area but for the conditioning.
@@ -86,7 +76,7 @@ def test_a_sampler_is_profiled_over_two_steps(monkeypatch, solver, evaluations):
     monkeypatch.setattr("dic_repa.bench.sample.look_inside", lambda case, _: profiled.append(case()) or {"case": case})
     steps = "null" if solver == "dopri5" else 12
     overrides = ["model.width=8", "model.depths=[1,1,1,1,1]", f"sample.solver={solver}", f"sample.steps={steps}"]
-    (row,) = bench_sample(["digits-urepa"], CPU, overrides, batches=(2,), **SHORT)["rows"]
+    (row,) = bench_sample(["digits-urepa"], Settings(CPU, batches=(2,), **SHORT), overrides)["rows"]
     assert len(profiled) == 1
     assert row["case"].sampler.evaluations == evaluations
     assert row["evaluations"] > 10
@@ -102,7 +92,7 @@ def test_a_baseline_does_not_keep_what_it_replaces(monkeypatch):
 
 
 def test_nothing_is_left_at_zero():
-    denoiser = random_denoiser("SiT-S/2")
+    denoiser = randomise(create_denoiser("SiT-S/2"))
     assert all(parameter.any() for parameter in denoiser.parameters() if parameter.ndim > 1)
 
 
@@ -110,12 +100,13 @@ def test_nothing_is_left_at_zero():
 def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     narrow = ("model.width=8", "model.depths=[1,1,1,1,1]")
-    plan = dataclasses.replace(
-        SMALL, precisions=("fp32",), forward=SMALL.forward | {"batches": (1,), "size": 8},
-        train=SMALL.train | {"recipes": ("digits-urepa",), "overrides": narrow},
-        sample=SMALL.sample | {"overrides": (*narrow, *SMALL.sample["overrides"])},
-    )  # fmt: skip
-    results = dict(measure_paper(CPU, True, f"{ORACLE}:PlainDiC", rounds=1, plan=plan))
+    (models, quick, _), (_, batches, _), (recipes, few, options) = SMALL.values()
+    plan = {
+        "forward": (models, quick | {"batches": (1,)}, {"size": 8}),
+        "train": (("digits-urepa",), quick | batches, {"overrides": narrow}),
+        "sample": (recipes, few, {"overrides": (*narrow, *options["overrides"])}),
+    }
+    results = dict(measure_paper(CPU, plan, ("fp32",), f"{ORACLE}:PlainDiC", rounds=1))
     assert list(results) == ["forward-fp32", "train-fp32", "sample-fp32"]
     assert [row["label"].split()[0] for row in results["forward-fp32"]["rows"]] == ["DiC-S", "DiC-S", "SiT-S/2"]
     for row in results["train-fp32"]["rows"]:
@@ -130,8 +121,8 @@ def test_a_part_of_the_papers_measurements_alone(tmp_path, monkeypatch, mistake)
     asked = []
 
     def measured(part):
-        def bench(*_arguments, **options):
-            asked.append((part, *options["precisions"]))
+        def bench(_names, settings, **_options):
+            asked.append((part, *settings.precisions))
             if asked[-1] == ("train", "fp32"):  # as when a lent machine is taken away: what is measured is kept
                 raise UserError("the machine is gone")
             row = {"label": part, "batch": 1, "images_per_second": 1.0, "spread": [1.0, 1.0], "ratio": 1.0}

@@ -7,6 +7,7 @@ import torch
 from small_runs import small_recipe, small_run
 from small_samplers import images, small_sampler
 
+from dic_repa.bench.timing import Settings
 from dic_repa.bench.train import bench_train
 from dic_repa.evaluation import Measure, judge_digits
 from dic_repa.evaluation.digits import DigitsClassifier
@@ -75,7 +76,7 @@ def test_trying_a_recipe_out_puts_back_what_it_sets(seen, tmp_path, monkeypatch)
     dry_run(small_recipe("train.tf32=true"), tmp_path / "run")
     assert (True, True) in seen
     narrow = ["model.width=8", "model.depths=[1,1,1,1,1]", "alignments=[]"]
-    bench_train(["digits-urepa"], torch.device("cpu"), narrow, batches=(1,), rounds=1, seconds=0.0)
+    bench_train(["digits-urepa"], Settings(torch.device("cpu"), batches=(1,), rounds=1, seconds=0.0), narrow)
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -21,27 +21,17 @@ import torch
 from torch import Tensor
 
 from dic_repa.bench.device import describe_device, free_memory
-from dic_repa.bench.train import MIXED, Clock, TrainCase, build_step
-from dic_repa.models import measure_cost
+from dic_repa.bench.train import Clock, TrainCase, build_step, prepare_recipe
 from dic_repa.models.compiled import allow_recompilation
-from dic_repa.recipe import load_training_recipe
-from dic_repa.training.dry_run import random_weights, with_random_data
 
 WARM_UP = 5  # steps before the clock runs: compilation, choice of kernels
 
 
 def build_case(name: str, overrides: list[str], precision: str, batch: int, compiled: bool, device) -> TrainCase:
     """A training step of the recipe on random data, its encoder with random weights where those are fetched."""
-    recipe = with_random_data(load_training_recipe(name, overrides), [])
-    settings = recipe.train
-    settings.batch_size, settings.micro_batch, settings.compile = batch, None, compiled
-    settings.precision, settings.tf32 = MIXED[precision], False
-    for section in recipe.alignments:
-        if random_weights(section) is not None and "weights" not in section.encoder_options:
-            section.encoder_options["pretrained"] = False
-    parts, accelerator = build_step(recipe, device)
-    gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9  # which has no hooks
-    return TrainCase("compiled" if compiled else "eager", recipe, parts, accelerator, precision, gmacs)
+    recipe = prepare_recipe(name, overrides, precision, batch, [])
+    recipe.train.compile = compiled
+    return TrainCase("compiled" if compiled else "eager", recipe, *build_step(recipe, device))
 
 
 def measure(case: TrainCase, steps: int, device: torch.device) -> dict:

@@ -56,7 +56,7 @@ def test_no_synchronisation_between_log_steps(tmp_path):
 
     recipe = small_recipe("train.batch_size=4", base=ALIGNED)
     parts, accelerator = build_step(recipe, torch.device("cuda"))
-    case = TrainCase("", recipe, parts, accelerator, "fp32", 0.0)
+    case = TrainCase("", recipe, parts, accelerator)
     for _ in range(3):
         case()
     torch.cuda.synchronize()
