@@ -230,7 +230,7 @@ def _cells(measured: Measured) -> Iterator[str]:
 def _extractor_options(samples: list[Path], names: list[str], options: dict) -> dict[str, dict]:
     """By extractor, its options; `encoder` is the one that the runs among `samples` were aligned to, or --encoder."""
     from dic_repa.cli.encoders import parse_encoder_options
-    from dic_repa.evaluation.judging import encoder_of_runs
+    from dic_repa.evaluation.runs import encoder_of_runs
 
     dinov2 = {"weights": options["dinov2_weights"], "encoder": options["dinov2_encoder"]}
     found = {

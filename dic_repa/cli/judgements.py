@@ -19,9 +19,8 @@ _NO_COLUMN = {"count", "recognised_count", "reference"}
 def print_judgements(judgements: Sequence[Judgement]) -> None:
     """A row for each run, one for runs that differ in the seed alone, and one for real images."""
     from dic_repa.evaluation.extractors import no_fid
-    from dic_repa.evaluation.judging import by_encoder
     from dic_repa.evaluation.metrics import title
-    from dic_repa.evaluation.runs import describe_sampling
+    from dic_repa.evaluation.runs import by_encoder, describe_sampling
 
     first = judgements[0].scores
     shown = [key for key, value in first.items() if key not in _NO_COLUMN and not isinstance(value, dict)]

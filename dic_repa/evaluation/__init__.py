@@ -11,8 +11,7 @@ the networks for several sets; its call gives a `Measured`, with `values`, `inte
 
 from dic_repa.evaluation.frechet import frechet_distance, statistics
 from dic_repa.evaluation.image_sets import ImageSet, open_images
-from dic_repa.evaluation.judging import Judge, judge_digits
-from dic_repa.evaluation.measuring import Measure, Measured, measure
+from dic_repa.evaluation.measuring import Judge, Measure, Measured, judge_digits, measure
 from dic_repa.evaluation.metrics import Metric, metrics
 
 __all__ = [

@@ -37,6 +37,9 @@ class Share:
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
+ALONE = Share()
+
+
 @tf32(False)
 def extract(
     images: ImageSet | Iterable[Tensor],
@@ -46,7 +49,7 @@ def extract(
     statistics: bool = False,
     device: str | torch.device = "cpu",
     batch_size: int = 64,
-    share: Share | None = None,
+    share: Share = ALONE,
     progress: Callable[[int], object] = lambda count: None,
 ) -> FeatureSet:
     """The features of `images`: a set, or batches (B, 1 or 3, H, W), uint8 or float in [0, 1].
@@ -62,7 +65,6 @@ def extract(
         UserError: for fewer than two images and for broken ones.
     """
     layers = list(layers)
-    share = share or Share()
     kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     running = {layer: RunningStatistics() for layer in layers if statistics}
     wanted = _spread(len(images), keep) if isinstance(images, ImageSet) and keep else None

@@ -1,8 +1,9 @@
-"""From images to scores: `measure` for one set, `Measure` for many against the same reference."""
+"""From images to scores: `measure` for one set, `Measure` for many against the same reference, `Judge` for a recipe."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.extractors import extractors
-from dic_repa.evaluation.features import FeatureSet, Share, extract
+from dic_repa.evaluation.features import ALONE, FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import ImageSet
-from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, metrics, plain
-from dic_repa.evaluation.reference import Reference
+from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MetricSet, metrics, plain
+from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
 
 FULL_COUNT = 50_000  # samples behind a published FID
@@ -52,13 +53,25 @@ class Measured:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def check_reference(names: Sequence[str], reference) -> None:
-    """A UserError where some of these metrics compare with real images and the `reference` is missing."""
-    needy = [name for name in names if metrics.create(name).needs in OF_REFERENCE]
+def check_metrics(names: Sequence[str], reference) -> list[str]:
+    """The metrics among `names` that are measured against `reference`: all but sets, which have their own.
+
+    Without a `reference`, the metrics that such a set gives are left out too.
+
+    Raises:
+        UserError: for an unknown name, and a missing reference.
+    """
+    parts = {name: metrics.create(name) for name in names}
+    given = {score for part in parts.values() if isinstance(part, MetricSet) for score in part.names}
+    found = {name: part for name, part in parts.items() if not isinstance(part, MetricSet)}
+    if reference is None:
+        found = {name: metric for name, metric in found.items() if name not in given}
+    needy = [name for name, metric in found.items() if metric.needs in OF_REFERENCE]
     if needy and reference is None:
         compare = "compares" if len(needy) == 1 else "compare"
         hint = "give a reference (--reference, or evaluate.reference in a recipe)"
         raise UserError(f"{', '.join(needy)} {compare} with real images: {hint}")
+    return list(found)
 
 
 class Measure:
@@ -89,21 +102,22 @@ class Measure:
         batch_size: int = 64,
         resize: int | None = None,
         cache: bool = True,
-        share: Share | None = None,
+        share: Share = ALONE,
         progress: Callable[[int], object] = lambda count: None,
     ):
-        self.metrics = {name: metrics.create(name) for name in plain(names)}
-        self.device, self.batch_size, self.share, self.resize = device, batch_size, share, resize
-        self.layers = list(dict.fromkeys(score.layer for score in self.metrics.values()))
-        networks = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
+        names = check_metrics(plain(names), reference)
+        self.metrics = {name: metrics.create(name) for name in names}
+        self.device, self.batch_size, self.resize = device, batch_size, resize
+        self.layers = list(dict.fromkeys(metric.layer for metric in self.metrics.values()))
         options = extractor_options or {}
-        check_reference(list(self.metrics), reference)
+        networks = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
         self.extractors = {name: extractors.find(name)(**options.get(name, {})).to(device) for name in networks}
+        self.extract = functools.partial(extract, device=device, batch_size=batch_size, share=share)
         self.reference: FeatureSet | None = None
-        needed = [metric for metric in self.metrics.values() if metric.needs in OF_REFERENCE]
-        if needed:
-            run = functools.partial(extract, device=device, batch_size=batch_size, share=share, progress=progress)
-            self.reference = Reference(needed, self.extractors, run, resize, cache, self._agree).load(reference)
+        if needed := [metric for metric in self.metrics.values() if metric.needs in OF_REFERENCE]:
+            run = functools.partial(self.extract, progress=progress)
+            agree = lambda so: bool(share.gather(torch.tensor([so], device=device)).all())  # noqa: E731
+            self.reference = load_reference(reference, needed, self.extractors, run, resize, cache, agree)
 
     @tf32(False)
     def __call__(
@@ -127,9 +141,7 @@ class Measure:
             self.check_size(images.size())  # before all of them are looked at
         else:
             images = self._of_size(images)
-        found = extract(
-            images, self.extractors, self.layers, None, False, self.device, self.batch_size, self.share, progress
-        )
+        found = self.extract(images, self.extractors, self.layers, progress=progress)
         measured = Measured({}, found.count, found.size or (0, 0), warnings=self._warnings(found))
         on_mps = torch.device(self.device).type == "mps"  # Apple's GPUs have no float64
         for name, score in self.metrics.items():
@@ -142,10 +154,6 @@ class Measure:
                 margin = 1.96 * score.deviation(features, against, bootstrap, DEFAULT_SEED)
                 measured.intervals[name] = (value - margin, value + margin)
         return measured
-
-    def _agree(self, so: bool) -> bool:
-        """Whether something is so in all processes."""
-        return bool(self.share.gather(torch.tensor([so], device=self.device)).all()) if self.share else so
 
     def check_size(self, size: tuple[int, int]) -> None:
         """A UserError where samples of `size`, (H, W), cannot be compared with the reference."""
@@ -162,9 +170,9 @@ class Measure:
             yield batch
 
     def _warnings(self, samples: FeatureSet) -> list[str]:
-        if samples.constant == samples.count:
-            raise UserError(f"all {samples.count} images are of a single colour each; look at what made them")
         count, reference, warnings = samples.count, self.reference, []
+        if samples.constant == count:
+            raise UserError(f"all {count} images are of a single colour each; look at what made them")
         if samples.constant:
             warnings.append(f"{samples.constant} of {count} images are of a single colour each")
         gaussian = [name for name, metric in self.metrics.items() if metric.needs == "gaussian"]
@@ -189,12 +197,99 @@ class Measure:
         compared = min([count, *map(len, reference.features.values())])
         if "kid" in self.metrics and compared < KID_SUBSET_SIZE:
             warnings.append(f"kid is over subsets of {compared} images, where others take {KID_SUBSET_SIZE}")
-        layers = dict.fromkeys(self.metrics[name].layer for name in gaussian)
-        dims = {layer: len(reference.gaussians[layer][0]) for layer in layers}
+        dims = {layer: len(reference.gaussians[layer][0]) for layer in (self.metrics[name].layer for name in gaussian)}
         for which, number in (("samples", count), ("reference images", reference.count)):
-            if short := [f"{layer} ({dim})" for layer, dim in dims.items() if number <= dim]:
-                what = ", ".join(short)
+            if short := ", ".join(f"{layer} ({dim})" for layer, dim in dims.items() if number <= dim):
                 warnings.append(
-                    f"{number} {which} are not more than the dimensions of {what}: the covariance is singular"
+                    f"{number} {which} are not more than the dimensions of {short}: the covariance is singular"
                 )
         return warnings
+
+
+class Judge:
+    """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1] and their classes (N,).
+
+    Args:
+        names: metrics (`dic-repa evaluate --list-metrics`) or sets of them ('digits'), whose scores are merged.
+        reference: the real images that metrics compare with, as `Measure` takes them; its features are computed once.
+        extractor_options: as `Measure` takes them; `own_encoder` gives those of a run.
+
+    `better` is 'higher' or 'lower' for each score; its first is the `main` one. A set adds the number of images, what
+    its metrics tell besides, and as `reference` the scores of real images.
+
+    Raises:
+        UserError: for unknown names and a reference that is missing.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        reference=None,
+        device: str | torch.device = "cpu",
+        extractor_options: dict[str, dict] | None = None,
+    ):
+        own = check_metrics(names, reference)
+        sets = [part for name in names if isinstance(part := metrics.create(name), MetricSet)]
+        self.sets = [(part, Measure(part.names, part.reference(), device, batch_size=500)) for part in sets]
+        self.measure = Measure(own, reference, device, extractor_options=extractor_options) if own else None
+        order = [score for part in sets for score in (part.main, *part.names)] + own
+        self.better: dict[str, str] = {score: metrics.create(score).better for score in order}
+
+    @property
+    def main(self) -> str | None:
+        return next(iter(self.better), None)
+
+    def check(self, score: str) -> str:
+        """`score`, if this judge gives it; else a UserError."""
+        if score not in self.better:
+            raise unknown_name("score", score, self.better)
+        return score
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """A UserError where images of `size`, (H, W), cannot be compared with the reference."""
+        if self.measure:
+            self.measure.check_size(size)
+
+    def __call__(self, images: Tensor | Iterable[Tensor], labels: Tensor) -> dict:
+        """The scores of images (N, C, H, W), or of batches of them. Batches are held all at once for a set alone."""
+        found: dict = {}
+        if self.sets:
+            images = whole = images if isinstance(images, Tensor) else torch.cat(list(images))
+        for part, measure in self.sets:
+            part.check(whole, labels)
+            scored = measure(whole.split(measure.batch_size), labels=labels)
+            found |= {"count": scored.count, **scored.details, **scored.values, "reference": part.bounds(scored.count)}
+        if self.measure:
+            batches = images.split(self.measure.batch_size) if isinstance(images, Tensor) else images
+            found |= self.measure(batches, labels=labels).values
+        return found
+
+    def is_better(self, score: str, value: float, other: float | None) -> bool:
+        """Whether `value` is better than `other`; NaN never is, and anything else is better than NaN or None."""
+        if math.isnan(value) or other is None or math.isnan(other):
+            return not math.isnan(value)
+        return value > other if self.better[score] == "higher" else value < other
+
+
+def judge_digits(images: Tensor, labels: Tensor) -> dict:
+    """The scores of images (N, 1, H, W), float in [0, 1], that should show the digits `labels` (N,).
+
+    Returns:
+        A dict that JSON can hold: `count`, `recognised`, `recognised_count`, `recognised_by_class` and `fd-digits` as
+        the metrics of these names give them (label 10, the null class, asks for no digit), and `reference`, what real
+        digits reach.
+
+    Raises:
+        UserError: for fewer than two images, other shapes, values that are not in [0, 1], and unknown labels.
+    """
+    return Judge(["digits"], device=images.device)(images, labels)
+
+
+def judge_of_score(score: str | None, judge: str | None, reference, *options) -> Judge:
+    """A judge that gives `score`: the set `judge` of a recipe, if it does so and there is no `reference`.
+
+    Without a `score`, the `judge` itself.
+    """
+    part = metrics.create(judge) if judge else None
+    given = isinstance(part, MetricSet) and score in part.names and reference is None
+    return Judge([judge if judge and (score is None or given) else score or ""], reference, *options)

@@ -19,14 +19,15 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import describe_extractor
 from dic_repa.evaluation.image_sets import ImageSet
-from dic_repa.evaluation.judging import Judge, own_encoder
-from dic_repa.evaluation.measuring import Measure, Measured
+from dic_repa.evaluation.measuring import Judge, Measure, Measured
+from dic_repa.evaluation.metrics import find_metric
 from dic_repa.evaluation.reference import UNKNOWN_COUNT
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
 from dic_repa.files.pictures import draw_grid, save_picture, shown_in_grid
 from dic_repa.models.pretrained import CONFIG
-from dic_repa.recipe import GuidanceSection, Recipe, SampleSection
+from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
+from dic_repa.recipe.build import import_plugins
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
@@ -131,6 +132,39 @@ def no_judge(path: str | Path, hint: str = "") -> UserError:
     """The error for a run whose recipe does not say how to judge its samples."""
     hint = hint or f"add one to {Path(path) / 'recipe.yaml'}, such as `evaluate: {{metric: fid, reference: FOLDER}}`"
     return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; {hint}")
+
+
+def own_encoder(recipe: Recipe) -> dict[str, dict]:
+    """The options of the extractor `encoder` for samples of a run: its first alignment's encoder."""
+    if not recipe.alignments:
+        return {}
+    first = recipe.alignments[0]
+    return {"encoder": {"encoder": first.encoder, **first.encoder_options}}
+
+
+def by_encoder(names: Sequence[str]) -> list[str]:
+    """The metrics among `names` that compare the tokens of a run's own encoder."""
+    return [name for name in names if (metric := find_metric(name)) and metric.layer.startswith("encoder.")]
+
+
+def encoder_of_runs(paths: Sequence[Path], names: Sequence[str]) -> dict[str, dict]:
+    """`own_encoder` of the runs and checkpoints among `paths`, where a metric of `names` takes it.
+
+    Raises:
+        UserError: where they were aligned to different ones.
+    """
+    found: dict[str, dict] = {}
+    for path in paths if by_encoder(names) else ():
+        file = next((f for f in (path / "recipe.yaml", path / "ema" / "recipe.yaml") if f.is_file()), None)
+        if file is None:
+            continue
+        recipe = load_training_recipe(file)
+        import_plugins(recipe)
+        own = own_encoder(recipe)
+        if own and found and own != found:
+            raise UserError(f"{path} was aligned to another encoder than the one before; name one for all by --encoder")
+        found = found or own
+    return found
 
 
 def describe_sampling(sample: SampleSection) -> str:

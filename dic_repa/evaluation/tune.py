@@ -17,8 +17,9 @@ import numpy as np
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.judging import judge_of_score, own_encoder
+from dic_repa.evaluation.measuring import judge_of_score
 from dic_repa.evaluation.metrics import title
+from dic_repa.evaluation.runs import own_encoder
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.pictures import new_figure, save_figure

@@ -42,7 +42,8 @@ class Evaluator:
         section, sampler = self.recipe.evaluate, self.parts.sampler
         if not self.every or section is None or sampler is None:
             return
-        from dic_repa.evaluation.judging import Judge, own_encoder
+        from dic_repa.evaluation.measuring import Judge
+        from dic_repa.evaluation.runs import own_encoder
 
         device = self.accelerator.device
         self.judge = Judge(section.names, section.reference, device, own_encoder(self.recipe))

@@ -144,14 +144,13 @@ def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: A
 
 def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
     """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
-    from dic_repa.evaluation.judging import by_encoder, measured
-    from dic_repa.evaluation.measuring import check_reference
+    from dic_repa.evaluation.measuring import check_metrics
+    from dic_repa.evaluation.runs import by_encoder
     from dic_repa.sampling.sampler import check_sampling
 
     check_sampling(recipe.sample, objective)
     if recipe.evaluate:
-        names = measured(recipe.evaluate.names, recipe.evaluate.reference)
-        check_reference(names, recipe.evaluate.reference)
+        names = check_metrics(recipe.evaluate.names, recipe.evaluate.reference)
         if not recipe.alignments and (named := by_encoder(names)):
             raise UserError(
                 f"evaluate: {', '.join(named)} would compare by the encoder of the first alignment, and there is none; "

@@ -26,7 +26,7 @@ from dic_repa.evaluation import Measure, frechet_distance, measure, metrics, ope
 from dic_repa.evaluation.digits import load_digits_classifier
 from dic_repa.evaluation.features import FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import as_uint8
-from dic_repa.evaluation.judging import Judge
+from dic_repa.evaluation.measuring import Judge
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from small_runs import small_run
 from dic_repa.cli import main
 from dic_repa.data.digits import load_digits, resize
 from dic_repa.evaluation import judge_digits, measure
-from dic_repa.evaluation.judging import Judge, judge_of_score
+from dic_repa.evaluation.measuring import Judge, judge_of_score
 from dic_repa.evaluation.report import write_report
 from dic_repa.evaluation.report_data import read_run
 from dic_repa.evaluation.runs import evaluate_run
