@@ -1,9 +1,8 @@
 """What a part must have: one class for each kind that `dic-repa parts` lists.
 
 B is the number of images; C, H, W are channels, height and width of the denoiser's data; N is the number of tokens, D
-their width. Times t run from 0 (data) to 1 (noise). A recipe gives a part's options to what makes it: its class, or a
-function. Guidance schedules, diffusion forms and last steps are not made: what is registered is called, as it is where
-a solver says "the function itself".
+their width. Times t run from 0 (data) to 1 (noise). A recipe gives a part's options to the class or function that makes
+it. Guidance schedules, diffusion forms and last steps are not made: the registered function itself is called.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
 
 # What is trained
 class Denoiser(Protocol):
-    """Made by `factory(in_channels, num_classes, **options)`; an `nn.Module` that derives from
-    `dic_repa.models.Pretrained`, which saves and loads it. One that takes vectors or tokens lists these kinds in its
-    class's `conditions`, and has an option `condition`."""
+    """An `nn.Module` that derives from `dic_repa.models.Pretrained`, made by `factory(in_channels, num_classes,
+    **options)`. One that takes vectors or tokens lists these kinds in its class's `conditions`, and has an option
+    `condition`."""
 
     config: dict[str, Any]  # what it was made with
     in_channels: int
@@ -52,19 +51,12 @@ class Samples(Protocol):
 
 
 class DataSet(Samples, Protocol):
-    """Made by `factory(split, size, **options)`, with `path` and `autoencoder` where a recipe gives them.
+    """Made by `factory(split, size, **options)`, with `path` and `autoencoder` if the recipe has them. Without
+    classes, it has a `dic_repa.conditions.Condition` as `condition` instead of the two last."""
 
-    A data set without classes has a `dic_repa.conditions.Condition` as `condition` instead of the two last.
-    """
-
-    @property
-    def channels(self) -> int: ...  # of the denoiser's data
-
-    @property
-    def num_classes(self) -> int: ...
-
-    @property
-    def class_names(self) -> Sequence[str]: ...
+    channels: int  # of the denoiser's data
+    num_classes: int
+    class_names: Sequence[str]
 
 
 class Autoencoder(Protocol):
@@ -168,10 +160,8 @@ class AlignmentSchedule(Protocol):
 
 # How it is optimised
 class Optimizer(Protocol):
-    """What gives a `torch.optim.Optimizer`, such as its class; it may leave out `weight_decay` and `betas`.
-
-    It should take `found_inf`, as torch's fused ones do: a step that must be skipped is then skipped on the device.
-    """
+    """Makes a `torch.optim.Optimizer`, as its class does; it may lack `weight_decay` and `betas`. It should take
+    `found_inf`, as torch's fused ones do: a step that must be skipped is then skipped on the device."""
 
     def __call__(self, parameters: Iterable[torch.nn.Parameter], /, lr: float, **options: Any) -> Any: ...
 
@@ -183,11 +173,9 @@ class LearningRateSchedule(Protocol):
 
 # How it is sampled
 class ODESolver(Protocol):
-    """The function itself, or a class of such functions if it remembers earlier steps: a new object for each run.
-
-    One that chooses its own steps is an object with `integrate(field, x, times, options, rtol, atol, every)`, which
-    returns the states at `times[1:]`, and has `adaptive = True`.
-    """
+    """The function itself, or a class of such functions if it remembers earlier steps: a new object for each run. One
+    that chooses its own steps is an object with `integrate(field, x, times, options, rtol, atol, every)`, which returns
+    the states at `times[1:]`, and has `adaptive = True`."""
 
     def __call__(self, field: Any, x: Tensor, t: float, s: float, /) -> Tensor:
         """From x (B, ...) at time t to x at s; `field(x, t)` is the velocity, `field.data(x, t)` the predicted data."""
@@ -215,8 +203,7 @@ class DDPMSolver(Protocol):
 class Guidance(Protocol):
     """Made as `dic_repa.samplers.Guidance` is; derive from it."""
 
-    @property
-    def active(self) -> bool: ...  # whether it does anything at all
+    active: bool  # whether it does anything at all
 
     def bind(self, model: Any, y: Tensor, weak_model: Any = None) -> Any:
         """The guided velocity (x, t) -> (B, C, H, W) of a `model` (x, t, y) for the conditions y (B, ...)."""

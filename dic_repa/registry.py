@@ -44,28 +44,20 @@ class Registry:
 
     Args:
         kind: the word that messages use, such as "time weight".
-        plural: of the kind, where an s does not make it.
-        modules: what to import before a name is looked up or listed: where the parts of this package are.
+        modules: where the parts of this package are, imported before a name is looked up or listed.
         key: where a recipe names such a part, such as `alignments.0.time_weight`.
     """
 
-    def __init__(self, kind: str, plural: str | None = None, modules: Sequence[str] = (), key: str = ""):
+    def __init__(self, kind: str, modules: Sequence[str] = (), key: str = ""):
         self.kind, self.key = kind, key
-        self.group = "dic_repa." + (plural or kind + "s").replace(" ", "-").lower()  # of entry points
+        self.slug = kind.replace(" ", "-").lower()  # as `dic-repa parts` takes it
+        self.group = f"dic_repa.{self.slug}{'es' if kind.endswith('s') else 's'}"  # of entry points
+        words = re.split("[ -]", kind)
+        # The class of `dic_repa.protocols` that says what such a part must have.
+        self.protocol = "".join(word if word.isupper() else word.capitalize() for word in words)
         self._modules = list(modules)
         self._entries: dict[str, Any] = {}
         self._facts: dict[str, dict[str, Any]] = {}
-
-    @property
-    def slug(self) -> str:
-        """The kind as `dic-repa parts` takes it."""
-        return self.kind.replace(" ", "-").lower()
-
-    @property
-    def protocol(self) -> str:
-        """The class of `dic_repa.protocols` that says what such a part must have."""
-        words = re.split("[ -]", self.kind)
-        return "".join(word if word.isupper() else word.capitalize() for word in words)
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
         """Decorator that files its class or function under `name`. Filing a second thing there is a UserError.
@@ -96,9 +88,9 @@ class Registry:
             if not rest:
                 raise UserError(f"{self.kind} '{name}' is a family; put a model's name behind the colon")
             return functools.partial(self._entries[family + colon], rest)
-        offered = entry_points(self.group)
+        offered = _entry_points(self.group, tuple(sys.path))
         if name in offered:
-            return _load(self.kind, offered[name])
+            return self._load(offered[name])
         if not colon:
             raise unknown_name(self.kind, name, self.names())
         if not rest or not all(part.isidentifier() for part in family.split(".")):
@@ -172,8 +164,7 @@ class Registry:
 
     def names(self, pattern: str = "*") -> list[str]:
         """The sorted names that match a shell `pattern`, those of entry points among them."""
-        self._load_modules()
-        return sorted(fnmatch.filter({*self._entries, *entry_points(self.group)}, pattern))
+        return sorted(fnmatch.filter(self, pattern))
 
     def describe(self, name: str) -> str:
         """One line about a part: its `description`, or else the first sentence of its docstring."""
@@ -189,18 +180,22 @@ class Registry:
         self._load_modules()
         return self._entries[name] if name in self._entries else self.find(name)
 
-    def __contains__(self, name: str) -> bool:
-        self._load_modules()
-        return name in self._entries or name in entry_points(self.group)
-
     def __iter__(self) -> Iterator[str]:
         """The names in the order in which they were registered, then those of entry points."""
         self._load_modules()
-        return iter(dict.fromkeys([*self._entries, *entry_points(self.group)]))
+        return iter(dict.fromkeys([*self._entries, *_entry_points(self.group, tuple(sys.path))]))
 
     def _load_modules(self) -> None:
         while self._modules:
             importlib.import_module(self._modules.pop(0))
+
+    def _load(self, point: importlib.metadata.EntryPoint) -> Any:
+        try:
+            return point.load()
+        except (ImportError, AttributeError) as error:
+            package = f"{point.dist.name} {point.dist.version}" if point.dist else "an installed package"
+            where = f"{self.kind} '{point.name}' of {package} cannot be loaded from {point.value}"
+            raise UserError(f"{where} ({error}); fix or remove it") from error
 
 
 def first_sentence(text: str) -> str:
@@ -210,16 +205,12 @@ def first_sentence(text: str) -> str:
 
 
 def read_source(module: str, variable: str) -> dict[str, str]:
-    """Names and descriptions of what a `module` registers in `variable`, from its text: nothing is imported.
-
-    For help texts and completion, which importing torch would make slow. It sees what is registered by a name written
-    out, as a decorator or on a line of its own.
+    """Names and descriptions of what a `module` registers in `variable`, from its text: importing torch would make help
+    and completion slow. It sees names that are written out, in a decorator or on a line of its own.
     """
-    spec = importlib.util.find_spec(module)
     found: dict[str, str] = {}
-    if spec is None or spec.origin is None:
-        return found
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+    file = getattr(importlib.util.find_spec(module), "origin", "")
+    for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
         calls: list[ast.expr] = list(getattr(node, "decorator_list", []))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             calls = [node.value.func]
@@ -268,21 +259,7 @@ def add_folders(folders: Iterable[str]) -> None:
         sys.path.insert(here + 1, folder)
 
 
-def entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
-    """What other installed packages offer in `group`, by name."""
-    return _entry_points(group, tuple(sys.path))
-
-
 @functools.lru_cache(maxsize=128)  # looking through all that is installed takes milliseconds
 def _entry_points(group: str, _places: tuple[str, ...]) -> dict[str, importlib.metadata.EntryPoint]:
+    """What other packages offer in `group`, by name, with `sys.path` as it is now."""
     return {point.name: point for point in importlib.metadata.entry_points(group=group)}
-
-
-def _load(kind: str, point: importlib.metadata.EntryPoint) -> Any:
-    try:
-        return point.load()
-    except (ImportError, AttributeError) as error:
-        package = f"{point.dist.name} {point.dist.version}" if point.dist else "an installed package"
-        raise UserError(
-            f"{kind} '{point.name}' of {package} cannot be loaded from {point.value} ({error}); fix or remove it"
-        ) from error

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dic_repa.registry import Registry
 
 targets = Registry("target", key="alignments.0.target")
-alignment_losses = Registry("alignment loss", plural="alignment-losses", key="alignments.0.loss")
+alignment_losses = Registry("alignment loss", key="alignments.0.loss")
 
 
 @targets.register("tokens")

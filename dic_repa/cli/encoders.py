@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -12,9 +11,6 @@ from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import check_file
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 PICTURES = (".png", ".jpg", ".webp")
 
@@ -49,7 +45,11 @@ def command(context: click.Context, plugins: tuple[str, ...]):
 
 @command.command("check")
 @click.argument("name", shell_complete=completion.encoders)
-@click.option("--image", type=click.Path(path_type=Path), help="An image file.  [default: a digit of the package]")
+@click.option(
+    "--image",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="An image file.  [default: a digit of the package]",
+)
 @click.option("--size", type=Count(16), default=256, help="Of the centre crop, in pixels.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file or plain state dict.")
 @click.option("--option", "options", metavar="KEY=VALUE", multiple=True, help="An option of the encoder; repeatable.")
@@ -63,16 +63,18 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
       dic-repa encoders check dinov2-vit-b --weights dinov2_vitb14_pretrain.pth --image cat.jpg --size 512
       dic-repa encoders check mocov3-vit-b --option pretrained=false
     """
-    from dic_repa.data.images import center_crop, to_tensor
+    from dic_repa.data import load_digits
+    from dic_repa.data.images import center_crop, decode_image, to_tensor
     from dic_repa.encoders import check_tokens, create_encoder
     from dic_repa.encoders.picture import token_sheet
-    from dic_repa.files.pictures import save_picture
+    from dic_repa.files.pictures import save_picture, to_pil
 
     out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
     check_file(out)
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {out} is no picture; end it in {', '.join(PICTURES)}")
-    picture = _open(image)
+    digit = to_pil(load_digits("held-out")[0][0]).convert("RGB")
+    picture = decode_image(image.read_bytes(), str(image)) if image else digit
     encoder = create_encoder(name, **parse_encoder_options(options, weights))
     pixels = to_tensor(center_crop(picture, size))[None]
     tokens = check_tokens(name, encoder, pixels)[0].float()
@@ -98,18 +100,6 @@ def _row(name: str) -> str:
         return f"cannot be built without options ({error})"
     patch = card.patch or "-"
     return f"{card.width:5}  {patch:>5}  {card.tokens:6}  {card.parameters:10.1f}  {card.licence:14}  {card.source}"
-
-
-def _open(path: Path | None) -> Image.Image:
-    from dic_repa.data.digits import load_digits
-    from dic_repa.data.images import decode_image
-    from dic_repa.files.pictures import to_pil
-
-    if path is None:
-        return to_pil(load_digits("held-out")[0][0]).convert("RGB")
-    if not path.is_file():
-        raise UserError(f"there is no image at {path}")
-    return decode_image(path.read_bytes(), str(path))
 
 
 def parse_encoder_options(options: tuple[str, ...], weights: Path | None) -> dict:
