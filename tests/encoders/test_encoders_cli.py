@@ -82,7 +82,7 @@ def test_check_writes_the_image_beside_its_tokens(tmp_path):
     ("arguments", "message"),
     [
         (["dinov2-vit-x"], "unknown encoder 'dinov2-vit-x'; did you mean"),
-        (["digits-vit", "--image", "absent.png"], "File 'absent.png' does not exist"),
+        (["digits-vit", "--image", "absent.png"], "No such file or directory: absent.png"),
         (["digits-vit", "--image", "text.png"], "text.png"),
         (["digits-vit", "--weights", "absent.pth"], "no weights at 'absent.pth'"),
         (["digits-vit", "--option", "layer"], "takes key=value"),
