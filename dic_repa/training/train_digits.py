@@ -82,7 +82,7 @@ def train_encoder(pixels: float, embed_dim: int, depth: int, **settings) -> None
     def classify(images: Tensor) -> Tensor:
         return heads["label"](tokens_of(images).mean(dim=1))
 
-    fit(vit, optimizer, loss, classify, {"config": json.dumps(config)}, clip=1.0, rise=0.1, **settings)
+    fit(vit, parameters, optimizer, loss, classify, {"config": json.dumps(config)}, clip=1.0, rise=0.1, **settings)
 
 
 @main.command("judge")
@@ -96,8 +96,9 @@ def train_judge(**settings) -> None:
         drawn = soften(random_warp(images, generator), generator)
         return F.cross_entropy(model(drawn), labels, label_smoothing=0.05)
 
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    fit(model, optimizer, loss, lambda images: model(resize(images, JUDGED_SIZE)), {}, **settings)
+    parameters = [*model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+    fit(model, parameters, optimizer, loss, lambda images: model(resize(images, JUDGED_SIZE)), {}, **settings)
 
 
 def soften(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,12 +114,14 @@ def soften(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fit(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable, classify: Callable, metadata: dict[str, str],
+    model: nn.Module, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, loss: Callable,
+    classify: Callable, metadata: dict[str, str],
     out: Path, epochs: int, batch_size: int, lr: float, seed: int, clip: float = float("inf"), rise: float = 0.3,
 ) -> None:  # fmt: skip
     """Train on the training digits, say how many held-out ones are recognised, and write the weights.
 
     Args:
+        parameters: all that are trained: the model's, and of heads that are thrown away.
         loss: of images, labels and a generator.
         classify: images to logits.
         clip: the largest norm of the gradient.
@@ -131,7 +134,6 @@ def fit(
     steps_per_epoch = len(images) // batch_size
     total = epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=rise)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     with progress_bar(total=total, unit="step") as bar:
         for epoch in range(epochs):
             model.train()
@@ -139,7 +141,7 @@ def fit(
                 optimizer.zero_grad()
                 value = loss(images[batch], labels[batch], generator)
                 value.backward()
-                nn.utils.clip_grad_norm_(trained, clip)
+                nn.utils.clip_grad_norm_(parameters, clip)
                 optimizer.step()
                 schedule.step()
                 bar.update()
