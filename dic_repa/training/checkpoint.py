@@ -1,11 +1,11 @@
-"""What a training run needs to go on as if it had not stopped: weights, averages, the optimizer's state, the step.
+"""All that a stopped run needs to continue exactly: weights, averages, the optimizer's state, the step.
 
-model.safetensors   the denoiser and the heads          ema/            config.json, model.safetensors, recipe.yaml:
+model.safetensors   the denoiser and the heads          ema/            config.json, model.safetensors, recipe.yaml
 optimizer.pt        plain tensors, never unpickled                      and data.json: all that sampling needs, also
 state.json          the step                                            for `DiC.from_pretrained`
-manifest.json       sizes and SHA-256 of all these      ema-0.999/, ... the other averages, alike
+manifest.json       sizes and SHA-256 of all these      ema-0.999/, ... the other averages, with the same files
 
-A checkpoint is written aside, flushed and renamed, in a thread, from a copy in CPU memory: training goes on meanwhile.
+A thread writes a checkpoint from a copy in CPU memory, and renames it once it is whole; training goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
     try:
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         step = json.loads((folder / "state.json").read_text())["step"]
-        saved, kind = content["state"], content.get("class", "AdamW")  # there was no other before
+        saved, kind = content["state"], content.get("class", "AdamW")  # the only one that older versions had
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
         damage = f"{folder} is damaged ({type(error).__name__})"
         raise UserError(f"{damage}; remove it to resume from the one before") from None
@@ -115,7 +115,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
     if kind == type(parts.optimizer.optimizer).__name__:
         parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
     elif accelerator.is_main_process:
-        say(f"note: {folder.name} has the state of another optimizer, {kind}; this one begins without any")
+        say(f"note: {folder.name} has the state of another optimizer, {kind}; this one starts without a state")
     if content["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(content["scaler"])
     return step
@@ -159,11 +159,11 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.shutdown()  # whatever ended the run, Ctrl-C in `_wait` too: what is being written shall be whole
+        self._pool.shutdown()  # finish what is being written, even after Ctrl-C in `_wait`
 
     def _wait(self) -> None:
         if self._job is not None:
-            self._job.result()  # not a thread's join, which before Python 3.13 an interrupt ends for good
+            self._job.result()  # before Python 3.13, a thread's `join` could not be called again after an interrupt
 
     def _work(self, step: int, write: Callable[[], None]) -> None:
         self.failure = None
@@ -171,7 +171,7 @@ class CheckpointWriter:
             write()
         except (*WRITE_ERRORS, UserError) as error:
             newest = max(self.run.list_checkpoints(), key=checkpoint_step, default=None)
-            kept = f"{newest.name} is whole" if newest else "there is none before it"
+            kept = f"{newest.name} is whole" if newest else "there is no earlier one"
             folder = self.run.checkpoint_path(step)
             self.failure = f"the checkpoint {folder} could not be written ({first_line(_cause(error))}); {kept}"
             warn(f"{self.failure}; the run goes on")

@@ -15,7 +15,7 @@ _PANELS = {
 
 
 def read_metrics(run: RunFolder) -> list[dict]:
-    """The lines of metrics.jsonl; one that was cut short by a kill is left out."""
+    """The lines of metrics.jsonl, without a last one that a kill has cut short."""
     records = []
     for line in run.metrics_file.read_text().splitlines():
         try:
@@ -33,7 +33,7 @@ def save_curves(runs: list[RunFolder], path=None) -> None:
     names = {name for lines in records.values() for line in lines for name in line}
     terms = {name.split(".")[2] for name in names if name.startswith("alignment.")}
     panels = [panel for panel in _PANELS if panel in names | terms]
-    panels += sorted(terms - set(_PANELS))  # of an alignment loss of one's own
+    panels += sorted(terms - set(_PANELS))  # of the user's own alignment loss
     if not panels:
         return
     figure, axes = new_figure(1, len(panels), (4.6 * len(panels), 3.4))

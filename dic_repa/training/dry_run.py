@@ -48,7 +48,7 @@ STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
 
 
-@tf32(False)  # put back what building the parts sets
+@tf32(False)  # restores what building the parts changes
 def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     """What training `recipe` into `path` takes, as a plain dict; see `dic-repa train --dry-run`.
 
@@ -236,7 +236,7 @@ def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> No
 
 
 def disk(settings: TrainSection, optimizer_bytes: float, parameters: dict, path: Path) -> dict:
-    """Bytes of one checkpoint (weights, optimizer, averages), of all that will be there, and what is free."""
+    """Bytes of one checkpoint (weights, optimizer, averages), of all that the run keeps, and of free disk space."""
     trained, denoiser = parameters["denoiser"] + parameters["heads"], 4 * parameters["denoiser"]
     averages = 1 + len(settings.more_ema_decays) + len(settings.power_ema)
     checkpoint = int((4 + optimizer_bytes) * trained) + averages * denoiser

@@ -84,7 +84,7 @@ class PowerEMA(EMA):
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
     """The gamma >= 0 with `sigma_rel = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))`.
 
-    A cubic in gamma; its largest real root. A UserError where there is none.
+    The largest real root of a cubic in gamma; a UserError if `sigma_rel` has none.
     """
     if not 0 < sigma_rel <= WIDEST:
         raise UserError(f"sigma_rel lies above 0 and at most at {WIDEST} (the mean of all steps), not at {sigma_rel}")
@@ -99,5 +99,5 @@ def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
 
 
 def _local(parameters) -> list[torch.Tensor]:
-    # Of a sharded parameter, the shard that is here: both models are cut alike, and an average needs no other process.
+    # For a sharded parameter, this process's shard: both models are cut in the same way, so no exchange is needed.
     return [p.to_local() if hasattr(p, "to_local") else p for p in parameters]

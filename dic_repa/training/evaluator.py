@@ -33,7 +33,7 @@ class Evaluator:
         self.trackers = trackers
         section = recipe.evaluate
         self.every = section.every if section else 0
-        self.best: dict | None = None  # what is being written just now is not on the disk yet
+        self.best: dict | None = None  # kept here too: the newest best may not be on the disk yet
         if section and self.every:
             self.sample = recipe.sample.model_copy(update={"num": section.num or recipe.sample.num})
 

@@ -39,7 +39,7 @@ def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> 
 def data_order(seed: int, count: int, batch_size: int, start_step: int = 0) -> Iterator[list[int]]:
     """Endless global batches of indices into a data set of `count` samples, from the batch of `start_step` on.
 
-    The data is one stream of epochs, each with its own permutation; a batch may span two of them, so none is cut short.
+    The data is one stream of epochs, each with its own permutation; a batch may span two, so no epoch is cut short.
     """
     position = start_step * batch_size
     while True:
@@ -73,7 +73,7 @@ def check_batch(settings: TrainSection, processes: int) -> int:
         larger = -(-settings.batch_size // processes) * processes
         raise UserError(
             f"train.batch_size {settings.batch_size} does not divide among {processes} processes; start {fewer}, "
-            f"or set train.batch_size={larger}, which is another run"
+            f"or set train.batch_size={larger}, which changes the run"
         )
     share = settings.batch_size // processes
     micro_batch = min(settings.micro_batch or share, share)
@@ -107,23 +107,23 @@ def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Gener
                 with watch.waiting_for(step):
                     batch = next(loading)
                 if not recipe.alignments and ("x" in batch or "moments" in batch):
-                    batch.pop("image", None)  # nobody looks at it: neither an encoder nor the autoencoder
+                    batch.pop("image", None)  # neither an encoder nor the autoencoder needs it
                 yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     finally:
         watch.close()
         if recipe.data.workers:
-            # Left to Python, which sends SIGTERM to what an error's traceback keeps alive, they would hang the exit.
+            # Python alone would hang at exit: it sends SIGTERM to workers that an error's traceback keeps alive.
             loading._shutdown_workers()
             for process in loading._workers:
-                process.kill()  # one that is stalled
+                process.kill()  # a stalled one does not stop by itself
 
 
 class LoaderWatch:
-    """Names a stalled loader: a warning where a batch has not come for `timeout` seconds, again at twice that, ..."""
+    """Warns of a stalled loader: after `timeout` seconds without a batch, again after twice as long, and so on."""
 
     def __init__(self, timeout: float, accelerator: Accelerator):
         self.timeout, self.process = timeout, accelerator.process_index
-        self.step, self.since, self.patience = 0, math.inf, timeout  # inf: nothing is waited for
+        self.step, self.since, self.patience = 0, math.inf, timeout  # inf: not waiting
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="loader watch", daemon=True)
         self.thread.start()

@@ -1,7 +1,7 @@
-"""What a run tells: a table before its first step, then a progress bar, metrics.jsonl, trackers, and a picture of the
-loss curves at its end.
+"""What a run reports: a table before its first step, then a progress bar, metrics.jsonl and trackers, and a picture of
+the loss curves at its end.
 
-Sums stay on the device between two log steps, so that logging waits for the device then and never in between.
+Sums stay on the device between two log steps, so only a log step waits for the device.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class MetricLog:
         self.sums: dict[str, Tensor] = {}
         self.steps: dict[str, Tensor] = {}
         self.images, self.pause, self.wait = 0, 0.0, 0.0
-        self.unwritten = ""  # lines that a full disk has not taken yet
+        self.unwritten = ""  # lines that could not be written yet because the disk was full
 
     def __enter__(self) -> MetricLog:
         if self.accelerator.is_main_process:
@@ -116,7 +116,7 @@ class MetricLog:
                 warn(f"{self.run.curves_file} cannot be written ({getattr(error, 'strerror', error)})")
 
     def waiting(self, batches: Iterator) -> Iterator:
-        """The same batches; the time until each is there counts as waiting."""
+        """The same batches; the time until each arrives counts as waiting."""
         while True:
             begin = time.perf_counter()
             batch = next(batches, None)
@@ -133,7 +133,7 @@ class MetricLog:
             value = value.float()
             finite = value.isfinite()
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0) * share
-            self.steps[name] = self.steps.get(name, 0) + finite * share  # an alignment may stop between two log steps
+            self.steps[name] = self.steps.get(name, 0) + finite * share  # an alignment may stop between log steps
 
     def step(self, step: int, losses: list[PassLosses], norm: Tensor, learning_rate: float, skipped: int) -> None:
         """Count a step's losses, of each pass; at a log step, average, write and show."""
@@ -183,7 +183,7 @@ class MetricLog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in here does not count against images per second."""
+        """Leave the time spent inside out of images per second."""
         begin = time.perf_counter()
         yield
         self.pause += time.perf_counter() - begin

@@ -40,7 +40,7 @@ from dic_repa.training.sharding import wants_sharding
 from dic_repa.training.step import StepGuard, TrainingStep, Verdict
 from dic_repa.training.trackers import Trackers, check_trackers
 
-FAR_BEHIND = 0.1  # of the steps so far: an average with warm-up is, until its warm-up is over
+FAR_BEHIND = 0.1  # share of the steps so far; an average is so far behind during its warm-up
 
 
 def train(
@@ -53,22 +53,22 @@ def train(
         path: a new folder, unless one of the next two is set.
         resume: go on from the newest whole checkpoint (with `allow_change`, also with a recipe that changes the run).
         overwrite: remove the run at `path` first, and no other file.
-        trackers: left open, for what comes after the training.
+        trackers: stay open for what is logged after the training.
 
     Raises:
         Preempted: when SIGTERM or SIGUSR1 has ended the run, with its state saved.
-        UserError: where the run cannot begin, or stops for losses or gradients that are not finite.
+        UserError: when the run cannot begin, or stops because losses or gradients are not finite.
     """
     recipe = note_current_folder(recipe)
     settings, run = recipe.train, RunFolder(path)
     for line in run.check_resume(recipe, allow_change) if resume else ():
-        say(f"note: other than before, {line}")
+        say(f"note: changed since the run began: {line}")
     with ExitStack() as stack:
         stack.enter_context(tf32(settings.tf32))
         trackers = trackers or stack.enter_context(Trackers())
         check_trackers(settings.trackers)
         accelerator = start_accelerator(settings)
-        if not resume:  # now, before `claim` makes the folder a run's
+        if not resume:  # before `claim` marks the folder as a run's
             on_main_process(accelerator, lambda: run.check_new(overwrite))
         check_batch(settings, accelerator.num_processes)
         parts = build_parts(recipe, accelerator)
@@ -106,7 +106,7 @@ def train(
                 after(step + 1, verdict.stop)
             if verdict.stop and step + 1 < settings.steps:
                 on_main_process(accelerator, writer.finish)
-                raise Preempted(f"{run.path} was told to stop, and has saved step {step + 1}")
+                raise Preempted(f"{run.path} was stopped by a signal, and has saved step {step + 1}")
         on_main_process(accelerator, writer.finish)
     accelerator.wait_for_everyone()
     return run
@@ -115,15 +115,15 @@ def train(
 def start_accelerator(settings: TrainSection) -> Accelerator:
     """The processes, devices and precision of a run; a UserError for a precision that this machine does not have."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.precision:
-        AcceleratorState._reset_state()  # one for the whole process, made by a run before this one
-    # The main process may fill a feature cache or judge samples while the others wait, longer than NCCL's ten minutes.
+        AcceleratorState._reset_state()  # a run before this one has made it, for the whole process
+    # The others wait while the main process fills a feature cache or scores samples.
     accelerator = start_processes(patience=timedelta(hours=3), mixed_precision=settings.precision)
     if settings.precision == "fp16":
         on_cpu, sharded = accelerator.device.type == "cpu", wants_sharding(settings.sharding, accelerator)
         if why := "needs a GPU" if on_cpu else "does not go with sharding" if sharded else "":
             raise UserError(f"train.precision fp16 {why}; take bf16, or no for float32")
     atexit.unregister(accelerator.state.destroy_process_group)
-    atexit.register(accelerator.state.destroy_process_group)  # not at the run's end: another may follow
+    atexit.register(accelerator.state.destroy_process_group)  # not at the run's end: another run may follow
     return accelerator
 
 
@@ -131,7 +131,7 @@ def open_run(
     stack: ExitStack, accelerator: Accelerator, run: RunFolder, recipe: Recipe, resume: bool, overwrite: bool,
     allow_change: bool,
 ) -> Path | None:  # fmt: skip
-    """Lock the folder until `stack` ends, and make it ready; the checkpoint to go on from."""
+    """Lock the folder until `stack` ends, prepare it, and return the checkpoint to continue from."""
 
     def prepare() -> Path | None:
         run.claim()
@@ -157,7 +157,7 @@ class AfterStep:
     trackers: Trackers
 
     def __call__(self, step: int, stop: bool) -> None:
-        """After `step` steps; with `stop` a checkpoint is due. A step that scores best has one too."""
+        """After `step` steps. A checkpoint is due with `stop`, and for the best score so far."""
         settings = self.recipe.train
         best = self.evaluator(step) if self.evaluator.due(step) and not stop else None
         checkpoint = stop or bool(best) or self.due(step, settings.checkpoint_every)
@@ -190,9 +190,9 @@ class AfterStep:
             self.writer.start(step, write)
 
     def save_grid(self, step: int) -> None:
-        """Samples of the averaged weights: a few of each of the first ten classes, with the same noise every time.
+        """Save samples of the averaged weights: a few of each of the first ten classes, with the same noise every time.
 
-        While the average is far behind, those of the weights themselves stand beside them.
+        While the average is far behind, samples of the weights themselves are shown beside them.
         """
         from dic_repa.files.pictures import draw_grid, save_picture, save_side_by_side
         from dic_repa.sampling.labels import balanced_labels
@@ -218,8 +218,9 @@ class AfterStep:
             warn(f"the grid of step {step} cannot be written ({getattr(error, 'strerror', error)})")
 
     def stop_not_finite(self, verdict: Verdict) -> None:
-        """End a run whose steps change nothing any more, and write the indices of their samples. What cannot be written
-        is said beside the cause, not in its place.
+        """End a run whose steps change nothing any more, and write the indices of their samples.
+
+        If these cannot be written, the error says that too.
         """
         settings, file = self.recipe.train, self.run.path / "not_finite.json"
 

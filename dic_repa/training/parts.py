@@ -98,8 +98,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
         from dic_repa.sampling.load import Checkpoint
 
-        # Built now, not at the first grid: an autoencoder that is missing shall stop the run before it starts.
-        # In float32 where it is sharded, for a sharded model cannot be copied into another precision.
+        # Built now, so that a missing autoencoder stops the run before it starts, not at the first grid.
+        # In float32 if it is sharded: a sharded model cannot be copied into another precision.
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
         source = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition))
         sampler = source.sampler(sample)
@@ -111,7 +111,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
 
 
 def cast_weights(encoder, precision: str) -> None:
-    """Cast a frozen encoder's weights once that mixed precision would cast at each call: the result is the same."""
+    """Cast those weights of a frozen encoder once that mixed precision would cast at each call, to the same result."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is None or not isinstance(encoder, nn.Module):
         return
@@ -128,7 +128,7 @@ def build_averages(denoiser: Pretrained, settings: TrainSection) -> dict[str, EM
 
 
 def sampled_average(averages: dict[str, EMA], weights: str) -> EMA:
-    """The average that `sample.weights` names; the first where it names the model itself."""
+    """The average that `sample.weights` names; the first one if it names the model itself."""
     known = [RAW, *averages]
     if weights not in known:
         raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
@@ -136,14 +136,14 @@ def sampled_average(averages: dict[str, EMA], weights: str) -> EMA:
 
 
 def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: Accelerator) -> nn.Module:
-    """The model and its averages, cut up alike among the processes."""
+    """The model and its averages, cut up in the same way among the processes."""
     for ema in averages.values():
         shard(ema.model, ema.model, accelerator)
     return accelerator.prepare_model(shard(model, model.denoiser, accelerator), evaluation_mode=True)  # mixed precision
 
 
 def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
-    """A UserError now for what would otherwise fail after days of training: the recipe's sampling and its judge."""
+    """Raise a UserError now if the recipe's sampling or evaluation would fail after days of training."""
     from dic_repa.evaluation.measuring import check_metrics
     from dic_repa.evaluation.runs import by_encoder
     from dic_repa.sampling.sampler import check_sampling
@@ -153,15 +153,15 @@ def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
         names = check_metrics(recipe.evaluate.names, recipe.evaluate.reference)
         if not recipe.alignments and (named := by_encoder(names)):
             raise UserError(
-                f"evaluate: {', '.join(named)} would compare by the encoder of the first alignment, and there is none; "
+                f"evaluate: {', '.join(named)} needs the encoder of the first alignment, and the recipe has none; "
                 "align the run, or name another metric"
             )
 
 
 def build_caches(recipe: Recipe, encoders: list, data: Samples, accelerator: Accelerator) -> dict[str, FeatureCache]:
-    """The feature caches that the recipe asks for; the encoders that they stand in for are let go of."""
+    """The feature caches that the recipe asks for; `encoders` has None in place of those that they replace."""
     caches = {}
-    with accelerator.local_main_process_first():  # who fills what the others then open
+    with accelerator.local_main_process_first():  # it fills the cache that the others then open
         for i, section in enumerate(recipe.alignments):
             if section.cache:
                 named = (section.encoder, section.encoder_options, encoders[i])

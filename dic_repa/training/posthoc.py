@@ -2,7 +2,7 @@
 
 A snapshot is a `PowerEMA` as it was after t steps: the mean of the weights over tau in [0, t] with the profile
 `p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)`. The profile that is asked for is fitted by a linear combination of the
-snapshots' profiles, by least squares, and the snapshots' weights are combined alike.
+snapshots' profiles, by least squares, and the snapshots' weights are combined with the same factors.
 """
 
 from __future__ import annotations
@@ -73,10 +73,7 @@ def combination(steps: list[int], gammas: list[float], step: int, gamma: float) 
 
 
 def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:
-    """The average of width `sigma_rel` after `step` steps (by default those of the last snapshot): tensors by name, and
-    the step.
-
-    """
+    """The average of width `sigma_rel` after `step` steps, by default those of the last snapshot: tensors, and step."""
     snapshots, gamma = list_snapshots(run), sigma_rel_to_gamma(sigma_rel)
     if not snapshots:
         raise no_snapshots(run)
@@ -98,7 +95,7 @@ def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tu
 def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: int | None = None) -> int:
     """Write `reconstruct`'s weights as an inference checkpoint, and return its step.
 
-    A UserError where `folder` is there and holds no such average.
+    A UserError if `folder` exists and holds anything else.
     """
     check_folder(folder, "average")
     newest = run.newest_checkpoint("ema")
@@ -109,7 +106,7 @@ def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: in
     try:
         with write_aside(folder, "average") as aside:
             for name in ("config.json", "recipe.yaml", DATA_FILE):
-                if (file := newest / "ema" / name).is_file():  # older checkpoints tell nothing of their data
+                if (file := newest / "ema" / name).is_file():  # older checkpoints have no data.json
                     shutil.copyfile(file, aside / name)
             save_tensors(tensors, aside / "model.safetensors", {"post-hoc EMA": json.dumps(made)})
     except WRITE_ERRORS as error:

@@ -9,10 +9,7 @@ import torch
 
 
 class PowerMeter:
-    """Samples the power of `device` in a thread while it is open; `watts` is their mean.
-
-    None where there is no GPU, or one that does not tell.
-    """
+    """Measures the power of a GPU in a thread while it is open; `watts` is the mean, or None if it is not known."""
 
     def __init__(self, device: torch.device, interval: float = 0.1):
         self.device, self.interval = device, interval
@@ -42,5 +39,5 @@ class PowerMeter:
         while not self._stop.wait(self.interval):
             try:
                 self._samples.append(torch.cuda.power_draw(self.device) / 1000)
-            except Exception:  # the driver's own, of a GPU or container that does not tell
+            except Exception:  # the driver's own: it does not report power, such as in some containers
                 return

@@ -41,23 +41,25 @@ def _handling(handler: Callable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preempted_by_signals() -> Iterator[None]:
-    """While entered, SIGTERM and SIGUSR1 raise Preempted: for the time before the first step and after the last, when
-    there is nothing to save. `stop_request` goes before, while it is entered.
+    """While entered, SIGTERM and SIGUSR1 raise Preempted, unless `stop_request` is entered too.
+
+    For the time before the first step and after the last one, when there is nothing to save.
     """
 
     def stop(_number, _frame) -> None:
-        raise Preempted("told to stop, with nothing left to save")
+        raise Preempted("stopped by a signal, with nothing left to save")
 
     with _handling(stop):
         yield
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """In a loader's process: whoever signals the whole group, it is the parent that says when to stop, after a
-    checkpoint and a grid that may take minutes. A SIGTERM of the parent's own is Python's at its exit, and is obeyed.
+    """In a loader's process: ignore signals to the whole group, since the parent still needs it to save a checkpoint.
+
+    A SIGTERM that the parent itself sends, as Python does at its exit, is obeyed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, where there are no schedulers to send them
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, which clusters do not use
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_obey_parent, daemon=True).start()

@@ -1,8 +1,8 @@
 """Parameters, gradients and optimizer state cut up among the processes (FSDP2), stage by stage.
 
-Torch's own `fully_shard` does it, also where Accelerate was launched with an FSDP2 configuration: so it works over gloo
-on CPU processes too, the averaged weights are cut like the denoiser, and one place says what a stage is. Checkpoints
-hold whole tensors, and load in any number of processes.
+Torch's own `fully_shard` does it, even if Accelerate was launched with an FSDP2 configuration: so it also works on CPU
+processes (gloo), and the averaged weights are cut like the denoiser. Checkpoints hold whole tensors and load in any
+number of processes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from dic_repa.errors import UserError
 
 
 def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
-    """Whether to shard: as the recipe or the launcher's configuration says, where there are several processes."""
-    # Accelerate leaves its FSDP configuration aside where the processes run on CPUs; the launcher's wish is in the
-    # environment.
+    """Whether the recipe or the launcher's configuration asks for sharding, and there are several processes."""
+    # Accelerate ignores its FSDP configuration on CPUs, so the environment is read too.
     launched = accelerator.is_fsdp2 or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return (sharding == "fsdp2" or launched) and accelerator.num_processes > 1
 
@@ -38,8 +37,8 @@ def shard(model: nn.Module, denoiser: Any, accelerator: Accelerator) -> Any:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     model.to(memory_format=torch.contiguous_format)  # it takes no others
     if accelerator.device.type == "cuda":
-        # A GPU's half-precision convolutions are channels_last inside. They reorder the weights then, which are few
-        # beside the activations; those need not be reordered too.
+        # A GPU's half-precision convolutions are channels_last inside. They then reorder the weights, which are small
+        # compared with the activations; so the activations keep their order.
         denoiser.layout = torch.channels_last
     for stage in stages(denoiser):
         fully_shard(stage, mesh=mesh)
@@ -68,9 +67,9 @@ def cut_like(tensor: Tensor, like: Any) -> Tensor:
 
 
 def to_cpu(tree: Any, keep: bool) -> Any:
-    """A copy in CPU memory of all tensors in nested dicts and lists, made whole; None in their place unless `keep`.
+    """A copy in CPU memory of all tensors in nested dicts and lists, each whole; None in their place unless `keep`.
 
-    All processes must call it with the same tree, one after the other for each tensor.
+    All processes must call it with the same tree, since they exchange the shards of each tensor.
     """
     if isinstance(tree, Tensor):
         tensor: Any = tree.detach()

@@ -25,12 +25,12 @@ from dic_repa.training.inputs import check_batch, process_rows, step_generator
 from dic_repa.training.optimizers import skips_on_device
 from dic_repa.training.parts import Parts
 
-LAG = 2  # steps after which a GPU has long counted what `StepGuard` reads
+LAG = 2  # steps after which a GPU has surely computed what `StepGuard` reads
 
 
 @dataclass
 class PassLosses:
-    """The losses of one pass; `share` is the part of the step that it is."""
+    """The losses of one pass, which is the part `share` of a step."""
 
     loss: Tensor  # the sum that is trained for
     denoising: Tensor  # the objective's part of it
@@ -42,7 +42,7 @@ class Tokens(list):
     """The encoders' tokens of one pass, (B, N, D) each; None where an alignment's schedule is at 0."""
 
     def join(self) -> None:
-        """Before the tokens are used: on a GPU they are computed beside the denoiser's forward pass."""
+        """Wait for the tokens before they are used: on a GPU a second stream computes them."""
         for tokens in self:
             stream = None if tokens is None else side_stream(tokens.device)
             if stream is not None:
@@ -167,21 +167,20 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was known at the end of step `step` (counted from 1), in every process the same."""
+    """What was known at the end of step `step` (counted from 1): the same in every process."""
 
     step: int
-    stop: bool = False  # a process has a signal to stop
+    stop: bool = False  # some process has received a signal to stop
     in_a_row: int = 0  # skipped steps up to and with this one
     skipped: int = 0  # skipped steps since the run or its resumption began
 
 
 class StepGuard:
-    """What all processes decide alike after each step, without waiting for the device: whether it counts, and whether
-    to stop.
+    """After each step, all processes decide together whether it counts and whether to stop, without waiting.
 
     A step whose loss or gradient is not finite is skipped by the optimizer on the device, by the flag `found_inf` that
-    gradient scalers use. With an optimizer that does not take it, the host waits for the device in each step, and drops
-    the gradients. With fp16 the gradient scaler skips; that is only counted here. `optimizer` is torch's own.
+    gradient scalers use. For an optimizer that does not take it, the host waits for the device in each step, and drops
+    the gradients. With fp16 the gradient scaler skips the step; here it is only counted. `optimizer` is torch's own.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer):
@@ -212,7 +211,7 @@ class StepGuard:
         self.pending.append((step, known, event))
 
     def verdict(self) -> Verdict:
-        """The newest verdict that is at least `LAG` steps old; on the CPU, where nothing is waited for, the newest."""
+        """The newest verdict; on a GPU one that is at least `LAG` steps old, so that it need not be waited for."""
         while len(self.pending) > (LAG if self.accelerator.device.type == "cuda" else 0):
             step, known, event = self.pending.popleft()
             if event is not None:

@@ -76,7 +76,7 @@ class TensorBoard(OfAccelerate):
     name = "tensorboard"
 
     def configure(self, values: Mapping[str, Any]) -> None:
-        if not self.resumed:  # it would stand beside the first
+        if not self.resumed:  # it would be shown twice
             super().configure(values)
 
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
@@ -160,18 +160,18 @@ class Trackers:
                     self.open[-1].configure(config)
         except UserError:
             raise
-        except Exception as error:  # W&B's and trackio's own kinds, such as for a missing login
+        except Exception as error:  # W&B and trackio raise their own kinds, such as for a missing login
             raise UserError(
                 f"a tracker of train.trackers cannot be started: {first_line(error)}; log in, choose another mode "
                 "(WANDB_MODE=offline), or leave it out"
             ) from None
-        self._list_files()  # now too: a kill leaves no other moment
+        self._list_files()  # already now, in case the run is killed
 
     def _files(self) -> list[Path]:
         return [file for folder in self.folders for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()]
 
     def _list_files(self) -> None:
-        """Note that what came to be in their folders since the start is the run's own, to be overwritten with it."""
+        """Note that the files made in their folders since the start are the run's, to be overwritten with it."""
         with contextlib.suppress(OSError):
             for file in {*self._files()} - self.before:
                 list_output(file)
@@ -182,7 +182,7 @@ class Trackers:
             self._each(lambda tracker: tracker.log(values, step))
 
     def log_picture(self, name: str, file: Path, step: int) -> None:
-        """Log the picture in `file`, if it is there: a full disk may have kept it from being written."""
+        """Log the picture in `file`, unless it is missing because the disk was full."""
         if file.is_file() and self._is_news(name, step):
             with Image.open(file) as image:
                 picture = image.convert("RGB")
@@ -209,7 +209,7 @@ class Trackers:
                 action(tracker)
             except Exception as error:  # somebody else's code, a disk or a network
                 name = getattr(tracker, "name", type(tracker).__name__)
-                warn(f"{name} could not be told: {first_line(error)}")
+                warn(f"{name} could not log: {first_line(error)}")
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -198,7 +198,7 @@ def test_failed_write_is_told_at_once_and_raised_at_the_end_only(tmp_path, capsy
         writer.finish()  # the last one is written
         assert "step_00000001 could not be written" in capsys.readouterr().err
         writer.start(3, fail)
-        with pytest.raises(UserError, match=r"No space left on device.*; there is none before it"):
+        with pytest.raises(UserError, match=r"No space left on device.*; there is no earlier one"):
             writer.finish()
 
 

@@ -49,7 +49,9 @@ def test_a_run_goes_on_by_its_own_recipe(run, train, named):
     _, err = train("--resume", *named, "--set=train.steps=6")
     assert metrics(run)[-1]["step"] == 6
     assert run.recipe() == small_recipe("train.steps=6", "train.seed=5")
-    assert [line for line in err.splitlines() if "->" in line] == ["note: other than before, train.steps: 4 -> 6"]
+    assert [line for line in err.splitlines() if "->" in line] == [
+        "note: changed since the run began: train.steps: 4 -> 6"
+    ]
 
 
 def test_a_finished_run_says_so_and_loads_no_data(run, train, monkeypatch):
@@ -83,8 +85,8 @@ def test_differences_are_named_with_both_values_before_anything_runs(run, train,
     with pytest.raises(ZeroDivisionError):
         main(["train", "digits-urepa", "--resume", "--out=runs/four", *GIVEN, *more])
     assert order == [
-        "note: other than before, train.steps: 4 -> 1000",
-        "note: other than before, sample.num: 500 -> 7",
+        "note: changed since the run began: train.steps: 4 -> 1000",
+        "note: changed since the run began: sample.num: 500 -> 7",
         "built",
     ]
     changing = ["--set=train.seed=6", "--set=model.width=16", "--set=train.steps=9"]
@@ -93,7 +95,7 @@ def test_differences_are_named_with_both_values_before_anything_runs(run, train,
     order.clear()
     with pytest.raises(ZeroDivisionError):
         main(["train", "--resume", "runs/four", "--allow-change", *changing])
-    assert "note: other than before, train.seed: 5 -> 6" in order
+    assert "note: changed since the run began: train.seed: 5 -> 6" in order
 
 
 def test_what_leaves_the_weights_as_they_are_may_differ(run):

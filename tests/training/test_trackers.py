@@ -157,8 +157,8 @@ def test_a_tracker_that_fails_costs_a_warning(tmp_path, capsys):
         trackers.open, trackers.file, trackers.id = [Broken()], tmp_path / "told.json", "1"
         trackers.log({"loss": 1.0}, 1)
     assert capsys.readouterr().err.splitlines() == [
-        "warning: broken could not be told: no route to host",
-        "warning: broken could not be told: RuntimeError",
+        "warning: broken could not log: no route to host",
+        "warning: broken could not log: RuntimeError",
     ]
 
 
