@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def when_interrupted(tell: Callable[[], str]) -> Iterator[None]:
-    """While entered, Ctrl-C ends the command with the line that `tell` gives; the innermost one counts."""
+    """While entered, Ctrl-C ends the command with the line that `tell` gives; the innermost block counts."""
     try:
         yield
     except Interrupted:
@@ -43,14 +43,16 @@ def is_main_process() -> bool:
 
 
 def prints_errors() -> bool:
-    """Whether the command line prints this process's errors: the first process of each machine, since most mistakes are
-    all processes', and some, such as data that is not there, all of a machine's."""
+    """Whether the command line prints this process's errors: only the first process of each machine does.
+
+    Most mistakes are the same in all processes; some, such as missing data, in all of one machine.
+    """
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 @contextlib.contextmanager
 def print_rank_errors() -> Iterator[None]:
-    """Print an error that one process has by itself, such as a damaged file, where the command line will not."""
+    """Print an error that only one process has, such as a damaged file, if the command line will not."""
     try:
         yield
     except (UserError, OSError) as error:

@@ -2,8 +2,8 @@
 
 A recipe is a YAML file. It may name another as its `base:` and then states only what makes it different: dicts are
 merged (null empties one), anything else is replaced; a dotted key, such as `alignments.0.weight`, reaches into a list.
-A recipe that names a model of another family drops the base's `model` section, whose sizes are other keys; one that
-names another data set, objective, optimizer or schedule drops the `options` of the base's.
+A recipe that names a model of another family drops the base's `model` section, because sizes have other keys there. One
+that names another data set, objective, optimizer or schedule drops the base's `options` of it.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def list_paper_rows() -> dict[str, str]:
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe | SamplingRecipe:
     """The recipe of that name or file, with `overrides` such as 'train.steps=200' (values in YAML), validated.
 
-    A plugin, or data, that is not in the current folder is looked for beside the file too.
+    Plugins and data that are not in the current folder are also looked for beside the file.
 
     Raises:
-        UserError: There is no such recipe or key, or a key does not take its value; one line says what would do.
+        UserError: There is no such recipe or key, or a key does not take its value; the line says what would do.
     """
     raw = read_recipe(name_or_path)
     for override in overrides:
@@ -108,7 +108,7 @@ def read_recipe(name_or_path: str | Path) -> dict:
 
 
 def recipe_files(name_or_path: str | Path) -> list[Path]:
-    """The file of that path and those that it is based on; none for a recipe of the package."""
+    """The file of that path and those of its bases; none for a recipe of the package."""
     return [Path(label) for label in _with_bases(name_or_path) if label.endswith((".yaml", ".yml"))]
 
 
@@ -180,7 +180,7 @@ def _with_todays_keys(raw: dict, label: str) -> dict:
 
 
 def _drop_other_model(base: dict, top: dict) -> None:
-    """Empty the `model` section of `base` if `top` names a model of another family, whose sizes are other keys."""
+    """Empty the `model` section of `base` if `top` names a model of another family, which has other keys for sizes."""
     name, model = _part_name(top, "model"), base.get("model")
     if name and isinstance(model, dict) and _family(name) != _family(model.get("name", "DiC")):
         del base["model"]

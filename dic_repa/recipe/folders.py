@@ -1,7 +1,7 @@
 """Where a recipe's plugins and its data are looked for: in the current folder, then in the recipe's `folders`.
 
-`load_recipe` notes the folder of the recipe's file there if it holds what the current folder lacks, and a run notes the
-current folder that it was begun in, so that it finds them again when it is resumed or sampled from another folder.
+`load_recipe` adds the folder of the recipe's file to `folders` if it holds what the current folder lacks. A run adds
+the folder that it was begun in, so that it finds them when it is resumed or sampled from another folder.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dic_repa.recipe import Recipe
 
-# What lies beside a recipe.yaml that came with weights, whose folder is no place to import code from.
+# Found beside a recipe.yaml that came with weights: from such a folder no code is imported.
 _WITH_WEIGHTS = ("checkpoints", "environment.json", "config.json")
 
 
 def note_folders(recipe: Recipe, files: Iterable[Path]) -> None:
-    """Note in `recipe` the folders of its `files`, its own and those of its bases, that hold what is not here."""
+    """Add to the recipe's `folders` those of its `files` (its own and its bases') that hold what is not here."""
     beside = [
         file.parent
         for file in files
@@ -29,7 +29,7 @@ def note_folders(recipe: Recipe, files: Iterable[Path]) -> None:
 
 
 def note_current_folder(recipe: Recipe) -> Recipe:
-    """`recipe`, or a copy that notes the current folder, if that holds a plugin or the data."""
+    """`recipe`, or a copy with the current folder among its `folders` if that holds a plugin or the data."""
     if not any(file.exists() for path in _looked_for(recipe) for file in path):
         return recipe
     noted = recipe.model_copy(deep=True)

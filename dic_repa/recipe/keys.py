@@ -21,7 +21,7 @@ from dic_repa.recipe.values import whole_number, write_yaml
 if TYPE_CHECKING:
     from dic_repa.recipe import Recipe, SamplingRecipe
 
-# What other tools call it. A section's own key goes before one of another section.
+# What other tools call a key. A key of the same section is suggested before one of another section.
 _ELSEWHERE = {
     "train": "trainer",
     "train.steps": "max_steps num_steps n_steps total_steps max_train_steps iterations iters max_iters num_iterations "
@@ -118,7 +118,7 @@ def list_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Key]:
 def find_keys(schema: type[BaseModel], dotted: str) -> list[Key]:
     """The key of that dotted name, such as train.steps, alignments.0.tap or alignments.tap, and those inside it.
 
-    A UserError names the near ones.
+    A UserError for an unknown key names the near ones.
     """
     known = list_keys(schema)
     wanted = _without_index(dotted)
@@ -272,7 +272,7 @@ def assign(raw: dict, dotted: str, value: Any, source: str) -> None:
 def _child(node: Any, part: str, where: str) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
-            raise UserError(f"{where}: there are {len(node)} entries, from 0; '{part}' is none of them")
+            raise UserError(f"{where}: there is no entry '{part}'; there are {len(node)}, counted from 0")
         return node[int(part)]
     if isinstance(node, dict):
         return node[part]

@@ -55,7 +55,7 @@ class ModelSection(Section):
         None, description="blocks of the stages: encoder, encoder, middle, decoder, decoder"
     )
     learn_sigma: bool = Field(False, description="twice the output channels; the second half is a variance")
-    time_scale: Positive = Field(1.0, description="multiplies t before its embedding")
+    time_scale: Positive = Field(1.0, description="multiplies t before it is embedded")
     zero_gates: bool = Field(False, description="start each block as the identity")
     options: dict[str, Any] = Field(default_factory=dict, description="other arguments of the denoiser's constructor")
 
@@ -105,9 +105,9 @@ class AlignmentSection(Section):
 
 
 class OptimizerSection(Section):
-    name: str = Field("adamw", description="adamw, ...: `dic-repa parts optimizer`; or such as torch.optim:NAdam")
+    name: str = Field("adamw", description="adamw, ...: `dic-repa parts optimizer`; or torch's: torch.optim:NAdam")
     learning_rate: Positive = Field(1e-4, description="after the warm-up, before the schedule lowers it")
-    weight_decay: NotNegative = Field(0.0, description="share of a weight that a step at learning rate 1 takes away")
+    weight_decay: NotNegative = Field(0.0, description="share of a weight that a step at learning rate 1 would remove")
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="Adam's decays of the gradient's two moments")
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: eps; momentum of sgd; ...")
 
@@ -123,17 +123,18 @@ class ScheduleSection(Section):
 class TrainSection(Section):
     steps: Count = Field(400_000, description="optimizer steps")
     batch_size: Count = Field(256, description="images of one step, over all processes")
-    micro_batch: Count | None = Field(None, description="at most so many images in one pass of one process; null: all")
+    micro_batch: Count | None = Field(None, description="most images in one pass of one process; null: all")
     gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="decay of the averaged weights that are sampled from")
     ema_warmup: bool = Field(
         True, strict=True, description="an average's decay after n steps is at most (1 + n) / (10 + n)"
     )
     more_ema_decays: list[Probability] = Field(
-        default_factory=list, description="averages kept beside it, in ema-DECAY/"
+        default_factory=list, description="decays of further averages, in ema-DECAY/"
     )
     power_ema: list[Annotated[float, Field(gt=0, le=0.2886, strict=True), REAL]] = Field(
-        default_factory=list, description="sigma_rel of power-function averages, for any average after the run: two"
+        default_factory=list,
+        description="sigma_rel of power-function averages; two give any average after the run",
     )
     snapshot_every: Count | None = Field(None, description="steps between stored snapshots of power_ema; null: none")
     label_dropout: Probability = Field(0.1, description="share of labels replaced by the null class")
@@ -141,17 +142,17 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
     tf32: bool = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
     compile: bool = Field(False, description="torch.compile the denoiser with its heads")
-    seed: Natural = Field(0, description="with a step's number, all that its randomness comes from")
+    seed: Natural = Field(0, description="all randomness of a step comes from it and the step's number")
     log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
     sample_every: Natural = Field(10_000, description="steps between grids of samples; 0: none")
     checkpoint_every: Count = Field(10_000, description="steps between checkpoints; the last step has one too")
-    keep_checkpoints: Count = Field(2, description="how many of the newest stay")
-    keep_every: Count | None = Field(None, description="checkpoints of multiples of this step stay too; null: none")
+    keep_checkpoints: Count = Field(2, description="how many of the newest are kept")
+    keep_every: Count | None = Field(None, description="checkpoints at multiples of this step are kept too; null: none")
     max_skipped: Count = Field(10, description="steps in a row with a loss or gradient not finite that end the run")
-    loader_timeout: Positive = Field(60.0, description="seconds without a batch after which a warning names the step")
+    loader_timeout: Positive = Field(60.0, description="seconds without a batch before a warning")
     trackers: list[Part] = Field(
         default_factory=list,
-        description="who else is told the metrics: tensorboard, wandb, ...: `dic-repa parts tracker`",
+        description="where metrics are also logged: tensorboard, wandb, ...: `dic-repa parts tracker`",
     )
     sharding: Literal["none", "fsdp2"] = Field("none", description="fsdp2: cut the model up among the processes")
 
@@ -166,9 +167,9 @@ class GuidanceSection(Section):
     kind: str = Field("cfg", description="cfg, cfg++ (scale in [0, 1]), ...: `dic-repa parts guidance`")
     scale: NotNegative = Field(1.65, description="1: none; above: towards the class")
     interval: tuple[Time, Time] = Field((0.0, 0.7), description="when guidance acts: 0 is data, 1 is noise")
-    channels: Count | None = Field(None, description="guide the first so many channels only (DiT: 3); null: all")
+    channels: Count | None = Field(None, description="guide only this many first channels (DiT: 3); null: all")
     schedule: str = Field("constant", description="of the scale over the interval: constant, linear, cosine, ...")
-    rescale: Probability = Field(0.0, description="share to which the guided prediction keeps the class's contrast")
+    rescale: Probability = Field(0.0, description="how much the guided prediction keeps the class's contrast")
     doubled: bool | None = Field(
         None, description="both predictions in one batch, faster, or one by one in half the memory; null: as it fits"
     )
@@ -217,7 +218,7 @@ class SampleSection(Section):
         "products that a GPU rounds, the decoder's too",
     )
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
-        "off", description="mode of torch.compile; reduce-overhead: with CUDA graphs, where there is a GPU"
+        "off", description="mode of torch.compile; reduce-overhead: with CUDA graphs, on a GPU"
     )
     weights: Name = Field("ema", description="ema; raw: the model itself; or a further average, such as ema-0.999")
     num: Images = Field(50_000, description="how many images")
@@ -232,7 +233,7 @@ class SampleSection(Section):
     autoencoder: str | None = Field(
         None, description="where the autoencoder is now, a folder or a hub id; null: where it was in training"
     )
-    seed: Natural = Field(0, description="with an image's index, all that its noise comes from")
+    seed: Natural = Field(0, description="all noise of an image comes from it and the image's index")
 
     @classmethod
     def solver_keys(cls) -> tuple[str, ...]:
@@ -241,7 +242,7 @@ class SampleSection(Section):
 
 
 class EvaluateSection(Section):
-    metric: str = Field("digits", description="who judges the samples: digits, or a metric such as fid")
+    metric: str = Field("digits", description="what scores the samples: digits, or a metric such as fid")
     also: list[Name] = Field(default_factory=list, description="further metrics: sfid, is, ...")
     reference: str | None = Field(None, description="real images that fid and its like compare with")
     every: Natural = Field(0, description="steps between evaluations in training; 0: at the end alone")
@@ -263,7 +264,7 @@ class PaperSection(Section):
         default_factory=dict, description="what the row reports of another network than this one: its name to results"
     )
     source: str = Field("", description="where the results, and values that the paper does not state, are from")
-    differs: str = Field("", description="what is not as in the paper, and which values have no source")
+    differs: str = Field("", description="what differs from the paper, and which values have no source")
 
 
 class Recipe(Section):

@@ -17,7 +17,7 @@ _FLOAT = "tag:yaml.org,2002:float"
 
 
 def whole_number(value: Any) -> Any:
-    """1000 of 1000.0, '1e3' and '1_000'; anything else unchanged, for a schema to refuse."""
+    """1000 from 1000.0, '1e3' and '1_000'; anything else unchanged, for a schema to refuse."""
     number = value
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -27,7 +27,7 @@ def whole_number(value: Any) -> Any:
 
 
 def real_number(value: Any) -> Any:
-    """0.001 of '1e-3'; anything else unchanged, for a schema to refuse."""
+    """0.001 from '1e-3'; anything else unchanged, for a schema to refuse."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)

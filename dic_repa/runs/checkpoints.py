@@ -1,7 +1,6 @@
 """The checkpoints in a run's folder: which there are, the newest whole one, the best, and which are removed.
 
-A checkpoint is a folder that is written aside and renamed, so one that bears its name was whole when it was written;
-its manifest tells whether it still is.
+A checkpoint is a folder that is renamed once it is whole; its manifest shows whether it still is.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ class Checkpoints:
         self.checkpoints = self.path / "checkpoints"
 
     def newest_checkpoint(self, part: str = "") -> Path | None:
-        """The whole checkpoint with the most steps; None where there is none at all.
+        """The whole checkpoint with the most steps; None if there are no checkpoints.
 
-        A damaged one is named on standard error and passed over; a UserError where all of them are damaged. `part`
-        looks only at that folder or file of a checkpoint, such as 'ema'.
+        Prints a warning for each newer one that is damaged; a UserError if all are. With `part`, only that folder or
+        file of a checkpoint is checked, such as 'ema'.
         """
         damages: dict[Path, str] = {}
         for folder in sorted(self.list_checkpoints(), key=checkpoint_step, reverse=True):
@@ -56,7 +55,7 @@ class Checkpoints:
     def list_checkpoints(self) -> list[Path]:
         """The folders of all checkpoints, whole or not."""
         named = (folder for folder in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name))
-        files = (MARKER, *CHECKPOINT_FILES)  # the marker goes last when one is removed, which a kill may cut off
+        files = (MARKER, *CHECKPOINT_FILES)  # the marker is removed last, and a kill may come before
         return [folder for folder in named if any((folder / name).exists() for name in files)]
 
     def checkpoint_path(self, step: int) -> Path:
@@ -70,16 +69,16 @@ class Checkpoints:
                 self.remove_checkpoint(folder)
 
     def remove_checkpoint(self, folder: Path) -> None:
-        """Remove a checkpoint of this run, and nothing that is not of it.
+        """Remove a checkpoint of this run, and no other file.
 
-        What damaged it may have hit its list of files too, so that is completed first by what a checkpoint consists of.
+        Its list of files may be damaged too, so it is first completed by the names of a checkpoint's files.
         """
         marker = read_marker(folder) or (Marker("checkpoint") if is_listed(folder) else None)
         if marker is None:
             return
         there = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
         own = {name for name in there if _IN_A_CHECKPOINT.fullmatch(name)}
-        if not own <= marker.names:  # a full disk takes no new list, and seldom needs one
+        if not own <= marker.names:  # otherwise not written, since the disk may be full
             write_marker(folder, Marker("checkpoint", marker.names | own))
         remove_folder(folder)
 

@@ -5,7 +5,7 @@
     checkpoints/        step_00001000/, ..., best       snapshots/      averages to combine after the run
     curves.png          the loss curves                 lock            while a run is at work here
 
-`runs.checkpoints` tells which of the checkpoints are whole, `runs.environment` what environment.json holds.
+`runs.checkpoints` finds the whole checkpoints, `runs.environment` makes the content of environment.json.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RunFolder(Checkpoints):
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """An existing run; a UserError where `path` is none."""
+        """An existing run; a UserError if `path` is not one."""
         run = cls(path)
         if not run.recipe_file.is_file():
             missing = "has no recipe.yaml" if run.path.is_dir() else "does not exist"
@@ -82,14 +82,14 @@ class RunFolder(Checkpoints):
             if file in self._files() or (file.parent in folders and file.name.startswith("step_")):
                 taken.append(file)
         if taken:
-            raise UserError(f"{taken[0]} is in the way of a new run, and none of the old one's; move it, or remove it")
+            raise UserError(f"{taken[0]} is in the way of a new run, and not of the old one; move it, or remove it")
 
     def claim(self) -> None:
         """Mark the folder as a run's, so that `lock` can be made in it; a run that is there stays as it is."""
         if read_marker(self.path) is not None:
             return
         names = self._own_names()
-        for folder in self.list_checkpoints():  # of a version without markers: the manifest lists what is in it
+        for folder in self.list_checkpoints():  # made by a version without markers: take the manifest's list
             with contextlib.suppress(OSError, ValueError, KeyError):
                 files = json.loads((folder / MANIFEST).read_text())["files"]
                 write_marker(folder, Marker("checkpoint", {MANIFEST, *files}))
@@ -99,7 +99,7 @@ class RunFolder(Checkpoints):
         begin_folder(self.path, "run", names)
 
     def create(self, recipe: Recipe, overwrite: bool = False) -> None:
-        """Make the folder for a new run, `check_new` allowing. What is not of a run before is left in it."""
+        """Make the folder for a new run, if `check_new` allows it. Files that no run made stay in it."""
         self.check_new(overwrite)
         if self.path.exists():
             remove_listed(self.path, keep=("lock",))
@@ -108,7 +108,7 @@ class RunFolder(Checkpoints):
         self._make_folders()
 
     def save_recipe(self, recipe: Recipe) -> None:
-        """Write what the run is made by from here on."""
+        """Write the recipe that the run follows from here on."""
         write_whole(self.recipe_file, to_yaml(recipe))
 
     def _make_folders(self) -> None:
@@ -116,7 +116,7 @@ class RunFolder(Checkpoints):
             folder.mkdir(exist_ok=True)
 
     def _files(self) -> list[Path]:
-        """The files that a run has one of."""
+        """The single files of a run."""
         names = ("lock", "not_finite.json", "checkpoints/best", "checkpoints/best.json")
         known = [self.recipe_file, self.environment_file, self.metrics_file, self.curves_file]
         return [*known, *(self.path / name for name in names)]
@@ -144,8 +144,8 @@ class RunFolder(Checkpoints):
         return list(lines.values())
 
     def is_finished(self, steps: int) -> bool:
-        """Whether the whole checkpoint of the last of `steps` is there; a UserError where there are later ones."""
-        last = max(map(checkpoint_step, self.list_checkpoints()), default=0)  # without reading any of them
+        """Whether there is a whole checkpoint of step `steps`; a UserError if there are later ones."""
+        last = max(map(checkpoint_step, self.list_checkpoints()), default=0)  # by their names alone
         newest = self.newest_checkpoint() if last >= steps else None
         if newest is None:
             return False
@@ -157,10 +157,10 @@ class RunFolder(Checkpoints):
         return done
 
     def resume(self, recipe: Recipe, allow_change: bool = False) -> Path | None:
-        """Make an existing run ready to go on, and return the checkpoint to go on from; None where there is none yet.
+        """Prepare an existing run to continue, and return the checkpoint to continue from; None if there is none yet.
 
-        Removes what is newer than that: steps that are about to be done again, and checkpoints that are damaged. The
-        old recipe stays until `save_recipe`: the checkpoint may turn out not to fit the new one.
+        Removes what is newer than that: damaged checkpoints, and what the repeated steps will write again. The old
+        recipe stays until `save_recipe`, since the checkpoint may not fit the new one.
         """
         self.check_resume(recipe, allow_change)
         newest = self.newest_checkpoint()
@@ -181,12 +181,12 @@ class RunFolder(Checkpoints):
 
     def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe that the run was begun with; `overrides` as in `load_recipe`."""
-        # All its keys are there. A run from before there was a warm-up of the average has none.
+        # A recipe of a run has all keys. Without this one, it is of a version without a warm-up of the average.
         older = "ema_warmup" not in (read_recipe(self.recipe_file).get("train") or {"ema_warmup": None})
         return load_training_recipe(self.recipe_file, ["train.ema_warmup=false"] * older + list(overrides))
 
     def _cut_metrics(self, step: int) -> None:
-        # The steps after the checkpoint are about to be done again, and a kill may have cut the last line short.
+        # The steps after the checkpoint are repeated, and a kill may have cut the last line short.
         if not self.metrics_file.is_file():
             return
         kept = []

@@ -17,19 +17,22 @@ from dic_repa.runs.lock import holder
 from dic_repa.runs.manifest import find_damage
 
 TAIL = 1 << 16  # bytes of metrics.jsonl's end that are looked at
-LINES = 5  # of these, over which the speed is taken
-# A folder with two of them was a run, whatever else it lacks.
+LINES = 5  # of them give the speed
+# A folder with two of these is a run, whatever else is missing.
 _PARTS = ("recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "lock")
 _TAKES_A_VALUE = ("--out", "--set", "--processes")  # of the options of `train`
 
 
 @dataclass
 class RunSummary:
-    """What one row tells of a run.
+    """One row of the list.
 
-    state: 'running', 'finished', 'stopped' (before its last step, with a checkpoint), 'no checkpoint' or 'damaged';
-    `why` is who holds the run, or what is damaged. scores: of the newest evaluation. images_per_second: the median of
-    the last lines of metrics.jsonl. written: when anything was last written, in seconds since 1970.
+    Attributes:
+        state: 'running', 'finished', 'stopped' (before its last step, with a checkpoint), 'no checkpoint' or 'damaged'.
+        why: the process that holds the run, or the damage.
+        scores: of the newest evaluation.
+        images_per_second: the median of the last lines of metrics.jsonl.
+        written: when anything was last written, in seconds since 1970.
     """
 
     path: Path
@@ -44,7 +47,7 @@ class RunSummary:
 
 
 def list_runs(folder: str | Path) -> list[RunSummary]:
-    """All runs at and below `folder`, by their paths. What cannot be read makes a run 'damaged', and no error."""
+    """All runs at and below `folder`, by their paths. One that cannot be read is listed as 'damaged'."""
     return [_summary(path) for path in find_runs(Path(folder))]
 
 
@@ -61,7 +64,7 @@ def _summary(path: Path) -> RunSummary:
     summary = RunSummary(path)
     try:
         _fill(summary, RunFolder(path))
-    except Exception as error:  # anything may lie in such a folder, and the other runs are to be listed all the same
+    except Exception as error:  # whatever is wrong with this one, the others are listed
         summary.state, summary.why = "damaged", first_line(error)
     return summary
 
@@ -94,7 +97,7 @@ def _last_write(run: RunFolder) -> float:
 
 
 def _last_lines(file: Path) -> list[dict]:
-    """The records at the end of metrics.jsonl, without what a kill has cut short."""
+    """The records at the end of metrics.jsonl, without lines that are cut short."""
     if not file.is_file():
         return []
     with file.open("rb") as stream:
@@ -104,7 +107,7 @@ def _last_lines(file: Path) -> list[dict]:
 
 
 def _newest_scores(folder: Path) -> dict[str, float]:
-    """The numbers of the record of most steps, of these the last one written: of a judge, or of metrics."""
+    """The numbers of the record with the most steps; of several, of the last one written."""
     newest: tuple[tuple[int, float], dict] = ((-1, 0.0), {})
     for file in [*folder.glob("step_*.json"), *folder.glob("step_*/metrics.json")]:
         record = _parse(file.read_bytes())

@@ -19,15 +19,15 @@ except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]  # mypy has no way to say that a module may be missing
 
 
-LOOK = 0.1  # seconds: longer than `holder` takes to see whether a lock is held
+LOOK = 0.1  # seconds, longer than `holder` holds a lock to look at it
 _held: set[Path] = set()  # by this process
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder (made where it is missing) for this process; a UserError names who holds it already.
+    """Hold the run folder (made if it is missing) for this process; a UserError names the process that holds it.
 
-    A record lock, not flock: a loader process inherits the latter, and would hold it on after its parent was killed.
+    A record lock, not flock: loader processes would inherit flock's and hold it after their parent was killed.
     """
     if fcntl is None:
         yield
@@ -50,8 +50,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Which process works in the run folder, 'process 17 on host'; None for none, or where the system has no locks."""
-    if folder.resolve() in _held:  # opening and closing the file would lose this process's lock
+    """The process that works in the run folder, as 'process 17 on host'; None if there is none or no locks."""
+    if folder.resolve() in _held:  # to open and close the file would release this process's lock
         return _name(json.dumps(_owner()))
     if fcntl is None or not (folder / "lock").is_file():
         return None

@@ -1,4 +1,4 @@
-"""A checkpoint's manifest, the size and SHA-256 of each of its files: it tells a damaged one from a whole one."""
+"""A checkpoint's manifest: the size and SHA-256 of each file, to find damage."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, part: str = "", thorough: bool = True) -> str | None:
-    """What is wrong with the checkpoint `folder`, in a few words; None where all is as its manifest says.
+    """What is wrong with the checkpoint `folder`, in a few words; None if all is as its manifest says.
 
-    `part` is a folder or a file inside it, such as 'ema', where the rest does not matter. Unless `thorough`, only
-    sizes are compared, which is quick.
+    With `part`, only that folder or file in it is checked, such as 'ema'. Unless `thorough`, only sizes are compared,
+    which is quick.
     """
     try:
         listed = json.loads((folder / MANIFEST).read_text())["files"]
@@ -36,7 +36,7 @@ def find_damage(folder: Path, part: str = "", thorough: bool = True) -> str | No
     if part:
         expected = {name: entry for name, entry in expected.items() if f"{name}/".startswith(f"{part}/")}
     try:
-        for name, (size, _) in expected.items():  # sizes first: that is quick, and finds most of what happens
+        for name, (size, _) in expected.items():  # sizes first: that is quick, and finds most damage
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} bytes, not {size}"
         for name, (_, digest) in expected.items() if thorough else ():

@@ -1,1 +1,1 @@
-"""What a process does while it runs: processes, threads, precision, and what it tells the user."""
+"""What a process does while it runs: processes, threads, precision, and messages to the user."""

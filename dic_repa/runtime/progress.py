@@ -1,4 +1,4 @@
-"""How much is said besides results, warnings and errors: progress bars, headers and notes obey one level.
+"""How much is printed besides results, warnings and errors: one level for progress bars, headers and notes.
 
     set_verbosity("quiet")     neither bars nor notes                            dic-repa ... --quiet
     set_verbosity("normal")    bars and notes
@@ -24,7 +24,7 @@ _level = "normal"
 
 
 def set_verbosity(level: str) -> None:
-    """Say as much as `level`, one of `LEVELS`, from now on, in this process."""
+    """Print as much as `level`, one of `LEVELS`, says, in this process."""
     global _level
     if level not in LEVELS:
         raise unknown_name("verbosity", level, LEVELS)
@@ -45,7 +45,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def detail(text: str) -> None:
-    """Print on standard error what only helps to find out what happened, if verbose."""
+    """Print on standard error, if verbose, what helps to find the cause of a problem."""
     if _level == "verbose" and is_main_process():
         tqdm.write(text, file=sys.stderr)
 
@@ -56,7 +56,7 @@ def warn(text: str) -> None:
 
 
 def progress_bar(iterable=None, **options) -> tqdm:
-    """A `tqdm` bar, none if quiet; where standard error is no terminal, a new state every ten seconds at most."""
+    """A `tqdm` bar, unless quiet; if standard error is not a terminal, updated every ten seconds at most."""
     if not sys.stderr.isatty():
         options["mininterval"] = 10
     if _level == "quiet":

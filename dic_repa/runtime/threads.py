@@ -1,5 +1,7 @@
-"""How many threads torch takes on a CPU. By itself it takes one a core, also where other work keeps cores busy; then in
-every operation all threads wait for the one whose core is taken. Here they are fewer.
+"""How many threads torch uses on a CPU.
+
+Its own choice is one a core, even if other work keeps cores busy; then in each operation all threads wait for the one
+that has no core. So here busy cores are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ class CoreWatch:
         self.begin = self._now()
 
     def others(self) -> float:
-        """Their number, of all cores of the machine; an average of the last minute where the system tells no more."""
+        """Their number, of all cores of the machine; the load of the last minute on a system that gives no more."""
         seconds, busy, own = (now - then for now, then in zip(self._now(), self.begin))
         if busy <= 0 or seconds < 0.2:
             return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -41,14 +43,14 @@ _reason = ""
 
 
 def choose_threads(tell: bool = True) -> None:
-    """Leave the cores that others keep busy to them, where there is no GPU and the user has not set OMP_NUM_THREADS.
+    """Use only the cores that others leave free, unless there is a GPU or the user has set OMP_NUM_THREADS.
 
-    Several processes of one machine share its cores evenly. `tell` says so where it is fewer threads than torch's own.
-    For the command line: it goes by what has happened since the process began.
+    Several processes on one machine share its cores evenly. With `tell`, a note says if that is fewer than torch's own.
+    For the command line: it counts from the start of the process.
     """
     global _reason
     if _reason:
-        return  # chosen already: the load is ours by now
+        return  # chosen already; by now the load is our own
     import torch
 
     if torch.cuda.is_available():

@@ -97,7 +97,7 @@ def _write_authors(model: Pretrained, target: Path) -> None:
         if target.suffix == ".safetensors":
             save_tensors(state, aside, {"made_by": MARK})
         else:
-            with aside.open("wb") as file:  # given a path, torch would hide the disk's own error
+            with aside.open("wb") as file:  # with a path, torch would hide a disk's error
                 torch.save({"made_by": MARK, "ema": state}, file)  # "ema": where the authors' sampling looks first
 
 

@@ -1,10 +1,10 @@
-"""Samples by the ten thousand: a folder that several processes fill, that a kill leaves whole, and that goes on.
+"""A folder of many samples: several processes fill it, and after a kill the same command continues.
 
     000000.png, 000001.png, ...    samples.json    what they are: checkpoint, settings, the label of each
 
 Images are sampled in blocks of `batch_size` consecutive indices. A block that lacks an image is sampled as a whole, so
-every image is computed in the same batch and is the same to the bit, whatever the number of processes and kills. (With
-another batch size a rounding may fall the other way; with an adaptive solver, whose steps suit a whole batch, images
+every image is always computed in the same batch and is the same to the bit, whatever the number of processes and kills.
+(Another batch size may round differently; with an adaptive solver, whose steps depend on the whole batch, images then
 change within its tolerances.)
 """
 
@@ -53,7 +53,7 @@ _CHANGEABLE = {
 
 
 class SampleFolder:
-    """A folder of samples, and what is to be in it.
+    """A folder of samples, and what it shall hold.
 
     Args:
         spec: What determines the images. A folder with samples of another spec is refused; more images of the same spec
@@ -72,7 +72,7 @@ class SampleFolder:
         coming = Marker("samples", {*_NAMES, "metrics.json"}, self.num)
         if taken := [name for name in foreign(self.path) if name in coming]:
             raise UserError(
-                f"{self.path / taken[0]} is in the way, and none of these samples; move it, or name another folder"
+                f"{self.path / taken[0]} is in the way, and not one of these samples; move it, or name another folder"
             )
         if overwrite or not (self.path / SAMPLES_FILE).exists():
             return
@@ -94,7 +94,7 @@ class SampleFolder:
             self.spec["evaluations_per_image"] = before["evaluations_per_image"]
 
     def begin(self, overwrite: bool = False) -> None:
-        """Write the spec; remove what a kill left and, to `overwrite`, other samples, but nothing that is not ours."""
+        """Write the spec. Removes what a kill left and, with `overwrite`, other samples, but no other files."""
         self.check(overwrite)
         marker = check_folder(self.path, "samples")
         if marker is None or overwrite:
@@ -133,7 +133,7 @@ class SampleFolder:
                 yield np.stack(list(pool.map(lambda i: load_levels(self.file(i)), indices)))
 
     def has_npz(self) -> bool:
-        """Whether samples.npz is there with as many images: it is written last, and in place of the files it may be."""
+        """Whether samples.npz holds all images; it is written last, and the PNG files may be gone."""
         file = self.path / SAMPLES_NPZ
         return file.is_file() and len(NpzFile(file).mapped("arr_0")) == self.num
 
@@ -194,7 +194,7 @@ def sample_into(
 
     bar = progress_bar(total=total, unit="image", desc="sampling", disable=quiet)
     with when_interrupted(kept), bar, print_rank_errors():
-        # The others are about as far as this one.
+        # The other processes are about as far as this one.
         advance = lambda count: bar.update(min(count * processes, total - bar.n))  # noqa: E731
         fill(folder, sampler, labels, accelerator.process_index, processes, missing, advance)
     accelerator.wait_for_everyone()

@@ -11,11 +11,11 @@ from torch import Tensor
 from dic_repa.conditions import Condition
 from dic_repa.recipe import Recipe, SampleSection
 
-_LABELS = 3  # the purpose of a random number, beside those of dic_repa.samplers.noise
+_LABELS = 3  # a random stream's number; dic_repa.samplers.noise has the others
 
 
 def balanced_labels(recipe: Recipe, condition: Condition, num: int, classes: Sequence[int] | None = None) -> Tensor:
-    """Labels (num,) that go round the `classes`, so that each comes as often as the others.
+    """Labels (num,) that take the `classes` in turn, so that each comes equally often.
 
     By default all that the condition has, or the null for a model that was trained without labels.
     """

@@ -33,7 +33,7 @@ from dic_repa.sampling.sampler import Sampler, check_sampling
 
 @dataclass
 class Checkpoint:
-    """A denoiser to sample from, with the recipe that it was trained by and what is known of its data."""
+    """A denoiser to sample from, its recipe, and what is known of its data."""
 
     denoiser: Pretrained
     recipe: Recipe
@@ -42,7 +42,7 @@ class Checkpoint:
 
     @cached_property
     def condition(self) -> Condition:
-        """What the denoiser is conditioned on, with what is known of it: names of classes, or examples."""
+        """What the denoiser is conditioned on, with the names of classes or with examples if they are known."""
         taken = condition_of_model(self.denoiser)
         assert taken is not None  # every saved denoiser has one
         if not isinstance(taken, ClassLabels):
@@ -141,7 +141,7 @@ def load(
     if recipe is None:
         lacks = f"is neither a run nor a checkpoint: it has no recipe.yaml and no {CONFIG}{suggest_runs(folder)}"
         if (folder / CONFIG).is_file():
-            lacks = "has no recipe.yaml to tell objective and data size; put a training recipe there or pass --recipe"
+            lacks = "has no recipe.yaml to give objective and data size; put a training recipe there or pass --recipe"
         raise UserError(f"{folder} {lacks}")
     import_plugins(recipe)
     if weights is None:
@@ -151,7 +151,7 @@ def load(
 
 
 def weights_folder(path: str | Path) -> Path:
-    """Where the weights that `load` takes of `path` are."""
+    """The folder of the weights that `load` takes from `path`."""
     path = Path(path)
     if path.is_file():
         raise UserError(f"{path} is a file; {_folder_of(path)}")
@@ -170,13 +170,13 @@ def weights_folder(path: str | Path) -> Path:
 
 
 def checkpoint_of(weights: Path) -> Path:
-    """The training checkpoint that a folder of averaged weights lies in, links followed; or else this folder itself."""
+    """The training checkpoint that holds a folder of averaged weights, with links followed; else this folder."""
     weights = weights.resolve()  # checkpoints/best is a link
     return weights.parent if (weights.parent / WEIGHTS).is_file() else weights
 
 
 def home_of(weights: Path) -> Path:
-    """The run's folder that a checkpoint's weights lie in; the checkpoint itself if it is not in a run."""
+    """The run that holds a checkpoint's weights; the checkpoint itself if it is in no run."""
     checkpoint = checkpoint_of(weights)
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 
@@ -198,7 +198,7 @@ def _other_weights(ema: Path, name: str) -> Path:
     """The folder of the weights `name` in the checkpoint that the folder `ema` is in."""
     checkpoint = ema.parent
     if not (checkpoint / MANIFEST).is_file():
-        raise UserError(f"{ema} has one set of weights alone, so not the weights '{name}'; leave --weights out")
+        raise UserError(f"{ema} has only one set of weights, not the weights '{name}'; leave --weights out")
     there = [RAW, *sorted(file.parent.name for file in checkpoint.glob(f"ema*/{CONFIG}"))]
     if name not in there:
         raise UserError(f"{checkpoint} has no weights '{name}'{did_you_mean(name, there)}")
@@ -208,7 +208,7 @@ def _other_weights(ema: Path, name: str) -> Path:
 
 
 def _folder_of(file: Path) -> str:
-    """What to name in place of a file."""
+    """A hint what to name instead of a file."""
     if (file.parent / CONFIG).is_file():
         return f"name its folder, {file.parent}"
     if file.suffix in (".pt", ".pth", ".safetensors"):

@@ -72,15 +72,15 @@ class Sampler:
             for start in range(0, len(labels), size):
                 rows = list(range(start, min(start + size, len(labels))))
                 wanted = len(rows)
-                # Compiled for a full batch, the last one repeats an image to be of that size, rather than compile anew.
-                # An adaptive solver's steps suit all that is in a batch, so there it would change the others.
+                # Compiled for a full batch, the last batch is filled up with copies of an image, not compiled anew.
+                # Not with an adaptive solver: its steps depend on all images of a batch.
                 if start and settings.compile != "off" and info.kind != "adaptive":
                     rows += rows[-1:] * (size - wanted)
                 velocity = guidance.bind(model, y[rows].to(device), weak_model=weak)
                 places = [indices[row] for row in rows]
                 noise = initial_noise(self.shape, settings.seed, places).to(device)
                 options = self._options(info, places)
-                first = start == 0  # the details hold every state, which is too much to keep for each batch
+                first = start == 0  # the details hold every state: too much for each batch
                 with self._exactly():
                     x = sample(velocity, noise, settings.solver, **options, return_info=first)
                 if first:
@@ -88,12 +88,12 @@ class Sampler:
                     self.evaluations = details.nfe
                     if self.trace:
                         self.states, self.times = details.states, details.times
-                if not velocity.doubled:  # nor will the next batch fit
+                if not velocity.doubled:  # the memory was too small, as it will be for the next batch
                     guidance = replace(guidance, doubled=False)
                 yield x[:wanted]
 
         for images in decode_batches(samples(), self.to_images):
-            # Who writes or judges them rounds to the nearest level, which leaves these as they are.
+            # Later rounding to the nearest level leaves these as they are.
             yield (images * 255).floor() / 255 if settings.pixels == "truncate" else images
 
     def size(self) -> tuple[int, int]:
@@ -103,18 +103,18 @@ class Sampler:
         return height, width
 
     def to_images(self, x: Tensor) -> Tensor:
-        """States x decoded, `decode_batch` at once, since an autoencoder takes far more memory than they do."""
+        """States x decoded, `decode_batch` at once, since an autoencoder needs much memory."""
         with self._exactly():
             return torch.cat([self.decode(part) for part in x.split(self.settings.decode_batch)])
 
     def _exactly(self) -> AbstractContextManager[None]:
-        """As exactly as the settings' precision says, whatever training or a measurement has asked for."""
+        """Float32 products as exact as the settings' precision says, whatever was set before."""
         return tf32(self.settings.precision == "tf32")
 
     def _prepare(self, denoiser: Pretrained) -> nn.Module:
         """`denoiser` in the settings' precision, compiled if they say so.
 
-        Cast at each call, not for each batch or step: a run's averaged weights have moved on since the last grid.
+        Cast at each call, since a run's averaged weights have changed since the last grid; not for each batch.
         """
         dtype = DTYPES[self.settings.precision]
         if id(denoiser) not in self._prepared:
@@ -178,7 +178,7 @@ def _finished(images: Tensor, done: torch.cuda.Event) -> Tensor:
 
 
 class _Nothing(Pretrained):
-    """A denoiser that predicts zero, to find out whether it could be sampled from at all."""
+    """A denoiser that predicts zero, to try settings with."""
 
     num_classes = 1
 
@@ -191,7 +191,7 @@ class _Nothing(Pretrained):
 
 
 def check_sampling(settings: SampleSection, objective) -> None:
-    """Raise a UserError now for names and options that sampling by `settings` would fail on later."""
+    """Raise a UserError for names and options that sampling by `settings` would fail on later."""
     sampler = Sampler(_Nothing(), objective, settings.model_copy(update={"batch_size": 1, "compile": "off"}), (1, 1, 1))
     for _ in sampler(torch.zeros(1, dtype=torch.int64)):
         pass

@@ -84,7 +84,7 @@ def test_overrides():
         ("sample.guidance.interval=[0, 2]", "sample.guidance.interval.1 should be less than or equal to 1, not 2"),
         ("model.depths=[1, 2]", "model.depths.2 is missing"),
         ("model=3", "model should be"),
-        ("alignments.4.tap=x", "there are 1 entries, from 0; '4' is none of them"),
+        ("alignments.4.tap=x", "there is no entry '4'; there are 1, counted from 0"),
         ("train.steps.x=1", "'train.steps' has no keys of its own"),
         ("train.steps", "--set takes key=value"),
         ("train.steps={", "is not valid YAML"),

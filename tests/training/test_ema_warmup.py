@@ -165,7 +165,7 @@ def test_sampling_the_raw_weights(call, runs, tmp_path, mistake):
     error = mistake("sample", runs[0].checkpoint_path(8) / "ema-0.2", "--weights=ema-0.9")
     assert "has no weights 'ema-0.9'" in error
     shutil.copytree(runs[0].checkpoint_path(8) / "ema", tmp_path / "alone")
-    assert "has one set of weights alone" in mistake("sample", tmp_path / "alone", "--weights=raw")
+    assert "has only one set of weights" in mistake("sample", tmp_path / "alone", "--weights=raw")
 
 
 def test_judging_the_raw_weights(tmp_path, monkeypatch, capsys):
