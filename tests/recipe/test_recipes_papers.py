@@ -243,7 +243,7 @@ def test_a_recipe_of_ones_own_keeps_its_row_and_what_differs_is_found(tmp_path):
         "train.steps": (1_000_000, 5),
     }
     mine.write_text("base: dic-xl-urepa\nalignments.1.weight: 2\n")
-    with pytest.raises(UserError, match=r"mine.yaml alignments.1.weight: there are 1 entries"):
+    with pytest.raises(UserError, match=r"mine.yaml alignments.1.weight: there is no entry '1'"):
         load_recipe(mine)
 
 
