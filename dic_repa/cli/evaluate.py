@@ -11,7 +11,7 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.judgements import print_judgements
-from dic_repa.cli.options import Command, Count, option_group
+from dic_repa.cli.options import Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import load_for_sampling, sample_settings, sampling_options
 from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dic_repa.evaluation import Measured
     from dic_repa.evaluation.runs import Judgement
 
-ADM = "fid,sfid,is,prec,recall"
+ADM = ["fid", "sfid", "is", "prec", "recall"]
 
 
 @click.command("evaluate", cls=Command)
@@ -34,7 +34,9 @@ ADM = "fid,sfid,is,prec,recall"
     click.option(
         "--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or 'digits'."
     ),
-    click.option("--metrics", help=f"Names from --list-metrics, with commas.  [default: {ADM}]"),
+    click.option(
+        "--metrics", type=Several(str), help=f"Names from --list-metrics, with commas.  [default: {','.join(ADM)}]"
+    ),
     click.option(
         "--list-metrics",
         is_flag=True,
@@ -89,7 +91,7 @@ ADM = "fid,sfid,is,prec,recall"
 def command(
     samples: tuple[Path, ...],
     reference: str | None,
-    metrics: str | None,
+    metrics: list[str] | None,
     fid_infinity: bool,
     recipe: str | None,
     again: bool,
@@ -127,11 +129,7 @@ def command(
         with when_interrupted(lambda: f"interrupted; {kept}"):
             evaluate_and_show(list(samples), recipe, again, **options)
         return
-    names = [name.strip() for name in (metrics or ADM).split(",") if name.strip()]
-    if not names:
-        raise UserError("--metrics names no metric; see --list-metrics")
-    if fid_infinity and "fid-infinity" not in names:
-        names.append("fid-infinity")
+    names = list(dict.fromkeys((metrics or ADM) + (["fid-infinity"] if fid_infinity else [])))
     with when_interrupted(lambda: "interrupted; samples that are drawn are kept, and the same command takes them"):
         measure_and_show(list(samples), reference, names, recipe, again, **options)
 

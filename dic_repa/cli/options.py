@@ -69,6 +69,18 @@ class Count(click.ParamType):
         self.fail(f"takes whole numbers from {self.least}{most}, not '{value}'", parameter, context)
 
 
+class Several(click.ParamType):
+    """A list of values of the type `one`, with commas between them."""
+
+    name = "list"
+
+    def __init__(self, one: Any):
+        self.one = click.types.convert_type(one)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> list:
+        return [self.one(part.strip(), parameter, context) for part in value.split(",")]
+
+
 def recipe_option(key: str, form: str = "{}", **settings: Any) -> Callable:
     """An option that overrides a dotted `key` of a recipe, named as its last part.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.options import Count
-from dic_repa.errors import UserError, is_main_process
+from dic_repa.cli.options import Count, Several
+from dic_repa.errors import is_main_process
 from dic_repa.files.outputs import check_folder
 from dic_repa.runtime.threads import choose_threads
 
@@ -21,8 +21,13 @@ from dic_repa.runtime.threads import choose_threads
     help="The encoder to compare with.  [default: the encoder of the recipe's first alignment]",
 )
 @click.option("--num", type=Count(20), default=1000, help="Images; half train the linear probe.")
-@click.option("--times", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="Noise levels in [0, 1].")
-@click.option("--taps", help="Submodules, such as enc.0.1,mid.0.  [default: a few of each stage]")
+@click.option(
+    "--times",
+    type=Several(click.FloatRange(0, 1)),
+    default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    help="Noise levels, from 0 (data) to 1 (noise).",
+)
+@click.option("--taps", type=Several(str), help="Submodules, such as enc.0.1,mid.0.  [default: a few of each stage]")
 @click.option("--per-stage", type=Count(1), default=4, help="Taps of each stage at most.")
 @click.option("--batch-size", type=Count(1), default=64)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/probe]")
@@ -30,8 +35,8 @@ def command(
     checkpoint: Path,
     encoder: str | None,
     num: int,
-    times: str,
-    taps: str | None,
+    times: list[float],
+    taps: list[str] | None,
     per_stage: int,
     batch_size: int,
     out: Path | None,
@@ -51,13 +56,6 @@ def command(
     """
     if out:
         check_folder(out, "probe")
-    try:
-        levels = [float(part) for part in times.split(",")]
-    except ValueError:
-        levels = []
-    if not levels or not all(0 <= level <= 1 for level in levels):
-        raise UserError(f"--times takes numbers from 0 (data) to 1 (noise) such as 0.2,0.5,0.8, not '{times}'")
-
     if not is_main_process():
         return  # it does not share its work, and two would write the same files
 
@@ -68,13 +66,13 @@ def command(
     from dic_repa.runtime.progress import progress_bar
 
     choose_threads()
-    with progress_bar(total=num * len(levels), unit="image", desc="probing", delay=0.1) as bar:
+    with progress_bar(total=num * len(times), unit="image", desc="probing", delay=0.1) as bar:
         probed = probe_checkpoint(
             checkpoint,
             encoder,
             num,
-            levels,
-            [tap.strip() for tap in taps.split(",")] if taps else (),
+            times,
+            taps or (),
             per_stage,
             batch_size,
             out=out,
@@ -88,7 +86,7 @@ def command(
     for i, tap in enumerate(record["taps"]):
         cells = []
         for rows in record["scores"].values():
-            known = [(value, t) for value, t in zip(rows[i], levels) if value is not None]
+            known = [(value, t) for value, t in zip(rows[i], times) if value is not None]
             cells.append("{:>16.3f} at t = {:<3g}".format(*max(known)) if known else f"{'':>26}")
         click.echo(f"{tap:{width}}" + "".join(f"{cell:>26}" for cell in cells).rstrip())
     click.echo(f"the encoder itself: linear probe {record['reference']['linear_probe']:.3f}")

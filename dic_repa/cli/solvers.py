@@ -8,7 +8,7 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
-from dic_repa.cli.options import Count
+from dic_repa.cli.options import Count, Several
 from dic_repa.errors import UserError
 from dic_repa.recipe.values import MOST_IMAGES
 from dic_repa.registry import import_plugin
@@ -46,12 +46,16 @@ def command(context: click.Context, plugins: tuple[str, ...]):
 @command.command("compare")
 @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option(
-    "--solvers", shell_complete=completion.solvers, default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou"
+    "--solvers",
+    "names",
+    type=Several(str),
+    shell_complete=completion.solvers,
+    default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou",
 )
-@click.option("--evaluations", default="6,12,24,48,96", help="Network evaluations per image.")
+@click.option("--evaluations", type=Several(Count(1)), default="6,12,24,48,96", help="Network evaluations per image.")
 @click.option("--num", type=Count(2, MOST_IMAGES), default=500, help="Samples for each point.")
 @click.option("--out", type=click.Path(path_type=Path), help="The plot.  [default: RUN/evaluation/solvers.png]")
-def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | None):
+def compare(run: Path, names: list[str], evaluations: list[int], num: int, out: Path | None):
     """Sample RUN with each solver at each cost, judge the samples, and plot quality against cost.
 
     An adaptive solver is run at tolerances from 1e-1 to 1e-4 and stands where its evaluations come out. Each point is
@@ -61,9 +65,6 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
     Example:
       dic-repa solvers compare runs/digits-urepa --solvers euler,heun,ab2 --evaluations 8,16,32
     """
-    budgets = [int(part) for part in evaluations.split(",") if part.strip().isdigit()]
-    if len(budgets) < evaluations.count(",") + 1 or min(budgets) < 1:
-        raise UserError(f"--evaluations takes whole numbers from 1 such as 6,12,24, not '{evaluations}'")
     from dic_repa.evaluation.metrics import title
     from dic_repa.evaluation.solvers import compare_solvers, save_comparison
     from dic_repa.files.pictures import check_figure
@@ -71,11 +72,11 @@ def compare(run: Path, solvers: str, evaluations: str, num: int, out: Path | Non
     out = out or run / "evaluation" / "solvers.png"
     check_figure(out)
     points = []
-    for point in compare_solvers(run, solvers.split(","), budgets, num):
+    for point in compare_solvers(run, names, evaluations, num):
         points.append(point)
         shown = ", ".join(f"{title(score)} {value:.4g}" for score, value in point.scores.items())
         click.echo(f"{point.solver:15} {point.evaluations:4} evaluations  {shown}")
     if not points:
-        raise UserError(f"no solver of {solvers} takes as few as {max(budgets)} evaluations: allow more")
+        raise UserError(f"no solver of {', '.join(names)} takes as few as {max(evaluations)} evaluations: allow more")
     save_comparison(points, out)
     click.echo(f"plot: {out}")

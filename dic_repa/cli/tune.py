@@ -7,12 +7,20 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.options import Command, Count, option_group
+from dic_repa.cli.options import Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_option
-from dic_repa.errors import UserError, is_main_process, when_interrupted
+from dic_repa.errors import is_main_process, when_interrupted
 from dic_repa.files.outputs import check_folder
 from dic_repa.recipe.values import MOST_IMAGES
 from dic_repa.runtime.threads import choose_threads
+
+
+def _pair(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise click.BadParameter(f"takes pairs such as 0:0.7,0.2:0.8, not '{text}'") from None
+    return low, high
 
 
 @click.command("tune", cls=Command)
@@ -24,9 +32,12 @@ from dic_repa.runtime.threads import choose_threads
         help="Which score counts: fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]",
     ),
     click.option("--reference", help="Real images for fid and its like: a folder, an .npz, statistics."),
-    click.option("--scales", default="1,1.25,1.5,1.75,2,2.5", help="Guidance scales to try."),
+    click.option("--scales", type=Several(float), default="1,1.25,1.5,1.75,2,2.5", help="Guidance scales to try."),
     click.option(
-        "--intervals", default="0:0.5,0:0.7,0:0.85,0:1,0.2:0.8", help="Intervals of t to try (0 data, 1 noise)."
+        "--intervals",
+        type=Several(_pair),
+        default="0:0.5,0:0.7,0:0.85,0:1,0.2:0.8",
+        help="Intervals of t to try (0 data, 1 noise).",
     ),
     click.option(
         "--num", type=Count(2, MOST_IMAGES), help="Samples of each cell.  [default: a tenth, from 200 to 5000]"
@@ -45,8 +56,8 @@ def command(
     checkpoint: Path,
     metric: str | None,
     reference: str | None,
-    scales: str,
-    intervals: str,
+    scales: list[float],
+    intervals: list[tuple[float, float]],
     num: int | None,
     confirm: int,
     confirm_num: int | None,
@@ -67,12 +78,6 @@ def command(
     """
     if out:
         check_folder(out, "tune")
-    chosen = _numbers("--scales", scales, ",")
-    spans = [tuple(_numbers("--intervals", part, ":")) for part in intervals.split(",")]
-    pairs = [(span[0], span[1]) for span in spans if len(span) == 2]
-    if len(pairs) < len(spans):
-        raise UserError(f"--intervals takes pairs such as 0:0.7,0.2:0.8, not '{intervals}'")
-
     if not is_main_process():
         return  # it does not share its work, and two would write the same files
 
@@ -86,7 +91,7 @@ def command(
     choose_threads()
     loaded = load(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     sample = sample_settings(loaded.recipe.sample, **options)
-    tuner = Tuner(loaded, metric, reference, sample, chosen, pairs, num, confirm, confirm_num, out)
+    tuner = Tuner(loaded, metric, reference, sample, scales, intervals, num, confirm, confirm_num, out)
     cells = len(tuner.cells())
     total = cells * tuner.num + min(confirm, cells) * tuner.confirm_num
     kept = f"interrupted; the finished cells are in {tuner.file}, and the same command goes on with the others"
@@ -99,16 +104,8 @@ def command(
                 bar.total = (bar.total or 0) - count  # there already, so no work of this call
                 bar.write(f"{cell.options:32} {cell.num:6} samples  {title(tuner.score)} {cell.value:.4g}")
 
-        tuned = tuner.run(progress)
-    best = tuned.best
-    click.echo(f"best {title(tuned.score)}: {best.value:.4g} with {best.num} samples")
+        best = tuner.run(progress)[0]
+    click.echo(f"best {title(tuner.score)}: {best.value:.4g} with {best.num} samples")
     given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
     click.echo(f"use: dic-repa sample {checkpoint} {best.options}{given}")
-    click.echo(f"heat map: {tuned.picture}; record: {tuned.record}")
-
-
-def _numbers(option: str, text: str, separator: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(separator)]
-    except ValueError:
-        raise UserError(f"{option} takes numbers, not '{text}'") from None
+    click.echo(f"heat map: {tuner.picture}; record: {tuner.file}")

@@ -49,21 +49,8 @@ class Cell:
         return "--scale 1" if self.scale == 1 else f"--scale {self.scale:g} --interval {low:g} {high:g}"
 
 
-@dataclass
-class Tuned:
-    """The best cell, all cells, those confirmed with many samples, and where the record and the heat map are."""
-
-    best: Cell
-    cells: list[Cell]
-    confirmed: list[Cell]
-    score: str
-    better: str
-    record: Path
-    picture: Path
-
-
 class Tuner:
-    """The search on one checkpoint; `run()` does it.
+    """The search on one checkpoint; `run()` does it. The record is `file`, the heat map `picture`.
 
     Args:
         loaded: what `dic_repa.load` gives for a run or a checkpoint.
@@ -112,7 +99,7 @@ class Tuner:
         self.score = self.judge.check(score or self.judge.main or "")
         self.folder = Path(out) if out else home_of(self.loaded.source) / "tune"
         check_folder(self.folder, "tune")
-        self.file = self.folder / "tune.json"
+        self.file, self.picture = self.folder / "tune.json", self.folder / "tune.png"
         self.spec = {
             "checkpoint": str(self.loaded.source),
             "weights": weights_fingerprint(self.loaded.source / WEIGHTS),
@@ -121,6 +108,7 @@ class Tuner:
             **weak_weights(self.sample),
         }
         self.done = self._read()
+        self.found: list[Cell] = []
         self.best: list[Cell] = []
 
     def cells(self) -> list[tuple[float, tuple[float, float]]]:
@@ -128,25 +116,25 @@ class Tuner:
         plain = [(scale, self.intervals[0]) for scale in self.scales if scale == 1]
         return plain + [(scale, interval) for scale in self.scales if scale != 1 for interval in self.intervals]
 
-    def run(self, progress: Callable[[Cell | None, int], None] = lambda cell, count: None) -> Tuned:
-        """Search, confirm, draw.
+    def run(self, progress: Callable[[Cell | None, int], None] = lambda cell, count: None) -> list[Cell]:
+        """Search, confirm, draw; the best cells, the very best first: those confirmed with many samples, if any are.
 
         `progress(None, count)` is called with images done, `progress(cell, count)` when a cell is done, with the number
         of its images that an earlier call had sampled.
         """
-        found = [self._cell(scale, interval, self.num, progress) for scale, interval in self.cells()]
-        best = self.ranked(found)[: self.confirm]
-        self._finish(found, [])  # to be looked at while the best are confirmed, which may take long
-        confirmed = [self._cell(c.scale, c.interval, self.confirm_num, progress) for c in best]
-        return self._finish(found, self.ranked(confirmed))
+        self.found = [self._cell(scale, interval, self.num, progress) for scale, interval in self.cells()]
+        best = self.ranked(self.found)
+        self._finish(best[: max(1, self.confirm)], [])  # to look at while the best are confirmed, which may take long
+        confirmed = [self._cell(c.scale, c.interval, self.confirm_num, progress) for c in best[: self.confirm]]
+        if confirmed:
+            self._finish(self.ranked(confirmed), self.ranked(confirmed))
+        return self.best
 
-    def _finish(self, found: list[Cell], confirmed: list[Cell]) -> Tuned:
-        better, picture, ranked = self.judge.better[self.score], self.folder / "tune.png", self.ranked(found)
-        tuned = Tuned((confirmed or ranked)[0], found, confirmed, self.score, better, self.file, picture)
-        self.best = confirmed or ranked[: max(1, self.confirm)]
+    def _finish(self, best: list[Cell], confirmed: list[Cell]) -> None:
+        self.best = best
         self._write()
-        save_heat_map(tuned, self.intervals, picture)
-        return tuned
+        better = self.judge.better[self.score]
+        save_heat_map(self.picture, self.score, better, self.intervals, self.found, confirmed)
 
     def ranked(self, cells: list[Cell]) -> list[Cell]:
         """The cells, the best first."""
@@ -198,30 +186,37 @@ def _counted(batches: Iterable[Tensor], progress) -> Iterator[Tensor]:
         progress(None, len(batch))
 
 
-def save_heat_map(tuned: Tuned, intervals: Sequence[tuple[float, float]], path: Path) -> None:
-    """The score over scale and interval; the confirmed cells have a frame, the best a thick one."""
+def save_heat_map(
+    path: Path,
+    score: str,
+    better: str,
+    intervals: Sequence[tuple[float, float]],
+    cells: Sequence[Cell],
+    confirmed: Sequence[Cell],
+) -> None:
+    """The score over scale and interval; the confirmed cells have a frame, the first of them a thick one."""
     from matplotlib.patches import Rectangle
 
-    scales = sorted({cell.scale for cell in tuned.cells})
-    values = {(cell.scale, cell.interval): cell.value for cell in tuned.cells}
-    plain = next((cell.value for cell in tuned.cells if cell.scale == 1), None)
+    scales = sorted({cell.scale for cell in cells})
+    values = {(cell.scale, cell.interval): cell.value for cell in cells}
+    plain = next((cell.value for cell in cells if cell.scale == 1), None)
     nan = float("nan") if plain is None else plain  # the grid has every cell, of scale 1 one for all intervals
     table = np.array([[values.get((scale, interval), nan) for scale in scales] for interval in intervals])
-    heading = f"{title(tuned.score)} ({tuned.better} is better), {tuned.cells[0].num} samples a cell"
-    if tuned.confirmed:
-        heading += f"\nframed: the best, confirmed with {tuned.best.num} samples"
+    heading = f"{title(score)} ({better} is better), {cells[0].num} samples a cell"
+    if confirmed:
+        heading += f"\nframed: the best, confirmed with {confirmed[0].num} samples"
     for_title = 0.085 * max(map(len, heading.splitlines()))  # inches, which a small grid would not have
     wide = max(2.2 + 0.85 * len(scales), for_title)
     figure, ((axis,),) = new_figure(1, 1, (wide, 1.8 + 0.5 * len(intervals)))
     figure.suptitle(heading, fontsize=10)
-    shown = axis.imshow(table, aspect="auto", cmap="viridis" if tuned.better == "higher" else "viridis_r")
+    shown = axis.imshow(table, aspect="auto", cmap="viridis" if better == "higher" else "viridis_r")
     colors = shown.to_rgba(table)
     for i, row in enumerate(table):
         for j, value in enumerate(row):
             red, green, blue, _ = colors[i, j]
             color = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
             axis.text(j, i, f"{value:#.3g}".rstrip("."), ha="center", va="center", fontsize=9, color=color)
-    for k, cell in enumerate(tuned.confirmed):
+    for k, cell in enumerate(confirmed):
         rows = range(len(intervals)) if cell.scale == 1 else [list(intervals).index(cell.interval)]
         for i in rows:
             corner = (scales.index(cell.scale) - 0.47, i - 0.47)

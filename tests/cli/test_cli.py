@@ -197,7 +197,7 @@ def test_mistakes_with_a_run(run, mistake, dic_repa, tmp_path):
     assert "--classes takes numbers" in mistake("sample", folder, "--classes", "5-2")
     assert "--grid takes a name" in mistake("sample", folder, "--grid", "shifted:shift=abc")
     assert "unknown option of time grid 'shifted': 'foo'" in mistake("sample", folder, "--grid", "shifted:foo=3")
-    assert "--evaluations takes whole numbers" in mistake("solvers", "compare", folder, "--evaluations", "a,b")
+    assert "'--evaluations': takes whole numbers" in mistake("solvers", "compare", folder, "--evaluations", "a,b")
     assert "more than train.steps 2" in mistake(
         "train", folder / "recipe.yaml", "--out", folder, "--resume", "--set=train.steps=2"
     )

@@ -261,7 +261,7 @@ def test_mistakes(mistake, run, tmp_path):
     (baseline / "recipe.yaml").write_text(to_yaml(recipe))
     assert "--encoder digits-vit" in mistake("probe", baseline)
     assert "mid.0" in mistake("probe", run.path, "--taps", "mdi.0")
-    assert "--times takes numbers" in mistake("probe", run.path, "--times", "0.5,2")
+    assert "'--times': 2.0 is not in the range 0<=x<=1" in mistake("probe", run.path, "--times", "0.5,2")
     assert "digits-vit" in mistake("probe", run.path, "--encoder", "digit-vit")
     assert "no run or checkpoint folder" in mistake("probe", "nowhere")
     (tmp_path / "empty").mkdir()

@@ -107,20 +107,21 @@ def tuner(checkpoint, **options) -> Tuner:
 
 
 def test_the_best_is_found_and_confirmed(checkpoint, landscape):
-    tuned = tuner(checkpoint).run()
-    assert [(c.scale, c.interval[1]) for c in tuned.confirmed] == [(2.0, 1.0), (2.0, 0.5)]  # with few: the other way
-    assert tuned.best.value == pytest.approx(0)
-    assert tuned.best.options == "--scale 2 --interval 0 1"
+    search = tuner(checkpoint)
+    best = search.run()
+    assert [(c.scale, c.interval[1]) for c in best] == [(2.0, 1.0), (2.0, 0.5)]  # with few: the other way
+    assert best[0].value == pytest.approx(0)
+    assert best[0].options == "--scale 2 --interval 0 1"
     assert len(landscape.asked) == 1 + 3 * 2 + 2  # a scale of 1 has no interval
     assert {seed for *_, seed in landscape.asked} == {5}
-    assert tuned.picture.is_file()
-    record = json.loads(tuned.record.read_text())
-    assert record["best"][0]["options"] == tuned.best.options
+    assert search.picture.is_file()
+    record = json.loads(search.file.read_text())
+    assert record["best"][0]["options"] == best[0].options
     assert len(record["cells"]) == len(landscape.asked)
 
 
 def test_higher_can_be_better(checkpoint, landscape):
-    assert tuner(checkpoint, score="gain").run().best.scale == 2
+    assert tuner(checkpoint, score="gain").run()[0].scale == 2
 
 
 def test_it_goes_on_where_it_stopped(checkpoint, landscape):
@@ -138,25 +139,25 @@ def test_it_goes_on_where_it_stopped(checkpoint, landscape):
         tuner(checkpoint).run(stop_at(4))
     before = list(landscape.asked)
     kept = []
-    finished = tuner(checkpoint).run(lambda cell, count: cell and kept.append(count))
+    search = tuner(checkpoint)
+    best = search.run(lambda cell, count: cell and kept.append(count))
     assert kept == [20] * 4 + [0] * 5
     assert len(landscape.asked) == len(set(landscape.asked)) == 9  # none was done twice
     assert landscape.asked[:4] == before
-    finished.picture.unlink()
+    search.picture.unlink()
     (checkpoint / "tune/tune.json").write_text(json.dumps({"cells": []}))
     with pytest.raises(Stopped):  # the grid is drawn, and its best told, before the confirmation
         tuner(checkpoint).run(stop_at(17))
-    assert finished.picture.is_file()
-    assert len(json.loads(finished.record.read_text())["best"]) == 2
+    assert search.picture.is_file()
+    assert len(json.loads(search.file.read_text())["best"]) == 2
     landscape.asked[9:] = []
     tuner(checkpoint).run()
     landscape.asked[9:] = []
-    again = tuner(checkpoint).run()
+    assert tuner(checkpoint).run() == best
     assert len(landscape.asked) == 9
-    assert again.best == finished.best
     tuner(checkpoint, scales=(2.0, 2.5)).run()
     assert [(scale, high) for scale, high, num, _ in landscape.asked[9:] if num == 20] == [(2.5, 0.5), (2.5, 1.0)]
-    finished.record.write_text(finished.record.read_text()[:50])  # cut short: begin anew
+    search.file.write_text(search.file.read_text()[:50])  # cut short: begin anew
     tuner(checkpoint).run()
     assert len(landscape.asked) >= 18
 
@@ -167,26 +168,28 @@ def test_what_was_found_of_other_weights_is_not_taken_over(checkpoint, landscape
         tuner(checkpoint, score=score, **few).run()
     assert len(landscape.asked) == 4  # the other score's cells are kept
     DiC(width=8, depths=(1, 1, 1, 1, 1), in_channels=1, num_classes=10).save_pretrained(checkpoint)
-    tuned = tuner(checkpoint, score="loss", **few).run()
+    search = tuner(checkpoint, score="loss", **few)
+    search.run()
     assert len(landscape.asked) == 6
-    record = json.loads(tuned.record.read_text())
+    record = json.loads(search.file.read_text())
     record["cells"][0]["scores"]["loss"] = 7  # of the weights that are gone
     (tmp_path / "tune").mkdir()
     (tmp_path / "tune/tune.json").write_text(json.dumps(record))
-    assert _tuning(RunFolder(tmp_path), [])["values"] == [[tuned.cells[0].value, tuned.cells[1].value]]
+    assert _tuning(RunFolder(tmp_path), [])["values"] == [[cell.value for cell in search.found]]
 
 
 def test_the_judge_of_digits_counts(checkpoint):
     """With the real sampler and judge, the search's value is what the judge says of the same samples."""
-    tuned = tuner(checkpoint, scales=(1.0, 2.0), intervals=((0.0, 1.0),), confirm=0).run()
-    assert tuned.score == "fd-digits"
+    search = tuner(checkpoint, scales=(1.0, 2.0), intervals=((0.0, 1.0),), confirm=0)
+    (best,) = search.run()
+    assert search.score == "fd-digits"
     loaded = load(checkpoint)
-    for cell, guidance in zip(tuned.cells, (None, GuidanceSection(scale=2.0, interval=(0.0, 1.0)))):
+    for cell, guidance in zip(search.found, (None, GuidanceSection(scale=2.0, interval=(0.0, 1.0)))):
         settings = loaded.recipe.sample.model_copy(update={"guidance": guidance, "num": 20})
         labels = balanced_labels(loaded.recipe, ClassLabels(10), 20)
         images = torch.cat(list(loaded.sampler(settings)(labels)))
         assert cell.value == pytest.approx(judge_digits((images * 255).round() / 255, labels)["fd-digits"], rel=1e-9)
-    assert tuned.best.value == min(cell.value for cell in tuned.cells)
+    assert best.value == min(cell.value for cell in search.found)
 
 
 def test_judges():
@@ -211,7 +214,7 @@ def test_command_line(checkpoint, landscape, tmp_path):
 
 
 def test_mistakes(mistake, checkpoint):
-    assert "--scales takes numbers" in mistake("tune", checkpoint, "--scales", "1,two")
+    assert "'--scales': 'two' is not a valid float" in mistake("tune", checkpoint, "--scales", "1,two")
     assert "pairs such as" in mistake("tune", checkpoint, "--intervals", "0.7")
     assert "interval 0.9:0.1" in mistake("tune", checkpoint, "--intervals", "0.9:0.1")
     assert "did you mean fd-digits" in mistake("tune", checkpoint, "--metric", "fd-digit")

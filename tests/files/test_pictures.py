@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from dic_repa.evaluation.solvers import Point, save_comparison
-from dic_repa.evaluation.tune import Cell, Tuned, save_heat_map
+from dic_repa.evaluation.tune import Cell, save_heat_map
 from dic_repa.files.pictures import draw_grid, load_png, save_picture
 from dic_repa.runs.folder import RunFolder
 from dic_repa.training.curves import save_curves
@@ -65,16 +65,14 @@ def test_headings_of_a_grid_are_above_its_columns(tmp_path):
 def test_a_heat_map_names_its_score_in_words(tmp_path, figures):
     cells = [Cell(scale, (0.0, 0.7), 100, scale) for scale in (1.0, 2.0)]
     for score, title in (("fd-digits", "FD-digits (lower"), ("fid", "FID (lower")):
-        tuned = Tuned(cells[0], cells, [], score, "lower", tmp_path / "tune.json", tmp_path / "tune.png")
-        save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
+        save_heat_map(tmp_path / "tune.png", score, "lower", [(0.0, 0.7)], cells, [])
         assert any(text.get_text().startswith(title) for text in figures[-1].findobj(Text))
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.0)])
 def test_the_title_of_a_small_heat_map_is_all_there(tmp_path, figures, scales):
     cells = [Cell(scale, (0.0, 0.7), 50_000, scale) for scale in scales]
-    tuned = Tuned(cells[0], cells, cells, "prec-dinov2", "higher", tmp_path / "tune.json", tmp_path / "tune.png")
-    save_heat_map(tuned, [(0.0, 0.7)], tuned.picture)
+    save_heat_map(tmp_path / "tune.png", "prec-dinov2", "higher", [(0.0, 0.7)], cells, cells)
     figure = figures[-1]
     (title,) = [text for text in figure.findobj(Text) if "confirmed with" in text.get_text()]
     extent = title.get_window_extent(FigureCanvasAgg(figure).get_renderer())
