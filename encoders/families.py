@@ -10,25 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from types import MappingProxyType
 from typing import Any
 
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
+from timm.data import constants
 
 from dic_repa.encoders.base import Card, register_encoder
 from dic_repa.encoders.timm_vit import WEIGHTS_OPTION, TimmViT
 from dic_repa.errors import UserError
 
-IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-CLIP = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-HALF = (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)  # 0.5: images in [-1, 1]
+IMAGENET = (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
+CLIP = (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD)
+HALF = (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)  # 0.5: images in [-1, 1]
 NON_COMMERCIAL = "CC BY-NC 4.0"
 
 
@@ -40,16 +32,15 @@ class Family(Card):
     statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
     norm: bool = True  # whether the tokens pass the final norm
     in_timm: bool = True  # False: the weights must be fetched by hand, from `source`
-    model_args: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-
-def _dinov2(size: str, width: int, parameters: float, registers: bool = False) -> Family:
-    model = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m"
-    return Family(width, 14, 256, parameters, f"hub:timm/{model}", "Apache-2.0", model)
+    model_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _row(width: int, patch: int, parameters: float, model: str, licence: str, source: str = "", **options) -> Family:
     return Family(width, patch, 256, parameters, source or f"hub:timm/{model}", licence, model, **options)
+
+
+def _dinov2(size: str, width: int, parameters: float) -> Family:
+    return _row(width, 14, parameters, f"vit_{size}_dinov2.lvd142m", "Apache-2.0")
 
 
 def _clip(width: int, patch: int, parameters: float, size: str) -> Family:
@@ -73,17 +64,17 @@ _MOCO = "https://dl.fbaipublicfiles.com/moco-v3/vit-{0}-300ep/vit-{0}-300ep.pth.
 _IJEPA = "https://dl.fbaipublicfiles.com/ijepa/{0}.pth.tar"
 _IJEPA_H, _IJEPA_G = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_giant_patch16_gap_224.in22k_ijepa"
 # MoCo v3's small ViT has twice the heads of timm's.
-_MOCO_SMALL = {"in_timm": False, "model_args": MappingProxyType({"num_heads": 12})}
+_MOCO_SMALL: dict[str, Any] = {"in_timm": False, "model_args": {"num_heads": 12}}
 
 FAMILIES: dict[str, Family] = {
-    "dinov2-vit-s": _dinov2("small", 384, 22.1),
-    "dinov2-vit-b": _dinov2("base", 768, 86.6),
-    "dinov2-vit-l": _dinov2("large", 1024, 304.4),
-    "dinov2-vit-g": _dinov2("giant", 1536, 1136.5),
-    "dinov2reg-vit-s": _dinov2("small", 384, 22.1, registers=True),
-    "dinov2reg-vit-b": _dinov2("base", 768, 86.6, registers=True),
-    "dinov2reg-vit-l": _dinov2("large", 1024, 304.4, registers=True),
-    "dinov2reg-vit-g": _dinov2("giant", 1536, 1136.5, registers=True),
+    "dinov2-vit-s": _dinov2("small_patch14", 384, 22.1),
+    "dinov2-vit-b": _dinov2("base_patch14", 768, 86.6),
+    "dinov2-vit-l": _dinov2("large_patch14", 1024, 304.4),
+    "dinov2-vit-g": _dinov2("giant_patch14", 1536, 1136.5),
+    "dinov2reg-vit-s": _dinov2("small_patch14_reg4", 384, 22.1),
+    "dinov2reg-vit-b": _dinov2("base_patch14_reg4", 768, 86.6),
+    "dinov2reg-vit-l": _dinov2("large_patch14_reg4", 1024, 304.4),
+    "dinov2reg-vit-g": _dinov2("giant_patch14_reg4", 1536, 1136.5),
     "dinov3-vit-s": _row(384, 16, 21.6, "vit_small_patch16_dinov3.lvd1689m", _DINOV3),
     "dinov3-vit-s+": _row(384, 16, 28.7, "vit_small_plus_patch16_dinov3.lvd1689m", _DINOV3),
     "dinov3-vit-b": _row(768, 16, 85.6, "vit_base_patch16_dinov3.lvd1689m", _DINOV3),

@@ -51,8 +51,7 @@ class AutoencoderSpec:
         """Whether both are the same autoencoder, by fingerprint if both have one, else by all but the name."""
         if self.fingerprint and other.fingerprint:
             return self.fingerprint == other.fingerprint
-        mine, its = ({**spec.to_dict(), "name": "", "fingerprint": ""} for spec in (self, other))
-        return mine == its
+        return replace(self, name="", fingerprint="") == replace(other, name="", fingerprint="")
 
     def normalise(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) to the denoiser's data: (z - shift) * scale."""
@@ -69,7 +68,6 @@ class AutoencoderSpec:
         return torch.tensor(values, dtype=like.dtype).view(-1, 1, 1).to(like.device, non_blocking=True)
 
 
-PIXELS = AutoencoderSpec("none", 3, 1, (0.5,) * 3, (2.0,) * 3)
 _SD_VAE: dict[str, Any] = {"channels": 4, "downsample": 8, "shift": (0.0,) * 4, "scale": (0.18215,) * 4}
 # What the papers use: known without their config, so that existing latents train on a machine with no network.
 _KNOWN = {name: AutoencoderSpec(name, **_SD_VAE) for name in ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")}
@@ -122,7 +120,7 @@ def decode_in_batches(autoencoder: Autoencoder, x: Tensor, batch_size: int = DEC
 class Pixels:
     """No autoencoder: the denoiser's data is the image in [-1, 1]."""
 
-    spec = PIXELS
+    spec = AutoencoderSpec("none", 3, 1, (0.5,) * 3, (2.0,) * 3)
     device = torch.device("cpu")
 
     def encode(self, images: Tensor) -> Tensor:
@@ -145,8 +143,9 @@ class KLAutoencoder:
             place, subfolder = _place(name)
             self.model = AutoencoderKL.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
         self.model.eval().requires_grad_(False)
-        spec = _read_spec(name, self.model.config)
-        self.spec = AutoencoderSpec(**{**spec.to_dict(), "fingerprint": _fingerprint(self.model.state_dict(), spec)})
+        spec, state = _read_spec(name, self.model.config), self.model.state_dict()
+        weights = (part for key in sorted(state) for part in (key, state[key].float()))
+        self.spec = replace(spec, fingerprint=fingerprint(json.dumps([spec.shift, spec.scale]), *weights))
 
     @property
     def device(self) -> torch.device:
@@ -188,11 +187,6 @@ def _read_spec(name: str, config: dict) -> AutoencoderSpec:
     return AutoencoderSpec(name, channels, 2 ** (len(config["block_out_channels"]) - 1), shifts, scales)
 
 
-def _fingerprint(state: dict[str, Tensor], spec: AutoencoderSpec) -> str:
-    weights = (part for key in sorted(state) for part in (key, state[key].float()))
-    return fingerprint(json.dumps([spec.shift, spec.scale]), *weights)
-
-
 @contextlib.contextmanager
 def _explain_errors(name: str) -> Iterator[None]:
     """Turn diffusers' errors, many lines long, into one line that says what to get and where to put it."""
@@ -202,7 +196,7 @@ def _explain_errors(name: str) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
-            # Of an argument that diffusers passes on to the hub's client, and nobody else.
+            # About an argument that diffusers itself passes to the hub's client.
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
             yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -210,15 +204,15 @@ def _explain_errors(name: str) -> Iterator[None]:
         place, subfolder = _place(name)
         if Path(place).is_dir():
             reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({reason})"
-            ) from None
-        if place.startswith((".", "/", "~")) or place.count("/") != 1:
-            raise UserError(f"there is no autoencoder '{place}': name a local folder or a hub id") from None
-        where = f"https://huggingface.co/{place}/tree/main/{subfolder or ''}".rstrip("/")
-        raise UserError(
-            f"the autoencoder {name} cannot be fetched from the hub; download {files} from {where} into a folder "
-            "and name that folder in its place"
-        ) from None
+            message = f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({reason})"
+        elif place.startswith((".", "/", "~")) or place.count("/") != 1:
+            message = f"there is no autoencoder '{place}': name a local folder or a hub id"
+        else:
+            where = f"https://huggingface.co/{place}/tree/main/{subfolder or ''}".rstrip("/")
+            message = (
+                f"the autoencoder {name} cannot be fetched from the hub; download {files} from {where} into a folder "
+                "and name that folder in its place"
+            )
+        raise UserError(message) from None
     finally:
         logging.set_verbosity(verbosity)

@@ -9,7 +9,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,10 @@ class FileTree:
     names: list[str]
     folders: list[str]
     read: Callable[[str], bytes] = field(repr=False)
+
+    def ending_in(self, endings: Collection[str]) -> list[str]:
+        """The names with one of the `endings`, such as '.png', in capitals or not."""
+        return [name for name in self.names if PurePosixPath(name).suffix.lower() in endings]
 
 
 def open_tree(path: str | Path) -> FileTree:
@@ -74,19 +78,19 @@ def _read_file(folder: Path, name: str) -> bytes:
 class _ZipReader:
     def __init__(self, path: Path):
         self.path = path
-        self.handle: zipfile.ZipFile | None = None
-        self.process: int | None = None
+        self.handles: dict[int, zipfile.ZipFile] = {}
 
     def __call__(self, name: str) -> bytes:
-        if self.handle is None or self.process != os.getpid():  # two processes must not share a file's position
-            self.handle, self.process = zipfile.ZipFile(self.path), os.getpid()
+        process = os.getpid()
+        if process not in self.handles:  # two processes must not share a file's position
+            self.handles = {process: zipfile.ZipFile(self.path)}
         try:
-            return self.handle.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last for an encrypted one
+            return self.handles[process].read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:  # the last if encrypted
             raise OSError(f"{name} in {self.path} cannot be unpacked ({error})") from None
 
-    def __getstate__(self):
-        return {"path": self.path, "handle": None, "process": None}
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "handles": {}}
 
 
 def _open_zip(path: Path) -> FileTree:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError
 from dic_repa.files.pictures import unit_images
 
 EXTENSIONS = frozenset(".png .jpg .jpeg .jpe .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split())
@@ -74,8 +74,6 @@ IMAGE_FORMATS = {
 
 def encode_file(image: Image.Image, format: str) -> bytes:
     """The image as a file: 'webp' or 'png', without loss, or 'jpeg', quality 95 without colour subsampling."""
-    if format not in IMAGE_FORMATS:
-        raise unknown_name("image format", format, IMAGE_FORMATS)
     file = io.BytesIO()
     image.save(file, format, **IMAGE_FORMATS[format])
     return file.getvalue()

@@ -8,9 +8,8 @@ names), and no images.
 from __future__ import annotations
 
 import io
-import json
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from dic_repa.data.autoencoders import load_spec
 from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, decode_image, to_levels
 from dic_repa.data.latents import LatentDataset
+from dic_repa.data.sources import read_labels
 from dic_repa.errors import UserError
 
 DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
@@ -47,19 +47,17 @@ class RepaLayout(LatentDataset):
     ):
         self.path, self.size, self.spec = Path(path), size, load_spec(autoencoder)
         self.images, self.moments = _part(self.path, "images"), _part(self.path, "vae-sd")
-        self.image_names = [n for n in self.images.names if _suffix(n) in EXTENSIONS | {".npy"}]
-        self.moment_names = [n for n in self.moments.names if _suffix(n) == ".npy"]
+        self.image_names = self.images.ending_in(EXTENSIONS | {".npy"})
+        self.moment_names = self.moments.ending_in({".npy"})
         if not self.moment_names or len(self.image_names) != len(self.moment_names):
             raise UserError(
                 f"{path} has {len(self.image_names)} images and {len(self.moment_names)} moments; each needs the other"
             )
-        self.labels = self._read_labels()
-        lowest, highest = min(self.labels), max(self.labels)
-        if lowest < 0:
-            raise UserError(f"{path} has the label {lowest}; classes are numbered from 0")
-        if num_classes is not None and highest >= num_classes:
-            raise UserError(f"{path} has the label {highest}, which is beyond num_classes {num_classes}")
-        self.class_names = tuple(str(k) for k in range(num_classes or highest + 1))
+        table = _read(self.moments, "dataset.json")
+        self.labels, names = read_labels(table, f"{self.moments.path}/dataset.json", self.moment_names)
+        if num_classes is not None and len(names) > num_classes:
+            raise UserError(f"{path} has the label {len(names) - 1}, which is beyond num_classes {num_classes}")
+        self.class_names = tuple(map(str, range(num_classes))) if num_classes else names
         self.check_size(size, _array(self.moments, self.moment_names[0]).shape[-1], str(path))
 
     @cached_property
@@ -67,15 +65,6 @@ class RepaLayout(LatentDataset):
         """What a feature cache knows the images by."""
         place = self.images.path
         return stamp([place] if place.is_file() else [place / name for name in self.image_names])
-
-    def _read_labels(self) -> list[int]:
-        try:
-            table = dict(json.loads(self.moments.read("dataset.json"))["labels"])
-        except (OSError, KeyError, TypeError, ValueError):
-            raise UserError(f"{self.moments.path} has no dataset.json with 'labels'") from None
-        if missing := [name for name in self.moment_names if name not in table]:
-            raise UserError(f"{self.moments.path}/dataset.json misses {len(missing)} files, such as {missing[0]}")
-        return [int(table[name]) for name in self.moment_names]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,7 +88,7 @@ class RepaLayout(LatentDataset):
         return self._image(self.image_names[0]).shape
 
     def _image(self, name: str) -> Tensor:
-        if _suffix(name) != ".npy":
+        if not name.lower().endswith(".npy"):
             return to_levels(decode_image(_read(self.images, name), name))
         levels = _array(self.images, name)
         return torch.from_numpy(levels.reshape(-1, *levels.shape[-2:]))
@@ -128,7 +117,7 @@ class DitLayout(LatentDataset):
         self.path, self.size, self.spec = Path(path), size, load_spec(autoencoder)
         self.features = _only_folder(self.path, "_features")
         self.labels = _only_folder(self.path, "_labels")
-        self.names = [name for name in self.features.names if _suffix(name) == ".npy"]
+        self.names = self.features.ending_in({".npy"})
         # The two folders number the same files; labels that miss one would pair the rest wrongly.
         labelled = set(self.labels.names)
         if missing := [name for name in self.names if name not in labelled]:
@@ -166,10 +155,9 @@ def _only_folder(path: Path, ending: str) -> FileTree:
 
 def _array(tree: FileTree, name: str) -> np.ndarray:
     """A .npy file; never anything pickled."""
+    content = io.BytesIO(_read(tree, name))
     try:
-        return np.load(io.BytesIO(_read(tree, name)), allow_pickle=False)
-    except UserError:
-        raise
+        return np.load(content, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{tree.path}/{name} is no whole .npy file of numbers ({error})") from None
 
@@ -186,7 +174,3 @@ def _latents(tree: FileTree, name: str, shape: tuple[int, int, int]) -> Tensor:
     if array.size != np.prod(shape) or array.shape[-3:] != shape:
         raise UserError(f"{tree.path}/{name} has the shape {list(array.shape)} instead of {list(shape)}")
     return torch.from_numpy(array.reshape(shape))
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()

@@ -92,8 +92,3 @@ def denoiser_data(data: Any, batch: dict[str, Tensor], noise_like: Callable[[Ten
 def global_noise(batch_size: int, rows: slice, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """Draws noise for the global `batch_size`, like one process's share of it, and cuts it to that process's `rows`."""
     return lambda like: torch.randn((batch_size, *like.shape[1:]), generator=generator, device=like.device)[rows]
-
-
-def pixels_decoder(x: Tensor) -> Tensor:
-    """Pixels in [-1, 1] to images in [0, 1]."""
-    return (x.float() / 2 + 0.5).clamp(0, 1)

@@ -9,10 +9,10 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -35,7 +35,8 @@ class ImageSource:
     names: Sequence[str]
     labels: Sequence[int]
     class_names: tuple[str, ...]
-    load_bytes: Callable[[int], bytes] = field(repr=False)
+    read: Callable[[Any], bytes] = field(repr=False)  # the file of one of the `keys`
+    keys: Sequence[Any] = field(repr=False)
     rejected: tuple[str, ...] = ()  # files that are not named as images
     files: Sequence[Path] = field(repr=False, default=())  # that the images are in
     version: str = ""  # of a data set on the hub, which has no files of ours
@@ -46,7 +47,7 @@ class ImageSource:
     def load(self, index: int) -> Image.Image:
         """Image `index` as 8-bit RGB; BadImage names a damaged one."""
         try:
-            data = self.load_bytes(index)
+            data = self.read(self.keys[index])
         except OSError as error:
             raise BadImage(f"{self.names[index]} cannot be read ({error}); restore it") from None
         return decode_image(data, self.names[index])
@@ -58,15 +59,6 @@ class ImageSource:
     def state(self) -> str:
         """Changes with any image, without reading them."""
         return f"{self.fingerprint()} {stamp(self.files)} {self.version}"
-
-
-def _read_named(read: Callable[[str], bytes], names: Sequence[str], index: int) -> bytes:
-    return read(names[index])
-
-
-def _read_row(rows: Any, column: str, index: int) -> bytes:
-    entry = rows[index][column]
-    return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
 
 
 def open_source(
@@ -95,10 +87,10 @@ def open_source(
     inside = [name for name in LABEL_FILES if name in tree.names]
     beside = Path(os.path.relpath(labels, path)).as_posix() if labels else ""
     tree.names = [name for name in tree.names if name not in inside and name != beside]
-    rejected = tuple(name for name in tree.names if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
+    names = tree.ending_in(EXTENSIONS)
+    rejected = tuple(sorted({*tree.names} - {*names}))
     if rejected and not skip_bad:
-        raise UserError(f"{path}: {_named(rejected)} by name no image; remove what is none, or pass --skip-bad")
-    names = [name for name in tree.names if PurePosixPath(name).suffix.lower() in EXTENSIONS]
+        raise UserError(f"{path}: {_named(rejected)} not named as an image; remove what is none, or pass --skip-bad")
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
     class_names: tuple[str, ...] = ()
@@ -110,7 +102,7 @@ def open_source(
     else:
         numbers, class_names = _labels_of_folders(tree, names)
     files = [tree.path / name for name in names] if tree.path.is_dir() else [tree.path]
-    return ImageSource(path, names, numbers, class_names, partial(_read_named, tree.read, names), rejected, files)
+    return ImageSource(path, names, numbers, class_names, tree.read, names, rejected, files)
 
 
 def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -128,22 +120,20 @@ def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[lis
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{label_file} is no labels file: it takes CSV rows 'file,label', or JSON ({error})") from None
     if missing := [name for name in names if name not in table]:
-        raise UserError(f"{label_file} misses {_named(missing)} in it; add them, or remove the files")
+        raise UserError(f"{label_file}: {_named(missing)} not in it; add them, or remove the files")
     given = [table[name] for name in names]
     if all(isinstance(label, int) or re.fullmatch(r"\s*-?[0-9]+\s*", str(label)) for label in given):
         numbers = [int(label) for label in given]
         if min(numbers) < 0:
             raise UserError(f"{label_file} has the label {min(numbers)}; classes are numbered from 0")
         return numbers, tuple(str(k) for k in range(max(numbers) + 1))
-    return _numbered(map(str, given))
+    return _numbered([str(label) for label in given])
 
 
-def _numbered(labels: Iterable[str]) -> tuple[list[int], tuple[str, ...]]:
+def _numbered(labels: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
     """The class number of each label, and the class names in sorted order."""
-    labels = list(labels)
-    class_names = tuple(sorted(set(labels)))
-    index = {name: k for k, name in enumerate(class_names)}
-    return [index[label] for label in labels], class_names
+    numbers = {name: k for k, name in enumerate(sorted(set(labels)))}
+    return [numbers[label] for label in labels], tuple(numbers)
 
 
 def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -204,7 +194,13 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
     rows = data.cast_column(image, datasets.Image(decode=False))
     name = Path(place).resolve().name if Path(place).exists() else path  # however it was typed
     names = [f"{name}#{k}" for k in range(len(labels))]
-    return ImageSource(path, names, labels, class_names, partial(_read_row, rows, image), files=files, version=version)
+    read = partial(_read_row, rows, image)
+    return ImageSource(path, names, labels, class_names, read, range(len(names)), files=files, version=version)
+
+
+def _read_row(rows: Any, column: str, index: int) -> bytes:
+    entry = rows[index][column]
+    return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
 
 
 def _labels_of_column(data, path: str) -> tuple[list[int], tuple[str, ...]]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dic_repa.alignment import Alignment
 from dic_repa.conditions import Condition, class_labels, condition_of_data
 from dic_repa.data import datasets
-from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
+from dic_repa.data.autoencoders import AutoencoderSpec, Pixels, load_autoencoder
 from dic_repa.data.latent_files import DEFAULT_AUTOENCODER
-from dic_repa.data.latents import data_shape, pixels_decoder
+from dic_repa.data.latents import data_shape
 from dic_repa.data.prepared import prepared_spec
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
@@ -107,12 +107,12 @@ def build_decoder(
         name = name or prepared_spec(section.place or "").name
     elif section.name in ("repa", "dit"):
         name = name or DEFAULT_AUTOENCODER
-    return pixels_decoder if name in (None, "none") else load_autoencoder(name, device).decode
+    return load_autoencoder(name or "none", device).decode
 
 
 def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str | None) -> Callable[[Tensor], Tensor]:
     if spec.name == "none":
-        return pixels_decoder
+        return Pixels().decode
     hint = "name its folder with --autoencoder (sample.autoencoder in a recipe)"
     try:
         autoencoder = load_autoencoder(place or spec.name, device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dic_repa.conditions import NoCondition, condition_of_model
-from dic_repa.data.latents import pixels_decoder
+from dic_repa.data.autoencoders import Pixels
 from dic_repa.errors import UserError
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.pretrained import Pretrained
@@ -46,7 +46,7 @@ class Sampler:
     settings: SampleSection
     shape: tuple[int, int, int]
     weak: Pretrained | None = None
-    decode: Callable[[Tensor], Tensor] = pixels_decoder
+    decode: Callable[[Tensor], Tensor] = Pixels().decode
     condition: Any = None
     trace: bool = False
     evaluations: int = 0

@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_layout_is_said(folder, tmp_path):
     with pytest.raises(UserError, match="the label -1"):
         RepaLayout(tmp_path / "repa", 16)
     labels.write_text(json.dumps({"labels": table[1:]}))
-    with pytest.raises(UserError, match=r"misses 1 files, such as 00000/img-mean-std-00000000.npy"):
+    with pytest.raises(UserError, match=r"dataset.json: 1 \(00000/img-mean-std-00000000.npy\) is not in it"):
         RepaLayout(tmp_path / "repa", 16)
     (tmp_path / "repa/images/00000/img00000000.png").unlink()
     with pytest.raises(UserError, match="11 images and 12 moments"):

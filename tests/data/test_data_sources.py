@@ -135,7 +135,7 @@ def test_what_is_wrong_is_said(tree, tmp_path):
         open_source(tree)
     (tree / "empty").rmdir()
     (tree / "dog" / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"1 \(dog/notes.txt\) is by name no image.*--skip-bad"):
+    with pytest.raises(UserError, match=r"1 \(dog/notes.txt\) is not named as an image.*--skip-bad"):
         open_source(tree)
     assert open_source(tree, skip_bad=True).rejected == ("dog/notes.txt",)
     (tree / "dog" / "notes.txt").unlink()
@@ -159,7 +159,7 @@ def test_what_is_wrong_is_said(tree, tmp_path):
 def test_labels_that_miss_files(tree, tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("cat/000.png,cat\ndog/000.png,dog\n")
-    with pytest.raises(UserError, match=r"misses 3 \(cat/001.png, dog/001.png, dog/002.png\)"):
+    with pytest.raises(UserError, match=r"labels.csv: 3 \(cat/001.png, dog/001.png, dog/002.png\) are not in it"):
         open_source(tree, labels)
     names = [f"cat/00{k}.png" for k in range(2)] + [f"dog/00{k}.png" for k in range(3)]
     labels.with_suffix(".json").write_text(json.dumps(dict.fromkeys(names, -1)))
