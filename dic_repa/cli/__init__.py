@@ -11,7 +11,7 @@ import click
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
 from dic_repa.errors import UserError, is_main_process, prints_errors
-from dic_repa.runtime.threads import watch  # noqa: F401 - from now on: by what else goes on while torch is imported
+from dic_repa.runtime.threads import watch  # noqa: F401 - it measures from now on what other processes do
 
 VERBS = {
     "train": "Train a recipe; sample and judge at the end.",
@@ -77,7 +77,7 @@ def cli(**_flags: bool):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, with 2 after a mistake that the user can correct, with 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Anywhere on the line, since one adds them to a command that has just failed.
+    # Anywhere on the line, as one adds them to the end of a command that has failed.
     flags = {flag for flag in FLAGS if flag in arguments}
     debug = "--debug" in flags
     try:
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = [argument for argument in arguments if argument not in FLAGS]
         sys.exit(cli.main(arguments, prog_name="dic-repa", standalone_mode=False) or 0)
     except (UserError, click.ClickException, OSError) as error:
-        # Of a group alone; click has this error since 8.2.
+        # A group without a verb; click has this error since 8.2.
         if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
             click.echo(error.format_message())
             sys.exit(0)
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         if prints_errors():
             click.echo(f"error: {_message(error)}", err=True)
         else:
-            time.sleep(1)  # a launcher stops all processes once one has ended: that must not be before the line is out
+            time.sleep(1)  # a launcher stops all processes once one ends; the line must be printed before
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps it

@@ -1,6 +1,6 @@
-"""What the shell offers behind <Tab>: names of recipes, runs, solvers, encoders and keys, without importing torch.
+"""What the shell offers after <Tab>: names of recipes, runs, solvers, encoders and keys, without importing torch.
 
-Each function takes what click gives it and returns the names that begin with what is typed; where none does, files.
+Each function takes what click gives it and returns the names that begin with the typed text, or files if none does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def recipes(_context, _parameter, typed: str) -> list[CompletionItem]:
 
 
 def runs(_context, _parameter, typed: str) -> list[CompletionItem]:
-    """The runs in runs/, by path or by their own name, else files."""
+    """The runs in runs/, by path or by name, else files."""
     from dic_repa.runs.folder import RUNS, runs_in
 
     found = runs_in(RUNS)
@@ -44,7 +44,7 @@ def runs(_context, _parameter, typed: str) -> list[CompletionItem]:
 
 
 def solvers(_context, _parameter, typed: str) -> list[CompletionItem]:
-    """The solvers; of several with commas, for the last one."""
+    """The solvers; in a list with commas, for the last one."""
     from dic_repa.registry import read_source
 
     before, comma, _ = typed.rpartition(",")

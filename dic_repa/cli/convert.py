@@ -26,8 +26,8 @@ DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     "--recipe",
     help="The recipe that the authors' weights were trained by, such as dic-xl-ddpm; `dic-repa sample` needs it.",
 )
-@click.option("--family", help="The model of an authors' checkpoint, where its file does not say: DiT, SiT or REPA.")
-@click.option("--overwrite", is_flag=True, help="Write over what convert has written at TARGET.")
+@click.option("--family", help="The model of an authors' checkpoint, if its file does not tell: DiT, SiT or REPA.")
+@click.option("--overwrite", is_flag=True, help="Replace what convert has written at TARGET.")
 def command(
     source: Path, target: Path, dtype: str, weights: str, recipe: str | None, family: str | None, overwrite: bool
 ):
@@ -45,7 +45,7 @@ def command(
     """
     if target.suffix[1:].isalpha() and target.suffix not in AUTHORS_FILES and not target.is_dir():
         known = f"{', '.join(AUTHORS_FILES)} are files"
-        raise UserError(f"{target}: {target.suffix} is no ending that convert writes; {known}, and a folder has none")
+        raise UserError(f"{target}: convert writes no {target.suffix} files; {known}, and a folder has no ending")
     if target.suffix in AUTHORS_FILES:
         check_file(target)
     there = target.exists() if target.suffix in AUTHORS_FILES else check_folder(target, "model")

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 @set_option("a recipe")
 @json_option(", unrounded")
 def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str, ...], as_json: bool):
-    """Parameters and multiply-accumulates (MACs; papers call them FLOPs) of models or recipes; by default of all models
-    of patch size 2 and those without patches.
+    """Parameters and multiply-accumulates (MACs; papers call them FLOPs) of models or recipes.
+
+    By default, of all models with patch size 2 or without patches.
 
     NAMES are recipes, models or patterns of models. A DiC is counted with 4 input and 8 output channels and 1000
-    classes, the transformers as their papers have them, attention's products included; a recipe with what it says.
-    "Winograd" is what is left when the blocks' 3x3 convolutions take 2.25 times fewer multiplications.
+    classes, a transformer as in its paper, with attention's products; a recipe with its own sizes.
+    "With Winograd": the blocks' 3x3 convolutions then take 2.25 times fewer multiplications.
 
     \b
     Examples:
@@ -79,7 +80,7 @@ def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> li
         model = build_denoiser(recipe.model, data.channels, data.condition)
         return [(size, model) for size in sizes or (recipe.data.size,)]
     model = create_denoiser(name, **({"learn_sigma": True} if name.startswith("DiC") else {}))
-    if own_size := getattr(model, "size", None):  # its positions are learnt, for one size
+    if own_size := getattr(model, "size", None):  # its positions are learnt for one size
         return [(size, create_denoiser(name, size=size)) for size in sizes or (own_size,)]
     return [(size, model) for size in sizes or (32, 64)]
 

@@ -49,7 +49,7 @@ def set_option(whose: str = "the recipe") -> Callable:
 
 
 def json_option(more: str = "") -> Callable:
-    """The option --json, `as_json`; `more` may say what is printed."""
+    """The option --json, as `as_json`; `more` is added to its help."""
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON{more}.")
 
 
@@ -84,7 +84,7 @@ class Several(click.ParamType):
 def recipe_option(key: str, form: str = "{}", **settings: Any) -> Callable:
     """An option that overrides a dotted `key` of a recipe, named as its last part.
 
-    Words, type and default are the schema's; `form` may put other words around them.
+    Text, type and default come from the schema; `form` may add words around the text.
     """
     field = find_field(Recipe, key)
     words, _, null = (field.description or "").partition("; null: ")
@@ -101,7 +101,7 @@ def recipe_option(key: str, form: str = "{}", **settings: Any) -> Callable:
 
 
 def _click_type(schema: dict[str, Any]) -> Any:
-    """The click type of a JSON schema; null is an option that is not given."""
+    """The click type of a JSON schema; null stands for an option that is not given."""
     schema = next(one for one in schema.get("anyOf", [schema]) if one.get("type") != "null")
     if "enum" in schema:
         return click.Choice(schema["enum"])

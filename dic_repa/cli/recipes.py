@@ -57,7 +57,7 @@ def command(context: click.Context):
 @command.command("show")
 @click.argument("recipe", shell_complete=completion.recipes)
 @set_option()
-@click.option("--comments", is_flag=True, help="Above each key, what it means and its default, as a comment.")
+@click.option("--comments", is_flag=True, help="Above each key, its meaning and default as a comment.")
 def show(recipe: str, overrides: tuple[str, ...], comments: bool):
     """Print RECIPE (a name or a YAML file) resolved, all defaults included.
 
@@ -74,9 +74,9 @@ def show(recipe: str, overrides: tuple[str, ...], comments: bool):
 @command.command("explain")
 @click.argument("key", required=False, shell_complete=completion.keys)
 def explain(key: str | None):
-    """Print what KEY of a recipe, such as train.ema_decay, or each key of a section means, takes and is by default.
+    """Print the meaning, the values and the default of KEY, such as train.ema_decay, or of each key in a section.
 
-    Without KEY, all of them. N is the number of an entry in a list, from 0.
+    Without KEY, of all keys. N is the number of an entry in a list, from 0.
 
     \b
     Examples:
@@ -98,9 +98,9 @@ def _explanation(key: Key) -> str:
 @click.argument("b", shell_complete=completion.recipes)
 @json_option(": the key, and the value in A and in B")
 def diff(a: str, b: str, as_json: bool):
-    """Print the keys in which the recipes A and B differ, defaults filled in, with the value of each.
+    """Print the keys in which the recipes A and B differ, defaults included, with both values.
 
-    `-` stands where a recipe has no such key. Descriptions and the papers' numbers are left out.
+    `-`: the recipe has no such key. Descriptions and the papers' numbers are left out.
 
     \b
     Examples:

@@ -20,7 +20,7 @@ UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 @click.command("runs")
 @click.argument("folder", type=click.Path(path_type=Path), default="runs")
 @click.option("--sort", "key", default="run", metavar="KEY", help="run, recipe, step, state, speed, age, or a score.")
-@click.option("--reverse", is_flag=True, help="The other way round: the largest first.")
+@click.option("--reverse", is_flag=True, help="The largest first.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, unrounded.")
 def command(folder: Path, key: str, reverse: bool, as_json: bool):
     """List the runs in FOLDER and below it: recipe, steps, speed, age of the last write, scores, state.
@@ -45,7 +45,7 @@ def command(folder: Path, key: str, reverse: bool, as_json: bool):
     known = [*KEYS, "age", *sorted({name for run in runs for name in run.scores})]
     if key not in known:
         raise unknown_name("key to sort by", key, known)
-    # The youngest has the latest write.
+    # The least age is the latest write.
     runs = sort_runs(runs, "written", not reverse) if key == "age" else sort_runs(runs, KEYS.get(key, key), reverse)
     if as_json:
         click.echo(json.dumps([_plain(run) for run in runs], indent=2))

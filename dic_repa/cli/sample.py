@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.command("sample", cls=Command, epilog=EPILOG)
 @click.argument("checkpoint", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @option_group(
-    "What to sample, and where to",
+    "What to sample, and where",
     click.option("--out", type=click.Path(path_type=Path), help="Folder for the images.  [default: samples/NAME]"),
     click.option(
         "--recipe",
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     click.option(
         "--conditions",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="Of a model conditioned on vectors or tokens: an .npy file of those to sample for, float, one a row.  "
-        "[default: examples of the training data]",
+        help="For a model conditioned on vectors or tokens: an .npy file of them, float, one in each row.  "
+        "[default: examples from the training data]",
     ),
     click.option(
         "--format",
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
         default="png",
         help="PNG files, ADM's samples.npz (arr_0: uint8 N,H,W,3; arr_1: labels), or both.",
     ),
-    click.option("--trajectory", is_flag=True, help="Also a picture of the way from noise to image: trajectory.png."),
-    click.option("--overwrite", is_flag=True, help="Replace other samples that are there, and no other file."),
+    click.option("--trajectory", is_flag=True, help="Also trajectory.png, a picture of the way from noise to image."),
+    click.option("--overwrite", is_flag=True, help="Replace the samples that are there; other files stay."),
 )
 @sampling_options
 def command(
@@ -60,12 +60,12 @@ def command(
     """Sample from CHECKPOINT: a run's folder, one of its checkpoints, or an inference checkpoint.
 
     Writes 000000.png, 000001.png, ..., grid.png and samples.json, which has each image's label and all settings. An
-    image depends on the seed, its index and its class alone, whatever the number of processes; another batch size may
-    round it differently (an adaptive solver, whose steps suit a whole batch, changes within its tolerances). Stopped
-    or killed, the same command goes on with the images that are missing; a larger --num adds to them.
+    image depends only on the seed, its index and its class, whatever the number of processes; another batch size may
+    round it differently (with an adaptive solver, whose steps depend on the whole batch, within its tolerances). After
+    a stop or a kill, the same command makes the missing images; a larger --num adds to them.
 
-    Which solver? heun with 20 to 50 steps is a safe choice; ab2 or dpmpp-2m where evaluations are dear; euler_maruyama
-    with 250 steps is what the papers report; dopri5 (no --steps, but --rtol and --atol) where accuracy matters most.
+    Which solver? heun with 20 to 50 steps is a safe choice; ab2 or dpmpp-2m for few evaluations; euler_maruyama with
+    250 steps is what the papers report; dopri5 (no --steps, but --rtol and --atol) for the highest accuracy.
 
     An option with [recipe, else ...] overrides that key of the recipe's `sample` section.
 
@@ -93,7 +93,7 @@ def command(
         loaded.condition = read_examples(loaded.condition, conditions)
     chosen = parse_classes(classes, loaded.condition) if classes else None
     labels = draw_labels(loaded.recipe, loaded.condition, settings, chosen)
-    sampler = loaded.sampler(settings)  # before there is a folder
+    sampler = loaded.sampler(settings)  # before the folder is made, since it may fail
     sampler.trace = trajectory
     others = "" if settings.weights == "ema" else f"-{settings.weights}"
     out = out or Path("samples") / f"{checkpoint.resolve().name}{others}"

@@ -1,4 +1,4 @@
-"""The options of `sample` and `evaluate` that override a recipe's `sample` section, and what comes of them."""
+"""The options of `sample` and `evaluate` that override a recipe's `sample` section."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dic_repa.sampling.load import Checkpoint
 
-# Read, since importing them would import torch.
+# Read from the source files, since an import would import torch.
 DIFFUSION_FORMS = read_source("dic_repa.samplers.diffusion_coefficients", "diffusion_forms")
 GUIDANCE_SCHEDULES = read_source("dic_repa.samplers.guidance", "guidance_schedules")
 LAST_STEPS = read_source("dic_repa.samplers.sde", "last_steps")
@@ -40,7 +40,7 @@ EPILOG = (
 )
 
 
-# Words around the schema's, and what completes a value.
+# Words around the schema's text, and functions that complete a value.
 _FORMS = {
     "steps": "Steps {}",
     "weights": "Which weights to sample from: {}",
@@ -52,16 +52,16 @@ _FORMS = {
     "precision": "Number format {}",
 }
 _COMPLETIONS = {"solver": completion.solvers, "weak": completion.runs}
-# Keys whose option is not what the schema alone would make of them.
+# Keys whose option the schema alone does not make.
 _OWN = {
     "classes": click.option(
         "--random-classes/--balanced-classes",
         default=None,
-        help="Draw each image's class, from the seed and its index; or each class as often as the others.  "
+        help="Draw the class of each image from the seed and its index; or take all classes equally often.  "
         "[recipe, else balanced]",
     ),
     "scale": click.option(
-        "--scale", type=float, help="1 is none, above goes towards the class.  [recipe, else no guidance]"
+        "--scale", type=float, help="1: no guidance; above 1: towards the class.  [recipe, else no guidance]"
     ),
     "kind": click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
 }
@@ -83,7 +83,7 @@ def sampling_options(command: Callable) -> Callable:
     groups = {
         "Samples": _SAMPLES,
         "Solver": [key for key in _SOLVER if key != "options"],  # a mapping, for a recipe alone
-        "Guidance, of which --scale alone is needed": GuidanceSection.model_fields,
+        "Guidance (only --scale is needed)": GuidanceSection.model_fields,
         "Speed and places": others,
     }
     for title, keys in reversed(groups.items()):

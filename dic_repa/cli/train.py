@@ -30,7 +30,7 @@ from dic_repa.runtime.threads import choose_threads
     click.option(
         "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
     ),
-    click.option("--overwrite", is_flag=True, help="Remove the run that is there, and no other file; begin anew."),
+    click.option("--overwrite", is_flag=True, help="Remove the run that is there, but no other file, and begin anew."),
 )
 @option_group(
     "Going on with a run",
@@ -40,7 +40,7 @@ from dic_repa.runtime.threads import choose_threads
 @option_group(
     "Trying it out",
     click.option("--dry-run", is_flag=True, help="Three steps on random data, and what the whole run would take."),
-    click.option("--processes", type=Count(1), default=1, help="With --dry-run: how many the run will have."),
+    click.option("--processes", type=Count(1), default=1, help="With --dry-run: processes of the run."),
     click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON."),
 )
 def command(
@@ -53,12 +53,12 @@ def command(
     safe: the newest checkpoint stays whole, and the command to go on is printed. SIGTERM and SIGUSR1 save a checkpoint
     first and exit with code 75, on which a scheduler can requeue the job.
 
-    --resume goes on with the run that RECIPE or --out names, by its own recipe. A recipe or --set that differs from it
-    is named key by key; what would change the run needs --allow-change.
+    --resume continues the run that RECIPE or --out names, with its own recipe. Keys that RECIPE or --set changes are
+    listed; a change that affects the weights needs --allow-change.
 
-    --dry-run builds all of it, runs three steps on random data and prints parameters, memory, speed, time and energy to
-    the end, the disk that checkpoints take, and where the recipe departs from its row of a paper. It writes nothing and
-    needs no data; without a GPU the memory is estimated from shapes.
+    --dry-run builds everything, runs three steps on random data and prints parameters, memory, speed, time and energy
+    to the end, the disk space for checkpoints, and how the recipe differs from its row of a paper. It writes nothing
+    and needs no data; without a GPU the memory is estimated from shapes.
 
     \b
     Examples:
@@ -97,7 +97,7 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
         RunFolder(path).check_new(overwrite)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     shared = f", shared by {launched} processes" if launched > 1 else ""
-    # Both now, since torch takes seconds to import.
+    # Now, since torch takes seconds to import.
     say(f"training into {path}: {settings.train.steps:,} steps of {settings.train.batch_size} images{shared}")
     from torch import OutOfMemoryError
 
@@ -126,7 +126,7 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
             f"the GPU's memory is full ({first_line(error)}); lower train.micro_batch or set "
             "train.gradient_checkpointing=true, which change nothing else: --resume goes on with them"
         )
-        if not prints_errors():  # the process that does may have enough memory
+        if not prints_errors():  # the process that prints errors may have enough memory
             click.echo(f"error: {fault}", err=True)
         raise fault from None
 
@@ -134,9 +134,9 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
 def choose_recipe(
     recipe: str | None, path: Path | None, overrides: tuple[str, ...], resume: bool
 ) -> tuple[Recipe, Path]:
-    """The recipe, and the run's folder; with `resume` those of a run that `recipe` or `path` alone names.
+    """The recipe and the run's folder; with `resume`, those of a run that `recipe` or `path` names.
 
-    A `recipe` names a run, which may be missing, where it holds a recipe.yaml or has a slash and is no YAML file.
+    `recipe` names a run if it holds a recipe.yaml, or has a slash and is not a YAML file.
     """
     file = Path(recipe or "")
     names_run = (file / "recipe.yaml").is_file() or ("/" in (recipe or "") and file.suffix not in (".yaml", ".yml"))
@@ -152,7 +152,7 @@ def choose_recipe(
 
 
 def is_finished(settings: Recipe, path: Path, allow_change: bool) -> bool:
-    """Whether the run has done all its steps. Prints that, and scores the run if its end was cut off before that."""
+    """Whether the run has done all its steps; then say so, and score it if that has not been done yet."""
     run, steps = RunFolder(path), settings.train.steps
     run.check_resume(settings, allow_change)
     if not run.is_finished(steps):
@@ -165,7 +165,7 @@ def is_finished(settings: Recipe, path: Path, allow_change: bool) -> bool:
 
 
 def show_results(run: RunFolder, settings: Recipe):
-    """Score a finished run, where its recipe says how, and print where everything is; the judgement."""
+    """Score a finished run, if its recipe says how, print where everything is, and return the judgement."""
     judged = evaluate_and_show([run.path])[0] if settings.evaluate else None
     if run.curves_file.is_file():
         click.echo(f"loss curves: {run.curves_file}")
@@ -176,7 +176,7 @@ def show_results(run: RunFolder, settings: Recipe):
 
 
 def interrupted_message(path: Path) -> str:
-    """What is safe, and how to go on."""
+    """The line after Ctrl-C: what is safe, and how to continue."""
     run = RunFolder(path)
     if not run.recipe_file.is_file():
         return "interrupted before the run began; nothing was written"
@@ -186,5 +186,5 @@ def interrupted_message(path: Path) -> str:
 
 
 def resume_command(path: Path) -> str:
-    """The line that goes on with the run at `path`."""
+    """The command that continues the run at `path`."""
     return shlex.join(["dic-repa", "train", "--resume", str(path)])

@@ -128,7 +128,7 @@ def test_a_recipe_that_is_not_the_model_s(mistake):
 
 
 def test_targets_that_cannot_be(mistake):
-    assert "px.foo: .foo is no ending that convert writes" in mistake("convert", AUTHORS, "px.foo")
+    assert "px.foo: convert writes no .foo files" in mistake("convert", AUTHORS, "px.foo")
     for target in ("/proc/x", "/proc/x.pt", "/proc/x.safetensors"):
         said = mistake("convert", AUTHORS, target)
         assert f"{target} could not be written" in said
