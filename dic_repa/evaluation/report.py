@@ -1,25 +1,45 @@
 """One self-contained HTML page about a run, or about several side by side.
 
-`report_data.read_run` gathers what a run's folder holds, `write_report` puts it as JSON into the page's template; the
-page's script draws it. Pictures are inlined, nothing is fetched.
+`read_run` gathers what a run's folder holds as plain data, `write_report` puts it as JSON into the page's template; the
+page's script draws it. Pictures are inlined, nothing is fetched. What a run lacks (it may be going on, or its folder be
+damaged) is left out, and named among its `problems`.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import html
+import io
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
 
 from dic_repa import __version__
+from dic_repa.errors import UserError, first_line
 from dic_repa.evaluation.metrics import find_metric, metrics
-from dic_repa.evaluation.report_data import read_run
+from dic_repa.evaluation.runs import describe_sampling
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
+from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
+from dic_repa.recipe.keys import flatten
 from dic_repa.runs.folder import RunFolder
+from dic_repa.runs.listing import current_names
+
+MOST_POINTS = 1500  # of a curve: more than a screen has pixels
+MOST_GRIDS = 60  # of the samples over training
+WIDEST = 1100  # pixels of an inlined picture
+LARGEST = 150_000  # bytes of a PNG that is inlined as it is
+# What the cells of one guidance search have in common.
+_SEARCH = ("checkpoint", "weights", "weak_weights", "score", "reference")
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -29,35 +49,243 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """
     folders, out = [RunFolder.open(path) for path in runs], Path(out)
     check_file(out)
-    write_whole(out, render([read_run(run) | {"name": name} for run, name in zip(folders, distinct_names(folders))]))
-    return out
-
-
-def render(runs: list[dict]) -> str:
-    """The page for runs as `read_run` gives them."""
-    assets = resources.files("dic_repa.evaluation").joinpath("assets")
-    generated = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    names = distinct_names(folders)
     known = {name: metric for name in metrics.names() if (metric := find_metric(name))}
-    scores = {name: {"title": m.title, "better": m.better, "most": m.most} for name, m in known.items()}
-    data = {"version": __version__, "generated": generated, "scores": scores, "runs": runs}
+    data = {
+        "version": __version__,
+        "generated": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "scores": {name: {"title": m.title, "better": m.better, "most": m.most} for name, m in known.items()},
+        "runs": [read_run(run) | {"name": name} for run, name in zip(folders, names)],
+    }
+    assets = resources.files("dic_repa.evaluation").joinpath("assets")
+    page, style, *scripts = (
+        assets.joinpath(name).read_text("utf-8") for name in ("report.html", "report.css", "charts.js", "report.js")
+    )
     parts = {
         "MARK": MARK,
-        "TITLE": html.escape(", ".join(run["name"] for run in runs)),
-        "STYLE": assets.joinpath("report.css").read_text("utf-8"),
-        "SCRIPT": assets.joinpath("charts.js").read_text("utf-8") + assets.joinpath("report.js").read_text("utf-8"),
+        "TITLE": html.escape(", ".join(names)),
+        "STYLE": style,
+        "SCRIPT": "".join(scripts),
         # No text of a run can end the element that holds it: "<" appears in it only as an escape.
         "DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     }
-    page = assets.joinpath("report.html").read_text("utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+    write_whole(out, re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page))
+    return out
 
 
 def distinct_names(runs: Sequence[RunFolder]) -> list[str]:
     """Each run's folder name, with as many of its parents as tell it from the others."""
     parts = [run.path.resolve().parts for run in runs]
     names = []
-    for i, mine in enumerate(parts):
-        others = [other for j, other in enumerate(parts) if j != i and other != mine]
+    for mine in parts:
+        others = [other for other in parts if other != mine]
         depth = next((d for d in range(1, len(mine)) if all(o[-d:] != mine[-d:] for o in others)), len(mine))
         names.append("/".join(mine[-depth:]))
     return names
+
+
+def read_run(run: RunFolder) -> dict:
+    """All that the page shows of one run, as plain data; `problems` says in words what could not be read."""
+    problems: list[str] = []
+    recipe, keys = _recipe(run, problems)
+    curves = _curves(run, problems)
+    done = curves["steps"][-1] if curves["steps"] else 0
+    total = recipe.train.steps if recipe else None
+    return {
+        "description": recipe.description if recipe else "",
+        "step": done,
+        "steps": total,
+        "finished": total is not None and done >= total,
+        "alignments": [a.model_dump(include={"encoder", "tap", "head"}) for a in (recipe.alignments if recipe else [])],
+        "metrics": curves,
+        "samples": list(_samples(run, problems)),
+        "evaluations": _evaluations(run, recipe, problems),
+        "probe": _probe(run, problems),
+        "tuning": _tuning(run, problems),
+        "recipe": keys,
+        "environment": _environment(run, problems),
+        "problems": list(dict.fromkeys(problems)),
+    }
+
+
+def _recipe(run: RunFolder, problems: list[str]) -> tuple[Recipe | None, dict[str, str]]:
+    """The run's recipe, and its keys and values as they are shown; without defaults if it is of another version."""
+    try:
+        recipe = load_training_recipe(run.recipe_file)
+        return recipe, _shown(recipe.model_dump(mode="json"))
+    except UserError as error:
+        problems.append(str(error))
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        raw = yaml.safe_load(run.recipe_file.read_text("utf-8"))
+        return None, _shown(raw) if isinstance(raw, dict) else {}
+    return None, {}
+
+
+def _shown(tree: dict) -> dict[str, str]:
+    """Dotted keys and values as text."""
+    leaves = flatten(tree).items()
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for k, v in leaves}
+
+
+def _curves(run: RunFolder, problems: list[str]) -> dict:
+    """The curves by name, a value or None for each of `steps`; means of neighbours if there are too many points."""
+    records = []
+    try:
+        for line in run.metrics_file.read_text("utf-8", errors="replace").splitlines():
+            record = _parse(line)
+            if _has(record, step=int):
+                records.append(record)
+            elif line.strip():
+                problems.append("metrics.jsonl has a line that is cut short; it is left out")
+    except OSError:
+        problems.append("there is no metrics.jsonl yet")
+    names = sorted({name for record in records for name in _numbers(record)} - {"step"})
+    chunk = math.ceil(len(records) / MOST_POINTS) or 1
+    groups = [records[i : i + chunk] for i in range(0, len(records), chunk)]
+    series = {name: [_mean([_number(r.get(name)) for r in group]) for group in groups] for name in names}
+    return {"steps": [group[-1]["step"] for group in groups], "series": series}
+
+
+def _mean(values: list) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return float(f"{sum(numbers) / len(numbers):.6g}") if numbers else None
+
+
+def _samples(run: RunFolder, problems: list[str]) -> Iterator[dict]:
+    """The grids over training, as many as a slider can use, evenly over the steps."""
+    files = sorted(run.samples.glob("step_*.png"))
+    if len(files) > MOST_GRIDS:
+        files = [files[round(i * (len(files) - 1) / (MOST_GRIDS - 1))] for i in range(MOST_GRIDS)]
+    for file in files:
+        try:
+            yield {"step": int(file.stem.removeprefix("step_")), **inline_picture(file)}
+        except (OSError, ValueError) as error:
+            problems.append(f"samples/{file.name} cannot be shown: {first_line(error)}")
+
+
+def inline_picture(path: Path) -> dict:
+    """A picture as a data URI `src` with its `width` and `height`; a large one is made smaller, as WebP."""
+    content, kind = path.read_bytes(), "png"
+    with Image.open(io.BytesIO(content)) as opened:
+        opened.load()
+        image: Image.Image = opened
+        if len(content) > LARGEST or image.width > WIDEST:
+            image = image.convert("RGB")
+            image.thumbnail((WIDEST, 10 * WIDEST))
+            buffer = io.BytesIO()
+            image.save(buffer, "WEBP", quality=85)
+            content, kind = buffer.getvalue(), "webp"
+        source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        return {"src": source, "width": image.width, "height": image.height}
+
+
+def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> list[dict]:
+    """The scores of judged and measured samples, by step; `own` are those sampled as the run's recipe says.
+
+    Samples that are judged (NAME.json) and measured (NAME/metrics.json) have one entry; if both give a score, the
+    judge's is taken.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    folder, own = run.path / "evaluation", describe_sampling(recipe.sample) if recipe else ""
+    for file in [*sorted(folder.glob("*.json")), *sorted(folder.glob("step_*/metrics.json"))]:
+        record, measured = _read_json(file), file.parent != folder
+        step, _, sampling = file.parent.name.removeprefix("step_").partition("-")
+        if record is None or (measured and not (_has(record, metrics=dict) and step.isdigit())):
+            problems.append(f"{file.relative_to(run.path)} is not whole; it is left out")
+        elif measured:
+            sampling = own if sampling == own.replace(" ", "-") else sampling.replace("-", " ")
+            new = {"step": int(step), "sampling": sampling, "evaluations": None, "scores": {}, "reference": {}}
+            entry = found.setdefault(file.parent.name, new)
+            entry["scores"] |= {n: v for n, v in _numbers(record["metrics"]).items() if n not in entry["scores"]}
+        elif _has(record, scores=dict, step=int):
+            scores = current_names(record["scores"])
+            found[file.stem] = {
+                "step": record["step"],
+                "sampling": _describe(record.get("sample")),
+                "evaluations": _number(record.get("evaluations")),
+                "scores": _numbers(scores),
+                "reference": _numbers(scores["reference"]) if _has(scores, reference=dict) else {},
+            }
+    entries = [entry | {"own": recipe is not None and entry["sampling"] == own} for entry in found.values()]
+    return sorted(entries, key=lambda entry: (entry["step"], entry["sampling"]))
+
+
+def _describe(sample: Any) -> str:
+    try:
+        return describe_sampling(SampleSection.model_validate(sample))
+    except ValueError:
+        return ""
+
+
+def _probe(run: RunFolder, problems: list[str]) -> dict | None:
+    """What `dic-repa probe` found, of the newest step that it was run on."""
+    files = sorted((run.path / "probe").glob("*.json"))
+    shown = [r for r in map(_read_json, files) if _has(r, scores=dict) and r.get("taps") and r.get("times")]
+    if len(shown) < len(files):
+        problems.append("a record in probe/ is not whole; it is left out")
+    return max(shown, key=lambda record: record.get("step") or 0, default=None)
+
+
+def _tuning(run: RunFolder, problems: list[str]) -> dict | None:
+    """The grid of `dic-repa tune`: values by interval and scale, of the cells that have the fewest samples."""
+    file = run.path / "tune" / "tune.json"
+    if not file.is_file():
+        return None
+    try:
+        record = _read_json(file)
+        score, best = record["score"], record["best"]
+        # The file keeps the cells of other searches too: of another score, or before the run was trained on.
+        own = [c for c in record["cells"] if all(c.get(key) == record.get(key) for key in _SEARCH)]
+        cells = [(c["sample"]["guidance"], c["sample"]["num"], _number(c["scores"][score])) for c in own]
+        few = min(num for _, num, _ in cells)
+        values = {(g["scale"], tuple(g["interval"])): value for g, num, value in cells if g and num == few}
+        plain = next((value for g, num, value in cells if not g and num == few), None)
+        scales = ([1] if plain is not None else []) + sorted({scale for scale, _ in values})
+        intervals = sorted({interval for _, interval in values})
+        return {
+            "score": score,
+            "better": record["better"],
+            "num": few,
+            "scales": scales,
+            "intervals": [f"{low:g} to {high:g}" for low, high in intervals],
+            "values": [[plain if s == 1 else values.get((s, interval)) for s in scales] for interval in intervals],
+            "best": [{"options": b["options"], "num": b["num"], "value": _number(b["value"])} for b in best],
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        problems.append("tune/tune.json is not whole; it is left out")
+        return None
+
+
+def _environment(run: RunFolder, problems: list[str]) -> list[dict[str, str]]:
+    """An entry for each start and resume, its keys dotted."""
+    content = _read_json(run.environment_file)
+    if content is None:
+        problems.append("environment.json is missing or not whole")
+    sessions = [s for s in (content if isinstance(content, list) else [content]) if isinstance(s, dict)]
+    commands = [{"command": " ".join(map(str, s["command"]))} if _has(s, command=list) else {} for s in sessions]
+    return [_shown(session | command) for session, command in zip(sessions, commands)]
+
+
+def _has(record: Any, **kinds: type) -> bool:
+    """Whether `record` is a dict with values of these kinds."""
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+
+
+def _parse(text: str) -> Any:
+    """JSON; None for text that is none, and for NaN and infinity, which a browser does not know."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text, parse_constant=lambda _: None)
+
+
+def _read_json(path: Path) -> Any:
+    with contextlib.suppress(OSError):
+        return _parse(path.read_text("utf-8", errors="replace"))
+
+
+def _number(value: Any) -> float | int | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _numbers(scores: dict) -> dict[str, float]:
+    numbers = {name: _number(value) for name, value in scores.items() if "count" not in name}
+    return {name: value for name, value in numbers.items() if value is not None}

@@ -15,7 +15,7 @@ from dic_repa.cli import main
 from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.evaluation import Metric, judge_digits, metrics
-from dic_repa.evaluation.report_data import read_run
+from dic_repa.evaluation.report import read_run
 from dic_repa.evaluation.solvers import compare_solvers, save_comparison
 from dic_repa.recipe import load_recipe
 from dic_repa.runs.folder import RunFolder

@@ -17,8 +17,7 @@ from report_runs import NASTY, report_run
 
 from dic_repa.cli.report import command
 from dic_repa.evaluation import report
-from dic_repa.evaluation.report import distinct_names, write_report
-from dic_repa.evaluation.report_data import MOST_GRIDS, MOST_POINTS
+from dic_repa.evaluation.report import MOST_GRIDS, MOST_POINTS, distinct_names, write_report
 from dic_repa.evaluation.runs import describe_sampling
 from dic_repa.recipe import load_recipe
 from dic_repa.runs.folder import RunFolder
@@ -202,9 +201,10 @@ def test_samples_that_are_judged_and_measured_are_shown_once(make_run, tmp_path)
     run = make_run("a", "sample.solver=dpmpp-2m", "sample.num=9")
     sample = run.recipe().sample
     record = json.loads((run.path / "evaluation/a.json").read_text()) | {"sample": sample.model_dump(mode="json")}
-    (run.path / "evaluation/a.json").write_text(json.dumps(record))
     measured = run.path / "evaluation" / f"step_00000040-{describe_sampling(sample).replace(' ', '-')}"
     measured.mkdir()
+    (run.path / "evaluation/a.json").unlink()
+    measured.with_name(f"{measured.name}.json").write_text(json.dumps(record))
     (measured / "metrics.json").write_text(json.dumps({"metrics": {"fd-digits": 1.4999, "prec-digits": 0.75}}))
     _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
     (entry,) = shown["evaluations"]

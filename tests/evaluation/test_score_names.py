@@ -11,8 +11,7 @@ from dic_repa.cli import main
 from dic_repa.data.digits import load_digits, resize
 from dic_repa.evaluation import judge_digits, measure
 from dic_repa.evaluation.measuring import Judge, judge_of_score
-from dic_repa.evaluation.report import write_report
-from dic_repa.evaluation.report_data import read_run
+from dic_repa.evaluation.report import read_run, write_report
 from dic_repa.evaluation.runs import evaluate_run
 
 QUICK = ["sample.num=20", "sample.steps=1", "train.steps=2", "train.checkpoint_every=2"]

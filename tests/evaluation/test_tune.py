@@ -18,7 +18,7 @@ from dic_repa.evaluation import Metric, judge_digits, metrics
 from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.measuring import Judge
 from dic_repa.evaluation.metrics import MetricSet
-from dic_repa.evaluation.report_data import _tuning
+from dic_repa.evaluation.report import _tuning
 from dic_repa.evaluation.runs import Judgement
 from dic_repa.evaluation.tune import Tuner
 from dic_repa.models import DiC
