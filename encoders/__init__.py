@@ -16,12 +16,4 @@ from dic_repa.encoders.base import (
     register_encoder,
 )
 
-__all__ = [
-    "Card",
-    "Encoder",
-    "check_tokens",
-    "create_encoder",
-    "encoder_card",
-    "list_encoders",
-    "register_encoder",
-]
+__all__ = ["Card", "Encoder", "check_tokens", "create_encoder", "encoder_card", "list_encoders", "register_encoder"]

@@ -129,10 +129,8 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:
         model: Any = timm.create_model(name, num_classes=0, dynamic_img_size=True, **model_args)
         is_vit = hasattr(model, "blocks") and hasattr(model, "forward_intermediates")
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["an assertion failed"])[0]
-        raise UserError(
-            f"timm cannot build '{name}' as a ViT of any image size ({reason}); see timm.list_models('vit_*')"
-        ) from error
+        why = f"timm cannot build '{name}' as a ViT of any image size ({first_line(error)})"
+        raise UserError(f"{why}; see timm.list_models('vit_*')") from error
     if not is_vit:
         raise UserError(f"timm model '{name}' has no grid of patch tokens; choose a ViT, see timm.list_models('vit_*')")
     if not pretrained:

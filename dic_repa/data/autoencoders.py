@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
 from dic_repa.protocols import Autoencoder
 from dic_repa.registry import Registry
 
 autoencoders = Registry("autoencoder", key="data.autoencoder")
-DECODE_BATCH = 16  # images decoded at once: at 256 px a batch of this size takes about 3 GB
 
 
 @dataclass(frozen=True)
@@ -106,14 +105,8 @@ def load_spec(name: str) -> AutoencoderSpec:
         return _loaded(name).spec
     from diffusers import AutoencoderKL
 
-    with _explain_errors(name):
-        place, subfolder = _place(name)
+    with _diffusers_place(name) as (place, subfolder):
         return _read_spec(name, AutoencoderKL.load_config(place, subfolder=subfolder))
-
-
-def decode_in_batches(autoencoder: Autoencoder, x: Tensor, batch_size: int = DECODE_BATCH) -> Tensor:
-    """`autoencoder.decode` with bounded memory, whatever the size of x."""
-    return torch.cat([autoencoder.decode(part) for part in x.split(batch_size)])
 
 
 @autoencoders.register("none")
@@ -139,8 +132,7 @@ class KLAutoencoder:
     def __init__(self, name: str):
         from diffusers import AutoencoderKL
 
-        with _explain_errors(name):
-            place, subfolder = _place(name)
+        with _diffusers_place(name) as (place, subfolder):
             self.model = AutoencoderKL.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
         self.model.eval().requires_grad_(False)
         spec, state = _read_spec(name, self.model.config), self.model.state_dict()
@@ -166,15 +158,6 @@ class KLAutoencoder:
         return (self.model.decode(z).sample / 2 + 0.5).clamp(0, 1)
 
 
-def _place(name: str) -> tuple[str, str | None]:
-    if Path(name).is_dir():
-        return name, None
-    place, _, subfolder = name.partition(":")
-    if not Path(place).is_dir():
-        offline_without_network()
-    return place, subfolder or None
-
-
 def _read_spec(name: str, config: dict) -> AutoencoderSpec:
     if Path(name).is_dir():
         name = str(Path(name).resolve())  # a prepared data set is read from other folders than it was made in
@@ -188,27 +171,31 @@ def _read_spec(name: str, config: dict) -> AutoencoderSpec:
 
 
 @contextlib.contextmanager
-def _explain_errors(name: str) -> Iterator[None]:
-    """Turn diffusers' errors, many lines long, into one line that says what to get and where to put it."""
+def _diffusers_place(name: str) -> Iterator[tuple[str, str | None]]:
+    """The folder or hub id in `name`, and the subfolder; in the block, diffusers' errors, many lines long, become one
+    line that says what to get and where to put it.
+    """
     from diffusers.utils import logging
 
+    place, _, subfolder = (name, "", "") if Path(name).is_dir() else name.partition(":")
+    if not Path(place).is_dir():
+        offline_without_network()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             # About an argument that diffusers itself passes to the hub's client.
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
-            yield
+            yield place, subfolder or None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         files = "config.json and diffusion_pytorch_model.safetensors"
-        place, subfolder = _place(name)
         if Path(place).is_dir():
-            reason = str(error).strip().splitlines()[0]
-            message = f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({reason})"
+            found = first_line(error)
+            message = f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({found})"
         elif place.startswith((".", "/", "~")) or place.count("/") != 1:
             message = f"there is no autoencoder '{place}': name a local folder or a hub id"
         else:
-            where = f"https://huggingface.co/{place}/tree/main/{subfolder or ''}".rstrip("/")
+            where = f"https://huggingface.co/{place}/tree/main/{subfolder}".rstrip("/")
             message = (
                 f"the autoencoder {name} cannot be fetched from the hub; download {files} from {where} into a folder "
                 "and name that folder in its place"

@@ -48,11 +48,7 @@ def open_tree(path: str | Path) -> FileTree:
         return _open_folder(path)
     if not path.is_file():
         raise UserError(f"there is no folder, zip or tar {path}")
-    if zipfile.is_zipfile(path):
-        return _open_zip(path)
-    if path.suffix == ".zip":
-        raise UserError(f"{path} is damaged: it is no whole zip file; download or copy it again")
-    return _open_tar(path)
+    return _open_zip(path) if zipfile.is_zipfile(path) or path.suffix == ".zip" else _open_tar(path)
 
 
 def stamp(files: Iterable[Path]) -> str:

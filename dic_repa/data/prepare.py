@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from dic_repa.data.autoencoders import decode_in_batches
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels
 from dic_repa.data.prepared import SETTINGS_FILE, Prepared, read_settings
 from dic_repa.data.sources import ImageSource
@@ -37,6 +36,7 @@ from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.progress import progress_bar
 
 PREVIEW = 64  # images at most
+DECODE_BATCH = 16  # images decoded at once: at 256 px these take about 3 GB
 
 
 @dataclass
@@ -240,7 +240,8 @@ class Preparation:
         versions, caption, quality = [images], "stored images", None
         if self.autoencoder.spec.name != "none":
             means = torch.stack([sample["moments"] for sample in samples]).float().chunk(2, dim=1)[0]
-            decoded = decode_in_batches(self.autoencoder, self.autoencoder.spec.normalise(means)).cpu()
+            x = self.autoencoder.spec.normalise(means)
+            decoded = torch.cat([self.autoencoder.decode(part) for part in x.split(DECODE_BATCH)]).cpu()
             versions, caption = [images, decoded], "stored images, below each its round trip"
             quality = float(psnr(images, decoded).mean())
         columns = min(8, len(images))

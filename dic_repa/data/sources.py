@@ -19,7 +19,7 @@ from PIL import Image
 
 from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, BadImage, decode_image
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
 
@@ -183,14 +183,22 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
             data = datasets.load_dataset(place, split=split or "train")
             version = str(getattr(data, "_fingerprint", ""))  # covers the hub's commit and the split
     except Exception as error:  # anything from ConnectionError to DatasetNotFoundError and ValueError
-        reason = (str(error) or repr(error)).strip().splitlines()[0]
-        missing = "" if Path(place).exists() else f"there is no folder {path}, and "
+        absent = "" if Path(place).exists() else f"there is no folder {path}, and "
         raise UserError(
-            f"{missing}the data set {path} cannot be loaded ({reason}); where the hub cannot be reached, download it "
-            "elsewhere (`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
+            f"{absent}the data set {path} cannot be loaded ({first_line(error)}); if the hub cannot be reached, download "
+            "it elsewhere (`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
         ) from None
     image = _only_column(data, datasets.Image, "image", path)
-    labels, class_names = ([0] * len(data), ()) if without_labels else _labels_of_column(data, path)
+    labels, class_names = [0] * len(data), ()
+    if not without_labels:
+        label = _only_column(data, datasets.ClassLabel, "label", path)
+        class_names = tuple(data.features[label].names)
+        labels = data.select_columns([label]).with_format("arrow")[:][label].to_pylist()
+        if missing := sum(value is None or not 0 <= value < len(class_names) for value in labels):
+            raise UserError(
+                f"{path}: {missing} images have no label; choose another split, ID:SPLIT, or take all without classes "
+                "(--unlabelled)"
+            )
     rows = data.cast_column(image, datasets.Image(decode=False))
     name = Path(place).resolve().name if Path(place).exists() else path  # however it was typed
     names = [f"{name}#{k}" for k in range(len(labels))]
@@ -201,21 +209,6 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
 def _read_row(rows: Any, column: str, index: int) -> bytes:
     entry = rows[index][column]
     return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
-
-
-def _labels_of_column(data, path: str) -> tuple[list[int], tuple[str, ...]]:
-    import datasets
-
-    label = _only_column(data, datasets.ClassLabel, "label", path)
-    class_names = tuple(data.features[label].names)
-    labels = data.select_columns([label]).with_format("arrow")[:][label].to_pylist()
-    labels = [-1 if value is None else value for value in labels]
-    if missing := sum(not 0 <= value < len(class_names) for value in labels):
-        raise UserError(
-            f"{path}: {missing} images have no label; choose another split, ID:SPLIT, or take all without classes "
-            "(--unlabelled)"
-        )
-    return labels, class_names
 
 
 def _only_column(data, kind: type, preferred: str, path: str) -> str:
