@@ -185,8 +185,8 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
     except Exception as error:  # anything from ConnectionError to DatasetNotFoundError and ValueError
         absent = "" if Path(place).exists() else f"there is no folder {path}, and "
         raise UserError(
-            f"{absent}the data set {path} cannot be loaded ({first_line(error)}); if the hub cannot be reached, download "
-            "it elsewhere (`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
+            f"{absent}the data set {path} cannot be loaded ({first_line(error)}); if the hub cannot be reached, "
+            "download it elsewhere (`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
         ) from None
     image = _only_column(data, datasets.Image, "image", path)
     labels, class_names = [0] * len(data), ()
