@@ -61,13 +61,12 @@ def command(
 
     import torch
 
-    from dic_repa.evaluation.probe import probe_checkpoint
-    from dic_repa.evaluation.probe_pictures import TITLES
+    from dic_repa.evaluation.probe import TITLES, probe_checkpoint
     from dic_repa.runtime.progress import progress_bar
 
     choose_threads()
     with progress_bar(total=num * len(times), unit="image", desc="probing", delay=0.1) as bar:
-        probed = probe_checkpoint(
+        record, files = probe_checkpoint(
             checkpoint,
             encoder,
             num,
@@ -79,7 +78,6 @@ def command(
             device="cuda" if torch.cuda.is_available() else "cpu",
             progress=bar.update,
         )
-    record = probed.record
     width = max(len(tap) for tap in record["taps"]) + 2
     click.echo(f"best over the noise levels, against {record['encoder']} ({record['num']} {record['split']} images)")
     click.echo(" " * width + "".join(f"{TITLES[name]:>26}" for name in record["scores"]))
@@ -90,4 +88,4 @@ def command(
             cells.append("{:>16.3f} at t = {:<3g}".format(*max(known)) if known else f"{'':>26}")
         click.echo(f"{tap:{width}}" + "".join(f"{cell:>26}" for cell in cells).rstrip())
     click.echo(f"the encoder itself: linear probe {record['reference']['linear_probe']:.3f}")
-    click.echo(f"written: {probed.file}, {', '.join(str(picture) for picture in probed.pictures)}")
+    click.echo(f"written: {', '.join(map(str, files))}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from dic_repa.conditions import ClassLabels, condition_of_data
 from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
-from dic_repa.evaluation.probe_pictures import save_pictures
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import begin_folder, check_folder
-from dic_repa.files.pictures import unit_images
+from dic_repa.files.pictures import new_figure, save_figure, unit_images
 from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.cost import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
@@ -39,15 +37,12 @@ from dic_repa.sampling.load import checkpoint_of, home_of, load
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NEIGHBOURS = 10
-
-
-@dataclass
-class Probed:
-    """The record of a probe, as probe.json holds it, and where it and its pictures are."""
-
-    record: dict
-    file: Path
-    pictures: list[Path]
+TITLES = {
+    "cka": "linear CKA",
+    "cknna": "CKNNA",
+    "linear_probe": "linear probe: accuracy",
+    "cosine": "cosine through the head",
+}
 
 
 def probe_checkpoint(
@@ -62,53 +57,59 @@ def probe_checkpoint(
     out: str | Path | None = None,
     device: str | torch.device = "cpu",
     progress: Callable[[int], object] = lambda count: None,
-) -> Probed:
+) -> tuple[dict, list[Path]]:
     """Compare each tap of the denoiser at `path` (a run, one of its checkpoints) with an encoder, over noise levels.
 
     Args:
         encoder: its name; by default that of the recipe's first alignment.
-        num: images, of the held-out split where the data has one; half of them train the linear probe.
+        num: images, of the held-out split if the data has one; half of them train the linear probe.
         times: noise levels in [0, 1].
         taps: names of submodules; by default `per_stage` of each stage and those that were trained to align.
         out: folder for probe.json and the pictures; by default RUN/probe.
         progress: called with the number of images done, `num` for each time in all.
 
     Returns:
-        The record, whose `scores` has, for each measure, a list of taps of lists over times: `cka`, `cknna` (k = 10)
-        and `linear_probe` on the averaged weights' pooled features; `cosine`, of the trained head's tokens, for taps
-        that have a head to this encoder, None for others.
+        The record and the files that were written. The record's `scores` has, for each measure, a list of taps of lists
+        over times: `cka`, `cknna` (k = 10) and `linear_probe` on the averaged weights' pooled features; `cosine` of the
+        trained head's tokens, None for taps without a head to this encoder.
     """
     loaded = load(path, device)
     recipe, denoiser = loaded.recipe, loaded.denoiser
     checkpoint = checkpoint_of(loaded.source)
     folder = Path(out) if out else home_of(loaded.source) / "probe"
-    check_folder(folder, "probe")
-    section = _section(recipe, encoder)
+    marker = check_folder(folder, "probe")
+    section = next((section for section in recipe.alignments if encoder in (None, section.encoder)), None)
+    if section is None and encoder is None:
+        raise UserError("this model was aligned to no encoder; name one to compare with, such as --encoder digits-vit")
+    section = section or AlignmentSection(encoder=encoder or "")
     network = build_encoder(section, torch.device(device))
     data, split = _dataset(recipe, num)
     condition = condition_of_data(data.dataset)
     if not isinstance(condition, ClassLabels):
         raise UserError(f"{loaded.source} is conditioned on {condition.describe()}; a probe needs data with labels")
     heads = _trained_heads(recipe, section, checkpoint, denoiser, network, data, device)
-    size = (recipe.data.size, recipe.data.size)
     aligned = [entry.tap for entry in recipe.alignments if entry.encoder == section.encoder]
-    taps = list(taps) or stage_taps(denoiser, size, per_stage, aligned)
+    taps = list(taps) or stage_taps(denoiser, (recipe.data.size, recipe.data.size), per_stage, aligned)
     for tap in taps:
         find_tap(denoiser, tap)
 
-    objective = build_objective(recipe.objective)
+    field = build_objective(recipe.objective).velocity_model(denoiser)
     features, cosines, tokens, labels = _collect(
-        denoiser, objective, network, heads, data, taps, times, batch_size, seed, device, progress
+        denoiser, field, network, heads, data, taps, times, batch_size, seed, device, progress
     )
-    scores = _scores(features, tokens, labels, condition.num_classes)
+    half, k = len(labels) // 2, min(NEIGHBOURS, len(labels) - 1)
+
+    def probe(x: Tensor) -> float:
+        return linear_probe(x[:half], labels[:half], x[half:], labels[half:], condition.num_classes)
+
+    measures = {"cka": lambda x: linear_cka(x, tokens), "cknna": lambda x: cknna(x, tokens, k), "linear_probe": probe}
+    table = {name: [[measure(features[tap, t]) for t in times] for tap in taps] for name, measure in measures.items()}
     if cosines:
-        scores["cosine"] = [[cosines.get((tap, t)) for t in times] for tap in taps]
-    half, classes = len(labels) // 2, condition.num_classes
-    itself = linear_probe(tokens[:half], labels[:half], tokens[half:], labels[half:], classes)
-    digits = checkpoint.name.removeprefix("step_")
+        table["cosine"] = [[cosines.get((tap, t)) for t in times] for tap in taps]
+    step = checkpoint.name.removeprefix("step_")
     record = {
         "checkpoint": str(checkpoint),
-        "step": int(digits) if digits.isdigit() else None,
+        "step": int(step) if step.isdigit() else None,
         "encoder": section.encoder,
         "num": len(labels),
         "split": split,
@@ -116,13 +117,13 @@ def probe_checkpoint(
         "times": list(times),
         "taps": taps,
         "aligned": [tap for tap in taps if tap in aligned],
-        "scores": {name: [[v and round(v, 6) for v in row] for row in rows] for name, rows in scores.items()},
-        "reference": {"linear_probe": itself},
+        "scores": {name: [[v and round(v, 6) for v in row] for row in rows] for name, rows in table.items()},
+        "reference": {"linear_probe": probe(tokens)},
     }
-    if check_folder(folder, "probe") is None:
+    if marker is None:
         begin_folder(folder, "probe")
     write_whole(folder / "probe.json", json.dumps(record, indent=1) + "\n")
-    return Probed(record, folder / "probe.json", save_pictures([record], [""], folder))
+    return record, [folder / "probe.json", *save_pictures(record, folder)]
 
 
 def stage_taps(denoiser: Pretrained, size: tuple[int, int], per_stage: int, also: Sequence[str] = ()) -> list[str]:
@@ -164,16 +165,6 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
         yield seen
 
 
-def _section(recipe: Recipe, encoder: str | None) -> AlignmentSection:
-    """The recipe's alignment to `encoder`, which has its options and head; a bare one where the recipe has none."""
-    for section in recipe.alignments:
-        if encoder in (None, section.encoder):
-            return section
-    if encoder is None:
-        raise UserError("this model was aligned to no encoder; name one to compare with, such as --encoder digits-vit")
-    return AlignmentSection(encoder=encoder)
-
-
 def _dataset(recipe: Recipe, num: int) -> tuple[Any, str]:
     """The first `num` of the images in a fixed random order, held out where the data set has a split of that name."""
     split = "held-out" if recipe.data.name == "digits" else "train"
@@ -204,9 +195,8 @@ def _trained_heads(
 
 @tf32(False)
 @torch.no_grad()
-def _collect(denoiser, objective, network, heads, data, taps, times, batch_size, seed, device, progress):
+def _collect(denoiser, field, network, heads, data, taps, times, batch_size, seed, device, progress):
     """Pooled features {(tap, t): (N, C)}, mean cosines {(tap, t)}, the encoder's pooled tokens (N, D), labels (N,)."""
-    field = objective.velocity_model(denoiser)
     features: dict[tuple, list[Tensor]] = {}
     cosines: dict[tuple, list[Tensor]] = {}
     tokens, labels, start = [], [], 0
@@ -247,16 +237,33 @@ def _pooled(feature: Tensor, tap: str) -> Tensor:
     return feature.float().mean(dim=(2, 3) if feature.ndim == 4 else 1)
 
 
-def _scores(features: dict, tokens: Tensor, labels: Tensor, num_classes: int) -> dict[str, list[list[float]]]:
-    """Each measure as rows of taps over times."""
-    half, k = len(labels) // 2, min(NEIGHBOURS, len(labels) - 1)
-    measures = {
-        "cka": lambda x: linear_cka(x, tokens),
-        "cknna": lambda x: cknna(x, tokens, k),
-        "linear_probe": lambda x: linear_probe(x[:half], labels[:half], x[half:], labels[half:], num_classes),
-    }
-    taps = dict.fromkeys(tap for tap, _ in features)
-    return {
-        name: [[measure(x) for (tap, _), x in features.items() if tap == mine] for mine in taps]
-        for name, measure in measures.items()
-    }
+def save_pictures(record: dict, folder: Path) -> list[Path]:
+    """heatmaps.png (taps over noise levels) and taps.png (curves over the taps) of a probe's record."""
+    from matplotlib import colormaps
+
+    taps, times, count = record["taps"], record["times"], len(record["scores"])
+    heat, heat_axes = new_figure(1, count, (4.2 * count, 1.2 + 0.3 * len(taps)))
+    lines, line_axes = new_figure(1, count, (4.2 * count, 3.4))
+    marked = [f"● {tap}" if tap in record["aligned"] else tap for tap in taps]
+    for (measure, table), above, below in zip(record["scores"].items(), heat_axes[0], line_axes[0]):
+        cells = [[float("nan") if value is None else value for value in row] for row in table]
+        known = [value for row in table for value in row if value is not None]
+        shown = above.imshow(cells, aspect="auto", vmin=min(0, *known), vmax=max(known), cmap="viridis")
+        above.set_title(TITLES[measure], fontsize=10)
+        above.set_yticks(range(len(taps)), marked, fontsize=8)
+        above.set_xticks(range(len(times)), [f"{t:g}" for t in times], fontsize=8)
+        above.set_xlabel("t (0 data, 1 noise)", fontsize=8)
+        heat.colorbar(shown, ax=above)
+        for j, (t, column) in enumerate(zip(times, zip(*cells))):
+            color = colormaps["plasma"](0.9 * j / max(1, len(times) - 1))
+            below.plot(taps, column, ".-", color=color, label=f"{t:g}")
+        below.set_title(TITLES[measure], fontsize=10)
+        below.tick_params("x", rotation=60, labelsize=8)
+        below.grid(alpha=0.25)
+        below.spines[["top", "right"]].set_visible(False)
+    style = {"loc": "upper left", "bbox_to_anchor": (1, 1), "fontsize": 8, "title_fontsize": 8}
+    line_axes[0][-1].legend(title="t (0 data, 1 noise)", **style)
+    files = [folder / "heatmaps.png", folder / "taps.png"]
+    for figure, file in zip((heat, lines), files):
+        save_figure(figure, file, dpi=120)
+    return files

@@ -166,9 +166,8 @@ def run(tmp_path_factory) -> RunFolder:
 
 
 def test_a_run_is_probed(run):
-    probed = probe_checkpoint(run.path, num=60, times=(0.1, 0.9))
-    record = json.loads((run.path / "probe/probe.json").read_text())
-    assert record == probed.record
+    record, files = probe_checkpoint(run.path, num=60, times=(0.1, 0.9))
+    assert record == json.loads((run.path / "probe/probe.json").read_text())
     assert record["taps"] == ["enc.0.0", "enc.1.0", "mid.0", "dec.1.0", "dec.0.0"]
     assert (record["step"], record["encoder"], record["aligned"], record["split"]) == (
         4,
@@ -183,8 +182,8 @@ def test_a_run_is_probed(run):
         assert ((scores >= -1) & (scores <= 1)).all()
     cosines = record["scores"]["cosine"]
     assert [row == [None, None] for row in cosines] == [True, True, False, True, True]
-    assert all(picture.is_file() for picture in probed.pictures)
-    assert probe_checkpoint(run.path, num=60, times=(0.1, 0.9), batch_size=7).record["scores"]["cka"] == [
+    assert [file.name for file in files if file.is_file()] == ["probe.json", "heatmaps.png", "taps.png"]
+    assert probe_checkpoint(run.path, num=60, times=(0.1, 0.9), batch_size=7)[0]["scores"]["cka"] == [
         pytest.approx(row, abs=2e-5) for row in record["scores"]["cka"]
     ]
 
@@ -192,7 +191,7 @@ def test_a_run_is_probed(run):
 def test_the_cosine_is_that_of_the_trained_head(run):
     """At the noise level 0 the tap's map can be had by hand: data in, the null class, the head on what came out."""
     recipe = run.recipe()
-    record = probe_checkpoint(run.path, num=30, times=(0.0,), taps=["mid.0"]).record
+    record = probe_checkpoint(run.path, num=30, times=(0.0,), taps=["mid.0"])[0]
     state = load_file(run.newest_checkpoint() / "model.safetensors")
     weights = {name.split("head.layers.")[1]: v for name, v in state.items() if "head.layers." in name}
     data = build_dataset(recipe.data, "held-out")
@@ -214,7 +213,7 @@ def test_the_cosine_is_that_of_the_trained_head(run):
 
 def test_the_null_class_keeps_the_label_from_the_probe(run):
     """Were the true class given, a tap behind the modulation would give it away."""
-    record = probe_checkpoint(run.path, num=200, times=(1.0,), taps=["mid.0"]).record
+    record = probe_checkpoint(run.path, num=200, times=(1.0,), taps=["mid.0"])[0]
     assert record["scores"]["linear_probe"][0][0] < 0.3  # pure noise: a tenth is chance
 
 
@@ -228,7 +227,7 @@ def test_images_may_be_levels(run, monkeypatch):
                 return sample | {"image": kind((sample["image"] * 255).round().to(torch.uint8))}
 
         monkeypatch.setattr("dic_repa.evaluation.probe.build_dataset", lambda data, split: Converted(split, data.size))
-        return probe_checkpoint(run.path, num=30, times=(0.5,), taps=["mid.0"]).record["scores"]
+        return probe_checkpoint(run.path, num=30, times=(0.5,), taps=["mid.0"])[0]["scores"]
 
     assert probed(lambda levels: levels) == probed(lambda levels: levels.float() / 255)
 
@@ -246,7 +245,7 @@ def test_the_posteriors_noise_is_each_images_own(run, monkeypatch):
 
     monkeypatch.setattr("dic_repa.evaluation.probe.build_dataset", lambda data, split: Moments(split, data.size))
     one, other = (
-        probe_checkpoint(run.path, num=60, times=(0.0, 0.5), taps=["mid.0"], batch_size=size).record["scores"]
+        probe_checkpoint(run.path, num=60, times=(0.0, 0.5), taps=["mid.0"], batch_size=size)[0]["scores"]
         for size in (60, 20)
     )
     assert one.keys() == {"cka", "cknna", "linear_probe", "cosine"}
