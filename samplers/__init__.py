@@ -6,12 +6,12 @@ from dic_repa.runtime.lazy import load_name
 
 # The names load on first use: listing the solvers for a help text needs no torch.
 _EXPORTS = {
-    "BetaSchedule": "beta_schedule",
+    "BetaSchedule": "ddpm",
     "CFGPlusPlus": "guidance",
     "Guidance": "guidance",
     "KarrasGrid": "grids",
     "Likelihood": "likelihood",
-    "SampleInfo": "ode",
+    "SampleInfo": "field",
     "ShiftedGrid": "grids",
     "SolverInfo": "solvers",
     "StepNoise": "noise",
@@ -21,7 +21,7 @@ _EXPORTS = {
     "list_solvers": "solvers",
     "log_likelihood": "likelihood",
     "register_solver": "solvers",
-    "sample": "dispatch",
+    "sample": "solvers",
     "sample_ddpm": "ddpm",
     "sample_ode": "ode",
     "sample_sde": "sde",

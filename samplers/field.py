@@ -12,7 +12,9 @@ Any callable (x (B, ...), t (B,)) -> velocity will do. It may carry attributes t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +22,15 @@ from torch import Tensor
 from dic_repa.interpolants import Interpolant, LinearPath, path_of
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """How a sample was made: network evaluations per sample, and the states (B, ...) at `times`, both ends included."""
+
+    nfe: int
+    times: list[float]
+    states: list[Tensor]
 
 
 class Field:
@@ -43,6 +54,18 @@ class Field:
         announce = getattr(self.velocity_fn, "begin_step", None)
         if announce is not None:
             announce(t, s)
+
+    def run(
+        self, step: Callable[[int, Tensor, float, float], Tensor], x: Tensor, times: Sequence[float], every: bool
+    ) -> list[Tensor]:
+        """x (B, ...) and its states after the steps `step(index, x, t, s)`: all of them, or the last only."""
+        states = [x]
+        for index, (t, s) in enumerate(pairwise(times)):
+            self.begin_step(t, s)
+            states.append(step(index, states[-1], t, s))
+            if not every:
+                del states[1:-1]
+        return states
 
     def time_range(self, *targets: str) -> tuple[float, float]:
         """Where the velocity is finite and can be converted to each of the `targets`."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -12,21 +10,11 @@ from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.interpolants import Interpolant
-from dic_repa.protocols import ODESolver
-from dic_repa.samplers.field import Field, VelocityFn, as_state
+from dic_repa.samplers.field import Field, SampleInfo, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
 from dic_repa.samplers.solvers import SolverInfo, ode_solvers, solver_info, start_solver
 
 DEFAULT_TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class SampleInfo:
-    """How a sample was made: network evaluations per sample, and the states (B, ...) at `times`, both ends included."""
-
-    nfe: int
-    times: list[float]
-    states: list[Tensor]
 
 
 @torch.no_grad()
@@ -72,40 +60,27 @@ def sample_ode(
         raise unknown_name("direction", direction, ("forward", "backward"))
     _check_steps(info, steps, times)
     tolerances = _check_tolerances(info, rtol, atol)
-    method = ode_solvers.find(solver)
+    method, options = ode_solvers.find(solver), options or {}
     whole = hasattr(method, "integrate")
-    if options and not whole and not (inspect.isclass(method) and inspect.signature(method).parameters):
-        raise UserError(f"solver '{solver}' takes no options; they are for the methods of torchdiffeq")
+    step = method if whole else start_solver(solver, "ode", **options)
+    if direction == "backward" and getattr(step, "forward_only", False):
+        raise UserError(f"'{solver}' samples from noise to data only; take heun or dopri5 to invert")
     field = Field(velocity_fn, path)
     plan = _plan_times(field, info, steps, times, direction)
     # Below the field's range a step cannot evaluate the velocity at its end; it gives the data prediction instead.
     denoise = direction == "forward" and plan[-1] < field.time_range()[0]
     main = plan[:-1] if denoise else plan
 
-    x = as_state(noise)
-    states = [x]
+    states = [as_state(noise)]
     if len(main) > 1 and whole:
-        states += method.integrate(field, x, main, options or {}, *tolerances, every=return_info)
+        states += method.integrate(field, states[0], main, options, *tolerances, every=return_info)
     elif len(main) > 1:
-        step = start_solver(solver, "ode", **(options or {}))
-        if direction == "backward" and getattr(step, "forward_only", False):
-            raise UserError(f"'{solver}' samples from noise to data only; take heun or dopri5 to invert")
-        states += _integrate_steps(field, x, main, step, every=return_info)
+        states = field.run(lambda _, x, t, s: step(field, x, t, s), states[0], main, every=return_info)
     if denoise:
         field.begin_step(plan[-2], plan[-1])
         states.append(field.data(states[-1], plan[-2]))
     field.begin_step(None, None)
     return (states[-1], SampleInfo(field.nfe, plan, states)) if return_info else states[-1]
-
-
-def _integrate_steps(field: Field, x: Tensor, times: list[float], step: ODESolver, every: bool) -> list[Tensor]:
-    states = []
-    for t, s in pairwise(times):
-        field.begin_step(t, s)
-        x = step(field, x, t, s)
-        if every:
-            states.append(x)
-    return states if every else [x]
 
 
 def _plan_times(

@@ -1,24 +1,106 @@
-"""Sampling by the reverse SDE dx = (v - w/2 s) dt + sqrt(w) dW, from noise at t = 1 to data at t = 0."""
+"""Sampling by the reverse SDE dx = (v - w/2 s) dt + sqrt(w) dW, from noise at t = 1 to data at t = 0.
+
+Every diffusion coefficient w(t) >= 0 has the same marginals as the ODE (Ma et al. 2024, eq. 6); it trades new noise
+against error correction. SiT writes the noise as sqrt(2 w') dW, so that w is twice its form, and counts time the other
+way round.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
-from dic_repa.samplers.diffusion_coefficients import Diffusion, create_diffusion, decay
-from dic_repa.samplers.field import Field, VelocityFn, as_state
+from dic_repa.samplers.field import Field, SampleInfo, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
 from dic_repa.samplers.noise import StepNoise
-from dic_repa.samplers.ode import SampleInfo, check_times
+from dic_repa.samplers.ode import check_times
 from dic_repa.samplers.solvers import sde_solvers, solver_info, start_solver
 
+Diffusion = Callable[[float], float]
+diffusion_forms = Registry("diffusion form", key="sample.diffusion")  # functions (path, t, norm) -> w(t)
 last_steps = Registry("last step", key="sample.last_step")  # functions (sde, x, t) -> x at t = 0
+
+
+def create_diffusion(form: str | Diffusion, path: Interpolant, norm: float = 1.0) -> Diffusion:
+    """w(t) of a `form`, scaled by `norm`; a callable is taken as it is.
+
+    The forms: 'constant', 'sbdm', 'sigma', 'linear', 'decreasing', 'increasing-decreasing'.
+
+    Raises UserError for an unknown form and a norm that is negative.
+    """
+    if callable(form):
+        return form
+    if not norm >= 0:
+        raise UserError(f"diffusion norm {norm}: give a number of at least 0")
+    function = diffusion_forms.find(form)
+    return lambda t: function(path, t, norm)
+
+
+@diffusion_forms.register("constant")
+def constant(path: Interpolant, t: float, norm: float) -> float:
+    """2 norm: as much noise near the data as elsewhere; with the solver ou and the last step tweedie.
+
+    Stiff near the data, where euler_maruyama wants many steps; the solver ou does not.
+    """
+    return 2 * norm
+
+
+@diffusion_forms.register("sbdm")
+def sbdm(path: Interpolant, t: float, norm: float) -> float:
+    """That of the score-based diffusion with the path's marginals; very large near t = 1.
+
+    2 norm sigma (sigma' - sigma alpha' / alpha).
+    """
+    c = path.coefficients(torch.tensor(t, dtype=torch.float64))
+    return (2 * norm * c.sigma * c.determinant / c.alpha).item()
+
+
+@diffusion_forms.register("sigma")
+def sigma(path: Interpolant, t: float, norm: float) -> float:
+    """2 norm sigma(t): like linear, following the path."""
+    return 2 * norm * path.coefficients(torch.tensor(t, dtype=torch.float64)).sigma.item()
+
+
+@diffusion_forms.register("linear")
+def linear(path: Interpolant, t: float, norm: float) -> float:
+    """2 norm t: least noise near the data; REPA and U-REPA."""
+    return 2 * norm * t
+
+
+@diffusion_forms.register("decreasing")
+def decreasing(path: Interpolant, t: float, norm: float) -> float:
+    """(1 - norm cos(pi t))^2 / 2: falls smoothly from 2 at the noise to 0 at the data."""
+    return 0.5 * (1 - norm * math.cos(math.pi * t)) ** 2
+
+
+@diffusion_forms.register("increasing-decreasing")
+def increasing_decreasing(path: Interpolant, t: float, norm: float) -> float:
+    """2 norm sin(pi t)^2: none at either end."""
+    return 2 * norm * math.sin(math.pi * t) ** 2
+
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
+
+
+def decay(w: Diffusion, path: Interpolant, t: float, s: float) -> float:
+    """exp(-int_s^t w / (2 sigma^2)) for s < t: what a step keeps of the noise that is there (0 for s = 0).
+
+    The integral is taken in log t, in which it is smooth towards t = 0.
+    """
+    if s == 0:
+        return 0.0
+    middle, half = 0.5 * (math.log(t) + math.log(s)), 0.5 * (math.log(t) - math.log(s))
+    times = np.exp(middle + half * _NODES)
+    sigma = path.coefficients(torch.from_numpy(times)).sigma.numpy()
+    rate = np.array([w(float(tau)) for tau in times]) / (2 * sigma**2)
+    return math.exp(-half * float(np.sum(_WEIGHTS * rate * times)))
 
 
 class ReverseSDE:
@@ -149,32 +231,25 @@ def sample_sde(
     low, high = field.time_range("score")
     if diffusion == "sbdm":
         high = min(high, field.path.safe_interval("noise", "data")[1])
-    if times is None or callable(times):
-        solver_steps = _check_steps(steps, last_step_size, high, finish is not None)
-        end = max(low, last_step_size) if finish else low
-        plan = (times or UniformGrid())(solver_steps, high, end, field.path) if solver_steps else [high]
-    else:
+    if times is not None and not callable(times):
         plan = check_times(times, low, high)
-
-    x = as_state(noise)
-    states = [x]
-    for index, (t, s) in enumerate(pairwise(plan)):
-        field.begin_step(t, s)
-        x = step(sde, x, t, s, noise_fn(index, x).to(x))
-        if return_info:
-            states.append(x)
-    if finish is not None:
-        field.begin_step(plan[-1], 0.0)
-        x = finish(sde, x, plan[-1])
-        plan, states = [*plan, 0.0], [*states, x]
-    field.begin_step(None, None)
-    return (x, SampleInfo(field.nfe, plan, states)) if return_info else x
-
-
-def _check_steps(steps: int, last_step_size: float, high: float, has_last: bool) -> int:
-    """How many of the `steps` are the solver's own."""
-    if steps is None or steps < 1:
+    elif steps is None or steps < 1:
         raise UserError(f"steps={steps}: an SDE solver takes a step count of at least 1")
-    if has_last and not 0 < last_step_size < high:
-        raise UserError(f"last_step_size={last_step_size}: give a time between 0 and {high:g}, or the last step 'none'")
-    return steps - has_last
+    elif finish and not 0 < last_step_size < high:
+        raise UserError(f"last_step_size={last_step_size}: give a time between 0 and {high:g}, or last_step 'none'")
+    else:
+        end = max(low, last_step_size) if finish else low
+        own = steps - 1 if finish else steps
+        plan = (times or UniformGrid())(own, high, end, field.path) if own else [high]
+
+    solver_steps = len(plan) - 1
+
+    def one_step(index: int, x: Tensor, t: float, s: float) -> Tensor:
+        if finish and index == solver_steps:
+            return finish(sde, x, t)
+        return step(sde, x, t, s, noise_fn(index, x).to(x))
+
+    plan = [*plan, 0.0] if finish else plan
+    states = field.run(one_step, as_state(noise), plan, every=return_info)
+    field.begin_step(None, None)
+    return (states[-1], SampleInfo(field.nfe, plan, states)) if return_info else states[-1]

@@ -1,19 +1,21 @@
-"""The solvers by name, whatever they solve, and facts about each; `dic_repa.protocols` says how they are called."""
+"""The solvers by name, facts about each, and one entrance to all; `dic_repa.protocols` says how they are called."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError, did_you_mean, unknown_name
 from dic_repa.registry import Registry
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _KEY = "sample.solver"
-ode_solvers = Registry(
-    "ODE solver", modules=["dic_repa.samplers.ode_solvers", "dic_repa.samplers.torchdiffeq_solvers"], key=_KEY
-)
+ode_solvers = Registry("ODE solver", modules=["dic_repa.samplers.ode_solvers"], key=_KEY)
 sde_solvers = Registry("SDE solver", modules=["dic_repa.samplers.sde"], key=_KEY)
 ddpm_solvers = Registry("DDPM solver", modules=["dic_repa.samplers.ddpm"], key=_KEY)
 SOLVERS = {"ode": ode_solvers, "sde": sde_solvers, "ddpm": ddpm_solvers}
@@ -73,19 +75,21 @@ def solver_info(name: str, process: str | None = None) -> SolverInfo:
 
 
 def start_solver(name: str, process: str, **options: Any) -> Any:
-    """The step function of a solver for one run."""
+    """The step function of a solver for one run; a UserError for options that it does not take."""
     entry = SOLVERS[process].find(name)
-    return SOLVERS[process].create(name, **options) if inspect.isclass(entry) else entry
+    if inspect.isclass(entry):
+        return SOLVERS[process].create(name, **options)
+    if options:
+        raise UserError(f"solver '{name}' takes no options such as {', '.join(options)}")
+    return entry
 
 
 def _info(name: str, process: str) -> SolverInfo:
-    def fact(key: str, default: Any) -> Any:
-        return SOLVERS[process].fact(name, key, default)
-
-    kind = "adaptive" if fact("adaptive", False) else "fixed"
-    deterministic = fact("deterministic", process == "ode")
-    description = SOLVERS[process].describe(name)
-    return SolverInfo(name, process, kind, fact("order", 1), fact("evaluations", 1), deterministic, description)
+    solvers = SOLVERS[process]
+    order, evaluations = solvers.fact(name, "order", 1), solvers.fact(name, "evaluations", 1)
+    deterministic = solvers.fact(name, "deterministic", process == "ode")
+    kind = "adaptive" if solvers.fact(name, "adaptive", False) else "fixed"
+    return SolverInfo(name, process, kind, order, evaluations, deterministic, solvers.describe(name))
 
 
 def _process(entry: Any) -> str:
@@ -95,3 +99,27 @@ def _process(entry: Any) -> str:
     if own in SOLVERS or hasattr(entry, "integrate"):
         return own or "ode"
     return "sde" if len(inspect.signature(step).parameters) - inspect.isclass(entry) == 5 else "ode"
+
+
+def sample(model_fn: Callable[[Tensor, Tensor], Tensor], noise: Tensor, solver: str = "heun", **options):
+    """`sample_ode`, `sample_sde` or `sample_ddpm`, whichever has the `solver`, with its options.
+
+    Options that are None count as not given; one that the solver does not have is a UserError.
+    """
+    process = solver_info(solver).process
+    options = {name: value for name, value in options.items() if value is not None}
+    accepted = _options(process)
+    for name in options.keys() - accepted:
+        owners = [other.upper() for other in SOLVERS if name in _options(other)]
+        if owners:
+            raise UserError(f"'{name}' is for {' and '.join(owners)} solvers; '{solver}' samples by {process.upper()}")
+        raise UserError(f"unknown option '{name}' of solver '{solver}'{did_you_mean(name, accepted)}")
+    return _sampler(process)(model_fn, noise, solver=solver, **options)
+
+
+def _sampler(process: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"dic_repa.samplers.{process}"), f"sample_{process}")
+
+
+def _options(process: str) -> set[str]:
+    return set(list(inspect.signature(_sampler(process)).parameters)[2:]) - {"solver"}

@@ -223,12 +223,12 @@ def test_what_takes_all_steps_itself_says_so():
 @pytest.mark.parametrize(
     ("kind", "sources"),
     [
-        ("ode-solver", ["ode_solvers:ode_solvers", "torchdiffeq_solvers:ode_solvers"]),
+        ("ode-solver", ["ode_solvers:ode_solvers"]),
         ("sde-solver", ["sde:sde_solvers"]),
         ("ddpm-solver", ["ddpm:ddpm_solvers"]),
         ("last-step", ["sde:last_steps"]),
         ("time-grid", ["grids:time_grids"]),
-        ("diffusion-form", ["diffusion_coefficients:diffusion_forms"]),
+        ("diffusion-form", ["sde:diffusion_forms"]),
         ("guidance-schedule", ["guidance:guidance_schedules"]),
     ],
 )

@@ -21,12 +21,7 @@ ENCODERS = (
 ).split()
 
 # Modules of `dic_repa.samplers`, with the registry that each files its solvers into.
-_SOLVERS = (
-    ("ode_solvers", "ode_solvers"),
-    ("torchdiffeq_solvers", "ode_solvers"),
-    ("sde", "sde_solvers"),
-    ("ddpm", "ddpm_solvers"),
-)
+_SOLVERS = (("ode_solvers", "ode_solvers"), ("sde", "sde_solvers"), ("ddpm", "ddpm_solvers"))
 
 
 def recipes(_context, _parameter, typed: str) -> list[CompletionItem]:

@@ -18,7 +18,7 @@ _HOMES = (
     "models.registry models.dic data data.autoencoders objectives.base interpolants objectives.flow_matching "
     "encoders.base alignment.heads alignment.losses alignment.schedules "
     "training.optimizers training.schedules training.trackers samplers.solvers samplers.guidance samplers.grids "
-    "samplers.diffusion_coefficients samplers.sde evaluation.metrics evaluation.extractors"
+    "samplers.sde evaluation.metrics evaluation.extractors"
 ).split()
 _FURTHER = {"encoder": "dic-repa encoders", "denoiser": "dic-repa info", "ODE solver": "dic-repa solvers"}
 

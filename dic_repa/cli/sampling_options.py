@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dic_repa.sampling.load import Checkpoint
 
 # Read from the source files, since an import would import torch.
-DIFFUSION_FORMS = read_source("dic_repa.samplers.diffusion_coefficients", "diffusion_forms")
+DIFFUSION_FORMS = read_source("dic_repa.samplers.sde", "diffusion_forms")
 GUIDANCE_SCHEDULES = read_source("dic_repa.samplers.guidance", "guidance_schedules")
 LAST_STEPS = read_source("dic_repa.samplers.sde", "last_steps")
 TIME_GRIDS = read_source("dic_repa.samplers.grids", "time_grids")

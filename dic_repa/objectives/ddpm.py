@@ -14,8 +14,7 @@ from dic_repa.conditions import null_of
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.interpolants import VPPath
 from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives, once, run_denoiser
-from dic_repa.samplers.beta_schedule import BetaSchedule
-from dic_repa.samplers.ddpm import split_output
+from dic_repa.samplers.ddpm import BetaSchedule, split_output
 
 _SCHEDULES = {"linear": BetaSchedule.linear, "scaled-linear": BetaSchedule.scaled_linear}
 

@@ -10,7 +10,7 @@ from gaussian_mixture import GaussianMixture
 
 from dic_repa.interpolants import CosinePath, LinearPath, VPPath
 from dic_repa.samplers import sample_sde
-from dic_repa.samplers.diffusion_coefficients import create_diffusion, decay
+from dic_repa.samplers.sde import create_diffusion, decay
 
 PATHS = [LinearPath(), CosinePath(), VPPath()]
 TIMES = (0.05, 0.3, 0.8)
