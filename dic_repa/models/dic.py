@@ -12,7 +12,6 @@ The steps that led the paper here are options: `shape`, `skips`, `embedding` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +51,6 @@ class Block(RecomputableBlock):
     """
 
     gated = True
-    activation: Callable[..., Tensor] = staticmethod(F.gelu)
 
     def __init__(self, in_channels: int, channels: int, condition_width: int):
         super().__init__()
@@ -64,18 +62,22 @@ class Block(RecomputableBlock):
         self.shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def _forward(self, x: Tensor, c: Tensor) -> Tensor:
-        *gate, scale, shift = self.modulation(c)[:, :, None, None].chunk(2 + self.gated, dim=1)
-        h = self.conv1(self.activation(self.norm1(x)))
+        gate, scale, shift = self.modulation(c)[:, :, None, None].chunk(3, dim=1)
+        h = self.conv1(F.gelu(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)  # one pass over memory, not two, where nothing is compiled
-        h = self.conv2(self.activation(h))
-        return torch.addcmul(self.shortcut(x), gate[0], h) if gate else self.shortcut(x) + h
+        h = self.conv2(F.gelu(h))
+        return torch.addcmul(self.shortcut(x), gate, h)
 
 
 @blocks.register("gated")
 class GatedBlock(Block):
     """DiC's block with SiLU instead of GELU."""
 
-    activation = staticmethod(F.silu)
+    def _forward(self, x: Tensor, c: Tensor) -> Tensor:
+        *gate, scale, shift = self.modulation(c)[:, :, None, None].chunk(2 + self.gated, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.shortcut(x) + (gate[0] * h if gate else h)
 
 
 @blocks.register("mid-modulation")
@@ -90,7 +92,7 @@ class MidModulationBlock(GatedBlock):
 
 
 @blocks.register("early-modulation")
-class EarlyModulationBlock(GatedBlock):
+class EarlyModulationBlock(Block):
     """Modulated before its first convolution, no gate: GroupNorm, modulate, SiLU, conv; GroupNorm, SiLU, conv."""
 
     gated = False
