@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -67,7 +67,11 @@ def extract(
     layers = list(layers)
     kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     running = {layer: RunningStatistics() for layer in layers if statistics}
-    wanted = _spread(len(images), keep) if isinstance(images, ImageSet) and keep else None
+    wanted = None
+    if isinstance(images, ImageSet) and keep:
+        chosen = min(keep, len(images))
+        wanted = torch.zeros(len(images), dtype=torch.bool)
+        wanted[torch.arange(chosen) * len(images) // chosen] = True
     count, constant = 0, 0
     size: tuple[int, int] | None = None
     for batch, total in _batches(images, batch_size, share):
@@ -75,11 +79,12 @@ def extract(
         if size not in (None, (height, width)):
             raise UserError(f"the images change their size from {size[1]}x{size[0]} to {width}x{height}")
         size = height, width
-        parts = _features(batch.to(device), extractors, layers)
-        flat = (batch.flatten(2) == batch.flatten(2)[..., :1]).all(dim=2).all(dim=1)
-        constant += int(share.gather(flat.to(device))[:total].sum())
-        for layer, part in parts.items():
-            part = share.gather(part)[:total]
+        moved = batch.to(device)
+        parts = {f"{name}.{key}": part for name, network in extractors.items() for key, part in network(moved).items()}
+        flat = (moved.flatten(2) == moved.flatten(2)[..., :1]).all(dim=2).all(dim=1)
+        constant += int(share.gather(flat)[:total].sum())
+        for layer in layers:
+            part = share.gather(parts[layer])[:total]
             if not part.isfinite().all():
                 raise UserError(f"the features {layer} hold NaN or infinity; look at the images and the weights")
             if statistics:
@@ -117,16 +122,3 @@ def _turn(start: int, count: int, batch_size: int, share: Share) -> list[int]:
     if share.processes > 1:  # all gather tensors of one size; what is too much comes last and is cut off
         own += [count - 1] * (batch_size - len(own))
     return own
-
-
-def _features(batch: Tensor, extractors: dict[str, FeatureExtractor], layers: Sequence[str]) -> dict[str, Tensor]:
-    names = dict.fromkeys(layer.partition(".")[0] for layer in layers)
-    found = {f"{name}.{key}": value for name in names for key, value in extractors[name](batch).items()}
-    return {layer: found[layer] for layer in layers}
-
-
-def _spread(count: int, keep: int) -> Tensor:
-    """Booleans (count,) that choose `keep` of them evenly; all where there are no more."""
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[(torch.arange(min(keep, count)) * count) // min(keep, count)] = True
-    return chosen

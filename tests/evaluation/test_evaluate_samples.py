@@ -326,7 +326,7 @@ def test_mistakes(evaluate, places, tmp_path):
     (tmp_path / "half.npz").write_bytes((places / "samples.npz").read_bytes()[:5000])
     assert "half.npz is truncated" in evaluate("half.npz", *real, "fd-digits", fails=True)
     np.savez(tmp_path / "floats.npz", np.full((3, 16, 16, 3), np.nan))
-    assert "arr_0 holds NaN" in evaluate("floats.npz", *real, "fd-digits", fails=True)
+    assert "arr_0 is float64; images in an .npz are uint8" in evaluate("floats.npz", *real, "fd-digits", fails=True)
     np.savez(tmp_path / "flat.npz", np.zeros((3, 16), np.uint8))
     assert "arr_0 must be images" in evaluate("flat.npz", *real, "fd-digits", fails=True)
     (tmp_path / "empty").mkdir()
