@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -44,14 +44,14 @@ def command(kind: str | None, plugins: tuple[str, ...]):
         import_plugin(plugin)
     kinds = find_registries()
     if kind is None:
-        rows = {slug: {"parts": len(registry.names()), "in a recipe": registry.key} for slug, registry in kinds.items()}
-        _print("kind", rows)
+        _print(["kind", "parts", "in a recipe"], *([slug, len(r.names()), r.key] for slug, r in kinds.items()))
         return
     slug = kind.replace(" ", "-").lower()
     registry = kinds.get(slug) or kinds.get(slug.removesuffix("s"))
     if registry is None:
         raise unknown_name("kind of part", kind, kinds)
-    _print(registry.kind, {name: _facts(registry, name) for name in registry})
+    columns = ["order", "evaluations"] if registry.kind.endswith("solver") else []
+    _print([registry.kind, *columns, "description"], *(_row(registry, name, len(columns)) for name in registry))
     where = f"in a recipe: {registry.key}; " if registry.key else ""
     click.echo(f"\n{where}entry points: {registry.group}; what one must have: dic_repa.protocols.{registry.protocol}")
     if registry.kind in _FURTHER:
@@ -70,21 +70,15 @@ def find_registries() -> dict[str, Registry]:
     return found
 
 
-def _facts(registry: Registry, name: str) -> dict[str, Any]:
+def _row(registry: Registry, name: str, facts: int) -> list:
     try:
-        described = {"description": registry.describe(name)}
-        if not registry.kind.endswith("solver"):
-            return described
-        evaluations = registry.fact(name, "evaluations", 1) or "auto"
-        return {"order": registry.fact(name, "order", 1), "evaluations": evaluations} | described
+        found = [registry.fact(name, "order", 1), registry.fact(name, "evaluations", 1) or "auto"]
+        return [name, *found[:facts], registry.describe(name)]
     except UserError as error:  # a broken package hides no other part
-        return {"description": str(error)}
+        return [name, *["-"] * facts, str(error)]
 
 
-def _print(heading: str, rows: dict[str, dict[str, Any]]) -> None:
+def _print(*rows: list) -> None:
     from dic_repa.runtime.table import format_rows
 
-    columns = list(next(iter(rows.values())))
-    table = [(heading, *columns)]
-    table += [(name, *(str(row.get(column, "-")) for column in columns)) for name, row in rows.items()]
-    click.echo(format_rows(table, left=(0, len(columns))))
+    click.echo(format_rows([[str(cell) for cell in row] for row in rows], left=(0, len(rows[0]) - 1)))

@@ -1,10 +1,10 @@
 """Data sets: what a denoiser trains on, with the images that an encoder sees."""
 
 from dic_repa.data.digits import Digits, load_digits, resize
-from dic_repa.data.image_folder import ImageFolder
 from dic_repa.data.latent_files import DitLayout, RepaLayout
 from dic_repa.data.prepared import Prepared
 from dic_repa.data.random_data import RandomData
+from dic_repa.data.sources import ImageFolder
 from dic_repa.registry import Registry
 
 datasets = Registry("data set", key="data.name")

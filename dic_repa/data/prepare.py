@@ -164,11 +164,7 @@ class Preparation:
         return {
             "format": 1,
             "source": {"path": str(source.path), "images": len(source), "fingerprint": source.fingerprint()},
-            "size": self.size,
-            "flip": self.flip,
-            "image_format": self.image_format,
-            "moments": self.moments,
-            "shard_size": self.shard_size,
+            **{key: getattr(self, key) for key in ("size", "flip", "image_format", "moments", "shard_size")},
             "autoencoder": self.autoencoder.spec.to_dict(),
             "class_names": list(source.class_names),
         }

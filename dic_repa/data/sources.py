@@ -1,5 +1,6 @@
 """Where images come from: a class-per-folder tree or a flat one, with a labels file or without (each a folder, zip or
-tar), or a Hugging Face data set. All become an `ImageSource`, in an order that depends on names alone.
+tar), or a Hugging Face data set. All become an `ImageSource`, in an order that depends on names alone, from which one
+can also train without preparation.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
+from dic_repa.data.autoencoders import load_spec
 from dic_repa.data.files import FileTree, open_tree, stamp
-from dic_repa.data.images import EXTENSIONS, BadImage, decode_image
+from dic_repa.data.images import EXTENSIONS, BadImage, center_crop, decode_image, to_levels
+from dic_repa.data.latents import LatentDataset
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
@@ -103,6 +108,48 @@ def open_source(
         numbers, class_names = _labels_of_folders(tree, names)
     files = [tree.path / name for name in names] if tree.path.is_dir() else [tree.path]
     return ImageSource(path, names, numbers, class_names, tree.read, names, rejected, files)
+
+
+class ImageFolder(LatentDataset):
+    """Samples of any source that `dic-repa prepare` takes, without preparation: for small data.
+
+    A sample is a dict of `image` (3, H, W), uint8, and `label`; the training step encodes the image. With `flip`, the
+    second half of the samples mirrors the first. A damaged image stops the run, also with `skip_bad`.
+
+    Args:
+        path, labels, skip_bad, unlabelled: see `open_source`.
+        size: height and width of the denoiser's data; images are larger by the autoencoder's reduction.
+        autoencoder: 'none' for pixels, a hub id or a local folder.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        size: int,
+        split: str = "train",
+        autoencoder: str = "none",
+        labels: str | None = None,
+        flip: bool = False,
+        skip_bad: bool = False,
+        unlabelled: bool = False,
+    ):
+        self.size, self.spec, self.flip = size, load_spec(autoencoder), flip
+        self.source = open_source(path, labels, skip_bad, unlabelled)
+        self.class_names = self.source.class_names
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a feature cache knows the images by."""
+        return f"{self.source.state()} {self.size} {self.flip}"
+
+    def __len__(self) -> int:
+        return len(self.source) * (2 if self.flip else 1)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        picture = self.source.load(index % len(self.source))
+        image = to_levels(center_crop(picture, self.size * self.spec.downsample))
+        image = image.flip(-1) if index >= len(self.source) else image
+        return {"image": image, "label": torch.tensor(self.source.labels[index % len(self.source)])}
 
 
 def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:

@@ -17,7 +17,7 @@ from torch import nn
 from dic_repa.alignment import cache as cache_module
 from dic_repa.alignment.cache import HASHED_IMAGES, WithTokens, cache_key, feature_cache, spread
 from dic_repa.data import Digits, datasets
-from dic_repa.data.image_folder import ImageFolder
+from dic_repa.data.sources import ImageFolder
 from dic_repa.encoders import create_encoder
 from dic_repa.encoders.digits import DigitsViT
 from dic_repa.errors import UserError
