@@ -3,8 +3,6 @@
 The command line prints it as a single line and exits with code 2; a traceback is shown only under `--debug`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import os

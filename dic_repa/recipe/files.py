@@ -6,8 +6,6 @@ A recipe that names a model of another family drops the base's `model` section, 
 that names another data set, objective, optimizer or schedule drops the base's `options` of it.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from importlib import resources

@@ -1,7 +1,5 @@
 """The typed schema of a recipe: a section is a class, a key is a field with its meaning."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal
 

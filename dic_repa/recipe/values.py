@@ -3,8 +3,6 @@
 YAML 1.1 takes 1e3, 1e-4 and 1.0e3 for strings: it wants a dot and a sign in the exponent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from typing import Annotated, Any, Literal

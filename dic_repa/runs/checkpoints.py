@@ -3,8 +3,6 @@
 A checkpoint is a folder that is renamed once it is whole; its manifest shows whether it still is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

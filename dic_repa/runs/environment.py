@@ -1,7 +1,5 @@
 """What a run was made with: versions, source, machine."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """Runs below a folder at a glance, from the small files of each, without torch and whatever state they are in."""
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

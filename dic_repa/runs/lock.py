@@ -1,7 +1,5 @@
 """One run folder, one run: a lock that the kernel frees when its owner dies, however it dies."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

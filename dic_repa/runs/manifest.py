@@ -1,7 +1,5 @@
 """A checkpoint's manifest: the size and SHA-256 of each file, to find damage."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Names of a package that are imported on first use, so that importing the package itself stays quick."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

@@ -1,7 +1,5 @@
 """TF32: whether a GPU may round the factors of float32 products to 10 bits of mantissa."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

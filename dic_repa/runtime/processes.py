@@ -1,7 +1,5 @@
 """The processes that a launcher has started, joined: `torchrun`, `accelerate launch`, or none."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from datetime import timedelta

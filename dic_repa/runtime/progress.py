@@ -7,8 +7,6 @@
 A result goes to standard output by `print`, a warning or an error to standard error, at every level.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

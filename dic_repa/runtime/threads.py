@@ -4,8 +4,6 @@ Its own choice is one a core, even if other work keeps cores busy; then in each 
 that has no core. So here busy cores are left out.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

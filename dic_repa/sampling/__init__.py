@@ -1,7 +1,5 @@
 """Sampling a trained run: load it, choose the labels, sample, decode, and write a folder of samples. Needs no torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dic_repa.recipe import SampleSection, validate

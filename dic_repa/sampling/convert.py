@@ -1,7 +1,5 @@
 """Converting checkpoints: the authors' files to ours and back, training checkpoints to small ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

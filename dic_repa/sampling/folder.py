@@ -8,8 +8,6 @@ every image is always computed in the same batch and is the same to the bit, wha
 change within its tolerances.)
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence

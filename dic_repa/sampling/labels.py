@@ -1,7 +1,5 @@
 """The labels of samples: in turn, at random, or those that the user names."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

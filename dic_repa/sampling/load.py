@@ -1,7 +1,5 @@
 """A checkpoint to sample from, found by the path that a user gives: a run, a checkpoint, or averaged weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """From a trained denoiser to batches of images."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager

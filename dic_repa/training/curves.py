@@ -1,7 +1,5 @@
 """The picture of the loss curves, of one run or of several side by side."""
 
-from __future__ import annotations
-
 import json
 
 from dic_repa.files.pictures import new_figure, save_figure

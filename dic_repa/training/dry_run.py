@@ -4,8 +4,6 @@ No data set is needed, and nothing is written. Without a GPU the memory is estim
 only where a CPU gets through them in about half a minute.
 """
 
-from __future__ import annotations
-
 import shutil
 import statistics
 import time

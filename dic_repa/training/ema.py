@@ -6,8 +6,6 @@ tau^gamma, so its width is a share of the training so far, `sigma_rel`; from sto
 width can be made after the run (`posthoc.py`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The training's randomness is untouched: a sample's noise belongs to (sample.seed
 ends with the same weights as one without.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

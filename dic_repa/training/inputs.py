@@ -6,8 +6,6 @@ All randomness comes from (seed, step), drawn for the global batch and then slic
 checkpoint, a resumed run equals an uninterrupted one, and the number of processes changes nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """The training loop: corrupt the data, run the denoiser, add the losses."""
 
-from __future__ import annotations
-
 import atexit
 import json
 from contextlib import ExitStack

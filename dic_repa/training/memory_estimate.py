@@ -5,8 +5,6 @@ backward pass is added up. An estimate of the eager mode: the workspaces of cuDN
 gradients of activations come on top, and torch.compile saves some.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

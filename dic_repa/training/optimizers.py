@@ -5,8 +5,6 @@ An optimizer is made as `factory(parameters, lr=..., weight_decay=..., betas=...
 ones do, skips a step on the device, so that the host need not wait for it.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable
 

@@ -5,8 +5,6 @@ A snapshot is a `PowerEMA` as it was after t steps: the mean of the weights over
 snapshots' profiles, by least squares, and the snapshots' weights are combined with the same factors.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """SIGTERM and SIGUSR1, which a cluster sends before it takes a machine away: save, and leave with a code to requeue."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -4,8 +4,6 @@ A schedule is a callable (progress in [0, 1]) -> factor of the learning rate. Pr
 and 1 at the last step of the run.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

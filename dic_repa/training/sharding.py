@@ -5,8 +5,6 @@ processes (gloo), and the averaged weights are cut like the denoiser. Checkpoint
 number of processes.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

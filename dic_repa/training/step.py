@@ -5,8 +5,6 @@ norm, losses = step.gradients(batch, number)  # draw, run the objective, add the
 step.update(number)                           # the optimizer and the averages
 """
 
-from __future__ import annotations
-
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ python -m dic_repa.training.train_digits encoder    `digits-vit`, which the deno
 python -m dic_repa.training.train_digits judge      the classifier that scores samples
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
