@@ -28,13 +28,9 @@ DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 class RepaLayout(LatentDataset):
     """Samples of REPA's layout: dicts of `moments` (2C, size, size), `image` (3, H, W), uint8, and `label`.
 
-    Images and moments pair up in sorted order of their names, labels come from vae-sd/dataset.json, as REPA does it.
-
-    Args:
-        path: the folder with images/ and vae-sd/ (or images.zip and vae-sd.zip).
-        size: height and width of the denoiser's data.
-        autoencoder: what made the moments; its scale and shift matter.
-        num_classes: of the labels; by default one more than the highest.
+    `path` has images/ and vae-sd/ (or images.zip and vae-sd.zip). They pair up in sorted order of their names, labels
+    come from vae-sd/dataset.json, as REPA does it. `num_classes` is by default one more than the highest label. The
+    scale and shift of the `autoencoder` matter: it must be what made the moments.
     """
 
     def __init__(
@@ -97,13 +93,8 @@ class RepaLayout(LatentDataset):
 class DitLayout(LatentDataset):
     """Samples of the DiC authors' layout: dicts of `x` (C, size, size), the latents as they are, and `label`.
 
-    There are no images, so nothing can be aligned to an encoder.
-
-    Args:
-        path: the folder with NAME_features/ and NAME_labels/.
-        size: height and width of the denoiser's data.
-        autoencoder: what made the latents, for decoding samples.
-        num_classes: of the labels, which are read one by one as they are used.
+    `path` has NAME_features/ and NAME_labels/, whose labels are read one by one as they are used. There are no images,
+    so nothing can be aligned to an encoder. The `autoencoder` is for decoding samples.
     """
 
     def __init__(

@@ -89,36 +89,31 @@ class Prepared(LatentDataset):
 
     @cached_property
     def _parts(self) -> tuple[list[int], list[dict]]:
-        return _open_parts([self.path / name for name in self.files], (2 * self.spec.channels, self.size, self.size))
+        """Where each record batch of all shards starts (and the total), and its columns, mapped from the files."""
+        # Straight from Arrow, since the rows that `datasets` formats take longer than decoding the image.
+        import datasets  # noqa: F401  makes its array types known to Arrow
+        import pyarrow as pa
 
-    def __getstate__(self) -> dict:
-        # A worker that is spawned maps the files anew; pickled arrays would be copies of all of the data.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "autoencoder")}
-
-
-def _open_parts(files: list[Path], shape: tuple[int, int, int]) -> tuple[list[int], list[dict]]:
-    """The record batches of all shards: where each starts (and the total), and its columns, mapped from the files."""
-    # Straight from Arrow, since the rows that `datasets` formats take longer than decoding the image.
-    import datasets  # noqa: F401  makes its array types known to Arrow
-    import pyarrow as pa
-
-    starts, columns = [0], []
-    for file in files:
-        try:
-            batches = pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{file} is missing or damaged ({error}); remove it and prepare again") from None
-        for batch in batches:
-            part = {"image": batch["image"].field("bytes"), "label": batch["label"].to_numpy()}
-            for name in ("moments", "moments_flipped"):
-                if name in batch.schema.names:
+        starts, columns, shape = [0], [], (2 * self.spec.channels, self.size, self.size)
+        for file in (self.path / name for name in self.files):
+            try:
+                batches = pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
+            except (OSError, pa.ArrowInvalid) as error:
+                raise UserError(f"{file} is missing or damaged ({error}); remove it and prepare again") from None
+            for batch in batches:
+                part = {"image": batch["image"].field("bytes"), "label": batch["label"].to_numpy()}
+                for name in {"moments", "moments_flipped"}.intersection(batch.schema.names):
                     values = batch[name].storage  # nested lists, whose numbers lie one after another in the file
                     while hasattr(values, "flatten") and values.type.num_fields:
                         values = values.flatten()
                     part[name] = values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
-            columns.append(part)
-            starts.append(starts[-1] + len(batch))
-    return starts, columns
+                columns.append(part)
+                starts.append(starts[-1] + len(batch))
+        return starts, columns
+
+    def __getstate__(self) -> dict:
+        # A worker that is spawned maps the files anew; pickled arrays would be copies of all of the data.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "autoencoder")}
 
 
 def read_settings(path: str | Path) -> dict:

@@ -78,15 +78,18 @@ class NpzFile:
         info = self._member(name)
         with self._errors(), contextlib.ExitStack() as stack:
             if info.compress_type != zipfile.ZIP_STORED:
-                file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
+                file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())  # its space is kept as long as the map
                 shutil.copyfileobj(stack.enter_context(self._open(name)), file, 1 << 20)
                 file.seek(0)
-                return self._map(file)  # the map keeps the file's space until it is let go of
-            file = stack.enter_context(self.path.open("rb"))
-            file.seek(info.header_offset + _LOCAL_HEADER - 4)
-            name_length, extra_length = struct.unpack("<HH", file.read(4))
-            file.seek(name_length + extra_length, os.SEEK_CUR)
-            return self._map(file)
+            else:
+                file = stack.enter_context(self.path.open("rb"))
+                file.seek(info.header_offset + _LOCAL_HEADER - 4)
+                name_length, extra_length = struct.unpack("<HH", file.read(4))
+                file.seek(name_length + extra_length, os.SEEK_CUR)
+            shape, fortran, dtype = self._header(file)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:
@@ -112,13 +115,6 @@ class NpzFile:
         if version not in read_header:
             raise ValueError(f"version {version} of the npy format")
         return read_header[version](file)
-
-    @classmethod
-    def _map(cls, file) -> np.ndarray:
-        shape, fortran, dtype = cls._header(file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
     def _member(self, name: str) -> zipfile.ZipInfo:
         if name not in self._members:
