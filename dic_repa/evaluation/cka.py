@@ -15,11 +15,9 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     """Linear centred kernel alignment (Kornblith et al., arXiv 1905.00414), in [0, 1].
 
     `|Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F)` for features x (N, D1) and y (N, D2) with centred columns. 1 for features that
-    are rotated, shifted or scaled as a whole, about D1 D2 / N for unrelated ones where that is small, 0 for constant
-    ones.
+    are rotated, shifted or scaled as a whole, 0 for constant ones, and about D1 D2 / N (if small) for unrelated ones.
     """
-    x, y = _checked(x, y)
-    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
+    x, y = (features - features.mean(dim=0) for features in _checked(x, y))
     if len(x) < max(x.shape[1], y.shape[1]):  # the same sums from the smaller matrices
         k, m = x @ x.mT, y @ y.mT
         together, apart = (k * m).sum(), k.norm() * m.norm()
@@ -34,8 +32,8 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
     With the rows of features x (N, D1) and y (N, D2) at unit length, kernels K = x x^T and L = y y^T, and M_ij = 1
     where j is among the k nearest of i in both, and not i itself:
     `HSIC(M K, M L) / sqrt(HSIC(M_x K, M_x K) HSIC(M_y L, M_y L))`, products by element, M_x and M_y the neighbours in
-    one of the two. HSIC is the unbiased estimate, as in the authors' evaluation and the figures published with it.
-    With k = N - 1 this is unbiased CKA. Unrelated features give about 0, and may fall a little below.
+    one of the two. HSIC is the unbiased estimate, as in the authors' evaluation and published figures; with k = N - 1
+    this is unbiased CKA. Unrelated features give about 0, or a little less.
     """
     x, y = _checked(x, y)
     if len(x) < 4 or not 2 <= k < len(x):

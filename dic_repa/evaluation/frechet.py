@@ -59,9 +59,9 @@ class RunningStatistics:
 class FrechetDistance:
     """The distance to one Gaussian, `FrechetDistance(mean, cov)(other_mean, other_cov)`: its root is taken once.
 
-    |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), for means (D,) and covariances A and B (D, D), computed in
-    float64. The last trace is that of (A^(1/2) B A^(1/2))^(1/2), which has the same eigenvalues as (A B)^(1/2) but is
-    symmetric, so that it exists for singular covariances too. Raises UserError when the shapes do not fit.
+    |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), for means (D,) and covariances A and B (D, D), in float64.
+    The last trace is that of (A^(1/2) B A^(1/2))^(1/2): it has the same eigenvalues but is symmetric, so that it exists
+    for singular covariances too. A UserError if the shapes do not fit.
     """
 
     def __init__(self, mean: Tensor, cov: Tensor):
