@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,11 @@ from dic_repa.registry import Registry
 
 TimeGrid = Callable[[int, float, float, Interpolant], list[float]]
 time_grids = Registry("time grid", key="sample.grid.name")
+
+
+def shift_time(t: Any, shift: float) -> Any:
+    """t' = shift t / (1 + (shift - 1) t), of a number or a tensor: t / (1 - t) is multiplied by the shift."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 @time_grids.register("uniform")
@@ -41,8 +47,7 @@ class ShiftedGrid:
             raise UserError(f"shift {self.shift}: give a number above 0")
 
     def __call__(self, steps: int, high: float, low: float, path: Interpolant) -> list[float]:
-        share = [self.shift * t / (1 + (self.shift - 1) * t) for t in UniformGrid()(steps, 1.0, 0.0, path)]
-        return [low + (high - low) * t for t in share]
+        return [low + (high - low) * shift_time(t, self.shift) for t in UniformGrid()(steps, 1.0, 0.0, path)]
 
 
 @time_grids.register("karras")

@@ -6,6 +6,7 @@ no change to be aligned. Encoders are frozen and stay outside: they are neither 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,22 +70,17 @@ class Alignment(nn.Module):
         grid: tuple[int, int],
         size: tuple[int, int],
         head: str = "mlp",
-        weight: float = 0.5,
-        manifold_weight: float = 3.0,
-        target: Spec = "tokens",
-        time_weight: Spec = "constant",
-        schedule: Spec = "constant",
-        loss: Spec = "u-repa",
-        **head_options,
+        **options,
     ) -> Alignment:
         """The alignment of `denoiser` at `tap` to an encoder of width `embed_dim` and token `grid`.
 
-        The tap's channels are found by running the denoiser once on the meta device with data of `size` (H, W). A
-        UserError lists the near names of an unknown tap or head, and says what a tap gives if it is no feature map.
+        The `options` are those of `Alignment`, such as its `weight`; all others are the head's. The denoiser runs once
+        on the meta device, with data of `size` (H, W), to find the tap's channels. A UserError lists the near names of
+        an unknown tap or head, and says what a tap gives if it is no feature map.
         """
+        own = {key: options.pop(key) for key in options.keys() & inspect.signature(cls).parameters.keys()}
         channels = tap_channels(denoiser, tap, size)
-        module = heads.create(head, channels, embed_dim, tuple(grid), **head_options)
-        return cls(tap, module, weight, manifold_weight, target, time_weight, schedule, loss)
+        return cls(tap, heads.create(head, channels, embed_dim, tuple(grid), **options), **own)
 
     def loss(
         self, projection: Tensor, tokens: Tensor | None, t: Tensor, scale: float = 1.0
@@ -128,13 +124,11 @@ class AlignedDenoiser(nn.Module):
         self.alignments = Modules(alignments)
         self._tapped: dict[str, Tensor] = {}
         for tap in {alignment.tap for alignment in alignments}:
-            find_tap(denoiser, tap).register_forward_hook(self._keep(tap))
 
-    def _keep(self, tap: str):
-        def hook(_module, _inputs, output):
-            self._tapped[tap] = output
+            def keep(_module, _inputs, output, tap=tap):
+                self._tapped[tap] = output
 
-        return hook
+            find_tap(denoiser, tap).register_forward_hook(keep)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, unit_time: Tensor | None = None) -> AlignedOutput:
         prediction = self.denoiser(x, t, y)

@@ -38,22 +38,19 @@ def measure_cost(model: Pretrained, height: int, width: int | None = None) -> Co
     a GroupNorm: the paper's Winograd figures (57.2, 228.7, 97.2, 388.4 GMACs) contain them, though its plain figures
     round the same without.
     """
-    inside_blocks = [
-        conv for block in model.modules() if isinstance(block, Block) for conv in block.modules() if is_conv3x3(conv)
-    ]
     winograd = norm = 0
 
-    def count_conv(conv, _inputs, output):
-        nonlocal winograd
-        winograd += output.numel() // conv.out_channels * conv.weight.numel()
+    def count(module, _inputs, output):
+        nonlocal winograd, norm
+        if isinstance(module, nn.GroupNorm):
+            norm += 2 * output.numel()
+        else:
+            winograd += output.numel() // module.out_channels * module.weight.numel()
 
-    def count_norm(_norm, _inputs, output):
-        nonlocal norm
-        norm += 2 * output.numel()
-
-    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    hooks = [conv.register_forward_hook(count_conv) for conv in inside_blocks]
-    hooks += [module.register_forward_hook(count_norm) for module in norms]
+    counted: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        counted += [conv for conv in block.modules() if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)]
+    hooks = [module.register_forward_hook(count) for module in counted]
     try:
         with FlopCounterMode(display=False) as counter:
             forward_on_meta(model, height, width or height)
@@ -67,15 +64,10 @@ def measure_cost(model: Pretrained, height: int, width: int | None = None) -> Co
 
 def forward_on_meta(model: Pretrained, height: int, width: int) -> None:
     """Run a denoiser on shapes alone, so that hooks can see those of its feature maps. The model stays where it is."""
-    rearrange(
-        torch.empty(1), "a -> a"
-    )  # its first use makes torch 2.6 import what cannot be imported on the meta device
+    # einops' first use makes torch 2.6 import what cannot be imported on the meta device.
+    rearrange(torch.empty(1), "a -> a")
     meta = {name: tensor.to("meta") for name, tensor in model.state_dict(keep_vars=True).items()}
     with torch.no_grad(), torch.device("meta"):
         condition = condition_of_model(model) or NoCondition()
         inputs = (torch.empty(1, model.in_channels, height, width), torch.empty(1), condition.blank(1))
         torch.func.functional_call(model, meta, inputs)
-
-
-def is_conv3x3(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)

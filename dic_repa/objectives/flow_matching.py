@@ -20,21 +20,15 @@ from dic_repa.interpolants import Interpolant, check_prediction, paths
 from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives
 from dic_repa.registry import Registry
 from dic_repa.samplers.ddpm import split_output
+from dic_repa.samplers.grids import shift_time
 
 time_samplings = Registry("time sampling", key="objective.options.time")
 weightings = Registry("loss weighting", key="objective.options.weighting")
 
 
-def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t' = shift t / (1 + (shift - 1) t): times for larger latents, which lose less of their content to the same noise.
-
-    `resolution_shift` gives the `shift` (Esser et al. 2024, eq. 23).
-    """
-    return shift * t / (1 + (shift - 1) * t)
-
-
 def resolution_shift(dimensions: int, base: int = 4 * 32 * 32) -> float:
-    """sqrt(dimensions / base), for latents of so many numbers where no shift was needed for `base` of them."""
+    """sqrt(dimensions / base) (Esser et al. 2024, eq. 23): the `shift` for latents of so many numbers, if `base` need
+    none. Larger latents lose less of their content to the same noise."""
     return (dimensions / base) ** 0.5
 
 

@@ -187,7 +187,8 @@ def join_encoder(
     section: AlignmentSection, encoder: Encoder, denoiser: Pretrained, image_size: tuple, size: tuple[int, int]
 ) -> Alignment:
     """`build_alignment` from sizes alone: (H, W) of the encoder's images and of the denoiser's data."""
-    if taken := inspect.signature(Alignment.build).parameters.keys() & section.head_options:
+    own = inspect.signature(Alignment).parameters.keys() | inspect.signature(Alignment.build).parameters.keys()
+    if taken := own & section.head_options.keys():
         raise UserError(
             f"alignments: head_options cannot hold {', '.join(sorted(taken))}, which an alignment has itself"
         )

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.models import create_denoiser, load_authors_checkpoint, load_denoiser
-from dic_repa.models.authors_uvit import infer_config
+from dic_repa.models.authors import infer_uvit
 from dic_repa.models.uvit import UViT
 from dic_repa.objectives import DDPM
 from dic_repa.recipe import load_recipe
@@ -49,7 +49,7 @@ def test_a_published_size_is_its_preset(name, time_scale):
         state["pos_embed"] = torch.empty(1, 2 + (config["size"] // patch) ** 2, width)
         if config["final_conv"]:
             state["final_layer.weight"] = torch.empty(channels, channels, 3, 3)
-    assert {**infer_config(state), "learn_sigma": False} == {**config, "time_scale": time_scale}
+    assert {**infer_uvit(state), "learn_sigma": False} == {**config, "time_scale": time_scale}
 
 
 def test_convert_makes_a_folder_of_it(reference, tmp_path, monkeypatch):
