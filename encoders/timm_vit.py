@@ -148,27 +148,8 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:
             f"one and give {WEIGHTS_OPTION}"
         ) from error
     except RuntimeError as error:
-        reason = first_line(error).rstrip(":.")
-        raise UserError(
-            f"no weights of timm's fit '{name}' ({reason}); give {WEIGHTS_OPTION}, or pretrained=False"
-        ) from error
-
-
-def _load_file(model: Any, path: str | PathLike) -> None:
-    state = without_wrappers(read_tensors(path)[0])
-    # timm keeps a converter beside each architecture, for other key layouts and other grids of position embeddings.
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        try:
-            state = convert(state, model)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"the weights in '{path}' are not of '{model.pretrained_cfg['architecture']}' ({error!r})"
-            ) from error
-    # The classifier is not part of the encoder.
-    own = model.state_dict()
-    state = {key: value for key, value in state.items() if key in own or not key.startswith("head.")}
-    load_weights(model, state, path)
+        why = f"no weights of timm's fit '{name}' ({first_line(error).rstrip(':.')})"
+        raise UserError(f"{why}; give {WEIGHTS_OPTION}, or pretrained=False") from error
 
 
 # In MoCo v3's ViT-L, as RCG distributes it, a renaming went through the layers' names.
@@ -176,12 +157,19 @@ _MISSPELT = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "block
 _MISSPELT |= {"blocks.14.norm14": "blocks.14.norm2", "blocks.14.mlp.fc14": "blocks.14.mlp.fc2"}
 
 
-def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's state dict: MoCo v3 keeps it as `module.base_encoder`, I-JEPA as `module`."""
-    prefixes = [p for p in ("module.base_encoder.", "module.") if any(key.startswith(p + "blocks.") for key in state)]
-    if not prefixes:
-        return state
-    state = {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
+def _load_file(model: Any, path: str | PathLike) -> None:
+    state, _ = read_tensors(path)
+    for prefix in ("module.base_encoder.", "module."):  # where MoCo v3 and I-JEPA keep the encoder
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        state = inner if any(key.startswith("blocks.") for key in inner) else state
     for wrong, right in _MISSPELT.items():
         state = {key.replace(wrong, right): value for key, value in state.items()}
-    return state
+    # timm keeps a converter beside each architecture, for other key layouts and other grids of position embeddings.
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = convert(state, model) if convert else state
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        architecture = model.pretrained_cfg["architecture"]
+        raise UserError(f"the weights in '{path}' are not of '{architecture}' ({error!r})") from error
+    own = model.state_dict()  # without the classifier, which is not part of the encoder
+    load_weights(model, {k: v for k, v in state.items() if k in own or not k.startswith("head.")}, path)

@@ -18,7 +18,7 @@ from dic_repa.files.outputs import (
     check_folder,
     list_output,
     read_marker,
-    remove_listed,
+    remove_folder,
     write_marker,
 )
 
@@ -83,11 +83,8 @@ def write_whole(path: str | Path, text: str) -> None:
 
 def _move_into(aside: Path, path: Path) -> None:
     """Move the content of `aside` into our folder `path`, in place of what its marker lists."""
-    remove_listed(path)
-    (path / MARKER).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # what is not ours is left in it
-        path.rmdir()
-    if not path.is_dir():
+    remove_folder(path)
+    if not path.is_dir():  # else there is something in it that is not ours
         os.replace(aside, path)
         return
     for name in [MARKER, *_names(aside)]:  # it first: after a kill the folder is still ours

@@ -42,8 +42,7 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from error
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
-        reason = first_line(error)
-        raise UserError(f"{path} cannot be read as a file of plain tensors ({reason})") from error
+        raise UserError(f"{path} cannot be read as a file of plain tensors ({first_line(error)})") from error
     for key in ("ema", "model", "state_dict", "encoder"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
