@@ -1,8 +1,4 @@
-"""Judging digits: are they read as the digit that was asked for, and are they spread as real ones are?
-
-The judge is a small convolutional network of its own, not the encoder that training is aligned with;
-`train_digits` trained it, on the training split.
-"""
+"""Judging digits by a small network of its own, which `train_digits` has trained on the training split."""
 
 from __future__ import annotations
 
@@ -68,12 +64,12 @@ class Recognised(Metric):
     most: ClassVar[float | None] = 1.0
 
     def __call__(self, features: Tensor, labels: Tensor) -> float | None:
-        right, asked = self._read(features, labels), labels.cpu() < NUM_CLASSES
-        return right[asked].double().mean().item() if asked.any() else None
+        asked = labels.cpu() < NUM_CLASSES
+        return self._right(features, labels)[asked].double().mean().item() if asked.any() else None
 
     def details(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
-        """`recognised_count`, and `recognised_by_class`: each class's share by its name, None where none is due."""
-        right = self._read(features, labels)
+        """`recognised_count`, and `recognised_by_class`: the share of each class that was asked for, else None."""
+        right = self._right(features, labels)
         by_class = [right[labels.cpu() == digit] for digit in range(NUM_CLASSES)]
         shares = {str(d): r.double().mean().item() if len(r) else None for d, r in enumerate(by_class)}
         return {"recognised_count": int(right.sum()), "recognised_by_class": shares}
@@ -83,7 +79,7 @@ class Recognised(Metric):
         return 0.0 if share is None else math.sqrt(share * (1 - share) / asked)
 
     @staticmethod
-    def _read(logits: Tensor, labels: Tensor) -> Tensor:
+    def _right(logits: Tensor, labels: Tensor) -> Tensor:
         return logits.argmax(dim=1).cpu() == labels.cpu()
 
 
@@ -91,8 +87,8 @@ class Recognised(Metric):
 class DigitsJudge(MetricSet):
     """Are digits read as asked (`recognised`), and are they spread as the 2,000 held-out ones are (`fd-digits`)?
 
-    `bounds` are those of the held-out digits for `recognised`, and for `fd-digits` those of as many training digits as
-    there are samples, since it grows as these get fewer.
+    `bounds` are what the held-out digits score in `recognised`, and in `fd-digits` as many training digits as there are
+    samples, since a distance grows as samples get fewer.
     """
 
     def __init__(self):

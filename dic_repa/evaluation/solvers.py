@@ -29,11 +29,10 @@ class Point:
 def compare_solvers(run: str | Path, solvers: Sequence[str], budgets: Sequence[int], num: int) -> Iterator[Point]:
     """Judge `num` samples of `run` for each solver and each budget of network evaluations, without guidance.
 
-    A solver of k evaluations per step takes budget / k steps, and is left out where that is less than one; an
-    adaptive one takes the tolerances instead. A UserError names an unknown solver.
+    A solver of k evaluations per step takes budget / k steps, and is left out if that is less than one; an adaptive one
+    takes the tolerances instead. A UserError names an unknown solver.
     """
-    infos = [solver_info(name) for name in solvers]
-    for info in infos:
+    for info in [solver_info(name) for name in solvers]:  # all of them first
         settings = [{"rtol": tol, "atol": tol} for tol in TOLERANCES]
         if info.kind == "fixed":
             each = info.evaluations or 1  # an implicit method takes as many as it needs
@@ -57,7 +56,6 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
     shown = list(dict.fromkeys(score for point in points for score in point.scores))
-    better = {score: metric.better for score in shown if (metric := find_metric(score))}
     figure, axes = new_figure(1, len(shown), (5.2 * len(shown), 3.8))
     for i, solver in enumerate(dict.fromkeys(point.solver for point in points)):
         info = solver_info(solver)
@@ -66,17 +64,17 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
         style = {"label": solver, "linestyle": line, "marker": "osv^D*XP"[i % 8], "markersize": 5, "linewidth": 1.4}
         for axis, score in zip(axes[0], shown):
             axis.plot([p.evaluations for p in own], [p.scores.get(score, math.nan) for p in own], **style)
-    for axis, score in zip(axes[0], shown):
-        axis.set_title(f"{title(score)} ({better[score]} is better)" if score in better else title(score))
-        if better.get(score) == "lower" and all(point.scores.get(score, 1) > 0 for point in points):
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(PlainLogFormatter())
-            axis.yaxis.set_minor_formatter(PlainLogFormatter())
     ticks: list[int] = []
     for cost in sorted({point.evaluations for point in points}):
         if not ticks or cost > 1.3 * ticks[-1]:  # the others would overlap
             ticks.append(cost)
-    for axis in axes[0]:
+    for axis, score in zip(axes[0], shown):
+        metric = find_metric(score)
+        axis.set_title(f"{title(score)} ({metric.better} is better)" if metric else score)
+        if metric and metric.better == "lower" and all(point.scores.get(score, 1) > 0 for point in points):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(PlainLogFormatter())
+            axis.yaxis.set_minor_formatter(PlainLogFormatter())
         axis.set(xlabel="network evaluations per image", xscale="log")
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.xaxis.set_minor_formatter(NullFormatter())
