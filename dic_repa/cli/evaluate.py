@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,25 +10,23 @@ from typing import TYPE_CHECKING
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.judgements import print_judgements
-from dic_repa.cli.options import Command, Count, Several, option_group
-from dic_repa.cli.sampling_options import load_for_sampling, sample_settings, sampling_options
-from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
+from dic_repa.cli.judgements import evaluate_and_show
+from dic_repa.cli.options import PATH, Command, Count, Several, option_group
+from dic_repa.cli.sampling_options import load_for_sampling, sampling_options
+from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
-from dic_repa.recipe import load_recipe
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.runtime.table import format_rows, number
 from dic_repa.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
     from dic_repa.evaluation import Measured
-    from dic_repa.evaluation.runs import Judgement
 
 ADM = ["fid", "sfid", "is", "prec", "recall"]
 
 
 @click.command("evaluate", cls=Command)
-@click.argument("samples", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=completion.runs)
+@click.argument("samples", nargs=-1, required=True, type=PATH, shell_complete=completion.runs)
 @option_group(
     "Metrics and their reference",
     click.option(
@@ -48,34 +46,20 @@ ADM = ["fid", "sfid", "is", "prec", "recall"]
     click.option("--fid-infinity", is_flag=True, help="Also extrapolate FID to infinitely many samples."),
     click.option("--bootstrap", type=Count(2), metavar="N", help="Confidence intervals from N resamplings."),
     click.option("--resize", type=Count(8), metavar="SIZE", help="Crop all images to SIZE first, as ADM does."),
-    click.option("--out", type=click.Path(path_type=Path), help="The record.  [default: metrics.json beside SAMPLES]"),
+    click.option("--out", type=PATH, help="The record.  [default: metrics.json beside SAMPLES]"),
 )
 @option_group(
     "Networks that look at the images",
-    click.option("--inception-weights", type=click.Path(path_type=Path), help="A file of torch-fidelity's format."),
-    click.option("--dinov2-weights", type=click.Path(path_type=Path), help="A file of DINOv2 ViT-L/14 weights."),
+    click.option("--inception-weights", type=PATH, help="A file of torch-fidelity's format."),
+    click.option("--dinov2-weights", type=PATH, help="A file of DINOv2 ViT-L/14 weights."),
+    click.option("--dinov2-encoder", shell_complete=completion.encoders, help="Another ViT in DINOv2's place."),
+    click.option("--encoder", shell_complete=completion.encoders, help="For fd-encoder, ...  [default: the run's own]"),
+    click.option("--encoder-weights", type=PATH, help="A file of that encoder's weights."),
     click.option(
-        "--dinov2-encoder",
-        shell_complete=completion.encoders,
-        help="Another ViT in its place, from `dic-repa encoders`.",
-    ),
-    click.option(
-        "--encoder",
-        shell_complete=completion.encoders,
-        help="For fd-encoder and its like.  [default: the one that the run was aligned to]",
-    ),
-    click.option("--encoder-weights", type=click.Path(path_type=Path), help="A file of that encoder's weights."),
-    click.option(
-        "--encoder-option",
-        "encoder_options",
-        metavar="KEY=VALUE",
-        multiple=True,
-        help="An option of that encoder; repeatable.",
+        "--encoder-option", "encoder_options", metavar="KEY=VALUE", multiple=True, help="Of that encoder; repeatable."
     ),
     click.option("--feature-batch", type=Count(1), default=64, help="Images in a network at once."),
-    click.option(
-        "--save-statistics", type=click.Path(path_type=Path), help="Keep the reference's in this .safetensors."
-    ),
+    click.option("--save-statistics", type=PATH, help="Keep the reference's in this .safetensors."),
     click.option("--no-cache", is_flag=True, help="Neither read nor write cached statistics of the reference."),
 )
 @option_group(
@@ -88,15 +72,7 @@ ADM = ["fid", "sfid", "is", "prec", "recall"]
     click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before."),
 )
 @sampling_options
-def command(
-    samples: tuple[Path, ...],
-    reference: str | None,
-    metrics: list[str] | None,
-    fid_infinity: bool,
-    recipe: str | None,
-    again: bool,
-    **options,
-):
+def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str] | None, fid_infinity: bool, **options):
     """Measure SAMPLES: a run, a checkpoint (both are sampled first), a folder of images, or an .npz of any project.
 
     With --reference or --metrics, by FID and its like, and metrics.json records all that it takes to repeat it.
@@ -125,13 +101,13 @@ def command(
     """
     if reference is None and metrics is None:
         several = "runs that are judged by now stay judged, and the same command goes on with the others"
-        kept = several if len(samples) > 1 and not again else "nothing was written"
+        kept = several if len(samples) > 1 and not options["again"] else "nothing was written"
         with when_interrupted(lambda: f"interrupted; {kept}"):
-            evaluate_and_show(list(samples), recipe, again, **options)
+            evaluate_and_show(samples, **options)
         return
-    names = list(dict.fromkeys((metrics or ADM) + (["fid-infinity"] if fid_infinity else [])))
+    names = dict.fromkeys((metrics or ADM) + (["fid-infinity"] if fid_infinity else []))
     with when_interrupted(lambda: "interrupted; samples that are drawn are kept, and the same command takes them"):
-        measure_and_show(list(samples), reference, names, recipe, again, **options)
+        measure_and_show(samples, reference, list(names), **options)
 
 
 def _list_metrics(context, _parameter, value) -> None:
@@ -144,9 +120,7 @@ def _list_metrics(context, _parameter, value) -> None:
         context.exit()
 
 
-def measure_and_show(
-    samples: list[Path], reference: str | None, names: list[str], recipe: str | None, again: bool, **options
-) -> None:
+def measure_and_show(samples: Sequence[Path], reference: str | None, names: list[str], **options) -> None:
     """Measure each of `samples` against the reference, print a table, and record each."""
     out, resize, statistics = options["out"], options["resize"], options["save_statistics"]
     if out and len(samples) > 1:
@@ -192,8 +166,8 @@ def measure_and_show(
     for path in samples:
         place = path
         if path not in opened:
-            loaded = load_for_sampling(path, recipe, processes.device, **options)
-            place = sample_checkpoint(path, *loaded, processes, again)
+            loaded = load_for_sampling(path, processes.device, **options)
+            place = sample_checkpoint(path, *loaded, processes, options["again"])
         images = opened.get(path) or open_images(place, resize)
         with print_rank_errors(), images_done(desc=f"measuring {place}", total=len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update, labels_of(place, len(images)))
@@ -225,7 +199,7 @@ def _cells(measured: Measured) -> Iterator[str]:
         yield ("no labels" if value is None else number(value)) + (f" [{interval}]" if interval else "")
 
 
-def _extractor_options(samples: list[Path], names: list[str], options: dict) -> dict[str, dict]:
+def _extractor_options(samples: Sequence[Path], names: list[str], options: dict) -> dict[str, dict]:
     """By extractor, its options; `encoder` is the one that the runs among `samples` were aligned to, or --encoder."""
     from dic_repa.cli.encoders import parse_encoder_options
     from dic_repa.evaluation.runs import encoder_of_runs
@@ -241,28 +215,3 @@ def _extractor_options(samples: list[Path], names: list[str], options: dict) -> 
     if given:
         raise UserError("--encoder-weights and --encoder-option go with --encoder")
     return found | encoder_of_runs(samples, names)
-
-
-def evaluate_and_show(runs: list[Path], recipe: str | None = None, again: bool = False, **options) -> list[Judgement]:
-    """Judge each run with a progress bar, then print the table and, for a single run, where its picture is."""
-    from dic_repa.evaluation.runs import evaluate_run, no_judge
-    from dic_repa.runs.folder import RunFolder
-
-    if not is_main_process():
-        return []  # a judge looks at few images: one process does it
-    for run in runs:
-        if run.exists() and not (run / "recipe.yaml").is_file():
-            raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
-        if RunFolder.open(run).recipe().evaluate is None:
-            raise no_judge(run, "give a --reference")
-    choose_threads()
-    given = load_recipe(recipe).sample if recipe else None
-    judgements = []
-    for run in runs:
-        settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
-        with progress_bar(total=settings.num, desc=f"sampling {run}", unit="image", delay=0.1) as bar:
-            judgements.append(evaluate_run(run, settings, again, bar.update))
-    print_judgements(judgements)
-    if len(judgements) == 1:
-        click.echo(f"samples: {judgements[0].picture}")
-    return judgements

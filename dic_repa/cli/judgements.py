@@ -1,19 +1,53 @@
-"""The table of what runs have scored, those of several seeds summed up."""
+"""Runs judged as their recipes say, and the table of their scores, those of several seeds summed up."""
 
 from __future__ import annotations
 
 import os
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dic_repa.runtime.progress import say
+import click
+
+from dic_repa.cli.sampling_options import sample_settings
+from dic_repa.errors import UserError, is_main_process
+from dic_repa.recipe import load_recipe
+from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.runtime.table import format_rows, number
+from dic_repa.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
     from dic_repa.evaluation.runs import Judgement
 
 _NO_COLUMN = {"count", "recognised_count", "reference"}
+
+
+def evaluate_and_show(
+    runs: Sequence[Path], recipe: str | None = None, again: bool = False, **options
+) -> list[Judgement]:
+    """Judge each run with a progress bar, then print the table and, for a single run, where its picture is."""
+    from dic_repa.evaluation.runs import evaluate_run, no_judge
+    from dic_repa.runs.folder import RunFolder
+
+    if not is_main_process():
+        return []  # a judge looks at few images: one process does it
+    for run in runs:
+        if run.exists() and not (run / "recipe.yaml").is_file():
+            raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
+        if RunFolder.open(run).recipe().evaluate is None:
+            raise no_judge(run, "give a --reference")
+    choose_threads()
+    given = load_recipe(recipe).sample if recipe else None
+    judgements = []
+    for run in runs:
+        settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
+        with progress_bar(total=settings.num, desc=f"sampling {run}", unit="image", delay=0.1) as bar:
+            judgements.append(evaluate_run(run, settings, again, bar.update))
+    print_judgements(judgements)
+    if len(judgements) == 1:
+        click.echo(f"samples: {judgements[0].picture}")
+    return judgements
 
 
 def print_judgements(judgements: Sequence[Judgement]) -> None:
@@ -29,10 +63,13 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
         return [_score(key, scores.get(key)) for key in shown]
 
     rows = [("run", "step", "samples", *map(title, shown))]
-    rows += [(str(j.run), str(j.step), describe_sampling(j.sample), *cells(j.scores)) for j in judgements]
     groups: dict[str, dict[int, Judgement]] = {}
     for j in judgements:
-        groups.setdefault(_without_seed(j), {})[j.recipe.train.seed] = j
+        rows.append((str(j.run), str(j.step), describe_sampling(j.sample), *cells(j.scores)))
+        recipe = j.recipe.model_dump_json(
+            exclude={"description": True, "folders": True, "train": {"seed"}, "sample": True}
+        )
+        groups.setdefault(f"{j.step} {j.sample.model_dump_json()} {recipe}", {})[j.recipe.train.seed] = j
     for seeds in groups.values():
         if len(seeds) > 1:
             group = list(seeds.values())
@@ -41,7 +78,7 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
             rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
     if isinstance(first.get("reference"), dict):
         rows.append((f"real {judgements[0].recipe.data.name}", "", "", *cells(first["reference"])))
-    print(format_rows(rows, left=(0, 2)))
+    click.echo(format_rows(rows, left=(0, 2)))
     if by_encoder(shown):
         for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
             say(f"note: {no_fid(encoder)}")
@@ -51,14 +88,6 @@ def _score(key: str, value) -> str:
     if value is None:
         return "no labels" if key == "recognised" else ""
     return number(value) if isinstance(value, float) else str(value)
-
-
-def _without_seed(judgement: Judgement) -> str:
-    """What runs that differ in nothing but the seed have in common."""
-    recipe = judgement.recipe.model_dump_json(
-        exclude={"description": True, "folders": True, "train": {"seed"}, "sample": True}
-    )
-    return f"{judgement.step} {judgement.sample.model_dump_json()} {recipe}"
 
 
 def _spread(values: list) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from dic_repa.recipe.keys import find_field
 from dic_repa.recipe.values import whole_number
 
 OTHERS = "Options"
+PATH = click.Path(path_type=Path)
 
 
 class Command(click.Command):

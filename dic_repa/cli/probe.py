@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.options import Count, Several
+from dic_repa.cli.options import PATH, Count, Several
 from dic_repa.errors import is_main_process
 from dic_repa.files.outputs import check_folder
 from dic_repa.runtime.threads import choose_threads
 
 
 @click.command("probe")
-@click.argument("checkpoint", type=click.Path(path_type=Path), shell_complete=completion.runs)
+@click.argument("checkpoint", type=PATH, shell_complete=completion.runs)
 @click.option(
     "--encoder",
     shell_complete=completion.encoders,
@@ -30,17 +30,8 @@ from dic_repa.runtime.threads import choose_threads
 @click.option("--taps", type=Several(str), help="Submodules, such as enc.0.1,mid.0.  [default: a few of each stage]")
 @click.option("--per-stage", type=Count(1), default=4, help="Taps of each stage at most.")
 @click.option("--batch-size", type=Count(1), default=64)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/probe]")
-def command(
-    checkpoint: Path,
-    encoder: str | None,
-    num: int,
-    times: list[float],
-    taps: list[str] | None,
-    per_stage: int,
-    batch_size: int,
-    out: Path | None,
-):
+@click.option("--out", type=PATH, help="Folder for the results.  [default: RUN/probe]")
+def command(checkpoint: Path, out: Path | None, **options):
     """Compare every stage of a denoiser with an encoder: CHECKPOINT is a run's folder or one of its checkpoints.
 
     Real images are noised to several levels and shown to the averaged weights without their class. For each tap and
@@ -65,26 +56,17 @@ def command(
     from dic_repa.runtime.progress import progress_bar
 
     choose_threads()
-    with progress_bar(total=num * len(times), unit="image", desc="probing", delay=0.1) as bar:
-        record, files = probe_checkpoint(
-            checkpoint,
-            encoder,
-            num,
-            times,
-            taps or (),
-            per_stage,
-            batch_size,
-            out=out,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            progress=bar.update,
-        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    total = options["num"] * len(options["times"])
+    with progress_bar(total=total, unit="image", desc="probing", delay=0.1) as bar:
+        record, files = probe_checkpoint(checkpoint, out=out, device=device, progress=bar.update, **options)
     width = max(len(tap) for tap in record["taps"]) + 2
     click.echo(f"best over the noise levels, against {record['encoder']} ({record['num']} {record['split']} images)")
     click.echo(" " * width + "".join(f"{TITLES[name]:>26}" for name in record["scores"]))
     for i, tap in enumerate(record["taps"]):
         cells = []
         for rows in record["scores"].values():
-            known = [(value, t) for value, t in zip(rows[i], times) if value is not None]
+            known = [(value, t) for value, t in zip(rows[i], record["times"]) if value is not None]
             cells.append("{:>16.3f} at t = {:<3g}".format(*max(known)) if known else f"{'':>26}")
         click.echo(f"{tap:{width}}" + "".join(f"{cell:>26}" for cell in cells).rstrip())
     click.echo(f"the encoder itself: linear probe {record['reference']['linear_probe']:.3f}")

@@ -9,15 +9,14 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
+from dic_repa.cli.options import PATH
 from dic_repa.files.outputs import check_file
 from dic_repa.runtime.progress import say
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=completion.runs)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="The file.  [default: RUN/report.html; of several runs: report.html]"
-)
+@click.argument("runs", nargs=-1, required=True, type=PATH, shell_complete=completion.runs)
+@click.option("--out", type=PATH, help="The file.  [default: RUN/report.html; of several runs: report.html]")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 def command(runs: tuple[Path, ...], out: Path | None, show: bool):
     """Write one self-contained HTML page about RUNS (run folders), side by side.

@@ -88,7 +88,7 @@ def command(
 
     choose_threads()
     processes = start_processes()
-    loaded, settings = load_for_sampling(checkpoint, recipe, processes.device, **options)
+    loaded, settings = load_for_sampling(checkpoint, processes.device, recipe, **options)
     if conditions:
         loaded.condition = read_examples(loaded.condition, conditions)
     chosen = parse_classes(classes, loaded.condition) if classes else None

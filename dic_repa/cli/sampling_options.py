@@ -92,7 +92,7 @@ def sampling_options(command: Callable) -> Callable:
 
 
 def load_for_sampling(
-    path: Path, recipe: str | None, device: torch.device, **options
+    path: Path, device: torch.device, recipe: str | None, **options
 ) -> tuple[Checkpoint, SampleSection]:
     """A run or checkpoint, and how to sample it: as `recipe` says, by default as its own does, with these options."""
     from dic_repa.sampling.load import load

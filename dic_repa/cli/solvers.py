@@ -8,7 +8,7 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
-from dic_repa.cli.options import Count, Several
+from dic_repa.cli.options import PATH, Count, Several
 from dic_repa.errors import UserError
 from dic_repa.recipe.values import MOST_IMAGES
 from dic_repa.registry import import_plugin
@@ -44,7 +44,7 @@ def command(context: click.Context, plugins: tuple[str, ...]):
 
 
 @command.command("compare")
-@click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
+@click.argument("run", type=PATH, shell_complete=completion.runs)
 @click.option(
     "--solvers",
     "names",
@@ -54,7 +54,7 @@ def command(context: click.Context, plugins: tuple[str, ...]):
 )
 @click.option("--evaluations", type=Several(Count(1)), default="6,12,24,48,96", help="Network evaluations per image.")
 @click.option("--num", type=Count(2, MOST_IMAGES), default=500, help="Samples for each point.")
-@click.option("--out", type=click.Path(path_type=Path), help="The plot.  [default: RUN/evaluation/solvers.png]")
+@click.option("--out", type=PATH, help="The plot.  [default: RUN/evaluation/solvers.png]")
 def compare(run: Path, names: list[str], evaluations: list[int], num: int, out: Path | None):
     """Sample RUN with each solver at each cost, judge the samples, and plot quality against cost.
 

@@ -7,12 +7,15 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.options import Command, Count, Several, option_group
+from dic_repa.cli.options import PATH, Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_option
 from dic_repa.errors import is_main_process, when_interrupted
 from dic_repa.files.outputs import check_folder
 from dic_repa.recipe.values import MOST_IMAGES
 from dic_repa.runtime.threads import choose_threads
+
+IMAGES = Count(2, MOST_IMAGES)
+SAMPLING = ("solver", "steps", "batch_size", "autoencoder", "seed")
 
 
 def _pair(text: str) -> tuple[float, float]:
@@ -24,12 +27,11 @@ def _pair(text: str) -> tuple[float, float]:
 
 
 @click.command("tune", cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path), shell_complete=completion.runs)
+@click.argument("checkpoint", type=PATH, shell_complete=completion.runs)
 @option_group(
     "What is tried, and which score counts",
     click.option(
-        "--metric",
-        help="Which score counts: fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]",
+        "--metric", "score", help="fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]"
     ),
     click.option("--reference", help="Real images for fid and its like: a folder, an .npz, statistics."),
     click.option("--scales", type=Several(float), default="1,1.25,1.5,1.75,2,2.5", help="Guidance scales to try."),
@@ -39,31 +41,16 @@ def _pair(text: str) -> tuple[float, float]:
         default="0:0.5,0:0.7,0:0.85,0:1,0.2:0.8",
         help="Intervals of t to try (0 data, 1 noise).",
     ),
-    click.option(
-        "--num", type=Count(2, MOST_IMAGES), help="Samples of each cell.  [default: a tenth, from 200 to 5000]"
-    ),
+    click.option("--num", type=IMAGES, help="Samples of each cell.  [default: a tenth, from 200 to 5000]"),
     click.option("--confirm", type=Count(0), default=3, help="Best cells to sample anew."),
-    click.option(
-        "--confirm-num", type=Count(2, MOST_IMAGES), help="Samples of each of them.  [default: the recipe's num]"
-    ),
-    click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: RUN/tune]"),
+    click.option("--confirm-num", type=IMAGES, help="Samples of each of them.  [default: the recipe's num]"),
+    click.option("--out", type=PATH, help="Folder for the results.  [default: RUN/tune]"),
 )
 @option_group(
     "How it is sampled, where not as the recipe says",
-    *map(sampling_option, ("solver", "steps", "batch_size", "autoencoder", "seed")),
+    *map(sampling_option, SAMPLING),
 )
-def command(
-    checkpoint: Path,
-    metric: str | None,
-    reference: str | None,
-    scales: list[float],
-    intervals: list[tuple[float, float]],
-    num: int | None,
-    confirm: int,
-    confirm_num: int | None,
-    out: Path | None,
-    **options,
-):
+def command(checkpoint: Path, out: Path | None, confirm: int, **options):
     """Find the guidance scale and interval with which CHECKPOINT (a run or a checkpoint) scores best.
 
     A grid is tried with few samples and the same noise everywhere, then the best are confirmed with many. Prints the
@@ -90,8 +77,9 @@ def command(
 
     choose_threads()
     loaded = load(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-    sample = sample_settings(loaded.recipe.sample, **options)
-    tuner = Tuner(loaded, metric, reference, sample, scales, intervals, num, confirm, confirm_num, out)
+    sampling = {name: value for name in SAMPLING if (value := options.pop(name)) is not None}
+    sample = sample_settings(loaded.recipe.sample, **sampling)
+    tuner = Tuner(loaded, sample=sample, confirm=confirm, out=out, **options)
     cells = len(tuner.cells())
     total = cells * tuner.num + min(confirm, cells) * tuner.confirm_num
     kept = f"interrupted; the finished cells are in {tuner.file}, and the same command goes on with the others"
@@ -106,6 +94,6 @@ def command(
 
         best = tuner.run(progress)[0]
     click.echo(f"best {title(tuner.score)}: {best.value:.4g} with {best.num} samples")
-    given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
+    given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sampling.items())
     click.echo(f"use: dic-repa sample {checkpoint} {best.options}{given}")
     click.echo(f"heat map: {tuner.picture}; record: {tuner.file}")

@@ -50,7 +50,7 @@ def probe_checkpoint(
     encoder: str | None = None,
     num: int = 1000,
     times: Sequence[float] = TIMES,
-    taps: Sequence[str] = (),
+    taps: Sequence[str] | None = None,
     per_stage: int = 4,
     batch_size: int = 64,
     seed: int = 0,
@@ -89,7 +89,7 @@ def probe_checkpoint(
         raise UserError(f"{loaded.source} is conditioned on {condition.describe()}; a probe needs data with labels")
     heads = _trained_heads(recipe, section, checkpoint, denoiser, network, data, device)
     aligned = [entry.tap for entry in recipe.alignments if entry.encoder == section.encoder]
-    taps = list(taps) or stage_taps(denoiser, (recipe.data.size, recipe.data.size), per_stage, aligned)
+    taps = list(taps or ()) or stage_taps(denoiser, (recipe.data.size, recipe.data.size), per_stage, aligned)
     for tap in taps:
         find_tap(denoiser, tap)
 
