@@ -18,8 +18,6 @@ or `package.module:factory`. A registered name that ends in a colon is a *family
 the colon as its first argument.
 """
 
-from __future__ import annotations
-
 import ast
 import fnmatch
 import functools

@@ -1,7 +1,5 @@
 """Encoders by name, as `dic_repa.registry` has it; `timm:` is a family."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ A convolutional stem to 7x7 tokens, then three transformer blocks. `train_digits
 the mean of the tokens, and each patch's pixels from its token, so that the tokens of an image differ.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from os import PathLike

@@ -5,8 +5,6 @@ no antialiasing) to one token for 16 pixels: 256 px become 224 for a patch of 14
 are those before the final norm. REPA's names are dinov1, jepa and clip-vit-L.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike

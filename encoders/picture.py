@@ -1,7 +1,5 @@
 """An encoder's tokens as a picture: their first three principal components as red, green and blue."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from PIL import Image

@@ -1,17 +1,13 @@
 """`dic-repa parts`."""
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import click
 
 from dic_repa.cli import completion
 from dic_repa.errors import UserError, unknown_name
-
-if TYPE_CHECKING:
-    from dic_repa.registry import Registry
+from dic_repa.registry import Registry, import_plugin
+from dic_repa.runtime.table import format_rows
 
 # The modules in which the registries are, in the order of the list.
 _HOMES = (
@@ -38,8 +34,6 @@ def command(kind: str | None, plugins: tuple[str, ...]):
       dic-repa parts time-weight
       dic-repa parts ode-solver --plugin my_solver
     """
-    from dic_repa.registry import import_plugin
-
     for plugin in plugins:
         import_plugin(plugin)
     kinds = find_registries()
@@ -60,8 +54,6 @@ def command(kind: str | None, plugins: tuple[str, ...]):
 
 def find_registries() -> dict[str, Registry]:
     """Every kind's registry, by its name with hyphens."""
-    from dic_repa.registry import Registry
-
     found: dict[str, Registry] = {}
     for home in _HOMES:
         for value in vars(import_module(f"dic_repa.{home}")).values():
@@ -79,6 +71,4 @@ def _row(registry: Registry, name: str, facts: int) -> list:
 
 
 def _print(*rows: list) -> None:
-    from dic_repa.runtime.table import format_rows
-
     click.echo(format_rows([[str(cell) for cell in row] for row in rows], left=(0, len(rows[0]) - 1)))

@@ -4,8 +4,6 @@ The file is shuffled. The first 8,000 train the denoiser, the encoder and the cl
 are held out from all three.
 """
 
-from __future__ import annotations
-
 from importlib import resources
 
 import numpy as np

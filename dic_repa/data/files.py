@@ -3,8 +3,6 @@
 Handles survive threads and forks: a tar is read by position, a zip is reopened in each process.
 """
 
-from __future__ import annotations
-
 import os
 import tarfile
 import zipfile

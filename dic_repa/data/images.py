@@ -1,7 +1,5 @@
 """From the bytes of any image file to the RGB picture that a network sees."""
 
-from __future__ import annotations
-
 import io
 import warnings
 

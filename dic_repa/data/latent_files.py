@@ -5,8 +5,6 @@ DiT's, which DiC's authors use, writes *_features/ (.npy latents, already scaled
 names), and no images.
 """
 
-from __future__ import annotations
-
 import io
 from functools import cached_property
 from pathlib import Path

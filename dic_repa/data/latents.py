@@ -4,8 +4,6 @@ A sample has `x`; or `moments`, the mean and standard deviation of the autoencod
 `image`, which the training step encodes, or whose pixels are the data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any

@@ -6,8 +6,6 @@ and `height` (of the original). `prepare.json` says how it was made. Shard k hol
 k * shard_size on, whatever the number of processes or interruptions.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The data set that `dic-repa prepare` wrote, for training."""
 
-from __future__ import annotations
-
 import bisect
 import io
 import json

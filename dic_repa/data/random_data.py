@@ -1,7 +1,5 @@
 """Random samples of given shapes: for trying out memory and speed where the data is not at hand."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset

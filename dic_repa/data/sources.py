@@ -3,8 +3,6 @@ tar), or a Hugging Face data set. All become an `ImageSource`, in an order that 
 can also train without preparation.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """All outputs are written here: aside, flushed, then renamed, so that a file or folder is whole or not there."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

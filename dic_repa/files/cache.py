@@ -1,7 +1,5 @@
 """The folder for what can be computed again."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,24 +1,19 @@
 """Fingerprints: short hashes of contents."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
-def fingerprint(*parts: str | bytes | Tensor, size: int = 12) -> str:
-    """The BLAKE2b hash of the parts, `size` bytes in hexadecimal digits."""
+def fingerprint(*parts: Any, size: int = 12) -> str:
+    """The BLAKE2b hash of texts, bytes and the values of tensors: `size` bytes in hexadecimal digits."""
     return add_parts(hashlib.blake2b(digest_size=size), *parts).hexdigest()
 
 
-def add_parts(digest: Any, *parts: str | bytes | Tensor) -> Any:
+def add_parts(digest: Any, *parts: Any) -> Any:
     """Add texts, bytes and the values of tensors to a hash of hashlib."""
     for part in parts:
-        data: Any = part.encode() if isinstance(part, str) else part
+        data = part.encode() if isinstance(part, str) else part
         if not isinstance(data, bytes):
             import torch  # not for those who only hash text
 

@@ -1,7 +1,5 @@
 """The Hugging Face hub without a network."""
 
-from __future__ import annotations
-
 import functools
 import os
 import socket

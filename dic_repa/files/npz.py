@@ -1,7 +1,5 @@
 """ADM's `.npz` of samples (`arr_0`: images, `arr_1`: labels), read and written without all images in memory."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -7,8 +7,6 @@ Never written to or removed: a device, FIFO or socket; the current folder, the h
 a file that no marker lists and that has no mark, whatever its name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,11 +1,9 @@
 """Images in files: PNG, and many as one labelled picture."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +13,6 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.outputs import MARK, check_file
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MOST_ROWS = 20  # of a grid
 FIGURES = (".png", ".pdf", ".svg")
@@ -57,7 +52,7 @@ def check_figure(path: str | Path) -> None:
         raise UserError(f"{path} is no picture; end it in {', '.join(FIGURES)}")
 
 
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
     """A matplotlib figure without a window, of `size` (width, height) in inches, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
 
@@ -65,7 +60,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figu
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
+def save_figure(figure: Any, path: str | Path, dpi: int) -> None:
     """Write a matplotlib figure as PNG, PDF or SVG, with our mark in its metadata; see `write_aside`."""
     check_figure(path)
     ending = Path(path).suffix.lower()[1:]

@@ -1,7 +1,5 @@
 """Reading and writing weights: safetensors, or torch files of plain tensors. Nothing is ever unpickled."""
 
-from __future__ import annotations
-
 import argparse
 from os import PathLike
 from pathlib import Path
