@@ -7,8 +7,10 @@ import gc
 import itertools
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -34,13 +36,16 @@ def find_device(name: str | None = None) -> torch.device:
 
 def describe_device(device: torch.device) -> dict[str, str | int]:
     """The device and its clocks now, versions and threads, which speed depends on."""
+    linux = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", linux.read_text()) if linux.is_file() else None
     found: dict[str, str | int] = {
-        "device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": cpu[1] if cpu else platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
         found |= {"cuda": torch.version.cuda or "none", "cudnn": torch.backends.cudnn.version() or 0}
         found |= read_clocks(device)
     return found
@@ -56,14 +61,6 @@ def read_clocks(device: torch.device) -> dict[str, str]:
         }
     except Exception as error:  # the driver's own; nothing depends on it
         return {"clocks": f"unknown ({first_line(error)})"}
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def free_memory(device: torch.device) -> None:

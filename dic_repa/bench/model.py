@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,18 +145,18 @@ def build_baseline(name: str, denoiser: Pretrained, size: int) -> Any:
     """What the factory `name` makes of `denoiser`, on its device, tried on one input of `size`.
 
     Raises:
-        UserError: It cannot be made or called, or its output does not have the denoiser's shape.
+        UserError: It cannot be found, made or called, or its output does not have the denoiser's shape.
     """
-    factory, device = load_factory(name), next(denoiser.parameters()).device
+    device = next(denoiser.parameters()).device
     inputs = random_inputs(denoiser, 1, size, device)
     with torch.no_grad():
         expected = denoiser(*inputs)
         try:
-            other = factory(denoiser).to(device)
+            other = load_factory(name)(denoiser).to(device)
             out = other(*inputs)
-        except torch.OutOfMemoryError:
+        except (UserError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # anything that a function of the user's own may raise
+        except Exception as error:  # anything that a user's own code may raise
             raise UserError(
                 f"baseline '{name}' does not fit ({type(error).__name__}: {first_line(error)}); it is called with the "
                 "denoiser, and returns an nn.Module that is called with (x, t, y)"
@@ -168,19 +168,14 @@ def build_baseline(name: str, denoiser: Pretrained, size: int) -> Any:
     return other
 
 
-def load_factory(name: str) -> Callable[[nn.Module], nn.Module]:
-    """The function `package.module:name` or `file.py:name`; a UserError if there is none."""
+def load_factory(name: str) -> Any:
+    """The function `package.module:name` or `file.py:name`."""
     place, colon, attribute = name.rpartition(":")
     if not colon:
         raise UserError(f"baseline '{name}' names no function; write FILE.py:FUNCTION or package.module:FUNCTION")
     if place.endswith(".py") and not Path(place).is_file():
         raise UserError(f"baseline '{name}': there is no file {place}")
-    try:
-        found = runpy.run_path(place) if place.endswith(".py") else vars(import_plugin(place))
-    except UserError:
-        raise
-    except Exception as error:  # of the module itself, or of what it imports
-        raise UserError(f"baseline '{name}': importing it gives {type(error).__name__}: {first_line(error)}") from error
+    found = runpy.run_path(place) if place.endswith(".py") else vars(import_plugin(place))
     if not callable(found.get(attribute)):
         public = [key for key, value in found.items() if isinstance(value, type)]
         raise UserError(f"baseline '{name}': {place} has no '{attribute}' to call{did_you_mean(attribute, public)}")

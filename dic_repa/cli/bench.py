@@ -47,8 +47,7 @@ def command():
       dic-repa bench model DiC-S DiC-B --batch 1,8 --chart speed.png
       dic-repa bench train digits-urepa --compile off,default
       dic-repa bench sample digits-urepa --json
-      dic-repa bench data mine.yaml
-      dic-repa bench data mine.yaml --set data.workers=8 --json
+      dic-repa bench data mine.yaml --set data.workers=8
     """
 
 
@@ -67,14 +66,12 @@ _ROUNDS = click.option("--rounds", type=Count(1), default=7, help="How often eac
 
 
 def measuring_options(modes: Collection[str] = (), batch: str = "32", cpu_batch: str = "8") -> Callable:
-    """A decorator that gives a measuring verb the options that all of them take.
+    """A decorator of a verb that is called with its own options and the `settings` of the measurement, and returns a
+    title and the result, which is printed and saved.
 
     Args:
         modes: What --compile may be; by default all modes of `torch.compile`.
-        batch, cpu_batch: The batch sizes where none are given, on a GPU and on a CPU.
-
-    The verb is called with its own options and the `settings` of the measurement; it returns a title and the result,
-    which is printed and saved.
+        batch, cpu_batch: The default of --batch, on a GPU and on a CPU.
     """
 
     def decorate(verb: Callable[..., tuple[str, dict]]) -> Callable:
@@ -145,7 +142,7 @@ def listed(text: str, known: Collection[str] | None = None, kind: str = "") -> l
 
 def _finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, title: str) -> None:
     """Print a measurement as a table or as JSON, and save what was asked for."""
-    from dic_repa.bench.report import save_chart, table
+    from dic_repa.bench.timing import save_chart, table
 
     here, after = (
         ", ".join(f"{key} {value}" for key, value in result.get(when, {}).items()) for when in ("environment", "after")

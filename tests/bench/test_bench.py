@@ -16,9 +16,8 @@ from torch.utils.benchmark.utils.common import TaskSpec
 from dic_repa.bench.device import look_inside, read_clocks
 from dic_repa.bench.model import bench_model, load_factory, randomise
 from dic_repa.bench.paper import SMALL, measure_paper
-from dic_repa.bench.report import table
 from dic_repa.bench.sample import bench_sample
-from dic_repa.bench.timing import Settings, add_ratios, interleave, speed
+from dic_repa.bench.timing import Settings, add_ratios, interleave, speed, table
 from dic_repa.bench.train import build_step, replace_denoiser
 from dic_repa.cli import main
 from dic_repa.errors import UserError
@@ -228,8 +227,8 @@ def test_baseline_that_does_not_fit_is_told_in_a_line(mistake, tmp_path, monkeyp
     assert "does not fit (AttributeError: 'NoneType'" in says("baselines.py:nothing")
     assert "gives an output of shape (1, 4, 16, 8), the denoiser one of shape (1, 4, 8, 8)" in says("baselines:Taller")
     assert "gives tuple, the denoiser one of shape" in says("baselines.py:Tuple")
-    assert "importing it gives SyntaxError" in says("broken.py:plain")
-    assert "importing it gives ModuleNotFoundError: No module named 'no_such_module'" in says("lacking:plain")
+    assert "does not fit (SyntaxError: " in says("broken.py:plain")
+    assert "does not fit (ModuleNotFoundError: No module named 'no_such_module'" in says("lacking:plain")
     assert "plugin 'nowhere' was not found" in says("nowhere:plain")
     assert "write FILE.py:FUNCTION" in says("baselines.py")
     assert "unknown name in --baseline DiC-S=a.py:A: 'DiC-S'; known: baselines:small" in says("DiC-S=a.py:A")
