@@ -106,29 +106,24 @@ class BetaSchedule:
     def respaced(self, steps: int, strided: bool = False) -> BetaSchedule:
         """The schedule over `steps` of these steps: evenly from the first to the last, or every k-th from the first.
 
-        They are ADM's and DiT's, its sums of rounded numbers included; one step alone is the first, as there.
-
-        Raises UserError for a count that is out of range or, strided, not to be had with a whole stride.
+        They are exactly ADM's and DiT's; one step alone is the first. Raises UserError for a count that is out of
+        range or, strided, for which there is no whole stride.
         """
         count = len(self)
         if steps is None or not 1 <= steps <= count:
             raise UserError(f"steps={steps}: a schedule of {count} steps is respaced to between 1 and {count}")
         if strided:
-            kept = _strided(count, steps)
+            strides = {len(range(0, count, stride)): stride for stride in range(count, 0, -1)}
+            if steps not in strides:
+                near = sorted(sorted(strides, key=lambda known: abs(known - steps))[:2])
+                raise UserError(f"no whole stride takes {steps} of {count} steps; near are {near[0]} and {near[1]}")
+            kept = list(range(0, count, strides[steps]))
         else:
             stride = (count - 1) / max(steps - 1, 1)
             kept = [round(i) for i in accumulate(repeat(stride, steps - 1), initial=0.0)]
         alpha_bar = self.alpha_bar[kept]
         before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         return BetaSchedule(1 - alpha_bar / before, [self.times[i] for i in kept], self.fixed_variance)
-
-
-def _strided(count: int, steps: int) -> list[int]:
-    found = {len(range(0, count, stride)): stride for stride in range(count, 0, -1)}
-    if steps not in found:
-        near = sorted(sorted(found, key=lambda known: abs(known - steps))[:2])
-        raise UserError(f"no whole stride takes {steps} of {count} steps; near are {near[0]} and {near[1]}")
-    return list(range(0, count, found[steps]))
 
 
 @ddpm_solvers.register("ddpm", order=1, evaluations=1, deterministic=False)
@@ -180,10 +175,9 @@ def sample_ddpm(
 ) -> Tensor | tuple[Tensor, SampleInfo]:
     """From `noise` (B, C, ...) to data over `steps` respaced steps of `schedule` (by default 1000 linear betas).
 
-    `model_fn` (x, t (B,)) -> (B, C or 2C, ...) predicts the noise and, where it has 2C channels, how far the log
-    variance lies between that of the posterior (-1) and beta (1); without them it is the schedule's. Step i of N has
-    the time t = (i + 1) / N, so that guidance intervals mean what they mean elsewhere: bind what `DDPM.noise_model`
-    makes of a denoiser.
+    `model_fn` (x, t (B,)) -> (B, C or 2C, ...) predicts the noise and, if it has 2C channels, how far the log variance
+    lies between that of the posterior (-1) and beta (1); without them it is the schedule's. Step i of N has the time
+    t = (i + 1) / N, as for guidance intervals elsewhere: `DDPM.noise_model` makes such a model of a denoiser.
 
     'ddpm' draws from N(mean, variance) of each step, but for the last one, which gives its mean (Ho et al. 2020;
     Nichol and Dhariwal 2021). 'ddim' is x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) eps + d z with d = `eta` (0 by

@@ -1,4 +1,4 @@
-"""Guidance as a wrapper around the model: it gives a velocity field, and no solver knows of it."""
+"""Guidance as a wrapper around the model: the result is a velocity field like any other to a solver."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _cosine(progress: Tensor) -> Tensor:
 @guidances.register("cfg")
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance inside an interval of time (Kynkäänniemi et al. 2024), at the price of a second evaluation there only.
+    """Guidance inside an interval of time (Kynkäänniemi et al. 2024); only there it costs a second evaluation.
 
     v = u + g(t) (v_y - u) for low <= t <= high and v = v_y elsewhere. u is the prediction for the null condition
     (classifier-free guidance), or that of a weaker model for the same one (autoguidance, Karras et al. 2024).
@@ -49,11 +49,11 @@ class Guidance:
     Args:
         scale: g at its full size; 1 is no guidance.
         interval: (low, high) within [0, 1].
-        channels: guide the first so many channels only (DiT's custom is 3); the others are v_y's. None: all.
+        channels: guide only that many first channels (3 in DiT); the others are v_y's. None: all.
         schedule: 'constant'; 'linear' and 'cosine' let g rise from 1 at `high` to `scale` at `low`.
         rescale: share, from 0 to 1, to which v is brought to v_y's standard deviation (Lin et al. 2024, eq. 15-16).
-        doubled: predict v_y and u in one batch of twice the size, which is faster, or with half the memory one after
-            the other (False). None: in one, until a GPU's memory does not suffice for it.
+        doubled: predict v_y and u in one batch of twice the size, which is faster, or one after the other (False), with
+            half the memory. None: in one, unless a GPU's memory is too small for it.
 
     Raises UserError for values out of these ranges and for an unknown schedule.
     """
@@ -81,10 +81,10 @@ class Guidance:
         return self.scale != 1
 
     def bind(self, model: Model, y: Tensor, weak_model: Model | None = None) -> GuidedField:
-        """The guided velocity field of `model` (x, t, y) -> velocity for the conditions `y` (B, ...), labels for one.
+        """The guided velocity field of `model` (x, t, y) -> velocity for the conditions `y` (B, ...), such as labels.
 
-        Its null is `model.null(y)`, or else the class `model.num_classes`; a UserError if it has neither. With a
-        `weak_model` (x, t, y) -> velocity, that guides instead, and no null is needed.
+        Its null is `model.null(y)`, or else the class `model.num_classes`; a UserError if it has neither. A
+        `weak_model` (x, t, y) -> velocity replaces the prediction for the null, which is then not needed.
         """
         return GuidedField(self, model, y, weak_model)
 
@@ -168,7 +168,8 @@ class GuidedField:
             scale = expand_as(scale, x)
         v = weak[:, :guided] + scale * (strong[:, :guided] - weak[:, :guided])
         if self.guidance.rescale:
-            v = _rescale(v, strong[:, :guided], self.guidance.rescale)
+            ratio = strong[:, :guided].flatten(1).std(1) / v.flatten(1).std(1)
+            v = v * expand_as(self.guidance.rescale * ratio + 1 - self.guidance.rescale, v)
         return v if guided == strong.shape[1] else torch.cat([v, strong[:, guided:]], dim=1)
 
     def _pair(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,8 +186,3 @@ class GuidedField:
                     raise
                 self.doubled = False
         return self.model(x, t, self.y), self.model(x, t, self.null)
-
-
-def _rescale(v: Tensor, reference: Tensor, share: float) -> Tensor:
-    ratio = reference.flatten(1).std(1) / v.flatten(1).std(1)
-    return v * expand_as(share * ratio + 1 - share, v)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,32 +71,21 @@ def log_likelihood(
     state = as_state(x).flatten(1)
     field = _AugmentedField(velocity_fn, x.shape[1:], signs)
     info = solver_info(solver, "ode")
-    # Left to torchdiffeq, the error of log p would be averaged away among the many of x.
-    options = {"norm": _largest_norm} if info.kind == "adaptive" and solver != "scipy_solver" else None
-    result = sample_ode(
-        field,
-        torch.cat([state, state.new_zeros(len(state), 1)], dim=1),
-        solver,
-        steps,
-        path=path,
-        times=times,
-        direction="backward",
-        rtol=rtol,
-        atol=atol,
-        options=options,
-    )
+
+    def largest_norm(state: Tensor) -> Tensor:
+        """The larger of the root mean squares of x and of log p, whose error would not count among the many of x."""
+        return torch.maximum(*(part.square().mean().sqrt() for part in (state[:, :-1], state[:, -1])))
+
+    options = {"norm": largest_norm} if info.kind == "adaptive" and solver != "scipy_solver" else None
+    start = torch.cat([state, state.new_zeros(len(state), 1)], dim=1)
+    given: dict[str, Any] = {"path": path, "times": times, "rtol": rtol, "atol": atol, "options": options}
+    result = sample_ode(field, start, solver, steps, direction="backward", **given)
     assert isinstance(result, Tensor)  # return_info is not asked for
     noise, change = result[:, :-1], result[:, -1]
     dimensions = noise.shape[1]
-    prior = -0.5 * (noise.square().sum(1) + dimensions * math.log(2 * math.pi))
-    log_prob = prior + change
+    log_prob = change - 0.5 * (noise.square().sum(1) + dimensions * math.log(2 * math.pi))
     bits_per_dim = -log_prob / (dimensions * math.log(2)) - math.log2(bin_width)
     return Likelihood(log_prob, bits_per_dim, noise.reshape(x.shape), field.nfe)
-
-
-def _largest_norm(state: Tensor) -> Tensor:
-    """The larger of the root mean squares of x and of log p."""
-    return torch.maximum(*(part.square().mean().sqrt() for part in (state[:, :-1], state[:, -1])))
 
 
 class _AugmentedField:
@@ -115,18 +105,14 @@ class _AugmentedField:
             self.nfe += getattr(self.velocity_fn, "evaluations", 1)
             if not v.requires_grad:
                 raise UserError("the velocity has no gradient by x; compute it without torch.no_grad for a likelihood")
-            divergence = _exact_divergence(v, x) if self.signs is None else _estimated_divergence(v, x, self.signs)
+
+            def gradient(value: Tensor) -> Tensor:
+                return torch.autograd.grad(value, x, retain_graph=True)[0].flatten(1)
+
+            if self.signs is None:
+                terms = [gradient(column)[:, i] for i, column in enumerate(v.flatten(1).sum(0))]
+                divergence = torch.stack(terms).sum(0)
+            else:
+                estimates = [(gradient((v * sign).sum()) * sign.flatten(1)).sum(1) for sign in self.signs]
+                divergence = torch.stack(estimates).mean(0)
         return torch.cat([v.detach().flatten(1), divergence[:, None]], dim=1)
-
-
-def _exact_divergence(v: Tensor, x: Tensor) -> Tensor:
-    columns = v.flatten(1).sum(0)
-    rows = [torch.autograd.grad(column, x, retain_graph=True)[0].flatten(1)[:, i] for i, column in enumerate(columns)]
-    return torch.stack(rows).sum(0)
-
-
-def _estimated_divergence(v: Tensor, x: Tensor, signs: list[Tensor]) -> Tensor:
-    estimates = [
-        (torch.autograd.grad((v * sign).sum(), x, retain_graph=True)[0] * sign).flatten(1).sum(1) for sign in signs
-    ]
-    return torch.stack(estimates).mean(0)

@@ -92,7 +92,7 @@ def _plan_times(
     if times is None or callable(times):
         grid = times or UniformGrid()
         if forward and low > 0:
-            # Of the `steps`, the last goes from `low` to 0.
+            # The last of the `steps` goes from `low` to 0.
             return [*grid((steps or 2) - 1, high, low, field.path), 0.0] if steps != 1 else [high, 0.0]
         plan = grid(steps or 1, high, low, field.path)
         return plan if forward else plan[::-1]
@@ -103,10 +103,7 @@ def _plan_times(
 
 
 def check_times(times: Sequence[float], low: float, high: float, forward: bool = True) -> list[float]:
-    """Given `times` as floats, with 1 and 0 at the ends moved into the range [low, high] (0 stays, forward).
-
-    Raises UserError for less than two, for a wrong order and for times outside the range.
-    """
+    """Given `times` as floats, with 1 and 0 at the ends moved into the range [low, high] (0 stays, forward)."""
     plan = [float(t) for t in times]
     if len(plan) < 2 or any((s >= t) if forward else (s <= t) for t, s in pairwise(plan)):
         raise UserError(f"times must {'fall' if forward else 'rise'} from each to the next, and be at least two")

@@ -147,7 +147,7 @@ def _data_moments(path: Interpolant, t: float, s: float) -> tuple[float, list[fl
 
 
 class _Adapter:
-    """The field as torchdiffeq calls it, (t, x) with a scalar tensor t; passes on where the steps start."""
+    """The field as torchdiffeq calls it, (t, x) with a scalar tensor t; it says where each step starts."""
 
     def __init__(self, field: Field, steps: Iterator[tuple[float, float]] | None = None):
         self.field, self.steps = field, steps
@@ -172,8 +172,9 @@ class FixedGrid:
         self, field: Field, x: Tensor, times: list[float], options: dict, rtol: float, atol: float, every: bool
     ) -> list[Tensor]:
         """States at `times[1:]` (if `every`; else at the last only)."""
-        if self.uniform:
-            _check_uniform(times, self.method)
+        sizes = [s - t for t, s in pairwise(times)]
+        if self.uniform and max(sizes) - min(sizes) > 1e-9:
+            raise UserError(f"'{self.method}' needs steps of one size; take ab2 or ab3 for other time grids")
         grid = torch.tensor(times, dtype=torch.float64, device=x.device)
         options = {**self.options, "grid_constructor": lambda func, y0, t: grid, **options}
         adapter = _Adapter(field, iter(pairwise(times)))
@@ -209,12 +210,6 @@ class Adaptive:
                 x = odeint(_Adapter(field), x, ends, rtol=rtol, atol=atol, method=self.method, options=given)[-1]
             states.append(x)
         return states
-
-
-def _check_uniform(times: list[float], method: str) -> None:
-    sizes = [s - t for t, s in pairwise(times)]
-    if max(sizes) - min(sizes) > 1e-9:
-        raise UserError(f"'{method}' needs steps of one size; take ab2 or ab3 for other time grids")
 
 
 ode_solvers.register("midpoint", description="one evaluation in the middle of the step; as accurate as heun")(

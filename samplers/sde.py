@@ -29,12 +29,7 @@ last_steps = Registry("last step", key="sample.last_step")  # functions (sde, x,
 
 
 def create_diffusion(form: str | Diffusion, path: Interpolant, norm: float = 1.0) -> Diffusion:
-    """w(t) of a `form`, scaled by `norm`; a callable is taken as it is.
-
-    The forms: 'constant', 'sbdm', 'sigma', 'linear', 'decreasing', 'increasing-decreasing'.
-
-    Raises UserError for an unknown form and a norm that is negative.
-    """
+    """w(t) of a `form` of `diffusion_forms`, scaled by `norm`; a callable is taken as it is."""
     if callable(form):
         return form
     if not norm >= 0:
