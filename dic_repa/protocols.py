@@ -31,9 +31,8 @@ class Denoiser(Protocol):
 
 class Block(Protocol):
     def __call__(self, x: Tensor, condition: Tensor, /) -> Tensor:
-        """From x (B, in_channels, h, w) and the condition of this level (B, condition_width) to (B, channels, h, w).
-
-        A block of DiC, made by `factory(in_channels, channels, condition_width)`."""
+        """From x (B, in_channels, h, w) and this level's condition (B, condition_width) to (B, channels, h, w): a block
+        of DiC, made by `factory(in_channels, channels, condition_width)`."""
 
 
 # What it is trained on
@@ -43,11 +42,8 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        """`x` (C, H, W), the denoiser's data; `image` (1 or 3, H, W), what an encoder sees; `label`, an int64 scalar.
-
-        Instead of `label`, float `condition` for vectors or tokens; instead of `x`, `moments` for latents.
-        docs/extending.md says which may be left out.
-        """
+        """`x` (C, H, W), the denoiser's data, or `moments` for latents; `image` (1 or 3, H, W), what an encoder sees;
+        `label`, an int64 scalar, or float `condition`. docs/extending.md says which may be left out."""
 
 
 class DataSet(Samples, Protocol):
@@ -131,9 +127,8 @@ class Encoder(Protocol):
 
 class Head(Protocol):
     def __call__(self, feature: Tensor, t: Tensor, /) -> Tensor:
-        """From a tapped feature map (B, channels, h, w) at times t (B,) to the grid's tokens (B, N, embed_dim).
-
-        An `nn.Module`, which is trained, made by `factory(channels, embed_dim, grid, **options)`."""
+        """From a tapped feature map (B, channels, h, w) at times t (B,) to the grid's tokens (B, N, embed_dim). It is
+        an `nn.Module`, which is trained, made by `factory(channels, embed_dim, grid, **options)`."""
 
 
 class Target(Protocol):
@@ -153,9 +148,8 @@ class TimeWeight(Protocol):
 
 class AlignmentSchedule(Protocol):
     def __call__(self, step: int, /) -> float:
-        """The factor of an alignment at a step, from 0 on; at 0.0 the encoder is not run.
-
-        Its `observe(similarity)`, if it has one, is called with each pass's mean cosine similarity."""
+        """The factor of an alignment at a step, from 0 on; at 0.0 the encoder is not run. `observe(similarity)`, if
+        there is one, is called with the mean cosine similarity of each pass."""
 
 
 # How it is optimised
@@ -184,10 +178,8 @@ class ODESolver(Protocol):
 class SDESolver(Protocol):
     def __call__(self, sde: Any, x: Tensor, t: float, s: float, z: Tensor, /) -> Tensor:
         """From x (B, ...) at time t to x at s < t, with the standard normal noise z (B, ...) of this step; the function
-        itself, or a class of such functions.
-
-        `sde.drift(x, t)` and `sde.noise(x, t, s, z)` are the terms of dx = drift dt + sqrt(w) dW, `sde.w(t)` is w.
-        """
+        itself, or a class of such functions. `sde.drift(x, t)` and `sde.noise(x, t, s, z)` are the terms of
+        dx = drift dt + sqrt(w) dW, `sde.w(t)` is w."""
 
 
 class DDPMSolver(Protocol):
@@ -195,9 +187,8 @@ class DDPMSolver(Protocol):
         self, schedule: Any, x: Tensor, data: Tensor, fraction: Tensor | None, i: int, /
     ) -> tuple[Tensor, Tensor | float]:
         """From x (B, C, ...) at step i and its predicted data to the mean at step i - 1 and the standard deviation of
-        the noise to add, 0.0 for none. `schedule` is a `BetaSchedule`, `fraction` the learnt variance's place.
-
-        A class of such functions, with `process = "ddpm"` if it is not registered."""
+        the noise to add, 0.0 for none. `schedule` is a `BetaSchedule`, `fraction` the learnt variance's place. It is a
+        class of such functions, with `process = "ddpm"` if it is not registered."""
 
 
 class Guidance(Protocol):

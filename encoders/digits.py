@@ -5,12 +5,9 @@ the mean of the tokens, and each patch's pixels from its token, so that the toke
 """
 
 import json
-import math
 from os import PathLike
 from pathlib import Path
 
-import torch
-from einops import rearrange
 from timm.layers import HybridEmbed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -84,28 +81,3 @@ class DigitsViT(FrozenViT):
         if images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
             return images
         return F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
-
-
-def random_warp(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, W), each warped by its own random amounts: what both networks of digits are trained on.
-
-    They are rotated by up to 15 degrees, scaled and sheared by up to 0.15, shifted by up to a tenth of the width, and
-    bent by a smooth displacement with a standard deviation of 0.03 of the width. Outside the image is black.
-    """
-    batch = len(images)
-
-    def uniform(limit: float) -> Tensor:
-        return (torch.rand(batch, generator=generator) * 2 - 1) * limit
-
-    angle, shear_x = uniform(math.radians(15)), uniform(0.15)
-    scale_x, scale_y = 1 + uniform(0.15), 1 + uniform(0.15)
-    cos, sin = angle.cos(), angle.sin()
-    # grid_sample's coordinates run from -1 to 1, so a share of the width counts twice.
-    rows = [
-        torch.stack([cos / scale_x, (shear_x - sin) / scale_y, uniform(2 * 0.1)], dim=1),
-        torch.stack([sin / scale_x, cos / scale_y, uniform(2 * 0.1)], dim=1),
-    ]
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-    bend = torch.randn(batch, 2, 4, 4, generator=generator) * (2 * 0.03)
-    bend = F.interpolate(bend, images.shape[-2:], mode="bicubic", align_corners=False)
-    return F.grid_sample(images, grid + rearrange(bend, "b xy h w -> b h w xy"), align_corners=False)

@@ -5,6 +5,7 @@ python -m dic_repa.training.train_digits judge      the classifier that scores s
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.data.digits import NUM_CLASSES, load_digits, resize
-from dic_repa.encoders.digits import HEAD_WIDTH, IMAGE_SIZE, MEAN, STD, build_digits_vit, random_warp
+from dic_repa.encoders.digits import HEAD_WIDTH, IMAGE_SIZE, MEAN, STD, build_digits_vit
 from dic_repa.evaluation.digits import IMAGE_SIZE as JUDGED_SIZE
 from dic_repa.evaluation.digits import DigitsClassifier
 from dic_repa.files.atomic import write_aside
@@ -97,6 +98,31 @@ def train_judge(**settings) -> None:
     parameters = [*model.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     fit(model, parameters, optimizer, loss, lambda images: model(resize(images, JUDGED_SIZE)), {}, **settings)
+
+
+def random_warp(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, C, H, W), each warped by its own random amounts.
+
+    They are rotated by up to 15 degrees, scaled and sheared by up to 0.15, shifted by up to a tenth of the width, and
+    bent by a smooth displacement with a standard deviation of 0.03 of the width. Outside the image is black.
+    """
+    batch = len(images)
+
+    def uniform(limit: float) -> Tensor:
+        return (torch.rand(batch, generator=generator) * 2 - 1) * limit
+
+    angle, shear_x = uniform(math.radians(15)), uniform(0.15)
+    scale_x, scale_y = 1 + uniform(0.15), 1 + uniform(0.15)
+    cos, sin = angle.cos(), angle.sin()
+    # grid_sample's coordinates run from -1 to 1, so a share of the width counts twice.
+    rows = [
+        torch.stack([cos / scale_x, (shear_x - sin) / scale_y, uniform(2 * 0.1)], dim=1),
+        torch.stack([sin / scale_x, cos / scale_y, uniform(2 * 0.1)], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    bend = torch.randn(batch, 2, 4, 4, generator=generator) * (2 * 0.03)
+    bend = F.interpolate(bend, images.shape[-2:], mode="bicubic", align_corners=False)
+    return F.grid_sample(images, grid + rearrange(bend, "b xy h w -> b h w xy"), align_corners=False)
 
 
 def soften(images: Tensor, generator: torch.Generator) -> Tensor:
