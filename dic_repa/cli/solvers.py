@@ -12,6 +12,7 @@ from dic_repa.cli.options import PATH, Count, Several
 from dic_repa.errors import UserError
 from dic_repa.recipe.values import MOST_IMAGES
 from dic_repa.registry import import_plugin
+from dic_repa.runtime.table import format_rows
 from dic_repa.samplers import list_solvers
 
 
@@ -33,14 +34,11 @@ def command(context: click.Context, plugins: tuple[str, ...]):
         import_plugin(plugin)
     if context.invoked_subcommand is not None:
         return
-    solvers = list_solvers()
-    width = max(len(info.name) for info in solvers)
-    click.echo(f"{'solver':{width}}  process  order  evaluations  random  ")
-    for info in solvers:
-        evaluations = info.evaluations or "auto"
-        random = "no" if info.deterministic else "yes"
-        row = f"{info.name:{width}}  {info.process:7}  {info.order:5}  {evaluations:>11}  {random:6}"
-        click.echo(f"{row}  {info.description}")
+    rows = [("solver", "process", "order", "evaluations", "random", "")]
+    for info in list_solvers():
+        facts = (str(info.order), str(info.evaluations or "auto"), "no" if info.deterministic else "yes")
+        rows.append((info.name, info.process, *facts, info.description))
+    click.echo(format_rows(rows, left=(0, 1, 4, 5)))
 
 
 @command.command("compare")

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from dic_repa.data.digits import NUM_CLASSES, load_digits
 from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import extractors
-from dic_repa.evaluation.features import FeatureSet, extract
-from dic_repa.evaluation.frechet import frechet_distance, statistics
+from dic_repa.evaluation.features import FeatureSet, extract, frechet_distance, statistics
 from dic_repa.evaluation.metrics import Metric, MetricSet, metrics
 
 IMAGE_SIZE = 16

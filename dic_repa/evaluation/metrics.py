@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.features import FeatureSet
-from dic_repa.evaluation.frechet import FrechetDistance, statistics
+from dic_repa.evaluation.features import FeatureSet, FrechetDistance, statistics
 from dic_repa.registry import Registry, first_sentence
 
 metrics = Registry("metric", modules=["dic_repa.evaluation.digits"], key="evaluate.metric")

@@ -58,7 +58,7 @@ class Judgement:
 
     @property
     def picture(self) -> Path:
-        return self.record.with_name(self.record.name.removesuffix(".json") + ".png")
+        return self.record.with_suffix(".png")
 
     def identity(self) -> dict:
         """What a record of the same judgement has in common with this one."""
@@ -136,10 +136,8 @@ def no_judge(path: str | Path, hint: str = "") -> UserError:
 
 def own_encoder(recipe: Recipe) -> dict[str, dict]:
     """The options of the extractor `encoder` for samples of a run: its first alignment's encoder."""
-    if not recipe.alignments:
-        return {}
-    first = recipe.alignments[0]
-    return {"encoder": {"encoder": first.encoder, **first.encoder_options}}
+    first = next(iter(recipe.alignments), None)
+    return {"encoder": {"encoder": first.encoder, **first.encoder_options}} if first else {}
 
 
 def by_encoder(names: Sequence[str]) -> list[str]:
@@ -148,21 +146,19 @@ def by_encoder(names: Sequence[str]) -> list[str]:
 
 
 def encoder_of_runs(paths: Sequence[Path], names: Sequence[str]) -> dict[str, dict]:
-    """`own_encoder` of the runs and checkpoints among `paths`, where a metric of `names` takes it.
+    """`own_encoder` of the runs and checkpoints among `paths`, if a metric of `names` takes it.
 
     Raises:
-        UserError: where they were aligned to different ones.
+        UserError: they were aligned to different ones.
     """
     found: dict[str, dict] = {}
-    for path in paths if by_encoder(names) else ():
-        file = next((f for f in (path / "recipe.yaml", path / "ema" / "recipe.yaml") if f.is_file()), None)
-        if file is None:
-            continue
+    files = [file for path in paths for file in (path / "recipe.yaml", path / "ema/recipe.yaml") if file.is_file()]
+    for file in files if by_encoder(names) else ():
         recipe = load_training_recipe(file)
         import_plugins(recipe)
         own = own_encoder(recipe)
         if own and found and own != found:
-            raise UserError(f"{path} was aligned to another encoder than the one before; name one for all by --encoder")
+            raise UserError(f"{file.parent} was aligned to another encoder than the one before; name one by --encoder")
         found = found or own
     return found
 
