@@ -26,6 +26,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,8 @@ class Registry:
 
     Args:
         kind: the word that messages use, such as "time weight".
-        modules: where the parts of this package are, imported before a name is looked up or listed.
+        modules: where the parts of this package are; `package.*` is every module of a package. They are imported when
+            the parts are listed, or a name is looked up that is not known yet.
         key: where a recipe names such a part, such as `alignments.0.time_weight`.
     """
 
@@ -78,10 +80,11 @@ class Registry:
         Raises:
             UserError: that lists the near names, or says what a module or an entry point lacks.
         """
-        self._load_modules()
+        family, colon, rest = name.partition(":")
+        if family + colon not in self._entries:
+            self._load_modules()
         if name in self._entries and not name.endswith(":"):
             return self._entries[name]
-        family, colon, rest = name.partition(":")
         if colon and family + colon in self._entries:
             if not rest:
                 raise UserError(f"{self.kind} '{name}' is a family; put a model's name behind the colon")
@@ -126,8 +129,9 @@ class Registry:
         except UserError:
             raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            if not options:
-                raise  # nothing that the user gave
+            out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
+            if not options or isinstance(error, out_of_memory):
+                raise  # not the fault of what the user gave
             raise UserError(f"{self.kind} '{spec}' does not take these options: {first_line(error)}") from error
 
     def check_options(
@@ -171,11 +175,11 @@ class Registry:
 
     def fact(self, name: str, key: str, default: Any = None) -> Any:
         """What a part was registered with as `key`, or else its attribute of that name."""
-        facts = self._facts.get(name, {}) if name in self._entries else {}
-        return facts[key] if key in facts else getattr(self._entry(name), key, default)
+        entry = self._entry(name)
+        facts = self._facts.get(name, {})
+        return facts[key] if key in facts else getattr(entry, key, default)
 
     def _entry(self, name: str) -> Any:
-        self._load_modules()
         return self._entries[name] if name in self._entries else self.find(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -185,7 +189,10 @@ class Registry:
 
     def _load_modules(self) -> None:
         while self._modules:
-            importlib.import_module(self._modules.pop(0))
+            name = self._modules.pop(0)
+            module = importlib.import_module(name.removesuffix(".*"))
+            if name.endswith(".*"):
+                self._modules += [found.name for found in pkgutil.iter_modules(module.__path__, f"{module.__name__}.")]
 
     def _load(self, point: importlib.metadata.EntryPoint) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import make_tables
@@ -38,7 +39,7 @@ from dic_repa.recipe.build import (
     build_objective,
 )
 from dic_repa.recipe.schema import OptimizerSection
-from dic_repa.registry import import_plugin, read_source
+from dic_repa.registry import Registry, import_plugin, read_source
 from dic_repa.samplers import list_solvers, solver_info
 from dic_repa.sampling.sampler import check_sampling
 from dic_repa.training.optimizers import build_optimizer
@@ -287,3 +288,26 @@ def test_the_page_has_the_parts_of_today():
     page = make_tables.PAGE.read_text(encoding="utf-8")
     assert make_tables.with_table(page) == page, "call: python tests/scripts/make_tables.py"
     assert page.count(make_tables.BEGIN) == page.count(make_tables.END) == 1
+
+
+def test_a_new_file_of_a_package_needs_no_import(tmp_path, monkeypatch):
+    house = tmp_path / "house"
+    house.mkdir()
+    (house / "__init__.py").write_text("")
+    (house / "base.py").write_text('from dic_repa.registry import Registry\nrooms = Registry("room", ["house.*"])\n')
+    (house / "kitchen.py").write_text('from house.base import rooms\n@rooms.register("kitchen", doors=2)\ndef f(): 1\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    rooms = importlib.import_module("house.base").rooms
+    assert rooms.fact("kitchen", "doors") == 2
+    assert rooms.names() == ["kitchen"]
+    assert rooms.find("kitchen") is importlib.import_module("house.kitchen").f
+
+
+def test_a_full_memory_is_not_the_fault_of_the_options():
+    def large(size: int):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    parts = Registry("part")
+    parts.register("large")(large)
+    with pytest.raises(torch.OutOfMemoryError):
+        parts.create("large", size=3)

@@ -22,7 +22,7 @@ from dic_repa.models.dic import PRESETS as DIC_PRESETS
 from dic_repa.models.pretrained import Pretrained, saved_kind
 from dic_repa.registry import Registry
 
-denoisers = Registry("denoiser", key="model.name")
+denoisers = Registry("denoiser", modules=["dic_repa.models.*"], key="model.name")
 register_denoiser = denoisers.register
 
 
@@ -77,13 +77,16 @@ for _name, _preset in _PRESETS.items():
 
 def list_denoisers(pattern: str = "*") -> list[str]:
     """The names that need no further options and match a shell `pattern`: presets in the papers' order, then others."""
-    others = sorted(set(denoisers.names()) - set(_PRESETS))
-    return fnmatch.filter([*(name for name, preset in _PRESETS.items() if "width" in preset.options), *others], pattern)
+    return _presets(pattern) + sorted(set(denoisers.names(pattern)) - set(_PRESETS))
+
+
+def _presets(pattern: str) -> list[str]:
+    return [name for name in fnmatch.filter(_PRESETS, pattern) if "width" in _PRESETS[name].options]
 
 
 def preset_heads(family: str, width: int, depth: int) -> int:
     """The attention heads of the papers' preset of that width and depth; if there is none, one for 64 channels."""
-    presets = [_PRESETS[name].options for name in list_denoisers(f"{family}-*")]
+    presets = [_PRESETS[name].options for name in _presets(f"{family}-*")]
     heads = [preset["num_heads"] for preset in presets if (preset["width"], preset["depth"]) == (width, depth)]
     return heads[0] if heads else max(1, width // 64)
 
@@ -103,7 +106,7 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
         factory = factory.load()
     options = {"in_channels": in_channels, "num_classes": num_classes, **options}
     check_condition(name, factory, create_condition(num_classes, options.get("condition")))
-    presets = ", ".join(list_denoisers(f"{name}-*"))
+    presets = ", ".join(_presets(f"{name}-*"))
     denoisers.check_options(name, factory, (), options, hint=f"; or name a preset: {presets}" if presets else "")
     denoiser = factory(**options)
     parts = ("in_channels", "num_classes", "config", "save_pretrained", "set_gradient_checkpointing")

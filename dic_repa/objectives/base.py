@@ -14,7 +14,7 @@ from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 from dic_repa.samplers.ddpm import split_output
 
-objectives = Registry("objective", modules=["dic_repa.objectives"], key="objective.name")
+objectives = Registry("objective", modules=["dic_repa.objectives.*"], key="objective.name")
 
 
 @dataclass
