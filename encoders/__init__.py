@@ -5,7 +5,6 @@ tokens = encoder(images)                          # (B, 1 or 3, H, W) in [0, 1] 
 h, w = encoder.token_grid(images.shape[-2:])
 """
 
-from dic_repa.encoders import digits, families, timm_vit  # noqa: F401  file their encoders
 from dic_repa.encoders.base import (
     Card,
     Encoder,

@@ -10,7 +10,7 @@ from dic_repa.errors import UserError
 from dic_repa.protocols import Encoder
 from dic_repa.registry import Registry
 
-encoders = Registry("encoder", modules=["dic_repa.encoders"], key="alignments.0.encoder")
+encoders = Registry("encoder", modules=["dic_repa.encoders.*"], key="alignments.0.encoder")
 register_encoder, list_encoders = encoders.register, encoders.names
 
 

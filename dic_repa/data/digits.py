@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from dic_repa.data.registry import register_dataset
 from dic_repa.errors import unknown_name
 
 NUM_CLASSES = 10
@@ -36,6 +37,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp_(0, 1)
 
 
+@register_dataset("digits")
 class Digits(Dataset):
     """Samples of `x` (1, size, size) in [-1, 1], `image` (1, 28, 28) in [0, 1] for the encoder, and `label`, int64."""
 

@@ -17,12 +17,14 @@ from dic_repa.data.autoencoders import load_spec
 from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, decode_image, to_levels
 from dic_repa.data.latents import LatentDataset
+from dic_repa.data.registry import register_dataset
 from dic_repa.data.sources import read_labels
 from dic_repa.errors import UserError
 
 DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 
 
+@register_dataset("repa")
 class RepaLayout(LatentDataset):
     """Samples of REPA's layout: dicts of `moments` (2C, size, size), `image` (3, H, W), uint8, and `label`.
 
@@ -88,6 +90,7 @@ class RepaLayout(LatentDataset):
         return torch.from_numpy(levels.reshape(-1, *levels.shape[-2:]))
 
 
+@register_dataset("dit")
 class DitLayout(LatentDataset):
     """Samples of the DiC authors' layout: dicts of `x` (C, size, size), the latents as they are, and `label`.
 

@@ -14,11 +14,13 @@ from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
 from dic_repa.data.files import stamp
 from dic_repa.data.images import IMAGE_FORMATS, to_levels
 from dic_repa.data.latents import LatentDataset
+from dic_repa.data.registry import register_dataset
 from dic_repa.errors import UserError
 
 SETTINGS_FILE = "prepare.json"
 
 
+@register_dataset("prepared")
 class Prepared(LatentDataset):
     """Samples of a prepared folder, memory-mapped.
 

@@ -5,10 +5,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dic_repa.conditions import create_condition
+from dic_repa.data.registry import register_dataset
 
 COUNT = 64  # distinct samples; the data set repeats them
 
 
+@register_dataset("random")
 class RandomData(Dataset):
     """Samples of `x` (channels, size, size), standard normal, `image` (image_channels, image_size, image_size), uint8,
     and `label`; or standard normal vectors or tokens, if `condition` (`Condition.to_dict`) asks for them.

@@ -22,6 +22,7 @@ from dic_repa.data.autoencoders import load_spec
 from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, BadImage, center_crop, decode_image, to_levels
 from dic_repa.data.latents import LatentDataset
+from dic_repa.data.registry import register_dataset
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
@@ -108,6 +109,7 @@ def open_source(
     return ImageSource(path, names, numbers, class_names, tree.read, names, rejected, files)
 
 
+@register_dataset("images")
 class ImageFolder(LatentDataset):
     """Samples of any source that `dic-repa prepare` takes, without preparation: for small data.
 
