@@ -8,7 +8,6 @@ from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
-from dic_repa.files.outputs import check_file
 
 PICTURES = (".png", ".jpg", ".webp")
 
@@ -61,12 +60,10 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     from dic_repa.data.images import center_crop, decode_image, to_tensor
     from dic_repa.encoders import check_tokens, create_encoder
     from dic_repa.encoders.picture import token_sheet
-    from dic_repa.files.pictures import save_picture, to_pil
+    from dic_repa.files.pictures import check_figure, save_picture, to_pil
 
     out = out or Path(f"{name.replace(':', '-').replace('/', '-')}.png")
-    check_file(out)
-    if out.suffix.lower() not in PICTURES:
-        raise UserError(f"--out {out} is no picture; end it in {', '.join(PICTURES)}")
+    check_figure(out, PICTURES)
     digit = to_pil(load_digits("held-out")[0][0]).convert("RGB")
     picture = decode_image(image.read_bytes(), str(image)) if image else digit
     encoder = create_encoder(name, **parse_encoder_options(options, weights))

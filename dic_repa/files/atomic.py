@@ -100,7 +100,7 @@ def _check_way(aside: Path, path: Path) -> None:
         taken = [way for way in ways[1:] if way.is_symlink() or way.is_file()]
         taken += [ways[0]] if os.path.lexists(ways[0]) and name not in marker else []
         if taken:
-            raise UserError(f"{taken[0]} is in the way, and not of dic-repa's making; move it, or name another folder")
+            raise UserError(f"{taken[0]} is in the way, and not written by dic-repa; move it, or name another folder")
 
 
 def _names(folder: Path) -> list[str]:

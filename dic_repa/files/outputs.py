@@ -61,7 +61,7 @@ def check_file(path: str | Path) -> None:
     if not path.exists():
         _check_parents(path)
     elif not (is_listed(path) or _bears_mark(path)):
-        raise UserError(f"{path} is there, and not of dic-repa's making, so it is not overwritten; name another file")
+        raise UserError(f"{path} is there, and not written by dic-repa, so it is not overwritten; name another file")
 
 
 def check_folder(path: str | Path, kind: str) -> Marker | None:

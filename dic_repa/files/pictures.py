@@ -14,7 +14,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.outputs import MARK, check_file
 
-MOST_ROWS = 20  # of a grid
+MOST_ROWS, GRID_HEIGHT = 20, 480  # of a grid: rows at most, and pixels
 FIGURES = (".png", ".pdf", ".svg")
 INK, BACKGROUND = (40, 40, 40), (250, 250, 250)
 
@@ -45,11 +45,11 @@ def save_picture(image: Image.Image, path: str | Path) -> None:
         image.save(file, Image.registered_extensions()[Path(path).suffix.lower()], exif=exif)
 
 
-def check_figure(path: str | Path) -> None:
-    """A UserError if no figure may be written at `path`, or its ending is not one of `FIGURES`."""
+def check_figure(path: str | Path, endings: Sequence[str] = FIGURES) -> None:
+    """A UserError if no picture may be written at `path`, or its ending is not one of the `endings`."""
     check_file(path)
-    if Path(path).suffix.lower() not in FIGURES:
-        raise UserError(f"{path} is no picture; end it in {', '.join(FIGURES)}")
+    if Path(path).suffix.lower() not in endings:
+        raise UserError(f"{path} is no picture; end it in {', '.join(endings)}")
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
@@ -107,15 +107,10 @@ def save_side_by_side(pictures: dict[str, Image.Image], path: Path) -> None:
 
 
 def draw_grid(
-    images: Tensor,
-    labels: Tensor,
-    class_names: Sequence[str],
-    columns: int,
-    height: int = 480,
-    headings: Sequence[str] = (),
+    images: Tensor, labels: Tensor, class_names: Sequence[str], columns: int, headings: Sequence[str] = ()
 ) -> Image.Image:
     """The images (N, C, H, W) in [0, 1] of `shown_in_grid` as one picture: a row for each class, with its name, and
-    `headings` above the columns. Small ones are enlarged by a whole number, to a grid of about `height` pixels.
+    `headings` above the columns. Small ones are enlarged by a whole number, to a grid of about `GRID_HEIGHT` pixels.
     """
     shown = shown_in_grid(labels, columns)
     images, labels = images[shown], labels[shown]
@@ -126,7 +121,7 @@ def draw_grid(
         for row in images[labels == label].split(columns)
     ]
     size = images.shape[-1]
-    scale = max(1, height // (size * len(rows)))
+    scale = max(1, GRID_HEIGHT // (size * len(rows)))
     cell, gap = size * scale, max(2, scale // 2)
     font = ImageFont.load_default(size=max(11, min(28, cell // 2)))
     margin = int(max(font.getlength(caption) for caption, _ in rows)) + 16

@@ -147,7 +147,7 @@ def test_a_file_is_written_nowhere_else(verb, mistake, tmp_path):
     if not verb.startswith("convert"):  # which takes another name for a folder's
         for place in (".", "..", photos):
             assert "is a folder; name a file" in attempt(place)
-    assert "not of dic-repa's making" in attempt(photos / f"mine{ending}")
+    assert "not written by dic-repa" in attempt(photos / f"mine{ending}")
     (tmp_path / f"link{ending}").symlink_to(photos / f"mine{ending}")
     assert f"is a link to {photos / f'mine{ending}'}" in attempt(f"link{ending}")
     for sort, make in SPECIAL.items():
@@ -319,7 +319,7 @@ def test_what_comes_meanwhile_is_not_written_over(tmp_path):
             aside.write_text("ours")
             (tmp_path / "a.txt").write_text("mine")
 
-    with pytest.raises(UserError, match="not of dic-repa's making"):
+    with pytest.raises(UserError, match="not written by dic-repa"):
         write()
     assert contents(tmp_path) == {"a.txt": b"mine"}
     with pytest.raises(UserError):
