@@ -8,6 +8,7 @@ used, so an outdated cache is never read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -39,15 +40,16 @@ class FeatureCache:
 
     def __init__(self, file: Path):
         self.file = file
-        self._array: np.ndarray | None = None
+
+    @functools.cached_property
+    def array(self) -> np.ndarray:
+        return np.load(self.file, mmap_mode="r", allow_pickle=False)
 
     def __getitem__(self, index: int) -> Tensor:
-        if self._array is None:  # in each loader process by itself: a memory map that is pickled is copied
-            self._array = np.load(self.file, mmap_mode="r", allow_pickle=False)
-        return torch.from_numpy(np.array(self._array[index]))
+        return torch.from_numpy(np.array(self.array[index]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"file": self.file, "_array": None}
+        return {"file": self.file}  # each loader process maps it by itself: a pickled memory map would be a copy
 
 
 class WithTokens(Dataset):
@@ -79,18 +81,15 @@ def feature_cache(
     Raises:
         UserError: an image changes from one reading to the next, the disk is too small, or tokens exceed float16.
     """
-    folder = cache_folder("features", "DIC_REPA_CACHE")
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", name)
-    file = folder / f"{slug}-{cache_key(name, options, encoder, data)}.npy"
+    file = cache_folder("features", "DIC_REPA_CACHE") / f"{slug}-{cache_key(name, options, encoder, data)}.npy"
     probes = {
         i: encoder(unit_images(data[i]["image"][None].to(device)))[0].float() for i in spread(len(data), PROBED_IMAGES)
     }
-    cache = FeatureCache(file)
-    if not (file.is_file() and _agrees(cache, probes, len(data))):
+    if not (file.is_file() and _agrees(FeatureCache(file), probes, len(data))):
         tokens, width = next(iter(probes.values())).shape
         _fill(file, (len(data), tokens, width), encoder, data, device, workers)
-        cache = FeatureCache(file)
-    return cache
+    return FeatureCache(file)
 
 
 def cache_key(name: str, options: dict[str, Any], encoder, data: Samples) -> str:
@@ -103,7 +102,7 @@ def cache_key(name: str, options: dict[str, Any], encoder, data: Samples) -> str
                 "the data gives another image each time that one is read (a random flip or crop), so its tokens cannot "
                 "be cached; set cache: false in the alignment, or make the data's images fixed"
             )
-        _add_tensor(digest, str(index), image)
+        add_parts(digest, f"{index} {image.dtype} {tuple(image.shape)}", image)
     return digest.hexdigest()[:24]
 
 
@@ -118,7 +117,7 @@ def encoder_hash(name: str, options: dict[str, Any], encoder, *more):
             digest.update(Path(source).read_bytes())
     if isinstance(encoder, nn.Module):
         for key, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:  # buffers that are not saved too
-            _add_tensor(digest, key, tensor)
+            add_parts(digest, f"{key} {tensor.dtype} {tuple(tensor.shape)}", tensor)
     return digest
 
 
@@ -127,19 +126,15 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)})
 
 
-def _add_tensor(digest, key: str, tensor: Tensor) -> None:
-    add_parts(digest, f"{key} {tensor.dtype} {tuple(tensor.shape)}", tensor)
-
-
 def _agrees(cache: FeatureCache, probes: dict[int, Tensor], count: int) -> bool:
     try:
-        array = np.load(cache.file, mmap_mode="r", allow_pickle=False)
+        array = cache.array
     except (EOFError, OSError, ValueError):
         return False
     for index, expected in probes.items():
         if array.dtype != np.float16 or array.shape != (count, *expected.shape):
             return False
-        error = (torch.from_numpy(np.array(array[index])).float().to(expected.device) - expected).square().mean().sqrt()
+        error = (cache[index].float().to(expected.device) - expected).square().mean().sqrt()
         if not error <= TOLERANCE * expected.square().mean().sqrt():
             return False
     return True
@@ -162,11 +157,9 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, devic
         # Written, not mapped: a disk that fills up is then an error and not the end of the process.
         with aside.open("wb") as out, torch.random.fork_rng(devices=[]):  # a loader draws a seed from torch's generator
             np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
-            images: DataLoader = DataLoader(
-                WithTokens(data, {}), batch_size=BATCH, num_workers=workers, collate_fn=_images
-            )
-            for batch in progress_bar(images, desc=f"caching {file.name}", unit="batch"):
-                tokens = encoder(unit_images(batch.to(device))).to(torch.float16)
+            loader: DataLoader = DataLoader(WithTokens(data, {}), batch_size=BATCH, num_workers=workers)
+            for batch in progress_bar(loader, desc=f"caching {file.name}", unit="batch"):
+                tokens = encoder(unit_images(batch["image"].to(device))).to(torch.float16)
                 if not tokens.isfinite().all():
                     raise UserError("the encoder's tokens exceed what float16 holds (65504); set cache: false")
                 out.write(tokens.cpu().numpy().tobytes())
@@ -177,7 +170,3 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, devic
         raise UserError(f"the feature cache {file} could not be written ({error.strerror or error})") from None
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _images(samples: list[dict[str, Tensor]]) -> Tensor:
-    return torch.stack([sample["image"] for sample in samples])

@@ -40,8 +40,8 @@ class Pretrained(nn.Module):
         return create_condition(self.num_classes, getattr(self, "config", {}).get("condition"))
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Trade a second forward pass of each block for the memory of its activations: of all submodules that have an
-        attribute `gradient_checkpointing`. A UserError where there are none."""
+        """Trade a second forward pass for the memory of activations, in all submodules that have an attribute
+        `gradient_checkpointing`; a UserError if none has."""
         blocks: list[Any] = [module for module in self.modules() if hasattr(module, "gradient_checkpointing")]
         if enabled and not blocks:
             raise UserError(f"{type(self).__name__} has no gradient checkpointing; train with it switched off")
@@ -116,6 +116,6 @@ def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     except Exception as error:  # the hub's client raises a dozen kinds, from no connection to no such repository
         raise UserError(
-            f"no folder {name}, and not to be had from the hub ({type(error).__name__}: {first_line(error)}); "
+            f"there is no folder {name}, and the hub does not give it ({type(error).__name__}: {first_line(error)}); "
             f"download {CONFIG} and {WEIGHTS} of that repository into a folder and pass the folder"
         ) from None

@@ -4,8 +4,8 @@
     load_denoiser("runs/mine/checkpoints/step_00400000/ema")
 
 A name is one of the papers' presets; a family (DiC, SiT, DiT, U-ViT), whose sizes are options; or any that a
-`Registry` takes. `dic_repa.protocols.Denoiser` says what one of your own must have. If its hidden states are tokens,
-`feature_map(tokens, size)` lays them out, so that they can be tapped.
+`Registry` takes. `dic_repa.protocols.Denoiser` says what your own must have. If its hidden states are tokens, its
+`feature_map(tokens, size)` makes maps of them, so that they can be tapped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dic_repa.conditions import Condition, create_condition
+from dic_repa.conditions import create_condition
 from dic_repa.errors import UserError
 from dic_repa.models.dic import PRESETS as DIC_PRESETS
 from dic_repa.models.pretrained import Pretrained, saved_kind
@@ -36,9 +36,6 @@ class Preset:
 
     def load(self) -> type[Pretrained]:
         return getattr(importlib.import_module(self.module), self.kind)
-
-    def __call__(self, **options) -> Pretrained:
-        return self.load()(**{**self.options, **options})
 
 
 _DIC, _SIT, _UVIT = (
@@ -105,7 +102,13 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
         options = {**factory.options, **options}
         factory = factory.load()
     options = {"in_channels": in_channels, "num_classes": num_classes, **options}
-    check_condition(name, factory, create_condition(num_classes, options.get("condition")))
+    condition = create_condition(num_classes, options.get("condition"))
+    taken = getattr(factory, "conditions", Pretrained.conditions)
+    if condition.kind not in taken:
+        raise UserError(
+            f"model '{name}' cannot be conditioned on {condition.describe()}: it takes {' or '.join(taken)}; name "
+            "another model, or write one (docs/extending.md)"
+        )
     presets = ", ".join(_presets(f"{name}-*"))
     denoisers.check_options(name, factory, (), options, hint=f"; or name a preset: {presets}" if presets else "")
     denoiser = factory(**options)
@@ -117,26 +120,15 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
 def load_denoiser(path_or_hub_id: str | Path, **overrides) -> Pretrained:
     """The denoiser of a folder or hub id that `save_pretrained` wrote, of the class that its config.json names.
 
-    One of your own is found when its module has been imported: a file cannot name what to import. Otherwise as
+    The module of your own class must have been imported before: a file cannot name what to import. Otherwise as
     `Pretrained.from_pretrained`.
     """
     kind = saved_kind(path_or_hub_id)
     ours = {preset.kind: preset for preset in _PRESETS.values()}
-    if kind in Pretrained.kinds:
-        return Pretrained.kinds[kind].from_pretrained(path_or_hub_id, **overrides)
-    if kind in ours:
-        return ours[kind].load().from_pretrained(path_or_hub_id, **overrides)
+    if kind in Pretrained.kinds or kind in ours:
+        found = Pretrained.kinds.get(kind) or ours[kind].load()
+        return found.from_pretrained(path_or_hub_id, **overrides)
     raise UserError(
         f"{path_or_hub_id} holds a {kind or 'model of unknown kind'}; import its module first, in the "
         f"recipe by `plugins`; known: {', '.join(sorted({*ours, *Pretrained.kinds}))}"
     )
-
-
-def check_condition(name: str, factory, condition: Condition) -> None:
-    """A UserError where a denoiser cannot be conditioned on what the data is."""
-    taken = getattr(factory, "conditions", Pretrained.conditions)
-    if condition.kind not in taken:
-        raise UserError(
-            f"model '{name}' cannot be conditioned on {condition.describe()}: it takes {' or '.join(taken)}; name "
-            "another model, or write one (docs/extending.md)"
-        )
