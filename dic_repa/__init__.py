@@ -1,6 +1,6 @@
 """Train DiC with U-REPA, sample from it, and measure the samples.
 
-from dic_repa import DiC, Recipe, load, train
+from dic_repa import DiC, Recipe, load, load_recipe, train
 
 The names load on first use, so that `import dic_repa` and the command line's help stay quick.
 """
@@ -9,8 +9,14 @@ from dic_repa.runtime.lazy import load_name
 
 __version__ = "0.1.0"
 
-_EXPORTS = {"DiC": "models", "Recipe": "recipe", "load": "sampling.load", "train": "training"}
-__all__ = ["DiC", "Recipe", "__version__", "load", "train"]
+_EXPORTS = {
+    "DiC": "models",
+    "Recipe": "recipe",
+    "load": "sampling.load",
+    "load_recipe": "recipe",
+    "train": "training",
+}
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):
