@@ -32,7 +32,7 @@ paths = Registry("interpolant", key="objective.options.path")
 
 
 def path_of(model: object) -> Interpolant | None:
-    """The path that a model or field names as its `path`; None where it has none, or means something else by it."""
+    """The path that a model or field names as its `path`; None if it has none, or means something else by it."""
     path = getattr(model, "path", None)
     return path if isinstance(path, Interpolant) else None
 
@@ -92,10 +92,8 @@ class Interpolant:
     def target(self, x: Tensor, noise: Tensor, t: Tensor, prediction: str) -> Tensor:
         """What a denoiser that predicts `prediction` should give for the pair (x, noise) at t (B,)."""
         check_prediction(prediction)
-        if prediction == "data":
-            return x
-        if prediction == "noise":
-            return noise
+        if prediction in ("data", "noise"):
+            return x if prediction == "data" else noise
         if prediction == "velocity":
             return self.sample(x, noise, t).velocity
         return -noise / self.coefficients(expand_as(t, x)).sigma
@@ -110,7 +108,7 @@ class Interpolant:
         if source == target:
             return value
         c = self.coefficients(expand_as(t, x_t))
-        # The score is the noise in other units; converting it by way of the noise divides by nothing that it need not.
+        # The score is the noise in other units; by way of the noise, nothing is divided without need.
         if source == "score":
             source, value = "noise", -c.sigma * value
         goal = "noise" if target == "score" else target
@@ -126,9 +124,8 @@ class Interpolant:
 
     def safe_interval(self, source: str, target: str, eps: float = 1e-3) -> tuple[float, float]:
         """The times (t_min, t_max) between which `convert` from `source` to `target` divides by nothing smaller than
-        sigma(eps) or alpha(1 - eps), and between which a velocity is finite where one is involved.
-
-        A score counts as divided by sigma in itself, so that this is also where it can be trained.
+        sigma(eps) or alpha(1 - eps), and a velocity is finite if one is involved. A score counts as divided by sigma:
+        this is also where it can be trained.
         """
         by_sigma = "score" in (source, target) or (source == "data" and target != "data")
         by_sigma |= self.d_sigma_diverges and "velocity" in (source, target)

@@ -1,6 +1,7 @@
 """ADM's `.npz` of samples (`arr_0`: images, `arr_1`: labels), read and written without all images in memory."""
 
 import contextlib
+import math
 import os
 import shutil
 import struct
@@ -36,14 +37,11 @@ def write_npz(
             np.lib.format.write_array_header_1_0(member, header)
             written = 0
             for batch in images:
-                if batch.dtype != np.uint8 or batch.shape[1:] != tuple(shape[1:]):
-                    raise UserError(
-                        f"{path} takes uint8 images {tuple(shape[1:])}, not {batch.dtype} {batch.shape[1:]}"
-                    )
-                member.write(np.ascontiguousarray(batch).data)
-                written += len(batch)
-        if written != shape[0]:
-            raise UserError(f"{path} was to have {shape[0]} images, but there are {written}")
+                member.write(np.ascontiguousarray(batch.astype(np.uint8, casting="equiv", copy=False)).data)
+                written += batch.size
+        if written != math.prod(shape):
+            there = written / math.prod(shape[1:])
+            raise UserError(f"{path} should have {shape[0]} images, but there are {there:g}")
         if labels is not None:
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
