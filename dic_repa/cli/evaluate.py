@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,9 +17,6 @@ from dic_repa.files.outputs import check_file
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.runtime.table import format_rows, number
 from dic_repa.runtime.threads import choose_threads
-
-if TYPE_CHECKING:
-    from dic_repa.evaluation import Measured
 
 ADM = ["fid", "sfid", "is", "prec", "recall"]
 
@@ -176,7 +172,7 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         notes += [*images.notes, *measured.warnings]
         content, file = record(measured, measure, images, reference, chosen, processes), out or record_file(place)
         classes = content["samples"].get("sampling", {}).get("sample", {}).get("classes", "unknown")
-        table.append((str(path), str(measured.count), classes, *_cells(measured)))
+        table.append((str(path), str(measured.count), classes, *_cells(measured.values, measured.intervals)))
         try:
             save_record(file, content)
             written.append(str(file))
@@ -193,9 +189,9 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
     processes.end_training()
 
 
-def _cells(measured: Measured) -> Iterator[str]:
-    for name, value in measured.values.items():
-        interval = ", ".join(map(number, measured.intervals.get(name, ())))
+def _cells(values: dict, intervals: dict) -> Iterator[str]:
+    for name, value in values.items():
+        interval = ", ".join(map(number, intervals.get(name, ())))
         yield ("no labels" if value is None else number(value)) + (f" [{interval}]" if interval else "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,8 +16,6 @@ from dic_repa.registry import read_source
 from dic_repa.sampling import override_sampling
 
 if TYPE_CHECKING:
-    import torch
-
     from dic_repa.sampling.load import Checkpoint
 
 # Read from the source files, since an import would import torch.
@@ -91,9 +89,7 @@ def sampling_options(command: Callable) -> Callable:
     return command
 
 
-def load_for_sampling(
-    path: Path, device: torch.device, recipe: str | None, **options
-) -> tuple[Checkpoint, SampleSection]:
+def load_for_sampling(path: Path, device: Any, recipe: str | None, **options) -> tuple[Checkpoint, SampleSection]:
     """A run or checkpoint, and how to sample it: as `recipe` says, by default as its own does, with these options."""
     from dic_repa.sampling.load import load
 

@@ -108,13 +108,10 @@ class DigitsJudge(MetricSet):
                 "the digits to judge must be at least two float images (N, 1, H, W), "
                 f"not {images.dtype} of shape {tuple(images.shape)}"
             )
-        integers = labels.shape == (len(images),) and not labels.is_floating_point()
-        if not integers or labels.min() < 0 or labels.max() > NUM_CLASSES:
-            found = f"from {labels.min()} to {labels.max()}" if integers else f"{labels.dtype} {tuple(labels.shape)}"
-            raise UserError(
-                f"labels must be {len(images)} integers from 0 to {NUM_CLASSES - 1}, or {NUM_CLASSES} for none, "
-                f"not {found}"
-            )
+        fits = labels.shape == (len(images),) and not labels.is_floating_point()
+        if not fits or labels.min() < 0 or labels.max() > NUM_CLASSES:
+            known = f"from 0 to {NUM_CLASSES - 1}, or {NUM_CLASSES} for none"
+            raise UserError(f"labels must be {len(images)} integers {known}, not {labels.dtype} {labels.tolist()[:5]}")
 
 
 def load_digits_classifier() -> DigitsClassifier:

@@ -53,17 +53,15 @@ class Inception(nn.Module):
         official = file_sha256(path).startswith(INCEPTION_SHA256)
         self.notes = () if official else (f"{path} is not torch-fidelity's file: its scores compare to no others",)
         self.fingerprint = tensors_fingerprint(tensors)
-        self.model.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
-        self._spatial = torch.empty(0)
+        self.seen: list[Tensor] = []
+        branch = self.model.get_submodule("Mixed_6d.branch1x1")
+        branch.register_forward_hook(lambda _module, _inputs, output: self.seen.append(output))
         self.eval().requires_grad_(False)
 
-    def _keep_spatial(self, _module, _inputs, output: Tensor) -> None:
-        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-
-    @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         pool, logits = self.model(images)
-        return {"pool": pool, "spatial": self._spatial.float(), "logits": logits}
+        spatial = self.seen.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": spatial.float(), "logits": logits}
 
 
 def _torch_fidelity_inception() -> nn.Module:
@@ -77,8 +75,7 @@ def _torch_fidelity_inception() -> nn.Module:
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)
-    features = ["2048", "logits_unbiased"]
-    return InceptionV3("inception-v3-compat", features, feature_extractor_weights_path=nothing)
+    return InceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
 
 
 def _inception_file() -> Path:
@@ -122,7 +119,6 @@ class DINOv2(nn.Module):
         self.notes = () if encoder == "dinov2-vit-l" else (f"{encoder} is not the ViT-L/14 that others report",)
         self.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         images = F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True)
         images = images.round().clamp(0, 255) / 255  # 8 bits again, as a resized picture has
@@ -145,7 +141,6 @@ class Digits(nn.Module):
         self.model = load_digits_classifier()
         self.fingerprint = tensors_fingerprint(self.model.state_dict())
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         from dic_repa.data.digits import resize
 
@@ -180,7 +175,6 @@ class PooledTokens(nn.Module):
         self.notes = (no_fid(encoder),)
         self._name, self._checked = encoder, False
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         from dic_repa.encoders import check_tokens
 
@@ -198,9 +192,9 @@ def no_fid(encoder: str) -> str:
     )
 
 
-def describe_extractor(extractor: FeatureExtractor) -> dict:
-    """What an extractor's features depend on."""
-    return {"weights": extractor.fingerprint, "resizing": extractor.resizing}
+def describe_extractors(extractors: dict[str, FeatureExtractor]) -> dict[str, dict[str, str]]:
+    """What the features of each depend on."""
+    return {name: {"weights": part.fingerprint, "resizing": part.resizing} for name, part in extractors.items()}
 
 
 def tensors_fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,7 @@ ALONE = Share()
 
 
 @tf32(False)
+@torch.no_grad()
 def extract(
     images: ImageSet | Iterable[Tensor],
     extractors: dict[str, FeatureExtractor],
@@ -110,17 +111,13 @@ def _batches(images, batch_size: int, share: Share) -> Iterator[tuple[Tensor, in
             yield as_uint8(batch).expand(-1, 3, -1, -1), len(batch)
         return
     turns = range(0, len(images), batch_size * share.processes)
-    mine = [_turn(start, len(images), batch_size, share) for start in turns]
+    firsts = [start + share.rank * batch_size for start in turns]
+    mine: list[Sequence[int]] = [range(first, min(first + batch_size, len(images))) for first in firsts]
+    if share.processes > 1:  # all gather tensors of one size; what is too much comes last and is cut off
+        last = len(images) - 1
+        mine = [[*indices, *[last] * (batch_size - len(indices))] for indices in mine]
     for start, batch in zip(turns, images.batches(mine)):
         yield batch, min(len(images) - start, batch_size * share.processes)
-
-
-def _turn(start: int, count: int, batch_size: int, share: Share) -> list[int]:
-    first = start + share.rank * batch_size
-    own = list(range(first, min(first + batch_size, count)))
-    if share.processes > 1:  # all gather tensors of one size; what is too much comes last and is cut off
-        own += [count - 1] * (batch_size - len(own))
-    return own
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:

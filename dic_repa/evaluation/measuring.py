@@ -15,7 +15,7 @@ from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import ALONE, FeatureSet, Share, extract
 from dic_repa.evaluation.image_sets import ImageSet
-from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MetricSet, metrics, plain
+from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MetricSet, metrics
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
 
@@ -40,9 +40,9 @@ def measure(
 
 @dataclass
 class Measured:
-    """`values` and `intervals` (where asked for) by metric, of `count` samples of `size`, and `warnings` about them.
+    """`values` (None if there was nothing to score) and `intervals` by metric, of `count` samples of `size`.
 
-    A value is None where there was nothing to look at; `details` are what metrics add to a record.
+    `warnings` are about the samples; `details` are what metrics add to a record.
     """
 
     values: dict[str, float]
@@ -62,16 +62,15 @@ def check_metrics(names: Sequence[str], reference) -> list[str]:
         UserError: for an unknown name, and a missing reference.
     """
     parts = {name: metrics.create(name) for name in names}
-    given = {score for part in parts.values() if isinstance(part, MetricSet) for score in part.names}
-    found = {name: part for name, part in parts.items() if not isinstance(part, MetricSet)}
-    if reference is None:
-        found = {name: metric for name, metric in found.items() if name not in given}
-    needy = [name for name, metric in found.items() if metric.needs in OF_REFERENCE]
+    sets = [part for part in parts.values() if isinstance(part, MetricSet)]
+    given = {score for part in sets for score in part.names} if reference is None else set()
+    found = [name for name, part in parts.items() if part not in sets and name not in given]
+    needy = [name for name in found if parts[name].needs in OF_REFERENCE]
     if needy and reference is None:
         compare = "compares" if len(needy) == 1 else "compare"
         hint = "give a reference (--reference, or evaluate.reference in a recipe)"
         raise UserError(f"{', '.join(needy)} {compare} with real images: {hint}")
-    return list(found)
+    return found
 
 
 class Measure:
@@ -105,8 +104,8 @@ class Measure:
         share: Share = ALONE,
         progress: Callable[[int], object] = lambda count: None,
     ):
-        names = check_metrics(plain(names), reference)
-        self.metrics = {name: metrics.create(name) for name in names}
+        plain = [part for name in names for part in getattr(metrics.create(name), "names", [name])]  # sets have names
+        self.metrics = {name: metrics.create(name) for name in check_metrics(plain, reference)}
         self.device, self.batch_size, self.resize = device, batch_size, resize
         self.layers = list(dict.fromkeys(metric.layer for metric in self.metrics.values()))
         options = extractor_options or {}
@@ -234,21 +233,13 @@ class Judge:
         self.measure = Measure(own, reference, device, extractor_options=extractor_options) if own else None
         order = [score for part in sets for score in (part.main, *part.names)] + own
         self.better: dict[str, str] = {score: metrics.create(score).better for score in order}
-
-    @property
-    def main(self) -> str | None:
-        return next(iter(self.better), None)
+        self.main = next(iter(self.better), None)
 
     def check(self, score: str) -> str:
         """`score`, if this judge gives it; else a UserError."""
         if score not in self.better:
             raise unknown_name("score", score, self.better)
         return score
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """A UserError where images of `size`, (H, W), cannot be compared with the reference."""
-        if self.measure:
-            self.measure.check_size(size)
 
     def __call__(self, images: Tensor | Iterable[Tensor], labels: Tensor) -> dict:
         """The scores of images (N, C, H, W), or of batches of them. Batches are held all at once for a set alone."""
@@ -275,9 +266,8 @@ def judge_digits(images: Tensor, labels: Tensor) -> dict:
     """The scores of images (N, 1, H, W), float in [0, 1], that should show the digits `labels` (N,).
 
     Returns:
-        A dict that JSON can hold: `count`, `recognised`, `recognised_count`, `recognised_by_class` and `fd-digits` as
-        the metrics of these names give them (label 10, the null class, asks for no digit), and `reference`, what real
-        digits reach.
+        A dict for JSON: `count`, `recognised`, `recognised_count`, `recognised_by_class` and `fd-digits` (label 10, the
+        null class, asks for no digit), and `reference`, what real digits reach.
 
     Raises:
         UserError: for fewer than two images, other shapes, values that are not in [0, 1], and unknown labels.

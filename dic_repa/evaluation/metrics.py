@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,10 +38,9 @@ class Metric:
     most: ClassVar[float | None] = None  # what it cannot exceed: 1 for a share
 
     def __call__(self, features: Tensor, reference: Any) -> Any:
-        """The score of the samples' features (N, D), a number, or None where there is nothing to score.
+        """The score of the samples' features (N, D), a number, or None if there is nothing to score.
 
-        Args:
-            reference: what the metric `needs`: a `FeatureSet`; the labels (N,); or None.
+        `reference` is what the metric `needs`: a `FeatureSet`; the labels (N,); or None.
         """
         raise NotImplementedError
 
@@ -217,15 +215,6 @@ class MetricSet:
     def bounds(self, count: int) -> dict[str, Any]:
         """The scores of as many real images: what samples can reach."""
         return {}
-
-
-def plain(names: Iterable[str]) -> list[str]:
-    """The metrics of these names, those of a set in the set's place."""
-    found: list[str] = []
-    for name in names:
-        part = metrics.create(name)
-        found += part.names if isinstance(part, MetricSet) else [name]
-    return list(dict.fromkeys(found))
 
 
 def find_metric(name: str) -> Metric | None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dic_repa.errors import UserError, first_line, is_main_process
-from dic_repa.evaluation.extractors import describe_extractor
+from dic_repa.evaluation.extractors import describe_extractors
 from dic_repa.evaluation.features import FeatureSet
 from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.metrics import Metric
@@ -89,7 +89,7 @@ def _networks(needed: Sequence[Metric], extractors: dict[str, FeatureExtractor])
 def _extracted(images: ImageSet, extractors: dict[str, FeatureExtractor], run, cache: bool, agree) -> FeatureSet:
     # All layers that some metric compares with, so that another choice of metrics finds them in the cache too.
     layers = [f"{name}.{layer}" for name, found in extractors.items() for layer in found.layers if layer != "logits"]
-    key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, layers, _describe(extractors)]
+    key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, layers, describe_extractors(extractors)]
     folder = cache_folder("statistics", "DIC_REPA_STATISTICS")
     file, found = folder / f"{fingerprint(json.dumps(key), size=16)}.safetensors", None
     if cache and file.is_file():
@@ -124,7 +124,7 @@ def _read(path: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet:
         raise UserError(f"{path} is no whole file of statistics ({error})") from None
     if "count" not in record:
         raise UserError(f"{path} is no file of statistics; make one with --save-statistics")
-    for name, mine in _describe(extractors).items():
+    for name, mine in describe_extractors(extractors).items():
         theirs = record["extractors"].get(name)
         if theirs != mine:
             what = "lacks" if theirs is None else "was made with other weights or resizing of"
@@ -157,10 +157,6 @@ def _stored(file: NpzFile) -> FeatureSet:
     return found
 
 
-def _describe(extractors: dict[str, FeatureExtractor]) -> dict[str, dict]:
-    return {name: describe_extractor(extractor) for name, extractor in extractors.items()}
-
-
 def save_statistics(found: FeatureSet, path: str | Path, extractors: dict[str, FeatureExtractor]) -> None:
     """Write a reference's statistics into a safetensors file, new or in place of one of ours.
 
@@ -173,7 +169,7 @@ def save_statistics(found: FeatureSet, path: str | Path, extractors: dict[str, F
     for layer, (mean, cov) in found.gaussians.items():
         tensors |= {f"mean/{layer}": mean.contiguous(), f"cov/{layer}": cov.contiguous()}
     record = {name: getattr(found, name) for name in ("count", "size", "constant", "fingerprint")}
-    record |= {"extractors": _describe(extractors), "made_by": MARK}
+    record |= {"extractors": describe_extractors(extractors), "made_by": MARK}
     try:
         with write_aside(path) as aside:
             save_file(tensors, aside, {"statistics": json.dumps(record)})

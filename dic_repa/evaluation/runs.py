@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.extractors import describe_extractor
+from dic_repa.evaluation.extractors import describe_extractors
 from dic_repa.evaluation.image_sets import ImageSet
 from dic_repa.evaluation.measuring import Judge, Measure, Measured
 from dic_repa.evaluation.metrics import find_metric
@@ -227,8 +227,8 @@ def record(
     if facts := sample_facts(images.source):
         samples["sampling"] = {key: value for key, value in facts.items() if key != "labels"}
     extractors = {
-        name: {**describe_extractor(extractor), **getattr(extractor, "made_of", {}), "notes": extractor.notes}
-        for name, extractor in measure.extractors.items()
+        name: {**facts, **getattr(network := measure.extractors[name], "made_of", {}), "notes": network.notes}
+        for name, facts in describe_extractors(measure.extractors).items()
     }
     found, described = measure.reference, None
     if found is not None:

@@ -45,7 +45,8 @@ class Evaluator:
 
         device = self.accelerator.device
         self.judge = Judge(section.names, section.reference, device, own_encoder(self.recipe))
-        self.judge.check_size(sampler.size())
+        if self.judge.measure:
+            self.judge.measure.check_size(sampler.size())
         wanted = section.best or self.judge.main
         self.score = self.judge.check(wanted) if wanted else None
 
