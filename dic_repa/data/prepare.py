@@ -39,7 +39,7 @@ DECODE_BATCH = 16  # images decoded at once: at 256 px these take about 3 GB
 
 @dataclass
 class Preparation:
-    """The way of a `source` to the folder `destination`: one process calls `begin`, then all call `write_shards`, then
+    """Prepares a `source` into the folder `destination`: one process calls `begin`, then all call `write_shards`, then
     one calls `finish` and `check`.
     """
 

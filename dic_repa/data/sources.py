@@ -206,9 +206,7 @@ def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tup
 def _is_hugging_face(path: str) -> bool:
     local = Path(path)
     if local.is_dir():
-        return any((local / name).is_file() for name in ("state.json", "dataset_dict.json")) or bool(
-            list(local.glob("*.parquet")) or list(local.glob("data/*.parquet"))
-        )
+        return any(any(local.glob(name)) for name in ("state.json", "dataset_dict.json", "*.parquet", "data/*.parquet"))
     return not local.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 

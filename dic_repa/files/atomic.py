@@ -8,17 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from dic_repa.errors import UserError
-from dic_repa.files.outputs import (
-    ASIDE,
-    MARKER,
-    Marker,
-    check_file,
-    check_folder,
-    list_output,
-    read_marker,
-    remove_folder,
-    write_marker,
-)
+from dic_repa.files import outputs
 
 
 @contextlib.contextmanager
@@ -39,20 +29,20 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
         UserError: there is something at `path` that is not ours.
     """
     path = Path(path)
-    check = (lambda: check_folder(path, kind)) if kind else (lambda: check_file(path))
+    check = (lambda: outputs.check_folder(path, kind)) if kind else (lambda: outputs.check_file(path))
     if os.path.lexists(path):  # otherwise the system's own message is the best
         check()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{ASIDE}{path.name}")
+    aside = path.with_name(f"{outputs.ASIDE}{path.name}")
     _remove(aside)
     try:
         mode = _new_file_mode(aside)
-        list_output(path)  # before it is there, so that a kill leaves nothing that is not listed
+        outputs.list_output(path)  # before it is there, so that a kill leaves nothing that is not listed
         if kind:
             aside.mkdir()
         yield aside
         if kind:
-            write_marker(aside, Marker(kind, set(_names(aside))))
+            outputs.write_marker(aside, outputs.Marker(kind, set(_names(aside))))
         for entry in [*aside.rglob("*"), aside]:
             if entry.is_file() and stat.S_IMODE(entry.stat().st_mode) != mode:
                 entry.chmod(mode)
@@ -81,18 +71,18 @@ def write_whole(path: str | Path, text: str) -> None:
 
 def _move_into(aside: Path, path: Path) -> None:
     """Move the content of `aside` into our folder `path`, in place of what its marker lists."""
-    remove_folder(path)
+    outputs.remove_folder(path)
     if not path.is_dir():  # else there is something in it that is not ours
         os.replace(aside, path)
         return
-    for name in [MARKER, *_names(aside)]:  # it first: after a kill the folder is still ours
+    for name in [outputs.MARKER, *_names(aside)]:  # it first: after a kill the folder is still ours
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / name, path / name)
 
 
 def _check_way(aside: Path, path: Path) -> None:
     """A UserError if a file that is not ours has a name that is about to be written into our folder `path`."""
-    marker = read_marker(path) if path.is_dir() else None
+    marker = outputs.read_marker(path) if path.is_dir() else None
     if marker is None:
         return
     for name in _names(aside):
@@ -105,7 +95,7 @@ def _check_way(aside: Path, path: Path) -> None:
 
 def _names(folder: Path) -> list[str]:
     files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
-    return sorted(name for name in files if name != MARKER)
+    return sorted(name for name in files if name != outputs.MARKER)
 
 
 def _new_file_mode(probe: Path) -> int:
