@@ -37,6 +37,7 @@ from dic_repa.recipe.build import (
     build_denoiser,
     build_encoder,
     build_objective,
+    data_traits,
 )
 from dic_repa.recipe.schema import OptimizerSection
 from dic_repa.registry import Registry, import_plugin, read_source
@@ -154,6 +155,10 @@ def test_an_autoencoder_of_32_channels(plugin_folder):
     """Its name is what data and checkpoints find it by, whatever its own spec says."""
     assert load_spec("own_parts:OwnAutoencoder").channels == 32
     assert load_autoencoder("own_parts:OwnAutoencoder").spec.name == "own_parts:OwnAutoencoder"
+    absent = DataSection(name="prepared", path="nowhere", autoencoder="own_parts:OwnAutoencoder", size=8)
+    traits, why = data_traits(absent)
+    assert (traits.channels, traits.image_size) == (32, 8 * load_spec("own_parts:OwnAutoencoder").downsample)
+    assert "nowhere" in why
     with pytest.raises(UserError, match="gives a OwnTarget without spec and encode and decode"):
         load_autoencoder("own_parts:OwnTarget")
     (plugin_folder / "own_parts").mkdir()  # a folder of that name is diffusers'

@@ -62,6 +62,10 @@ class RepaLayout(LatentDataset):
         place = self.images.path
         return stamp([place] if place.is_file() else [place / name for name in self.image_names])
 
+    @classmethod
+    def autoencoder_of(cls, path: str) -> str:
+        return DEFAULT_AUTOENCODER
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -118,6 +122,10 @@ class DitLayout(LatentDataset):
             raise UserError(f"{self.features.path} holds no .npy files")
         self.class_names = tuple(str(k) for k in range(num_classes))
         self.check_size(size, _array(self.features, self.names[0]).shape[-1], str(path))
+
+    @classmethod
+    def autoencoder_of(cls, path: str) -> str:
+        return DEFAULT_AUTOENCODER
 
     def __len__(self) -> int:
         return len(self.names)

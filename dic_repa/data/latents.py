@@ -43,6 +43,11 @@ class LatentDataset(Dataset):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @classmethod
+    def autoencoder_of(cls, path: str) -> str:
+        """The name of the autoencoder behind the data at `path`, for a recipe that names none."""
+        return "none"
+
     @cached_property
     def autoencoder(self) -> Autoencoder:
         loaded = load_autoencoder(self.spec.name)

@@ -57,6 +57,10 @@ class Prepared(LatentDataset):
         self.flip = settings["flip"] if flip is None else flip
         self.files = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
 
+    @classmethod
+    def autoencoder_of(cls, path: str) -> str:
+        return prepared_spec(path).name
+
     def __len__(self) -> int:
         return self.count * (2 if self.flip else 1)
 

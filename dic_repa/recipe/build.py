@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 from dic_repa.alignment import Alignment
 from dic_repa.conditions import Condition, class_labels, condition_of_data
 from dic_repa.data import datasets
-from dic_repa.data.autoencoders import AutoencoderSpec, Pixels, load_autoencoder
+from dic_repa.data.autoencoders import AutoencoderSpec, Pixels, load_autoencoder, load_spec
 from dic_repa.data.latent_files import DEFAULT_AUTOENCODER
 from dic_repa.data.latents import data_shape
-from dic_repa.data.prepared import prepared_spec
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.pictures import unit_images
@@ -69,7 +69,8 @@ class DataTraits:
 def data_traits(section: DataSection) -> tuple[DataTraits, str]:
     """The traits of the recipe's data, and why they had to be assumed; '' if the data is on this machine.
 
-    Assumed are Stable Diffusion's latents (or pixels, with the autoencoder `none`) and ImageNet's 1000 classes.
+    Assumed are ImageNet's 1000 classes, and latents of the recipe's autoencoder or, if it is not here either, Stable
+    Diffusion's.
     """
     try:
         data = build_dataset(section)
@@ -77,10 +78,11 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
     except UserError as error:
         if section.place and Path(section.place).exists():  # it is here, and does not fit
             raise
-        pixels = section.autoencoder == "none"
-        size = section.size if pixels else 8 * section.size
+        spec = load_spec(DEFAULT_AUTOENCODER)
+        with contextlib.suppress(UserError):  # the autoencoder is not here either
+            spec = load_spec(section.autoencoder or spec.name)
         assumed = class_labels(section.options.get("num_classes", 1000))
-        return DataTraits(3 if pixels else 4, assumed, 3, size), str(error)
+        return DataTraits(spec.channels, assumed, 3, spec.downsample * section.size), str(error)
     channels, size = (0, 0) if image is None else (image.shape[0], image.shape[-1])
     return DataTraits(data.channels, condition_of_data(data), channels, size), ""
 
@@ -102,12 +104,8 @@ def build_decoder(
     """
     if saved and saved.autoencoder:
         return _saved_decoder(saved.autoencoder, device, place)
-    name = place or section.autoencoder
-    if section.name == "prepared":
-        name = name or prepared_spec(section.place or "").name
-    elif section.name in ("repa", "dit"):
-        name = name or DEFAULT_AUTOENCODER
-    return load_autoencoder(name or "none", device).decode
+    own = getattr(datasets.find(section.name), "autoencoder_of", lambda path: "none")
+    return load_autoencoder(place or section.autoencoder or own(section.place or ""), device).decode
 
 
 def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str | None) -> Callable[[Tensor], Tensor]:
