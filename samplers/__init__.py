@@ -5,28 +5,18 @@ from __future__ import annotations
 from dic_repa.runtime.lazy import load_name
 
 # The names load on first use: listing the solvers for a help text needs no torch.
-_EXPORTS = {
-    "BetaSchedule": "ddpm",
-    "CFGPlusPlus": "guidance",
-    "Guidance": "guidance",
-    "KarrasGrid": "grids",
-    "Likelihood": "likelihood",
-    "SampleInfo": "field",
-    "ShiftedGrid": "grids",
-    "SolverInfo": "solvers",
-    "StepNoise": "noise",
-    "UniformGrid": "grids",
-    "time_grids": "grids",
-    "initial_noise": "noise",
-    "list_solvers": "solvers",
-    "log_likelihood": "likelihood",
-    "register_solver": "solvers",
-    "sample": "solvers",
-    "sample_ddpm": "ddpm",
-    "sample_ode": "ode",
-    "sample_sde": "sde",
-    "solver_info": "solvers",
+_MODULES = {
+    "ddpm": ("BetaSchedule", "sample_ddpm"),
+    "field": ("SampleInfo",),
+    "grids": ("KarrasGrid", "ShiftedGrid", "UniformGrid", "time_grids"),
+    "guidance": ("CFGPlusPlus", "Guidance"),
+    "likelihood": ("Likelihood", "log_likelihood"),
+    "noise": ("StepNoise", "initial_noise"),
+    "ode": ("sample_ode",),
+    "sde": ("sample_sde",),
+    "solvers": ("SolverInfo", "list_solvers", "register_solver", "sample", "solver_info"),
 }
+_EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_EXPORTS)
 
 

@@ -210,9 +210,7 @@ def sample_ddpm(
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     """A denoiser's output as its prediction (B, C, ...) and, with `learn_sigma`, the variance (else None).
 
-    Raises:
-        UserError: for an output that has neither C nor 2C channels.
-    """
+    A UserError if it has neither C nor 2C channels."""
     if output.shape[1] == 2 * channels:
         return output[:, :channels], output[:, channels:]
     if output.shape[1] == channels:

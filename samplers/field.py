@@ -1,13 +1,13 @@
 """What a solver integrates: a velocity field with one time for the whole batch and its evaluations counted.
 
-Any callable (x (B, ...), t (B,)) -> velocity will do. It may carry attributes that tell a solver more:
+It is any callable (x (B, ...), t (B,)) -> velocity, which may have attributes that tell a solver more:
 
     path                 the path that it belongs to (the default of a sampler's `path`)
     time_range           (t_min, t_max), outside which it may not be evaluated
-    breakpoints          times at which it jumps; adaptive solvers are split there
-    begin_step(t, s)     called where a step from time t to time s starts; s is None where the solver chooses it,
-                         and both are None where the integration has ended
-    evaluations          how many network evaluations the last call made (1 where there is no such attribute)
+    breakpoints          times at which it jumps; adaptive solvers stop and start there
+    begin_step(t, s)     called when a step from time t to time s starts; s is None if the solver chooses it,
+                         and both are None when the integration has ended
+    evaluations          how many network evaluations the last call made (1 without this attribute)
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ class Field:
 
 
 def _times(x: Tensor, t: float | Tensor) -> Tensor:
-    """`t` (B,), expanded from one value, by which a denoiser can tell that the rows share it."""
+    """`t` (B,), expanded from one value, so that a denoiser can see that the rows share it."""
     return (t.to(x) if isinstance(t, Tensor) else x.new_full((), t)).expand(len(x))
 
 
 def as_state(noise: Tensor) -> Tensor:
-    """A solver's state: `noise` in its own dtype, float32 where that is less."""
+    """A solver's state: `noise` in its own dtype, at least float32."""
     return noise.to(torch.promote_types(noise.dtype, torch.float32))

@@ -185,7 +185,7 @@ class FixedGrid:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """A method that chooses its steps by the tolerances; it starts anew at each of the field's breakpoints."""
+    """A method that chooses its steps by the tolerances; it starts again at each of the field's breakpoints."""
 
     method: str
     order: int
@@ -201,10 +201,10 @@ class Adaptive:
             inside = [point for point in field.breakpoints if min(t, s) < point < max(t, s)]
             stops = [t, *sorted(inside, reverse=s < t), s]
             for start, stop in pairwise(stops):
-                # A stretch between breakpoints lies on one side of each of them, and its middle tells on which.
+                # A stretch between two breakpoints lies on one side of each; its middle says on which.
                 field.begin_step(0.5 * (start + stop), None)
                 ends = torch.tensor([start, stop], dtype=torch.float64, device=x.device)
-                # Without it the last step goes beyond the end, where there may be no velocity, and is interpolated.
+                # Otherwise the last step goes beyond the end, where there may be no velocity, and is interpolated.
                 landing = {} if self.method == "scipy_solver" else {"step_t": ends[1:]}
                 given = landing | options
                 x = odeint(_Adapter(field), x, ends, rtol=rtol, atol=atol, method=self.method, options=given)[-1]
@@ -227,9 +227,9 @@ ode_solvers.register("explicit_adams", description="Adams-Bashforth on a uniform
 ode_solvers.register("implicit_adams", description="Adams-Moulton on a uniform grid, iterated to rtol and atol")(
     FixedGrid("implicit_adams", 4, None, {"max_order": 4}, uniform=True)
 )
-ode_solvers.register(
-    "dopri5", description="Dormand-Prince; the one to take for inversion, likelihood and reference samples"
-)(Adaptive("dopri5", 5))
+ode_solvers.register("dopri5", description="Dormand-Prince; take it for inversion, likelihood and reference samples")(
+    Adaptive("dopri5", 5)
+)
 ode_solvers.register("dopri8", description="Dormand-Prince of eighth order; for tolerances below 1e-7, in float64")(
     Adaptive("dopri8", 8)
 )

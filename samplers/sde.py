@@ -170,7 +170,7 @@ def euler(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
 
 @last_steps.register("tweedie")
 def tweedie(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
-    """To the data prediction (x + sigma^2 s) / alpha; the one to take on a VP path."""
+    """To the data prediction (x + sigma^2 s) / alpha; take this on a VP path."""
     return sde.field.data(x, t)
 
 

@@ -56,7 +56,7 @@ def register_solver(
 
 
 def list_solvers(process: str | None = None) -> list[SolverInfo]:
-    """All solvers, or those of one `process` ('ode', 'sde' or 'ddpm'), in the order in which to read about them."""
+    """All solvers, or those of one `process` ('ode', 'sde' or 'ddpm'), in the order of a list for reading."""
     return [_info(name, kind) for kind in SOLVERS if process in (None, kind) for name in SOLVERS[kind]]
 
 

@@ -114,8 +114,8 @@ class AlignedOutput:
 class AlignedDenoiser(nn.Module):
     """`aligned(x, t, y)` runs the denoiser once and each alignment's head on what its tap gave.
 
-    Any module with `forward(x, t, y)` will do as the denoiser. Heads see `unit_time`, the time in [0, 1], where that is
-    not t itself (DDPM counts steps).
+    The denoiser is any module with `forward(x, t, y)`. Heads get `unit_time`, the time in [0, 1], if that is not t
+    (DDPM counts steps).
     """
 
     def __init__(self, denoiser: nn.Module, alignments: list[Alignment] | tuple[Alignment, ...] = ()):
@@ -143,7 +143,7 @@ class AlignedDenoiser(nn.Module):
 
 
 def find_tap(denoiser: nn.Module, tap: str) -> nn.Module:
-    """The submodule of that name; a UserError with the near names where there is none."""
+    """The submodule of that name; a UserError with the near names if there is none."""
     modules = dict(denoiser.named_modules())
     if not tap or tap not in modules:
         raise unknown_name("tap", tap, [name for name in modules if name])

@@ -32,17 +32,10 @@ from dic_repa.training.inputs import PREFETCH, batches
 
 
 def bench_data(recipe: Recipe, samples: int = 2000, encoded: int = 64, steps: int = 20) -> dict:
-    """Read and prepare the recipe's data, then train the recipe for some steps.
+    """Read `samples` of the recipe's data, encode a few of them, then train for some steps, half of which are timed.
 
-    Args:
-        recipe: What is trained; it is changed.
-        samples: How many samples are read, from loose files and by the loader.
-        encoded: How many of them are encoded by the recipe's autoencoder.
-        steps: How many training steps are timed, after as many more for warming up.
-
-    Returns:
-        `images_per_second` of each way to read, `to_loose_files` (the ratio to reading loose files one at a time),
-        `training_images_per_second`, `waiting_share` (of a training step, for data) and `workers`.
+    The recipe is changed. Returns `images_per_second` of each way to read, `to_loose_files` (the ratio to reading loose
+    files one at a time), `training_images_per_second`, `waiting_share` (of a training step, for data) and `workers`.
     """
     import_plugins(recipe)
     data, accelerator = build_dataset(recipe.data), Accelerator()

@@ -70,10 +70,8 @@ def bench_model(
 ) -> dict:
     """Time the forward pass of each denoiser as the settings say, in each memory layout, at `size` x `size`.
 
-    Returns:
-        As `measure`, with `peaks`, the TFLOP/s that the device can do at most in each precision, unless they are not
-        asked for. A row's `difference` is the relative error of its output against the same denoiser's in float32,
-        eager.
+    Returns as `measure`, with `peaks`, the TFLOP/s that the device can do at most in each precision, if asked for. A
+    row's `difference` is the relative error of its output against the same denoiser's in float32, eager.
     """
     device, baselines, cases = settings.device, settings.baselines_of(names), []
     for name in names:
@@ -142,11 +140,8 @@ def random_inputs(denoiser: Pretrained, batch: int, size: int, device: torch.dev
 
 
 def build_baseline(name: str, denoiser: Pretrained, size: int) -> Any:
-    """What the factory `name` makes of `denoiser`, on its device, tried on one input of `size`.
-
-    Raises:
-        UserError: It cannot be found, made or called, or its output does not have the denoiser's shape.
-    """
+    """What the factory `name` makes of `denoiser`, on its device, tried on one input of `size`; a UserError if it fails
+    or its output does not have the denoiser's shape."""
     device = next(denoiser.parameters()).device
     inputs = random_inputs(denoiser, 1, size, device)
     with torch.no_grad():

@@ -44,11 +44,8 @@ SMALL: Plan = {
 def measure_paper(
     device: torch.device, plan: Plan, precisions: Collection[str], baseline: str, rounds: int = 7
 ) -> Iterator[tuple[str, dict]]:
-    """Measure each part of the `plan` in each precision, with the plain `baseline` beside DiC.
-
-    Yields:
-        'forward-PRECISION', 'train-PRECISION' or 'sample-PRECISION' and its result, as soon as it is measured.
-    """
+    """Measure each part of the `plan` in each precision, with the plain `baseline` beside DiC; yields PART-PRECISION
+    and its result, as soon as it is measured."""
     # What takes turns is in memory all at once, with its optimizer and averages: all precisions would not fit in 80 GB.
     for (part, (names, keys, options)), kind in itertools.product(plan.items(), precisions):
         settings = Settings(device, (kind,), rounds=rounds, **keys)

@@ -78,13 +78,9 @@ def bench_sample(
     """Time the sampler of each training recipe, with random weights, as the settings say: all its steps, guidance, and
     decoding. The solver's state is float32 throughout.
 
-    Args:
-        overrides: Of the recipes, such as sample.steps=250.
-        guidance: Of `GUIDANCE`; only the first for a recipe without guidance.
-
-    Returns:
-        As `measure`. Rows have `evaluations` of the network for each image, and `decode_share`; memory and the share of
-        the convolutions are those of two steps.
+    `guidance` names ways of `GUIDANCE`; a recipe without guidance takes only the first. Returns as `measure`; rows have
+    `evaluations` of the network for each image, and `decode_share`. Memory and the share of the convolutions are those
+    of two steps.
     """
     device, cases = settings.device, []
     notes: list[str] = []

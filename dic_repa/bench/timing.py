@@ -43,8 +43,8 @@ COLUMNS = {  # key of a row: heading and format
 class Settings:
     """What is compared (each precision, compile mode and batch size), and how it is measured.
 
-    `baselines` are factories, `package.module:name` or `file.py:name`, called with each denoiser: what they return is
-    measured beside it, eager. `NAME=FACTORY` is for the denoiser or recipe of that name only.
+    `baselines` are factories, `package.module:name` or `file.py:name`: what they return for each denoiser is measured
+    beside it, eager. `NAME=FACTORY` is for the denoiser or recipe of that name only.
     """
 
     device: torch.device
@@ -118,15 +118,10 @@ def interleave(
     warmup: int = 2,
     description: str = "timing",
 ) -> list[Measurement]:
-    """Time the `calls` in turns, so that a clock that sinks slows all of them alike, which one `Timer` each would not.
+    """Time the `calls` in turns, so that a falling clock rate slows all of them equally, unlike one `Timer` for each.
 
-    Args:
-        calls: What to time. Each is called `warmup` times first, which compiles what is compiled.
-        rounds: How many times each is measured; each round begins with another of the calls.
-        seconds: Length of one measurement: its time is the mean over as many calls as fill it.
-
-    Returns:
-        For each of the calls, its seconds in each round.
+    Each is called `warmup` times first, which compiles what is compiled, and measured `rounds` times; each round begins
+    with another of the calls. A measurement is the mean over as many calls as fill its `seconds`.
     """
     timers = [timeit.Timer(call, timer=timer) for call in calls]  # torch's timer waits for the GPU
     found = []

@@ -65,7 +65,7 @@ class TrainCase:
         self.batch, self.steps = recipe.train.batch_size, 0
         self.operations = 3 * 2 * gmacs  # of the denoiser, whose backward pass is two forward passes
         self.step = TrainingStep(parts, recipe.train, accelerator)
-        # Accelerate has one state for the whole process, and reads its precision anew where the encoder is run.
+        # Accelerate has one state for the whole process, and reads its precision again when the encoder runs.
         self.state = dict(AcceleratorState._shared_state)
         batch = default_collate([parts.data[i] for i in range(self.batch)])
         self.data = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
@@ -101,10 +101,9 @@ class PlainEMA:
 def bench_train(recipes: Sequence[str], settings: Settings, overrides: Sequence[str] = ()) -> dict:
     """Time a training step of each recipe as the settings say.
 
-    A step has the data's noise, the frozen encoders, the denoiser, its heads and losses, the backward pass, clipping,
-    the optimizer and the averages of the weights. Data is random and in memory; encoders have random weights unless a
-    file of theirs is given. A baseline runs the same step with its denoiser, torch's plain AdamW and an average written
-    tensor by tensor. Returns as `measure`, rows with `phases`: the shares of a step.
+    Data is random and in memory; encoders have random weights unless the recipe names a file of them. A baseline runs
+    the same step with its denoiser, torch's plain AdamW and an average written tensor by tensor. Returns as `measure`,
+    rows with `phases`: the shares of a step.
     """
     device, baselines = settings.device, settings.baselines_of(recipes)
     if device.type == "cpu" and "fp16" in settings.precisions:

@@ -1,15 +1,14 @@
 """Checkpoints in the key layout that the public code of DiT, SiT and REPA shares.
 
-The keys are the same, what the models mean by them is not:
+The keys are the same, but not the models:
 
 - DiT predicts the noise and a variance at the steps 0 ... 999. Loaded as it is, for the objective `ddpm`.
-- SiT counts time from the noise, t' = 1 - t, so that its velocity points the other way: v(x, t) = -v'(x, 1 - t). Both
-  are put into the weights: since cos((1 - t) f) and sin((1 - t) f) are a rotation of cos(t f) and sin(t f), the first
-  time layer takes the one as well as the other. The surplus channels, which its code drops, are dropped.
+- SiT counts time from the noise, t' = 1 - t, so that its velocity points the other way: v(x, t) = -v'(x, 1 - t). The
+  weights are changed for both: cos((1 - t) f) and sin((1 - t) f) are a rotation of cos(t f) and sin(t f), so the first
+  time layer can take them. The surplus channels, which its code drops, are dropped.
 - REPA counts as we do. Loaded as it is, for the objective `flow-matching`; its projectors are `authors_heads`.
 
-The position embedding is left out, since it is the fixed sinusoids. (In averaged weights it is those but for what the
-averaging has rounded, less than 1e-3.)
+The position embedding, the fixed sinusoids, is left out. (In averaged weights it differs from them by less than 1e-3.)
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ GRAPH_MODES = ("reduce-overhead", "max-autotune")
 class CompiledDenoiser(nn.Module):
     """`denoiser`, compiled for each shape that it meets; the modes are torch.compile's.
 
-    'reduce-overhead' and 'max-autotune' record CUDA graphs, whose output lives in memory that the next call writes to:
-    it is copied, for a solver may hold on to it. On a CPU there are no graphs, and 'reduce-overhead' is 'default'.
+    'reduce-overhead' and 'max-autotune' record CUDA graphs. The next call writes over their output, so it is copied. On
+    a CPU there are no graphs, and 'reduce-overhead' is 'default'.
     """
 
     def __init__(self, denoiser: Pretrained, mode: str = "default"):

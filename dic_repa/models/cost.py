@@ -32,11 +32,9 @@ class Cost:
 def measure_cost(model: Pretrained, height: int, width: int | None = None) -> Cost:
     """The cost of `model` for one image of `height` x `width` (in latent pixels). The model stays as it is.
 
-    Attention counts with its two products, queries by keys and weights by values, as in DiT's and U-ViT's papers;
-    norms, activations and softmax do not. "With Winograd" divides by 2.25 the MACs of the 3x3 convolutions inside DiC's
-    blocks, as the paper does; stem, resampling and output stay whole. It also counts two operations for each output of
-    a GroupNorm: the paper's Winograd figures (57.2, 228.7, 97.2, 388.4 GMACs) contain them, though its plain figures
-    round the same without.
+    Attention counts with its two products, as in DiT's and U-ViT's papers; norms, activations and softmax do not count.
+    "With Winograd" divides by 2.25 the MACs of the 3x3 convolutions inside DiC's blocks, as the paper does, and adds
+    two operations for each output of a GroupNorm, which the paper's figures (57.2, 228.7, 97.2, 388.4 GMACs) contain.
     """
     winograd = norm = 0
 

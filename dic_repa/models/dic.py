@@ -1,13 +1,12 @@
 """DiC, the diffusion U-Net of 3x3 convolutions (arXiv 2501.00603).
 
 Three levels of C, 2C and 4C channels; an encoder stage at levels 0 and 1, the middle stage at level 2, a decoder
-stage at levels 1 and 0. Notable: the skips are *sparse*, one in three blocks; each level has a condition embedding of
-its own width; and the modulation stands between a block's two convolutions.
+stage at levels 1 and 0. The skips are *sparse*, one in three blocks; each level has a condition embedding of its own
+width; a block is modulated between its two convolutions. The paper's earlier steps are options: `shape`, `skips`,
+`embedding` and `block`; their defaults are DiC.
 
 Any submodule's name is a tap for the alignment: `mid.3` is the fourth block of the middle stage, `enc.0.2` and
 `dec.1.0` are blocks of the encoder and decoder stages, numbered by level.
-
-The steps that led the paper here are options: `shape`, `skips`, `embedding` and `block`; their defaults are DiC.
 """
 
 from __future__ import annotations
@@ -146,8 +145,7 @@ class Output(nn.Module):
 
 
 class DiC(Pretrained):
-    """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,) and y (B,)
-    int64.
+    """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,), y (B,) int64.
 
     H and W are any multiples of 4. `y == num_classes` is the null class; with a `condition`, y is (B, dim). The output
     has `in_channels` channels, twice as many with `learn_sigma` (the second half is the variance of a DDPM-trained
@@ -168,7 +166,7 @@ class DiC(Pretrained):
     """
 
     conditions = ("classes", "none", "vector")
-    layout: torch.memory_format | None = None  # of the activations, where it shall not be that of the weights
+    layout: torch.memory_format | None = None  # of the activations, if it is not that of the weights
 
     def __init__(
         self,

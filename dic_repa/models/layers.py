@@ -38,8 +38,7 @@ class RecomputableBlock(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        # Checkpointing sits inside the module's call so that a tap's forward hook fires once, not again in the
-        # recomputation.
+        # Inside the module's call, so that a tap's forward hook runs once, not again in the recomputation.
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(self._forward, *inputs, use_reentrant=False)
         return self._forward(*inputs)
@@ -54,11 +53,8 @@ def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0
 
 
 class Condition(nn.Module):
-    """SiLU(c) of one level: c is the sum of a timestep embedding and a row of a label table (or a linear
-    map of a vector), both as wide as the level.
-
-    The activation is part of it because every use of c begins with it.
-    """
+    """SiLU(c), with which every use of c begins, of one level: c is the sum of a timestep embedding and a row of a
+    label table (or a linear map of a vector), both as wide as the level."""
 
     def __init__(self, width: int, num_classes: int, time_scale: float, vector: VectorCondition | None = None):
         super().__init__()
@@ -88,18 +84,15 @@ class VectorEmbedding(nn.Linear):
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format:
-    """channels_last or contiguous: the layout of a feature map or of a convolution's weight, of several channels and
-    larger than 1x1; any other has both at once.
-    """
+    """channels_last or contiguous, for a feature map or weight of several channels and larger than 1x1; any other
+    tensor has both layouts at once."""
     last = tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
 def pixel_shuffle(x: Tensor) -> Tensor:
-    """`F.pixel_shuffle` by 2, (B, 4C, H, W) to (B, C, 2H, 2W), which keeps channels_last on every device.
-
-    torch's own leaves it on a GPU, and what follows would be copied to it and fro.
-    """
+    """`F.pixel_shuffle` by 2, (B, 4C, H, W) to (B, C, 2H, 2W), which keeps channels_last: torch's own does not on a
+    GPU, and the next layers would copy there and back."""
     if not (x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)):
         return F.pixel_shuffle(x, 2)
     shuffled = rearrange(x, "b (c i j) h w -> b (h i) (w j) c", i=2, j=2)  # copied once, in this order

@@ -2,9 +2,8 @@
 
 DiT is trained as a DDPM with a learned variance (`learn_sigma`), SiT by flow matching; REPA aligns SiT. Attention, MLP
 and patch embedding are timm's, whose attention is F.scaled_dot_product_attention. The position embeddings are fixed
-sinusoids and made for the grid at hand, so that any size divisible by the patch will do.
-
-REPA's tap is `blocks.7`, the output of the eighth block: tokens, which `feature_map` lays out.
+sinusoids, made for the size of the data, which is any that the patch divides. REPA's tap is `blocks.7`, the eighth
+block: its output is tokens, which `feature_map` makes a map of.
 """
 
 from __future__ import annotations
@@ -83,8 +82,7 @@ class Output(nn.Module):
 
 
 class SiT(Pretrained):
-    """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,) and y (B,)
-    int64.
+    """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,), y (B,) int64.
 
     H and W are any multiples of `patch_size`. `y == num_classes` is the null class. The output has `in_channels`
     channels, twice as many with `learn_sigma` (the second half is the variance of a DDPM-trained model).

@@ -1,10 +1,8 @@
 """U-ViT: a vision transformer with long skips, all inputs tokens (arXiv 2209.12152).
 
-Notable: the time and the label are two tokens in front of the patches', not a modulation; each block of the second half
-takes the output of its counterpart in the first, concatenated and through a linear layer; the position embeddings are
-learnt, so the size of the data is fixed.
-
-Taps are `enc.N`, `mid` and `dec.N`. Their output is tokens; `feature_map` drops those of time and label.
+Time and label are two tokens in front of the patches', not a modulation; each block of the second half takes the output
+of its counterpart in the first, concatenated and through a linear layer; the position embeddings are learnt, so the
+size of the data is fixed. Taps are `enc.N`, `mid` and `dec.N`; `feature_map` drops the tokens of time and label.
 """
 
 from __future__ import annotations
@@ -43,10 +41,9 @@ class Block(RecomputableBlock):
 
 
 class UViT(Pretrained):
-    """A noise (or velocity, score, data) model: `model(x, t, y)` with x (B, in_channels, size, size), t (B,) and y
-    (B,) int64.
+    """A noise (or velocity, score, data) model: `model(x, t, y)` with x (B, in_channels, size, size), t (B,), y (B,).
 
-    `y == num_classes` is the null class. The output has `in_channels` channels, twice as many with `learn_sigma`.
+    y is int64, `num_classes` the null class. The output has `in_channels` channels, twice as many with `learn_sigma`.
 
     Args:
         width: channels of a token, a multiple of `num_heads` and even.

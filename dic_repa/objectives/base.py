@@ -70,18 +70,14 @@ class Noisy:
 
 
 def once(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """`function` of the times t (B,), expanded again from one value where t is, as samplers give it.
-
-    So a denoiser still sees that the rows share their time, and embeds one.
-    """
+    """`function` of the times t (B,). If t is expanded from one value, as samplers give it, so is the result: then a
+    denoiser sees that the rows share their time, and embeds one."""
     return function(t[:1]).expand(len(t)) if t.stride(0) == 0 else function(t)
 
 
 def run_denoiser(denoiser, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """The output of `denoiser` (x, t, y), run in the dtype of its parameters, in x's dtype (at least float32).
-
-    The time stays in float32 or better, since half precision cannot tell neighbouring steps apart.
-    """
+    """The output of `denoiser` (x, t, y), run in the dtype of its parameters, in x's dtype (at least float32). The time
+    stays in float32 or better, since half precision cannot tell neighbouring steps apart."""
     parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
     dtype = x.dtype if parameter is None else parameter.dtype
     output = denoiser(x.to(dtype), once(lambda t: t.to(torch.promote_types(dtype, torch.float32)), t), y)
@@ -89,14 +85,12 @@ def run_denoiser(denoiser, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 
 class VelocityModel:
-    """A denoiser (x, t, y) -> prediction as (x, t, y) -> velocity, in x's dtype (at least float32).
-
-    A `learn_sigma` denoiser's surplus channels are dropped.
-    """
+    """A denoiser (x, t, y) -> prediction as (x, t, y) -> velocity, in x's dtype (at least float32), without the surplus
+    channels of `learn_sigma`."""
 
     def __init__(self, denoiser, path: Interpolant, prediction: str):
         self.denoiser, self.path, self.prediction = denoiser, path, prediction
-        self.null = null_of(denoiser)  # for no condition; None where there is none
+        self.null = null_of(denoiser)  # for no condition; None if it has none
         self.time_range = path.safe_interval(prediction, "velocity")
 
     def embedded_time(self, t: Tensor) -> Tensor:

@@ -88,10 +88,8 @@ class DDPM(Denoising):
         return squared + bound
 
     def terms(self, prediction: Tensor, noisy: DDPMNoisy) -> tuple[Tensor, Tensor]:
-        """The squared error of the noise and L_vlb in bits per dimension, each (B,) in float32.
-
-        `prediction` is (B, 2C, H, W); without a learned variance (B, C, H, W) will do. Raises UserError otherwise.
-        """
+        """The squared error of the noise and L_vlb in bits per dimension, each (B,) in float32, for a `prediction`
+        (B, 2C, H, W); without a learned variance (B, C, H, W) is enough. Raises UserError otherwise."""
         eps, fraction = split_output(prediction.float(), noisy.target.shape[1])
         squared = reduce((eps - noisy.target.float()).square(), "b ... -> b", "mean")
         if not self.learned_variance:
@@ -128,10 +126,8 @@ class DDPM(Denoising):
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """-log of a Gaussian's mass in the bin of x, for 8-bit values in [-1, 1] (Ho et al. 2020, eq. 13), like x.
-
-    With ADM's approximation of the normal distribution function, for the sake of comparable numbers.
-    """
+    """-log of a Gaussian's mass in the bin of x, for 8-bit values in [-1, 1] (Ho et al. 2020, eq. 13), like x, with
+    ADM's approximation of the normal distribution function, so that the numbers compare."""
     inverse = torch.exp(-log_scale)
     above = _normal_cdf(inverse * (x - mean + 1 / 255))
     below = _normal_cdf(inverse * (x - mean - 1 / 255))
@@ -156,10 +152,8 @@ class DDPMNoiseModel:
 
 
 class DDPMVelocityModel(VelocityModel):
-    """A denoiser that embeds steps as a velocity on the continuous VP path.
-
-    At a time t it is asked at the (fractional) step whose ratio of noise to data is the path's at t.
-    """
+    """A denoiser that embeds steps as a velocity on the continuous VP path: at a time t it is evaluated at the
+    (fractional) step whose ratio of noise to data is the path's at t."""
 
     def __init__(self, denoiser, path: VPPath, schedule: BetaSchedule, first_step: int = 0):
         super().__init__(denoiser, path, "noise")

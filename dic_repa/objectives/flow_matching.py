@@ -2,7 +2,7 @@
 
 A time sampling is a callable (count, generator, path) -> times (count,) in [0, 1]; a loss weighting, a callable (path,
 t (B,), prediction) -> weights (B,) of the squared error. A weighting is defined on the error of one quantity, its
-`unit`; the error of another prediction counts by what it is in that quantity. A `unit` of None is the prediction.
+`unit`; the error of another prediction is converted to that quantity. A `unit` of None is the prediction itself.
 """
 
 from __future__ import annotations
@@ -185,15 +185,9 @@ class FlowMatching(Denoising):
         return Noisy(self.path.sample(x, noise, t).x_t, t, target, weight)
 
     def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
-        """The weighted mean squared error of each image, (B,) in float32.
+        """The weighted mean squared error of each image, (B,) in float32, for a prediction (B, C, H, W).
 
-        Args:
-            prediction: (B, C, H, W), or (B, 2C, H, W) of a `learn_sigma` denoiser, of which the first C count.
-            noisy: what `corrupt` has made.
-
-        Raises:
-            UserError: for other counts of channels.
-        """
+        With the 2C channels of `learn_sigma`, the first C count; other numbers of channels are a UserError."""
         target = noisy.target.float()
         error = split_output(prediction, target.shape[1])[0].float() - target
         return noisy.weight * reduce(error.square(), "b ... -> b", "mean")
