@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,12 +97,13 @@ class Tuner:
             )
         self.judge = judge_of_score(score, judge, reference, device, own_encoder(recipe))
         self.score = self.judge.check(score or self.judge.main or "")
-        self.folder = Path(out) if out else home_of(self.loaded.source) / "tune"
+        self.better = self.judge.better[self.score]
+        self.folder = Path(out) if out else home_of(loaded.source) / "tune"
         check_folder(self.folder, "tune")
         self.file, self.picture = self.folder / "tune.json", self.folder / "tune.png"
         self.spec = {
-            "checkpoint": str(self.loaded.source),
-            "weights": weights_fingerprint(self.loaded.source / WEIGHTS),
+            "checkpoint": str(loaded.source),
+            "weights": weights_fingerprint(loaded.source / WEIGHTS),
             "score": self.score,
             "reference": reference and str(reference),
             **weak_weights(self.sample),
@@ -133,12 +134,11 @@ class Tuner:
     def _finish(self, best: list[Cell], confirmed: list[Cell]) -> None:
         self.best = best
         self._write()
-        better = self.judge.better[self.score]
-        save_heat_map(self.picture, self.score, better, self.intervals, self.found, confirmed)
+        save_heat_map(self.picture, self.score, self.better, self.intervals, self.found, confirmed)
 
     def ranked(self, cells: list[Cell]) -> list[Cell]:
         """The cells, the best first."""
-        sign = -1 if self.judge.better[self.score] == "higher" else 1
+        sign = -1 if self.better == "higher" else 1
         return sorted(cells, key=lambda cell: (cell.value != cell.value, sign * cell.value))  # NaN last
 
     def _cell(self, scale: float, interval: tuple[float, float], num: int, progress) -> Cell:
@@ -148,13 +148,17 @@ class Tuner:
         kept = num if known else 0
         if known is None:
             labels = draw_labels(self.loaded.recipe, self.loaded.condition, settings)
-            batches = self.loaded.sampler(settings)(labels)
-            known = wanted | {"scores": self.judge(_counted(batches, progress), labels)}
+            known = wanted | {"scores": self.judge(self._sampled(settings, labels, progress), labels)}
             self.done.append(known)
             self._write()
         cell = Cell(scale, interval, num, float(known["scores"][self.score]))
         progress(cell, kept)
         return cell
+
+    def _sampled(self, settings: SampleSection, labels: Tensor, progress) -> Iterator[Tensor]:
+        for batch in self.loaded.sampler(settings)(labels):
+            yield batch
+            progress(None, len(batch))
 
     def _settings(self, scale: float, interval: tuple[float, float], num: int) -> SampleSection:
         before = self.sample.guidance.model_dump() if self.sample.guidance else {}
@@ -175,39 +179,27 @@ class Tuner:
     def _write(self) -> None:
         if check_folder(self.folder, "tune") is None:
             begin_folder(self.folder, "tune")
-        record = self.spec | {"better": self.judge.better[self.score]}
-        record["best"] = [vars(cell) | {"options": cell.options} for cell in self.best]
-        write_whole(self.file, json.dumps(record | {"cells": self.done}, indent=1) + "\n")
-
-
-def _counted(batches: Iterable[Tensor], progress) -> Iterator[Tensor]:
-    for batch in batches:
-        yield batch
-        progress(None, len(batch))
+        best = [vars(cell) | {"options": cell.options} for cell in self.best]
+        record = self.spec | {"better": self.better, "best": best, "cells": self.done}
+        write_whole(self.file, json.dumps(record, indent=1) + "\n")
 
 
 def save_heat_map(
-    path: Path,
-    score: str,
-    better: str,
-    intervals: Sequence[tuple[float, float]],
-    cells: Sequence[Cell],
-    confirmed: Sequence[Cell],
+    path: Path, score: str, better: str, intervals: Sequence[tuple], cells: Sequence[Cell], confirmed: Sequence[Cell]
 ) -> None:
     """The score over scale and interval; the confirmed cells have a frame, the first of them a thick one."""
     from matplotlib.patches import Rectangle
 
     scales = sorted({cell.scale for cell in cells})
-    values = {(cell.scale, cell.interval): cell.value for cell in cells}
-    plain = next((cell.value for cell in cells if cell.scale == 1), None)
-    nan = float("nan") if plain is None else plain  # the grid has every cell, of scale 1 one for all intervals
-    table = np.array([[values.get((scale, interval), nan) for scale in scales] for interval in intervals])
+    table = np.full((len(intervals), len(scales)), np.nan)
+    for cell in cells:
+        table[_rows(cell, intervals), scales.index(cell.scale)] = cell.value
     heading = f"{title(score)} ({better} is better), {cells[0].num} samples a cell"
     if confirmed:
         heading += f"\nframed: the best, confirmed with {confirmed[0].num} samples"
     for_title = 0.085 * max(map(len, heading.splitlines()))  # inches, which a small grid would not have
-    wide = max(2.2 + 0.85 * len(scales), for_title)
-    figure, ((axis,),) = new_figure(1, 1, (wide, 1.8 + 0.5 * len(intervals)))
+    size = max(2.2 + 0.85 * len(scales), for_title), 1.8 + 0.5 * len(intervals)
+    figure, ((axis,),) = new_figure(1, 1, size)
     figure.suptitle(heading, fontsize=10)
     shown = axis.imshow(table, aspect="auto", cmap="viridis" if better == "higher" else "viridis_r")
     colors = shown.to_rgba(table)
@@ -217,8 +209,7 @@ def save_heat_map(
             color = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
             axis.text(j, i, f"{value:#.3g}".rstrip("."), ha="center", va="center", fontsize=9, color=color)
     for k, cell in enumerate(confirmed):
-        rows = range(len(intervals)) if cell.scale == 1 else [list(intervals).index(cell.interval)]
-        for i in rows:
+        for i in _rows(cell, intervals):
             corner = (scales.index(cell.scale) - 0.47, i - 0.47)
             axis.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="#d9480f", linewidth=1 if k else 3))
     axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
@@ -226,3 +217,8 @@ def save_heat_map(
     axis.set(xlabel="guidance scale", ylabel="interval of t")
     figure.colorbar(shown, ax=axis)
     save_figure(figure, path, dpi=130)
+
+
+def _rows(cell: Cell, intervals: Sequence[tuple]) -> list[int]:
+    """The rows of the intervals that a cell stands for: of all, for a scale of 1."""
+    return [i for i, interval in enumerate(intervals) if cell.scale == 1 or interval == cell.interval]

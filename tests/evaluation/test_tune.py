@@ -94,6 +94,7 @@ def checkpoint(tmp_path):
 def landscape(monkeypatch):
     found = Landscape()
     monkeypatch.setattr(Checkpoint, "sampler", lambda _loaded, settings: found.sampler(settings))
+    assert "digits" in metrics  # filed before it is replaced
     monkeypatch.setitem(extractors._entries, "pixels", Pixels)
     parts = {"loss": Loss("pixels.pixels", "loss"), "gain": Gain("pixels.pixels", "gain")}
     for name, part in {**parts, "digits": MetricSet(("loss", "gain"), main="loss")}.items():
