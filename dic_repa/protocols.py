@@ -23,7 +23,7 @@ class Denoiser(Protocol):
 
     config: dict[str, Any]  # what it was made with
     in_channels: int
-    num_classes: int  # also the index of the null class; 0 where y is no class
+    num_classes: int  # also the index of the null class; 0 if y is no class
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor:
         """From x (B, C, H, W), t (B,), y (B, ...) to the prediction (B, C, H, W), or (B, 2C, H, W) with a variance."""

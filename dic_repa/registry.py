@@ -60,7 +60,7 @@ class Registry:
         self._facts: dict[str, dict[str, Any]] = {}
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
-        """Decorator that files its class or function under `name`. Filing a second thing there is a UserError.
+        """Decorator that registers its class or function as `name`; a UserError if another one has that name.
 
         `facts` are for lists, such as a solver's order; `fact` returns them. A `description` replaces the docstring.
         """
@@ -240,7 +240,7 @@ def import_plugin(name: str) -> ModuleType:
     """Import the module `name`, which is looked for in the current folder too, as `python -m` does.
 
     Raises:
-        UserError: where there is none; what goes wrong inside it is left as it is.
+        UserError: it is not found; errors inside it are left as they are.
     """
     add_folders([os.getcwd()])
     try:

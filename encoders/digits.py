@@ -74,7 +74,7 @@ class DigitsViT(FrozenViT):
         super().__init__(model, MEAN, STD, layer)
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(7, 7), whatever the size of the images (H, W): they are resized to 28x28."""
+        """(7, 7) for images of any `size` (H, W): they are resized to 28x28."""
         return self.model.patch_embed.grid_size
 
     def resize(self, images: Tensor) -> Tensor:

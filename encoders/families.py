@@ -26,7 +26,7 @@ NON_COMMERCIAL = "CC BY-NC 4.0"
 class Family(Card):
     """A row of the table."""
 
-    model: str = ""  # timm's name of the architecture, and of its weights where timm has them
+    model: str = ""  # timm's name of the architecture, and of its weights if timm has them
     statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
     norm: bool = True  # whether the tokens pass the final norm
     in_timm: bool = True  # False: the weights must be fetched by hand, from `source`

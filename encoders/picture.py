@@ -12,8 +12,8 @@ from dic_repa.files.pictures import to_pil
 def principal_components(tokens: Tensor, count: int = 3) -> Tensor:
     """The coordinates (N, count) of tokens (N, D) along their directions of largest variance, largest first.
 
-    If there are fewer directions, the rest is zero. The largest coordinate of each is positive: a sign by chance of the
-    decomposition would change the picture.
+    If there are fewer directions, the rest is zero. The largest coordinate of each is positive, since the
+    decomposition's sign is arbitrary and would change the picture.
     """
     centred = tokens.double() - tokens.double().mean(dim=0)
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)

@@ -16,8 +16,10 @@ from dic_repa.runtime.threads import choose_threads
 @option_group(
     "Which images, and of which classes",
     click.option("--labels", help="A file for flat images: CSV rows 'file,label', or JSON as REPA's dataset.json."),
-    click.option("--unlabelled", is_flag=True, help="All images are of no class, wherever they lie."),
-    click.option("--skip-bad", is_flag=True, help="Leave out files that are no whole image, and name them at the end."),
+    click.option("--unlabelled", is_flag=True, help="No image has a class, in any folder."),
+    click.option(
+        "--skip-bad", is_flag=True, help="Leave out damaged files and those that are no images; name them at the end."
+    ),
 )
 @option_group(
     "What becomes of them",

@@ -37,7 +37,7 @@ class AutoencoderSpec:
     downsample: int
     shift: tuple[float, ...]
     scale: tuple[float, ...]
-    fingerprint: str = ""  # of the weights, where they are loaded
+    fingerprint: str = ""  # of the weights, if they are loaded
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -87,7 +87,7 @@ def _loaded(name: str) -> Autoencoder:  # once, though both training data and sa
         return KLAutoencoder(name)
     autoencoder = autoencoders.create(name)
     autoencoders.check_has(name, autoencoder, ("spec", "encode", "decode", "device", "to"))
-    autoencoder.spec = replace(autoencoder.spec, name=name)  # by which data and checkpoints find it again
+    autoencoder.spec = replace(autoencoder.spec, name=name)  # data and checkpoints find it by this name
     return autoencoder
 
 

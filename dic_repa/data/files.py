@@ -1,6 +1,6 @@
 """Files by name in a folder, a zip or a tar, all read the same way; nothing is ever unpacked to disk.
 
-Handles survive threads and forks: a tar is read by position, a zip is reopened in each process.
+Threads and forked processes can share a tree: a tar is read by position, a zip is opened again in each process.
 """
 
 import os
@@ -39,7 +39,7 @@ def open_tree(path: str | Path) -> FileTree:
     """The files of a folder, a .zip or an uncompressed .tar, without hidden ones.
 
     Raises:
-        UserError: anything else, a damaged archive, or a name that leads out of it.
+        UserError: anything else, a damaged archive, or a name in it that leads elsewhere.
     """
     path = Path(path)
     if path.is_dir():

@@ -159,7 +159,7 @@ def _array(tree: FileTree, name: str) -> np.ndarray:
     try:
         return np.load(content, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise UserError(f"{tree.path}/{name} is no whole .npy file of numbers ({error})") from None
+        raise UserError(f"{tree.path}/{name} is not a whole .npy file of numbers ({error})") from None
 
 
 def _read(tree: FileTree, name: str) -> bytes:

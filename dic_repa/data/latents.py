@@ -17,7 +17,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.pictures import unit_images
 from dic_repa.protocols import Samples
 
-ENCODE_BATCH = 32  # images encoded at once in a training step, whatever the step's batch
+ENCODE_BATCH = 32  # images encoded at once in a training step, also if its batch is larger
 
 
 class LatentDataset(Dataset):
@@ -30,7 +30,7 @@ class LatentDataset(Dataset):
     spec: AutoencoderSpec
     size: int
     class_names: tuple[str, ...]
-    with_images: bool = True  # False: leave out images that nobody looks at, where there are moments
+    with_images: bool = True  # False: if there are moments, leave out the images, which no encoder needs
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -63,7 +63,7 @@ class LatentDataset(Dataset):
             kind = "pixels" if self.spec.name == "none" else f"latents of {self.spec.name}"
             raise UserError(
                 f"data.size is {size}, but {what} holds {found}x{found} {kind}; set data.size={found}, "
-                "or prepare the data anew"
+                "or prepare the data again"
             )
 
 

@@ -3,7 +3,7 @@
 `datasets.load_from_disk` opens the result. Its columns are `image` (a WebP, PNG or JPEG file), `moments` (mean and
 standard deviation, float16 or float32), `moments_flipped` (of the mirrored image, on request), `label`, `name`, `width`
 and `height` (of the original). `prepare.json` says how it was made. Shard k holds `shard_size` images, from image
-k * shard_size on, whatever the number of processes or interruptions.
+k * shard_size on, for any number of processes or interruptions.
 """
 
 import contextlib
@@ -65,12 +65,11 @@ class Preparation:
         if self.size % spec.downsample:
             raise UserError(f"--size {self.size} is not a multiple of {spec.downsample}, the autoencoder's reduction")
         if check_folder(place, "prepared") and (place / SETTINGS_FILE).is_file():
-            # Images and weights may move between two calls, but not change.
             found, wanted = {"moments": "float16"} | read_settings(place), json.loads(json.dumps(wanted))
-            if differs := [key for key in wanted if _content(wanted[key]) != _content(found.get(key))]:
-                raise UserError(
-                    f"{self.destination} was begun with another {', '.join(differs)}; choose another folder"
-                )
+            for settings in (found, wanted):  # images and weights may move between two calls, but not change
+                del settings["source"]["path"], settings["autoencoder"]["name"]
+            if differs := [key for key in wanted if wanted[key] != found.get(key)]:
+                raise UserError(f"{place} was begun with another {', '.join(differs)}; choose another folder")
             return
         # All names at once, since the processes that will write them may be on several machines.
         others = ("dataset_info.json", "state.json", "check.json", "preview.png")
@@ -248,10 +247,6 @@ class Preparation:
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [0, 1]: 10 log10(1 / mean squared error), (B,)."""
     return -10 * (a - b).square().flatten(1).mean(dim=1).clamp_min(1e-12).log10()
-
-
-def _content(value):
-    return {k: v for k, v in value.items() if k not in ("path", "name")} if isinstance(value, dict) else value
 
 
 def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int, bar) -> Iterator:

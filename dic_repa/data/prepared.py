@@ -28,7 +28,6 @@ class Prepared(LatentDataset):
     uint8; and `label`, int64. With `flip`, the second half of the samples mirrors the first.
 
     Args:
-        path: the folder.
         size: height and width of the denoiser's data; None takes what is there.
         autoencoder: the same autoencoder, if it has another name now.
         flip: use the mirrored images, which must be stored; by default if they are.
@@ -116,7 +115,7 @@ class Prepared(LatentDataset):
         return starts, columns
 
     def __getstate__(self) -> dict:
-        # A worker that is spawned maps the files anew; pickled arrays would be copies of all of the data.
+        # A worker that is spawned maps the files itself; pickled arrays would be copies of all of the data.
         return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "autoencoder")}
 
 

@@ -1,4 +1,4 @@
-"""Random samples of given shapes: for trying out memory and speed where the data is not at hand."""
+"""Random samples of given shapes: to try out memory and speed without the data."""
 
 import torch
 from torch import Tensor

@@ -43,7 +43,7 @@ class ImageSource:
     keys: Sequence[Any] = field(repr=False)
     rejected: tuple[str, ...] = ()  # files that are not named as images
     files: Sequence[Path] = field(repr=False, default=())  # that the images are in
-    version: str = ""  # of a data set on the hub, which has no files of ours
+    version: str = ""  # of a data set on the hub, which has no `files`
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,7 +68,7 @@ class ImageSource:
 def open_source(
     path: str | Path, labels: str | Path | None = None, skip_bad: bool = False, unlabelled: bool = False
 ) -> ImageSource:
-    """Open the images at `path`, whatever their kind.
+    """Open the images at `path`, of any kind.
 
     Args:
         path: a folder, zip or tar, with a folder for each class or flat; or a Hugging Face data set, local or
@@ -94,7 +94,7 @@ def open_source(
     names = tree.ending_in(EXTENSIONS)
     rejected = tuple(sorted({*tree.names} - {*names}))
     if rejected and not skip_bad:
-        raise UserError(f"{path}: {_named(rejected)} not named as an image; remove what is none, or pass --skip-bad")
+        raise UserError(f"{path}: {_named(rejected)} not named as an image; remove them, or pass --skip-bad")
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
     class_names: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     """Write a file or a folder beside `path`, which replaces `path` once it is whole and on the disk.
 
     If the block fails, the old one stays. After a kill, the next writer removes the unfinished one. Files in the old
-    folder that are not ours stay. Permissions follow the umask, whatever the writing library has set.
+    folder that are not ours stay. Permissions follow the umask, also if the writing library has set others.
 
     Args:
         path: of the output.

@@ -1,10 +1,11 @@
-"""An output may replace nothing but what this package wrote. All verbs ask here.
+"""An output replaces only what this package wrote. All verbs ask here.
 
-A folder of ours has a marker file, `.dic-repa.jsonl`: the kind of folder, then the name of each file in it, written
-before the file itself. A single file has `MARK` in the metadata of its format, within its first or last 64 KiB.
+A folder that it wrote, one of ours, has a marker file, `.dic-repa.jsonl`: the kind of folder, then the name of each
+file in it, written before the file itself. A single file has `MARK` in the metadata of its format, within its first or
+last 64 KiB.
 
 Never written to or removed: a device, FIFO or socket; the current folder, the home folder, or one around them; a link;
-a file that no marker lists and that has no mark, whatever its name.
+a file that no marker lists and that has no mark.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ _FORMAT, _ENDS = 1, 1 << 16
 
 @dataclass
 class Marker:
-    """The kind of a folder of ours, the names in it, and the number of `pictures` (000000.png and so on) in it."""
+    """The kind of one of our folders, the names in it, and the number of `pictures` (000000.png and so on) in it."""
 
     kind: str
     names: set[str] = field(default_factory=set)
@@ -65,7 +66,7 @@ def check_file(path: str | Path) -> None:
 
 
 def check_folder(path: str | Path, kind: str) -> Marker | None:
-    """The marker of the folder at `path`; None if there is none, or it is empty.
+    """The marker of the folder at `path`; None if there is no folder, or it is empty.
 
     Raises:
         UserError: no folder of this `kind` may be written there.
@@ -120,7 +121,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """The marker of a folder of ours; None for any other folder."""
+    """The marker of one of our folders; None for any other folder."""
     file = folder / MARKER
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         if not stat.S_ISREG(file.lstat().st_mode):
@@ -142,7 +143,7 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def list_output(path: Path) -> None:
-    """Add a file or folder that is about to be made to the marker of the folder of ours around it, if there is one."""
+    """List a file or folder, before it is made, in the marker of our folder around it, if there is one."""
     folder, name, marker = _around(path)
     if marker is None or name in marker or any(part.startswith(ASIDE) for part in PurePosixPath(name).parts):
         return
@@ -153,7 +154,7 @@ def list_output(path: Path) -> None:
 
 
 def is_listed(path: Path) -> bool:
-    """Whether `path` is in the list of the folder of ours around it."""
+    """Whether the marker of our folder around `path` lists it."""
     _, name, marker = _around(path)
     return marker is not None and name in marker
 
@@ -194,7 +195,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
                     place.unlink()
                 elif stat.S_ISDIR(mode) and read_marker(place):
                     remove_listed(place, warn=False)
-                    if not foreign(place):  # else it stays a folder of ours
+                    if not foreign(place):  # else the folder stays ours
                         remove_folder(place)
         for parent in parents:
             with contextlib.suppress(OSError):  # not empty
@@ -207,7 +208,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove what the marker of a folder of ours lists, and the folder if nothing else is in it."""
+    """Remove what the marker of one of our folders lists, and the folder if nothing else is in it."""
     if read_marker(folder) is None:
         return
     remove_listed(folder)
@@ -234,7 +235,7 @@ def _bears_mark(path: Path) -> bool:
 
 
 def _around(path: Path) -> tuple[Path, str, Marker | None]:
-    """The nearest folder of ours around `path`, the path inside it, and its marker."""
+    """Our nearest folder around `path`, the path inside it, and its marker."""
     path = Path(os.path.abspath(path))  # links on the way are left as they are
     for parent in path.parents:
         if marker := read_marker(parent):

@@ -70,7 +70,7 @@ def save_figure(figure: Any, path: str | Path, dpi: int) -> None:
 
 
 def load_png(path: Path) -> Tensor:
-    """A PNG as (C, H, W) in [0, 1]; a UserError names a file that is no whole image."""
+    """A PNG as (C, H, W) in [0, 1]; a UserError names a damaged file."""
     array = load_levels(path, ("L", "RGB"))
     return torch.from_numpy(array).view(*array.shape[:2], -1).movedim(-1, 0).float() / 255
 

@@ -65,7 +65,11 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str | Pa
         ],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{fault}: {_shorten(names)}" for fault, names in faults.items() if names)
+        listed = "; ".join(
+            f"{fault}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            for fault, names in faults.items()
+            if names
+        )
         raise UserError(f"{source} does not fit this {type(module).__name__}; {listed}")
     module.load_state_dict(tensors)
 
@@ -81,7 +85,3 @@ def weights_fingerprint(path: Path) -> str:
             file.seek(place)
             parts.append(file.read(4096))
     return fingerprint(str(size), *parts)
-
-
-def _shorten(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

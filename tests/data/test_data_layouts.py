@@ -200,7 +200,7 @@ def test_an_encrypted_zip_is_named(tmp_path):
 def test_pickled_arrays_are_refused(folder, tmp_path):
     shutil.copytree(folder / "dit", tmp_path / "dit")
     np.save(tmp_path / "dit/toy_labels/000.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match=r"no whole .npy file of numbers"):
+    with pytest.raises(UserError, match=r"not a whole .npy file of numbers"):
         DitLayout(tmp_path / "dit", 16)[0]
 
 
