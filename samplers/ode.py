@@ -14,8 +14,6 @@ from dic_repa.samplers.field import Field, SampleInfo, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
 from dic_repa.samplers.solvers import SolverInfo, ode_solvers, solver_info, start_solver
 
-DEFAULT_TOLERANCE = 1e-5
-
 
 @torch.no_grad()
 def sample_ode(
@@ -127,10 +125,10 @@ def _check_steps(info: SolverInfo, steps: int | None, times: TimeGrid | Sequence
         raise UserError(f"solver '{info.name}' takes fixed steps: give a step count of at least 1, not {steps}")
 
 
-def _check_tolerances(info: SolverInfo, rtol: float | None, atol: float | None) -> tuple[float, float]:
+def _check_tolerances(info: SolverInfo, rtol: float | None, atol: float | None) -> list[float]:
     if info.evaluations is not None and (rtol is not None or atol is not None):
         raise UserError(f"solver '{info.name}' takes fixed steps, no tolerances; drop rtol and atol, or take dopri5")
-    tolerances = (DEFAULT_TOLERANCE if rtol is None else rtol, DEFAULT_TOLERANCE if atol is None else atol)
+    tolerances = [1e-5 if given is None else given for given in (rtol, atol)]
     if not min(tolerances) > 0:
         raise UserError(f"tolerance {min(tolerances):g}: rtol and atol must be above 0, for example 1e-5")
     return tolerances

@@ -118,10 +118,5 @@ def _decoder(recipe: Recipe, device: torch.device, notes: list[str]) -> Callable
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     model: Any = AutoencoderKL(**blocks, **sizes)
-    autoencoder = model.to(device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def decode(x: Tensor) -> Tensor:
-        return (autoencoder.decode(x / 0.18215).sample / 2 + 0.5).clamp(0, 1)
-
-    return decode
+    model.to(device).eval().requires_grad_(False)
+    return lambda x: (model.decode(x / 0.18215).sample / 2 + 0.5).clamp(0, 1)

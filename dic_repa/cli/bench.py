@@ -65,27 +65,26 @@ _DEVICE = click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU
 _ROUNDS = click.option("--rounds", type=Count(1), default=7, help="How often each case is measured.")
 
 
-def measuring_options(modes: Collection[str] = (), batch: str = "32", cpu_batch: str = "8") -> Callable:
+def measuring_options(
+    compile_modes: Collection[str] = ("off", "default", "reduce-overhead", "max-autotune"),
+    batch: str = "32",
+    cpu_batch: str = "8",
+) -> Callable:
     """A decorator of a verb that is called with its own options and the `settings` of the measurement, and returns a
     title and the result, which is printed and saved.
 
     Args:
-        modes: What --compile may be; by default all modes of `torch.compile`.
+        compile_modes: What --compile may be.
         batch, cpu_batch: The default of --batch, on a GPU and on a CPU.
     """
 
     def decorate(verb: Callable[..., tuple[str, dict]]) -> Callable:
         @option_group(
             "What is compared",
-            click.option(
-                "--batch", help=f"Batch sizes, such as 1,32,128.  [default: {batch} on a GPU, {cpu_batch} on a CPU]"
-            ),
+            click.option("--batch", help=f"Batch sizes.  [default: {batch} on a GPU, {cpu_batch} on a CPU]"),
             click.option("--precision", default="fp32", help="fp32, tf32, bf16, fp16, or several: bf16,tf32."),
             click.option(
-                "--compile",
-                "compile_",
-                default="off",
-                help="off, default, reduce-overhead (CUDA graphs), max-autotune, or several: off,default.",
+                "--compile", "modes", default="off", help=f"{', '.join(compile_modes)}, or several: off,default."
             ),
             click.option(
                 "--baseline",
@@ -98,12 +97,7 @@ def measuring_options(modes: Collection[str] = (), batch: str = "32", cpu_batch:
             "How it is measured",
             _DEVICE,
             _ROUNDS,
-            click.option(
-                "--seconds",
-                type=click.FloatRange(0),
-                default=0.3,
-                help="About how long each measurement lasts; one call at least.",
-            ),
+            click.option("--seconds", type=click.FloatRange(0), default=0.3, help="Length of each measurement, about."),
         )
         @option_group(
             "What is written",
@@ -112,13 +106,12 @@ def measuring_options(modes: Collection[str] = (), batch: str = "32", cpu_batch:
             click.option("--out", type=_PATH, callback=_check, help="Save the result: a JSON file."),
         )
         @functools.wraps(verb)
-        def measure(*, device, precision, compile_, baseline, rounds, seconds, as_json, chart, out, **options):
+        def measure(*, device, precision, modes, baseline, rounds, seconds, as_json, chart, out, **options):
             from dic_repa.bench.device import find_device
             from dic_repa.bench.timing import Settings
-            from dic_repa.models.compiled import COMPILE_MODES
 
             found = find_device(device)
-            compiles = listed(compile_, modes or COMPILE_MODES, "compile mode" + " of training" * bool(modes))
+            compiles = listed(modes, compile_modes, "compile mode")
             sizes = listed(options.pop("batch") or (cpu_batch if found.type == "cpu" else batch))
             if not all(re.fullmatch(r"0*[1-9]\d*", size) for size in sizes):
                 raise UserError(f"--batch takes numbers of images, such as 1,32, not '{','.join(sizes)}'")
@@ -195,7 +188,7 @@ def model(names, size, layout, no_peak, settings):
 @command.command("train", cls=Command)
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @set_option("the recipes")
-@measuring_options(modes=("off", "default"))
+@measuring_options(("off", "default"))
 def train(recipes, overrides, settings):
     """Whole training steps of recipes, side by side: encoder, denoiser, alignment, backward, optimizer and EMA.
 
@@ -261,7 +254,7 @@ def paper(out: Path, small: bool, device: str | None, baseline: str, only: str, 
       dic-repa bench paper --only forward --precision bf16
       dic-repa bench paper --small            on a CPU
     """
-    there = bool(check_folder(out, "measurements"))
+    check_folder(out, "measurements")
 
     from dic_repa.bench.device import find_device
     from dic_repa.bench.paper import FULL, SMALL, measure_paper
@@ -273,9 +266,8 @@ def paper(out: Path, small: bool, device: str | None, baseline: str, only: str, 
     precisions = listed(precision, known, "precision") if precision else known
     for name, result in measure_paper(found, plan, precisions, baseline, rounds):
         if is_main_process():
-            if not there:
+            if not check_folder(out, "measurements"):
                 begin_folder(out, "measurements")
-                there = True
             click.echo(f"\n{name}")
             _finish(result, False, out / f"{name}.json", out / f"{name}.png", name)
     click.echo(f"\nsaved: {out}")

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from dic_repa.conditions import null_of
 from dic_repa.models.pretrained import Pretrained
 
-COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -18,7 +18,6 @@ from dic_repa.errors import UserError
 M = TypeVar("M", bound=nn.Module)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
     class Modules(nn.ModuleList, Generic[M]):  # torch's own says no more of an element than that it is a Module
         def __init__(self, modules: Iterable[M] = ()): ...

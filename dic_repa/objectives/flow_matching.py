@@ -89,18 +89,15 @@ class NoiseWeighting:
     unit: ClassVar[str | None] = "noise"
 
     def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
-        return path.jacobian(t, prediction, "noise").square()
+        return path.jacobian(t, prediction, self.unit or prediction).square()
 
 
 @weightings.register("velocity")
 @dataclass(frozen=True)
-class VelocityWeighting:
+class VelocityWeighting(NoiseWeighting):
     """The squared error of the velocity that the prediction amounts to."""
 
     unit: ClassVar[str | None] = "velocity"
-
-    def __call__(self, path: Interpolant, t: Tensor, prediction: str) -> Tensor:
-        return path.jacobian(t, prediction, "velocity").square()
 
 
 @weightings.register("likelihood")
