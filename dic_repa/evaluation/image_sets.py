@@ -26,7 +26,6 @@ from dic_repa.files.npz import NpzFile
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
 
 THREADS = 8
-DIGITS = "digits"
 
 
 @dataclass
@@ -95,7 +94,7 @@ def open_images(source, resize: int | None = None) -> ImageSet:
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is None:
         images = _of_dataset(source)
-    elif str(source) == DIGITS and not path.exists():
+    elif str(source) == "digits" and not path.exists():
         from dic_repa.data.digits import Digits
 
         images = _of_dataset(Digits("held-out", resize or 16))
@@ -144,10 +143,8 @@ def _of_samples(path: Path) -> ImageSet:
         if len(images) == len(names):  # else more samples were asked for since
             return replace(images, source=str(path))
     if missing:
-        raise UserError(
-            f"{path} has {len(names) - len(missing)} of its {len(names)} images; run its `dic-repa sample` again to "
-            "finish them"
-        )
+        there = f"{len(names) - len(missing)} of its {len(names)} images"
+        raise UserError(f"{path} has {there}; run its `dic-repa sample` again to finish them")
     load = lambda i: np.asarray(decode_image((path / names[i]).read_bytes(), names[i]))  # noqa: E731
     digest = _digest(record, stamp(path / name for name in names))
     return ImageSet(str(path), len(names), load, digest, names.__getitem__)
@@ -160,7 +157,8 @@ def _of_npz(path: Path) -> ImageSet:
         raise UserError(f"{path}: arr_0 must be images (N, H, W, 3), not {tuple(array.shape)}")
     if array.dtype != np.uint8:
         raise UserError(f"{path}: arr_0 is {array.dtype}; images in an .npz are uint8, from 0 to 255")
-    return ImageSet(str(path), len(array), lambda i: _rgb(array[i]), file.checksum())
+    size = (*array.shape[1:3], 3)
+    return ImageSet(str(path), len(array), lambda i: np.broadcast_to(array[i], size), file.checksum())
 
 
 def _of_prepared(path: Path) -> ImageSet:
@@ -188,11 +186,7 @@ def _of_dataset(data) -> ImageSet:
 
 
 def _from_float(image: Tensor) -> np.ndarray:
-    return _rgb(as_uint8(image[None])[0].permute(1, 2, 0).numpy())
-
-
-def _rgb(array: np.ndarray) -> np.ndarray:
-    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
+    return as_uint8(image[None])[0].expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def as_uint8(images: Tensor) -> Tensor:

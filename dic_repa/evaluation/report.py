@@ -13,6 +13,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -74,14 +75,10 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def distinct_names(runs: Sequence[RunFolder]) -> list[str]:
-    """Each run's folder name, with as many of its parents as tell it from the others."""
-    parts = [run.path.resolve().parts for run in runs]
-    names = []
-    for mine in parts:
-        others = [other for other in parts if other != mine]
-        depth = next((d for d in range(1, len(mine)) if all(o[-d:] != mine[-d:] for o in others)), len(mine))
-        names.append("/".join(mine[-depth:]))
-    return names
+    """Each run's path below the folder that holds all of them."""
+    paths = [run.path.resolve() for run in runs]
+    root = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(root).as_posix() for path in paths]
 
 
 def read_run(run: RunFolder) -> dict:

@@ -141,7 +141,7 @@ def test_a_large_picture_is_made_smaller(make_run, tmp_path):
 
 def test_names_that_tell_runs_apart():
     paths = ["x/a/run", "x/b/run", "x/b/other"]
-    assert distinct_names([RunFolder(path) for path in paths]) == ["a/run", "b/run", "other"]
+    assert distinct_names([RunFolder(path) for path in paths]) == ["a/run", "b/run", "b/other"]
 
 
 def test_command_line(make_run):
