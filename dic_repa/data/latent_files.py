@@ -33,6 +33,8 @@ class RepaLayout(LatentDataset):
     scale and shift of the `autoencoder` matter: it must be what made the moments.
     """
 
+    default_autoencoder = DEFAULT_AUTOENCODER
+
     def __init__(
         self,
         path: str | Path,
@@ -61,10 +63,6 @@ class RepaLayout(LatentDataset):
         """What a feature cache knows the images by."""
         place = self.images.path
         return stamp([place] if place.is_file() else [place / name for name in self.image_names])
-
-    @classmethod
-    def autoencoder_of(cls, path: str) -> str:
-        return DEFAULT_AUTOENCODER
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,6 +100,8 @@ class DitLayout(LatentDataset):
     so nothing can be aligned to an encoder. The `autoencoder` is for decoding samples.
     """
 
+    default_autoencoder = DEFAULT_AUTOENCODER
+
     def __init__(
         self,
         path: str | Path,
@@ -122,10 +122,6 @@ class DitLayout(LatentDataset):
             raise UserError(f"{self.features.path} holds no .npy files")
         self.class_names = tuple(str(k) for k in range(num_classes))
         self.check_size(size, _array(self.features, self.names[0]).shape[-1], str(path))
-
-    @classmethod
-    def autoencoder_of(cls, path: str) -> str:
-        return DEFAULT_AUTOENCODER
 
     def __len__(self) -> int:
         return len(self.names)

@@ -30,6 +30,7 @@ class LatentDataset(Dataset):
     spec: AutoencoderSpec
     size: int
     class_names: tuple[str, ...]
+    default_autoencoder: str = "none"
     with_images: bool = True  # False: if there are moments, leave out the images, which no encoder needs
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ class LatentDataset(Dataset):
     @classmethod
     def autoencoder_of(cls, path: str) -> str:
         """The name of the autoencoder behind the data at `path`, for a recipe that names none."""
-        return "none"
+        return cls.default_autoencoder
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
