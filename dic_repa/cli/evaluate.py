@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.judgements import evaluate_and_show
 from dic_repa.cli.options import PATH, Command, Count, Several, option_group
-from dic_repa.cli.sampling_options import load_for_sampling, sampling_options
-from dic_repa.errors import UserError, print_rank_errors, when_interrupted
+from dic_repa.cli.sampling_options import load_for_sampling, sample_settings, sampling_options
+from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
+from dic_repa.recipe import load_recipe
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.runtime.table import format_rows, number
 from dic_repa.runtime.threads import choose_threads
 
+if TYPE_CHECKING:
+    from dic_repa.evaluation.runs import Judgement
+
 ADM = ["fid", "sfid", "is", "prec", "recall"]
+NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
 
 
 @click.command("evaluate", cls=Command)
@@ -118,10 +125,10 @@ def _list_metrics(context, _parameter, value) -> None:
 
 def measure_and_show(samples: Sequence[Path], reference: str | None, names: list[str], **options) -> None:
     """Measure each of `samples` against the reference, print a table, and record each."""
-    out, resize, statistics = options["out"], options["resize"], options["save_statistics"]
+    out, resize, kept = options["out"], options["resize"], options["save_statistics"]
     if out and len(samples) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
-    for file in filter(None, (out, statistics)):
+    for file in filter(None, (out, kept)):
         check_file(file)
 
     from dic_repa.evaluation import Measure, open_images
@@ -153,8 +160,8 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
             share=Share(processes.process_index, processes.num_processes, processes.gather),
             progress=bar.update,
         )
-    if statistics and measure.reference and processes.is_main_process:
-        save_statistics(measure.reference, statistics, measure.extractors)
+    if kept and measure.reference and processes.is_main_process:
+        save_statistics(measure.reference, kept, measure.extractors)
     table = [("samples", "images", "classes", *(metric.title for metric in measure.metrics.values()))]
     notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
     written, unwritten = [], ""
@@ -211,3 +218,79 @@ def _extractor_options(samples: Sequence[Path], names: list[str], options: dict)
     if given:
         raise UserError("--encoder-weights and --encoder-option go with --encoder")
     return found | encoder_of_runs(samples, names)
+
+
+def evaluate_and_show(
+    runs: Sequence[Path], recipe: str | None = None, again: bool = False, **options
+) -> list[Judgement]:
+    """Judge each run with a progress bar, then print the table and, for a single run, where its picture is."""
+    from dic_repa.evaluation.runs import evaluate_run, no_judge
+    from dic_repa.runs.folder import RunFolder
+
+    if not is_main_process():
+        return []  # a judge looks at few images: one process does it
+    for run in runs:
+        if run.exists() and not (run / "recipe.yaml").is_file():
+            raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
+        if RunFolder.open(run).recipe().evaluate is None:
+            raise no_judge(run, "give a --reference")
+    choose_threads()
+    given = load_recipe(recipe).sample if recipe else None
+    judgements = []
+    for run in runs:
+        settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
+        with progress_bar(total=settings.num, desc=f"sampling {run}", unit="image", delay=0.1) as bar:
+            judgements.append(evaluate_run(run, settings, again, bar.update))
+    print_judgements(judgements)
+    if len(judgements) == 1:
+        click.echo(f"samples: {judgements[0].picture}")
+    return judgements
+
+
+def print_judgements(judgements: Sequence[Judgement]) -> None:
+    """A row for each run, one for runs that differ in the seed alone, and one for real images."""
+    from dic_repa.evaluation.extractors import no_fid
+    from dic_repa.evaluation.metrics import title
+    from dic_repa.evaluation.runs import by_encoder, describe_sampling
+
+    first = judgements[0].scores
+    shown = [key for key, value in first.items() if key not in NO_COLUMN and not isinstance(value, dict)]
+
+    def cells(scores: dict) -> list[str]:
+        return [_score(key, scores.get(key)) for key in shown]
+
+    rows = [("run", "step", "samples", *map(title, shown))]
+    groups: dict[str, dict[int, Judgement]] = {}
+    for j in judgements:
+        rows.append((str(j.run), str(j.step), describe_sampling(j.sample), *cells(j.scores)))
+        recipe = j.recipe.model_dump_json(
+            exclude={"description": True, "folders": True, "train": {"seed"}, "sample": True}
+        )
+        groups.setdefault(f"{j.step} {j.sample.model_dump_json()} {recipe}", {})[j.recipe.train.seed] = j
+    for seeds in groups.values():
+        if len(seeds) > 1:
+            group = list(seeds.values())
+            name = os.path.commonprefix([str(j.run) for j in group]) + "*"  # noqa: RUF071, by letters
+            spreads = [_spread([j.scores.get(key) for j in group]) for key in shown]
+            rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
+    if isinstance(first.get("reference"), dict):
+        rows.append((f"real {judgements[0].recipe.data.name}", "", "", *cells(first["reference"])))
+    click.echo(format_rows(rows, left=(0, 2)))
+    if by_encoder(shown):
+        for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
+            say(f"note: {no_fid(encoder)}")
+
+
+def _score(key: str, value) -> str:
+    if value is None:
+        return "no labels" if key == "recognised" else ""
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _spread(values: list) -> str:
+    """Mean and standard deviation, to the digits of the mean."""
+    values = [value for value in values if isinstance(value, (int, float))]
+    if len(values) < 2:
+        return ""
+    mean = number(statistics.mean(values))
+    return f"{mean} ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}"

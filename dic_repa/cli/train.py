@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.judgements import evaluate_and_show
+from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_line, is_main_process, prints_errors, when_interrupted
 from dic_repa.recipe import Recipe, load_training_recipe

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
 from dic_repa.files.outputs import MARK
 from dic_repa.protocols import FeatureExtractor
-from dic_repa.runtime.progress import detail
+from dic_repa.runtime.progress import detail, warn
 
 KEPT = 10_000  # reference images behind precision, recall and KID, as in ADM's reference files
 FORMAT = "1"
@@ -96,21 +95,20 @@ def _extracted(images: ImageSet, extractors: dict[str, FeatureExtractor], run, c
         with contextlib.suppress(UserError):  # damaged: made anew
             found = _read(file, extractors)
     # Another machine may lack the file, or another command have written it just now; all extract, or none.
-    if agree(found is not None) and found is not None:
-        detail(f"statistics of the reference: {file}")
-    else:
+    all_have_it = agree(found is not None)
+    if found is None or not all_have_it:
         found = run(images, extractors, layers, KEPT, True)
         if found.constant == found.count:
-            raise UserError(
-                f"{images.source}: all {found.count} images are of a single colour each; they are no reference"
-            )
-        found.fingerprint = images.fingerprint
-        if cache and is_main_process():
-            try:
-                save_statistics(found, file, extractors)
-            except (UserError, OSError) as error:  # nothing is lost but time, the next time
-                print(f"warning: the reference's statistics are not cached: {error}", file=sys.stderr)
+            every = f"all {found.count} images are of a single colour each"
+            raise UserError(f"{images.source}: {every}; they are no reference")
     found.notes, found.fingerprint = images.notes, images.fingerprint
+    if all_have_it:
+        detail(f"statistics of the reference: {file}")
+    elif cache and is_main_process():
+        try:
+            save_statistics(found, file, extractors)
+        except (UserError, OSError) as error:  # nothing is lost but time, the next time
+            warn(f"the reference's statistics are not cached: {error}")
     return found
 
 
