@@ -103,7 +103,7 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
       accelerate launch -m dic_repa evaluate runs/xl --reference ref.npz --num 50000     on all GPUs of this machine
     """
     if reference is None and metrics is None:
-        several = "runs that are judged by now stay judged, and the same command goes on with the others"
+        several = "runs that are judged already stay judged, and the same command goes on with the others"
         kept = several if len(samples) > 1 and not options["again"] else "nothing was written"
         with when_interrupted(lambda: f"interrupted; {kept}"):
             evaluate_and_show(samples, **options)

@@ -56,7 +56,7 @@ def command(context: click.Context, plugins: tuple[str, ...]):
 def compare(run: Path, names: list[str], evaluations: list[int], num: int, out: Path | None):
     """Sample RUN with each solver at each cost, judge the samples, and plot quality against cost.
 
-    An adaptive solver is run at tolerances from 1e-1 to 1e-4 and stands where its evaluations come out. Each point is
+    An adaptive solver is run at tolerances from 1e-1 to 1e-4, and plotted at the evaluations it needs. Each point is
     kept in RUN/evaluation, so that a second call draws the plot anew at once.
 
     \b

@@ -47,7 +47,7 @@ def _pair(text: str) -> tuple[float, float]:
     click.option("--out", type=PATH, help="Folder for the results.  [default: RUN/tune]"),
 )
 @option_group(
-    "How it is sampled, where not as the recipe says",
+    "How it is sampled, if not as the recipe says",
     *map(sampling_option, SAMPLING),
 )
 def command(checkpoint: Path, out: Path | None, confirm: int, **options):

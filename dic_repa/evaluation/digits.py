@@ -54,7 +54,7 @@ def _conv(channels_in: int, channels_out: int) -> list[nn.Module]:
 @metrics.register("recognised")
 @dataclass(frozen=True)
 class Recognised(Metric):
-    """The share of digits that the judge reads as the class that was asked for; None where none was."""
+    """The share of digits that the judge reads as the class that was asked for; None if none was."""
 
     layer: str = "digits.logits"
     title: str = "recognised"

@@ -151,7 +151,7 @@ class Digits(nn.Module):
 
 @extractors.register("encoder")
 class PooledTokens(nn.Module):
-    """`pooled`: the mean of an encoder's tokens, float32. For weights that are at hand, where Inception's are not.
+    """`pooled`: the mean of an encoder's tokens, float32, for those who have no weights of Inception.
 
     `encoder` is a name from `dic-repa encoders`, by default the run's own first one; `options` go to it.
     """

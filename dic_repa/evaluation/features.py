@@ -24,7 +24,7 @@ class FeatureSet:
     features: dict[str, Tensor] = field(default_factory=dict)  # (N, D) float32, of all images or an even choice
     constant: int = 0  # images of a single colour
     notes: tuple[str, ...] = ()  # what a reader of scores should know of the images
-    fingerprint: str = ""  # of the images, or of the statistics where there are no images
+    fingerprint: str = ""  # of the images, or of the statistics if there are no images
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def open_images(source, resize: int | None = None) -> ImageSet:
     Args:
         source: a folder, zip or tar of image files, at any depth; an `.npz` with `arr_0` (N, H, W, C), uint8; what
             `dic-repa prepare` or `datasets` wrote; or a data set in memory, whose samples are dicts with `x` (1 or 3,
-            H, W) in [-1, 1], or where that is latent an `image` in [0, 1].
+            H, W) in [-1, 1], or `image` in [0, 1] if `x` is latent.
         resize: crop each image to that size as ADM does.
 
     Raises:

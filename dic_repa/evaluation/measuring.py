@@ -126,7 +126,7 @@ class Measure:
         progress: Callable[[int], object] = lambda count: None,
         labels: Tensor | None = None,
     ) -> Measured:
-        """The scores of `images`, with the classes `labels` (N,) that they should show where a metric needs them.
+        """The scores of `images`; `labels` (N,) are the classes that they should show, if a metric needs them.
 
         `bootstrap` resamplings give each a 95 % confidence interval: 1.96 standard deviations on either side, not
         quantiles, since resampling repeats samples, which by itself makes a Fréchet distance larger.
@@ -155,7 +155,7 @@ class Measure:
         return measured
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """A UserError where samples of `size`, (H, W), cannot be compared with the reference."""
+        """A UserError if samples of `size`, (H, W), cannot be compared with the reference."""
         if self.reference and self.reference.size not in (None, tuple(size)):
             (height, width), (other_height, other_width) = size, self.reference.size
             raise UserError(

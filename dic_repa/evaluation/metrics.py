@@ -197,7 +197,7 @@ def _rows(features: Tensor) -> int:
 
 @dataclass(frozen=True)
 class MetricSet:
-    """Metrics by one name, against a reference of their own where none is given: a recipe's judge.
+    """Metrics by one name, against a reference of their own: a recipe's judge.
 
     names: of the metrics, in the order of a table; main: the one that a search goes by.
     """
@@ -206,7 +206,7 @@ class MetricSet:
     main: str
 
     def reference(self) -> FeatureSet | None:
-        """What the metrics compare with; None where they need nothing."""
+        """What the metrics compare with; None if they need nothing."""
         return None
 
     def check(self, images: Tensor, labels: Tensor) -> None:

@@ -166,7 +166,7 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
 
 
 def _dataset(recipe: Recipe, num: int) -> tuple[Any, str]:
-    """The first `num` of the images in a fixed random order, held out where the data set has a split of that name."""
+    """The first `num` of the images in a fixed random order, held out if the data set has a split of that name."""
     split = "held-out" if recipe.data.name == "digits" else "train"
     data = build_dataset(recipe.data, split=split)
     if "image" not in data[0]:
@@ -178,7 +178,7 @@ def _dataset(recipe: Recipe, num: int) -> tuple[Any, str]:
 def _trained_heads(
     recipe: Recipe, section: AlignmentSection, checkpoint: Path, denoiser: Pretrained, network, data: Any, device
 ) -> dict[str, Alignment]:
-    """By tap, the alignments to this encoder with the heads that were trained; none where only the EMA is there."""
+    """By tap, the alignments to this encoder with their trained heads; none if only the averaged weights are there."""
     file = checkpoint / "model.safetensors"
     if (checkpoint / "config.json").is_file() or not file.is_file():
         return {}

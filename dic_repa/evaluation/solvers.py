@@ -50,7 +50,7 @@ def save_comparison(points: Sequence[Point], path: str | Path) -> None:
     from matplotlib.ticker import LogFormatter, NullFormatter
 
     class PlainLogFormatter(LogFormatter):
-        """5.3 and 0.3 where the others of a logarithmic axis have 5.3 x 10^0 and 3e-01."""
+        """5.3 and 0.3 instead of 5.3 x 10^0 and 3e-01."""
 
         def __call__(self, x, pos=None):
             return f"{x:g}" if super().__call__(x, pos) else ""

@@ -1,7 +1,7 @@
 """The search for guidance: scale and interval are tried with few samples, the best are confirmed with many.
 
-Every cell has the same noise and labels, so that cells differ by their guidance alone. Each is recorded as soon as it
-is done, and a second call goes on where the first stopped.
+All cells have the same noise and labels, so that they differ by their guidance alone. Each is recorded as soon as it is
+done, and a second call continues an interrupted search.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Tuner:
         self.best: list[Cell] = []
 
     def cells(self) -> list[tuple[float, tuple[float, float]]]:
-        """What the grid asks for; one cell for all intervals where the scale is 1."""
+        """What the grid asks for; one cell for all intervals if the scale is 1."""
         plain = [(scale, self.intervals[0]) for scale in self.scales if scale == 1]
         return plain + [(scale, interval) for scale in self.scales if scale != 1 for interval in self.intervals]
 
