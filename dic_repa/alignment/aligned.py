@@ -86,10 +86,9 @@ class Alignment(nn.Module):
         self, projection: Tensor, tokens: Tensor | None, t: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of projection (B, N, D) against an encoder's tokens (B, N, D) at times t (B,) in [0, 1], a
-        float32 scalar; `scale` is the schedule's factor.
+        float32 scalar, and the means of its terms, detached, for the log; `scale` is the schedule's factor.
 
-        The second result holds the means of its terms, detached, for the log. Without tokens, as at a scale of 0, the
-        loss is a zero that still reaches the head: its gradients must be there for processes to exchange.
+        Without tokens, as at a scale of 0, the loss is a zero that reaches the head: processes exchange its gradients.
         """
         if tokens is None:
             return projection.float().sum() * 0.0, {}
@@ -151,8 +150,8 @@ def find_tap(denoiser: nn.Module, tap: str) -> nn.Module:
 
 
 def feature_map(denoiser: nn.Module, hidden: Tensor, size: tuple[int, int]) -> Tensor:
-    """What a tap gave as a feature map (B, C, h, w), for data of `size` (H, W): as it is, or, if it is tokens, by the
-    denoiser's `feature_map`."""
+    """A tap's output as a feature map (B, C, h, w), for data of `size` (H, W); of tokens by the denoiser's own
+    `feature_map`."""
     lay_out = getattr(denoiser, "feature_map", None)
     return hidden if lay_out is None or getattr(hidden, "ndim", 0) != 3 else lay_out(hidden, size)
 

@@ -1,8 +1,7 @@
 """The feature cache: an encoder's tokens of a whole data set, computed once and then read instead of the encoder.
 
-A cache is one .npy file (images, tokens, width) in float16, memory-mapped. Its name is a hash of the encoder (name,
-options, code and weights) and of the images, and a few of its tokens are compared with the encoder's own before it is
-used, so an outdated cache is never read.
+A cache is one .npy file (images, tokens, width) in float16, memory-mapped. Its name has a hash of the encoder and the
+images, and a few of its tokens are compared with the encoder's before use, so an outdated cache is never read.
 """
 
 from __future__ import annotations
@@ -71,15 +70,8 @@ def feature_cache(
 ) -> FeatureCache:
     """The cache of the tokens of the images of `data`, filled if there is none yet.
 
-    Args:
-        name, options: what `encoder` was built with.
-        encoder: gives the tokens.
-        data: samples with an `image`.
-        device: of the encoder.
-        workers: processes that read images.
-
-    Raises:
-        UserError: an image changes from one reading to the next, the disk is too small, or tokens exceed float16.
+    `encoder` was built with `name` and `options`, and is on `device`; `workers` are processes that read images. A
+    UserError if an image changes from one reading to the next, the disk is too small, or tokens exceed float16.
     """
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", name)
     file = cache_folder("features", "DIC_REPA_CACHE") / f"{slug}-{cache_key(name, options, encoder, data)}.npy"
@@ -141,20 +133,15 @@ def _agrees(cache: FeatureCache, probes: dict[int, Tensor], count: int) -> bool:
 
 
 def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, device, workers: int) -> None:
-    needed = 2 * int(np.prod(shape))
+    needed, aside = 2 * int(np.prod(shape)), file.with_name(f".writing-{os.getpid()}-{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(file.parent).free
-    except OSError as error:
-        raise UserError(f"the feature cache cannot be made in {file.parent} ({error}); set DIC_REPA_CACHE") from None
-    if free < needed:
-        raise UserError(
-            f"the feature cache takes {needed / 1e9:.1f} GB, but {file.parent} has {free / 1e9:.1f} GB left; "
-            "set DIC_REPA_CACHE to a folder with more room, or cache: false"
-        )
-    aside = file.with_name(f".writing-{os.getpid()}-{file.name}")
-    try:
-        # Written, not mapped: a disk that fills up is then an error and not the end of the process.
+        if (free := shutil.disk_usage(file.parent).free) < needed:
+            raise UserError(
+                f"the feature cache takes {needed / 1e9:.1f} GB, but {file.parent} has {free / 1e9:.1f} GB left; "
+                "set DIC_REPA_CACHE to a folder with more room, or cache: false"
+            )
+        # Written, not mapped: a full disk is then an error, and does not end the process.
         with aside.open("wb") as out, torch.random.fork_rng(devices=[]):  # a loader draws a seed from torch's generator
             np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
             loader: DataLoader = DataLoader(WithTokens(data, {}), batch_size=BATCH, num_workers=workers)
@@ -167,6 +154,8 @@ def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, devic
             os.fsync(out.fileno())
         os.replace(aside, file)
     except OSError as error:
-        raise UserError(f"the feature cache {file} could not be written ({error.strerror or error})") from None
+        why = error.strerror or error
+        raise UserError(f"the feature cache cannot be made in {file.parent} ({why}); set DIC_REPA_CACHE") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()

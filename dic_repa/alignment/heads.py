@@ -21,9 +21,8 @@ register_head = heads.register
 class MLPHead(nn.Module):
     """U-REPA's head: an MLP on each token of the U-Net's grid, *then* bilinear upsampling to the encoder's grid.
 
-    Linear, SiLU, linear, SiLU, linear. This order gave the best FID in the paper, 5.72 against 5.84 and 6.36 (of SiT↓);
-    it is also the cheapest, as the MLP sees a quarter of the tokens. As in REPA, weights start from Xavier's uniform
-    distribution and biases from zero.
+    Linear, SiLU, linear, SiLU, linear, initialised as in REPA. This order gave the best FID in the paper, 5.72 against
+    5.84 and 6.36 (of SiT↓); it is also the cheapest, as the MLP sees a quarter of the tokens.
     """
 
     def __init__(self, channels: int, embed_dim: int, grid: tuple[int, int], hidden: int = 2048):
@@ -59,8 +58,8 @@ class UpsampleBetweenMLPHead(MLPHead):
 class TimeAwareHead(MLPHead):
     """U-REPA's time-aware head: `projection * gamma(t) + beta(t)`, FID 5.63 in the paper (of SiT↓), 5.72 without.
 
-    gamma and beta are given for each channel by a SiLU and a linear layer, on an embedding of t: 256 sinusoids of
-    1000 t and a linear layer. At first gamma is 1 and beta 0, which makes it the MLP head.
+    gamma and beta of each channel come from 256 sinusoids of 1000 t, a linear layer, a SiLU and a linear layer. They
+    start at 1 and 0, which makes it the MLP head.
     """
 
     def __init__(self, channels: int, embed_dim: int, grid: tuple[int, int], hidden: int = 2048, time_width: int = 256):
@@ -77,7 +76,7 @@ class TimeAwareHead(MLPHead):
 
 @register_head("linear")
 class LinearHead(nn.Module):
-    """One linear layer on each token of the U-Net's grid, then upsampling; it starts as REPA's linears do."""
+    """One linear layer on each token of the U-Net's grid, initialised as in REPA; then upsampling."""
 
     def __init__(self, channels: int, embed_dim: int, grid: tuple[int, int]):
         super().__init__()
@@ -93,8 +92,7 @@ class LinearHead(nn.Module):
 class ConvHead(nn.Module):
     """iREPA's head (arXiv 2512.10794): one 3x3 convolution, padded to keep the U-Net's grid; then upsampling.
 
-    It starts from PyTorch's own initial values, as there: REPA's are for linear layers alone.
-    """
+    Initialised by PyTorch, as there."""
 
     def __init__(self, channels: int, embed_dim: int, grid: tuple[int, int], kernel_size: int = 3):
         super().__init__()

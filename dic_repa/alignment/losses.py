@@ -31,8 +31,8 @@ class Tokens:
 class SpatialNorm:
     """iREPA's spatial normalisation (arXiv 2512.10794): `z = (y - gamma mean(y)) / (std(y) + eps)`.
 
-    Mean and standard deviation (with N - 1) are those of each channel over the tokens of an image. It takes away most
-    of what the tokens have in common, so that the comparison is about where they differ. In float32 or better.
+    Mean and standard deviation (with N - 1) are those of each channel over an image's tokens. It removes most of what
+    the tokens have in common: what counts is where they differ. In float32 or better.
     """
 
     def __init__(self, gamma: float = 0.6, eps: float = 1e-6):
@@ -52,12 +52,8 @@ class URepaLoss:
     manifold_weight: float = 3.0
 
     def __call__(self, projection: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each image, (B,), and its terms (B,) by the names that the log has for them.
-
-        Args:
-            projection: of the denoiser's tokens, (B, N, D).
-            target: the encoder's tokens, (B, N, D).
-        """
+        """The loss (B,) of a projection against target tokens, both (B, N, D), and its terms (B,) by their names in the
+        log."""
         token = token_loss(projection, target)
         if not self.manifold_weight:
             return token, {"token": token, "manifold": torch.zeros_like(token)}

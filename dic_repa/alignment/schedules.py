@@ -1,7 +1,7 @@
 """How much an alignment counts: over the time of an image (`time_weights`) and over the steps of a run (`schedules`).
 
-`dic_repa.protocols` says how both are called. `observe(similarity)` gets the mean over all processes; what a schedule
-remembers belongs into buffers, which checkpoints keep, so that a resumed run continues unchanged.
+`dic_repa.protocols` says how both are called. `observe(similarity)` gets the mean over all processes. A schedule keeps
+its memory in buffers, which checkpoints hold, so that a resumed run continues unchanged.
 """
 
 from __future__ import annotations
