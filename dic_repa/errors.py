@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -79,8 +79,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"; did you mean {' or '.join(near)}?"
     if not known:
         return ""
-    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return f"; known: {shown}"
+    return f"; known: {first_few(known, 20)}"
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """The names with commas; ', ...' stands for those beyond `most`."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli.options import Command, Count, option_group
-from dic_repa.errors import UserError, print_rank_errors, when_interrupted
+from dic_repa.errors import UserError, first_few, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_folder
 from dic_repa.runtime.threads import choose_threads
 
@@ -101,7 +101,7 @@ def _print_report(destination: Path, report: dict) -> None:
         said = f"1 class ({small})" if report["classes"] == 1 else f"{report['classes']} classes {each}"
     click.echo(f"{destination}: {report['images']} of {report['expected']} images, {said}")
     if skipped:
-        click.echo(f"skipped {len(skipped)}: {', '.join(skipped[:5])}{', ...' if len(skipped) > 5 else ''}")
+        click.echo(f"skipped {len(skipped)}: {first_few(skipped, 5)}")
     if report["empty_classes"]:
         click.echo(f"warning: nothing is left of the classes {', '.join(report['empty_classes'][:10])}")
     if report["enlarged"]:

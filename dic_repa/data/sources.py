@@ -23,7 +23,7 @@ from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, BadImage, center_crop, decode_image, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
-from dic_repa.errors import UserError, first_line
+from dic_repa.errors import UserError, first_few, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
 
@@ -268,5 +268,4 @@ def _only_column(data, kind: type, preferred: str, path: str) -> str:
 
 def _named(names: Sequence[str]) -> str:
     """'3 files are (a, b, ...)': how many, and the first few."""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} ({shown}) {'is' if len(names) == 1 else 'are'}"
+    return f"{len(names)} ({first_few(names, 3)}) {'is' if len(names) == 1 else 'are'}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from dic_repa.data.files import stamp
 from dic_repa.data.images import BadImage, center_crop, decode_image
 from dic_repa.data.sources import open_source
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_few
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
@@ -121,8 +121,7 @@ def _of_source(path: Path) -> ImageSet:
     source = open_source(path, skip_bad=True, unlabelled=True)
     notes = []
     if others := source.rejected:
-        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        notes.append(f"{path}: {len(others)} files are no images and were left out ({shown})")
+        notes.append(f"{path}: {len(others)} files are no images and were left out ({first_few(others, 3)})")
     lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in source.names)
     if 0 < lossy < len(source):
         notes.append(f"{path} mixes {lossy} JPEG files with others: what JPEG loses counts as a difference")

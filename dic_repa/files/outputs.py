@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_few
 
 MARKER = ".dic-repa.jsonl"
 AUTHORS_FILES = (".pt", ".pth", ".safetensors")  # endings of files in the layout of the authors' code
@@ -202,9 +202,8 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
                 parent.rmdir()
     left = [name for name in foreign(folder) if name not in keep] if warn else []
     if left:
-        shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         count = "1 file that is" if len(left) == 1 else f"{len(left)} files that are"
-        print(f"left {count} not dic-repa's in {folder}: {shown}", file=sys.stderr)
+        print(f"left {count} not dic-repa's in {folder}: {first_few(left, 5)}", file=sys.stderr)
 
 
 def remove_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dic_repa.errors import UserError, first_line
+from dic_repa.errors import UserError, first_few, first_line
 from dic_repa.files.hashing import fingerprint
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises in torch and in safetensors
@@ -65,11 +65,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str | Pa
         ],
     }
     if any(faults.values()):
-        listed = "; ".join(
-            f"{fault}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            for fault, names in faults.items()
-            if names
-        )
+        listed = "; ".join(f"{len(names)} {fault}: {first_few(names, 5)}" for fault, names in faults.items() if names)
         raise UserError(f"{source} does not fit this {type(module).__name__}; {listed}")
     module.load_state_dict(tensors)
 
