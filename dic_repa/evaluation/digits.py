@@ -73,7 +73,7 @@ class Recognised(Metric):
         shares = {str(d): r.double().mean().item() if len(r) else None for d, r in enumerate(by_class)}
         return {"recognised_count": int(right.sum()), "recognised_by_class": shares}
 
-    def deviation(self, features: Tensor, labels: Tensor, times: int, seed: int = 0) -> float:
+    def deviation(self, features: Tensor, labels: Tensor, times: int) -> float:
         share, asked = self(features, labels), int((labels < NUM_CLASSES).sum())
         return 0.0 if share is None else math.sqrt(share * (1 - share) / asked)
 

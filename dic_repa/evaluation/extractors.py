@@ -99,16 +99,16 @@ class DINOv2(nn.Module):
     """A DINOv2 vision transformer: `cls`, the class token behind the final norm.
 
     By default ViT-L/14 at 224 px (bicubic, antialiased, ImageNet's mean and deviation), as Stein et al., arXiv
-    2306.04675. `encoder` may name another ViT with a class token; `weights` (a file) and `options` go to it.
+    2306.04675. `encoder` may name another ViT with a class token; `options`, such as a file of `weights`, go to it.
     """
 
     layers = ("cls",)
 
-    def __init__(self, weights: str | Path | None = None, encoder: str = "dinov2-vit-l", **options):
+    def __init__(self, encoder: str = "dinov2-vit-l", **options):
         from dic_repa.encoders import create_encoder
 
         super().__init__()
-        self.encoder: Any = create_encoder(encoder, **options, **({"weights": weights} if weights else {}))
+        self.encoder: Any = create_encoder(encoder, **options)
         model: Any = getattr(self.encoder, "model", None)
         if getattr(model, "cls_token", None) is None or not hasattr(model, "forward_features"):
             raise UserError(f"encoder '{encoder}' has no class token; choose a DINOv2, such as dinov2-vit-l")

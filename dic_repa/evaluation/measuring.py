@@ -20,7 +20,6 @@ from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
 
 FULL_COUNT = 50_000  # samples behind a published FID
-DEFAULT_SEED = 0
 OF_REFERENCE = ("gaussian", "features")  # what a metric may need of it
 
 
@@ -150,7 +149,7 @@ class Measure:
             if labels is not None and score.needs == "labels":
                 measured.details |= score.details(features, labels)
             if bootstrap and value is not None:
-                margin = 1.96 * score.deviation(features, against, bootstrap, DEFAULT_SEED)
+                margin = 1.96 * score.deviation(features, against, bootstrap)
                 measured.intervals[name] = (value - margin, value + margin)
         return measured
 

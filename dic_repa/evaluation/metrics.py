@@ -48,9 +48,9 @@ class Metric:
         """What a record keeps beside the score, for a metric that needs labels."""
         return {}
 
-    def deviation(self, features: Tensor, reference: Any, times: int, seed: int = 0) -> float:
+    def deviation(self, features: Tensor, reference: Any, times: int) -> float:
         """The standard deviation of the score over `times` resamplings of the samples, with replacement."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         count, values = len(features), []
         for _ in range(times):
             rows = torch.randint(count, (count,), generator=generator).to(features.device)
@@ -145,7 +145,7 @@ class Precision(Metric):
     def __call__(self, features: Tensor, reference: FeatureSet) -> float:
         return self._inside(features, reference).double().mean().item()
 
-    def deviation(self, features: Tensor, reference: FeatureSet, times: int, seed: int = 0) -> float:
+    def deviation(self, features: Tensor, reference: FeatureSet, times: int) -> float:
         # Known for a share. Resampling would repeat points, and the nearest neighbour of a repeated one is itself.
         inside = self._inside(features, reference).double()
         return math.sqrt(inside.var(unbiased=False).item() / len(inside))
