@@ -7,14 +7,13 @@ are those before the final norm. REPA's names are dinov1, jepa and clip-vit-L.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from os import PathLike
+from functools import partial
 from typing import Any
 
 from timm.data import constants
 
-from dic_repa.encoders.base import Card, register_encoder
-from dic_repa.encoders.timm_vit import WEIGHTS_OPTION, TimmViT
-from dic_repa.errors import UserError
+from dic_repa.encoders.base import Card, encoders
+from dic_repa.encoders.timm_vit import TimmViT
 
 IMAGENET = (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
 CLIP = (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD)
@@ -108,21 +107,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _register(name: str, family: Family) -> None:
-    def create(weights: str | PathLike | None = None, pretrained: bool = True, **options: Any) -> TimmViT:
-        if pretrained and weights is None and not family.in_timm:
-            raise UserError(
-                f"timm has no weights of '{name}'; fetch them from {family.source} and give {WEIGHTS_OPTION}, or "
-                "pretrained=False for random ones"
-            )
-        mean, std = family.statistics
-        options = {"norm": family.norm, "mean": mean, "std": std, **family.model_args, **options}
-        return TimmViT(family.model, weights, pretrained, **options)
-
-    create.__qualname__ = f"{name}"  # tells the registry one row from another
-    create.card = family  # type: ignore[attr-defined]  # mypy knows no attributes of functions
-    register_encoder(name)(create)
-
-
 for _name, _family in FAMILIES.items():
-    _register(_name, _family)
+    _mean, _std = _family.statistics
+    _options = {"norm": _family.norm, "mean": _mean, "std": _std, **_family.model_args}
+    _by_hand = "" if _family.in_timm else _family.source
+    _factory = partial(TimmViT, _family.model, weights_from=_by_hand, **_options)
+    encoders.register(_name, card=_family, description=f"{_family.model} of timm")(_factory)

@@ -82,6 +82,7 @@ class TimmViT(FrozenViT):
             and position embeddings to the grid. With 16, as in REPA, 256 px give 16x16 tokens for any patch size.
         norm: whether the tokens pass the model's final norm.
         mean, std: of each channel; by default timm's.
+        weights_from: where to fetch the weights by hand, if timm has none.
         model_args: go to `timm.create_model`.
 
     Raises:
@@ -98,8 +99,14 @@ class TimmViT(FrozenViT):
         norm: bool = True,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        weights_from: str = "",
         **model_args: Any,
     ):
+        if weights_from and pretrained and weights is None:
+            raise UserError(
+                f"timm has no weights of this '{model_name}'; fetch them from {weights_from} and give "
+                f"{WEIGHTS_OPTION}, or pretrained=False for random ones"
+            )
         if pixels_per_token < 1:
             raise UserError(f"pixels_per_token must be at least 1, not {pixels_per_token}")
         model = _build(model_name, pretrained and weights is None, model_args)
