@@ -257,7 +257,8 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
     shown = [key for key, value in first.items() if key not in NO_COLUMN and not isinstance(value, dict)]
 
     def cells(scores: dict) -> list[str]:
-        return [_score(key, scores.get(key)) for key in shown]
+        found = [scores.get(key, "") for key in shown]
+        return ["no labels" if v is None else number(v) if isinstance(v, float) else str(v) for v in found]
 
     rows = [("run", "step", "samples", *map(title, shown))]
     groups: dict[str, dict[int, Judgement]] = {}
@@ -279,12 +280,6 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
     if by_encoder(shown):
         for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
             say(f"note: {no_fid(encoder)}")
-
-
-def _score(key: str, value) -> str:
-    if value is None:
-        return "no labels" if key == "recognised" else ""
-    return number(value) if isinstance(value, float) else str(value)
 
 
 def _spread(values: list) -> str:

@@ -45,10 +45,9 @@ class Inception(nn.Module):
         super().__init__()
         path = Path(weights) if weights else _inception_file()
         self.model = _torch_fidelity_inception()
-        tensors, _ = read_tensors(path)
-        for name, own in self.model.state_dict().items():
-            if name.endswith("num_batches_tracked"):  # counts training steps; older files lack it
-                tensors.setdefault(name, own)
+        own = self.model.state_dict()
+        counts = {name: own[name] for name in own if name.endswith("num_batches_tracked")}  # older files lack them
+        tensors = counts | read_tensors(path)[0]
         load_weights(self.model, tensors, f"{path} (Inception weights)")
         official = file_sha256(path).startswith(INCEPTION_SHA256)
         self.notes = () if official else (f"{path} is not torch-fidelity's file: its scores compare to no others",)

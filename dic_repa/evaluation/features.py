@@ -121,13 +121,7 @@ def _batches(images, batch_size: int, share: Share) -> Iterator[tuple[Tensor, in
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean (D,) and the unbiased covariance (D, D), in float64, of features (N, D).
-
-    Raises:
-        UserError: for fewer than two rows, and numbers that are not finite.
-    """
-    if features.ndim != 2:
-        raise UserError(f"a covariance takes features (N, D) of at least two samples, not {tuple(features.shape)}")
+    """The mean (D,) and the unbiased covariance (D, D), in float64, of features (N, D); see `RunningStatistics`."""
     running = RunningStatistics()
     running.update(features)
     return running.result()
@@ -178,15 +172,14 @@ class FrechetDistance:
 
     def __init__(self, mean: Tensor, cov: Tensor):
         self.mean, self.cov = mean.double(), cov.double()
-        if self.mean.ndim != 1 or self.cov.shape != (len(self.mean),) * 2:
-            raise _misfit(mean, cov)
         values, vectors = torch.linalg.eigh(self.cov)
         self.root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
 
     def __call__(self, mean: Tensor, cov: Tensor) -> float:
         mean, cov = mean.double(), cov.double()
-        if mean.shape != self.mean.shape or cov.shape != self.cov.shape:
-            raise _misfit(self.mean, self.cov, mean, cov)
+        shapes = [tuple(part.shape) for part in (self.mean, self.cov, mean, cov)]
+        if shapes != [(len(mean),), (len(mean),) * 2] * 2:
+            raise UserError(f"means and covariances must be (D,), (D, D), (D,), (D, D) of one D, not {shapes}")
         product = self.root @ cov @ self.root
         # Rounding makes zero eigenvalues a little negative, and leaves the product a little asymmetric.
         trace_of_root = torch.linalg.eigvalsh((product + product.mT) / 2).clamp(min=0).sqrt().sum()
@@ -197,8 +190,3 @@ class FrechetDistance:
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """The Fréchet distance of two Gaussians, see `FrechetDistance`."""
     return FrechetDistance(mean_a, cov_a)(mean_b, cov_b)
-
-
-def _misfit(*parts: Tensor) -> UserError:
-    shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-    return UserError(f"means and covariances must be (D,), (D, D), (D,), (D, D) of one D, not {shapes}")

@@ -156,10 +156,10 @@ class Measure:
     def check_size(self, size: tuple[int, int]) -> None:
         """A UserError if samples of `size`, (H, W), cannot be compared with the reference."""
         if self.reference and self.reference.size not in (None, tuple(size)):
-            (height, width), (other_height, other_width) = size, self.reference.size
+            own, other = (f"{width}x{height}" for height, width in (size, self.reference.size))
             raise UserError(
-                f"the samples are {width}x{height}, the reference {other_width}x{other_height}; take a reference of "
-                f"the samples' size (`dic-repa prepare` crops), or crop both by --resize of `dic-repa evaluate`"
+                f"the samples are {own}, the reference {other}; take a reference of the samples' size (`dic-repa "
+                "prepare` crops), or crop both by --resize of `dic-repa evaluate`"
             )
 
     def _of_size(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -159,10 +159,10 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
     def keep(name: str, _module, _inputs, output) -> None:
         seen[name] = output
 
-    with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(partial(keep, name)).remove)
-        yield seen
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
+    yield seen
+    for hook in hooks:
+        hook.remove()
 
 
 def _dataset(recipe: Recipe, num: int) -> tuple[Any, str]:
