@@ -12,7 +12,7 @@ from dic_repa.errors import UserError, unknown_name
 from dic_repa.interpolants import expand_as
 from dic_repa.samplers.field import Field, SampleInfo, as_state
 from dic_repa.samplers.noise import StepNoise
-from dic_repa.samplers.solvers import ddpm_solvers, solver_info, start_solver
+from dic_repa.samplers.solvers import ddpm_solvers, start_solver
 
 Index = int | Tensor  # a step, or one step for each row (B,)
 VARIANCES = ("large", "small")
@@ -187,7 +187,6 @@ def sample_ddpm(
     Raises:
         UserError: for an unknown solver, a wrong `eta`, other output channels, and steps that the schedule cannot have.
     """
-    solver_info(solver, "ddpm")
     solve = start_solver(solver, "ddpm", **({} if eta is None else {"eta": eta}))
     respaced = (schedule or BetaSchedule.linear()).respaced(steps, strided=getattr(solve, "strided", False))
     noise_fn = noise_fn or StepNoise(seed, range(len(noise)) if indices is None else indices)

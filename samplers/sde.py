@@ -21,7 +21,7 @@ from dic_repa.samplers.field import Field, SampleInfo, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
 from dic_repa.samplers.noise import StepNoise
 from dic_repa.samplers.ode import check_times
-from dic_repa.samplers.solvers import sde_solvers, solver_info, start_solver
+from dic_repa.samplers.solvers import sde_solvers, start_solver
 
 Diffusion = Callable[[float], float]
 diffusion_forms = Registry("diffusion form", key="sample.diffusion")  # functions (path, t, norm) -> w(t)
@@ -216,7 +216,6 @@ def sample_sde(
     Raises:
         UserError: for an unknown solver, form or last step, less than one step, or a last step that is too large.
     """
-    solver_info(solver, "sde")
     step = start_solver(solver, "sde")
     found = last_steps.find(last_step)
     finish = None if found is no_last_step else found

@@ -75,7 +75,8 @@ def solver_info(name: str, process: str | None = None) -> SolverInfo:
 
 
 def start_solver(name: str, process: str, **options: Any) -> Any:
-    """The step function of a solver for one run; a UserError for options that it does not take."""
+    """The step function of a solver of this process for one run; a UserError for options that it does not take."""
+    solver_info(name, process)
     entry = SOLVERS[process].find(name)
     if inspect.isclass(entry):
         return SOLVERS[process].create(name, **options)

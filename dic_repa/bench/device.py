@@ -28,7 +28,7 @@ def find_device(name: str | None = None) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"there is no device '{name}' to measure; take cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"there is no {device}: {torch.cuda.device_count()} CUDA devices are here; try --device cpu")
+        raise UserError(f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA devices; take cpu")
     if device.index is not None:
         torch.cuda.set_device(device)  # its streams are those that events are recorded on
     return device

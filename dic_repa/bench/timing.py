@@ -69,7 +69,7 @@ class Settings:
             only, equals, factory = baseline.rpartition("=")
             if equals and only not in names:
                 raise unknown_name(f"name in --baseline {baseline}:", only, names)
-            for name in [only] if equals else names:
+            for name in [only] if equals else found:
                 found[name].append(factory)
         return found
 

@@ -108,13 +108,14 @@ def measuring_options(
         @functools.wraps(verb)
         def measure(*, device, precision, modes, baseline, rounds, seconds, as_json, chart, out, **options):
             from dic_repa.bench.device import find_device
-            from dic_repa.bench.timing import Settings
 
             found = find_device(device)
             compiles = listed(modes, compile_modes, "compile mode")
             sizes = listed(options.pop("batch") or (cpu_batch if found.type == "cpu" else batch))
             if not all(re.fullmatch(r"0*[1-9]\d*", size) for size in sizes):
                 raise UserError(f"--batch takes numbers of images, such as 1,32, not '{','.join(sizes)}'")
+            from dic_repa.bench.timing import Settings
+
             settings = Settings(found, listed(precision), compiles, [*map(int, sizes)], baseline, rounds, seconds)
             title, result = verb(settings=settings, **options)
             _finish(result, as_json, out, chart, title)

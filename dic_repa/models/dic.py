@@ -83,22 +83,18 @@ class GatedBlock(Block):
 class MidModulationBlock(GatedBlock):
     """Modulated between its convolutions, without a gate: GroupNorm, SiLU, conv; GroupNorm, modulate, SiLU, conv."""
 
-    gated = False
+    gated, early = False, False
 
     def __init__(self, in_channels: int, channels: int, condition_width: int):
         super().__init__(in_channels, channels, condition_width)
-        self.modulation = nn.Linear(condition_width, 2 * channels)
+        self.modulation = nn.Linear(condition_width, 2 * (in_channels if self.early else channels))
 
 
 @blocks.register("early-modulation")
-class EarlyModulationBlock(Block):
+class EarlyModulationBlock(MidModulationBlock):
     """Modulated before its first convolution, no gate: GroupNorm, modulate, SiLU, conv; GroupNorm, SiLU, conv."""
 
-    gated = False
-
-    def __init__(self, in_channels: int, channels: int, condition_width: int):
-        super().__init__(in_channels, channels, condition_width)
-        self.modulation = nn.Linear(condition_width, 2 * in_channels)
+    early = True
 
     def _forward(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
@@ -195,13 +191,10 @@ class DiC(Pretrained):
             )
         if width < 2 or width % 2:
             raise UserError(f"width must be an even number of at least 2, not {width}")
-        for kind, name, known in (
-            ("shape", shape, SHAPES),
-            ("skips", skips, SKIP_STRIDES),
-            ("embedding", embedding, EMBEDDINGS),
-        ):
-            if name not in known:
-                raise unknown_name(kind, name, known)
+        choices: dict[str, dict[str, Any]] = {"shape": SHAPES, "skips": SKIP_STRIDES, "embedding": EMBEDDINGS}
+        for kind, known in choices.items():
+            if self.config[kind] not in known:
+                raise unknown_name(kind, self.config[kind], known)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.skip_stride = SKIP_STRIDES[skips]
