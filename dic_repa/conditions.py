@@ -7,8 +7,6 @@ Rows to sample are named by number: label k is class k, or the k-th of the `exam
 and label `count` is the null. So balanced and random draws, pictures and files are the same for all kinds.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -80,7 +78,7 @@ class Condition:
                 f"not {y.dtype} of shape {tuple(y.shape)}"
             )
 
-    def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> Condition:
+    def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> "Condition":
         """The same condition with other rows (K, *shape) to choose from; a UserError if these are classes."""
         raise UserError(
             f"the model is conditioned on {self.describe()}, so rows of numbers cannot be given: name classes"
@@ -160,7 +158,7 @@ class VectorCondition(Condition):
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "dim": self.shape[0], "null": self.null_kind}
 
-    def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> VectorCondition:
+    def with_examples(self, examples: Tensor | np.ndarray, names: Sequence[object] | None = None) -> "VectorCondition":
         other = copy.copy(self)
         other._set(self.shape, self.null_kind, examples, names)
         return other

@@ -15,8 +15,6 @@ so x_t and any one of them determine the others. With D = alpha sigma' - alpha' 
     from score      eps = -sigma s, then as from noise
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -29,12 +27,6 @@ from dic_repa.registry import Registry
 PREDICTIONS = ("velocity", "noise", "score", "data")
 
 paths = Registry("interpolant", key="objective.options.path")
-
-
-def path_of(model: object) -> Interpolant | None:
-    """The path that a model or field names as its `path`; None if it has none, or means something else by it."""
-    path = getattr(model, "path", None)
-    return path if isinstance(path, Interpolant) else None
 
 
 def check_prediction(name: str) -> str:
@@ -203,6 +195,12 @@ class VPPath(Interpolant):
         integral = torch.log1p(ratio**2)
         rise = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * rise * integral))
+
+
+def path_of(model: object) -> Interpolant | None:
+    """The path that a model or field names as its `path`; None if it has none, or means something else by it."""
+    path = getattr(model, "path", None)
+    return path if isinstance(path, Interpolant) else None
 
 
 def expand_as(t: Tensor, x: Tensor) -> Tensor:

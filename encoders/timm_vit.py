@@ -1,7 +1,5 @@
 """Frozen vision transformers of timm, whose patch tokens are the targets; `timm:<model name>` is any of them."""
 
-from __future__ import annotations
-
 import sys
 from os import PathLike
 from typing import Any
@@ -45,7 +43,7 @@ class FrozenViT(nn.Module):
         self.requires_grad_(False)
         self.train(False)
 
-    def train(self, mode: bool = True) -> FrozenViT:
+    def train(self, mode: bool = True) -> "FrozenViT":
         """Stays in eval mode, also when the module that holds it is put in train mode."""
         return super().train(False)
 

@@ -4,8 +4,6 @@ A name is 'none' (pixels), a registered one, an entry point, `package.module:fac
 a `diffusers.AutoencoderKL`. The denoiser's data is x = (z - shift) * scale, with z drawn from the posterior.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -43,10 +41,10 @@ class AutoencoderSpec:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict) -> AutoencoderSpec:
+    def from_dict(cls, content: dict) -> "AutoencoderSpec":
         return cls(**content | {"shift": tuple(content["shift"]), "scale": tuple(content["scale"])})
 
-    def same_weights(self, other: AutoencoderSpec) -> bool:
+    def same_weights(self, other: "AutoencoderSpec") -> bool:
         """Whether both are the same autoencoder, by fingerprint if both have one, else by all but the name."""
         if self.fingerprint and other.fingerprint:
             return self.fingerprint == other.fingerprint
@@ -122,7 +120,7 @@ class Pixels:
     def decode(self, x: Tensor) -> Tensor:
         return self.spec.denormalise(x.float()).clamp(0, 1)
 
-    def to(self, device: torch.device | str) -> Pixels:
+    def to(self, device: torch.device | str) -> "Pixels":
         return self
 
 
@@ -143,7 +141,7 @@ class KLAutoencoder:
     def device(self) -> torch.device:
         return self.model.device
 
-    def to(self, device: torch.device | str) -> KLAutoencoder:
+    def to(self, device: torch.device | str) -> "KLAutoencoder":
         self.model.to(device)
         return self
 

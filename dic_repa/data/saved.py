@@ -1,7 +1,5 @@
 """What sampling needs to know of the training data, saved with the weights: the data may be gone by then."""
 
-from __future__ import annotations
-
 import base64
 import json
 from dataclasses import dataclass
@@ -27,14 +25,14 @@ class SavedData:
     condition: Condition  # with the names of classes, or the examples of vectors
 
     @classmethod
-    def of(cls, data, condition: Condition) -> SavedData:
+    def of(cls, data, condition: Condition) -> "SavedData":
         """Of a data set and its condition, with the autoencoder's fingerprint if it is known or loaded."""
         loaded = vars(data).get("autoencoder")  # not asked for by its name, which would load it
         spec = getattr(loaded, "spec", None) or getattr(data, "spec", None)
         return cls(spec if isinstance(spec, AutoencoderSpec) else None, condition)
 
     @classmethod
-    def read(cls, folder: Path) -> SavedData | None:
+    def read(cls, folder: Path) -> "SavedData | None":
         """Read it from `folder`; None if it is not there, as in older checkpoints."""
         file = folder / DATA_FILE
         if not file.is_file():
