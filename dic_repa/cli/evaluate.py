@@ -125,15 +125,13 @@ def _list_metrics(context, _parameter, value) -> None:
 
 def measure_and_show(samples: Sequence[Path], reference: str | None, names: list[str], **options) -> None:
     """Measure each of `samples` against the reference, print a table, and record each."""
-    out, resize, kept = options["out"], options["resize"], options["save_statistics"]
+    out = options["out"]
     if out and len(samples) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
-    for file in filter(None, (out, kept)):
+    for file in filter(None, (out, options["save_statistics"])):
         check_file(file)
 
-    from dic_repa.evaluation import Measure, open_images
-    from dic_repa.evaluation.features import Share
-    from dic_repa.evaluation.reference import save_statistics
+    from dic_repa.evaluation import open_images
     from dic_repa.evaluation.runs import is_checkpoint, labels_of, record, record_file, sample_checkpoint, save_record
     from dic_repa.runs.folder import suggest_runs
     from dic_repa.runtime.processes import start_processes
@@ -143,25 +141,13 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         if not path.exists() and (hint := suggest_runs(path)):
             raise UserError(f"there is nothing to measure at {path}{hint}")
         if not is_checkpoint(path):
-            opened[path] = open_images(path, resize)
+            opened[path] = open_images(path, options["resize"])
             check_file(out or record_file(path))
     choose_threads()
     processes = start_processes()
     images_done = partial(progress_bar, unit="image", disable=not processes.is_main_process, leave=False)
     with images_done(desc="reading the reference") as bar:
-        measure = Measure(
-            names,
-            reference,
-            processes.device,
-            extractor_options=_extractor_options(samples, names, options),
-            batch_size=options["feature_batch"],
-            resize=resize,
-            cache=not options["no_cache"],
-            share=Share(processes.process_index, processes.num_processes, processes.gather),
-            progress=bar.update,
-        )
-    if kept and measure.reference and processes.is_main_process:
-        save_statistics(measure.reference, kept, measure.extractors)
+        measure = load_measure(samples, reference, names, options, processes, bar.update)
     table = [("samples", "images", "classes", *(metric.title for metric in measure.metrics.values()))]
     notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
     written, unwritten = [], ""
@@ -171,7 +157,7 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         if path not in opened:
             loaded = load_for_sampling(path, processes.device, **options)
             place = sample_checkpoint(path, *loaded, processes, options["again"])
-        images = opened.get(path) or open_images(place, resize)
+        images = opened.get(path) or open_images(place, options["resize"])
         with print_rank_errors(), images_done(desc=f"measuring {place}", total=len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update, labels_of(place, len(images)))
         if not processes.is_main_process:
@@ -202,22 +188,39 @@ def _cells(values: dict, intervals: dict) -> Iterator[str]:
         yield ("no labels" if value is None else number(value)) + (f" [{interval}]" if interval else "")
 
 
-def _extractor_options(samples: Sequence[Path], names: list[str], options: dict) -> dict[str, dict]:
-    """By extractor, its options; `encoder` is the one that the runs among `samples` were aligned to, or --encoder."""
+def load_measure(samples: Sequence[Path], reference: str | None, names: list[str], options: dict, processes, progress):
+    """The `Measure` that the options ask for; the reference's statistics are saved if they say so."""
     from dic_repa.cli.encoders import parse_encoder_options
+    from dic_repa.evaluation import Measure
+    from dic_repa.evaluation.features import Share
+    from dic_repa.evaluation.reference import save_statistics
     from dic_repa.evaluation.runs import encoder_of_runs
 
     dinov2 = {"weights": options["dinov2_weights"], "encoder": options["dinov2_encoder"]}
-    found = {
+    encoder = parse_encoder_options(options["encoder_options"], options["encoder_weights"])
+    if encoder and not options["encoder"]:
+        raise UserError("--encoder-weights and --encoder-option go with --encoder")
+    extractor_options = {
         "inception": {"weights": options["inception_weights"]},
         "dinov2": {key: value for key, value in dinov2.items() if value},
+        **encoder_of_runs(() if options["encoder"] else samples, names),
     }
-    given = parse_encoder_options(options["encoder_options"], options["encoder_weights"])
     if options["encoder"]:
-        return found | {"encoder": {"encoder": options["encoder"], **given}}
-    if given:
-        raise UserError("--encoder-weights and --encoder-option go with --encoder")
-    return found | encoder_of_runs(samples, names)
+        extractor_options["encoder"] = {"encoder": options["encoder"], **encoder}
+    measure = Measure(
+        names,
+        reference,
+        processes.device,
+        extractor_options=extractor_options,
+        batch_size=options["feature_batch"],
+        resize=options["resize"],
+        cache=not options["no_cache"],
+        share=Share(processes.process_index, processes.num_processes, processes.gather),
+        progress=progress,
+    )
+    if options["save_statistics"] and measure.reference and processes.is_main_process:
+        save_statistics(measure.reference, options["save_statistics"], measure.extractors)
+    return measure
 
 
 def evaluate_and_show(
