@@ -30,17 +30,13 @@ register_denoiser = denoisers.register
 class Preset:
     """Options of a class that is imported when it is built: timm alone takes seconds."""
 
-    module: str
-    kind: str  # the class, and what config.json calls it
+    kind: str  # the class, of the module of that name; what config.json calls it
     options: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> type[Pretrained]:
-        return getattr(importlib.import_module(self.module), self.kind)
+        return getattr(importlib.import_module(f"dic_repa.models.{self.kind.lower()}"), self.kind)
 
 
-_DIC, _SIT, _UVIT = (
-    ("dic_repa.models." + name, kind) for name, kind in (("dic", "DiC"), ("sit", "SiT"), ("uvit", "UViT"))
-)
 _SIT_SIZES = {
     "S": {"width": 384, "depth": 12, "num_heads": 6},
     "B": {"width": 768, "depth": 12, "num_heads": 12},
@@ -54,19 +50,19 @@ _UVIT_SIZES = {
     "H": {"width": 1152, "depth": 29, "num_heads": 16, "final_conv": False},
 }
 _PRESETS = {
-    "DiC": Preset(*_DIC),
-    "SiT": Preset(*_SIT),
-    "DiT": Preset(*_SIT, {"learn_sigma": True}),
-    "U-ViT": Preset(*_UVIT),
-    **{name: Preset(*_DIC, options) for name, options in DIC_PRESETS.items()},
+    "DiC": Preset("DiC"),
+    "SiT": Preset("SiT"),
+    "DiT": Preset("SiT", {"learn_sigma": True}),
+    "U-ViT": Preset("UViT"),
+    **{name: Preset("DiC", options) for name, options in DIC_PRESETS.items()},
     **{
-        f"{family}-{size}/{patch}": Preset(*_SIT, {**options, "patch_size": patch, "learn_sigma": family == "DiT"})
+        f"{family}-{size}/{patch}": Preset("SiT", {**options, "patch_size": patch, "learn_sigma": family == "DiT"})
         for family in ("SiT", "DiT")
         for size, options in _SIT_SIZES.items()
         for patch in (2, 4, 8)
     },
-    **{f"U-ViT-{size}/2": Preset(*_UVIT, options) for size, options in _UVIT_SIZES.items()},
-    **{f"U-ViT-{size}/4": Preset(*_UVIT, {**_UVIT_SIZES[size], "patch_size": 4, "size": 64}) for size in "LH"},
+    **{f"U-ViT-{size}/2": Preset("UViT", options) for size, options in _UVIT_SIZES.items()},
+    **{f"U-ViT-{size}/4": Preset("UViT", {**_UVIT_SIZES[size], "patch_size": 4, "size": 64}) for size in "LH"},
 }
 for _name, _preset in _PRESETS.items():
     register_denoiser(_name)(_preset)
