@@ -41,18 +41,23 @@ _RULES: Rules = [
 def load_sit(state: dict[str, Tensor], name: str, family: str | None = None, **overrides) -> SiT:
     """The SiT of a state dict in this layout, which errors call `name`; `overrides` are other arguments of `SiT`.
 
-    Without a `family` it is REPA's where there are projectors, else what the file's name begins with.
+    Without a `family` it is REPA's if there are projectors, else the one that the file's name begins with.
     """
     family = family or _guess_family(state, name)
     if family not in FAMILIES:
         raise unknown_name("family", family, FAMILIES)
-    state = _number_blocks(state)
+    # REPA's first checkpoints number the blocks behind the tap from 0 again, as `decoder_blocks`.
+    before = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    behind = (r"decoder_blocks\.(\d+)\.(.*)", lambda m: f"blocks.{before + int(m[1])}.{m[2]}")
+    state = {rename(key, [behind]): value for key, value in state.items()}
     try:
         config = infer_config(state)
         positions = state.pop("pos_embed")[0]
     except KeyError as missing:
         raise UserError(f"{name} is not a whole checkpoint of DiT, SiT or REPA: it has no {missing.args[0]}") from None
-    _check_positions(positions, name)
+    (count, width), side = positions.shape, round(len(positions) ** 0.5)
+    if side**2 != count or (position_embedding((side, side), width) - positions).abs().max() > 1e-2:
+        raise UserError(f"{name} has learnt position embeddings, but SiT's are fixed sinusoids")
     # Attention and MLP are timm's, with timm's names, on both sides.
     tensors = {rename(key, _RULES): value for key, value in state.items() if not key.startswith("projectors.")}
     patch, channels = config["patch_size"], config["in_channels"]
@@ -87,16 +92,6 @@ def _guess_family(state: dict[str, Tensor], name: str) -> str:
     raise UserError(f"{name} has the keys that DiT, SiT and REPA share; say which of them it is, by family")
 
 
-def _number_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """REPA's first checkpoints number the blocks behind the tap from 0 again, as `decoder_blocks`."""
-    before = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-
-    def renamed(key: str) -> str:
-        return re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{before + int(m[1])}", key)
-
-    return {renamed(key): value for key, value in state.items()}
-
-
 def infer_config(state: dict[str, Tensor]) -> dict:
     """The arguments of `SiT` that the names and shapes of a state dict tell; a KeyError names what it lacks."""
     width, in_channels, patch_size = state["x_embedder.proj.weight"].shape[:3]
@@ -110,13 +105,6 @@ def infer_config(state: dict[str, Tensor]) -> dict:
         "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
         "learn_sigma": len(state["final_layer.linear.weight"]) == 2 * in_channels * patch_size**2,
     }
-
-
-def _check_positions(positions: Tensor, name: str) -> None:
-    count, width = positions.shape
-    side = round(count**0.5)
-    if side**2 != count or (position_embedding((side, side), width) - positions).abs().max() > 1e-2:
-        raise UserError(f"{name} has position embeddings of its own, but SiT's are fixed sinusoids")
 
 
 def _flip_time(weight: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def test_checkpoints_that_cannot_be_told_or_are_others(public):
         load_authors_checkpoint(public)
     with pytest.raises(UserError, match="did you mean DiT"):
         load_authors_checkpoint(public, family="Dit2")
-    with pytest.raises(UserError, match="position embeddings of its own"):
+    with pytest.raises(UserError, match="learnt position embeddings"):
         load_authors_checkpoint({**public, "pos_embed": torch.randn(1, 16, WIDTH)}, family="DiT")
     with pytest.raises(UserError, match=r"has no final_layer\.linear\.weight"):
         load_authors_checkpoint({k: v for k, v in public.items() if k != "final_layer.linear.weight"}, family="DiT")
