@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from dic_repa.data.digits import NUM_CLASSES, load_digits
+from dic_repa.data.digits import NUM_CLASSES, load_digits, resize
 from dic_repa.errors import UserError
-from dic_repa.evaluation.extractors import extractors
+from dic_repa.evaluation.extractors import extractors, tensors_fingerprint
 from dic_repa.evaluation.features import FeatureSet, extract, frechet_distance, statistics
 from dic_repa.evaluation.metrics import Metric, MetricSet, metrics
 
@@ -49,6 +49,25 @@ class DigitsClassifier(nn.Module):
 
 def _conv(channels_in: int, channels_out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+
+@extractors.register("digits")
+class Digits(nn.Module):
+    """The package's classifier of digits: `features`, the 64 numbers before its head, and `logits` of ten digits."""
+
+    layers = ("features", "logits")
+    resizing = "area to 16, grey"
+    notes = ()
+
+    def __init__(self):
+        super().__init__()
+        self.model = load_digits_classifier()
+        self.fingerprint = tensors_fingerprint(self.model.state_dict())
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        grey = images.float().mean(dim=1, keepdim=True) / 255
+        features = self.model.features(resize(grey, IMAGE_SIZE))
+        return {"features": features, "logits": self.model.head(features)}
 
 
 @metrics.register("recognised")

@@ -20,7 +20,7 @@ from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.protocols import FeatureExtractor
 from dic_repa.registry import Registry
 
-extractors = Registry("feature extractor")
+extractors = Registry("feature extractor", modules=["dic_repa.evaluation.digits"])
 INCEPTION_SHA256 = "6726825d"  # the first digits, which torch-fidelity's file has in its name
 SPATIAL_CHANNELS = 7
 
@@ -123,29 +123,6 @@ class DINOv2(nn.Module):
         images = images.round().clamp(0, 255) / 255  # 8 bits again, as a resized picture has
         features = self.encoder.model.forward_features((images - self.encoder.mean) / self.encoder.std)
         return {"cls": features[:, 0].float()}
-
-
-@extractors.register("digits")
-class Digits(nn.Module):
-    """The package's classifier of digits: `features`, the 64 numbers before its head, and `logits` of ten digits."""
-
-    layers = ("features", "logits")
-    resizing = "area to 16, grey"
-    notes = ()
-
-    def __init__(self):
-        from dic_repa.evaluation.digits import load_digits_classifier
-
-        super().__init__()
-        self.model = load_digits_classifier()
-        self.fingerprint = tensors_fingerprint(self.model.state_dict())
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        from dic_repa.data.digits import resize
-
-        grey = images.float().mean(dim=1, keepdim=True) / 255
-        features = self.model.features(resize(grey, 16))
-        return {"features": features, "logits": self.model.head(features)}
 
 
 @extractors.register("encoder")

@@ -130,7 +130,7 @@ def test_cached_statistics_are_read_only_where_all_is_the_same(evaluate, places,
     for options in ({"resize": 12}, {"cache": False}):
         with pytest.raises(pytest.fail.Exception, match=broken):
             run(**options)
-    monkeypatch.setattr("dic_repa.evaluation.extractors.tensors_fingerprint", lambda tensors: "other weights")
+    monkeypatch.setattr("dic_repa.evaluation.digits.tensors_fingerprint", lambda tensors: "other weights")
     with pytest.raises(pytest.fail.Exception, match=broken):
         run()
     with pytest.raises(UserError, match="made with other weights or resizing of the extractor digits"):

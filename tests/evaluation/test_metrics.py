@@ -18,7 +18,8 @@ from PIL import Image
 from dic_repa.data.digits import load_digits
 from dic_repa.errors import UserError
 from dic_repa.evaluation import Judge, Measure, Metric, metrics, open_images
-from dic_repa.evaluation.extractors import Digits, Inception, extractors
+from dic_repa.evaluation.digits import Digits
+from dic_repa.evaluation.extractors import Inception, extractors
 from dic_repa.evaluation.features import FeatureSet, RunningStatistics, extract, statistics
 from dic_repa.evaluation.metrics import manifold_radii, within_manifold
 
