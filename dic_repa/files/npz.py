@@ -96,13 +96,11 @@ class NpzFile:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except UserError:
+        except (UserError, FileNotFoundError):
             raise
-        except FileNotFoundError:
-            raise UserError(f"there is no file {self.path}") from None
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, struct.error) as error:
-            reason = first_line(error)
-            raise UserError(f"{self.path} is truncated or no .npz file ({reason}); copy or write it again") from None
+            what = f"is truncated or no .npz file ({first_line(error)})"
+            raise UserError(f"{self.path} {what}; copy or write it again") from None
 
     @staticmethod
     def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
