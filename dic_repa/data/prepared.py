@@ -44,7 +44,11 @@ class Prepared(LatentDataset):
         settings, state = read_settings(path), Path(path) / "state.json"
         if not state.is_file():
             raise UserError(f"the preparation of {path} was not finished; run its `dic-repa prepare` again")
-        self.path, self.spec = Path(path), prepared_spec(path, autoencoder)
+        self.path, self.spec = Path(path), AutoencoderSpec.from_dict(settings["autoencoder"])
+        if autoencoder not in (None, self.spec.name):
+            found, self.spec = self.spec, load_autoencoder(autoencoder).spec
+            if self.spec.fingerprint != found.fingerprint:
+                raise UserError(f"{path} was prepared with the autoencoder {found.name}, not with {autoencoder}")
         self.class_names = tuple(settings["class_names"])
         self.size = settings["size"] // self.spec.downsample
         self.check_size(size or self.size, self.size, str(path))
@@ -58,7 +62,7 @@ class Prepared(LatentDataset):
 
     @classmethod
     def autoencoder_of(cls, path: str) -> str:
-        return prepared_spec(path).name
+        return read_settings(path)["autoencoder"]["name"]
 
     def __len__(self) -> int:
         return self.count * (2 if self.flip else 1)
@@ -125,14 +129,3 @@ def read_settings(path: str | Path) -> dict:
     if not file.is_file():
         raise UserError(f"{path} is no prepared data set (it has no {SETTINGS_FILE}); make one by `dic-repa prepare`")
     return json.loads(file.read_text())
-
-
-def prepared_spec(path: str | Path, autoencoder: str | None = None) -> AutoencoderSpec:
-    """The spec of the autoencoder that a folder was prepared with; a UserError if `autoencoder` is another one."""
-    found = AutoencoderSpec.from_dict(read_settings(path)["autoencoder"])
-    if autoencoder is None or autoencoder == found.name:
-        return found
-    given = load_autoencoder(autoencoder).spec
-    if given.fingerprint != found.fingerprint:
-        raise UserError(f"{path} was prepared with the autoencoder {found.name}, not with {autoencoder}")
-    return given
