@@ -58,7 +58,7 @@ def extract(
 
     Args:
         layers: '<extractor>.<layer>' each.
-        keep: at most how many images' features are kept, spread evenly (of batches: the first); by default all.
+        keep: at most how many features are kept of a set, spread evenly; by default all.
         statistics: also the Gaussians of all images.
 
     Raises:
@@ -91,8 +91,6 @@ def extract(
                 running[layer].update(part)
             if wanted is not None:
                 part = part[wanted[count : count + total].to(part.device)]
-            elif keep:
-                part = part[: max(0, keep - count)]
             kept[layer].append(part.cpu())
         count += total
         progress(total)

@@ -97,13 +97,7 @@ def probe_checkpoint(
     features, cosines, tokens, labels = _collect(
         denoiser, field, network, heads, data, taps, times, batch_size, seed, device, progress
     )
-    half, k = len(labels) // 2, min(NEIGHBOURS, len(labels) - 1)
-
-    def probe(x: Tensor) -> float:
-        return linear_probe(x[:half], labels[:half], x[half:], labels[half:], condition.num_classes)
-
-    measures = {"cka": lambda x: linear_cka(x, tokens), "cknna": lambda x: cknna(x, tokens, k), "linear_probe": probe}
-    table = {name: [[measure(features[tap, t]) for t in times] for tap in taps] for name, measure in measures.items()}
+    table, itself = _scores(features, tokens, labels, taps, times, condition.num_classes)
     if cosines:
         table["cosine"] = [[cosines.get((tap, t)) for t in times] for tap in taps]
     step = checkpoint.name.removeprefix("step_")
@@ -118,12 +112,24 @@ def probe_checkpoint(
         "taps": taps,
         "aligned": [tap for tap in taps if tap in aligned],
         "scores": {name: [[v and round(v, 6) for v in row] for row in rows] for name, rows in table.items()},
-        "reference": {"linear_probe": probe(tokens)},
+        "reference": {"linear_probe": itself},
     }
     if marker is None:
         begin_folder(folder, "probe")
     write_whole(folder / "probe.json", json.dumps(record, indent=1) + "\n")
     return record, [folder / "probe.json", *save_pictures(record, folder)]
+
+
+def _scores(features: dict, tokens: Tensor, labels: Tensor, taps, times, num_classes: int) -> tuple[dict, float]:
+    """Each measure as rows of taps over times, and the linear probe on the encoder's own tokens."""
+    half, k = len(labels) // 2, min(NEIGHBOURS, len(labels) - 1)
+
+    def probe(x: Tensor) -> float:
+        return linear_probe(x[:half], labels[:half], x[half:], labels[half:], num_classes)
+
+    measures = {"cka": lambda x: linear_cka(x, tokens), "cknna": lambda x: cknna(x, tokens, k), "linear_probe": probe}
+    table = {name: [[measure(features[tap, t]) for t in times] for tap in taps] for name, measure in measures.items()}
+    return table, probe(tokens)
 
 
 def stage_taps(denoiser: Pretrained, size: tuple[int, int], per_stage: int, also: Sequence[str] = ()) -> list[str]:
