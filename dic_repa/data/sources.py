@@ -214,21 +214,20 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
     import datasets
 
     place, _, split = (path, "", "") if Path(path).exists() else path.partition(":")
-    files, version = [], ""
+    local, version = Path(place), ""
     try:
-        if (Path(place) / "state.json").is_file() or (Path(place) / "dataset_dict.json").is_file():
+        if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(place)
             data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
             files = [Path(part["filename"]) for part in data.cache_files]
-        elif Path(place).exists():
-            data = datasets.load_dataset(place, split=split or "train")
-            files = list(Path(place).rglob("*.parquet"))  # not the Arrow files that were made of these
         else:
-            offline_without_network()
+            if not local.exists():
+                offline_without_network()
             data = datasets.load_dataset(place, split=split or "train")
-            version = str(getattr(data, "_fingerprint", ""))  # covers the hub's commit and the split
+            files = list(local.rglob("*.parquet"))  # not the Arrow files that were made of these
+            version = "" if local.exists() else str(data._fingerprint)  # covers the hub's commit and the split
     except Exception as error:  # anything from ConnectionError to DatasetNotFoundError and ValueError
-        absent = "" if Path(place).exists() else f"there is no folder {path}, and "
+        absent = "" if local.exists() else f"there is no folder {path}, and "
         raise UserError(
             f"{absent}the data set {path} cannot be loaded ({first_line(error)}); if the hub cannot be reached, "
             "download it elsewhere (`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
@@ -245,7 +244,7 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
                 "(--unlabelled)"
             )
     rows = data.cast_column(image, datasets.Image(decode=False))
-    name = Path(place).resolve().name if Path(place).exists() else path  # however it was typed
+    name = local.resolve().name if local.exists() else path  # the same, however the folder is typed
     names = [f"{name}#{k}" for k in range(len(labels))]
     read = partial(_read_row, rows, image)
     return ImageSource(path, names, labels, class_names, read, range(len(names)), files=files, version=version)
