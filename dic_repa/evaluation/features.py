@@ -134,7 +134,7 @@ class RunningStatistics:
 
     def __init__(self):
         self.count = 0
-        self.mean = self.squares = torch.empty(0)  # squares: the sum over samples of (x - mean)(x - mean)^T
+        self.mean = self.squares = torch.zeros(())  # squares: the sum over samples of (x - mean)(x - mean)^T
 
     def update(self, features: Tensor) -> None:
         """Add a batch (N, D); a UserError if it holds NaN or infinity."""
@@ -145,12 +145,9 @@ class RunningStatistics:
             count, mean = len(rows), rows.mean(dim=0)
             centred = rows - mean
             squares = centred.mT @ centred
-            if not self.count:
-                self.count, self.mean, self.squares = count, mean, squares
-                continue
             total, shift = self.count + count, mean - self.mean
-            self.squares += squares + torch.outer(shift, shift) * (self.count * count / total)
-            self.mean += shift * (count / total)
+            self.squares = self.squares + (squares + torch.outer(shift, shift) * (self.count * count / total))
+            self.mean = self.mean + shift * (count / total)
             self.count = total
 
     def result(self) -> tuple[Tensor, Tensor]:

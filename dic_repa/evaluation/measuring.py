@@ -208,12 +208,11 @@ class Judge:
     """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1] and their classes (N,).
 
     Args:
-        names: metrics (`dic-repa evaluate --list-metrics`) or sets of them ('digits'), whose scores are merged.
-        reference: the real images that metrics compare with, as `Measure` takes them; its features are computed once.
-        extractor_options: as `Measure` takes them; `own_encoder` gives those of a run.
+        names: metrics or sets of them ('digits'), whose scores are merged.
+        reference, extractor_options: as `Measure` takes them.
 
-    `better` is 'higher' or 'lower' for each score; its first is the `main` one. A set adds the number of images, what
-    its metrics tell besides, and as `reference` the scores of real images.
+    `better` is 'higher' or 'lower' for each score; its first is the `main` one. A set adds the number of images, the
+    `details` of its metrics, and as `reference` the scores of real images.
 
     Raises:
         UserError: for unknown names and a reference that is missing.
