@@ -20,7 +20,7 @@ from torch import Tensor
 from dic_repa.errors import UserError
 
 NULLS = ("zeros", "learnt")
-MOST_EXAMPLES = 10  # that are taken from data which gives none itself
+MOST_EXAMPLES = 10  # taken from data that gives no examples
 
 
 class Condition:
@@ -39,7 +39,7 @@ class Condition:
         raise NotImplementedError
 
     def rows(self, labels: Tensor) -> Tensor:
-        """The rows (N, *shape) that the `labels` (N,) name; a UserError for a label that is no row's nor the null's."""
+        """The rows (N, *shape) that the `labels` (N,) name; a UserError for a label of neither a row nor the null."""
         wrong = labels[(labels < 0) | (labels > self.count)]
         if len(wrong):
             known = f"{self.describe_rows()}, and {self.count} for none"

@@ -230,7 +230,7 @@ def read_source(module: str, variable: str) -> dict[str, str]:
 
 
 def _same(known: Any, entry: Any) -> bool:
-    """Whether both are one thing: a module that is reloaded, or run as __main__ and imported, files it again."""
+    """Whether both are one thing: a module that is reloaded, or run as __main__ and imported, registers it again."""
     places = [(getattr(e, "__module__", ""), getattr(e, "__qualname__", repr(e))) for e in (known, entry)]
     same_module = places[0][0] == places[1][0] or "__main__" in (places[0][0], places[1][0])
     return same_module and places[0][1] == places[1][1]

@@ -60,7 +60,7 @@ class RepaLayout(LatentDataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """What a feature cache knows the images by."""
+        """Identifies the images for a feature cache."""
         place = self.images.path
         return stamp([place] if place.is_file() else [place / name for name in self.image_names])
 

@@ -86,7 +86,7 @@ class Prepared(LatentDataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """What a feature cache knows the images by."""
+        """Identifies the images for a feature cache."""
         return f"{stamp(self.path / name for name in self.files)} {self.flip}"
 
     @property

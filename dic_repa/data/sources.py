@@ -57,11 +57,11 @@ class ImageSource:
         return decode_image(data, self.names[index])
 
     def fingerprint(self) -> str:
-        """Of names, labels and classes, so that a resumed preparation knows whether the images are the same."""
+        """A hash of names, labels and classes, by which a resumed preparation knows the same images."""
         return fingerprint(*map(json.dumps, (list(self.names), list(map(int, self.labels)), self.class_names)))
 
     def state(self) -> str:
-        """Changes with any image, without reading them."""
+        """A text that changes with any image; the images are not read."""
         return f"{self.fingerprint()} {stamp(self.files)} {self.version}"
 
 
@@ -139,7 +139,7 @@ class ImageFolder(LatentDataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """What a feature cache knows the images by."""
+        """Identifies the images for a feature cache."""
         return f"{self.source.state()} {self.size} {self.flip}"
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ def _numbered(labels: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
 
 
 def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tuple[str, ...]]:
-    """The class is the first folder, below folders that hold all (a zip's 'train/'); without folders, there is one."""
+    """The class is the first folder below those that hold all (a zip's 'train/'); without folders there is one."""
     if not tree.folders and not any("/" in name for name in names):
         return [0] * len(names), (ONLY_CLASS,)
     depth = 0

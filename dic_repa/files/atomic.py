@@ -47,7 +47,7 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             if entry.is_file() and stat.S_IMODE(entry.stat().st_mode) != mode:
                 entry.chmod(mode)
             _flush(entry)
-        if os.path.lexists(path):  # it may have been hours
+        if os.path.lexists(path):  # writing may have taken hours
             check()
             _check_way(aside, path)
         if kind and path.is_dir():
@@ -56,7 +56,7 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             os.replace(aside, path)
         _flush(path.parent)
     except OSError as error:
-        if isinstance(error.filename, str):  # the user knows the name that it was to have
+        if isinstance(error.filename, str):  # the user knows the final name
             error.filename = error.filename.replace(aside.name, path.name)
         raise
     finally:
@@ -75,7 +75,7 @@ def _move_into(aside: Path, path: Path) -> None:
     if not path.is_dir():  # else there is something in it that is not ours
         os.replace(aside, path)
         return
-    for name in [outputs.MARKER, *_names(aside)]:  # it first: after a kill the folder is still ours
+    for name in [outputs.MARKER, *_names(aside)]:  # the marker first: after a kill the folder is still ours
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / name, path / name)
 

@@ -57,7 +57,7 @@ class NpzFile:
         self.names = tuple(self._members)
 
     def checksum(self) -> str:
-        """From the checksums in the zip's directory."""
+        """A text of the checksums in the zip's directory."""
         return "-".join(f"{name}:{info.CRC:08x}:{info.file_size}" for name, info in sorted(self._members.items()))
 
     def array(self, name: str) -> np.ndarray:

@@ -71,7 +71,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str | Pa
 
 
 def weights_fingerprint(path: Path) -> str:
-    """Of a file's size and of 64 places in it, which is fast, and any training step changes all of them."""
+    """A hash of a file's size and of 64 places in it: fast, and every training step changes all of them."""
     if not path.is_file():
         raise UserError(f"there are no weights {path}")
     size = path.stat().st_size
