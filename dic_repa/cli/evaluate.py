@@ -78,9 +78,9 @@ NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
 def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str] | None, fid_infinity: bool, **options):
     """Measure SAMPLES: a run, a checkpoint (both are sampled first), a folder of images, or an .npz of any project.
 
-    With --reference or --metrics, by FID and its like, and metrics.json records all that it takes to repeat it.
-    Without, SAMPLES are runs that are judged as their recipe says; runs that differ in nothing but the seed are also
-    summed up as mean and standard deviation, and pictures and scores are kept in RUN/evaluation.
+    With --reference or --metrics they are measured by FID and the like; metrics.json has all that is needed to repeat
+    it. Without, SAMPLES are runs, judged as their recipes say: pictures and scores are kept in RUN/evaluation, and runs
+    that differ only in the seed are also summed up as mean and standard deviation.
 
     IS is over parts of 5,000 samples as in ADM's script (is-torch-fidelity: 10 parts, shuffled). Precision and recall
     compare with at most 10,000 reference images, k = 3. An ADM reference .npz gives its stored statistics to FID and
@@ -88,9 +88,8 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
 
     An option with [recipe, else ...] overrides that key of the recipe's `sample` section, as in `dic-repa sample`.
 
-    fd-encoder, prec-encoder and recall-encoder need no network and no further weights: they compare the mean tokens of
-    the encoder that the run was aligned to. They are no FID, compare with no published number, and let the teacher
-    judge its pupil.
+    fd-encoder, prec-encoder and recall-encoder need no further weights: they compare the mean tokens of the encoder that
+    the run was aligned to. They are no FID and compare with no published number, and the teacher judges its pupil.
 
     \b
     Examples:

@@ -22,8 +22,8 @@ def command(runs: tuple[Path, ...], out: Path | None, show: bool):
     """Write one self-contained HTML page about RUNS (run folders), side by side.
 
     Curves, samples over training, metrics, similarity to the encoder (once `dic-repa probe` has been run), the recipes
-    with their differences, and the machines. The page needs no network and nothing beside it, so that it can be mailed
-    or archived as it is; a run that is still going on is shown as far as it is.
+    with their differences, and the machines. The page needs no network and no other file, so that it can be mailed or
+    archived as it is. It also shows runs that are still going on.
 
     \b
     Examples:
@@ -42,7 +42,7 @@ def command(runs: tuple[Path, ...], out: Path | None, show: bool):
 
 
 def open_in_browser(page: Path) -> bool:
-    """Show the page in the browser, if there is one: without what a desktop's opener says of each that it tries."""
+    """Show the page in the browser, if there is one; what the desktop's opener prints is hidden."""
     if not sys.platform.startswith("linux"):
         return click.launch(str(page)) == 0
     try:

@@ -54,8 +54,8 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
     """Find the guidance scale and interval with which CHECKPOINT (a run or a checkpoint) scores best.
 
     A grid is tried with few samples and the same noise everywhere, then the best are confirmed with many. Prints the
-    options to use; writes tune.json and the heat map tune.png. Stopped, the same command goes on with the cells that
-    are missing, and a finer grid keeps those that are there.
+    options to use; writes tune.json and the heat map tune.png. If it is stopped, the same command goes on with the
+    missing cells; a finer grid keeps those that are there.
 
     \b
     Examples:

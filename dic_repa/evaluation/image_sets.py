@@ -47,7 +47,7 @@ class ImageSet:
         return self.count
 
     def batches(self, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Batches of these indices, uint8 (B, 3, H, W); the next one is read while one is being looked at.
+        """Batches of these indices, uint8 (B, 3, H, W); the next one is read while one is in use.
 
         A UserError for a damaged image and for one of another size than the set's first.
         """
@@ -164,7 +164,7 @@ def _of_prepared(path: Path) -> ImageSet:
     from dic_repa.data.prepared import Prepared
 
     data = Prepared(path, flip=False)
-    # The names that state.json holds stay when an image is replaced; the shards do not.
+    # If an image is replaced, the names in state.json stay the same; the shards do not.
     digest = _digest((path / "state.json").read_text(), stamp(path.glob("*.arrow")))
     return ImageSet(str(path), len(data), lambda i: _from_float(data[i]["image"]), digest)
 

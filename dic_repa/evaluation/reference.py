@@ -86,7 +86,7 @@ def _networks(needed: Sequence[Metric], extractors: dict[str, FeatureExtractor])
 
 
 def _extracted(images: ImageSet, extractors: dict[str, FeatureExtractor], run, cache: bool, agree) -> FeatureSet:
-    # All layers that some metric compares with, so that another choice of metrics finds them in the cache too.
+    # All layers that some metric compares, so that other metrics find them in the cache too.
     layers = [f"{name}.{layer}" for name, found in extractors.items() for layer in found.layers if layer != "logits"]
     key = [FORMAT, images.fingerprint, len(images), images.resize, KEPT, layers, describe_extractors(extractors)]
     folder = cache_folder("statistics", "DIC_REPA_STATISTICS")
@@ -94,7 +94,7 @@ def _extracted(images: ImageSet, extractors: dict[str, FeatureExtractor], run, c
     if cache and file.is_file():
         with contextlib.suppress(UserError):  # damaged: made anew
             found = _read(file, extractors)
-    # Another machine may lack the file, or another command have written it just now; all extract, or none.
+    # Another machine may lack the file, or another command may just have written it: all processes extract, or none.
     all_have_it = agree(found is not None)
     if found is None or not all_have_it:
         found = run(images, extractors, layers, KEPT, True)
@@ -107,7 +107,7 @@ def _extracted(images: ImageSet, extractors: dict[str, FeatureExtractor], run, c
     elif cache and is_main_process():
         try:
             save_statistics(found, file, extractors)
-        except (UserError, OSError) as error:  # nothing is lost but time, the next time
+        except (UserError, OSError) as error:  # the next time takes longer, no more
             warn(f"the reference's statistics are not cached: {error}")
     return found
 

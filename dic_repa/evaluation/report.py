@@ -1,8 +1,8 @@
 """One self-contained HTML page about a run, or about several side by side.
 
 `read_run` gathers what a run's folder holds as plain data, `write_report` puts it as JSON into the page's template; the
-page's script draws it. Pictures are inlined, nothing is fetched. What a run lacks (it may be going on, or its folder be
-damaged) is left out, and named among its `problems`.
+page's script draws it. Pictures are inlined, nothing is fetched. What a run lacks (it is still running, or its folder is
+damaged) is left out and named in its `problems`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SEARCH = ("checkpoint", "weights", "weak_weights", "score", "reference")
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of `runs` (run folders) to the file `out`, and return it.
 
-    A UserError names the first path that is no run, or says that `out` is there and no report of ours.
+    A UserError names the first path that is no run, or an `out` that exists and is no report of ours.
     """
     folders, out = [RunFolder.open(path) for path in runs], Path(out)
     check_file(out)

@@ -61,7 +61,7 @@ class Judgement:
         return self.record.with_suffix(".png")
 
     def identity(self) -> dict:
-        """What a record of the same judgement has in common with this one."""
+        """What the records of the same judgement have in common."""
         names = self.recipe.evaluate.names if self.recipe.evaluate else ()
         metric, sample = "+".join(names), self.sample.model_dump(mode="json")
         return {"step": self.step, "metric": metric, "sample": sample, **weak_weights(self.sample)}
@@ -164,7 +164,7 @@ def encoder_of_runs(paths: Sequence[Path], names: Sequence[str]) -> dict[str, di
 
 
 def describe_sampling(sample: SampleSection) -> str:
-    """'500 heun 20', and behind it all that is no default, as in 'cfg 1.8 0.0 0.7': short enough for a file's name."""
+    """'500 heun 20' and then what is not the default, as in 'cfg 1.8 0.0 0.7'; short enough for a file's name."""
     words: list[object] = [sample.num, sample.solver] + ([sample.steps] if sample.steps else [])
     words += ["random classes"] if sample.classes == "random" else []
     words += ["truncated"] if sample.pixels == "truncate" else []
