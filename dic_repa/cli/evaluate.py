@@ -88,8 +88,8 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
 
     An option with [recipe, else ...] overrides that key of the recipe's `sample` section, as in `dic-repa sample`.
 
-    fd-encoder, prec-encoder and recall-encoder need no further weights: they compare the mean tokens of the encoder that
-    the run was aligned to. They are no FID and compare with no published number, and the teacher judges its pupil.
+    fd-encoder, prec-encoder and recall-encoder need no further weights: they compare the mean tokens of the encoder
+    that the run was aligned to. They are no FID and compare with no published number; the teacher judges its pupil.
 
     \b
     Examples:

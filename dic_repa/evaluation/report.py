@@ -1,7 +1,7 @@
 """One self-contained HTML page about a run, or about several side by side.
 
 `read_run` gathers what a run's folder holds as plain data, `write_report` puts it as JSON into the page's template; the
-page's script draws it. Pictures are inlined, nothing is fetched. What a run lacks (it is still running, or its folder is
+page's script draws it. Pictures are inlined, nothing is fetched. What a run lacks (it goes on, or its folder is
 damaged) is left out and named in its `problems`.
 """
 
