@@ -132,12 +132,11 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:
     try:
         # Without weights first: a failure here comes from the name or the options, one below from the hub.
         model: Any = timm.create_model(name, num_classes=0, dynamic_img_size=True, **model_args)
-        is_vit = hasattr(model, "blocks") and hasattr(model, "forward_intermediates")
+        if not (hasattr(model, "blocks") and hasattr(model, "forward_intermediates")):
+            raise TypeError("it has no grid of patch tokens")
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         why = f"timm cannot build '{name}' as a ViT of any image size ({first_line(error)})"
         raise UserError(f"{why}; see timm.list_models('vit_*')") from error
-    if not is_vit:
-        raise UserError(f"timm model '{name}' has no grid of patch tokens; choose a ViT, see timm.list_models('vit_*')")
     if not pretrained:
         return model
     offline_without_network()
