@@ -131,7 +131,7 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         check_file(file)
 
     from dic_repa.evaluation import open_images
-    from dic_repa.evaluation.runs import is_checkpoint, labels_of, record, record_file, sample_checkpoint, save_record
+    from dic_repa.evaluation.runs import is_checkpoint, record, record_file, sample_checkpoint, save_record
     from dic_repa.runs.folder import suggest_runs
     from dic_repa.runtime.processes import start_processes
 
@@ -158,12 +158,12 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
             place = sample_checkpoint(path, *loaded, processes, options["again"])
         images = opened.get(path) or open_images(place, options["resize"])
         with print_rank_errors(), images_done(desc=f"measuring {place}", total=len(images)) as bar:
-            measured = measure(images, options["bootstrap"] or 0, bar.update, labels_of(place, len(images)))
+            measured = measure(images, options["bootstrap"] or 0, bar.update)
         if not processes.is_main_process:
             continue
         notes += [*images.notes, *measured.warnings]
         content, file = record(measured, measure, images, reference, chosen, processes), out or record_file(place)
-        classes = content["samples"].get("sampling", {}).get("sample", {}).get("classes", "unknown")
+        classes = images.made_by.get("sample", {}).get("classes", "unknown")
         table.append((str(path), str(measured.count), classes, *_cells(measured.values, measured.intervals)))
         try:
             save_record(file, content)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ THREADS = 8
 class ImageSet:
     """`count` images; `load(i)` gives one as uint8 (H, W, 3); `name(i)` is for messages.
 
-    `fingerprint` changes with the contents; `notes` are what a reader of its scores should know.
+    `fingerprint` changes with the contents; `notes` are what a reader of its scores should know; `made_by` is what
+    `dic-repa sample` wrote beside its images.
     """
 
     source: str
@@ -42,6 +44,7 @@ class ImageSet:
     name: Callable[[int], str] = field(repr=False, default="image {}".format)
     notes: tuple[str, ...] = ()
     resize: int | None = None
+    made_by: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.count
@@ -140,13 +143,13 @@ def _of_samples(path: Path) -> ImageSet:
     if missing and (path / SAMPLES_NPZ).is_file():  # by --format npz, the images are there alone
         images = _of_npz(path / SAMPLES_NPZ)
         if len(images) == len(names):  # else more samples were asked for since
-            return replace(images, source=str(path))
+            return replace(images, source=str(path), made_by=record)
     if missing:
         there = f"{len(names) - len(missing)} of its {len(names)} images"
         raise UserError(f"{path} has {there}; run its `dic-repa sample` again to finish them")
     load = lambda i: np.asarray(decode_image((path / names[i]).read_bytes(), names[i]))  # noqa: E731
     digest = _digest(record, stamp(path / name for name in names))
-    return ImageSet(str(path), len(names), load, digest, names.__getitem__)
+    return ImageSet(str(path), len(names), load, digest, names.__getitem__, made_by=record)
 
 
 def _of_npz(path: Path) -> ImageSet:

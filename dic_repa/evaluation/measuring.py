@@ -125,7 +125,7 @@ class Measure:
         progress: Callable[[int], object] = lambda count: None,
         labels: Tensor | None = None,
     ) -> Measured:
-        """The scores of `images`; `labels` (N,) are the classes that they should show, if a metric needs them.
+        """The scores of `images`; `labels` (N,) are the classes that they should show, as a folder of samples knows.
 
         `bootstrap` resamplings give each a 95 % confidence interval: 1.96 standard deviations on either side, not
         quantiles, since resampling repeats samples, which by itself makes a Fréchet distance larger.
@@ -133,6 +133,8 @@ class Measure:
         Raises:
             UserError: for images that are broken, of another size than the reference's, or of a single colour each.
         """
+        if labels is None and isinstance(images, ImageSet) and len(images.made_by.get("labels", ())) == len(images):
+            labels = torch.tensor(images.made_by["labels"])
         if labels is None and (needy := [name for name, metric in self.metrics.items() if metric.needs == "labels"]):
             raise UserError(f"{', '.join(needy)}: the images do not tell which class each should show; measure a run")
         if isinstance(images, ImageSet):

@@ -32,7 +32,6 @@ from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.listing import current_names
-from dic_repa.sampling import SAMPLES_FILE
 from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint, load, weak_weights
@@ -202,18 +201,6 @@ def sample_checkpoint(
     return place
 
 
-def sample_facts(samples: str | Path) -> dict:
-    """How a folder of samples was made: what `dic-repa sample` wrote beside them; {} for other images."""
-    spec = Path(samples) / SAMPLES_FILE
-    return json.loads(spec.read_text()) if spec.is_file() else {}
-
-
-def labels_of(samples: Path, count: int) -> Tensor | None:
-    """The classes (N,) that the `count` images of a folder of samples should show; None if nothing says them."""
-    labels = sample_facts(samples).get("labels", ())
-    return torch.tensor(labels) if len(labels) == count else None
-
-
 def record_file(samples: Path) -> Path:
     """Where the record of a folder or file of samples is kept by default."""
     return samples / "metrics.json" if samples.is_dir() else samples.with_suffix(".metrics.json")
@@ -224,8 +211,8 @@ def record(
 ) -> dict:
     """What `metrics.json` holds: the scores, and everything that is needed to repeat them."""
     samples = {"path": images.source, "count": measured.count, "size": measured.size, "fingerprint": images.fingerprint}
-    if facts := sample_facts(images.source):
-        samples["sampling"] = {key: value for key, value in facts.items() if key != "labels"}
+    if images.made_by:
+        samples["sampling"] = {key: value for key, value in images.made_by.items() if key != "labels"}
     extractors = {
         name: {**facts, **getattr(network := measure.extractors[name], "made_of", {}), "notes": network.notes}
         for name, facts in describe_extractors(measure.extractors).items()
