@@ -191,7 +191,6 @@ def load_measure(samples: Sequence[Path], reference: str | None, names: list[str
     """The `Measure` that the options ask for; the reference's statistics are saved if they say so."""
     from dic_repa.cli.encoders import parse_encoder_options
     from dic_repa.evaluation import Measure
-    from dic_repa.evaluation.features import Share
     from dic_repa.evaluation.reference import save_statistics
     from dic_repa.evaluation.runs import encoder_of_runs
 
@@ -214,7 +213,7 @@ def load_measure(samples: Sequence[Path], reference: str | None, names: list[str
         batch_size=options["feature_batch"],
         resize=options["resize"],
         cache=not options["no_cache"],
-        share=Share(processes.process_index, processes.num_processes, processes.gather),
+        processes=processes,
         progress=progress,
     )
     if options["save_statistics"] and measure.reference and processes.is_main_process:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dic_repa.errors import UserError
@@ -27,18 +28,6 @@ class FeatureSet:
     fingerprint: str = ""  # of the images, or of the statistics if there are no images
 
 
-@dataclass(frozen=True)
-class Share:
-    """How the processes share the work: `gather` turns each one's (B, D) into all of them, in the order of rank."""
-
-    rank: int = 0
-    processes: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-
-ALONE = Share()
-
-
 @tf32(False)
 @torch.no_grad()
 def extract(
@@ -49,7 +38,7 @@ def extract(
     statistics: bool = False,
     device: str | torch.device = "cpu",
     batch_size: int = 64,
-    share: Share = ALONE,
+    processes: Accelerator | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> FeatureSet:
     """The features of `images`: a set, or batches (B, 1 or 3, H, W), uint8 or float in [0, 1].
@@ -74,7 +63,9 @@ def extract(
         wanted[torch.arange(chosen) * len(images) // chosen] = True
     count, constant = 0, 0
     size: tuple[int, int] | None = None
-    for batch, total in _batches(images, batch_size, share):
+    gather = processes.gather if processes else lambda part: part
+    rank, turn = (processes.process_index, batch_size * processes.num_processes) if processes else (0, batch_size)
+    for batch, total in _batches(images, batch_size, rank, turn):
         height, width = batch.shape[-2:]
         if size not in (None, (height, width)):
             raise UserError(f"the images change their size from {size[1]}x{size[0]} to {width}x{height}")
@@ -82,9 +73,9 @@ def extract(
         moved = batch.to(device)
         parts = {f"{name}.{key}": part for name, network in extractors.items() for key, part in network(moved).items()}
         flat = (moved.flatten(2) == moved.flatten(2)[..., :1]).all(dim=2).all(dim=1)
-        constant += int(share.gather(flat)[:total].sum())
+        constant += int(gather(flat)[:total].sum())
         for layer in layers:
-            part = share.gather(parts[layer])[:total]
+            part = gather(parts[layer])[:total]
             if not part.isfinite().all():
                 raise UserError(f"the features {layer} hold NaN or infinity; look at the images and the weights")
             if statistics:
@@ -102,20 +93,20 @@ def extract(
     return FeatureSet(count, size, gaussians, {k: torch.cat(parts) for k, parts in kept.items()}, constant)
 
 
-def _batches(images, batch_size: int, share: Share) -> Iterator[tuple[Tensor, int]]:
+def _batches(images, batch_size: int, rank: int, turn: int) -> Iterator[tuple[Tensor, int]]:
     """This process's batches, and how many images all processes' batches of that turn are."""
     if not isinstance(images, ImageSet):
         for batch in images:
             yield as_uint8(batch).expand(-1, 3, -1, -1), len(batch)
         return
-    turns = range(0, len(images), batch_size * share.processes)
-    firsts = [start + share.rank * batch_size for start in turns]
+    starts = range(0, len(images), turn)
+    firsts = [start + rank * batch_size for start in starts]
     mine: list[Sequence[int]] = [range(first, min(first + batch_size, len(images))) for first in firsts]
-    if share.processes > 1:  # all gather tensors of one size; what is too much comes last and is cut off
+    if turn > batch_size:  # all processes gather tensors of one size; what is too much comes last and is cut off
         last = len(images) - 1
         mine = [[*indices, *[last] * (batch_size - len(indices))] for indices in mine]
-    for start, batch in zip(turns, images.batches(mine)):
-        yield batch, min(len(images) - start, batch_size * share.processes)
+    for start, batch in zip(starts, images.batches(mine)):
+        yield batch, min(len(images) - start, turn)
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.extractors import extractors
-from dic_repa.evaluation.features import ALONE, FeatureSet, Share, extract
+from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.image_sets import ImageSet
 from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MetricSet, metrics
 from dic_repa.evaluation.reference import load_reference
@@ -84,7 +85,7 @@ class Measure:
         batch_size: images at once in a network.
         resize: crop the images of paths to this size, as ADM does; stored statistics must be of that size.
         cache: keep the reference's statistics in the user's cache folder.
-        share: of this process among others, for samples that are an `ImageSet` and for the reference.
+        processes: what shares the work on an `ImageSet` of samples and on the reference.
 
     Raises:
         UserError: for unknown metrics, missing weights, and a reference that lacks what a metric needs.
@@ -100,7 +101,7 @@ class Measure:
         batch_size: int = 64,
         resize: int | None = None,
         cache: bool = True,
-        share: Share = ALONE,
+        processes: Accelerator | None = None,
         progress: Callable[[int], object] = lambda count: None,
     ):
         plain = [part for name in names for part in getattr(metrics.create(name), "names", [name])]  # sets have names
@@ -110,11 +111,12 @@ class Measure:
         options = extractor_options or {}
         networks = dict.fromkeys(layer.partition(".")[0] for layer in self.layers)
         self.extractors = {name: extractors.find(name)(**options.get(name, {})).to(device) for name in networks}
-        self.extract = functools.partial(extract, device=device, batch_size=batch_size, share=share)
+        self.extract = functools.partial(extract, device=device, batch_size=batch_size, processes=processes)
         self.reference: FeatureSet | None = None
         if needed := [metric for metric in self.metrics.values() if metric.needs in OF_REFERENCE]:
             run = functools.partial(self.extract, progress=progress)
-            agree = lambda so: bool(share.gather(torch.tensor([so], device=device)).all())  # noqa: E731
+            gather = processes.gather if processes else lambda part: part
+            agree = lambda so: bool(gather(torch.tensor([so], device=device)).all())  # noqa: E731
             self.reference = load_reference(reference, needed, self.extractors, run, resize, cache, agree)
 
     @tf32(False)

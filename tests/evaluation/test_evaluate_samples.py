@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -24,7 +25,7 @@ from dic_repa.data.images import center_crop
 from dic_repa.errors import UserError
 from dic_repa.evaluation import Measure, frechet_distance, measure, metrics, open_images, statistics
 from dic_repa.evaluation.digits import load_digits_classifier
-from dic_repa.evaluation.features import FeatureSet, Share, extract
+from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.image_sets import as_uint8
 from dic_repa.evaluation.measuring import Judge
 
@@ -142,8 +143,10 @@ def test_a_cache_that_one_process_lacks_is_read_by_none(places, monkeypatch, tmp
     seen = []
     Measure(["fd-digits"], places / "real.npz")
     for lacks in (False, True):
-        share = Share(gather=lambda mine, lacks=lacks: torch.cat([mine, ~mine]) if lacks and len(mine) == 1 else mine)
-        Measure(["fd-digits"], places / "real.npz", share=share, progress=lambda n: seen.append(n))
+        gather = lambda mine, lacks=lacks: torch.cat([mine, ~mine]) if lacks and len(mine) == 1 else mine  # noqa: E731
+        Measure(
+            ["fd-digits"], places / "real.npz", processes=processes(0, 1, gather), progress=lambda n: seen.append(n)
+        )
         assert bool(seen) == lacks
 
 
@@ -232,17 +235,22 @@ def test_stored_statistics_are_not_resized_in_silence(evaluate, adm_reference):
     assert "note: the samples were resized to 16; the reference's statistics are as they were stored" in told
 
 
+def processes(rank, count, gather):
+    """One process of several, as an Accelerator tells it."""
+    return SimpleNamespace(process_index=rank, num_processes=count, gather=gather)
+
+
 def test_processes_share_a_set_and_see_all_of_it(places, digits):
     """Three processes in turn, each given what the others would send: the same as one alone."""
     images, network = open_images(places / "samples.npz"), Measure(["fd-digits"], _any()).extractors
     alone = extract(images, network, ["digits.features"], keep=70, statistics=True, batch_size=40)
     sent: list[list] = [[], [], []]
     for rank in range(3):
-        extract(images, network, ["digits.features"], batch_size=40, share=Share(rank, 3, lambda t, r=rank: sent[r].append(t) or t))  # fmt: skip # noqa: E501
+        extract(images, network, ["digits.features"], batch_size=40, processes=processes(rank, 3, lambda t, r=rank: sent[r].append(t) or t))  # fmt: skip # noqa: E501
     turns = iter(zip(*sent))
     together = extract(
         images, network, ["digits.features"], keep=70, statistics=True, batch_size=40,
-        share=Share(0, 3, lambda tensor: torch.cat(next(turns))),
+        processes=processes(0, 3, lambda tensor: torch.cat(next(turns))),
     )  # fmt: skip
     assert together.count == alone.count == 300
     torch.testing.assert_close(together.features, alone.features)
