@@ -65,13 +65,13 @@ class Prepared(LatentDataset):
         return read_settings(path)["autoencoder"]["name"]
 
     def __len__(self) -> int:
-        return self.count * (2 if self.flip else 1)
+        return self._parts[0][-1] * (2 if self.flip else 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        flipped, index = divmod(index, self.count)
         starts, parts = self._parts
+        flipped, index = divmod(index, starts[-1])
         k = bisect.bisect_right(starts, index) - 1
         part, row = parts[k], index - starts[k]
         sample = {"label": torch.tensor(part["label"][row])}
@@ -88,11 +88,6 @@ class Prepared(LatentDataset):
     def fingerprint(self) -> str:
         """Identifies the images for a feature cache."""
         return f"{stamp(self.path / name for name in self.files)} {self.flip}"
-
-    @property
-    def count(self) -> int:
-        """Images, not counting the mirrored ones."""
-        return self._parts[0][-1]
 
     @cached_property
     def _parts(self) -> tuple[list[int], list[dict]]:
