@@ -61,8 +61,11 @@ class Digits(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.model = load_digits_classifier()
+        self.model = DigitsClassifier()
+        weights = resources.files("dic_repa.evaluation").joinpath("weights/digits_classifier.safetensors")
+        self.model.load_state_dict(load(weights.read_bytes()))
         self.fingerprint = tensors_fingerprint(self.model.state_dict())
+        self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         grey = images.float().mean(dim=1, keepdim=True) / 255
@@ -131,14 +134,6 @@ class DigitsJudge(MetricSet):
         if not fits or labels.min() < 0 or labels.max() > NUM_CLASSES:
             known = f"from 0 to {NUM_CLASSES - 1}, or {NUM_CLASSES} for none"
             raise UserError(f"labels must be {len(images)} integers {known}, not {labels.dtype} {labels.tolist()[:5]}")
-
-
-def load_digits_classifier() -> DigitsClassifier:
-    """The judge with the weights in the package, in eval mode."""
-    model = DigitsClassifier()
-    weights = resources.files("dic_repa.evaluation").joinpath("weights/digits_classifier.safetensors")
-    model.load_state_dict(load(weights.read_bytes()))
-    return model.eval().requires_grad_(False)
 
 
 @functools.cache

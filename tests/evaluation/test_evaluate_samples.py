@@ -24,7 +24,7 @@ from dic_repa.data.digits import Digits, load_digits, resize
 from dic_repa.data.images import center_crop
 from dic_repa.errors import UserError
 from dic_repa.evaluation import Measure, frechet_distance, measure, metrics, open_images, statistics
-from dic_repa.evaluation.digits import load_digits_classifier
+from dic_repa.evaluation.digits import Digits as DigitsJudge
 from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.image_sets import as_uint8
 from dic_repa.evaluation.measuring import Judge
@@ -73,7 +73,7 @@ def evaluate(tmp_path, monkeypatch):
 
 def features(images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return load_digits_classifier().features(images[:, :1].float() / 255)
+        return DigitsJudge().model.features(images[:, :1].float() / 255)
 
 
 def test_a_folder_and_an_npz_of_the_same_images_score_the_same(evaluate, places, digits):
