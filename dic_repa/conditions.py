@@ -71,7 +71,7 @@ class Condition:
         return torch.zeros(batch, *self.shape, dtype=self.dtype)
 
     def check(self, y: Tensor) -> None:
-        """A UserError if y (B, *shape) is no batch of this condition."""
+        """A UserError if y (B, *shape) is not a batch of this condition."""
         if y.shape[1:] != self.shape or y.dtype.is_floating_point != self.dtype.is_floating_point:
             raise UserError(
                 f"the condition is {self.describe()}: {self.dtype} of shape (batch, *{self.shape}), "
@@ -226,7 +226,7 @@ def read_examples(condition: Condition, file: str | Path) -> Condition:
     try:
         rows = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no array of numpy's format .npy ({error})") from None
+        raise UserError(f"{file} is not an array of numpy's format .npy ({error})") from None
     if not (isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and len(rows)) or not np.isfinite(rows).all():
         raise UserError(f"{file} must hold finite floats, a row for each {condition.kind} to sample for")
     return condition.with_examples(rows)

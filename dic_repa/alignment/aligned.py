@@ -76,7 +76,7 @@ class Alignment(nn.Module):
 
         The `options` are those of `Alignment`, such as its `weight`; all others are the head's. The denoiser runs once
         on the meta device, with data of `size` (H, W), to find the tap's channels. A UserError lists the near names of
-        an unknown tap or head, and says what a tap gives if it is no feature map.
+        an unknown tap or head, and says what a tap gives if it is not a feature map.
         """
         own = {key: options.pop(key) for key in options.keys() & inspect.signature(cls).parameters.keys()}
         channels = tap_channels(denoiser, tap, size)

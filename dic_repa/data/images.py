@@ -15,7 +15,7 @@ EXTENSIONS = frozenset(".png .jpg .jpeg .jpe .webp .bmp .gif .tif .tiff .ppm .pg
 
 
 class BadImage(UserError):
-    """A damaged image file, or one that is no image; the message names it."""
+    """A damaged image file, or one that is not an image; the message names it."""
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:

@@ -165,7 +165,9 @@ def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[lis
             table = dict(row[:2] for row in csv.reader(io.StringIO(text.decode("utf-8-sig"))) if row)
         table = {str(name).replace("\\", "/"): label for name, label in table.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{label_file} is no labels file: it takes CSV rows 'file,label', or JSON ({error})") from None
+        raise UserError(
+            f"{label_file} is not a labels file: it takes CSV rows 'file,label', or JSON ({error})"
+        ) from None
     if missing := [name for name in names if name not in table]:
         raise UserError(f"{label_file}: {_named(missing)} not in it; add them, or remove the files")
     given = [table[name] for name in names]

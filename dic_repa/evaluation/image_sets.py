@@ -175,7 +175,7 @@ def _of_prepared(path: Path) -> ImageSet:
 def _of_dataset(data) -> ImageSet:
     name, latent = type(data).__name__, getattr(getattr(data, "spec", None), "name", "none") != "none"
     if not hasattr(data, "__len__") or not isinstance(data[0], dict) or not {"image", "x"} & data[0].keys():
-        raise UserError(f"a {name} is no set of images: its samples must be dicts with an `image`")
+        raise UserError(f"a {name} is not a set of images: its samples must be dicts with an `image`")
     pixels = not latent and "x" in data[0]  # what an encoder sees, `image`, may be of another size
 
     def load(index: int) -> np.ndarray:

@@ -119,9 +119,9 @@ def _read(path: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet:
             record = json.loads((file.metadata() or {}).get("statistics", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole file of statistics ({error})") from None
+        raise UserError(f"{path} is not a whole file of statistics ({error})") from None
     if "count" not in record:
-        raise UserError(f"{path} is no file of statistics; make one with --save-statistics")
+        raise UserError(f"{path} is not a file of statistics; make one with --save-statistics")
     for name, mine in describe_extractors(extractors).items():
         theirs = record["extractors"].get(name)
         if theirs != mine:

@@ -46,7 +46,7 @@ _SEARCH = ("checkpoint", "weights", "weak_weights", "score", "reference")
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of `runs` (run folders) to the file `out`, and return it.
 
-    A UserError names the first path that is no run, or an `out` that exists and is no report of ours.
+    A UserError names the first path that is not a run, or an `out` that exists and is not a report of ours.
     """
     folders, out = [RunFolder.open(path) for path in runs], Path(out)
     check_file(out)

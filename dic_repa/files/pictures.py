@@ -49,7 +49,7 @@ def check_figure(path: str | Path, endings: Sequence[str] = FIGURES) -> None:
     """A UserError if no picture may be written at `path`, or its ending is not one of the `endings`."""
     check_file(path)
     if Path(path).suffix.lower() not in endings:
-        raise UserError(f"{path} is no picture; end it in {', '.join(endings)}")
+        raise UserError(f"{path} is not a picture; end it in {', '.join(endings)}")
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:

@@ -141,7 +141,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
         if (path / "recipe.yaml").is_file():
             raise UserError(f"{path} is a run; name its recipe, {path / 'recipe.yaml'}")
         if path.exists():
-            raise UserError(f"{path} is no recipe: name a file that ends in .yaml, or one of `dic-repa recipes`")
+            raise UserError(f"{path} is not a recipe: name a file that ends in .yaml, or one of `dic-repa recipes`")
         names = [f.name[:-5] for f in resources.files("dic_repa.recipes").iterdir() if f.name.endswith(".yaml")]
         raise unknown_name("recipe", str(name_or_path), names)
     return file.read_text(encoding="utf-8"), str(name_or_path)

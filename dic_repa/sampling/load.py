@@ -131,7 +131,7 @@ def load(
             recipe's `sample` section.
 
     Raises:
-        UserError: `path` is no run or checkpoint, or lacks a recipe or these weights.
+        UserError: `path` is not a run or checkpoint, or lacks a recipe or these weights.
     """
     folder = weights_folder(path)
     if (folder / "recipe.yaml").is_file():

@@ -104,7 +104,7 @@ def test_what_is_no_recipe(mistake, tmp_path):
     (tmp_path / "runs" / "mine" / "recipe.yaml").write_text(to_yaml(load_recipe("digits-baseline")))
     (tmp_path / "README.md").write_text("")
     assert mistake("train", "runs/mine").endswith("runs/mine is a run; name its recipe, runs/mine/recipe.yaml")
-    assert "README.md is no recipe: name a file that ends in .yaml" in mistake("train", "README.md")
+    assert "README.md is not a recipe: name a file that ends in .yaml" in mistake("train", "README.md")
 
 
 def test_what_is_no_run(mistake, tmp_path):

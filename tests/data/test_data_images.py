@@ -1,4 +1,4 @@
-"""Image files of every kind become the RGB picture that a viewer shows; ADM's crop; what is no image is named."""
+"""Image files of every kind become the RGB picture that a viewer shows; ADM's crop; what is not an image is named."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_an_older_checkpoint_needs_its_data(run, mistake, capsys):
     capsys.readouterr()
     shutil.copytree(run.checkpoint_path(2) / "ema", "old")
     (Path("old") / "data.json").unlink()
-    assert "is no prepared data set" in mistake("sample", "old")
+    assert "is not a prepared data set" in mistake("sample", "old")
     shutil.copytree(run.checkpoint_path(2) / "ema", "damaged")
     (Path("damaged") / "data.json").write_text(json.dumps({"autoencoder": "x"}))
     assert "data.json is damaged" in mistake("sample", "damaged")

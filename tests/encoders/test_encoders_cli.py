@@ -90,7 +90,7 @@ def test_check_writes_the_image_beside_its_tokens(tmp_path):
         (["digits-vit", "--option", "layer=["], "--option layer: '[' is not valid YAML"),
         (["digits-vit", "--option", "layer=abc"], "digits-vit' does not take these options"),
         (["dinov2-vit-s", "--option", "pixels_per_token=abc"], "dinov2-vit-s' does not take these options"),
-        (["digits-vit", "--out", "x.foo"], "x.foo is no picture; end it in .png"),
+        (["digits-vit", "--out", "x.foo"], "x.foo is not a picture; end it in .png"),
     ],
 )
 def test_mistakes(mistake, arguments, message, tmp_path):

@@ -164,7 +164,7 @@ def test_the_root_is_no_output():
 
 
 def test_what_verbs_write_by_themselves_is_looked_at_too(mistake, tmp_path):
-    """The names that they have by default, and the resuming of what is no run."""
+    """The names that they have by default, and the resuming of what is not a run."""
     photos = folder_with(tmp_path / "photos", "recipe.yaml", "report.html", "metrics.json", "probe/x", "tune/x")
     Image.new("RGB", (16, 16)).save(photos / "a.png")
     (tmp_path / "digits-vit.png").write_text("mine")

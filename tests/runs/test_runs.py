@@ -29,7 +29,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs in all states, at two depths, and a folder that is no run."""
+    """Runs in all states, at two depths, and a folder that is not a run."""
     folder = tmp_path_factory.mktemp("all") / "runs"
     small_run(folder / "finished", "train.steps=4", *[option.removeprefix("--set=") for option in TINY], base=[])
     CliRunner().invoke(cli, ["evaluate", str(folder / "finished")], catch_exceptions=False)
