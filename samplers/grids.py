@@ -1,5 +1,5 @@
-"""Where the steps of a sampler are: a grid is a callable (steps, high, low, path) -> steps + 1 times falling from high
-to low, both of them included."""
+"""Where the steps of a sampler are: a grid is a callable (steps, high, low, path) -> steps + 1 times that fall from
+high to low, both included."""
 
 from __future__ import annotations
 

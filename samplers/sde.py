@@ -85,7 +85,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
 def decay(w: Diffusion, path: Interpolant, t: float, s: float) -> float:
-    """exp(-int_s^t w / (2 sigma^2)) for s < t: what a step keeps of the noise that is there (0 for s = 0).
+    """exp(-int_s^t w / (2 sigma^2)) for s < t: the share of the present noise that a step keeps (0 for s = 0).
 
     The integral is taken in log t, in which it is smooth towards t = 0.
     """
@@ -176,7 +176,7 @@ def tweedie(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
 
 @last_steps.register("none")
 def no_last_step(sde: ReverseSDE, x: Tensor, t: float) -> Tensor:
-    """No last step: the SDE runs on to where its score can still be computed, and a trace of noise stays."""
+    """No last step: the SDE runs as far as its score can be computed, and a trace of noise stays."""
     return x
 
 

@@ -28,7 +28,7 @@ else:
 
 
 class RecomputableBlock(nn.Module):
-    """A block that computes `_forward`, with `gradient_checkpointing` a second time in the backward pass."""
+    """A block that computes `_forward`; with `gradient_checkpointing`, again in the backward pass."""
 
     _forward: Callable[..., Tensor]  # a subclass defines it
 
@@ -70,7 +70,7 @@ class Condition(nn.Module):
 
 
 class VectorEmbedding(nn.Linear):
-    """A linear map of vectors (B, dim) to (B, width); a vector of NaN, the null, becomes a learnt one before it."""
+    """A linear map of vectors (B, dim) to (B, width); a learnt vector replaces the null, which is NaN."""
 
     def __init__(self, vector: VectorCondition, width: int):
         super().__init__(vector.shape[0], width)
@@ -99,7 +99,7 @@ def pixel_shuffle(x: Tensor) -> Tensor:
 
 
 def patch_grid(name: str, size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches; a UserError that speaks of model `name` where `size` (H, W) does not divide."""
+    """Rows and columns of patches; a UserError that names the model if they do not divide the `size` (H, W)."""
     height, width = size
     if height % patch_size or width % patch_size:
         raise UserError(

@@ -27,8 +27,8 @@ weightings = Registry("loss weighting", key="objective.options.weighting")
 
 
 def resolution_shift(dimensions: int, base: int = 4 * 32 * 32) -> float:
-    """sqrt(dimensions / base) (Esser et al. 2024, eq. 23): the `shift` for latents of so many numbers, if `base` need
-    none. Larger latents lose less of their content to the same noise."""
+    """sqrt(dimensions / base) (Esser et al. 2024, eq. 23): the `shift` for latents of so many `dimensions`, if latents of
+    `base` need none. The same noise hides less of larger latents."""
     return (dimensions / base) ** 0.5
 
 
@@ -83,8 +83,7 @@ class NoWeighting:
 @weightings.register("noise")
 @dataclass(frozen=True)
 class NoiseWeighting:
-    """The squared error of the noise that the prediction amounts to: of a score, sigma^2 times its own, as SiT's code
-    trains it where it is asked for no weighting."""
+    """The squared error after conversion to noise: for a score, sigma^2 times its own, which is SiT's default."""
 
     unit: ClassVar[str | None] = "noise"
 
@@ -95,7 +94,7 @@ class NoiseWeighting:
 @weightings.register("velocity")
 @dataclass(frozen=True)
 class VelocityWeighting(NoiseWeighting):
-    """The squared error of the velocity that the prediction amounts to."""
+    """The squared error after conversion to a velocity."""
 
     unit: ClassVar[str | None] = "velocity"
 
