@@ -27,7 +27,7 @@ weightings = Registry("loss weighting", key="objective.options.weighting")
 
 
 def resolution_shift(dimensions: int, base: int = 4 * 32 * 32) -> float:
-    """sqrt(dimensions / base) (Esser et al. 2024, eq. 23): the `shift` for latents of so many `dimensions`, if latents of
+    """sqrt(dimensions / base) (Esser et al. 2024, eq. 23): the `shift` for latents of so many dimensions, if latents of
     `base` need none. The same noise hides less of larger latents."""
     return (dimensions / base) ** 0.5
 
@@ -83,7 +83,7 @@ class NoWeighting:
 @weightings.register("noise")
 @dataclass(frozen=True)
 class NoiseWeighting:
-    """The squared error after conversion to noise: for a score, sigma^2 times its own, which is SiT's default."""
+    """The squared error after conversion to noise: SiT's for a score, sigma^2 times its own, without a weighting."""
 
     unit: ClassVar[str | None] = "noise"
 
