@@ -83,7 +83,7 @@ class NoWeighting:
 @weightings.register("noise")
 @dataclass(frozen=True)
 class NoiseWeighting:
-    """The squared error after conversion to noise: SiT's for a score, sigma^2 times its own, without a weighting."""
+    """The squared error after conversion to noise; for a score, sigma^2 times its own: SiT's unweighted loss."""
 
     unit: ClassVar[str | None] = "noise"
 
