@@ -123,6 +123,6 @@ def read_settings(path: str | Path) -> dict:
     file = Path(path) / SETTINGS_FILE
     if not file.is_file():
         raise UserError(
-            f"{path} is not a prepared data set (it has no {SETTINGS_FILE}); make one by `dic-repa prepare`"
+            f"{path} is not a prepared data set (no {SETTINGS_FILE}); make one by `dic-repa prepare`"
         )
     return json.loads(file.read_text())

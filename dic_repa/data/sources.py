@@ -166,7 +166,7 @@ def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[lis
         table = {str(name).replace("\\", "/"): label for name, label in table.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{label_file} is not a labels file: it takes CSV rows 'file,label', or JSON ({error})"
+            f"{label_file} is not a labels file, which has CSV rows 'file,label' or JSON ({error})"
         ) from None
     if missing := [name for name in names if name not in table]:
         raise UserError(f"{label_file}: {_named(missing)} not in it; add them, or remove the files")

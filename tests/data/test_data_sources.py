@@ -169,7 +169,7 @@ def test_labels_that_miss_files(tree, tmp_path):
     with pytest.raises(UserError, match="has the label -1"):
         open_source(tree, labels)
     labels.with_suffix(".json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="no labels file"):
+    with pytest.raises(UserError, match="not a labels file"):
         open_source(tree, labels.with_suffix(".json"))
 
 

@@ -309,7 +309,7 @@ def test_data_of_another_autoencoder_or_size(prepared, tmp_path):
     (prepared / "state.json").unlink()
     with pytest.raises(UserError, match="was not finished"):
         Prepared(prepared, size=16)
-    with pytest.raises(UserError, match="no prepared data set"):
+    with pytest.raises(UserError, match="not a prepared data set"):
         Prepared(tmp_path, size=16)
 
 

@@ -175,7 +175,7 @@ def test_saved_statistics_stand_in_for_the_images(evaluate, places):
     evaluate(places / "folder", "--reference", places / "samples.npz", *common, "--out", "c.json")
     third = json.loads(Path("c.json").read_text())
     assert third["reference"]["fingerprint"] != first["reference"]["fingerprint"] != ""
-    assert "no whole file of statistics" in evaluate(
+    assert "not a whole file of statistics" in evaluate(
         places / "folder", "--reference", "b.safetensors", *common, fails=True
     )
 
