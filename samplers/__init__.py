@@ -1,7 +1,5 @@
 """ODE and SDE solvers as plain functions of a velocity, and guidance as a wrapper around the model."""
 
-from __future__ import annotations
-
 from dic_repa.runtime.lazy import load_name
 
 # The names load on first use: listing the solvers for a help text needs no torch.

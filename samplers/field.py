@@ -10,8 +10,6 @@ It is any callable (x (B, ...), t (B,)) -> velocity, which may have attributes t
     evaluations          how many network evaluations the last call made (1 without this attribute)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,8 +1,6 @@
 """Where the steps of a sampler are: a grid is a callable (steps, high, low, path) -> steps + 1 times that fall from
 high to low, both included."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The likelihood of data under the probability-flow ODE."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Philox is a counter-based generator: key (seed, sample index) and counter (step,
 streams overlap. All is drawn on the CPU in float32, so that a GPU gets the same numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

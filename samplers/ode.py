@@ -1,7 +1,5 @@
 """Sampling by the probability-flow ODE dx/dt = v(x, t), from noise at t = 1 to data at t = 0, or back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

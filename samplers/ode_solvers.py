@@ -4,8 +4,6 @@
 torchdiffeq's take all steps themselves, by `integrate(field, x, times, options, rtol, atol, every)`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence

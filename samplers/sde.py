@@ -5,8 +5,6 @@ against error correction. SiT writes the noise as sqrt(2 w') dW, so that w is tw
 way round.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -4,8 +4,6 @@ A cache is one .npy file (images, tokens, width) in float16, memory-mapped. Its 
 images, and a few of its tokens are compared with the encoder's before use, so an outdated cache is never read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -4,8 +4,6 @@ A head is made as `head(channels, embed_dim, grid, **options)` and called as `he
 [0, 1]; it returns tokens (B, N, embed_dim) in row-major order, N = grid[0] * grid[1]. `register_head` adds your own.
 """
 
-from __future__ import annotations
-
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F

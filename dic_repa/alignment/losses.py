@@ -4,8 +4,6 @@ to an encoder's tokens (B, N, D) before the comparison.
 Normalising in half precision has given NaN after 70 to 160 thousand steps, so nothing here runs under autocast.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@
 its memory in buffers, which checkpoints hold, so that a resumed run continues unchanged.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 The loose files are as REPA's preprocessing leaves them: an uncompressed PNG and an .npy of moments for each image.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

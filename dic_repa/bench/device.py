@@ -1,7 +1,5 @@
 """The device, its clocks and its memory."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import itertools
@@ -29,7 +27,7 @@ def find_device(name: str | None = None) -> torch.device:
         raise UserError(f"there is no device '{name}' to measure; take cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA devices; take cpu")
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # its streams are those that events are recorded on
     return device
 

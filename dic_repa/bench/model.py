@@ -1,7 +1,5 @@
 """`dic-repa bench model`: the forward pass of denoisers, side by side."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import runpy

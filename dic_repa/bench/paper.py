@@ -1,7 +1,5 @@
 """`dic-repa bench paper`: the measurements that compare with the papers' speed, one after the other."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterator
 from typing import Any

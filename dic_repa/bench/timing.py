@@ -1,7 +1,5 @@
 """Timing several things against each other, on the clock of `torch.utils.benchmark`; their rows as table and chart."""
 
-from __future__ import annotations
-
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

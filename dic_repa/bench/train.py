@@ -1,7 +1,5 @@
 """`dic-repa bench train`: whole training steps of recipes, side by side, and where their time goes."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import time

@@ -1,7 +1,5 @@
 """The command line. Each verb is a module of this package, imported when it is called, so that help is instant."""
 
-from __future__ import annotations
-
 import sys
 import time
 from importlib import import_module

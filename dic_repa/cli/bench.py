@@ -1,7 +1,5 @@
 """`dic-repa bench`: a group of measurements, and the options that they share."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -3,8 +3,6 @@
 Each function takes what click gives it and returns the names that begin with the typed text, or files if none does.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from importlib import resources

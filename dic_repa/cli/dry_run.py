@@ -1,7 +1,5 @@
 """What `dic-repa train --dry-run` prints."""
 
-from __future__ import annotations
-
 import json
 
 GIB = 2**30

@@ -1,7 +1,5 @@
 """`dic-repa ema`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

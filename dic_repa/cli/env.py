@@ -1,7 +1,5 @@
 """`dic-repa env`."""
 
-from __future__ import annotations
-
 import json
 
 import click

@@ -1,7 +1,5 @@
 """A group of verbs that knows the near names of a misspelt one."""
 
-from __future__ import annotations
-
 import click
 
 from dic_repa.errors import unknown_name

@@ -1,7 +1,5 @@
 """Options of verbs: headed groups in --help, counts as people write them, options that override a recipe's key."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

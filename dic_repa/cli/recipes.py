@@ -1,7 +1,5 @@
 """`dic-repa recipes`."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`dic-repa runs`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

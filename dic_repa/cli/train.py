@@ -1,7 +1,5 @@
 """`dic-repa train`."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -122,7 +122,5 @@ def read_settings(path: str | Path) -> dict:
     """The `prepare.json` of a prepared folder."""
     file = Path(path) / SETTINGS_FILE
     if not file.is_file():
-        raise UserError(
-            f"{path} is not a prepared data set (no {SETTINGS_FILE}); make one by `dic-repa prepare`"
-        )
+        raise UserError(f"{path} is not a prepared data set (no {SETTINGS_FILE}); make one by `dic-repa prepare`")
     return json.loads(file.read_text())

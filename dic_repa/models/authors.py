@@ -10,8 +10,6 @@ loaded with the `time_scale` that it was trained with:
 - the others embed 999 t on the VP path: scale 999, for `flow-matching` with the options `path: vp, prediction: noise`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -11,8 +11,6 @@ The keys are the same, but not the models:
 The position embedding, the fixed sinusoids, is left out. (In averaged weights it differs from them by less than 1e-3.)
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A denoiser behind torch.compile, for sampling."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 Counted by running the model on the meta device, so DiC-H takes no memory.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -8,8 +8,6 @@ A name is one of the papers' presets; a family (DiC, SiT, DiT, U-ViT), whose siz
 `feature_map(tokens, size)` makes maps of them, so that they can be tapped.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import importlib
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ sinusoids, made for the size of the data, which is any that the patch divides. R
 block: its output is tokens, which `feature_map` makes a map of.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

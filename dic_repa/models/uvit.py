@@ -5,8 +5,6 @@ of its counterpart in the first, concatenated and through a linear layer; the po
 size of the data is fixed. Taps are `enc.N`, `mid` and `dec.N`; `feature_map` drops the tokens of time and label.
 """
 
-from __future__ import annotations
-
 import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention

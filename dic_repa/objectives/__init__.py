@@ -6,8 +6,6 @@
 and `objective.velocity_model(denoiser)` is what the samplers take.
 """
 
-from __future__ import annotations
-
 from dic_repa.objectives.base import Batch, Denoising, Noisy, ObjectiveOutput, VelocityModel, objectives
 from dic_repa.objectives.ddpm import DDPM
 from dic_repa.objectives.flow_matching import (

@@ -5,8 +5,6 @@ t (B,), prediction) -> weights (B,) of the squared error. A weighting is defined
 `unit`; the error of another prediction is converted to that quantity. A `unit` of None is the prediction itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
