@@ -100,13 +100,13 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
     from torch import OutOfMemoryError
 
     from dic_repa.training import Preempted, train
-    from dic_repa.training.preemption import REQUEUE_CODE, preempted_by_signals
+    from dic_repa.training.preemption import REQUEUE_CODE, stop_request
     from dic_repa.training.trackers import Trackers
 
     choose_threads(tell=False)
     begin = time.perf_counter()
     try:
-        with preempted_by_signals(), Trackers() as trackers:
+        with stop_request(save=False), Trackers() as trackers:
             run = train(settings, path, resume, overwrite, allow_change, trackers)
             if not is_main_process():
                 return

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.models import measure_cost
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.build import build_denoiser
@@ -30,10 +31,14 @@ from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import progress_bar, warn
 from dic_repa.runtime.threads import describe_threads
 from dic_repa.training.parts import Parts
-from dic_repa.training.step import PassLosses
 from dic_repa.training.trackers import Trackers
 
 PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
+PANELS = {  # of the loss curves: title and sign
+    "denoising": ("denoising loss", 1.0),
+    "token": ("similarity to the encoder", -1.0),
+    "manifold": ("manifold loss", 1.0),
+}
 
 
 def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator, passes: int, start: int) -> str:
@@ -108,10 +113,8 @@ class MetricLog:
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self.bar.close()
         if error is None and self.accelerator.is_main_process and self.run.metrics_file.is_file():
-            from dic_repa.training.curves import save_curves
-
             try:
-                save_curves([self.run])
+                save_curves(self.run)
             except (OSError, UserError) as error:
                 warn(f"{self.run.curves_file} cannot be written ({getattr(error, 'strerror', error)})")
 
@@ -125,20 +128,15 @@ class MetricLog:
             self.wait += time.perf_counter() - begin
             yield batch
 
-    def _add(self, losses: PassLosses) -> None:
-        share, values = losses.share, {"loss": losses.loss, "denoising": losses.denoising}
-        for i, parts in enumerate(losses.terms):
-            values |= {f"alignment.{i}.{name}": value for name, value in parts.items()}
-        for name, value in values.items():
-            value = value.float()
+    def step(
+        self, step: int, losses: list[dict[str, Tensor]], norm: Tensor, learning_rate: float, skipped: int
+    ) -> None:
+        """Count a step's losses, of each pass; at a log step, average, write and show."""
+        share = 1 / len(losses)
+        for name, value in ((name, value.float()) for each in losses for name, value in each.items()):
             finite = value.isfinite()
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0) * share
             self.steps[name] = self.steps.get(name, 0) + finite * share  # an alignment may stop between log steps
-
-    def step(self, step: int, losses: list[PassLosses], norm: Tensor, learning_rate: float, skipped: int) -> None:
-        """Count a step's losses, of each pass; at a log step, average, write and show."""
-        for each in losses:
-            self._add(each)
         self.bar.update()
         self.images += self.settings.batch_size
         if step % self.settings.log_every and step != self.settings.steps:
@@ -202,3 +200,35 @@ def append_whole(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):
                 os.ftruncate(file.fileno(), before)
             raise
+
+
+def save_curves(run: RunFolder) -> None:
+    """Plot metrics.jsonl into curves.png, without a last line that a kill has cut short."""
+    from matplotlib.ticker import MaxNLocator
+
+    lines: list[dict] = []
+    with contextlib.suppress(ValueError):
+        for line in run.metrics_file.read_text().splitlines():
+            lines.append(json.loads(line))
+    names = sorted({name for line in lines for name in line})
+    terms = {name.split(".")[2] for name in names if name.startswith("alignment.")}
+    panels = [panel for panel in PANELS if panel in terms.union(names)]
+    panels += sorted(terms - set(PANELS))  # of the user's own alignment loss
+    if not panels:
+        return
+    figure, axes = new_figure(1, len(panels), (4.6 * len(panels), 3.4))
+    for axis, panel in zip(axes[0], panels):
+        title, sign = PANELS.get(panel, (f"{panel}, of the alignment", 1.0))
+        for series in (name for name in names if name.split(".")[-1] == panel):
+            points = [(line["step"], sign * line[series]) for line in lines if line.get(series) is not None]
+            if points:
+                axis.plot(*zip(*points), linewidth=1.4, marker="o" if len(points) == 1 else None)
+        axis.set(title=title, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    if panels[0] == "denoising":
+        axes[0][0].set_yscale("log")
+        axes[0][0].yaxis.set_major_formatter("{x:g}")
+        axes[0][0].yaxis.set_minor_formatter("{x:g}")
+    save_figure(figure, run.curves_file, dpi=130)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
@@ -15,40 +15,30 @@ class Preempted(Exception):
 
 
 @contextlib.contextmanager
-def stop_request() -> Iterator[list[int]]:
+def stop_request(save: bool = True) -> Iterator[list[int]]:
     """While entered, SIGTERM and SIGUSR1 are added to the list and do nothing else, so that the step is finished.
 
     A second signal changes nothing: a launcher passes on what the whole process group has received already.
+
+    Args:
+        save: False before the first step and after the last one, when there is nothing to save: then a signal raises
+            Preempted, unless a `stop_request` inside this one is entered too.
     """
     received: list[int] = []
-    with _handling(lambda number, _frame: received.append(number)):
-        yield received
 
+    def handle(number: int, _frame) -> None:
+        if not save:
+            raise Preempted("stopped by a signal, with nothing left to save")
+        received.append(number)
 
-@contextlib.contextmanager
-def _handling(handler: Callable) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
-
-
-@contextlib.contextmanager
-def preempted_by_signals() -> Iterator[None]:
-    """While entered, SIGTERM and SIGUSR1 raise Preempted, unless `stop_request` is entered too.
-
-    For the time before the first step and after the last one, when there is nothing to save.
-    """
-
-    def stop(_number, _frame) -> None:
-        raise Preempted("stopped by a signal, with nothing left to save")
-
-    with _handling(stop):
-        yield
 
 
 def ignore_signals(_worker: int = 0) -> None:

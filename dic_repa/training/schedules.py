@@ -5,7 +5,7 @@ and 1 at the last step of the run.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
@@ -17,62 +17,39 @@ lr_schedules = Registry("learning-rate schedule", key="schedule.name")
 
 
 @lr_schedules.register("constant")
-@dataclass(frozen=True)
-class Constant:
+def constant() -> Callable[[float], float]:
     """The same learning rate to the end."""
-
-    def __call__(self, progress: float) -> float:
-        return 1.0
-
-
-@dataclass(frozen=True)
-class _Falling:
-    final: float = 0.0
-
-    def __post_init__(self):
-        if not 0 <= self.final <= 1:
-            raise UserError(f"final {self.final}: give the last step's share of the learning rate, from 0 to 1")
-
-    def between(self, share: float) -> float:
-        """From 1, where `share` is 1, to `final`, where it is 0."""
-        return self.final + (1 - self.final) * share
+    return lambda progress: 1.0
 
 
 @lr_schedules.register("cosine")
-@dataclass(frozen=True)
-class Cosine(_Falling):
+def cosine(final: float = 0.0) -> Callable[[float], float]:
     """Half a cosine from the learning rate to `final` of it: final + (1 - final) (1 + cos(pi progress)) / 2."""
-
-    def __call__(self, progress: float) -> float:
-        return self.between(0.5 + 0.5 * math.cos(math.pi * progress))
+    return _falling(final, lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 @lr_schedules.register("linear")
-@dataclass(frozen=True)
-class Linear(_Falling):
+def linear(final: float = 0.0) -> Callable[[float], float]:
     """Straight from the learning rate to `final` of it: final + (1 - final) (1 - progress)."""
-
-    def __call__(self, progress: float) -> float:
-        return self.between(1 - progress)
+    return _falling(final, lambda progress: 1 - progress)
 
 
 @lr_schedules.register("wsd")
-@dataclass(frozen=True)
-class WSD(_Falling):
+def wsd(final: float = 0.0, decay: float = 0.2) -> Callable[[float], float]:
     """Warm-up, stable, decay: constant, and over the last `decay` of the steps straight to `final` of it.
 
     final + (1 - final) min(1, (1 - progress) / decay); the warm-up's steps are not among those that `decay` means.
     """
+    if not 0 < decay <= 1:
+        raise UserError(f"decay {decay}: give the share of the steps in which it falls, above 0 and up to 1")
+    return _falling(final, lambda progress: min(1.0, (1 - progress) / decay))
 
-    decay: float = 0.2
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.decay <= 1:
-            raise UserError(f"decay {self.decay}: give the share of the steps in which it falls, above 0 and up to 1")
-
-    def __call__(self, progress: float) -> float:
-        return self.between(min(1.0, (1 - progress) / self.decay))
+def _falling(final: float, share: Callable[[float], float]) -> Callable[[float], float]:
+    """A fall from 1, where `share` of the progress is 1, to `final`, where it is 0."""
+    if not 0 <= final <= 1:
+        raise UserError(f"final {final}: give the last step's share of the learning rate, from 0 to 1")
+    return lambda progress: final + (1 - final) * share(progress)
 
 
 class LearningRate:

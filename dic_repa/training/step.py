@@ -26,16 +26,6 @@ from dic_repa.training.parts import Parts
 LAG = 2  # steps after which a GPU has surely computed what `StepGuard` reads
 
 
-@dataclass
-class PassLosses:
-    """The losses of one pass, which is the part `share` of a step."""
-
-    loss: Tensor  # the sum that is trained for
-    denoising: Tensor  # the objective's part of it
-    terms: list[dict[str, Tensor]]  # of each alignment, by name
-    share: float
-
-
 class Tokens(list):
     """The encoders' tokens of one pass, (B, N, D) each; None where an alignment's schedule is at 0."""
 
@@ -67,7 +57,7 @@ class TrainingStep:
 
     def gradients(
         self, batch: dict[str, Tensor], step: int, clock: Callable[[str], None] = lambda phase: None
-    ) -> tuple[Tensor, list[PassLosses]]:
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Leave the gradients of step number `step` (from 0) with the parameters, clipped.
 
         Args:
@@ -75,7 +65,8 @@ class TrainingStep:
             clock: called with a phase's name at its end.
 
         Returns:
-            The norm of the gradient before clipping, a scalar, and the losses of each pass.
+            The norm of the gradient before clipping, a scalar, and the losses of each pass: "loss", the sum that is
+            trained for, "denoising", the objective's part of it, and each alignment's terms as "alignment.N.TERM".
         """
         parts, accelerator, losses = self.parts, self.accelerator, []
         scales = [alignment.schedule(step) for alignment in parts.alignments]
@@ -96,10 +87,11 @@ class TrainingStep:
                 clock("alignment")
                 accelerator.backward(loss / self.passes)
                 clock("backward")
-            terms = [terms for _, terms in aligned]
-            for alignment, own in zip(parts.alignments, terms):
-                alignment.observe(own, accelerator.reduce)
-            losses.append(PassLosses(loss.detach(), denoising.detach(), terms, 1 / self.passes))
+            named = {"loss": loss.detach(), "denoising": denoising.detach()}
+            for i, (alignment, (_, terms)) in enumerate(zip(parts.alignments, aligned)):
+                alignment.observe(terms, accelerator.reduce)
+                named |= {f"alignment.{i}.{name}": value for name, value in terms.items()}
+            losses.append(named)
         norm = accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf"))
         return getattr(norm, "full_tensor", lambda: norm)(), losses  # the whole norm, where the model is sharded
 
@@ -142,7 +134,7 @@ class TrainingStep:
         """A whole step; the loss of its last pass."""
         _, losses = self.gradients(batch, step, clock)
         self.update(step, clock)
-        return losses[-1].loss
+        return losses[-1]["loss"]
 
 
 def encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
@@ -189,9 +181,9 @@ class StepGuard:
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.last = Verdict(0)
 
-    def judge(self, step: int, losses: list[PassLosses], norm: Tensor, stop: bool) -> None:
+    def judge(self, step: int, losses: list[dict[str, Tensor]], norm: Tensor, stop: bool) -> None:
         """Skip the optimizer's coming step if a loss of it, in any process, or `norm` is not finite."""
-        bad = ~torch.stack([each.loss for each in losses]).isfinite().all()
+        bad = ~torch.stack([each["loss"] for each in losses]).isfinite().all()
         shared = torch.stack([bad.float(), self.flags[stop]])
         if self.accelerator.num_processes > 1:
             shared = self.accelerator.reduce(shared, "sum")

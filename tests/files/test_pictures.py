@@ -15,7 +15,7 @@ from dic_repa.evaluation.solvers import Point, save_comparison
 from dic_repa.evaluation.tune import Cell, save_heat_map
 from dic_repa.files.pictures import draw_grid, load_png, save_picture
 from dic_repa.runs.folder import RunFolder
-from dic_repa.training.curves import save_curves
+from dic_repa.training.log import save_curves
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def figures(monkeypatch):
 def test_curves_of_a_single_point_are_seen(tmp_path, figures):
     run = RunFolder(tmp_path)
     run.metrics_file.write_text(json.dumps({"step": 2, "loss/denoising": 1.5, "denoising": 1.5}) + "\n")
-    save_curves([run])
+    save_curves(run)
     lines = figures[-1].axes[0].lines
     assert [line.get_marker() for line in lines] == ["o"]
 
@@ -44,7 +44,7 @@ def test_curves_show_the_terms_of_an_own_alignment_loss(tmp_path, figures):
     run = RunFolder(tmp_path)
     lines = [{"step": s, "denoising": 1 / s, "alignment.0.token": -0.5, "alignment.1.squared": s} for s in (1, 2)]
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_curves([run])
+    save_curves(run)
     denoising, token, squared = figures[-1].axes
     assert (denoising.get_title(), squared.get_title()) == ("denoising loss", "squared, of the alignment")
     assert list(token.lines[0].get_ydata()) == [0.5, 0.5]
