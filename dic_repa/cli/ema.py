@@ -31,13 +31,11 @@ def command(run: Path, sigma_rel: float | None, step: int | None, out: Path | No
         check_folder(out, "average")
 
     from dic_repa.runs.folder import RunFolder
-    from dic_repa.training.posthoc import list_snapshots, no_snapshots, save_reconstruction
+    from dic_repa.training.posthoc import list_snapshots, save_reconstruction
 
     folder = RunFolder.open(run)
     if sigma_rel is None:
-        if not (snapshots := list_snapshots(folder)):
-            raise no_snapshots(folder)
-        for snapshot in snapshots:
+        for snapshot in list_snapshots(folder):
             click.echo(f"step {snapshot.step:8d}  sigma_rel {snapshot.sigma_rel:g}  {snapshot.path}")
         return
     out = out or folder.path / "averages" / (f"sigma_rel-{sigma_rel:g}" + (f"-step-{step}" if step else ""))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,7 @@ class TrainingState:
     step: int
     model: dict[str, Tensor]
     averages: dict[str, dict[str, Tensor]]
-    optimizer: dict[str, Any]  # by the parameters' order
-    optimizer_class: str
-    scaler: dict | None
+    optimizer: dict[str, Any]  # its class, its state by the parameters' order, and the gradient scaler's or None
     config: dict  # of the denoiser
     data: SavedData
 
@@ -59,9 +57,11 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         step,
         to_cpu(accelerator.unwrap_model(parts.model).state_dict(), main),
         {name: to_cpu(ema.model.state_dict(), main) for name, ema in parts.averages.items()},
-        to_cpu(parts.optimizer.state_dict()["state"], main),
-        type(parts.optimizer.optimizer).__name__,
-        accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        {
+            "class": type(parts.optimizer.optimizer).__name__,
+            "state": to_cpu(parts.optimizer.state_dict()["state"], main),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        },
         parts.ema.config,
         SavedData.of(parts.data, parts.condition),
     )
@@ -78,9 +78,8 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
             (aside / name / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
             state.data.write(aside / name)
             save_tensors(tensors, aside / name / "model.safetensors")
-        content = {"class": state.optimizer_class, "state": state.optimizer, "scaler": state.scaler}
         with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not report a full disk
-            torch.save(content, file)
+            torch.save(state.optimizer, file)
         (aside / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
         write_manifest(aside)
 
@@ -131,7 +130,6 @@ def _like(tensor: Tensor, own: Tensor | None) -> Tensor:
     return tensor if own is None or own.shape != tensor.shape else cut_like(tensor, own)
 
 
-@dataclass
 class CheckpointWriter:
     """Writes in a thread, one job at a time: `start` waits for the job before.
 
@@ -139,10 +137,10 @@ class CheckpointWriter:
     main process starts jobs.
     """
 
-    run: RunFolder
-    failure: str | None = field(default=None, init=False)
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
-    _job: Future | None = field(default=None, init=False)
+    def __init__(self, run: RunFolder):
+        self.run, self.failure = run, ""
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._job: Future | None = None
 
     def start(self, step: int, write: Callable[[], None]) -> None:
         """Begin to write the state of `step`."""
@@ -166,20 +164,15 @@ class CheckpointWriter:
             self._job.result()  # before Python 3.13, a thread's `join` could not be called again after an interrupt
 
     def _work(self, step: int, write: Callable[[], None]) -> None:
-        self.failure = None
+        self.failure = ""
         try:
             write()
         except (*WRITE_ERRORS, UserError) as error:
             newest = max(self.run.list_checkpoints(), key=checkpoint_step, default=None)
             kept = f"{newest.name} is whole" if newest else "there is no earlier one"
             folder = self.run.checkpoint_path(step)
-            self.failure = f"the checkpoint {folder} could not be written ({first_line(_cause(error))}); {kept}"
+            cause: BaseException | None = error  # of torch's own error: the system's, such as a full disk's
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            self.failure = f"the checkpoint {folder} could not be written ({first_line(cause or error)}); {kept}"
             warn(f"{self.failure}; the run goes on")
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The system's error that caused torch's own, such as a full disk's; else `error` itself."""
-    before: BaseException | None = error
-    while before is not None and not isinstance(before, OSError):
-        before = before.__context__
-    return before or error

@@ -1,10 +1,7 @@
 """Everything that a recipe names for training, built once before the first step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +14,8 @@ from dic_repa.conditions import Condition, condition_of_data
 from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
+from dic_repa.evaluation.measuring import check_metrics
+from dic_repa.evaluation.runs import by_encoder
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.protocols import DataSet, Objective, Samples
@@ -32,12 +31,11 @@ from dic_repa.recipe.build import (
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runtime.precision import allow_tf32
 from dic_repa.runtime.processes import in_all_processes
+from dic_repa.sampling.load import Checkpoint
+from dic_repa.sampling.sampler import Sampler, check_sampling
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.optimizers import build_optimizer
 from dic_repa.training.sharding import shard, wants_sharding
-
-if TYPE_CHECKING:
-    from dic_repa.sampling.sampler import Sampler
 
 
 @dataclass
@@ -84,29 +82,29 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         data.with_images = any(encoder is not None for encoder in encoders)
     for encoder in encoders:
         cast_weights(encoder, settings.precision)
-    averages = build_averages(denoiser.to(device), settings)
-    ema = sampled_average(averages, recipe.sample.weights)
-    aligned, sharded = AlignedDenoiser(denoiser, alignments).to(device), wants_sharding(settings.sharding, accelerator)
+    averages, weights = build_averages(denoiser.to(device), settings), recipe.sample.weights
+    if weights not in (known := [RAW, *averages]):
+        raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
+    ema = averages["ema" if weights == RAW else weights]
+    model: nn.Module = AlignedDenoiser(denoiser, alignments).to(device)
     if settings.compile:
-        aligned.compile()
-    model: nn.Module = shard_parts(aligned, averages, accelerator) if sharded else aligned
-    optimizer = build_optimizer(recipe.optimizer, model.parameters())
-    model, optimizer = (
-        (model, accelerator.prepare_optimizer(optimizer)) if sharded else accelerator.prepare(model, optimizer)
-    )
+        model.compile()
+    if sharded := wants_sharding(settings.sharding, accelerator):
+        for average in averages.values():  # cut up in the same way as the model
+            shard(average.model, average.model, accelerator)
+        model = accelerator.prepare_model(shard(model, denoiser, accelerator), evaluation_mode=True)  # mixed precision
+        optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, model.parameters()))
+    else:
+        model, optimizer = accelerator.prepare(model, build_optimizer(recipe.optimizer, model.parameters()))
     sampler = None
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
-        from dic_repa.sampling.load import Checkpoint
-
         # Built now, so that a missing autoencoder stops the run before it starts, not at the first grid.
         # In float32 if it is sharded: a sharded model cannot be copied into another precision.
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
-        source = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition))
-        sampler = source.sampler(sample)
-    objective = build_objective(recipe.objective)
+        sampler = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition)).sampler(sample)
     return Parts(
-        condition, data, shape, objective, encoders, caches, denoiser, alignments, model, optimizer, ema, averages,
-        sampler, sharded,
+        condition, data, shape, build_objective(recipe.objective), encoders, caches, denoiser, alignments, model,
+        optimizer, ema, averages, sampler, sharded,
     )  # fmt: skip
 
 
@@ -127,27 +125,8 @@ def build_averages(denoiser: Pretrained, settings: TrainSection) -> dict[str, EM
     return averages | {f"ema-sigma_rel-{width:g}": PowerEMA(denoiser, width) for width in settings.power_ema}
 
 
-def sampled_average(averages: dict[str, EMA], weights: str) -> EMA:
-    """The average that `sample.weights` names; the first one if it names the model itself."""
-    known = [RAW, *averages]
-    if weights not in known:
-        raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
-    return averages["ema" if weights == RAW else weights]
-
-
-def shard_parts(model: AlignedDenoiser, averages: dict[str, EMA], accelerator: Accelerator) -> nn.Module:
-    """The model and its averages, cut up in the same way among the processes."""
-    for ema in averages.values():
-        shard(ema.model, ema.model, accelerator)
-    return accelerator.prepare_model(shard(model, model.denoiser, accelerator), evaluation_mode=True)  # mixed precision
-
-
 def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
     """Raise a UserError now if the recipe's sampling or evaluation would fail after days of training."""
-    from dic_repa.evaluation.measuring import check_metrics
-    from dic_repa.evaluation.runs import by_encoder
-    from dic_repa.sampling.sampler import check_sampling
-
     check_sampling(recipe.sample, objective)
     if recipe.evaluate:
         names = check_metrics(recipe.evaluate.names, recipe.evaluate.reference)

@@ -8,8 +8,8 @@ snapshots' profiles, by least squares, and the snapshots' weights are combined w
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,28 +24,24 @@ from dic_repa.runs.folder import RunFolder
 from dic_repa.training.ema import sigma_rel_to_gamma
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A stored average: its file, the steps behind it, and its width."""
+class Snapshot(NamedTuple):
+    """A stored average: the steps behind it, its width, and its file."""
 
-    path: Path
     step: int
     sigma_rel: float
+    path: Path
 
 
 def list_snapshots(run: RunFolder) -> list[Snapshot]:
-    """The run's snapshots, by step and width."""
+    """The run's snapshots, by step and width; a UserError if it has none."""
     found = []
     for path in run.snapshots.glob("*.safetensors"):
         if match := re.fullmatch(r"step_(\d+)-sigma_rel-([\d.e+-]+)", path.stem):
-            found.append(Snapshot(path, int(match[1]), float(match[2])))
-    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
-
-
-def no_snapshots(run: RunFolder) -> UserError:
-    """The error for a run without snapshots."""
-    settings = "train.power_ema=[0.05,0.1] and train.snapshot_every=STEPS"
-    return UserError(f"{run.path} has no snapshots; train with {settings} to make averages later")
+            found.append(Snapshot(int(match[1]), float(match[2]), path))
+    if not found:
+        settings = "train.power_ema=[0.05,0.1] and train.snapshot_every=STEPS"
+        raise UserError(f"{run.path} has no snapshots; train with {settings} to make averages later")
+    return sorted(found)
 
 
 def profile_products(steps_a: ArrayLike, gammas_a: ArrayLike, steps_b: ArrayLike, gammas_b: ArrayLike) -> np.ndarray:
@@ -73,13 +69,11 @@ def combination(steps: list[int], gammas: list[float], step: int, gamma: float) 
 def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:
     """The average of width `sigma_rel` after `step` steps, by default those of the last snapshot: tensors, and step."""
     snapshots, gamma = list_snapshots(run), sigma_rel_to_gamma(sigma_rel)
-    if not snapshots:
-        raise no_snapshots(run)
-    step = step or snapshots[-1].step
-    snapshots = [snapshot for snapshot in snapshots if snapshot.step <= step]
-    if not snapshots or snapshots[-1].step < step:
-        steps = sorted({snapshot.step for snapshot in list_snapshots(run)})
+    steps = sorted({snapshot.step for snapshot in snapshots})
+    step = step or steps[-1]
+    if step not in steps:
         raise UserError(f"{run.path} has no snapshot of step {step}; it has {', '.join(map(str, steps))}")
+    snapshots = [snapshot for snapshot in snapshots if snapshot.step <= step]
     gammas = [sigma_rel_to_gamma(snapshot.sigma_rel) for snapshot in snapshots]
     factors = combination([snapshot.step for snapshot in snapshots], gammas, step, gamma)
     total: dict[str, Tensor] = {}

@@ -37,35 +37,28 @@ class OfAccelerate:
     """A tracker that Accelerate knows by the `name` of its package; `options` go to it."""
 
     name: str
-    project = "dic-repa"  # under which W&B and trackio group runs
 
-    def __init__(self, run: RunFolder, id: str, resumed: bool, project: str = project, **options):
+    def __init__(self, run: RunFolder, id: str, resumed: bool, project: str = "dic-repa", **options):
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        kind = LOGGER_TYPE_TO_CLASS[self.name]
-        folder = {"logging_dir": str(run.path / "trackers")} if kind.requires_logging_directory else {}
-        self.tracker = kind(project, **folder, **self.started_with(run, id, resumed), **options)
-        getattr(self.tracker, "start", lambda: None)()  # earlier versions start by themselves
         self.resumed = resumed
+        self.tracker = LOGGER_TYPE_TO_CLASS[self.name](project, **self.started_with(run, id), **options)
+        getattr(self.tracker, "start", lambda: None)()  # earlier versions start by themselves
 
-    def started_with(self, run: RunFolder, id: str, resumed: bool) -> dict[str, Any]:
+    def started_with(self, run: RunFolder, id: str) -> dict[str, Any]:
         """What the package's own start takes."""
-        return {}
+        raise NotImplementedError
 
     def configure(self, values: Mapping[str, Any]) -> None:
-        """Log the recipe, flat."""
         self.tracker.store_init_configuration(dict(values))
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Log numbers of a step."""
         self.tracker.log(dict(values), step=step)
 
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """Log a picture of a step."""
         self.tracker.log_images({name: [picture]}, step=step)
 
     def finish(self) -> None:
-        """Close it."""
         self.tracker.finish()
 
 
@@ -74,6 +67,9 @@ class TensorBoard(OfAccelerate):
     """TensorBoard: event files in the run's folder trackers/."""
 
     name = "tensorboard"
+
+    def started_with(self, run: RunFolder, id: str) -> dict[str, Any]:
+        return {"logging_dir": str(run.path / "trackers")}
 
     def configure(self, values: Mapping[str, Any]) -> None:
         if not self.resumed:  # it would be shown twice
@@ -90,7 +86,7 @@ class WandB(OfAccelerate):
 
     name = "wandb"
 
-    def started_with(self, run: RunFolder, id: str, resumed: bool) -> dict[str, Any]:
+    def started_with(self, run: RunFolder, id: str) -> dict[str, Any]:
         return {"name": run.path.name, "dir": str(run.path), "id": id, "resume": "allow"}
 
 
@@ -100,8 +96,8 @@ class Trackio(OfAccelerate):
 
     name = "trackio"
 
-    def started_with(self, run: RunFolder, id: str, resumed: bool) -> dict[str, Any]:
-        return {"name": run.path.name, "resume": "allow" if resumed else "never"}
+    def started_with(self, run: RunFolder, id: str) -> dict[str, Any]:
+        return {"name": run.path.name, "resume": "allow" if self.resumed else "never"}
 
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
         import trackio  # Accelerate has no way of its own to its pictures
