@@ -6,6 +6,7 @@ only where a CPU gets through them in about half a minute.
 
 import shutil
 import statistics
+import threading
 import time
 from contextlib import nullcontext
 from math import ceil
@@ -38,7 +39,6 @@ from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
 from dic_repa.training.optimizers import state_bytes
 from dic_repa.training.parts import build_parts, check_sampling_and_evaluation
-from dic_repa.training.power import PowerMeter
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.step import TrainingStep
 
@@ -63,8 +63,13 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     LearningRate(recipe)
     notes: list[str] = []
     trial = with_random_data(recipe, notes)
-    if recipe.train.sample_every or (recipe.evaluate and recipe.evaluate.every):
-        note_missing_decoder(recipe, notes)
+    samples = recipe.train.sample_every or (recipe.evaluate and recipe.evaluate.every)
+    # An autoencoder that is not named is named by the data, if that is here.
+    if samples and (recipe.data.autoencoder or Path(recipe.data.place or ".").exists()):
+        try:
+            build_decoder(recipe.data)
+        except UserError as error:
+            notes.append(f"as it is here, training would not begin: {error}")
     if launched == 1:
         trial.train.batch_size //= processes
     shapes = build_shapes(trial)
@@ -76,16 +81,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
         "batch": {"global": recipe.train.batch_size, "of a process": share, "of a pass": share // passes},
         "parameters": shapes["parameters"],
         "gmacs": shapes["macs"] / 1e9,
-        "memory_estimate": estimate_memory(
-            shapes["model"],
-            objective,
-            sum(shapes["parameters"]["encoders"].values()),
-            shapes["tokens"],
-            (share // passes, *shapes["data"]),
-            recipe.train,
-            processes,
-            kept,
-        ),
+        "memory_estimate": estimate_memory(shapes, objective, recipe.train, processes, share // passes, kept),
         "disk": disk(recipe.train, kept, shapes["parameters"], Path(path)),
         "paper": paper(recipe),
     }
@@ -115,24 +111,14 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
         "image_size": traits.image_size or 1,
         **traits.condition.options(),
     }
-    update = {"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
-    trial.data = trial.data.model_copy(update=update)
+    data = {"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
+    trial.data = trial.data.model_copy(update=data)
     trial.train.sample_every, trial.evaluate = 0, None
     for section in trial.alignments:
         if section.cache:
             section.cache = False
             notes.append(f"{section.encoder} runs in these steps; in the run its tokens come from the cache")
     return trial
-
-
-def note_missing_decoder(recipe: Recipe, notes: list[str]) -> None:
-    """Note an autoencoder that is missing here, without which the run cannot draw its grids."""
-    if not recipe.data.autoencoder and not Path(recipe.data.place or ".").exists():
-        return  # the data, which is not here, will name it
-    try:
-        build_decoder(recipe.data)
-    except UserError as error:
-        notes.append(f"as it is here, training would not begin: {error}")
 
 
 def build_shapes(trial: Recipe) -> dict:
@@ -196,7 +182,7 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
                     torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - begin)
                 if step == 0:
-                    power.forget()  # it compiles, chooses algorithms and warms up
+                    power.samples.clear()  # it compiles, chooses algorithms and warms up
     except torch.OutOfMemoryError as error:
         fault = f"the step does not fit into the memory of {device_name(device)} ({first_line(error)})"
         hint = f"lower train.micro_batch (now {rows // passes}) or set train.gradient_checkpointing=true"
@@ -217,6 +203,35 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
         peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
         measured["memory"] = {"peak": peak, "total": total, "headroom": total - peak}
     return measured
+
+
+class PowerMeter:
+    """Measures the power of a GPU in a thread while it is open; `watts` is the mean, or None if it is not known."""
+
+    def __init__(self, device: torch.device, interval: float = 0.1):
+        self.device, self.interval = device, interval
+        self.samples: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "PowerMeter":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def watts(self) -> float | None:
+        return statistics.mean(self.samples) if self.samples else None
+
+    def _run(self) -> None:
+        while self.device.type == "cuda" and not self._stop.wait(self.interval):
+            try:
+                self.samples.append(torch.cuda.power_draw(self.device) / 1000)
+            except Exception:  # the driver's own: it does not report power, such as in some containers
+                return
 
 
 def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> None:

@@ -62,10 +62,11 @@ class EMA:
         mine, theirs = ([*_local(m.parameters()), *m.buffers()] for m in (self.model, denoiser))
         kept = [tensor.clone() for tensor in mine]
         try:
-            _copy(theirs, mine)
+            with torch.no_grad():
+                torch._foreach_copy_(mine, theirs)
             yield
         finally:
-            _copy(kept, mine)
+            torch._foreach_copy_(mine, kept)
 
 
 class PowerEMA(EMA):
@@ -88,12 +89,6 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
         raise UserError(f"sigma_rel lies above 0 and at most at {WIDEST} (the mean of all steps), not at {sigma_rel}")
     s = sigma_rel**-2
     return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
-
-
-@torch.no_grad()
-def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    for source, target in zip(sources, targets):
-        target.copy_(source)
 
 
 def _local(parameters) -> list[torch.Tensor]:

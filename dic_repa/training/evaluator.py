@@ -50,9 +50,6 @@ class Evaluator:
         wanted = section.best or self.judge.main
         self.score = self.judge.check(wanted) if wanted else None
 
-    def due(self, step: int) -> bool:
-        return bool(self.every) and (step % self.every == 0 or step == self.recipe.train.steps)
-
     def __call__(self, step: int) -> dict | None:
         """The record of the best checkpoint, for `RunFolder.mark_best`, if this step is it; else None."""
         from dic_repa.sampling.labels import draw_labels

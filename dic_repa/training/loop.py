@@ -157,7 +157,8 @@ class AfterStep:
     def __call__(self, step: int, stop: bool) -> None:
         """After `step` steps. A checkpoint is due with `stop`, and for the best score so far."""
         settings = self.recipe.train
-        best = self.evaluator(step) if self.evaluator.due(step) and not stop else None
+        judged = self.evaluator.every and self.due(step, self.evaluator.every)
+        best = self.evaluator(step) if judged and not stop else None
         checkpoint = stop or bool(best) or self.due(step, settings.checkpoint_every)
         snapshot = bool(settings.power_ema) and self.due(step, settings.snapshot_every)
         if checkpoint or snapshot:
@@ -165,7 +166,6 @@ class AfterStep:
         takes_part = self.accelerator.is_main_process or self.parts.sharded
         if takes_part and settings.sample_every and self.due(step, settings.sample_every):
             self.save_grid(step)
-            self.trackers.log_picture("samples", self.run.samples / f"step_{step:08d}.png", step)
 
     def due(self, step: int, every: int | None) -> bool:
         return step == self.recipe.train.steps or (every is not None and step % every == 0)
@@ -214,6 +214,7 @@ class AfterStep:
             save_side_by_side(grids, file) if len(grids) > 1 else save_picture(grids["averaged weights"], file)
         except (OSError, UserError) as error:
             warn(f"the grid of step {step} cannot be written ({getattr(error, 'strerror', error)})")
+        self.trackers.log_picture("samples", file, step)
 
     def stop_not_finite(self, verdict: Verdict) -> None:
         """End a run whose steps change nothing any more, and write the indices of their samples.

@@ -32,24 +32,16 @@ class FloatNorms(TorchFunctionMode):
 
 
 def estimate_memory(
-    model: AlignedDenoiser,
-    objective: Objective,
-    encoder_parameters: int,
-    tokens: list[tuple[int, int]],
-    shape: tuple[int, int, int, int],
-    settings: TrainSection,
-    processes: int = 1,
-    optimizer_bytes: float = 8.0,
+    shapes: dict, objective: Objective, settings: TrainSection, processes: int, rows: int, optimizer_bytes: float
 ) -> dict[str, int]:
     """Bytes by purpose, for one process.
 
     Args:
-        model: the denoiser with its heads, on the meta device; left on fake tensors.
-        encoder_parameters: of the frozen encoders, all of them.
-        tokens: (N, D) of each alignment's targets.
-        shape: of what one pass takes, (micro batch, C, H, W).
+        shapes: as `dry_run.build_shapes` returns them; the model is left on fake tensors.
+        rows: of one pass.
         optimizer_bytes: that the optimizer keeps for each weight; 8 are AdamW's two moments.
     """
+    model, mixed = shapes["model"], settings.precision != "no"
     weights = 4 * count_parameters(model)
     averages = 4 * count_parameters(model.denoiser) * (1 + len(settings.more_ema_decays) + len(settings.power_ema))
     sharded = settings.sharding != "none" and processes > 1
@@ -60,8 +52,8 @@ def estimate_memory(
         "exchange of gradients": weights if processes > 1 and not sharded else 0,
         "optimizer": int(optimizer_bytes * weights / 4) // share,
         "averages": averages // share,
-        "encoders": 4 * encoder_parameters,
-        "activations": activation_bytes(model, objective, tokens, shape, settings.precision != "no"),
+        "encoders": 4 * sum(shapes["parameters"]["encoders"].values()),
+        "activations": activation_bytes(model, objective, shapes["tokens"], (rows, *shapes["data"]), mixed),
     }
 
 

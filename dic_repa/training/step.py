@@ -23,20 +23,12 @@ from dic_repa.training.inputs import check_batch, process_rows, step_generator
 from dic_repa.training.optimizers import skips_on_device
 from dic_repa.training.parts import Parts
 
+Clock = Callable[[str], None]  # is called with a phase's name at its end
 LAG = 2  # steps after which a GPU has surely computed what `StepGuard` reads
 
 
-class Tokens(list):
-    """The encoders' tokens of one pass, (B, N, D) each; None where an alignment's schedule is at 0."""
-
-    def join(self) -> None:
-        """Wait for the tokens before they are used: on a GPU a second stream computes them."""
-        for tokens in self:
-            stream = None if tokens is None else side_stream(tokens.device)
-            if stream is not None:
-                current = torch.cuda.current_stream(tokens.device)
-                current.wait_stream(stream)
-                tokens.record_stream(current)
+def no_clock(phase: str) -> None:
+    """Takes no time."""
 
 
 class TrainingStep:
@@ -56,13 +48,12 @@ class TrainingStep:
         self.passes = check_batch(settings, accelerator.num_processes)
 
     def gradients(
-        self, batch: dict[str, Tensor], step: int, clock: Callable[[str], None] = lambda phase: None
+        self, batch: dict[str, Tensor], step: int, clock: Clock = no_clock
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Leave the gradients of step number `step` (from 0) with the parameters, clipped.
 
         Args:
             batch: this process's rows of the global batch, as the data set gives them.
-            clock: called with a phase's name at its end.
 
         Returns:
             The norm of the gradient before clipping, a scalar, and the losses of each pass: "loss", the sum that is
@@ -76,7 +67,7 @@ class TrainingStep:
                 out = parts.objective(parts.model, example)
                 denoising = out.loss.mean()
                 clock("forward")
-                tokens.join()
+                join(tokens)
                 aligned = [
                     alignment.loss(projection, target, out.time, scale)
                     for alignment, projection, target, scale in zip(
@@ -95,8 +86,10 @@ class TrainingStep:
         norm = accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf"))
         return getattr(norm, "full_tensor", lambda: norm)(), losses  # the whole norm, where the model is sharded
 
-    def inputs(self, batch: dict[str, Tensor], step: int, scales: list[float]) -> Iterator[tuple[Batch, Tokens]]:
-        """What each pass takes; an encoder is run where its schedule's scale is not 0.
+    def inputs(
+        self, batch: dict[str, Tensor], step: int, scales: list[float]
+    ) -> Iterator[tuple[Batch, list[Tensor | None]]]:
+        """What each pass takes, with each encoder's tokens (B, N, D), or None if its schedule's scale is 0.
 
         Random numbers are drawn for the global batch and then sliced: they are the same for any number of processes and
         passes.
@@ -113,13 +106,13 @@ class TrainingStep:
         drawn = {name: values[rows].chunk(self.passes) for name, values in draws.items()}
         cached = {name: batch[name].chunk(self.passes) for name in parts.caches}
         for k, (x, y, image) in enumerate(zip(*split)):
-            tokens = Tokens([None] * len(scales))
+            tokens: list[Tensor | None] = [None] * len(scales)
             for i, encoder in enumerate(parts.encoders):
                 if scales[i]:
                     tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encode(encoder, image, accelerator)
             yield Batch(x, y, {name: passes[k] for name, passes in drawn.items()}, parts.ema.model), tokens
 
-    def update(self, step: int, clock: Callable[[str], None] = lambda phase: None) -> None:
+    def update(self, step: int, clock: Clock = no_clock) -> None:
         """Change the weights by the gradients, and the averages by the weights."""
         self.parts.optimizer.step()
         self.parts.optimizer.zero_grad()
@@ -128,9 +121,7 @@ class TrainingStep:
             average.update(self.parts.denoiser, step + 1)
         clock("ema")
 
-    def __call__(
-        self, batch: dict[str, Tensor], step: int, clock: Callable[[str], None] = lambda phase: None
-    ) -> Tensor:
+    def __call__(self, batch: dict[str, Tensor], step: int, clock: Clock = no_clock) -> Tensor:
         """A whole step; the loss of its last pass."""
         _, losses = self.gradients(batch, step, clock)
         self.update(step, clock)
@@ -138,7 +129,7 @@ class TrainingStep:
 
 
 def encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
-    """The frozen encoder's tokens, in the run's mixed precision; on a GPU on a second stream, see `Tokens.join`."""
+    """The frozen encoder's tokens, in the run's mixed precision; on a GPU on a second stream, see `join`."""
     stream = side_stream(images.device)
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(images.device))
@@ -147,6 +138,15 @@ def encode(encoder, images: Tensor, accelerator: Accelerator) -> Tensor:
         with torch.inference_mode(), accelerator.autocast():
             tokens = encoder(unit_images(images))
         return tokens.clone()  # the loss keeps it for its backward pass, which takes no inference tensor
+
+
+def join(tokens: list[Tensor | None]) -> None:
+    """Wait for the tokens before they are used: on a GPU a second stream computes them."""
+    for each in tokens:
+        if each is not None and (stream := side_stream(each.device)):
+            current = torch.cuda.current_stream(each.device)
+            current.wait_stream(stream)
+            each.record_stream(current)
 
 
 @functools.lru_cache

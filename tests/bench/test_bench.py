@@ -23,7 +23,7 @@ from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import MARK
 from dic_repa.models import create_denoiser
-from dic_repa.training.power import PowerMeter
+from dic_repa.training.dry_run import PowerMeter
 
 CPU = torch.device("cpu")
 ORACLE = HELPERS / "oracle.py"
