@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.recipe import Recipe
+from dic_repa.recipe import EvaluateSection, Recipe
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.processes import on_main_process
@@ -28,25 +28,22 @@ class Evaluator:
 
     def __init__(self, recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator, trackers: Trackers):
         self.recipe, self.run, self.parts, self.accelerator = recipe, run, parts, accelerator
-        self.trackers = trackers
-        section = recipe.evaluate
+        self.trackers, section = trackers, recipe.evaluate
         self.every = section.every if section else 0
         self.best: dict | None = None  # kept here too: the newest best may not be on the disk yet
         if section and self.every:
             self.sample = recipe.sample.model_copy(update={"num": section.num or recipe.sample.num})
+            on_main_process(accelerator, lambda: self._prepare(section))
 
-    def prepare(self) -> None:
-        """Load judges and reference, in the main process; a UserError where something is missing or misspelt."""
-        section, sampler = self.recipe.evaluate, self.parts.sampler
-        if not self.every or section is None or sampler is None:
-            return
+    def _prepare(self, section: EvaluateSection) -> None:
+        """Load judges and reference; a UserError where something is missing or misspelt."""
         from dic_repa.evaluation.measuring import Judge
         from dic_repa.evaluation.runs import own_encoder
 
         device = self.accelerator.device
         self.judge = Judge(section.names, section.reference, device, own_encoder(self.recipe))
-        if self.judge.measure:
-            self.judge.measure.check_size(sampler.size())
+        if self.judge.measure and self.parts.sampler:
+            self.judge.measure.check_size(self.parts.sampler.size())
         wanted = section.best or self.judge.main
         self.score = self.judge.check(wanted) if wanted else None
 

@@ -33,7 +33,6 @@ from dic_repa.runtime.threads import describe_threads
 from dic_repa.training.parts import Parts
 from dic_repa.training.trackers import Trackers
 
-PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 PANELS = {  # of the loss curves: title and sign
     "denoising": ("denoising loss", 1.0),
     "token": ("similarity to the encoder", -1.0),
@@ -44,7 +43,7 @@ PANELS = {  # of the loss curves: title and sign
 def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator, passes: int, start: int) -> str:
     """The run as a table: device, denoiser, data, encoders, batch, steps and folder; `start` steps of it are done."""
     settings, data, processes = recipe.train, recipe.data, accelerator.num_processes
-    precision = PRECISIONS[settings.precision] + (", TF32" if settings.tf32 else "")
+    precision = settings.precision.replace("no", "float32") + (", TF32" if settings.tf32 else "")
     threads = f", {describe_threads()}" if accelerator.device.type == "cpu" else ""
     model = parts.ema.model
     if parts.sharded:  # then a process has only a part of it

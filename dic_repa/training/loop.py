@@ -73,10 +73,10 @@ def train(
         train_step, learning_rate = TrainingStep(parts, settings, accelerator), LearningRate(recipe)
         check_sampling_and_evaluation(recipe, parts.objective)
         evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
-        on_main_process(accelerator, evaluator.prepare)
 
-        checkpoint = open_run(stack, accelerator, run, recipe, resume, overwrite, allow_change)
-        on_main_process(accelerator, lambda: trackers.start(accelerator, run, recipe, resume))
+        opening = (stack, run, recipe, resume, overwrite, allow_change)
+        checkpoint = on_main_process(accelerator, lambda: open_run(*opening))
+        on_main_process(accelerator, lambda: trackers.start(run, recipe, resume))
         signals = stack.enter_context(stop_request())
         start = load_checkpoint(checkpoint, accelerator, parts) if checkpoint else 0
         if resume:
@@ -126,20 +126,15 @@ def start_accelerator(settings: TrainSection) -> Accelerator:
 
 
 def open_run(
-    stack: ExitStack, accelerator: Accelerator, run: RunFolder, recipe: Recipe, resume: bool, overwrite: bool,
-    allow_change: bool,
-) -> Path | None:  # fmt: skip
+    stack: ExitStack, run: RunFolder, recipe: Recipe, resume: bool, overwrite: bool, allow_change: bool
+) -> Path | None:
     """Lock the folder until `stack` ends, prepare it, and return the checkpoint to continue from."""
-
-    def prepare() -> Path | None:
-        run.claim()
-        stack.enter_context(locked(run.path))
-        if resume:
-            return run.resume(recipe, allow_change)
-        run.create(recipe, overwrite)
-        return None
-
-    return on_main_process(accelerator, prepare)
+    run.claim()
+    stack.enter_context(locked(run.path))
+    if resume:
+        return run.resume(recipe, allow_change)
+    run.create(recipe, overwrite)
+    return None
 
 
 @dataclass

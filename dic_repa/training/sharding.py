@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dic_repa.errors import UserError
 
@@ -69,13 +70,10 @@ def to_cpu(tree: Any, keep: bool) -> Any:
 
     All processes must call it with the same tree, since they exchange the shards of each tensor.
     """
-    if isinstance(tree, Tensor):
-        tensor: Any = tree.detach()
-        if hasattr(tensor, "full_tensor"):
-            tensor = tensor.full_tensor()
-        return tensor.to("cpu", copy=True) if keep else None
-    if isinstance(tree, dict):
-        return {key: to_cpu(value, keep) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(to_cpu(value, keep) for value in tree)
-    return tree
+
+    def copied(tensor: Any) -> Tensor | None:
+        tensor = tensor.detach()
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return whole.to("cpu", copy=True) if keep else None
+
+    return tree_map_only(Tensor, copied, tree)

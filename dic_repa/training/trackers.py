@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from PIL import Image
 
 from dic_repa.errors import UserError, first_line
@@ -135,9 +134,9 @@ class Trackers:
         self._list_files()
         self.open = []
 
-    def start(self, accelerator: Accelerator, run: RunFolder, recipe: Recipe, resumed: bool = False) -> None:
-        """Open the recipe's; a UserError for one that does not start."""
-        if not (recipe.train.trackers and accelerator.is_main_process):
+    def start(self, run: RunFolder, recipe: Recipe, resumed: bool) -> None:
+        """In the main process, open the recipe's; a UserError for one that does not start."""
+        if not recipe.train.trackers:
             return
         self.folders = [run.path / "trackers", run.path / "wandb"]
         self.before = {*self._files()}

@@ -4,6 +4,7 @@ python -m dic_repa.training.train_digits encoder    `digits-vit`, which the deno
 python -m dic_repa.training.train_digits judge      the classifier that scores samples
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -40,12 +41,7 @@ def training_options(out: str, epochs: int, rate: float, seed: int) -> Callable:
         click.option("--seed", type=int, default=seed),
     )
 
-    def decorate(function):
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+    return lambda function: functools.reduce(lambda command, option: option(command), reversed(options), function)
 
 
 @main.command("encoder")
