@@ -114,9 +114,10 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
             if not is_main_process():
                 return
             click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
-            judged = show_results(run, settings)
-            if judged:
-                trackers.log_final(judged.scores, judged.picture, judged.step)
+            if judged := show_results(run, settings):
+                scores = {k: v for k, v in judged.scores.items() if isinstance(v, int | float) and "count" not in k}
+                trackers.log({f"final/{name}": score for name, score in scores.items()}, judged.step, "final")
+                trackers.log_picture("final/samples", judged.picture, judged.step)
     except Preempted as reason:
         if is_main_process():
             begun = (path / "recipe.yaml").is_file()

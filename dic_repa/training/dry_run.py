@@ -4,11 +4,12 @@ No data set is needed, and nothing is written. Without a GPU the memory is estim
 only where a CPU gets through them in about half a minute.
 """
 
+import contextlib
 import shutil
 import statistics
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.conditions import create_condition
+from dic_repa.encoders import create_encoder
+from dic_repa.encoders.families import FAMILIES
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
@@ -123,8 +126,6 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
 
 def build_shapes(trial: Recipe) -> dict:
     """The denoiser with its heads on the meta device, and what else can be known from it."""
-    from dic_repa.encoders import create_encoder
-
     size, data = trial.data.size, trial.data.options
     condition = create_condition(data["num_classes"], data.get("condition"))
     with torch.device("meta"):
@@ -134,7 +135,7 @@ def build_shapes(trial: Recipe) -> dict:
     image_size = (data["image_size"],) * 2
     for section in trial.alignments:
         options = random_weights(section)
-        with torch.device("meta") if options else nullcontext():
+        with torch.device("meta") if options else contextlib.nullcontext():
             encoder = create_encoder(section.encoder, **(options or section.encoder_options))
         grid = encoder.token_grid(image_size)
         tokens.append((grid[0] * grid[1], encoder.embed_dim))
@@ -153,8 +154,6 @@ def build_shapes(trial: Recipe) -> dict:
 
 def random_weights(section: AlignmentSection) -> dict | None:
     """The options that give the encoder random weights; None if it is not one of timm's, which have them."""
-    from dic_repa.encoders.families import FAMILIES
-
     if section.encoder not in FAMILIES and not section.encoder.startswith("timm:"):
         return None
     return {key: value for key, value in section.encoder_options.items() if key != "weights"} | {"pretrained": False}
@@ -164,7 +163,14 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
     """The steps themselves: seconds, memory and power."""
     device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
     for section in trial.alignments:
-        use_weights_that_are_here(section, notes)
+        options = random_weights(section)
+        if options is None or section.encoder_options.get("pretrained") is False:
+            continue
+        try:
+            create_encoder(section.encoder, **section.encoder_options)
+        except UserError as error:  # its weights are not here and cannot be fetched; the speed is the same
+            section.encoder_options = options
+            notes.append(f"{section.encoder} has random weights here ({first_line(error)})")
     passes = check_batch(trial.train, accelerator.num_processes)
     rows = trial.train.batch_size // accelerator.num_processes
     try:
@@ -174,7 +180,7 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
         train_step = TrainingStep(parts, trial.train, accelerator)
         batch = {k: v.to(device) for k, v in default_collate([parts.data[i] for i in range(rows)]).items()}
         seconds = []
-        with PowerMeter(device) as power:
+        with sampled_power(device) as watts:
             for step in range(STEPS):
                 begin = time.perf_counter()
                 loss = train_step(batch, step)
@@ -182,7 +188,7 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
                     torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - begin)
                 if step == 0:
-                    power.samples.clear()  # it compiles, chooses algorithms and warms up
+                    watts.clear()  # it compiles, chooses algorithms and warms up
     except torch.OutOfMemoryError as error:
         fault = f"the step does not fit into the memory of {device_name(device)} ({first_line(error)})"
         hint = f"lower train.micro_batch (now {rows // passes}) or set train.gradient_checkpointing=true"
@@ -190,14 +196,14 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
     if not torch.isfinite(loss):
         raise UserError(f"the loss of the random batch is {loss.item()}; try train.precision=no")
     step_seconds = statistics.median(seconds[1:])
-    left = settings.steps * step_seconds
+    left, power = settings.steps * step_seconds, statistics.mean(watts) if watts else None
     measured: dict[str, Any] = {
         "first_step_seconds": seconds[0],
         "steps_per_second": 1 / step_seconds,
         "images_per_second": settings.batch_size / step_seconds,
         "hours_to_the_end": left / 3600,
-        "watts": power.watts,
-        "kwh_to_the_end": power.watts and power.watts * left * processes / 3.6e6,
+        "watts": power,
+        "kwh_to_the_end": power and power * left * processes / 3.6e6,
     }
     if on_gpu:
         peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
@@ -205,47 +211,26 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
     return measured
 
 
-class PowerMeter:
-    """Measures the power of a GPU in a thread while it is open; `watts` is the mean, or None if it is not known."""
+@contextlib.contextmanager
+def sampled_power(device: torch.device, interval: float = 0.1) -> Iterator[list[float]]:
+    """While entered, a thread adds a GPU's power in watts to the list, which stays empty where it is not known."""
+    watts: list[float] = []
+    left = threading.Event()
 
-    def __init__(self, device: torch.device, interval: float = 0.1):
-        self.device, self.interval = device, interval
-        self.samples: list[float] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "PowerMeter":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def watts(self) -> float | None:
-        return statistics.mean(self.samples) if self.samples else None
-
-    def _run(self) -> None:
-        while self.device.type == "cuda" and not self._stop.wait(self.interval):
+    def sample() -> None:
+        while device.type == "cuda" and not left.wait(interval):
             try:
-                self.samples.append(torch.cuda.power_draw(self.device) / 1000)
+                watts.append(torch.cuda.power_draw(device) / 1000)
             except Exception:  # the driver's own: it does not report power, such as in some containers
                 return
 
-
-def use_weights_that_are_here(section: AlignmentSection, notes: list[str]) -> None:
-    """Leave an encoder's weights random, and note it, where they cannot be fetched: the speed is the same."""
-    from dic_repa.encoders import create_encoder
-
-    options = random_weights(section)
-    if options is None or section.encoder_options.get("pretrained") is False:
-        return
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
     try:
-        create_encoder(section.encoder, **section.encoder_options)
-    except UserError as error:
-        section.encoder_options = options
-        notes.append(f"{section.encoder} has random weights here ({first_line(error)})")
+        yield watts
+    finally:
+        left.set()
+        thread.join()
 
 
 def disk(settings: TrainSection, optimizer_bytes: float, parameters: dict, path: Path) -> dict:

@@ -91,8 +91,7 @@ class MetricLog:
     ):
         self.run, self.accelerator, self.settings, self.trackers = run, accelerator, settings, trackers
         self.start = start
-        self.sums: dict[str, Tensor] = {}
-        self.steps: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # of the finite values and of their steps, (2,)
         self.images, self.pause, self.wait = 0, 0.0, 0.0
         self.unwritten = ""  # lines that could not be written yet because the disk was full
 
@@ -134,18 +133,17 @@ class MetricLog:
         share = 1 / len(losses)
         for name, value in ((name, value.float()) for each in losses for name, value in each.items()):
             finite = value.isfinite()
-            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0) * share
-            self.steps[name] = self.steps.get(name, 0) + finite * share  # an alignment may stop between log steps
+            # Steps are counted for each name: an alignment may stop between log steps.
+            self.sums[name] = self.sums.get(name, 0) + torch.stack([value.where(finite, 0), finite.float()]) * share
         self.bar.update()
         self.images += self.settings.batch_size
         if step % self.settings.log_every and step != self.settings.steps:
             return
-        both = torch.stack([torch.stack([*self.sums.values()]), torch.stack([*self.steps.values()])])
-        sums, steps = self.accelerator.reduce(both, "sum").tolist()
+        sums = self.accelerator.reduce(torch.stack([*self.sums.values()]), "sum").tolist()
         seconds = time.perf_counter() - self.since - self.pause
         record = {
             "step": step,
-            **{name: total / count if count else None for name, total, count in zip(self.sums, sums, steps)},
+            **{name: total / count if count else None for name, (total, count) in zip(self.sums, sums)},
             "gradient_norm": float(norm) if math.isfinite(norm) else None,
             "learning_rate": learning_rate,
             "images_per_second": round(self.images / seconds, 2),
@@ -153,8 +151,7 @@ class MetricLog:
             "skipped": skipped,
             "seconds": round(seconds, 3),
         }
-        self.sums, self.steps = {}, {}
-        self.images, self.pause, self.wait, self.since = 0, 0.0, 0.0, time.perf_counter()
+        self.sums, self.images, self.pause, self.wait, self.since = {}, 0, 0.0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
             self._write(record)
 

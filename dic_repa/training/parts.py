@@ -19,7 +19,7 @@ from dic_repa.evaluation.runs import by_encoder
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.protocols import DataSet, Objective, Samples
-from dic_repa.recipe import Recipe, TrainSection
+from dic_repa.recipe import Recipe
 from dic_repa.recipe.build import (
     build_alignment,
     build_dataset,
@@ -82,7 +82,11 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         data.with_images = any(encoder is not None for encoder in encoders)
     for encoder in encoders:
         cast_weights(encoder, settings.precision)
-    averages, weights = build_averages(denoiser.to(device), settings), recipe.sample.weights
+    denoiser.to(device)
+    decays = {"ema": settings.ema_decay, **{f"ema-{decay:g}": decay for decay in settings.more_ema_decays}}
+    averages = {name: EMA(denoiser, decay, settings.ema_warmup) for name, decay in decays.items()}
+    averages |= {f"ema-sigma_rel-{width:g}": PowerEMA(denoiser, width) for width in settings.power_ema}
+    weights = recipe.sample.weights
     if weights not in (known := [RAW, *averages]):
         raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
     ema = averages["ema" if weights == RAW else weights]
@@ -116,13 +120,6 @@ def cast_weights(encoder, precision: str) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(dtype)
-
-
-def build_averages(denoiser: Pretrained, settings: TrainSection) -> dict[str, EMA]:
-    """The averages of the weights that the recipe asks for, by the names of their folders in a checkpoint."""
-    decays = {"ema": settings.ema_decay, **{f"ema-{decay:g}": decay for decay in settings.more_ema_decays}}
-    averages = {name: EMA(denoiser, decay, settings.ema_warmup) for name, decay in decays.items()}
-    return averages | {f"ema-sigma_rel-{width:g}": PowerEMA(denoiser, width) for width in settings.power_ema}
 
 
 def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:

@@ -34,13 +34,7 @@ def no_clock(phase: str) -> None:
 class TrainingStep:
     """A step in one process of several: its share of the global batch, in one or several passes.
 
-    Args:
-        parts: the model with its heads, objective, encoders, optimizer and averages.
-        settings: of the recipe's `train` section, the sizes of batch and pass among them.
-        accelerator: the processes and the precision.
-
-    Raises:
-        UserError: where the batch does not divide among processes and passes.
+    A UserError where the batch does not divide among processes and passes.
     """
 
     def __init__(self, parts: Parts, settings: TrainSection, accelerator: Accelerator):

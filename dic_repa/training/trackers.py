@@ -183,12 +183,6 @@ class Trackers:
                 picture = image.convert("RGB")
             self._each(lambda tracker: tracker.log_picture(name, picture, step))
 
-    def log_final(self, scores: dict, picture: Path, step: int) -> None:
-        """Log the scores of the samples at the end, and their picture."""
-        numbers = {f"final/{k}": v for k, v in scores.items() if isinstance(v, int | float) and "count" not in k}
-        self.log(numbers, step, "final")
-        self.log_picture("final/samples", picture, step)
-
     def _is_news(self, kind: str, step: int) -> bool:
         if not self.open or step <= self.told.get(kind, -1):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 
 import pytest
@@ -23,7 +24,7 @@ from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import MARK
 from dic_repa.models import create_denoiser
-from dic_repa.training.dry_run import PowerMeter
+from dic_repa.training.dry_run import sampled_power
 
 CPU = torch.device("cpu")
 ORACLE = HELPERS / "oracle.py"
@@ -249,12 +250,14 @@ def test_clocks_in_their_units_and_why_there_are_none(monkeypatch):
     assert read_clocks(gpu) == {"clocks": "unknown (nvidia-ml-py does not seem to be installed)"}
 
 
-def test_power_is_a_mean_in_watts(monkeypatch):
+def test_power_is_sampled_in_watts(monkeypatch):
     draws = iter([100_000, 300_000])  # mW; then the driver tells no more
     monkeypatch.setattr(torch.cuda, "power_draw", lambda _device: next(draws))
-    with PowerMeter(torch.device("cuda"), interval=0.001) as meter:
-        meter._thread.join()
-    assert meter.watts == 200
-    with PowerMeter(CPU) as meter:
+    before = set(threading.enumerate())
+    with sampled_power(torch.device("cuda"), interval=0.001) as watts:
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+    assert watts == [100, 300]
+    with sampled_power(CPU) as watts:
         pass
-    assert meter.watts is None
+    assert watts == []
