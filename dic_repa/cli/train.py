@@ -205,7 +205,10 @@ def dry_run_text(report: dict) -> str:
     ]
     if "steps_per_second" in report:
         speed = f"{report['steps_per_second']:.3g} steps/s, {report['images_per_second']:.4g} images/s "
-        rows.append(("speed", f"{speed}(the first step took {report['first_step_seconds']:.1f} s){_scaling(report)}"))
+        speed += f"(the first step took {report['first_step_seconds']:.1f} s)"
+        if report["processes"] != report["launched"]:
+            speed += f"; one process measured, {report['processes']} assumed as fast, their exchange not counted"
+        rows.append(("speed", speed))
         energy = report["kwh_to_the_end"]
         spent = f"{energy:.4g} kWh at {report['watts']:.0f} W a GPU" if energy else "energy not measured"
         rows.append(("to the end", f"{_duration(report['hours_to_the_end'])}, {spent}"))
@@ -229,12 +232,6 @@ def _memory(report: dict) -> str:
     size = next((size for size in GPU_SIZES if MARGIN * total <= size * GIB), None)
     fits = f"a GPU of {size} GiB should do" if size else "more than one GPU has: lower train.micro_batch"
     return f"about {_gib(total)} of a GPU, an ESTIMATE from shapes ({parts}); {fits}"
-
-
-def _scaling(report: dict) -> str:
-    if report["processes"] == report["launched"]:
-        return ""
-    return f"; one process measured, {report['processes']} assumed as fast, their exchange not counted"
 
 
 def _paper(paper: dict | None) -> list[tuple[str, str]]:

@@ -110,7 +110,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
     groups = parts.optimizer.state_dict()["param_groups"]  # the recipe's, which may have been changed
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     # The step's count has no parameter's shape, and is left as it is.
-    state = {i: {name: _like(value, parameters[i]) for name, value in kept.items()} for i, kept in saved.items()}
+    state = {i: {name: cut_like(value, parameters[i]) for name, value in kept.items()} for i, kept in saved.items()}
     if kind == type(parts.optimizer.optimizer).__name__:
         parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
     elif accelerator.is_main_process:
@@ -122,12 +122,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
 
 def _load(module: nn.Module, folder: Path) -> None:
     own, tensors = module.state_dict(), read_tensors(folder / "model.safetensors")[0]
-    fits = {name: _like(tensor, own.get(name)) for name, tensor in tensors.items()}
-    load_weights(module, fits, folder)
-
-
-def _like(tensor: Tensor, own: Tensor | None) -> Tensor:
-    return tensor if own is None or own.shape != tensor.shape else cut_like(tensor, own)
+    load_weights(module, {name: cut_like(tensor, own.get(name)) for name, tensor in tensors.items()}, folder)
 
 
 class CheckpointWriter:

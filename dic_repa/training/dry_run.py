@@ -215,10 +215,10 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
 def sampled_power(device: torch.device, interval: float = 0.1) -> Iterator[list[float]]:
     """While entered, a thread adds a GPU's power in watts to the list, which stays empty where it is not known."""
     watts: list[float] = []
-    left = threading.Event()
+    done = threading.Event()
 
     def sample() -> None:
-        while device.type == "cuda" and not left.wait(interval):
+        while device.type == "cuda" and not done.wait(interval):
             try:
                 watts.append(torch.cuda.power_draw(device) / 1000)
             except Exception:  # the driver's own: it does not report power, such as in some containers
@@ -229,7 +229,7 @@ def sampled_power(device: torch.device, interval: float = 0.1) -> Iterator[list[
     try:
         yield watts
     finally:
-        left.set()
+        done.set()
         thread.join()
 
 

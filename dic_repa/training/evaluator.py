@@ -11,11 +11,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.evaluation.measuring import Judge
+from dic_repa.evaluation.metrics import title
+from dic_repa.evaluation.runs import Judgement, own_encoder
 from dic_repa.recipe import EvaluateSection, Recipe
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.processes import on_main_process
 from dic_repa.runtime.progress import say, warn
+from dic_repa.sampling.labels import draw_labels
 from dic_repa.training.parts import Parts
 from dic_repa.training.trackers import Trackers
 
@@ -37,9 +41,6 @@ class Evaluator:
 
     def _prepare(self, section: EvaluateSection) -> None:
         """Load judges and reference; a UserError where something is missing or misspelt."""
-        from dic_repa.evaluation.measuring import Judge
-        from dic_repa.evaluation.runs import own_encoder
-
         device = self.accelerator.device
         self.judge = Judge(section.names, section.reference, device, own_encoder(self.recipe))
         if self.judge.measure and self.parts.sampler:
@@ -49,8 +50,6 @@ class Evaluator:
 
     def __call__(self, step: int) -> dict | None:
         """The record of the best checkpoint, for `RunFolder.mark_best`, if this step is it; else None."""
-        from dic_repa.sampling.labels import draw_labels
-
         labels = draw_labels(self.recipe, self.parts.condition, self.sample)
         with self.parts.ema.raw(self.parts.denoiser) if self.sample.weights == RAW else nullcontext():
             levels = self._sample(labels)
@@ -70,9 +69,6 @@ class Evaluator:
         return in_order[: len(labels)]
 
     def _judge(self, step: int, images: Tensor, labels: Tensor) -> dict | None:
-        from dic_repa.evaluation.metrics import title
-        from dic_repa.evaluation.runs import Judgement
-
         judged = Judgement(self.run.path, step, self.recipe, self.sample)
         try:
             judged.scores = self.judge(images, labels)

@@ -52,12 +52,10 @@ def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accele
     cost = measure_cost(model, data.size)
     place, size = f" in {data.path}" if data.path else "", " x ".join(map(str, parts.shape))
     share = settings.batch_size // processes
+    costs = f"{cost.parameters / 1e6:.4g} M parameters, {cost.macs / 1e9:.4g} GMACs an image"
     rows = [
         ("device", f"{device_name(accelerator.device)}, {precision}{threads}"),
-        (
-            "denoiser",
-            f"{recipe.model.name}, {cost.parameters / 1e6:.4g} M parameters, {cost.macs / 1e9:.4g} GMACs an image",
-        ),
+        ("denoiser", f"{recipe.model.name}, {costs}"),
         ("data", f"{data.name}{place}, {len(parts.data):,} samples of {size}, {parts.condition.describe()}"),
     ]
     for section in recipe.alignments:
@@ -102,9 +100,8 @@ class MetricLog:
             with contextlib.suppress(OSError, ValueError):
                 sessions = json.loads(self.run.environment_file.read_text())
             write_whole(self.run.environment_file, json.dumps([*sessions, environment], indent=2) + "\n")
-        quiet = not self.accelerator.is_main_process
-        steps, name = self.settings.steps, self.run.path.name
-        self.bar = progress_bar(total=steps, initial=self.start, unit="step", desc=name, disable=quiet)
+        shown = {"unit": "step", "desc": self.run.path.name, "disable": not self.accelerator.is_main_process}
+        self.bar = progress_bar(total=self.settings.steps, initial=self.start, **shown)
         self.since = time.perf_counter()
         return self
 
@@ -118,13 +115,11 @@ class MetricLog:
 
     def waiting(self, batches: Iterator) -> Iterator:
         """The same batches; the time until each arrives counts as waiting."""
-        while True:
-            begin = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
+        begin = time.perf_counter()
+        for batch in batches:
             self.wait += time.perf_counter() - begin
             yield batch
+            begin = time.perf_counter()
 
     def step(
         self, step: int, losses: list[dict[str, Tensor]], norm: Tensor, learning_rate: float, skipped: int

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.pictures import draw_grid, save_picture, save_side_by_side
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.folders import note_current_folder
 from dic_repa.runs.folder import RunFolder
@@ -21,6 +22,7 @@ from dic_repa.runs.lock import locked
 from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.processes import on_main_process, start_processes
 from dic_repa.runtime.progress import say, warn
+from dic_repa.sampling.labels import balanced_labels
 from dic_repa.training.checkpoint import (
     CheckpointWriter,
     copy_state,
@@ -187,9 +189,6 @@ class AfterStep:
 
         While the average is far behind, samples of the weights themselves are shown beside them.
         """
-        from dic_repa.files.pictures import draw_grid, save_picture, save_side_by_side
-        from dic_repa.sampling.labels import balanced_labels
-
         parts = self.parts
         assert parts.sampler is not None  # there is one wherever train.sample_every is set
         shown = max(1, min(10, parts.condition.count))

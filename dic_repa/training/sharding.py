@@ -47,17 +47,14 @@ def shard(model: nn.Module, denoiser: Any, accelerator: Accelerator) -> Any:
 
 def stages(model: nn.Module) -> list[list[nn.Module]]:
     """The innermost module lists with parameters: DiC's encoder, middle and decoder stages; a transformer's blocks."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    return [
-        list(members)
-        for members in lists
-        if not any(isinstance(inner, nn.ModuleList) for member in members for inner in member.modules())
-        and any(True for _ in members.parameters())
-    ]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and [*module.parameters()]]
+    return [list(each) for each in lists if sum(isinstance(inner, nn.ModuleList) for inner in each.modules()) == 1]
 
 
 def cut_like(tensor: Tensor, like: Any) -> Tensor:
-    """`tensor`, which every process has, cut up and laid out in memory as `like` is."""
+    """`tensor`, which every process has, cut up and laid out in memory as `like` is, if that has its shape."""
+    if like is None or like.shape != tensor.shape:
+        return tensor
     if not hasattr(like, "device_mesh"):
         return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     from torch.distributed.tensor import distribute_tensor

@@ -140,18 +140,17 @@ class Trackers:
             return
         self.folders = [run.path / "trackers", run.path / "wandb"]
         self.before = {*self._files()}
-        self.file, id = run.path / "trackers" / "told.json", secrets.token_hex(4)
+        self.file, self.id = run.path / "trackers" / "told.json", secrets.token_hex(4)
         if resumed:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of a run that had no trackers yet
                 kept = json.loads(self.file.read_text())
-                id, self.told = str(kept["id"]), {name: int(step) for name, step in kept["told"].items()}
-        self.id = id
+                self.id, self.told = str(kept["id"]), {name: int(step) for name, step in kept["told"].items()}
         config = {key: value if isinstance(value, int | float | str | bool) else str(value)
                   for key, value in _flat(recipe.model_dump(mode="json"))}  # fmt: skip
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 for spec in recipe.train.trackers:
-                    self.open.append(trackers.create(spec, run, id, bool(self.told)))
+                    self.open.append(trackers.create(spec, run, self.id, bool(self.told)))
                     self.open[-1].configure(config)
         except UserError:
             raise
