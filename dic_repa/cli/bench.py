@@ -2,16 +2,15 @@
 
 import functools
 import json
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
-from dic_repa.cli.options import Command, Count, json_option, option_group, set_option
-from dic_repa.errors import UserError, first_line, is_main_process, unknown_name
+from dic_repa.cli.options import PATH, Command, Count, Several, json_option, option_group, set_option
+from dic_repa.errors import UserError, first_line, is_main_process
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, begin_folder, check_file, check_folder
 from dic_repa.recipe import load_training_recipe
@@ -58,13 +57,17 @@ def _check(_context, option: click.Parameter, path: Path | None) -> Path | None:
     return path
 
 
-_PATH = click.Path(path_type=Path)
+_PRECISIONS = Several(click.Choice(["fp32", "tf32", "bf16", "fp16"]))
+_LAYOUTS = Several(click.Choice(["channels_last", "contiguous"]))
+_GUIDANCE = Several(click.Choice(["doubled", "one-by-one"]))
+_OF_PAPER = Several(click.Choice(["bf16", "tf32", "fp32"]))
+_PARTS = Several(click.Choice(["forward", "train", "sample"]))
 _DEVICE = click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]")
 _ROUNDS = click.option("--rounds", type=Count(1), default=7, help="How often each case is measured.")
 
 
 def measuring_options(
-    compile_modes: Collection[str] = ("off", "default", "reduce-overhead", "max-autotune"),
+    compile_modes: Sequence[str] = ("off", "default", "reduce-overhead", "max-autotune"),
     batch: str = "32",
     cpu_batch: str = "8",
 ) -> Callable:
@@ -76,14 +79,16 @@ def measuring_options(
         batch, cpu_batch: The default of --batch, on a GPU and on a CPU.
     """
 
+    sizes, modes = Several(Count(1)), Several(click.Choice(compile_modes))
+
     def decorate(verb: Callable[..., tuple[str, dict]]) -> Callable:
         @option_group(
             "What is compared",
-            click.option("--batch", help=f"Batch sizes.  [default: {batch} on a GPU, {cpu_batch} on a CPU]"),
-            click.option("--precision", default="fp32", help="fp32, tf32, bf16, fp16, or several: bf16,tf32."),
             click.option(
-                "--compile", "modes", default="off", help=f"{', '.join(compile_modes)}, or several: off,default."
+                "--batch", type=sizes, help=f"Batch sizes.  [default: {batch} on a GPU, {cpu_batch} on a CPU]"
             ),
+            click.option("--precision", type=_PRECISIONS, default="fp32", help="One or several."),
+            click.option("--compile", "modes", type=modes, default="off", help="One or several."),
             click.option(
                 "--baseline",
                 multiple=True,
@@ -100,36 +105,23 @@ def measuring_options(
         @option_group(
             "What is written",
             json_option(),
-            click.option("--chart", type=_PATH, callback=_check, help="A bar chart: a PNG file."),
-            click.option("--out", type=_PATH, callback=_check, help="Save the result: a JSON file."),
+            click.option("--chart", type=PATH, callback=_check, help="A bar chart: a PNG file."),
+            click.option("--out", type=PATH, callback=_check, help="Save the result: a JSON file."),
         )
         @functools.wraps(verb)
         def measure(*, device, precision, modes, baseline, rounds, seconds, as_json, chart, out, **options):
             from dic_repa.bench.device import find_device
-
-            found = find_device(device)
-            compiles = listed(modes, compile_modes, "compile mode")
-            sizes = listed(options.pop("batch") or (cpu_batch if found.type == "cpu" else batch))
-            if not all(re.fullmatch(r"0*[1-9]\d*", size) for size in sizes):
-                raise UserError(f"--batch takes numbers of images, such as 1,32, not '{','.join(sizes)}'")
             from dic_repa.bench.timing import Settings
 
-            settings = Settings(found, listed(precision), compiles, [*map(int, sizes)], baseline, rounds, seconds)
+            found = find_device(device)
+            batches = options.pop("batch") or sizes(cpu_batch if found.type == "cpu" else batch)
+            settings = Settings(found, precision, modes, batches, baseline, rounds, seconds)
             title, result = verb(settings=settings, **options)
             _finish(result, as_json, out, chart, title)
 
         return measure
 
     return decorate
-
-
-def listed(text: str, known: Collection[str] | None = None, kind: str = "") -> list[str]:
-    """'a,b' as ['a', 'b']; a UserError for one that is not `known`."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if known is not None and name not in known:
-            raise unknown_name(kind, name, known)
-    return names
 
 
 def _finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, title: str) -> None:
@@ -159,7 +151,7 @@ def _finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, t
 @command.command("model", cls=Command)
 @click.argument("names", nargs=-1, required=True)
 @click.option("--size", type=Count(4), default=32, help="Height and width of the latent.")
-@click.option("--layout", default="channels_last", help="channels_last, contiguous: of the weights.")
+@click.option("--layout", type=_LAYOUTS, default="channels_last", help="Of the weights; one or several.")
 @click.option("--no-peak", is_flag=True, help="Do not measure the device's peak.")
 @measuring_options(batch="1,32", cpu_batch="1,8")
 def model(names, size, layout, no_peak, settings):
@@ -178,10 +170,9 @@ def model(names, size, layout, no_peak, settings):
       dic-repa bench model DiC-XL SiT-XL/2 --batch 1,32,128 --precision bf16,tf32 --compile off,default
       dic-repa bench model DiC-S --baseline tests/helpers/oracle.py:PlainDiC
     """
-    from dic_repa.bench.model import LAYOUTS, bench_model
+    from dic_repa.bench.model import bench_model
 
-    layouts = listed(layout, LAYOUTS, "layout")
-    return f"forward pass at {size}x{size}", bench_model(names, settings, layouts, size, peaks=not no_peak)
+    return f"forward pass at {size}x{size}", bench_model(names, settings, layout, size, peaks=not no_peak)
 
 
 @command.command("train", cls=Command)
@@ -210,7 +201,7 @@ def train(recipes, overrides, settings):
 @command.command("sample", cls=Command)
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @set_option("the recipes")
-@click.option("--guidance", default="doubled", help="doubled (batch), one-by-one, or both: doubled,one-by-one.")
+@click.option("--guidance", type=_GUIDANCE, default="doubled", help="Both predictions in one batch, or one by one.")
 @measuring_options()
 def sample(recipes, overrides, guidance, settings):
     """The whole sampler of training recipes with random weights: all steps, guidance, and decoding to images.
@@ -224,22 +215,22 @@ def sample(recipes, overrides, guidance, settings):
       dic-repa bench sample dic-xl-urepa --set sample.steps=250 --set sample.solver=euler_maruyama \\
         --precision bf16,tf32 --compile off,reduce-overhead --batch 32
     """
-    from dic_repa.bench.sample import GUIDANCE, bench_sample
+    from dic_repa.bench.sample import bench_sample
 
     if settings.baselines:
         raise click.UsageError("--baseline is for `bench model` and `bench train`")
-    return "sampling", bench_sample(recipes, settings, overrides, listed(guidance, GUIDANCE, "way of guidance"))
+    return "sampling", bench_sample(recipes, settings, overrides, guidance)
 
 
 @command.command("paper")
-@click.option("--out", type=_PATH, default="bench", help="Folder for results.")
+@click.option("--out", type=PATH, default="bench", help="Folder for results.")
 @click.option("--small", is_flag=True, help="The same measurements with small models: minutes on a CPU.")
 @_DEVICE
 @click.option("--baseline", default="tests/helpers/oracle.py:PlainDiC", help="The plain DiC to compare with.")
-@click.option("--only", default="forward,train,sample", help="Which parts to measure.")
-@click.option("--precision", help="Which precisions.  [default: bf16,tf32; with --small bf16,fp32]")
+@click.option("--only", type=_PARTS, default="forward,train,sample", help="Which parts to measure.")
+@click.option("--precision", type=_OF_PAPER, help="Which precisions.  [default: bf16,tf32; with --small bf16,fp32]")
 @_ROUNDS
-def paper(out: Path, small: bool, device: str | None, baseline: str, only: str, precision: str | None, rounds: int):
+def paper(out: Path, small: bool, device: str | None, baseline: str, only: list[str], precision, rounds: int):
     """All measurements that compare with the papers' speed, in one go.
 
     Each part in each precision has a JSON file and a bar chart, written as soon as it is measured, so that a GPU lent
@@ -258,11 +249,11 @@ def paper(out: Path, small: bool, device: str | None, baseline: str, only: str, 
     from dic_repa.bench.device import find_device
     from dic_repa.bench.paper import FULL, SMALL, measure_paper
 
-    found, parts, known = find_device(device), listed(only, FULL, "part"), ("bf16", "fp32" if small else "tf32")
+    found = find_device(device)
     if found.type != "cuda" and not small:
         raise UserError("models of full size need a GPU; take --small, which runs on a CPU")
-    plan = {part: how for part, how in (SMALL if small else FULL).items() if part in parts}
-    precisions = listed(precision, known, "precision") if precision else known
+    plan = {part: how for part, how in (SMALL if small else FULL).items() if part in only}
+    precisions = precision or ("bf16", "fp32" if small else "tf32")
     for name, result in measure_paper(found, plan, precisions, baseline, rounds):
         if is_main_process():
             if not check_folder(out, "measurements"):

@@ -77,6 +77,9 @@ class Several(click.ParamType):
     def __init__(self, one: Any):
         self.one = click.types.convert_type(one)
 
+    def get_metavar(self, *arguments: Any, **given: Any) -> str:  # which ones depends on click's release
+        return f"{self.one.get_metavar(*arguments, **given) or self.one.name.upper()},..."
+
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> list:
         return [self.one(part.strip(), parameter, context) for part in value.split(",")]
 

@@ -37,6 +37,7 @@ def _pair(text: str) -> tuple[float, float]:
     click.option("--scales", type=Several(float), default="1,1.25,1.5,1.75,2,2.5", help="Guidance scales to try."),
     click.option(
         "--intervals",
+        metavar="LOW:HIGH,...",
         type=Several(_pair),
         default="0:0.5,0:0.7,0:0.85,0:1,0.2:0.8",
         help="Intervals of t to try (0 data, 1 noise).",

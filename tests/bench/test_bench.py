@@ -140,8 +140,8 @@ def test_a_part_of_the_papers_measurements_alone(tmp_path, monkeypatch, mistake)
     assert sorted(file.name for file in tmp_path.glob("*/*.json")) == [
         "forward-bf16.json", "sample-bf16.json", "train-bf16.json",
     ]  # fmt: skip
-    assert "did you mean train" in mistake(*paper, "--only=trian")
-    assert "did you mean bf16 or fp32" in mistake(*paper, "--precision=fp16")
+    assert "is not one of 'forward', 'train', 'sample'" in mistake(*paper, "--only=trian")
+    assert "'bf15' is not one of 'fp32', 'tf32', 'bf16', 'fp16' or fp32" in mistake(*paper, "--precision=fp16")
 
 
 def test_command(tmp_path, monkeypatch, capsys):
@@ -167,7 +167,9 @@ def test_a_full_gpu_is_told_in_a_line(mistake, monkeypatch):
 def test_mistakes(mistake, tmp_path):
     (tmp_path / "mine.py").write_text("class Plain: ...\n")
     assert "did you mean DiC-S" in mistake("bench", "model", "DiC-Z")
-    assert "did you mean bf16" in mistake("bench", "model", "DiC-S", "--precision=bf15")
+    assert "'bf15' is not one of 'fp32', 'tf32', 'bf16', 'fp16'" in mistake(
+        "bench", "model", "DiC-S", "--precision=bf15"
+    )
     assert "tf32 is a precision of NVIDIA GPUs" in mistake(
         "bench", "model", "DiC-S", "--precision=tf32", "--device=cpu"
     )
@@ -175,8 +177,10 @@ def test_mistakes(mistake, tmp_path):
     assert "there is no device 'gpu' to measure" in mistake("bench", "model", "DiC-S", "--device=gpu")
     if not torch.cuda.is_available():
         assert "take --small" in mistake("bench", "paper")
-    assert "--batch takes numbers of images" in mistake("bench", "model", "DiC-S", "--batch=one")
-    assert "did you mean reduce-overhead" in mistake("bench", "sample", "digits-urepa", "--compile=reduce-overhed")
+    assert "takes whole numbers from 1, not 'one'" in mistake("bench", "model", "DiC-S", "--batch=one")
+    assert "'reduce-overhed' is not one of 'off', 'default', 'reduce-overhead'" in mistake(
+        "bench", "sample", "digits-urepa", "--compile=reduce-overhed"
+    )
     assert "needs a GPU" in mistake("bench", "train", "digits-urepa", "--precision=fp16", "--device=cpu")
     with pytest.raises(UserError, match="no file nowhere"):
         load_factory("nowhere.py:Plain")
