@@ -11,7 +11,7 @@ import torch
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.cli import main
-from dic_repa.cli.dry_run import _paper
+from dic_repa.cli.train import _paper
 from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.recipe import ModelSection, Recipe, SamplingRecipe, list_paper_rows, list_recipes, load_recipe

@@ -295,5 +295,5 @@ def test_examples_of_a_file_are_checked(tmp_path):
     with pytest.raises(UserError, match="conditioned on 10 classes"):
         read_examples(ClassLabels(10), good)
     file.write_text("no array")
-    with pytest.raises(UserError, match="no array of numpy's format"):
+    with pytest.raises(UserError, match="is not an array of numpy's format"):
         read_examples(condition, file)
