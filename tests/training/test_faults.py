@@ -412,7 +412,7 @@ def test_a_loader_process_obeys_its_parent_alone():
     assert worker.exitcode == 0
 
 
-def test_an_interrupt_leaves_what_is_being_written_whole(tmp_path):
+def test_an_interrupt_leaves_what_is_being_written_whole(tmp_path, request):
     begun, written = threading.Event(), []
 
     def write() -> None:
@@ -425,6 +425,9 @@ def test_an_interrupt_leaves_what_is_being_written_whole(tmp_path):
         time.sleep(0.2)  # the main thread waits by now
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell that runs the tests in the background ignores interrupts, and so do its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     threading.Thread(target=interrupt).start()
     with contextlib.suppress(KeyboardInterrupt), CheckpointWriter(RunFolder(tmp_path)) as writer:
         writer.start(1, write)
