@@ -56,10 +56,11 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "s
 @click.option("--quiet", is_flag=True, help="Only results, warnings and errors: no header, bars or notes.")
 @click.option("--verbose", is_flag=True, help="More details, and what the libraries log.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(**_flags: bool):
+@click.option("--limit", metavar="NAME=VALUE", multiple=True, help="Raise a limit that an error has named; repeatable.")
+def cli(**_options):
     """Train DiC with U-REPA, sample from it, and measure the samples.
 
-    --quiet, --verbose and --debug may stand anywhere on the line.
+    These options may stand anywhere on the line.
 
     \b
     Examples:
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in flags
     try:
         _set_verbosity(flags)
-        arguments = [argument for argument in arguments if argument not in FLAGS]
+        arguments = _take_limits([argument for argument in arguments if argument not in FLAGS])
         sys.exit(cli.main(arguments, prog_name="dic-repa", standalone_mode=False) or 0)
     except (UserError, click.ClickException, OSError) as error:
         # A group without a verb; click has this error since 8.2.
@@ -107,6 +108,23 @@ def _set_verbosity(flags: set[str]) -> None:
     if flags >= {"--quiet", "--verbose"}:
         raise click.UsageError("--quiet and --verbose exclude each other")
     set_verbosity("quiet" if "--quiet" in flags else "verbose" if "--verbose" in flags else "normal")
+
+
+def _take_limits(arguments: list[str]) -> list[str]:
+    """Set the limits of `--limit NAME=VALUE`, wherever it stands, and return the other arguments."""
+    from dic_repa.limits import lift_limits
+
+    others, given = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == "--limit":
+            given.append(next(words, ""))
+        elif word.startswith("--limit="):
+            given.append(word.partition("=")[2])
+        else:
+            others.append(word)
+    lift_limits(given)
+    return others
 
 
 def _message(error: Exception) -> str:
