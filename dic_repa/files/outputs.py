@@ -11,6 +11,7 @@ a file that no marker lists and that has no mark.
 import contextlib
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -23,6 +24,7 @@ MARKER = ".dic-repa.jsonl"
 AUTHORS_FILES = (".pt", ".pth", ".safetensors")  # endings of files in the layout of the authors' code
 MARK = "written-by-dic-repa"
 ASIDE = ".writing-"  # how the names of unfinished files and folders begin
+LOCK = f"{ASIDE}lock"  # in a folder, while a command fills it
 KINDS = {
     "run": "a run",
     "checkpoint": "a checkpoint",
@@ -46,11 +48,13 @@ class Marker:
     pictures: int = 0
 
     def __contains__(self, name: str) -> bool:
+        if name in (MARKER, LOCK):
+            return True
         folder, _, last = name.rpartition("/")
         name = f"{folder}/{last.removeprefix(ASIDE)}".lstrip("/")  # what a kill has left unfinished
         stem, _, ending = name.partition(".")
         picture = ending == "png" and stem.isdecimal() and f"{int(stem):06d}" == stem and int(stem) < self.pictures
-        return picture or name in self.names or name == MARKER
+        return picture or name in self.names
 
 
 def check_file(path: str | Path) -> None:
@@ -183,7 +187,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
     Files that are not ours stay too; with `warn`, standard error names them.
     """
     marker = read_marker(folder) or Marker("")
-    pictures = [name for name in os.listdir(folder) if name in marker and name != MARKER]
+    pictures = [name for name in os.listdir(folder) if name in marker and name not in (MARKER, LOCK)]
     for name in {*marker.names, *pictures}.difference(keep):
         parents = [folder / parent for parent in list(PurePosixPath(name).parents)[:-1]]
         if any(parent.is_symlink() for parent in parents):
@@ -191,6 +195,8 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
         for place in (folder / name, (folder / name).with_name(f"{ASIDE}{PurePosixPath(name).name}")):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 mode = place.lstat().st_mode
+                if place.name == LOCK:  # of the command that removes
+                    continue
                 if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                     place.unlink()
                 elif stat.S_ISDIR(mode) and read_marker(place):
@@ -206,12 +212,20 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
         print(f"left {count} not dic-repa's in {folder}: {first_few(left, 5)}", file=sys.stderr)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a writer that was killed has left unfinished in one of our folders, and in those inside it."""
+    for left in [*folder.glob(f"{ASIDE}*"), *folder.glob(f"*/{ASIDE}*")]:
+        if left.name != LOCK and is_listed(left):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
 def remove_folder(folder: Path) -> None:
     """Remove what the marker of one of our folders lists, and the folder if nothing else is in it."""
     if read_marker(folder) is None:
         return
     remove_listed(folder)
-    (folder / MARKER).unlink(missing_ok=True)
+    for name in (MARKER, LOCK):
+        (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # what is not ours is left in it
         folder.rmdir()
 

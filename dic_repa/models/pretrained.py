@@ -12,6 +12,7 @@ from dic_repa.conditions import Condition, create_condition
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside, write_whole
 from dic_repa.files.hub import offline_without_network
+from dic_repa.files.manifest import MANIFEST, check_whole, write_manifest
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.weights import load_weights, read_tensors, save_tensors
 
@@ -49,16 +50,19 @@ class Pretrained(nn.Module):
             block.gradient_checkpointing = enabled
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, a new one or one that this has made before.
+        """Write config.json, model.safetensors and a manifest of them into `folder`, a new one or one that this has
+        made before.
 
         A UserError where the folder holds anything else.
         """
         folder = Path(folder)
         if check_folder(folder, "model") is None:
-            begin_folder(folder, "model", [CONFIG, WEIGHTS])
+            begin_folder(folder, "model", [CONFIG, WEIGHTS, MANIFEST])
+        (folder / MANIFEST).unlink(missing_ok=True)  # killed from here on, it says nothing that is not so
         write_whole(folder / CONFIG, json.dumps({"model": type(self).__name__, **self.config}, indent=2) + "\n")
         with write_aside(folder / WEIGHTS) as aside:
             save_tensors(self.state_dict(), aside)
+        write_manifest(folder, [CONFIG, WEIGHTS])
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, **overrides) -> Self:
@@ -68,6 +72,8 @@ class Pretrained(nn.Module):
         A UserError says what is missing or does not fit.
         """
         config_file, weights_file = _locate(path_or_hub_id)
+        if Path(path_or_hub_id).is_dir():
+            check_whole(Path(path_or_hub_id))
         kind, config = _read_config(config_file)
         if kind != cls.__name__:
             raise UserError(f"{config_file} describes a {kind or 'model of unknown kind'}, not a {cls.__name__}")

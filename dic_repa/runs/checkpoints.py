@@ -1,6 +1,7 @@
 """The checkpoints in a run's folder: which there are, the newest whole one, the best, and which are removed.
 
-A checkpoint is a folder that is renamed once it is whole; its manifest shows whether it still is.
+A checkpoint is a folder that is renamed once it is whole; its manifest shows whether it still is, and which run and
+step it belongs to.
 """
 
 import contextlib
@@ -12,9 +13,10 @@ from pathlib import Path
 
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.manifest import MANIFEST, find_damage, read_manifest
 from dic_repa.files.outputs import MARKER, Marker, is_listed, read_marker, remove_folder, write_marker
-from dic_repa.runs.manifest import MANIFEST, find_damage
 
+RUN_ID = "run.json"
 RAW = "raw"  # the name of the weights themselves, among those of their averages
 CHECKPOINT_FILES = (MANIFEST, "state.json", "model.safetensors")
 _IN_A_CHECKPOINT = re.compile(
@@ -38,7 +40,7 @@ class Checkpoints:
         """
         damages: dict[Path, str] = {}
         for folder in sorted(self.list_checkpoints(), key=checkpoint_step, reverse=True):
-            damage = find_damage(folder, part)
+            damage = find_damage(folder, part) or find_stranger(folder)
             if damage is None:
                 for damaged, why in damages.items():
                     print(f"warning: {damaged} is damaged: {why}; taking {folder.name}", file=sys.stderr)
@@ -96,6 +98,26 @@ class Checkpoints:
             link.unlink(missing_ok=True)
             link.symlink_to(self.checkpoint_path(record["step"]).name, target_is_directory=True)
             os.replace(link, self.checkpoints / "best")
+
+
+def find_stranger(checkpoint: Path) -> str | None:
+    """Where a checkpoint came from, in a few words, if its manifest names another run or step than its place does."""
+    checkpoint, belongs = checkpoint.resolve(), read_manifest(checkpoint)
+    named = re.fullmatch(r"step_(\d+)", checkpoint.name)
+    if named and belongs.get("step") not in (None, int(named[1])):
+        return f"it is the checkpoint of step {str(belongs['step'])[:20]}"
+    run = read_run_id(checkpoint.parents[1]) if checkpoint.parent.name == "checkpoints" else None
+    if None not in (run, belongs.get("run")) and run != belongs["run"]:
+        return "it is a checkpoint of another run"
+    return None
+
+
+def read_run_id(run: Path) -> str | None:
+    """What the manifests of the checkpoints of `run` call it; None for a run that an earlier version began."""
+    try:
+        return str(json.loads((run / RUN_ID).read_bytes())["id"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def checkpoint_step(folder: Path) -> int:

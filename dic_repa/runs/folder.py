@@ -3,7 +3,7 @@
     recipe.yaml         the recipe, resolved            metrics.jsonl   one line per log step
     environment.json    versions, git state, machine    samples/        grids of samples over training
     checkpoints/        step_00001000/, ..., best       snapshots/      averages to combine after the run
-    curves.png          the loss curves                 lock            while a run is at work here
+    curves.png          the loss curves                 run.json        the run's id, which its checkpoints name
 
 `runs.checkpoints` finds the whole checkpoints, `runs.environment` makes the content of environment.json.
 """
@@ -14,15 +14,15 @@ import contextlib
 import difflib
 import json
 import re
-import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.manifest import MANIFEST, find_damage
 from dic_repa.files.outputs import (
-    ASIDE,
     MARKER,
     Marker,
     begin_folder,
@@ -30,14 +30,14 @@ from dic_repa.files.outputs import (
     foreign,
     is_listed,
     read_marker,
+    remove_leftovers,
     remove_listed,
     write_marker,
 )
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 from dic_repa.recipe.files import read_recipe
 from dic_repa.recipe.keys import ABSENT, differences
-from dic_repa.runs.checkpoints import Checkpoints, checkpoint_step
-from dic_repa.runs.manifest import MANIFEST, find_damage
+from dic_repa.runs.checkpoints import RUN_ID, Checkpoints, checkpoint_step, find_stranger
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
 _HARMLESS = set(
@@ -54,6 +54,7 @@ class RunFolder(Checkpoints):
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.recipe_file = self.path / "recipe.yaml"
+        self.id_file = self.path / RUN_ID
         self.environment_file = self.path / "environment.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.curves_file = self.path / "curves.png"
@@ -85,7 +86,7 @@ class RunFolder(Checkpoints):
             raise UserError(f"{taken[0]} is in the way of a new run, and not of the old one; move it, or remove it")
 
     def claim(self) -> None:
-        """Mark the folder as a run's, so that `lock` can be made in it; a run that is there stays as it is."""
+        """Mark the folder as a run's; a run that is there stays as it is."""
         if read_marker(self.path) is not None:
             return
         names = self._own_names()
@@ -102,9 +103,10 @@ class RunFolder(Checkpoints):
         """Make the folder for a new run, if `check_new` allows it. Files that no run made stay in it."""
         self.check_new(overwrite)
         if self.path.exists():
-            remove_listed(self.path, keep=("lock",))
+            remove_listed(self.path)
         begin_folder(self.path, "run", self._own_names())
-        self.save_recipe(recipe)  # first: killed from here on, it can be resumed
+        write_whole(self.id_file, json.dumps({"id": uuid.uuid4().hex}) + "\n")
+        self.save_recipe(recipe)  # killed from here on, it can be resumed
         self._make_folders()
 
     def save_recipe(self, recipe: Recipe) -> None:
@@ -117,8 +119,8 @@ class RunFolder(Checkpoints):
 
     def _files(self) -> list[Path]:
         """The single files of a run."""
-        names = ("lock", "not_finite.json", "checkpoints/best", "checkpoints/best.json")
-        known = [self.recipe_file, self.environment_file, self.metrics_file, self.curves_file]
+        names = ("not_finite.json", "checkpoints/best", "checkpoints/best.json")
+        known = [self.recipe_file, self.id_file, self.environment_file, self.metrics_file, self.curves_file]
         return [*known, *(self.path / name for name in names)]
 
     def _own_names(self) -> list[str]:
@@ -167,14 +169,14 @@ class RunFolder(Checkpoints):
         done = self._check_steps(newest, recipe.train.steps)
         for folder in self.list_checkpoints():
             if checkpoint_step(folder) > done:
+                if why := find_stranger(folder):
+                    raise UserError(f"{folder} is in the way: {why}; move it out of {self.checkpoints}")
                 self.remove_checkpoint(folder)
         for snapshot in self.snapshots.glob("step_*"):
             named = re.match(r"step_(\d+)", snapshot.name)
             if named and is_listed(snapshot) and int(named[1]) > done:
                 snapshot.unlink()
-        for left in [*self.path.glob(f"{ASIDE}*"), *self.path.glob(f"*/{ASIDE}*")]:  # of a run that was killed
-            if is_listed(left):
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        remove_leftovers(self.path)
         self._make_folders()
         self._cut_metrics(done)
         return newest

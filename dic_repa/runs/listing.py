@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.lock import holder
+from dic_repa.files.manifest import find_damage
+from dic_repa.files.outputs import LOCK
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runs.lock import holder
-from dic_repa.runs.manifest import find_damage
 
 TAIL = 1 << 16  # bytes of metrics.jsonl's end that are looked at
 LINES = 5  # of them give the speed
 # A folder with two of these is a run, whatever else is missing.
-_PARTS = ("recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "lock")
+_PARTS = ("recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", LOCK)
 _TAKES_A_VALUE = ("--out", "--set", "--processes")  # of the options of `train`
 
 
@@ -81,7 +82,7 @@ def _fill(summary: RunSummary, run: RunFolder) -> None:
     recipe = RunFolder.open(run.path).recipe()
     summary.steps = recipe.train.steps
     summary.recipe = summary.recipe or f"{recipe.model.name} on {recipe.data.name}"
-    if owner := holder(run.path):
+    if owner := holder(run.path / LOCK):
         summary.state, summary.why = "running", owner
     elif checkpoints:
         if damage := find_damage(checkpoints[-1], thorough=False):

@@ -7,6 +7,7 @@ import torch
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
+from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import AUTHORS_FILES, MARK
 from dic_repa.files.weights import WRITE_ERRORS, save_tensors
 from dic_repa.models import forward_on_meta, load_authors_checkpoint, load_denoiser
@@ -109,3 +110,4 @@ def _write_folder(model: Pretrained, target: Path, recipe: str | None, recipe_fi
             (aside / "recipe.yaml").write_text(text, encoding="utf-8")
         if data:
             data.write(aside)
+        write_manifest(aside)

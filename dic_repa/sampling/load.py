@@ -14,15 +14,15 @@ from torch import Tensor
 from dic_repa.conditions import ClassLabels, Condition, class_labels, condition_of_model
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean, unknown_name
+from dic_repa.files.manifest import MANIFEST, check_whole, find_damage
 from dic_repa.files.pictures import to_pil
 from dic_repa.files.weights import load_weights, read_tensors, weights_fingerprint
 from dic_repa.models import load_denoiser
 from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, import_plugins
-from dic_repa.runs.checkpoints import RAW
+from dic_repa.runs.checkpoints import RAW, find_stranger
 from dic_repa.runs.folder import RunFolder, suggest_runs
-from dic_repa.runs.manifest import MANIFEST, find_damage
 from dic_repa.runtime.progress import detail
 from dic_repa.sampling import override_sampling
 from dic_repa.sampling.labels import draw_labels
@@ -149,7 +149,7 @@ def load(
 
 
 def weights_folder(path: str | Path) -> Path:
-    """The folder of the weights that `load` takes from `path`."""
+    """The folder of the weights that `load` takes from `path`; a UserError if they are damaged."""
     path = Path(path)
     if path.is_file():
         raise UserError(f"{path} is a file; {_folder_of(path)}")
@@ -164,7 +164,11 @@ def weights_folder(path: str | Path) -> Path:
         folder = newest
     average = folder / "ema"
     is_average = average.is_dir() and not (average / "checkpoints").is_dir()  # that would be a run of this name
-    return average if is_average else folder
+    found = average if is_average else folder
+    check_whole(found)
+    if stranger := find_stranger(checkpoint_of(found)):
+        raise UserError(f"{checkpoint_of(found)} is not what its place says: {stranger}; move it to where it belongs")
+    return found
 
 
 def checkpoint_of(weights: Path) -> Path:

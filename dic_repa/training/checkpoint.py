@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
+from dic_repa.files.manifest import write_manifest
 from dic_repa.files.weights import WRITE_ERRORS, load_weights, read_tensors, save_tensors
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import Recipe, to_yaml
-from dic_repa.runs.checkpoints import checkpoint_step
+from dic_repa.runs.checkpoints import checkpoint_step, read_run_id
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runs.manifest import write_manifest
 from dic_repa.runtime.progress import say, warn
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.parts import Parts
@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
         with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not report a full disk
             torch.save(state.optimizer, file)
         (aside / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
-        write_manifest(aside)
+        write_manifest(aside, run=read_run_id(folder.parents[1]), step=state.step)
 
 
 def write_snapshots(run: RunFolder, state: TrainingState, averages: dict[str, EMA]) -> None:

@@ -14,11 +14,11 @@ from accelerate.state import AcceleratorState
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.lock import locked
 from dic_repa.files.pictures import draw_grid, save_picture, save_side_by_side
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.folders import note_current_folder
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runs.lock import locked
 from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.processes import on_main_process, start_processes
 from dic_repa.runtime.progress import say, warn
@@ -131,8 +131,8 @@ def open_run(
     stack: ExitStack, run: RunFolder, recipe: Recipe, resume: bool, overwrite: bool, allow_change: bool
 ) -> Path | None:
     """Lock the folder until `stack` ends, prepare it, and return the checkpoint to continue from."""
-    run.claim()
     stack.enter_context(locked(run.path))
+    run.claim()
     if resume:
         return run.resume(recipe, allow_change)
     run.create(recipe, overwrite)

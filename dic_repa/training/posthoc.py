@@ -18,8 +18,10 @@ from torch import Tensor
 from dic_repa.data.saved import DATA_FILE
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
+from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import check_folder
 from dic_repa.files.weights import WRITE_ERRORS, read_tensors, save_tensors
+from dic_repa.runs.checkpoints import read_run_id
 from dic_repa.runs.folder import RunFolder
 from dic_repa.training.ema import sigma_rel_to_gamma
 
@@ -101,6 +103,7 @@ def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: in
                 if (file := newest / "ema" / name).is_file():  # older checkpoints have no data.json
                     shutil.copyfile(file, aside / name)
             save_tensors(tensors, aside / "model.safetensors", {"post-hoc EMA": json.dumps(made)})
+            write_manifest(aside, run=read_run_id(run.path), step=step)
     except WRITE_ERRORS as error:
         raise UserError(f"{folder} could not be written ({first_line(error)})") from None
     return step

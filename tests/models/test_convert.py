@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from small_runs import full_disk
 
 from dic_repa.cli import main
+from dic_repa.files.manifest import write_manifest
 from dic_repa.models import DiC, create_denoiser
 from dic_repa.recipe import load_recipe, to_yaml
-from dic_repa.runs.manifest import write_manifest
 from dic_repa.sampling.convert import load_any
 
 AUTHORS = DATA / "authors_dic_tiny.safetensors"

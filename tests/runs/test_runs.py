@@ -14,13 +14,14 @@ from small_runs import metrics, small_run
 
 from dic_repa.cli import cli
 from dic_repa.errors import UserError
+from dic_repa.files.lock import holder, locked
+from dic_repa.files.outputs import LOCK
 from dic_repa.runs import RunFolder
-from dic_repa.runs.lock import holder, locked
 
 HOLD = """
 import sys
 from pathlib import Path
-from dic_repa.runs.lock import locked
+from dic_repa.files.lock import locked
 with locked(Path(sys.argv[1])):
     print(flush=True)
     input()
@@ -110,7 +111,7 @@ def test_a_run_that_goes_on_is_named_with_its_process(runs):
     assert run["why"].startswith(f"process {process.pid} on ")
     assert listed(folder)[0]["state"] == "stopped"
     with locked(folder):  # looking at a lock of one's own does not lose it
-        assert holder(folder) is not None
+        assert holder(folder / LOCK) is not None
         assert subprocess.run([sys.executable, "-c", HOLD, folder], capture_output=True, input=b"").returncode == 1
 
 

@@ -17,11 +17,12 @@ from places import SCRIPTS
 from small_runs import assert_same, metrics, small_recipe, small_run, weights
 
 from dic_repa.errors import UserError
+from dic_repa.files.manifest import find_damage, write_manifest
 from dic_repa.files.outputs import MARKER
 from dic_repa.models import DiC
 from dic_repa.runs import RunFolder
 from dic_repa.runs.checkpoints import CHECKPOINT_FILES
-from dic_repa.runs.manifest import find_damage, write_manifest
+from dic_repa.sampling.convert import convert
 from dic_repa.sampling.load import checkpoint_of, load, weights_folder
 from dic_repa.training import EMA, train
 from dic_repa.training.checkpoint import CheckpointWriter
@@ -95,6 +96,83 @@ def test_damage_outside_a_part_does_not_matter_to_it(copy):
     assert copy.newest_checkpoint("ema").name == "step_00000008"
     flip_a_bit(copy.checkpoint_path(8) / "ema/model.safetensors")
     assert copy.newest_checkpoint("ema").name == "step_00000004"
+
+
+def zero_a_half(file):
+    half = file.stat().st_size // 2
+    file.write_bytes(file.read_bytes()[:half] + bytes(file.stat().st_size - half))
+
+
+@pytest.mark.parametrize("part", ["", "ema"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        flip_a_bit,
+        zero_a_half,
+        lambda file: shutil.copy(str(file).replace("_00000008", "_00000004"), file),
+        lambda file: flip_a_bit(file.with_name("data.json")),
+        lambda file: (file.parents[1] / "manifest.json").unlink(),
+    ],
+)
+def test_a_checkpoint_that_is_named_is_checked_as_one_that_is_found(copy, part, change):
+    named = copy.checkpoint_path(8) / part
+    assert load(named).source == copy.checkpoint_path(8) / "ema"
+    change(copy.checkpoint_path(8) / "ema/model.safetensors")
+    for read in (load, lambda path: DiC.from_pretrained(path / ("" if part else "ema"))):
+        with pytest.raises(UserError, match=r"step_00000008 is damaged: .*; take another checkpoint, or restore"):
+            read(named)
+
+
+def test_a_checkpoint_of_another_step_or_run_is_noticed(copy, tmp_path, capsys):
+    four, eight = copy.checkpoint_path(4), copy.checkpoint_path(8)
+    shutil.rmtree(eight)
+    shutil.copytree(four, eight)
+    with pytest.raises(UserError, match="step_00000008 is not what its place says: it is the checkpoint of step 4;"):
+        load(eight)
+    assert load(copy.path).source == four / "ema"
+    assert "step_00000008 is damaged: it is the checkpoint of step 4; taking step_00000004" in capsys.readouterr().err
+    shutil.rmtree(eight)
+    other = small_run(tmp_path / "other", "train.seed=1", "train.steps=8")
+    shutil.copytree(other.checkpoint_path(8), eight)
+    with pytest.raises(UserError, match="it is a checkpoint of another run"):
+        load(eight / "ema")
+    with pytest.raises(UserError, match=r"step_00000008 is in the way: .* another run; move it out of"):
+        train(small_recipe(), copy.path, resume=True)
+    assert find_damage(eight) is None  # it may be the only one that its owner has
+    eight.rename(tmp_path / "elsewhere")
+    load(tmp_path / "elsewhere")
+
+
+def test_what_an_earlier_version_wrote_is_taken(copy):
+    """Without an id of the run, or run and step in a manifest."""
+    copy.id_file.unlink()
+    assert load(copy.path).source.parent == copy.checkpoint_path(8)
+    for step in (4, 8):
+        file = copy.checkpoint_path(step) / "manifest.json"
+        file.write_text(json.dumps({"files": json.loads(file.read_text())["files"]}))
+    assert load(copy.checkpoint_path(8)).source.parent == copy.checkpoint_path(8)
+    train(small_recipe("train.steps=10"), copy.path, resume=True)
+    load(copy.checkpoint_path(10))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "recipe.yaml", "data.json"])
+def test_a_converted_folder_is_checked(whole, tmp_path, name):
+    convert(whole.path, tmp_path / "small")
+    convert(whole.path, tmp_path / "small")  # over an older one
+    load(tmp_path / "small")
+    flip_a_bit(tmp_path / "small" / name)
+    with pytest.raises(UserError, match=rf"small is damaged: {name} has another SHA-256; .* remove its manifest.json"):
+        load(tmp_path / "small")
+    with pytest.raises(UserError, match="is damaged"):
+        DiC.from_pretrained(tmp_path / "small")
+
+
+def test_manifest_names_no_files_outside_and_no_fifo(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    entry = {"size": 0, "sha256": ""}
+    for name, says in (("pipe", "pipe is not a file"), ("../x", "cannot be read"), ("/etc/hostname", "cannot be read")):
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": {name: entry}}))
+        assert says in find_damage(tmp_path)
 
 
 def test_manifest_has_what_sha256sum_says(tmp_path):

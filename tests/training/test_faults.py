@@ -21,10 +21,10 @@ from small_runs import SMALL, PoisonedDigits, assert_same, metrics, small_recipe
 
 from dic_repa.cli import main
 from dic_repa.errors import UserError
-from dic_repa.files.outputs import begin_folder
+from dic_repa.files.lock import locked
+from dic_repa.files.outputs import LOCK, begin_folder
 from dic_repa.runs import RunFolder
 from dic_repa.runs.environment import _git_state
-from dic_repa.runs.lock import locked
 from dic_repa.training import EMA, Preempted, train
 from dic_repa.training.checkpoint import CheckpointWriter, write_checkpoint
 from dic_repa.training.inputs import LoaderWatch, data_order
@@ -216,7 +216,7 @@ def fork(action) -> int:
 
 def test_two_runs_in_one_folder_and_the_lock_of_a_dead_one(tmp_path):
     folder = tmp_path / "run"
-    begin_folder(folder, "run", ["lock"])
+    begin_folder(folder, "run")
 
     def hold():
         with locked(folder):
@@ -231,9 +231,9 @@ def test_two_runs_in_one_folder_and_the_lock_of_a_dead_one(tmp_path):
     assert not (folder / "recipe.yaml").exists()
     os.kill(owner, signal.SIGKILL)
     os.waitpid(owner, 0)
-    assert (folder / "lock").exists()  # left behind, and yet it locks nothing
+    assert (folder / LOCK).exists()  # left behind, and yet it locks nothing
     small_run(folder, "train.steps=1")
-    assert not (folder / "lock").exists()
+    assert not (folder / LOCK).exists()
 
 
 def test_lock_is_freed_after_an_error(tmp_path):
@@ -369,11 +369,11 @@ def test_overwrite_takes_runs_only_and_spares_what_is_none(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         train(small_recipe(), tmp_path / "mine", overwrite=True)
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    begin_folder(tmp_path / "run", "run", ["lock", "recipe.yaml"])
-    for left in ("lock", ".writing-recipe.yaml"):  # killed before it had begun
+    begin_folder(tmp_path / "run", "run", ["recipe.yaml"])
+    for left in (LOCK, ".writing-recipe.yaml"):  # killed before it had begun
         (tmp_path / "run" / left).write_text("")
     small_run(tmp_path / "run", "train.steps=1")
-    assert not list(Path(tmp_path / "run").glob("lock"))
+    assert not list(Path(tmp_path / "run").glob(".writing-*"))
     (tmp_path / "run/checkpoints").rename(tmp_path / "scratch")
     (tmp_path / "run/checkpoints").symlink_to(tmp_path / "scratch")
     with pytest.raises(UserError, match="run/checkpoints is in the way of a new run"):

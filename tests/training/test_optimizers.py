@@ -14,8 +14,8 @@ from torch import nn
 
 from dic_repa.cli import main
 from dic_repa.errors import UserError
+from dic_repa.files.manifest import write_manifest
 from dic_repa.recipe import OptimizerSection, load_recipe
-from dic_repa.runs.manifest import write_manifest
 from dic_repa.training import train
 from dic_repa.training.dry_run import dry_run
 from dic_repa.training.inputs import data_order
