@@ -1,4 +1,4 @@
-"""The folder of a training run: checkpoints, manifest, lock, and the list of runs."""
+"""The folder of a training run, its checkpoints, and the list of runs."""
 
 from dic_repa.runs.folder import RunFolder
 
