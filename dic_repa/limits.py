@@ -13,6 +13,11 @@ from dic_repa.errors import UserError, unknown_name
 
 LIMITS = {
     "workers": 256,  # processes that load data, for each process that trains
+    "file-bytes": 10**9,  # of one image, labels file or array among users' data, unpacked
+    "record-bytes": 10**8,  # of one JSON file beside a run or a data set
+    "archive-ratio": 100,  # unpacked bytes of an archive for each of its own, where they are over `file-bytes`
+    "image-pixels": 89_478_485,  # of one image, as Pillow has it
+    "classes": 10**6,
 }
 ENVIRONMENT = "DIC_REPA_LIMITS"  # as `workers=512 ...`; loaders and a launcher's processes inherit it
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
