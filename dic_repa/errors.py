@@ -8,7 +8,23 @@ import difflib
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+
+MOST_CHARACTERS = 2000  # of a message; what is wrong may be a text of any length
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """`text` for a terminal: what is no character to see, such as a control character of a file's name, as its code.
+
+    Lines and tabs stay. Of a text longer than `most` characters the middle is left out.
+    """
+    if most and len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in hidden and c not in "\n\t" else c for c in text)
 
 
 class UserError(ValueError):
@@ -17,7 +33,7 @@ class UserError(ValueError):
     def __init__(self, message: str = ""):
         if "Original Traceback" in message:  # what a data loader's worker process makes of it; the last line is ours
             message = message.strip().rpartition(f"{type(self).__name__}: ")[2]
-        super().__init__(message)
+        super().__init__(printable(" ".join(message.split("\n")), MOST_CHARACTERS))
 
 
 class Interrupted(KeyboardInterrupt):

@@ -18,6 +18,18 @@ LIMITS = {
     "archive-ratio": 100,  # unpacked bytes of an archive for each of its own, where they are over `file-bytes`
     "image-pixels": 89_478_485,  # of one image, as Pillow has it
     "classes": 10**6,
+    "recipe-bytes": 10**6,
+    "values": 10_000,  # in a recipe
+    "nesting": 50,  # of lists and mappings
+    "bases": 32,  # recipes, each based on the next
+    "number": 10**12,  # of steps and the like
+    "images": 10**7,  # to sample: each has a label in memory and in samples.json
+    "batch": 10**6,
+    "solver-steps": 10_000,
+    "repeats": 100_000,  # of a measurement
+    "alignments": 64,
+    "size": 16_384,  # height and width of images and latents
+    "blocks": 1000,  # of a denoiser, and of one of its stages
 }
 ENVIRONMENT = "DIC_REPA_LIMITS"  # as `workers=512 ...`; loaders and a launcher's processes inherit it
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

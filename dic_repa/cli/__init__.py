@@ -8,7 +8,7 @@ import click
 
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
-from dic_repa.errors import UserError, is_main_process, prints_errors
+from dic_repa.errors import UserError, is_main_process, printable, prints_errors
 from dic_repa.runtime.threads import watch  # noqa: F401 - it measures from now on what other processes do
 
 VERBS = {
@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = {flag for flag in FLAGS if flag in arguments}
     debug = "--debug" in flags
     try:
+        _refuse_empty(arguments)
         _set_verbosity(flags)
         arguments = _take_limits([argument for argument in arguments if argument not in FLAGS])
         sys.exit(cli.main(arguments, prog_name="dic-repa", standalone_mode=False) or 0)
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         if prints_errors():
-            click.echo(f"error: {_message(error)}", err=True)
+            click.echo(printable(f"error: {_message(error)}".replace("\n", " ")), err=True)
         else:
             time.sleep(1)  # a launcher stops all processes once one ends; the line must be printed before
         sys.exit(2)
@@ -100,6 +101,16 @@ def main(arguments: list[str] | None = None) -> None:
         if is_main_process():
             click.echo(str(cause or "") or "interrupted; nothing was written", err=True)
         sys.exit(130)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """An empty word is a variable of the shell that is not set: as a path it would be the current folder."""
+    for before, word in zip(["", *arguments], arguments):
+        option, equals, value = word.partition("=")
+        if not word.strip():
+            raise click.UsageError(f"the value behind {before} is empty" if before else "an argument is empty")
+        if option.startswith("--") and equals and not value.strip():
+            raise click.UsageError(f"the value of {option} is empty")
 
 
 def _set_verbosity(flags: set[str]) -> None:
@@ -129,7 +140,7 @@ def _take_limits(arguments: list[str]) -> list[str]:
 
 def _message(error: Exception) -> str:
     if isinstance(error, click.ClickException):
-        return error.format_message().replace("\n", " ")
+        return error.format_message()
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)

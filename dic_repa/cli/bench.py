@@ -63,7 +63,7 @@ _GUIDANCE = Several(click.Choice(["doubled", "one-by-one"]))
 _OF_PAPER = Several(click.Choice(["bf16", "tf32", "fp32"]))
 _PARTS = Several(click.Choice(["forward", "train", "sample"]))
 _DEVICE = click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]")
-_ROUNDS = click.option("--rounds", type=Count(1), default=7, help="How often each case is measured.")
+_ROUNDS = click.option("--rounds", type=Count(1, "repeats"), default=7, help="How often each case is measured.")
 
 
 def measuring_options(
@@ -79,7 +79,7 @@ def measuring_options(
         batch, cpu_batch: The default of --batch, on a GPU and on a CPU.
     """
 
-    sizes, modes = Several(Count(1)), Several(click.Choice(compile_modes))
+    sizes, modes = Several(Count(1, "batch")), Several(click.Choice(compile_modes))
 
     def decorate(verb: Callable[..., tuple[str, dict]]) -> Callable:
         @option_group(
@@ -150,7 +150,7 @@ def _finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, t
 
 @command.command("model", cls=Command)
 @click.argument("names", nargs=-1, required=True)
-@click.option("--size", type=Count(4), default=32, help="Height and width of the latent.")
+@click.option("--size", type=Count(4, "size"), default=32, help="Height and width of the latent.")
 @click.option("--layout", type=_LAYOUTS, default="channels_last", help="Of the weights; one or several.")
 @click.option("--no-peak", is_flag=True, help="Do not measure the device's peak.")
 @measuring_options(batch="1,32", cpu_batch="1,8")
@@ -266,9 +266,9 @@ def paper(out: Path, small: bool, device: str | None, baseline: str, only: list[
 @command.command("data")
 @click.argument("recipe", shell_complete=completion.recipes)
 @set_option()
-@click.option("--samples", type=Count(1), default=2000, help="How many to read.")
-@click.option("--steps", type=Count(2), default=20, help="Training steps to time.")
-@click.option("--encoded", type=Count(1), default=64, help="How many to encode.")
+@click.option("--samples", type=Count(1, "images"), default=2000, help="How many to read.")
+@click.option("--steps", type=Count(2, "repeats"), default=20, help="Training steps to time.")
+@click.option("--encoded", type=Count(1, "images"), default=64, help="How many to encode.")
 @json_option()
 def data(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int, steps: int, as_json: bool):
     """Images per second of RECIPE's data, and the share of a training step that is spent waiting for them.

@@ -43,7 +43,7 @@ def command(context: click.Context, plugins: tuple[str, ...]):
 @command.command("check")
 @click.argument("name", shell_complete=completion.encoders)
 @click.option("--image", type=click.Path(path_type=Path), help="An image file.  [default: a digit of the package]")
-@click.option("--size", type=Count(16), default=256, help="Of the centre crop, in pixels.")
+@click.option("--size", type=Count(16, "size"), default=256, help="Of the centre crop, in pixels.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file or plain state dict.")
 @click.option("--option", "options", metavar="KEY=VALUE", multiple=True, help="An option of the encoder; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="The picture.  [default: NAME.png]")

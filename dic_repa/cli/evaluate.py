@@ -47,8 +47,8 @@ NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
         help="List the metrics.",
     ),
     click.option("--fid-infinity", is_flag=True, help="Also extrapolate FID to infinitely many samples."),
-    click.option("--bootstrap", type=Count(2), metavar="N", help="Confidence intervals from N resamplings."),
-    click.option("--resize", type=Count(8), metavar="SIZE", help="Crop all images to SIZE first, as ADM does."),
+    click.option("--bootstrap", type=Count(2, "repeats"), metavar="N", help="Confidence intervals from N resamplings."),
+    click.option("--resize", type=Count(8, "size"), metavar="SIZE", help="Crop all images to SIZE first, as ADM does."),
     click.option("--out", type=PATH, help="The record.  [default: metrics.json beside SAMPLES]"),
 )
 @option_group(
@@ -61,7 +61,7 @@ NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
     click.option(
         "--encoder-option", "encoder_options", metavar="KEY=VALUE", multiple=True, help="Of that encoder; repeatable."
     ),
-    click.option("--feature-batch", type=Count(1), default=64, help="Images in a network at once."),
+    click.option("--feature-batch", type=Count(1, "batch"), default=64, help="Images in a network at once."),
     click.option("--save-statistics", type=PATH, help="Keep the reference's in this .safetensors."),
     click.option("--no-cache", is_flag=True, help="Neither read nor write cached statistics of the reference."),
 )

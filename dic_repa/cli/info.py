@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 @click.command("info")
 @click.argument("names", nargs=-1, shell_complete=completion.recipes)
 @click.option(
-    "--size", "sizes", type=Count(4), multiple=True, help="Height and width of the latent.  [default: 32 and 64]"
+    "--size",
+    "sizes",
+    type=Count(4, "size"),
+    multiple=True,
+    help="Height and width of the latent.  [default: 32 and 64]",
 )
 @set_option("a recipe")
 @json_option(", unrounded")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from pydantic import TypeAdapter
 
+from dic_repa.limits import check_limit
 from dic_repa.recipe import Recipe
 from dic_repa.recipe.keys import find_field
 from dic_repa.recipe.values import whole_number
@@ -54,19 +55,19 @@ def json_option(more: str = "") -> Callable:
 
 
 class Count(click.ParamType):
-    """A whole number from `least` to `most`, also as 5e4 or 50_000."""
+    """A whole number of at least `least`, also as 5e4 or 50_000, and not over the limit of that name."""
 
     name = "count"
 
-    def __init__(self, least: int = 1, most: int | None = None):
-        self.least, self.most = least, most
+    def __init__(self, least: int = 1, limit: str = "number"):
+        self.least, self.limit = least, limit
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
         number = whole_number(value)
-        if isinstance(number, int) and self.least <= number and (self.most is None or number <= self.most):
-            return number
-        most = "" if self.most is None else f" to {self.most}"
-        self.fail(f"takes whole numbers from {self.least}{most}, not '{value}'", parameter, context)
+        if not isinstance(number, int) or number < self.least:
+            self.fail(f"takes whole numbers from {self.least}, not '{value}'", parameter, context)
+        check_limit(self.limit, number, parameter.opts[0] if parameter else "a number")
+        return number
 
 
 class Several(click.ParamType):

@@ -23,7 +23,7 @@ from dic_repa.runtime.threads import choose_threads
 )
 @option_group(
     "What becomes of them",
-    click.option("--size", type=Count(8), default=256, help="Of the centre crop, in pixels."),
+    click.option("--size", type=Count(8, "size"), default=256, help="Of the centre crop, in pixels."),
     click.option(
         "--autoencoder",
         default="stabilityai/sd-vae-ft-ema",
@@ -46,9 +46,9 @@ from dic_repa.runtime.threads import choose_threads
 )
 @option_group(
     "Speed and memory",
-    click.option("--shard-size", type=Count(1), default=1000, help="Images of one shard."),
-    click.option("--batch-size", type=Count(1), default=32, help="Images encoded at once."),
-    click.option("--workers", type=Count(1), default=8, help="Threads that read and crop."),
+    click.option("--shard-size", type=Count(1, "images"), default=1000, help="Images of one shard."),
+    click.option("--batch-size", type=Count(1, "batch"), default=32, help="Images encoded at once."),
+    click.option("--workers", type=Count(1, "workers"), default=8, help="Threads that read and crop."),
 )
 def command(source: str, destination: Path, autoencoder: str, labels: str | None, unlabelled: bool, **options):
     """Crop and encode the images of SOURCE into the data set DESTINATION.

@@ -21,7 +21,7 @@ from dic_repa.runtime.threads import choose_threads
     shell_complete=completion.encoders,
     help="The encoder to compare with.  [default: the encoder of the recipe's first alignment]",
 )
-@click.option("--num", type=Count(20), default=1000, help="Images; half train the linear probe.")
+@click.option("--num", type=Count(20, "images"), default=1000, help="Images; half train the linear probe.")
 @click.option(
     "--times",
     type=Several(click.FloatRange(0, 1)),
@@ -30,7 +30,7 @@ from dic_repa.runtime.threads import choose_threads
 )
 @click.option("--taps", type=Several(str), help="Submodules, such as enc.0.1,mid.0.  [default: a few of each stage]")
 @click.option("--per-stage", type=Count(1), default=4, help="Taps of each stage at most.")
-@click.option("--batch-size", type=Count(1), default=64)
+@click.option("--batch-size", type=Count(1, "batch"), default=64)
 @click.option("--out", type=PATH, help="Folder for the results.  [default: RUN/probe]")
 def command(checkpoint: Path, out: Path | None, **options):
     """Compare every stage of a denoiser with an encoder: CHECKPOINT is a run's folder or one of its checkpoints.

@@ -10,7 +10,6 @@ from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import PATH, Count, Several
 from dic_repa.errors import UserError
-from dic_repa.recipe.values import MOST_IMAGES
 from dic_repa.registry import import_plugin
 from dic_repa.runtime.table import format_rows
 from dic_repa.samplers import list_solvers
@@ -50,8 +49,13 @@ def command(context: click.Context, plugins: tuple[str, ...]):
     shell_complete=completion.solvers,
     default="euler,heun,ab2,dpmpp-2m,rk4,dopri5,euler_maruyama,ou",
 )
-@click.option("--evaluations", type=Several(Count(1)), default="6,12,24,48,96", help="Network evaluations per image.")
-@click.option("--num", type=Count(2, MOST_IMAGES), default=500, help="Samples for each point.")
+@click.option(
+    "--evaluations",
+    type=Several(Count(1, "solver-steps")),
+    default="6,12,24,48,96",
+    help="Network evaluations per image.",
+)
+@click.option("--num", type=Count(2, "images"), default=500, help="Samples for each point.")
 @click.option("--out", type=PATH, help="The plot.  [default: RUN/evaluation/solvers.png]")
 def compare(run: Path, names: list[str], evaluations: list[int], num: int, out: Path | None):
     """Sample RUN with each solver at each cost, judge the samples, and plot quality against cost.

@@ -11,10 +11,9 @@ from dic_repa.cli.options import PATH, Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_option
 from dic_repa.errors import is_main_process, when_interrupted
 from dic_repa.files.outputs import check_folder
-from dic_repa.recipe.values import MOST_IMAGES
 from dic_repa.runtime.threads import choose_threads
 
-IMAGES = Count(2, MOST_IMAGES)
+IMAGES = Count(2, "images")
 SAMPLING = ("solver", "steps", "batch_size", "autoencoder", "seed")
 
 

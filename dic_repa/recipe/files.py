@@ -12,12 +12,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.limits import check_limit
 from dic_repa.recipe.folders import note_folders
-from dic_repa.recipe.keys import assign, explain_mistake
+from dic_repa.recipe.keys import assign, explain_mistakes
 from dic_repa.recipe.schema import Recipe, SamplingRecipe
 from dic_repa.recipe.values import read_yaml, write_yaml
 from dic_repa.runtime.progress import detail
@@ -73,7 +73,7 @@ def validate(raw: dict, source: str | Path = "recipe") -> Recipe | SamplingRecip
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(explain_mistake(schema, e) for e in error.errors())) from None
+        raise UserError(f"{source}: {explain_mistakes(schema, error)}") from None
 
 
 def to_yaml(recipe: BaseModel) -> str:
@@ -119,6 +119,7 @@ def _with_bases(name_or_path: str | Path) -> dict[str, dict]:
         if label in found:
             raise UserError(f"recipes name each other as their base: {' -> '.join([*found, label])}")
         found[label] = _parse(text, label)
+        check_limit("bases", len(found), f"{name_or_path}: the number of recipes that it is based on")
         base = found[label].pop("base", None)
         if not isinstance(base, str | None):
             raise UserError(f"{label}: base takes the name or path of a recipe, not {base!r}")
@@ -132,6 +133,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"there is no recipe file {path}")
+        check_limit("recipe-bytes", path.stat().st_size, f"{path}: its length")
         try:
             return path.read_text(encoding="utf-8"), str(path)
         except UnicodeDecodeError:
@@ -148,12 +150,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
 
 
 def _parse(text: str, label: str) -> dict:
-    try:
-        raw = read_yaml(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{label} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    raw = read_yaml(text, label)
     if not isinstance(raw, dict):
         raise UserError(f"{label} is not a recipe: it must be a mapping of keys to values")
     return _with_todays_keys(raw, label)
@@ -163,14 +160,14 @@ def _with_todays_keys(raw: dict, label: str) -> dict:
     """A recipe of an earlier version with today's keys."""
     for old, new in RENAMED.items():
         section, key = old.split(".")
-        held = raw.get(section)
+        to, name = new.split(".")
+        held, taken = raw.get(section), raw.get(to) or {}
+        if not isinstance(taken, dict) or name in taken or new in raw:
+            continue  # the schema says what is wrong
         if isinstance(held, dict) and key in held:
-            to, name = new.split(".")
-            if raw.get(to) is None:
-                raw[to] = {}
-            raw[to].setdefault(name, held.pop(key))
+            raw[to] = {**taken, name: held.pop(key)}
         elif old in raw:
-            raw.setdefault(new, raw.pop(old))
+            raw[new] = raw.pop(old)
         else:
             continue
         detail(f"{label}: {old} is {new} today")
@@ -226,7 +223,4 @@ def override_key(raw: dict, override: str) -> None:
 
 def parse_value(text: str, source: str) -> Any:
     """A value in YAML; a UserError names its `source` if it cannot be read."""
-    try:
-        return read_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"{source}: '{text}' is not valid YAML") from None
+    return read_yaml(text, f"{source}: '{text}'")

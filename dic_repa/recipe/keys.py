@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from dic_repa.errors import UserError, did_you_mean
+from dic_repa.limits import check_limit
 from dic_repa.recipe.values import whole_number, write_yaml
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ _ELSEWHERE = {
 }
 REQUIRED = PydanticUndefined
 _APART = {"description", "paper", "folders"}  # what changes nothing
+MOST_MISTAKES = 5  # that are explained
 ABSENT = "-"  # the key does not exist there: its section is null, or the list is shorter
 
 
@@ -163,6 +165,13 @@ def find_field(schema: type[BaseModel], dotted: str) -> FieldInfo:
     return _section_at(schema, sections).model_fields[last]
 
 
+def explain_mistakes(schema: type[BaseModel], mistakes: ValidationError) -> str:
+    """The first of pydantic's errors in the words of a recipe."""
+    errors = mistakes.errors()
+    told = [explain_mistake(schema, error) for error in errors[:MOST_MISTAKES]]
+    return "; ".join(told + [f"and {len(errors) - len(told)} more mistakes"] * (len(errors) > len(told)))
+
+
 def explain_mistake(schema: type[BaseModel], error: ErrorDetails) -> str:
     """One of pydantic's errors in the words of a recipe: the key, and what it takes or the nearest key."""
     location = ".".join(str(part) for part in error["loc"])
@@ -191,7 +200,7 @@ def _meant(schema: type[BaseModel], dotted: str, near: Iterable[str]) -> str:
 
 
 def _without_index(dotted: str) -> str:
-    return ".".join(part for part in dotted.split(".") if part != "N" and not part.isdigit())
+    return ".".join(part for part in dotted.split(".") if part != "N" and not _is_index(part))
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
@@ -255,6 +264,7 @@ def differences(a: Recipe | SamplingRecipe, b: Recipe | SamplingRecipe) -> dict[
 def assign(raw: dict, dotted: str, value: Any, source: str) -> None:
     """Set one dotted key of a raw recipe; `source` is who asks for it."""
     *parents, last = dotted.split(".")
+    check_limit("nesting", len(parents), f"{source}: the depth of its nesting")
     node: Any = raw
     for part in parents:
         if isinstance(node, dict) and node.get(part) is None:
@@ -269,9 +279,13 @@ def assign(raw: dict, dotted: str, value: Any, source: str) -> None:
         raise UserError(f"{source} {dotted}: '{'.'.join(parents)}' has no keys of its own")
 
 
+def _is_index(part: str) -> bool:
+    return part.isdecimal() and len(part) < 10  # isdigit takes ², which int does not
+
+
 def _child(node: Any, part: str, where: str) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
+        if not _is_index(part) or int(part) >= len(node):
             raise UserError(f"{where}: there is no entry '{part}'; there are {len(node)}, counted from 0")
         return node[int(part)]
     if isinstance(node, dict):

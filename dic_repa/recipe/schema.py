@@ -7,11 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from pydantic.config import JsonDict
 
 from dic_repa.errors import UserError
-from dic_repa.recipe.keys import explain_mistake
+from dic_repa.recipe.keys import explain_mistakes
 from dic_repa.recipe.values import (
     REAL,
-    WHOLE,
+    Batch,
     BelowOne,
+    Blocks,
     Count,
     Images,
     Name,
@@ -21,7 +22,11 @@ from dic_repa.recipe.values import (
     Positive,
     Precision,
     Probability,
+    Real,
+    Seed,
+    Size,
     Time,
+    at_most,
 )
 
 
@@ -37,7 +42,7 @@ class Section(BaseModel):
         try:
             changed = type(self).model_validate({**self.__dict__, name: value})
         except ValidationError as error:
-            raise UserError("; ".join(explain_mistake(type(self), e) for e in error.errors())) from None
+            raise UserError(explain_mistakes(type(self), error)) from None
         super().__setattr__(name, getattr(changed, name))
 
     def __eq__(self, other: object) -> bool:
@@ -46,10 +51,8 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     name: str = Field("DiC", description="a preset (`dic-repa info`), or DiC, SiT, DiT or U-ViT with sizes")
-    width: Annotated[int, Field(ge=2, strict=True), WHOLE] | None = Field(
-        None, description="channels of the first level, or of a token"
-    )
-    depths: tuple[Count, Count, Count, Count, Count] | None = Field(
+    width: Annotated[Count, Field(ge=2)] | None = Field(None, description="channels of the first level, or of a token")
+    depths: tuple[Blocks, Blocks, Blocks, Blocks, Blocks] | None = Field(
         None, description="blocks of the stages: encoder, encoder, middle, decoder, decoder"
     )
     learn_sigma: bool = Field(False, description="twice the output channels; the second half is a variance")
@@ -61,12 +64,10 @@ class ModelSection(Section):
 class DataSection(Section):
     name: str = Field("digits", description="digits, prepared, images, ...: `dic-repa parts data-set`")
     path: str | None = Field(None, description="where the data is; null: the data set needs none")
-    size: Annotated[int, Field(ge=4, strict=True), WHOLE] = Field(
-        16, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)"
-    )
+    size: Size = Field(16, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)")
     autoencoder: str | None = Field(None, description="none (pixels), a hub id or a folder; null: the data set's own")
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, labels, ...")
-    workers: Natural = Field(0, description="loader processes of each training process")
+    workers: Annotated[Natural, at_most("workers")] = Field(0, description="loader processes of each training process")
     _folders: tuple[str, ...] = PrivateAttr(())  # the recipe's
 
     @property
@@ -120,8 +121,8 @@ class ScheduleSection(Section):
 
 class TrainSection(Section):
     steps: Count = Field(400_000, description="optimizer steps")
-    batch_size: Count = Field(256, description="images of one step, over all processes")
-    micro_batch: Count | None = Field(None, description="most images in one pass of one process; null: all")
+    batch_size: Batch = Field(256, description="images of one step, over all processes")
+    micro_batch: Batch | None = Field(None, description="most images in one pass of one process; null: all")
     gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="decay of the averaged weights that are sampled from")
     ema_warmup: bool = Field(
@@ -140,7 +141,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
     tf32: bool = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
     compile: bool = Field(False, description="torch.compile the denoiser with its heads")
-    seed: Natural = Field(0, description="all randomness of a step comes from it and the step's number")
+    seed: Seed = Field(0, description="all randomness of a step comes from it and the step's number")
     log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
     sample_every: Natural = Field(10_000, description="steps between grids of samples; 0: none")
     checkpoint_every: Count = Field(10_000, description="steps between checkpoints; the last step has one too")
@@ -198,7 +199,9 @@ def for_solver(description: str) -> Any:
 
 class SampleSection(Section):
     solver: str = Field("heun", description="a name from `dic-repa solvers`")
-    steps: Count | None = for_solver("of a fixed-step solver; null: 50 for an ODE, 250 for an SDE or DDPM")
+    steps: Annotated[Count, at_most("solver-steps")] | None = for_solver(
+        "of a fixed-step solver; null: 50 for an ODE, 250 for an SDE or DDPM"
+    )
     rtol: Positive | None = for_solver("relative tolerance of an adaptive solver; null: 1e-5")
     atol: Positive | None = for_solver("absolute tolerance of an adaptive solver; null: 1e-5")
     grid: GridSection | None = for_solver("where the steps are; null: uniform")
@@ -226,12 +229,12 @@ class SampleSection(Section):
     pixels: Literal["round", "truncate"] = Field(
         "round", description="round: to the nearest of 256 levels (DiT, DiC); truncate: to the one below (REPA)"
     )
-    batch_size: Count = Field(64, description="images at once, in each process")
-    decode_batch: Count = Field(16, description="images that the autoencoder decodes at once")
+    batch_size: Batch = Field(64, description="images at once, in each process")
+    decode_batch: Batch = Field(16, description="images that the autoencoder decodes at once")
     autoencoder: str | None = Field(
         None, description="where the autoencoder is now, a folder or a hub id; null: where it was in training"
     )
-    seed: Natural = Field(0, description="all noise of an image comes from it and the image's index")
+    seed: Seed = Field(0, description="all noise of an image comes from it and the image's index")
 
     @classmethod
     def solver_keys(cls) -> tuple[str, ...]:
@@ -257,8 +260,8 @@ class PaperSection(Section):
     """The row of a paper that a recipe stands for: for the reader, and for comparing results with."""
 
     row: str = Field(description="paper, model, steps and guidance: unique among the recipes")
-    results: dict[str, float] = Field(default_factory=dict, description="published: FID, IS, GMACs, parameters_M, ...")
-    elsewhere: dict[str, dict[str, float]] = Field(
+    results: dict[str, Real] = Field(default_factory=dict, description="published: FID, IS, GMACs, parameters_M, ...")
+    elsewhere: dict[str, dict[str, Real]] = Field(
         default_factory=dict, description="what the row reports of another network than this one: its name to results"
     )
     source: str = Field("", description="where the results, and values that the paper does not state, are from")
@@ -279,7 +282,7 @@ class Recipe(Section):
     model: ModelSection = Field(default_factory=ModelSection, description="the denoiser")
     data: DataSection = Field(default_factory=DataSection, description="what it is trained on")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="what it is trained for")
-    alignments: list[AlignmentSection] = Field(
+    alignments: Annotated[list[AlignmentSection], at_most("alignments")] = Field(
         default_factory=list, description="what its hidden states are aligned to; empty: the plain baseline"
     )
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="what changes the weights")

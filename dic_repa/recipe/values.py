@@ -1,17 +1,28 @@
 """The values of a recipe, as people write them: 1e3 steps, a learning rate of 1e-4, and YAML that reads both.
 
-YAML 1.1 takes 1e3, 1e-4 and 1.0e3 for strings: it wants a dot and a sign in the exponent.
+YAML 1.1 takes 1e3, 1e-4 and 1.0e3 for strings: it wants a dot and a sign in the exponent. It also takes 1:30 for 90,
+010 for 8 and 2001-01-01 for a date, which are text here.
 """
 
 import contextlib
 import re
+import typing
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
-_WITH_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
-_FLOAT = "tag:yaml.org,2002:float"
+from dic_repa.errors import UserError
+from dic_repa.limits import check_limit
+
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS = {  # without quotes
+    "int": r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$",
+    "float": r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$",
+}
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def whole_number(value: Any) -> Any:
@@ -32,13 +43,27 @@ def real_number(value: Any) -> Any:
     return value
 
 
+def at_most(limit: str) -> AfterValidator:
+    """Refuses a number, or a list with more entries, over the limit of that name."""
+
+    def check(value: Any) -> Any:
+        check_limit(limit, len(value) if isinstance(value, list) else value, "it")
+        return value
+
+    return AfterValidator(check)
+
+
 # Strict, because pydantic otherwise takes `true` for 1.
 WHOLE, REAL = BeforeValidator(whole_number), BeforeValidator(real_number)
-Natural = Annotated[int, Field(ge=0, strict=True), WHOLE]
-Count = Annotated[int, Field(ge=1, strict=True), WHOLE]
-MOST_IMAGES = 10_000_000  # each has a label in memory and in samples.json
-Images = Annotated[int, Field(ge=1, le=MOST_IMAGES, strict=True), WHOLE]
+Natural = Annotated[int, Field(ge=0, strict=True), WHOLE, at_most("number")]
+Count = Annotated[int, Field(ge=1, strict=True), WHOLE, at_most("number")]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True), WHOLE]
+Images = Annotated[Count, at_most("images")]
+Batch = Annotated[Count, at_most("batch")]
+Blocks = Annotated[Count, at_most("blocks")]
+Size = Annotated[int, Field(ge=4, strict=True), WHOLE, at_most("size")]
 NotNegative = Annotated[float, Field(ge=0, strict=True), REAL]
+Real = Annotated[float, Field(strict=True), REAL]
 Positive = Annotated[float, Field(gt=0, strict=True), REAL]
 Probability = Annotated[float, Field(ge=0, le=1, strict=True), REAL]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True), REAL]
@@ -65,19 +90,117 @@ class _Dumper(yaml.SafeDumper):
     """Puts a string into quotes that the loader would take for a number."""
 
 
+def _construct_int(_loader: _Loader, node: yaml.ScalarNode) -> int:
+    number = int(node.value.replace("_", ""), 16 if "x" in node.value else 10)
+    if abs(number) >= 2**63:
+        raise ValueError("a whole number of more than 18 digits")
+    return number
+
+
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     value = loader.construct_yaml_float(node)
     return value if "." in node.value else whole_number(value)
 
 
-_Loader.add_constructor(_FLOAT, _construct_float)
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(_FLOAT, _WITH_EXPONENT, list("-+.0123456789"))
+def _only_plain() -> None:
+    """Leave the loader its constructors of plain values, and numbers as `_NUMBERS` has them."""
+    kinds = {None, *(_TAG + kind for kind in ("null", "bool", "str", "seq", "map"))}
+    _Loader.yaml_constructors = {tag: made for tag, made in _Loader.yaml_constructors.items() if tag in kinds}
+    _Loader.add_constructor(f"{_TAG}int", _construct_int)
+    _Loader.add_constructor(f"{_TAG}float", _construct_float)
+    others = {f"{_TAG}{kind}" for kind in ("int", "float", "timestamp")}
+    _Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in known if tag not in others]
+        for first, known in _Loader.yaml_implicit_resolvers.items()
+    }
+    for kind, form in _NUMBERS.items():
+        for known in (_Loader, _Dumper):
+            known.add_implicit_resolver(_TAG + kind, re.compile(form), list("-+.0123456789"))
 
 
-def read_yaml(text: str) -> Any:
-    """The content of YAML; a `yaml.YAMLError` if it is not YAML or has more than plain values."""
-    return yaml.load(text, Loader=_Loader)
+_only_plain()
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """The content of YAML: plain values alone.
+
+    Raises:
+        UserError: it is not YAML, or is ambiguous, too large or too deep; the line begins with `source`.
+    """
+    check_limit("recipe-bytes", len(text), f"{source}: its length")
+    try:
+        values, depth = _measure(text)
+        check_limit("nesting", depth, f"{source}: the depth of its nesting")
+        check_limit("values", values, f"{source}: the number of its values, with what aliases stand for,")
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"{source} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    except UserError:
+        raise
+    except (ValueError, LookupError) as error:  # a value of another kind than its tag, such as !!int x
+        raise UserError(f"{source} has a value that cannot be read: {error}") from None
+
+
+@dataclass
+class _Open:
+    """A list or mapping that has begun and not ended."""
+
+    anchor: str | None
+    values: int  # before it
+    level: int
+    deepest: int  # level inside it
+    is_mapping: bool
+    nodes: int = 0  # in it; in a mapping each second one is a key
+    lines: dict[str, int] = field(default_factory=dict)  # of its keys
+
+
+def _measure(text: str) -> tuple[int, int]:
+    """How many values YAML will have, and how deep, from the parser's events, which take no memory.
+
+    Also refuses what would be lost, or repeated for ever: a key that is given twice, of which the last would be taken,
+    and an alias inside what it stands for.
+    """
+    values, anchors = 0, {}
+    inside = [_Open(None, 0, 0, 0, False)]
+    for event in yaml.parse(text, Loader=_Loader):
+        into = inside[-1]
+        if isinstance(event, yaml.CollectionEndEvent):
+            inside.pop()
+            anchors[into.anchor] = values - into.values, into.deepest - into.level + 1
+            inside[-1].deepest = max(inside[-1].deepest, into.deepest)
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        into.nodes += 1
+        size, depth, mark = 1, 0, typing.cast(yaml.Mark, event.start_mark)
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in anchors:
+                raise _Refused(f"the alias *{event.anchor} stands for nothing, or for what it is in", mark)
+            size, depth = anchors[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            _check_scalar(event.value, into, mark)
+            anchors[event.anchor] = 1, 0
+        else:
+            depth, is_mapping = 1, isinstance(event, yaml.MappingStartEvent)
+            inside.append(_Open(event.anchor, values, len(inside), len(inside), is_mapping))
+        values += size
+        into.deepest = max(into.deepest, into.level + depth)
+    return values, inside[0].deepest
+
+
+def _check_scalar(text: str, into: _Open, mark: yaml.Mark) -> None:
+    if control := _CONTROL.search(text):
+        raise _Refused(f"a text has the character {control[0]!a}", mark)
+    if into.is_mapping and into.nodes % 2:
+        if text in into.lines:
+            raise _Refused(f"the key '{text}' is given in line {into.lines[text]} already; keep one", mark)
+        into.lines[text] = mark.line + 1
+
+
+class _Refused(yaml.MarkedYAMLError):
+    def __init__(self, problem: str, mark: yaml.Mark):
+        super().__init__(problem=problem, problem_mark=mark)
 
 
 def write_yaml(content: Any) -> str:

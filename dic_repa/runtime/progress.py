@@ -14,7 +14,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from dic_repa.errors import is_main_process, unknown_name
+from dic_repa.errors import is_main_process, printable, unknown_name
 
 LEVELS = ("quiet", "normal", "verbose")
 LIBRARIES = ("accelerate", "timm", "huggingface_hub", "diffusers", "datasets")
@@ -39,18 +39,18 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Print a header or a note, unless quiet: by the main process alone, above a progress bar, on standard error or
     `file`."""
     if _level != "quiet" and is_main_process():
-        tqdm.write(text, file=file or sys.stderr)
+        tqdm.write(printable(text), file=file or sys.stderr)
 
 
 def detail(text: str) -> None:
     """Print on standard error, if verbose, what helps to find the cause of a problem."""
     if _level == "verbose" and is_main_process():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def warn(text: str) -> None:
     """Print a warning on standard error, above a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    tqdm.write(printable(f"warning: {text}"), file=sys.stderr)
 
 
 def progress_bar(iterable=None, **options) -> tqdm:
@@ -59,4 +59,6 @@ def progress_bar(iterable=None, **options) -> tqdm:
         options["mininterval"] = 10
     if _level == "quiet":
         options["disable"] = True
+    if "desc" in options:
+        options["desc"] = printable(options["desc"])
     return tqdm(iterable, dynamic_ncols=True, **options)

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+from dic_repa.errors import printable
+
 
 def number(value: float) -> str:
     """Two decimals, as the papers give FID; below 1, such as a share, three significant digits."""
@@ -10,6 +12,7 @@ def number(value: float) -> str:
 
 def format_rows(rows: Sequence[Sequence[str]], left: Collection[int]) -> str:
     """The rows, the heading first, in columns: those in `left` aligned at the left, the others at the right."""
+    rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     cells = [[c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in cells)

@@ -96,7 +96,7 @@ def test_classes_by_number_and_by_name():
 def test_counts_out_of_range(mistake, tmp_path):
     assert "takes whole numbers from 1" in mistake("solvers", "compare", "run", "--evaluations", "0")
     said = mistake("train", "digits-baseline", "--set=sample.num=1000000000000")
-    assert "sample.num should be less than or equal to 10000000" in said
+    assert "sample.num: it is 1,000,000,000,000, over the limit of 10,000,000" in said
 
 
 def test_what_is_no_recipe(mistake, tmp_path):
