@@ -71,7 +71,9 @@ def print_rank_errors() -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         if not prints_errors():
-            print(f"\nerror: {error}", file=sys.stderr)  # a line of its own, below the main process's progress bar
+            print(
+                printable(f"\nerror: {error}"), file=sys.stderr
+            )  # a line of its own, below the main process's progress bar
         raise
 
 

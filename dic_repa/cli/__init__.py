@@ -8,7 +8,8 @@ import click
 
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
-from dic_repa.errors import UserError, is_main_process, printable, prints_errors
+from dic_repa.errors import UserError, is_main_process, prints_errors
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.threads import watch  # noqa: F401 - it measures from now on what other processes do
 
 VERBS = {
@@ -87,19 +88,19 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, click.ClickException, OSError) as error:
         # A group without a verb; click has this error since 8.2.
         if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
-            click.echo(error.format_message())
+            print_result(error.format_message())
             sys.exit(0)
         if debug:
             raise
         if prints_errors():
-            click.echo(printable(f"error: {_message(error)}".replace("\n", " ")), err=True)
+            print_result(f"error: {_message(error)}".replace("\n", " "), sys.stderr)
         else:
             time.sleep(1)  # a launcher stops all processes once one ends; the line must be printed before
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps it
         if is_main_process():
-            click.echo(str(cause or "") or "interrupted; nothing was written", err=True)
+            print_result(str(cause or "") or "interrupted; nothing was written", sys.stderr)
         sys.exit(130)
 
 

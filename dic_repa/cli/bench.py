@@ -14,6 +14,7 @@ from dic_repa.errors import UserError, first_line, is_main_process
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, begin_folder, check_file, check_folder
 from dic_repa.recipe import load_training_recipe
+from dic_repa.runtime.progress import print_result
 
 
 class BenchGroup(Group):
@@ -136,16 +137,16 @@ def _finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, t
     if chart:
         save_chart(result["rows"], chart, f"{title}, {here}")
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_result(json.dumps(result, indent=2))
         return
-    click.echo(here)
+    print_result(here)
     if after not in ("", here):
-        click.echo(f"afterwards: {after}")
+        print_result(f"afterwards: {after}")
     for precision, peak in result.get("peaks", {}).items():
-        click.echo(f"peak, {precision}: {peak['matrix']:.3g} TFLOP/s matrix, {peak['convolution']:.3g} convolution")
-    click.echo("\n".join([table(result["rows"]), *result.get("notes", [])]))
+        print_result(f"peak, {precision}: {peak['matrix']:.3g} TFLOP/s matrix, {peak['convolution']:.3g} convolution")
+    print_result("\n".join([table(result["rows"]), *result.get("notes", [])]))
     for file in filter(None, (chart, out)):
-        click.echo(f"written: {file}")
+        print_result(f"written: {file}")
 
 
 @command.command("model", cls=Command)
@@ -258,9 +259,9 @@ def paper(out: Path, small: bool, device: str | None, baseline: str, only: list[
         if is_main_process():
             if not check_folder(out, "measurements"):
                 begin_folder(out, "measurements")
-            click.echo(f"\n{name}")
+            print_result(f"\n{name}")
             _finish(result, False, out / f"{name}.json", out / f"{name}.png", name)
-    click.echo(f"\nsaved: {out}")
+    print_result(f"\nsaved: {out}")
 
 
 @command.command("data")
@@ -286,11 +287,11 @@ def data(recipe: str, overrides: tuple[str, ...], samples: int, encoded: int, st
 
     result = bench_data(load_training_recipe(recipe, overrides), samples, encoded, steps)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_result(json.dumps(result, indent=2))
         return
     width = max(map(len, result["images_per_second"]))
     for name, speed in result["images_per_second"].items():
         share = result["to_loose_files"][name]
-        click.echo(f"{name:{width}} {speed:10.0f} images/s   {share:6.2f} of loose files one by one")
-    click.echo(f"{'training':{width}} {result['training_images_per_second']:10.0f} images/s")
-    click.echo(f"waiting for data {result['waiting_share']:.1%} of a step, {result['workers']} workers")
+        print_result(f"{name:{width}} {speed:10.0f} images/s   {share:6.2f} of loose files one by one")
+    print_result(f"{'training':{width}} {result['training_images_per_second']:10.0f} images/s")
+    print_result(f"waiting for data {result['waiting_share']:.1%} of a step, {result['workers']} workers")

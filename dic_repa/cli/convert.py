@@ -7,6 +7,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import AUTHORS_FILES, check_file, check_folder
+from dic_repa.runtime.progress import print_result
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -55,6 +56,6 @@ def command(
     model = convert(source, target, DTYPES[dtype], weights, family, recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
-    click.echo(
+    print_result(
         f"{target}: {type(model).__name__} with {parameters / 1e6:.4g} M parameters in {dtype}, {size / 1e6:.4g} MB"
     )

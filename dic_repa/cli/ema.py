@@ -6,6 +6,7 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.options import Count
+from dic_repa.runtime.progress import print_result
 
 
 @click.command("ema")
@@ -36,8 +37,8 @@ def command(run: Path, sigma_rel: float | None, step: int | None, out: Path | No
     folder = RunFolder.open(run)
     if sigma_rel is None:
         for snapshot in list_snapshots(folder):
-            click.echo(f"step {snapshot.step:8d}  sigma_rel {snapshot.sigma_rel:g}  {snapshot.path}")
+            print_result(f"step {snapshot.step:8d}  sigma_rel {snapshot.sigma_rel:g}  {snapshot.path}")
         return
     out = out or folder.path / "averages" / (f"sigma_rel-{sigma_rel:g}" + (f"-step-{step}" if step else ""))
     step = save_reconstruction(folder, sigma_rel, out, step)
-    click.echo(f"average of width {sigma_rel:g} after step {step}: {out}")
+    print_result(f"average of width {sigma_rel:g} after step {step}: {out}")

@@ -8,6 +8,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import Count
 from dic_repa.errors import UserError
+from dic_repa.runtime.progress import print_result
 
 PICTURES = (".png", ".jpg", ".webp")
 
@@ -35,9 +36,9 @@ def command(context: click.Context, plugins: tuple[str, ...]):
         return
     names = list_encoders()
     width = max(map(len, names))
-    click.echo(f"{'encoder':{width}}  width  patch  tokens  params (M)  {'licence':14}  weights")
+    print_result(f"{'encoder':{width}}  width  patch  tokens  params (M)  {'licence':14}  weights")
     for name in names:
-        click.echo(f"{name:{width}}  {_row(name)}")
+        print_result(f"{name:{width}}  {_row(name)}")
 
 
 @command.command("check")
@@ -72,7 +73,7 @@ def check(name: str, image: Path | None, size: int, weights: Path | None, option
     rows, columns = encoder.token_grid((size, size))
     save_picture(token_sheet(pixels[0], tokens, (rows, columns)), out)
     norms = tokens.norm(dim=1)
-    click.echo(
+    print_result(
         f"{name}: {size}x{size} pixels give {rows}x{columns} tokens of width {encoder.embed_dim}, "
         f"of norm {norms.mean():.3g} (standard deviation {norms.std(correction=0):.2g}); picture: {out}"
     )

@@ -4,6 +4,8 @@ import json
 
 import click
 
+from dic_repa.runtime.progress import print_result
+
 
 @click.command("env")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -19,11 +21,11 @@ def command(as_json: bool):
 
     found = describe_installation()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        print_result(json.dumps(found, indent=2))
         return
     width = max(len(key) for section in found.values() for key in section)
     for title, section in found.items():
-        click.echo(f"{title}:")
+        print_result(f"{title}:")
         for key, value in section.items():
             shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
-            click.echo(f"  {key:{width}}  {'none' if shown is None else shown}")
+            print_result(f"  {key:{width}}  {'none' if shown is None else shown}")

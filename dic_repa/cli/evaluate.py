@@ -17,7 +17,7 @@ from dic_repa.cli.sampling_options import load_for_sampling, sample_settings, sa
 from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
 from dic_repa.recipe import load_recipe
-from dic_repa.runtime.progress import progress_bar, say
+from dic_repa.runtime.progress import print_result, progress_bar, say
 from dic_repa.runtime.table import format_rows, number
 from dic_repa.runtime.threads import choose_threads
 
@@ -118,7 +118,7 @@ def _list_metrics(context, _parameter, value) -> None:
 
         for name in metrics.names():
             if metric := find_metric(name):  # else a set of metrics
-                click.echo(f"{name:20} {metric.better:7} is better   {metric.layer}")
+                print_result(f"{name:20} {metric.better:7} is better   {metric.layer}")
         context.exit()
 
 
@@ -171,11 +171,11 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         except OSError as error:
             unwritten = f"{file} cannot be written ({error.strerror}); name another file with --out"
     if processes.is_main_process:
-        click.echo(format_rows(table, left=(0,)))
+        print_result(format_rows(table, left=(0,)))
         for note in dict.fromkeys(notes):
             say(f"note: {note}")
         if written:
-            click.echo(f"record: {', '.join(written)}")
+            print_result(f"record: {', '.join(written)}")
         if unwritten:
             raise UserError(unwritten)  # now that the scores are shown
     processes.end_training()
@@ -244,7 +244,7 @@ def evaluate_and_show(
             judgements.append(evaluate_run(run, settings, again, bar.update))
     print_judgements(judgements)
     if len(judgements) == 1:
-        click.echo(f"samples: {judgements[0].picture}")
+        print_result(f"samples: {judgements[0].picture}")
     return judgements
 
 
@@ -277,7 +277,7 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
             rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
     if isinstance(first.get("reference"), dict):
         rows.append((f"real {judgements[0].recipe.data.name}", "", "", *cells(first["reference"])))
-    click.echo(format_rows(rows, left=(0, 2)))
+    print_result(format_rows(rows, left=(0, 2)))
     if by_encoder(shown):
         for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
             say(f"note: {no_fid(encoder)}")

@@ -11,6 +11,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.options import Count, json_option, set_option
 from dic_repa.errors import unknown_name
 from dic_repa.recipe import list_recipes, load_training_recipe
+from dic_repa.runtime.progress import print_result
 
 if TYPE_CHECKING:
     from dic_repa.models.pretrained import Pretrained
@@ -56,13 +57,13 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
             for size, model in models:
                 rows.append({"model": model_name, "size": size, **vars(measure_cost(model, size))})
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_result(json.dumps(rows, indent=2))
         return
     width = max(len(row["model"]) for row in rows)
-    click.echo(f"{'model':{width}}  latent   params (M)     GMACs  with Winograd")
+    print_result(f"{'model':{width}}  latent   params (M)     GMACs  with Winograd")
     for row in rows:
         latent = f"{row['size']}x{row['size']}"
-        click.echo(
+        print_result(
             f"{row['model']:{width}}  {latent:>6}  {_in(row['parameters'], 1e6):>10}  "
             f"{_in(row['macs'], 1e9):>8}  {_in(row['winograd_macs'], 1e9, 1):>13}".rstrip()
         )

@@ -7,6 +7,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.registry import Registry, import_plugin
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.table import format_rows
 
 # The modules in which the registries are, in the order of the list.
@@ -47,9 +48,9 @@ def command(kind: str | None, plugins: tuple[str, ...]):
     columns = ["order", "evaluations"] if registry.kind.endswith("solver") else []
     _print([registry.kind, *columns, "description"], *(_row(registry, name, len(columns)) for name in registry))
     where = f"in a recipe: {registry.key}; " if registry.key else ""
-    click.echo(f"\n{where}entry points: {registry.group}; what one must have: dic_repa.protocols.{registry.protocol}")
+    print_result(f"\n{where}entry points: {registry.group}; what one must have: dic_repa.protocols.{registry.protocol}")
     if registry.kind in _FURTHER:
-        click.echo(f"more about them: {_FURTHER[registry.kind]}")
+        print_result(f"more about them: {_FURTHER[registry.kind]}")
 
 
 def find_registries() -> dict[str, Registry]:
@@ -71,4 +72,4 @@ def _row(registry: Registry, name: str, facts: int) -> list:
 
 
 def _print(*rows: list) -> None:
-    click.echo(format_rows([[str(cell) for cell in row] for row in rows], left=(0, len(rows[0]) - 1)))
+    print_result(format_rows([[str(cell) for cell in row] for row in rows], left=(0, len(rows[0]) - 1)))

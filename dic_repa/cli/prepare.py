@@ -7,6 +7,7 @@ import click
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_few, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_folder
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.threads import choose_threads
 
 
@@ -99,12 +100,12 @@ def _print_report(destination: Path, report: dict) -> None:
         (small, few), (large, many) = report["smallest_class"], report["largest_class"]
         each = f"of {few} images each" if few == many else f"from {few} ({small}) to {many} ({large}) images"
         said = f"1 class ({small})" if report["classes"] == 1 else f"{report['classes']} classes {each}"
-    click.echo(f"{destination}: {report['images']} of {report['expected']} images, {said}")
+    print_result(f"{destination}: {report['images']} of {report['expected']} images, {said}")
     if skipped:
-        click.echo(f"skipped {len(skipped)}: {first_few(skipped, 5)}")
+        print_result(f"skipped {len(skipped)}: {first_few(skipped, 5)}")
     if report["empty_classes"]:
-        click.echo(f"warning: nothing is left of the classes {', '.join(report['empty_classes'][:10])}")
+        print_result(f"warning: nothing is left of the classes {', '.join(report['empty_classes'][:10])}")
     if report["enlarged"]:
-        click.echo(f"{report['enlarged']} images were smaller than the crop and have been enlarged")
+        print_result(f"{report['enlarged']} images were smaller than the crop and have been enlarged")
     quality = "" if report["psnr"] is None else f"PSNR of the round trip {report['psnr']:.1f} dB; "
-    click.echo(f"{quality}look at {report['preview']}; all of this is in {destination / 'check.json'}")
+    print_result(f"{quality}look at {report['preview']}; all of this is in {destination / 'check.json'}")

@@ -10,6 +10,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.options import PATH, Count, Several
 from dic_repa.errors import is_main_process
 from dic_repa.files.outputs import check_folder
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.table import format_rows
 from dic_repa.runtime.threads import choose_threads
 
@@ -61,12 +62,12 @@ def command(checkpoint: Path, out: Path | None, **options):
     total = options["num"] * len(options["times"])
     with progress_bar(total=total, unit="image", desc="probing", delay=0.1) as bar:
         record, files = probe_checkpoint(checkpoint, out=out, device=device, progress=bar.update, **options)
-    click.echo(f"best over the noise levels, against {record['encoder']} ({record['num']} {record['split']} images)")
+    print_result(f"best over the noise levels, against {record['encoder']} ({record['num']} {record['split']} images)")
     table = [("", *(TITLES[name] for name in record["scores"]))]
     for i, tap in enumerate(record["taps"]):
         rows = [zip(scores[i], record["times"]) for scores in record["scores"].values()]
         best = [max((cell for cell in row if cell[0] is not None), default=None) for row in rows]
         table.append((tap, *("{:.3f} at t = {:g}".format(*cell) if cell else "" for cell in best)))
-    click.echo(format_rows(table, left=(0,)))
-    click.echo(f"the encoder itself: linear probe {record['reference']['linear_probe']:.3f}")
-    click.echo(f"written: {', '.join(map(str, files))}")
+    print_result(format_rows(table, left=(0,)))
+    print_result(f"the encoder itself: linear probe {record['reference']['linear_probe']:.3f}")
+    print_result(f"written: {', '.join(map(str, files))}")

@@ -10,6 +10,7 @@ from dic_repa.cli.groups import Group
 from dic_repa.cli.options import json_option, set_option
 from dic_repa.recipe import Recipe, list_recipes, load_recipe, to_yaml
 from dic_repa.recipe.keys import Key, commented_yaml, find_keys, list_keys
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.table import format_rows
 
 # By the first word of a recipe's name.
@@ -47,9 +48,9 @@ def command(context: click.Context):
         group = "baseline" if word in BASELINES else word
         grouped[group if group in GROUPS else OTHERS].append(name)
     for group, names in grouped.items():
-        click.echo(f"{GROUPS[group]}:")
+        print_result(f"{GROUPS[group]}:")
         for name in names:
-            click.echo(f"  {name:{width}}  {recipes[name]}")
+            print_result(f"  {name:{width}}  {recipes[name]}")
 
 
 @command.command("show")
@@ -66,7 +67,7 @@ def show(recipe: str, overrides: tuple[str, ...], comments: bool):
       dic-repa recipes show dic-xl-urepa --set train.batch_size=128 > mine.yaml
     """
     loaded = load_recipe(recipe, overrides)
-    click.echo(commented_yaml(loaded) if comments else to_yaml(loaded), nl=False)
+    print_result(commented_yaml(loaded) if comments else to_yaml(loaded), end="")
 
 
 @command.command("explain")
@@ -83,7 +84,7 @@ def explain(key: str | None):
       dic-repa recipes explain alignments.tap
     """
     keys = find_keys(Recipe, key) if key else list_keys(Recipe).values()
-    click.echo("\n".join(map(_explanation, keys)))
+    print_result("\n".join(map(_explanation, keys)))
 
 
 def _explanation(key: Key) -> str:
@@ -109,10 +110,10 @@ def diff(a: str, b: str, as_json: bool):
 
     different = differences(load_recipe(a), load_recipe(b))
     if as_json:
-        click.echo(json.dumps({key: list(pair) for key, pair in different.items()}, indent=2))
+        print_result(json.dumps({key: list(pair) for key, pair in different.items()}, indent=2))
     else:
         rows = [("key", a, b), *((key, *map(_text, pair)) for key, pair in different.items())]
-        click.echo(format_rows(rows, left=range(3)) if different else f"{a} and {b} are the same")
+        print_result(format_rows(rows, left=range(3)) if different else f"{a} and {b} are the same")
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.options import PATH
 from dic_repa.files.outputs import check_file
-from dic_repa.runtime.progress import say
+from dic_repa.runtime.progress import print_result, say
 
 
 @click.command("report")
@@ -36,7 +36,7 @@ def command(runs: tuple[Path, ...], out: Path | None, show: bool):
     from dic_repa.evaluation.report import write_report
 
     out = write_report(runs, out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html")))
-    click.echo(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    print_result(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     if show and not open_in_browser(out):
         say(f"note: no browser could be opened; the page is {out.resolve().as_uri()}")
 

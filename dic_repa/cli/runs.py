@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.table import format_rows, number
 
 KEYS = {"run": "path", "recipe": "recipe", "step": "step", "state": "state", "speed": "images_per_second"}
@@ -46,12 +47,12 @@ def command(folder: Path, key: str, reverse: bool, as_json: bool):
     # The least age is the latest write.
     runs = sort_runs(runs, "written", not reverse) if key == "age" else sort_runs(runs, KEYS.get(key, key), reverse)
     if as_json:
-        click.echo(json.dumps([_plain(run) for run in runs], indent=2))
+        print_result(json.dumps([_plain(run) for run in runs], indent=2))
     elif not runs:
-        click.echo(f"no runs in {folder} yet; `dic-repa train RECIPE` makes one")
+        print_result(f"no runs in {folder} yet; `dic-repa train RECIPE` makes one")
     else:
         heading = ("run", "recipe", "step", "images/s", "written", "scores", "state")
-        click.echo(format_rows([heading, *map(_row, runs)], left=(0, 1, 5, 6)))
+        print_result(format_rows([heading, *map(_row, runs)], left=(0, 1, 5, 6)))
 
 
 def _row(run) -> tuple[str, ...]:

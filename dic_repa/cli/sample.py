@@ -12,6 +12,7 @@ from dic_repa.cli.options import Command, option_group
 from dic_repa.cli.sampling_options import EPILOG, load_for_sampling, sampling_options
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.files.outputs import check_folder
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
@@ -101,20 +102,20 @@ def command(
     if form == "npz" and not overwrite and folder.has_npz():
         folder.check()
         if processes.is_main_process:
-            click.echo(f"{len(labels)} images are there already: {out / 'samples.npz'}")
+            print_result(f"{len(labels)} images are there already: {out / 'samples.npz'}")
         return
     sample_into(folder, sampler, labels, processes, overwrite)
     if processes.is_main_process:
         grid = folder.save_grid(loaded.condition.names)
         evaluations = folder.spec["evaluations_per_image"] or "an unknown number of"
         what = "images" if loaded.condition.count else "images without classes"
-        click.echo(f"{len(labels)} {what}, {evaluations} evaluations each, and a picture of them: {grid}")
+        print_result(f"{len(labels)} {what}, {evaluations} evaluations each, and a picture of them: {grid}")
         if trajectory and sampler.states:
             save_trajectory(sampler, out / "trajectory.png")
-            click.echo(f"from noise to image: {out / 'trajectory.png'}")
+            print_result(f"from noise to image: {out / 'trajectory.png'}")
         if form != "png":
             folder.write_npz()
-            click.echo(f"for ADM's script: {out / 'samples.npz'}")
+            print_result(f"for ADM's script: {out / 'samples.npz'}")
         if form == "npz":
             for file in folder.numbered():
                 file.unlink()

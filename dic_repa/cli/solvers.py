@@ -11,6 +11,7 @@ from dic_repa.cli.groups import Group
 from dic_repa.cli.options import PATH, Count, Several
 from dic_repa.errors import UserError
 from dic_repa.registry import import_plugin
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.table import format_rows
 from dic_repa.samplers import list_solvers
 
@@ -37,7 +38,7 @@ def command(context: click.Context, plugins: tuple[str, ...]):
     for info in list_solvers():
         facts = (str(info.order), str(info.evaluations or "auto"), "no" if info.deterministic else "yes")
         rows.append((info.name, info.process, *facts, info.description))
-    click.echo(format_rows(rows, left=(0, 1, 4, 5)))
+    print_result(format_rows(rows, left=(0, 1, 4, 5)))
 
 
 @command.command("compare")
@@ -77,8 +78,8 @@ def compare(run: Path, names: list[str], evaluations: list[int], num: int, out: 
     for point in compare_solvers(run, names, evaluations, num):
         points.append(point)
         shown = ", ".join(f"{title(score)} {value:.4g}" for score, value in point.scores.items())
-        click.echo(f"{point.solver:15} {point.evaluations:4} evaluations  {shown}")
+        print_result(f"{point.solver:15} {point.evaluations:4} evaluations  {shown}")
     if not points:
         raise UserError(f"no solver of {', '.join(names)} takes as few as {max(evaluations)} evaluations: allow more")
     save_comparison(points, out)
-    click.echo(f"plot: {out}")
+    print_result(f"plot: {out}")

@@ -16,7 +16,7 @@ from dic_repa.errors import UserError, first_line, is_main_process, prints_error
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runtime.progress import say
+from dic_repa.runtime.progress import print_result, say
 from dic_repa.runtime.threads import choose_threads
 
 GIB = 2**30
@@ -84,7 +84,7 @@ def command(
 
         report = try_out(settings, path, processes)
         if is_main_process():
-            click.echo(json.dumps(report, indent=2) if as_json else dry_run_text(report))
+            print_result(json.dumps(report, indent=2) if as_json else dry_run_text(report))
         return
 
     with when_interrupted(lambda: interrupted_message(path)):
@@ -113,7 +113,7 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
             run = train(settings, path, resume, overwrite, allow_change, trackers)
             if not is_main_process():
                 return
-            click.echo(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
+            print_result(f"trained {settings.train.steps} steps in {time.perf_counter() - begin:.0f} s: {run.path}")
             if judged := show_results(run, settings):
                 scores = {k: v for k, v in judged.scores.items() if isinstance(v, int | float) and "count" not in k}
                 trackers.log({f"final/{name}": score for name, score in scores.items()}, judged.step, "final")
@@ -121,7 +121,7 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
     except Preempted as reason:
         if is_main_process():
             begun = (path / "recipe.yaml").is_file()
-            click.echo(f"{reason}; to go on: {resume_command(path) if begun else 'the same command'}", err=True)
+            print_result(f"{reason}; to go on: {resume_command(path) if begun else 'the same command'}", sys.stderr)
         raise SystemExit(REQUEUE_CODE) from None
     except OutOfMemoryError as error:
         fault = UserError(
@@ -129,7 +129,7 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
             "train.gradient_checkpointing=true, which change nothing else: --resume goes on with them"
         )
         if not prints_errors():  # the process that prints errors may have enough memory
-            click.echo(f"error: {fault}", err=True)
+            print_result(f"error: {fault}", sys.stderr)
         raise fault from None
 
 
@@ -160,7 +160,7 @@ def is_finished(settings: Recipe, path: Path, allow_change: bool) -> bool:
     if not run.is_finished(steps):
         return False
     if is_main_process():
-        click.echo(f"{path} is finished: {steps} of {steps} steps")
+        print_result(f"{path} is finished: {steps} of {steps} steps")
         judged = any(run.path.glob(f"evaluation/step_{steps:08d}-*.json"))
         show_results(run, settings.model_copy(update={"evaluate": None}) if judged else settings)
     return True
@@ -170,9 +170,9 @@ def show_results(run: RunFolder, settings: Recipe):
     """Score a finished run, if its recipe says how, print where everything is, and return the judgement."""
     judged = evaluate_and_show([run.path])[0] if settings.evaluate else None
     if run.curves_file.is_file():
-        click.echo(f"loss curves: {run.curves_file}")
+        print_result(f"loss curves: {run.curves_file}")
     if settings.train.sample_every:
-        click.echo(f"samples over training: {run.samples}")
+        print_result(f"samples over training: {run.samples}")
     say(f"to sample from it: {shlex.join(['dic-repa', 'sample', str(run.path)])}", file=sys.stdout)
     return judged
 

@@ -11,6 +11,7 @@ from dic_repa.cli.options import PATH, Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_option
 from dic_repa.errors import is_main_process, when_interrupted
 from dic_repa.files.outputs import check_folder
+from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.threads import choose_threads
 
 IMAGES = Count(2, "images")
@@ -93,7 +94,7 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
                 bar.write(f"{cell.options:32} {cell.num:6} samples  {title(tuner.score)} {cell.value:.4g}")
 
         best = tuner.run(progress)[0]
-    click.echo(f"best {title(tuner.score)}: {best.value:.4g} with {best.num} samples")
+    print_result(f"best {title(tuner.score)}: {best.value:.4g} with {best.num} samples")
     given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sampling.items())
-    click.echo(f"use: dic-repa sample {checkpoint} {best.options}{given}")
-    click.echo(f"heat map: {tuner.picture}; record: {tuner.file}")
+    print_result(f"use: dic-repa sample {checkpoint} {best.options}{given}")
+    print_result(f"heat map: {tuner.picture}; record: {tuner.file}")

@@ -4,7 +4,7 @@
     set_verbosity("normal")    bars and notes
     set_verbosity("verbose")   details too, and what the libraries below log     dic-repa ... --verbose
 
-A result goes to standard output by `print`, a warning or an error to standard error, at every level.
+A result goes to standard output by `print_result`, a warning or an error to standard error, at every level.
 """
 
 import logging
@@ -33,6 +33,11 @@ def set_verbosity(level: str) -> None:
     for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.INFO if level == "verbose" else logging.NOTSET)
     _level = level
+
+
+def print_result(text: str, file: TextIO | None = None, end: str = "\n") -> None:
+    """Print a result on standard output, or `file`, at every level of verbosity."""
+    print(printable(text), file=file or sys.stdout, end=end, flush=True)
 
 
 def say(text: str, file: TextIO | None = None) -> None:
