@@ -71,9 +71,8 @@ def print_rank_errors() -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         if not prints_errors():
-            print(
-                printable(f"\nerror: {error}"), file=sys.stderr
-            )  # a line of its own, below the main process's progress bar
+            # A line of its own, below the main process's progress bar.
+            print(printable(f"\nerror: {error}"), file=sys.stderr)
         raise
 
 
