@@ -2,6 +2,9 @@
 
 A cache is one .npy file (images, tokens, width) in float16, memory-mapped. Its name has a hash of the encoder and the
 images, and a few of its tokens are compared with the encoder's before use, so an outdated cache is never read.
+
+The CRC-32 of each image's tokens follows the array in the file, and is compared when a process first reads them: to
+check hundreds of gigabytes at once would take minutes.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from dic_repa.errors import UserError
 from dic_repa.files.cache import cache_folder
 from dic_repa.files.hashing import add_parts
+from dic_repa.files.lock import holder, lock_beside, locked_output
+from dic_repa.files.outputs import ASIDE
 from dic_repa.files.pictures import unit_images
 from dic_repa.protocols import Samples
 from dic_repa.runtime.progress import progress_bar
@@ -42,8 +48,37 @@ class FeatureCache:
     def array(self) -> np.ndarray:
         return np.load(self.file, mmap_mode="r", allow_pickle=False)
 
+    @functools.cached_property
+    def sums(self) -> np.ndarray | None:
+        """The CRC-32 of each image's tokens; None in a cache of an earlier version. A ValueError if they are cut."""
+        end = self.array.offset + self.array.nbytes  # type: ignore[attr-defined]  # a memory map has it
+        length = self.file.stat().st_size - end
+        if length not in (0, 4 * len(self.array)):
+            raise ValueError(f"{self.file} has {length} bytes after its array")
+        return np.fromfile(self.file, "<u4", offset=end) if length else None
+
+    @functools.cached_property
+    def _unread(self) -> np.ndarray:
+        return np.ones(len(self.array), dtype=bool)
+
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.array[index]))
+        tokens = np.array(self.array[index])
+        if self.sums is not None and self._unread[index]:
+            if zlib.crc32(tokens) != self.sums[index]:
+                raise UserError(
+                    f"the feature cache {self.file} is damaged: the tokens of image {index} have changed since they "
+                    "were written; remove it, and the next run makes it anew"
+                )
+            self._unread[index] = False
+        return torch.from_numpy(tokens)
+
+    def damaged(self) -> list[int]:
+        """The images whose tokens have changed since they were written; none in a cache of an earlier version."""
+        sums = self.sums
+        if sums is None:
+            return []
+        rows = progress_bar(self.array, desc=f"reading {self.file.name}", unit="image")
+        return [index for index, row in enumerate(rows) if zlib.crc32(np.ascontiguousarray(row)) != sums[index]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file}  # each loader process maps it by itself: a pickled memory map would be a copy
@@ -76,9 +111,19 @@ def feature_cache(
     probes = {
         i: encoder(unit_images(data[i]["image"][None].to(device)))[0].float() for i in spread(len(data), PROBED_IMAGES)
     }
-    if not (file.is_file() and _agrees(FeatureCache(file), probes, len(data))):
-        tokens, width = next(iter(probes.values())).shape
-        _fill(file, (len(data), tokens, width), encoder, data, device, workers)
+    tokens, width = next(iter(probes.values())).shape
+
+    def is_there() -> bool:
+        return file.is_file() and _agrees(FeatureCache(file), probes, len(data))
+
+    try:
+        if not is_there():
+            with locked_output(file, wait=True):  # another run may need the same one
+                if not is_there():
+                    _fill(file, (len(data), tokens, width), encoder, data, device, workers)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"the feature cache cannot be made in {file.parent} ({why}); set DIC_REPA_CACHE") from None
     return FeatureCache(file)
 
 
@@ -118,42 +163,56 @@ def spread(count: int, most: int) -> list[int]:
 
 def _agrees(cache: FeatureCache, probes: dict[int, Tensor], count: int) -> bool:
     try:
-        array = cache.array
+        array, _ = cache.array, cache.sums
     except (EOFError, OSError, ValueError):
         return False
     for index, expected in probes.items():
         if array.dtype != np.float16 or array.shape != (count, *expected.shape):
             return False
-        error = (cache[index].float().to(expected.device) - expected).square().mean().sqrt()
+        try:
+            stored = cache[index].float().to(expected.device)
+        except UserError:
+            return False
+        error = (stored - expected).square().mean().sqrt()
         if not error <= TOLERANCE * expected.square().mean().sqrt():
             return False
     return True
 
 
 def _fill(file: Path, shape: tuple[int, int, int], encoder, data: Samples, device, workers: int) -> None:
-    needed, aside = 2 * int(np.prod(shape)), file.with_name(f".writing-{os.getpid()}-{file.name}")
+    """Write the cache aside, and rename it once it is whole; the caller holds its lock."""
+    needed, aside = 2 * int(np.prod(shape)), file.with_name(f"{ASIDE}{file.name}")
+    _remove_leftovers(file.parent)
+    if (free := shutil.disk_usage(file.parent).free) < needed:
+        raise UserError(
+            f"the feature cache takes {needed / 1e9:.1f} GB, but {file.parent} has {free / 1e9:.1f} GB left; "
+            "set DIC_REPA_CACHE to a folder with more room, or cache: false"
+        )
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(file.parent).free) < needed:
-            raise UserError(
-                f"the feature cache takes {needed / 1e9:.1f} GB, but {file.parent} has {free / 1e9:.1f} GB left; "
-                "set DIC_REPA_CACHE to a folder with more room, or cache: false"
-            )
         # Written, not mapped: a full disk is then an error, and does not end the process.
         with aside.open("wb") as out, torch.random.fork_rng(devices=[]):  # a loader draws a seed from torch's generator
             np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
             loader: DataLoader = DataLoader(WithTokens(data, {}), batch_size=BATCH, num_workers=workers)
+            sums: list[int] = []
             for batch in progress_bar(loader, desc=f"caching {file.name}", unit="batch"):
                 tokens = encoder(unit_images(batch["image"].to(device))).to(torch.float16)
                 if not tokens.isfinite().all():
                     raise UserError("the encoder's tokens exceed what float16 holds (65504); set cache: false")
-                out.write(tokens.cpu().numpy().tobytes())
+                rows = tokens.cpu().contiguous().numpy()
+                sums += map(zlib.crc32, rows)
+                out.write(rows.tobytes())
+            out.write(np.array(sums, "<u4").tobytes())
             out.flush()
             os.fsync(out.fileno())
         os.replace(aside, file)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"the feature cache cannot be made in {file.parent} ({why}); set DIC_REPA_CACHE") from None
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what was left by processes that were killed; a cache that is being written has a lock beside it."""
+    for left in folder.glob(f"{ASIDE}*.npy"):
+        if holder(lock_beside(left)) is None:
+            left.unlink(missing_ok=True)
+            lock_beside(left).unlink(missing_ok=True)

@@ -72,25 +72,25 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import Preparation
     from dic_repa.data.sources import open_source
-    from dic_repa.runtime.processes import start_processes
+    from dic_repa.files.lock import locked
+    from dic_repa.runtime.processes import entered_by_main, on_main_process, start_processes
 
     choose_threads()
     images = open_source(source, labels, options["skip_bad"], unlabelled)
     state = start_processes()
     preparation = Preparation(images, destination, load_autoencoder(autoencoder, state.device), **options)
-    if state.is_main_process:
-        preparation.begin()
-    state.wait_for_everyone()
-    begun = f"the finished shards are in {destination}, and the same command goes on with the others"
-    with when_interrupted(lambda: f"interrupted; {begun}"), print_rank_errors():
-        preparation.write_shards(state.process_index, state.num_processes)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        preparation.finish()
-        report = preparation.check()
-        _print_report(destination, report)
-        if report["expected"] and not report["images"]:
-            raise UserError(f"not one image of {source} was whole")
+    with entered_by_main(state, lambda: locked(destination)):
+        on_main_process(state, preparation.begin)
+        begun = f"the finished shards are in {destination}, and the same command goes on with the others"
+        with when_interrupted(lambda: f"interrupted; {begun}"), print_rank_errors():
+            preparation.write_shards(state.process_index, state.num_processes)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            preparation.finish()
+            report = preparation.check()
+            _print_report(destination, report)
+            if report["expected"] and not report["images"]:
+                raise UserError(f"not one image of {source} was whole")
     state.end_training()
 
 

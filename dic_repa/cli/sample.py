@@ -83,7 +83,8 @@ def command(
         check_folder(out, "samples")  # before torch is imported
 
     from dic_repa.conditions import read_examples
-    from dic_repa.runtime.processes import start_processes
+    from dic_repa.files.lock import locked
+    from dic_repa.runtime.processes import entered_by_main, start_processes
     from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec, save_trajectory
     from dic_repa.sampling.labels import draw_labels
 
@@ -104,21 +105,23 @@ def command(
         if processes.is_main_process:
             print_result(f"{len(labels)} images are there already: {out / 'samples.npz'}")
         return
-    sample_into(folder, sampler, labels, processes, overwrite)
-    if processes.is_main_process:
-        grid = folder.save_grid(loaded.condition.names)
-        evaluations = folder.spec["evaluations_per_image"] or "an unknown number of"
-        what = "images" if loaded.condition.count else "images without classes"
-        print_result(f"{len(labels)} {what}, {evaluations} evaluations each, and a picture of them: {grid}")
-        if trajectory and sampler.states:
-            save_trajectory(sampler, out / "trajectory.png")
-            print_result(f"from noise to image: {out / 'trajectory.png'}")
-        if form != "png":
-            folder.write_npz()
-            print_result(f"for ADM's script: {out / 'samples.npz'}")
-        if form == "npz":
-            for file in folder.numbered():
-                file.unlink()
+    folder.check(overwrite)
+    with entered_by_main(processes, lambda: locked(out)):
+        sample_into(folder, sampler, labels, processes, overwrite)
+        if processes.is_main_process:
+            grid = folder.save_grid(loaded.condition.names)
+            evaluations = folder.spec["evaluations_per_image"] or "an unknown number of"
+            what = "images" if loaded.condition.count else "images without classes"
+            print_result(f"{len(labels)} {what}, {evaluations} evaluations each, and a picture of them: {grid}")
+            if trajectory and sampler.states:
+                save_trajectory(sampler, out / "trajectory.png")
+                print_result(f"from noise to image: {out / 'trajectory.png'}")
+            if form != "png":
+                folder.write_npz()
+                print_result(f"for ADM's script: {out / 'samples.npz'}")
+            if form == "npz":
+                for file in folder.numbered():
+                    file.unlink()
     processes.end_training()
 
 

@@ -27,7 +27,7 @@ from dic_repa.data.prepared import SETTINGS_FILE, Prepared, read_settings
 from dic_repa.data.sources import ImageSource
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
-from dic_repa.files.outputs import begin_folder, check_folder
+from dic_repa.files.outputs import begin_folder, check_folder, remove_leftovers
 from dic_repa.files.pictures import save_side_by_side, to_pil, unit_images
 from dic_repa.protocols import Autoencoder
 from dic_repa.runtime.precision import tf32
@@ -65,6 +65,7 @@ class Preparation:
         if self.size % spec.downsample:
             raise UserError(f"--size {self.size} is not a multiple of {spec.downsample}, the autoencoder's reduction")
         if check_folder(place, "prepared") and (place / SETTINGS_FILE).is_file():
+            remove_leftovers(place)
             found, wanted = {"moments": "float16"} | read_settings(place), json.loads(json.dumps(wanted))
             for settings in (found, wanted):  # images and weights may move between two calls, but not change
                 del settings["source"]["path"], settings["autoencoder"]["name"]

@@ -24,6 +24,7 @@ from dic_repa.data.latents import denoiser_data
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.lock import locked
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.pictures import new_figure, save_figure, unit_images
 from dic_repa.files.weights import load_weights, read_tensors
@@ -77,7 +78,7 @@ def probe_checkpoint(
     recipe, denoiser = loaded.recipe, loaded.denoiser
     checkpoint = checkpoint_of(loaded.source)
     folder = Path(out) if out else home_of(loaded.source) / "probe"
-    marker = check_folder(folder, "probe")
+    check_folder(folder, "probe")
     section = next((section for section in recipe.alignments if encoder in (None, section.encoder)), None)
     if section is None and encoder is None:
         raise UserError("this model was aligned to no encoder; name one to compare with, such as --encoder digits-vit")
@@ -114,10 +115,11 @@ def probe_checkpoint(
         "scores": {name: [[v and round(v, 6) for v in row] for row in rows] for name, rows in table.items()},
         "reference": {"linear_probe": itself},
     }
-    if marker is None:
-        begin_folder(folder, "probe")
-    write_whole(folder / "probe.json", json.dumps(record, indent=1) + "\n")
-    return record, [folder / "probe.json", *save_pictures(record, folder)]
+    with locked(folder):
+        if check_folder(folder, "probe") is None:
+            begin_folder(folder, "probe")
+        write_whole(folder / "probe.json", json.dumps(record, indent=1) + "\n")
+        return record, [folder / "probe.json", *save_pictures(record, folder)]
 
 
 def _scores(features: dict, tokens: Tensor, labels: Tensor, taps, times, num_classes: int) -> tuple[dict, float]:

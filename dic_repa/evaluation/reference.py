@@ -23,8 +23,10 @@ from dic_repa.evaluation.metrics import Metric
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.cache import cache_folder
 from dic_repa.files.hashing import fingerprint
+from dic_repa.files.lock import locked_output
 from dic_repa.files.npz import NpzFile
 from dic_repa.files.outputs import MARK
+from dic_repa.files.weights import check_seal, seal
 from dic_repa.protocols import FeatureExtractor
 from dic_repa.runtime.progress import detail, warn
 
@@ -106,7 +108,8 @@ def _extracted(images: ImageSet, extractors: dict[str, FeatureExtractor], run, c
         detail(f"statistics of the reference: {file}")
     elif cache and is_main_process():
         try:
-            save_statistics(found, file, extractors)
+            with locked_output(file):
+                save_statistics(found, file, extractors)
         except (UserError, OSError) as error:  # the next time takes longer, no more
             warn(f"the reference's statistics are not cached: {error}")
     return found
@@ -116,10 +119,12 @@ def _read(path: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet:
     """The statistics of a file; a UserError if it has none, or those of other extractors or weights."""
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get("statistics", "{}"))
+            metadata = file.metadata() or {}
+            record = json.loads(metadata.get("statistics", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole file of statistics ({error})") from None
+    check_seal(tensors, metadata, path)
     if "count" not in record:
         raise UserError(f"{path} is not a file of statistics; make one with --save-statistics")
     for name, mine in describe_extractors(extractors).items():
@@ -170,6 +175,6 @@ def save_statistics(found: FeatureSet, path: str | Path, extractors: dict[str, F
     record |= {"extractors": describe_extractors(extractors), "made_by": MARK}
     try:
         with write_aside(path) as aside:
-            save_file(tensors, aside, {"statistics": json.dumps(record)})
+            save_file(tensors, aside, {"statistics": json.dumps(record), **seal(tensors)})
     except SafetensorError as error:  # such as a full disk, which is no OSError there
         raise UserError(f"{path} cannot be written ({first_line(error)})") from None

@@ -23,6 +23,7 @@ from dic_repa.evaluation.measuring import Judge, Measure, Measured
 from dic_repa.evaluation.metrics import find_metric
 from dic_repa.evaluation.reference import UNKNOWN_COUNT
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.lock import locked
 from dic_repa.files.outputs import MARK, check_file
 from dic_repa.files.pictures import draw_grid, save_picture, shown_in_grid
 from dic_repa.models.pretrained import CONFIG
@@ -105,6 +106,15 @@ def evaluate_run(
         return judged
     for file in (judged.record, judged.picture):
         check_file(file)
+    with locked(judged.record.parent):
+        _judge(judged, newest, progress)
+    return judged
+
+
+def _judge(judged: Judgement, newest: Path, progress: Callable[[int], object]) -> None:
+    """Sample from the checkpoint `newest`, score, and save."""
+    recipe, sample = judged.recipe, judged.sample
+    assert recipe.evaluate is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load(newest, device, weights=sample.weights)
     labels = draw_labels(recipe, checkpoint.condition, sample)
@@ -124,7 +134,6 @@ def evaluate_run(
     judged.scores = judge(batches(), labels)
     judged.evaluations = sampler.evaluations
     judged.save(torch.stack([shown[i] for i in rows]), labels[rows], checkpoint.condition.names)
-    return judged
 
 
 def no_judge(path: str | Path, hint: str = "") -> UserError:

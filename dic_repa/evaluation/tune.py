@@ -21,6 +21,7 @@ from dic_repa.evaluation.measuring import judge_of_score
 from dic_repa.evaluation.metrics import title
 from dic_repa.evaluation.runs import own_encoder
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.lock import locked
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.files.weights import weights_fingerprint
@@ -108,7 +109,7 @@ class Tuner:
             "reference": reference and str(reference),
             **weak_weights(self.sample),
         }
-        self.done = self._read()
+        self.done: list[dict] = []
         self.found: list[Cell] = []
         self.best: list[Cell] = []
 
@@ -121,8 +122,13 @@ class Tuner:
         """Search, confirm, draw; the best cells, the very best first: those confirmed with many samples, if any are.
 
         `progress(None, count)` is called with images done, `progress(cell, count)` when a cell is done, with the number
-        of its images that an earlier call had sampled.
+        of its images that an earlier call had sampled. A UserError where another process searches into this folder.
         """
+        with locked(self.folder):
+            self.done = self._read()
+            return self._search(progress)
+
+    def _search(self, progress: Callable[[Cell | None, int], None]) -> list[Cell]:
         self.found = [self._cell(scale, interval, self.num, progress) for scale, interval in self.cells()]
         best = self.ranked(self.found)
         self._finish(best[: max(1, self.confirm)], [])  # to look at while the best are confirmed, which may take long

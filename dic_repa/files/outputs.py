@@ -48,13 +48,19 @@ class Marker:
     pictures: int = 0
 
     def __contains__(self, name: str) -> bool:
-        if name in (MARKER, LOCK):
+        if name == MARKER or is_lock(name):
             return True
         folder, _, last = name.rpartition("/")
         name = f"{folder}/{last.removeprefix(ASIDE)}".lstrip("/")  # what a kill has left unfinished
         stem, _, ending = name.partition(".")
         picture = ending == "png" and stem.isdecimal() and f"{int(stem):06d}" == stem and int(stem) < self.pictures
         return picture or name in self.names
+
+
+def is_lock(name: str) -> bool:
+    """Whether `files.lock` uses a file of this name, in our folders or beside an output."""
+    last = PurePosixPath(name).name
+    return last.startswith(ASIDE) and last.endswith("lock")
 
 
 def check_file(path: str | Path) -> None:
@@ -187,7 +193,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
     Files that are not ours stay too; with `warn`, standard error names them.
     """
     marker = read_marker(folder) or Marker("")
-    pictures = [name for name in os.listdir(folder) if name in marker and name not in (MARKER, LOCK)]
+    pictures = [name for name in os.listdir(folder) if name in marker and name != MARKER and not is_lock(name)]
     for name in {*marker.names, *pictures}.difference(keep):
         parents = [folder / parent for parent in list(PurePosixPath(name).parents)[:-1]]
         if any(parent.is_symlink() for parent in parents):
@@ -195,7 +201,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
         for place in (folder / name, (folder / name).with_name(f"{ASIDE}{PurePosixPath(name).name}")):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 mode = place.lstat().st_mode
-                if place.name == LOCK:  # of the command that removes
+                if is_lock(place.name):  # of the command that removes
                     continue
                 if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                     place.unlink()
@@ -215,7 +221,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
 def remove_leftovers(folder: Path) -> None:
     """Remove what a writer that was killed has left unfinished in one of our folders, and in those inside it."""
     for left in [*folder.glob(f"{ASIDE}*"), *folder.glob(f"*/{ASIDE}*")]:
-        if left.name != LOCK and is_listed(left):
+        if not is_lock(left.name) and is_listed(left):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 

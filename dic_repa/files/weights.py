@@ -1,6 +1,7 @@
 """Reading and writing weights: safetensors, or torch files of plain tensors. Nothing is ever unpickled."""
 
 import argparse
+import hashlib
 from os import PathLike
 from pathlib import Path
 
@@ -10,14 +11,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError, first_few, first_line
-from dic_repa.files.hashing import fingerprint
+from dic_repa.files.hashing import add_parts, fingerprint
 
+SEAL = "sha256 of tensors"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises in torch and in safetensors
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dict[str, str] | None = None) -> None:
     """`tensors` as a safetensors file, which stores plain contiguous tensors only."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def seal(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The metadata of a file that no manifest lists: the SHA-256 of its tensors, their names and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        add_parts(digest, f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor)
+    return {SEAL: digest.hexdigest()}
+
+
+def check_seal(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """A UserError if tensors have changed since they were sealed; those without a seal are taken as they are."""
+    if SEAL in metadata and seal(tensors)[SEAL] != metadata[SEAL]:
+        raise UserError(f"{path} is damaged: its tensors have changed since it was written; restore it, or remove it")
 
 
 def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -34,7 +50,9 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            check_seal(tensors, metadata, path)
+            return tensors, metadata
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the checkpoints of DiT and its descendants
             content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:

@@ -1,7 +1,9 @@
 """The processes that a launcher has started, joined: `torchrun`, `accelerate launch`, or none."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -61,6 +63,17 @@ def in_all_processes(accelerator: Accelerator, action: Callable[[], T], main_onl
     if failure is not None:
         raise failure
     return result
+
+
+@contextlib.contextmanager
+def entered_by_main(accelerator: Accelerator, enter: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, the main process has entered the context that `enter` gives, such as a lock that holds for all of them.
+
+    Where it cannot, its UserError or OSError is raised in all of them.
+    """
+    with contextlib.ExitStack() as stack:
+        on_main_process(accelerator, lambda: stack.enter_context(enter()))
+        yield
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ import torch
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
+from dic_repa.files.lock import locked_output
 from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import AUTHORS_FILES, MARK
 from dic_repa.files.weights import WRITE_ERRORS, save_tensors
@@ -48,10 +49,11 @@ def convert(
         check_recipe(recipe, model)
     model.to(getattr(torch, dtype))
     try:
-        if target.suffix in AUTHORS_FILES:
-            _write_authors(model, target)
-        else:
-            _write_folder(model, target, recipe, recipe_file)
+        with locked_output(target):
+            if target.suffix in AUTHORS_FILES:
+                _write_authors(model, target)
+            else:
+                _write_folder(model, target, recipe, recipe_file)
     except WRITE_ERRORS as error:
         raise UserError(f"{target} could not be written ({first_line(error)})") from None
     return model

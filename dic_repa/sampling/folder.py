@@ -23,13 +23,23 @@ from dic_repa.conditions import VectorCondition
 from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.hashing import fingerprint
+from dic_repa.files.lock import locked
 from dic_repa.files.npz import NpzFile, write_npz
-from dic_repa.files.outputs import ASIDE, Marker, begin_folder, check_folder, foreign, remove_listed, write_marker
+from dic_repa.files.outputs import (
+    Marker,
+    begin_folder,
+    check_folder,
+    foreign,
+    remove_leftovers,
+    remove_listed,
+    write_marker,
+)
 from dic_repa.files.pictures import draw_grid, load_levels, load_png, save_picture, save_png, shown_in_grid
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe.keys import flatten
+from dic_repa.runtime.processes import entered_by_main, on_main_process
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.samplers import solver_info
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
@@ -100,9 +110,7 @@ class SampleFolder:
                 remove_listed(self.path)
             begin_folder(self.path, "samples", _NAMES, self.num)
         else:
-            for file in self.path.glob(f"{ASIDE}*"):
-                if file.name in marker:
-                    file.unlink()
+            remove_leftovers(self.path)
             write_marker(self.path, Marker("samples", marker.names, max(marker.pictures, self.num)))
         self.write_spec()
 
@@ -170,13 +178,18 @@ def sample_into(
     """Fill `folder` in all processes of `accelerator`, with a progress bar; done when all of them are.
 
     Raises:
-        UserError: The folder holds other samples (unless `overwrite`), or anything else.
+        UserError: The folder holds other samples (unless `overwrite`), or anything else, or another command fills it.
     """
     folder.check(overwrite)  # by all processes, so that all of them end
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.begin(overwrite)
-    accelerator.wait_for_everyone()
+    with entered_by_main(accelerator, lambda: locked(folder.path)):
+        _fill_by_all(folder, sampler, labels, accelerator, overwrite)
+
+
+def _fill_by_all(
+    folder: SampleFolder, sampler: Sampler, labels: Tensor, accelerator: Accelerator, overwrite: bool
+) -> None:
+    on_main_process(accelerator, lambda: folder.begin(overwrite))
     missing, processes = folder.missing(), accelerator.num_processes
     accelerator.wait_for_everyone()  # before one of them writes what another would count
     total, quiet = sum(map(len, missing)), not accelerator.is_main_process

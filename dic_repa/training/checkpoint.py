@@ -25,7 +25,7 @@ from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.manifest import write_manifest
-from dic_repa.files.weights import WRITE_ERRORS, load_weights, read_tensors, save_tensors
+from dic_repa.files.weights import WRITE_ERRORS, load_weights, read_tensors, save_tensors, seal
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import Recipe, to_yaml
 from dic_repa.runs.checkpoints import checkpoint_step, read_run_id
@@ -89,8 +89,9 @@ def write_snapshots(run: RunFolder, state: TrainingState, averages: dict[str, EM
     for name, ema in averages.items():
         if isinstance(ema, PowerEMA):
             path = run.snapshots / f"step_{state.step:08d}-{name.removeprefix('ema-')}.safetensors"
+            belongs = {"run": read_run_id(run.path) or "", "step": str(state.step)}
             with write_aside(path) as aside:
-                save_tensors(state.averages[name], aside)
+                save_tensors(state.averages[name], aside, {**belongs, **seal(state.averages[name])})
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int:

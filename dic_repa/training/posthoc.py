@@ -18,6 +18,7 @@ from torch import Tensor
 from dic_repa.data.saved import DATA_FILE
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
+from dic_repa.files.lock import locked_output
 from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import check_folder
 from dic_repa.files.weights import WRITE_ERRORS, read_tensors, save_tensors
@@ -80,10 +81,20 @@ def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tu
     factors = combination([snapshot.step for snapshot in snapshots], gammas, step, gamma)
     total: dict[str, Tensor] = {}
     for factor, snapshot in zip(factors.tolist(), snapshots):
-        for name, tensor in read_tensors(snapshot.path)[0].items():
+        for name, tensor in read_snapshot(run, snapshot).items():
             part = tensor.double() * factor if tensor.is_floating_point() else tensor
             total[name] = total[name] + part if name in total and tensor.is_floating_point() else part
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}, step
+
+
+def read_snapshot(run: RunFolder, snapshot: Snapshot) -> dict[str, Tensor]:
+    """The tensors of a snapshot of `run`; a UserError if it is damaged, or of another run or step."""
+    tensors, belongs = read_tensors(snapshot.path)
+    if belongs.get("step", str(snapshot.step)) != str(snapshot.step):
+        raise UserError(f"{snapshot.path} is of step {belongs['step']}, not of that in its name; restore it")
+    if belongs.get("run") and (own := read_run_id(run.path)) and belongs["run"] != own:
+        raise UserError(f"{snapshot.path} is of another run; move it out of {run.snapshots}")
+    return tensors
 
 
 def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: int | None = None) -> int:
@@ -98,7 +109,7 @@ def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: in
     tensors, step = reconstruct(run, sigma_rel, step)
     made = {"sigma_rel": sigma_rel, "step": step, "run": str(run.path)}
     try:
-        with write_aside(folder, "average") as aside:
+        with locked_output(folder), write_aside(folder, "average") as aside:
             for name in ("config.json", "recipe.yaml", DATA_FILE):
                 if (file := newest / "ema" / name).is_file():  # older checkpoints have no data.json
                     shutil.copyfile(file, aside / name)

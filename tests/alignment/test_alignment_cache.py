@@ -149,6 +149,27 @@ def test_a_file_that_does_not_agree_is_made_anew(folder, data, encoder, damage):
     assert file.read_bytes() == whole
 
 
+def test_an_eighth_of_zeros_is_found_when_it_is_read(folder, data, encoder):
+    """Where the few tokens that are compared with the encoder's are whole."""
+    cache = build(encoder, data)
+    row, whole = cache.array[0].nbytes, cache.file.read_bytes()
+    start = len(whole) - 70 * (row + 4)
+    assert start + 70 * row == cache.array.offset + cache.array.nbytes
+    zeroed = set(range(30, 39))
+    assert not zeroed & set(spread(70, cache_module.PROBED_IMAGES))
+    cache.file.write_bytes(whole[: start + 30 * row] + bytes(9 * row) + whole[start + 39 * row :])
+    again = build(encoder, data)
+    with pytest.raises(UserError, match=rf"{cache.file} is damaged: the tokens of image 33 .*; remove it"):
+        again[33]
+    assert again[29].any()
+    assert again.damaged() == sorted(zeroed)
+    cache.file.write_bytes(whole[: start + 70 * row])  # as an earlier version wrote it, without checksums
+    older = build(encoder, data)
+    assert older.sums is None
+    assert older.damaged() == []
+    assert older[33].any()
+
+
 def test_random_images_are_refused(folder, encoder):
     class Flipped(FewDigits):
         def __getitem__(self, index):

@@ -116,6 +116,7 @@ def test_more_samples_are_added_and_others_refused(sample, mistake, checkpoint):
 def test_samples_away_from_other_weak_weights_are_others(sample, mistake, checkpoint):
     """A weaker model that was written over is told from what it was; one that was moved is the same."""
     weak = Path(shutil.copytree(checkpoint, "weak")) / "model.safetensors"
+    weak.with_name("manifest.json").unlink()  # changed on purpose
     weights = load_file(weak)
     save_file({name: 0.9 * tensor for name, tensor in weights.items()}, weak)
     options = ["--scale", "1.5", "--batch-size", "3", "--out", "out", "--weak"]

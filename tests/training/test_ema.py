@@ -12,6 +12,7 @@ from small_runs import full_disk, small_run
 from dic_repa.cli.ema import command
 from dic_repa.errors import UserError
 from dic_repa.models import DiC
+from dic_repa.runs.checkpoints import read_run_id
 from dic_repa.training import PowerEMA
 from dic_repa.training.ema import sigma_rel_to_gamma
 from dic_repa.training.posthoc import combination, list_snapshots, profile_products, reconstruct, save_reconstruction
@@ -122,6 +123,7 @@ def test_verb_makes_the_average_that_another_run_kept(tmp_path, mistake, capsys)
     other = DiC.from_pretrained(stored.checkpoint_path(12) / "ema-sigma_rel-0.1").state_dict()
     for name, tensor in other.items():
         torch.testing.assert_close(exact[name], tensor, rtol=1e-4, atol=1e-5)
+    _snapshots_are_checked(stored)
     with pytest.raises(UserError, match="has no snapshot of step 13; it has 2, 4, 6"):
         reconstruct(stored, 0.1, 13)
     none = small_run(tmp_path / "none", "train.steps=1")
@@ -129,3 +131,18 @@ def test_verb_makes_the_average_that_another_run_kept(tmp_path, mistake, capsys)
         reconstruct(none, 0.1)
     capsys.readouterr()
     assert "has no snapshots; train with train.power_ema" in mistake("ema", none.path)
+
+
+def _snapshots_are_checked(run):
+    """A bit that flips in one, and one under the name of another step; all are as they were in the end."""
+    second = list_snapshots(run)[1].path
+    whole = second.read_bytes()
+    for content, says in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), rf"{second.name} is damaged: its tensors have changed"),
+        (list_snapshots(run)[-1].path.read_bytes(), rf"{second.name} is of step 24, not of that in its name"),
+        (whole.replace(read_run_id(run.path).encode(), b"0" * 32), rf"{second.name} is of another run"),
+    ):
+        second.write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            reconstruct(run, 0.1)
+    second.write_bytes(whole)
