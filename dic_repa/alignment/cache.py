@@ -64,7 +64,7 @@ class FeatureCache:
     def __getitem__(self, index: int) -> Tensor:
         tokens = np.array(self.array[index])
         if self.sums is not None and self._unread[index]:
-            if zlib.crc32(tokens) != self.sums[index]:
+            if zlib.crc32(tokens.data) != self.sums[index]:
                 raise UserError(
                     f"the feature cache {self.file} is damaged: the tokens of image {index} have changed since they "
                     "were written; remove it, and the next run makes it anew"
@@ -78,7 +78,7 @@ class FeatureCache:
         if sums is None:
             return []
         rows = progress_bar(self.array, desc=f"reading {self.file.name}", unit="image")
-        return [index for index, row in enumerate(rows) if zlib.crc32(np.ascontiguousarray(row)) != sums[index]]
+        return [index for index, row in enumerate(rows) if zlib.crc32(np.ascontiguousarray(row).data) != sums[index]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file}  # each loader process maps it by itself: a pickled memory map would be a copy

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.hashing import file_sha256
+from dic_repa.files.reading import read_json
 
 MANIFEST = "manifest.json"
 
@@ -27,10 +28,10 @@ def write_manifest(folder: Path, names: Iterable[str] = (), **belongs: str | int
 def read_manifest(folder: Path) -> dict:
     """What the manifest of `folder` says; nothing where it cannot be read."""
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError, RecursionError):
+        content = read_json(folder / MANIFEST, "")
+    except (OSError, UserError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def find_damage(folder: Path, part: str = "", thorough: bool = True) -> str | None:

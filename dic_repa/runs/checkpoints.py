@@ -15,6 +15,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.manifest import MANIFEST, find_damage, read_manifest
 from dic_repa.files.outputs import MARKER, Marker, is_listed, read_marker, remove_folder, write_marker
+from dic_repa.files.reading import read_json
 
 RUN_ID = "run.json"
 RAW = "raw"  # the name of the weights themselves, among those of their averages
@@ -115,8 +116,8 @@ def find_stranger(checkpoint: Path) -> str | None:
 def read_run_id(run: Path) -> str | None:
     """What the manifests of the checkpoints of `run` call it; None for a run that an earlier version began."""
     try:
-        return str(json.loads((run / RUN_ID).read_bytes())["id"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(read_json(run / RUN_ID, "")["id"])
+    except (OSError, UserError, KeyError, TypeError):
         return None
 
 
