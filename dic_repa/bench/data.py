@@ -3,6 +3,7 @@
 The loose files are as REPA's preprocessing leaves them: an uncompressed PNG and an .npy of moments for each image.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from dic_repa.protocols import Samples
 from dic_repa.recipe import Recipe
 from dic_repa.recipe.build import build_dataset, import_plugins
 from dic_repa.training import train
-from dic_repa.training.inputs import PREFETCH, batches
+from dic_repa.training.inputs import PREFETCH, Batches
 
 
 def bench_data(recipe: Recipe, samples: int = 2000, encoded: int = 64, steps: int = 20) -> dict:
@@ -40,7 +41,8 @@ def bench_data(recipe: Recipe, samples: int = 2000, encoded: int = 64, steps: in
     half = -(-steps // 2)  # the first half warms up, and is not reported
     with tempfile.TemporaryDirectory() as folder:
         speeds = _reading_and_preparing(data, Path(folder), samples, encoded, accelerator.device)
-        speeds["loader"] = _loader_speed(batches(data, recipe, accelerator, start=0), samples, recipe.data.workers)
+        with contextlib.closing(Batches(data, recipe, accelerator, start=0)) as batches:
+            speeds["loader"] = _loader_speed(batches, samples, recipe.data.workers)
         recipe.train.steps, recipe.train.log_every = 2 * half, half
         recipe.train.sample_every, recipe.train.checkpoint_every = 0, 2 * half
         run = train(recipe, Path(folder) / "run")

@@ -162,6 +162,15 @@ class TrainSection(Section):
         return self
 
 
+class TimeoutsSection(Section):
+    """After how many seconds something is taken to hang; null: never."""
+
+    setup: Positive | None = Field(3600.0, description="building all parts; a feature cache takes its time besides")
+    data: Positive | None = Field(1800.0, description="waiting for a batch; then the state is saved, exit code 75")
+    step: Positive | None = Field(3600.0, description="a step, the first with its compilation; then exit code 124")
+    checkpoint: Positive | None = Field(3600.0, description="copying and writing the state; then exit code 124")
+
+
 class GuidanceSection(Section):
     kind: str = Field("cfg", description="cfg, cfg++ (scale in [0, 1]), ...: `dic-repa parts guidance`")
     scale: NotNegative = Field(1.65, description="1: none; above: towards the class")
@@ -288,6 +297,9 @@ class Recipe(Section):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="what changes the weights")
     schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="the learning rate over the steps")
     train: TrainSection = Field(default_factory=TrainSection, description="how it is trained")
+    timeouts: TimeoutsSection = Field(
+        default_factory=TimeoutsSection, description="seconds after which a run that hangs is ended"
+    )
     sample: SampleSection = Field(default_factory=SampleSection, description="how it is sampled from")
     evaluate: EvaluateSection | None = Field(
         None, description="how samples are judged, at the end of the run too; null: not at all"

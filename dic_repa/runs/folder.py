@@ -41,9 +41,9 @@ from dic_repa.runs.checkpoints import RUN_ID, Checkpoints, checkpoint_step, find
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
 _HARMLESS = set(
-    "sample evaluate train.steps train.log_every train.sample_every train.checkpoint_every train.keep_checkpoints "
-    "train.keep_every train.snapshot_every train.max_skipped train.loader_timeout train.trackers train.sharding "
-    "train.micro_batch train.gradient_checkpointing train.compile data.workers".split()
+    "sample evaluate timeouts train.steps train.log_every train.sample_every train.checkpoint_every "
+    "train.keep_checkpoints train.keep_every train.snapshot_every train.max_skipped train.loader_timeout "
+    "train.trackers train.sharding train.micro_batch train.gradient_checkpointing train.compile data.workers".split()
 )
 RUNS = Path("runs")  # the default folder of runs
 
@@ -108,6 +108,10 @@ class RunFolder(Checkpoints):
         write_whole(self.id_file, json.dumps({"id": uuid.uuid4().hex}) + "\n")
         self.save_recipe(recipe)  # killed from here on, it can be resumed
         self._make_folders()
+
+    def grid_file(self, step: int) -> Path:
+        """The grid of samples after `step` steps."""
+        return self.samples / f"step_{step:08d}.png"
 
     def save_recipe(self, recipe: Recipe) -> None:
         """Write the recipe that the run follows from here on."""

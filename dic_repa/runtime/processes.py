@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -39,6 +41,43 @@ def start_processes(patience: timedelta = timedelta(days=1), **options) -> Accel
             "set ACCELERATE_USE_CPU=true for CPUs, or launch them by torchrun or accelerate launch"
         )
     return accelerator
+
+
+class Votes:
+    """What the processes decide together on their CPUs, without waiting for their GPUs. All must ask the same.
+
+    A UserError where the CPUs of several processes cannot talk to each other.
+    """
+
+    def __init__(self, accelerator: Accelerator, patience: timedelta = timedelta(hours=3)):
+        self.alone, self.group = accelerator.num_processes == 1, None
+        if not self.alone and dist.get_backend() != "gloo":
+            try:
+                self.group = dist.new_group(backend="gloo", timeout=patience)
+                self.any(False)
+            except RuntimeError as error:
+                hint = "name the network between them in GLOO_SOCKET_IFNAME"
+                raise UserError(
+                    f"the processes' CPUs cannot talk to each other ({first_line(error)}); {hint}"
+                ) from None
+
+    def any(self, mine: bool) -> bool:
+        """Whether some process says so."""
+        if self.alone:
+            return mine
+        votes = torch.tensor([int(mine)])
+        dist.all_reduce(votes, group=self.group)
+        return bool(votes)
+
+    def first(self, mine: Exception | None) -> Exception | None:
+        """The exception of the first process that has one."""
+        if not self.any(mine is not None):
+            return None
+        every = [mine]
+        if not self.alone:
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, mine, group=self.group)
+        return next(each for each in every if each is not None)
 
 
 def in_all_processes(accelerator: Accelerator, action: Callable[[], T], main_only: bool = False) -> T:

@@ -2,7 +2,7 @@
 
 model.safetensors   the denoiser and the heads          ema/            config.json, model.safetensors, recipe.yaml
 optimizer.pt        plain tensors, never unpickled                      and data.json: all that sampling needs, also
-state.json          the step                                            for `DiC.from_pretrained`
+state.json          the step; what the log has summed up                for `DiC.from_pretrained`
 manifest.json       sizes and SHA-256 of all these      ema-0.999/, ... the other averages, with the same files
 
 A thread writes a checkpoint from a copy in CPU memory, and renames it once it is whole; training goes on meanwhile.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from dic_repa.runs.checkpoints import checkpoint_step, read_run_id
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import say, warn
 from dic_repa.training.ema import EMA, PowerEMA
+from dic_repa.training.log import MetricLog
 from dic_repa.training.parts import Parts
 from dic_repa.training.sharding import cut_like, to_cpu
+from dic_repa.training.step import StepGuard
 
 
 @dataclass
@@ -46,6 +48,7 @@ class TrainingState:
     optimizer: dict[str, Any]  # its class, its state by the parameters' order, and the gradient scaler's or None
     config: dict  # of the denoiser
     data: SavedData
+    log: dict[str, Any] = field(default_factory=dict)  # what is not logged yet
 
 
 def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingState | None:
@@ -80,7 +83,7 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None
             save_tensors(tensors, aside / name / "model.safetensors")
         with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not report a full disk
             torch.save(state.optimizer, file)
-        (aside / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
+        (aside / "state.json").write_text(json.dumps({"step": state.step, **state.log}) + "\n")
         write_manifest(aside, run=read_run_id(folder.parents[1]), step=state.step)
 
 
@@ -119,6 +122,16 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
     if content["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(content["scaler"])
     return step
+
+
+def load_log(folder: Path, log: MetricLog, guard: StepGuard) -> None:
+    """Let the log and the count of skipped steps go on; checkpoints of earlier versions have neither."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        log.restore(state.get("log", {}))
+        guard.restore(state.get("skipped", [0, 0]))
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{folder}/state.json is damaged ({first_line(error)})") from None
 
 
 def _load(module: nn.Module, folder: Path) -> None:

@@ -4,6 +4,7 @@ The training's randomness is untouched: a sample's noise belongs to (sample.seed
 ends with the same weights as one without.
 """
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -28,7 +29,10 @@ class Evaluator:
     """`evaluator(step)` samples, scores and records; in every process it returns whether this step is the best so far.
 
     The records are those of `dic-repa evaluate`, in RUN/evaluation. Processes share the sampling; the main one judges.
+    `stopping` is asked in all of them after each batch; then nothing is scored.
     """
+
+    stopping: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accelerator, trackers: Trackers):
         self.recipe, self.run, self.parts, self.accelerator = recipe, run, parts, accelerator
@@ -53,20 +57,36 @@ class Evaluator:
         labels = draw_labels(self.recipe, self.parts.condition, self.sample)
         with self.parts.ema.raw(self.parts.denoiser) if self.sample.weights == RAW else nullcontext():
             levels = self._sample(labels)
+        if levels is None:
+            return None
         return on_main_process(self.accelerator, lambda: self._judge(step, levels.float() / 255, labels))
 
-    def _sample(self, labels: Tensor) -> Tensor:
-        """The images of all labels as a PNG would keep them, uint8, in every process."""
+    def is_missing(self, step: int) -> bool:
+        """Whether there is no record of that step's scores."""
+        return not Judgement(self.run.path, step, self.recipe, self.sample).record.is_file()
+
+    def _sample(self, labels: Tensor) -> Tensor | None:
+        """The images of all labels as a PNG would keep them, uint8, in every process; None if it is to stop."""
         sampler, processes = self.parts.sampler, self.accelerator.num_processes
         assert sampler is not None  # there is one wherever evaluate.every is set
         if processes == 1 or self.parts.sharded:  # sharded weights can be run by all processes together alone
-            return torch.cat([(batch * 255).round().byte() for batch in sampler(labels)])
+            return self._levels(sampler(labels))
         share = -(-len(labels) // processes)  # rounded up: as many in each process, for they are gathered
         mine = [(i * processes + self.accelerator.process_index) % len(labels) for i in range(share)]
-        levels = torch.cat([(batch * 255).round().byte() for batch in sampler(labels[mine], mine)])
+        levels = self._levels(sampler(labels[mine], mine))
+        if levels is None:
+            return None
         gathered = self.accelerator.gather(levels.to(self.accelerator.device)).cpu()
         in_order = gathered.unflatten(0, (processes, share)).transpose(0, 1).flatten(0, 1)
         return in_order[: len(labels)]
+
+    def _levels(self, batches: Iterable[Tensor]) -> Tensor | None:
+        levels = []
+        for batch in batches:
+            levels.append((batch * 255).round().byte())
+            if self.stopping():
+                return None
+        return torch.cat(levels)
 
     def _judge(self, step: int, images: Tensor, labels: Tensor) -> dict | None:
         judged = Judgement(self.run.path, step, self.recipe, self.sample)

@@ -9,11 +9,12 @@ checkpoint, a resumed run equals an uninterrupted one, and the number of process
 import contextlib
 import functools
 import hashlib
-import itertools
-import math
+import queue
+import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dic_repa.errors import UserError, print_rank_errors
+from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.runtime.progress import warn
-from dic_repa.training.preemption import ignore_signals
+from dic_repa.training.preemption import Preempted, ignore_signals
 
 PREFETCH = 4  # batches that each loader process has ready: they bridge a slow read from a disk or a network
+LOOK = 0.25  # seconds between two looks at signals and loader processes while a batch is waited for
+CLOSING = 2.0  # seconds that loader processes have to end by themselves
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -83,67 +86,119 @@ def check_batch(settings: TrainSection, processes: int) -> int:
     return share // micro_batch
 
 
-def batches(data, recipe: Recipe, accelerator: Accelerator, start: int) -> Generator[dict[str, Tensor], None, None]:
-    """This process's rows of the global batches from step `start` on, on the device."""
-    settings = recipe.train
-    rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
-    order = data_order(settings.seed, len(data), settings.batch_size, start)
-    loader = DataLoader(
-        data,
-        batch_sampler=(batch[rows] for batch in order),
-        num_workers=recipe.data.workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=recipe.data.workers > 0,
-        prefetch_factor=PREFETCH if recipe.data.workers else None,
-        worker_init_fn=ignore_signals,
-    )
-    loading: Any = iter(loader)
-    watch = LoaderWatch(settings.loader_timeout, accelerator)
-    try:
-        with print_rank_errors():
-            for step in itertools.count(start + 1):
-                with watch.waiting_for(step):
-                    batch = next(loading)
-                if not recipe.alignments and ("x" in batch or "moments" in batch):
-                    batch.pop("image", None)  # neither an encoder nor the autoencoder needs it
-                yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-    finally:
-        watch.close()
-        if recipe.data.workers:
-            # Python alone would hang at exit: it sends SIGTERM to workers that an error's traceback keeps alive.
-            loading._shutdown_workers()
-            for process in loading._workers:
-                process.kill()  # a stalled one does not stop by itself
+class Batches:
+    """This process's rows of the global batches from step `start` on, on the device, one by one; closed at the end.
 
+    A thread takes them from the loader, so that the main thread can stop waiting: in `next`, Preempted is raised after
+    a signal, where a loader process has died, and after `timeouts.data`.
+    """
 
-class LoaderWatch:
-    """Warns of a stalled loader: after `timeout` seconds without a batch, again after twice as long, and so on."""
-
-    def __init__(self, timeout: float, accelerator: Accelerator):
-        self.timeout, self.process = timeout, accelerator.process_index
-        self.step, self.since, self.patience = 0, math.inf, timeout  # inf: not waiting
-        self.closed = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="loader watch", daemon=True)
+    def __init__(self, data, recipe: Recipe, accelerator: Accelerator, start: int, signals: Sequence[int] = ()):
+        settings, self.recipe, self.device, self.signals = recipe.train, recipe, accelerator.device, signals
+        self.process, self.step = accelerator.process_index, start
+        rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
+        order = data_order(settings.seed, len(data), settings.batch_size, start)
+        loader = DataLoader(
+            data,
+            batch_sampler=(batch[rows] for batch in order),
+            num_workers=recipe.data.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            persistent_workers=recipe.data.workers > 0,
+            prefetch_factor=PREFETCH if recipe.data.workers else None,
+            worker_init_fn=ignore_signals,
+        )
+        self.loading: Any = iter(loader)
+        self.workers = getattr(self.loading, "_workers", [])
+        self.dead_child = _leave_dead_children()
+        self.wanted: SimpleQueue[bool] = SimpleQueue()
+        self.answers: SimpleQueue[tuple[dict | None, BaseException | None]] = SimpleQueue()
+        self.thread = threading.Thread(target=self._fetch, name="loader", daemon=True)
         self.thread.start()
 
-    @contextlib.contextmanager
-    def waiting_for(self, step: int) -> Iterator[None]:
-        self.step, self.patience, self.since = step, self.timeout, time.monotonic()
-        try:
-            yield
-        finally:
-            self.since = math.inf
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        self.step += 1
+        self.wanted.put(True)
+        batch, error = self._wait()
+        if error is not None:
+            raise _in_a_line(error)
+        assert batch is not None
+        if not self.recipe.alignments and ("x" in batch or "moments" in batch):
+            batch.pop("image", None)  # neither an encoder nor the autoencoder needs it
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _fetch(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has its own
+        while self.wanted.get():
+            try:
+                self.answers.put((next(self.loading), None))
+            except BaseException as error:
+                self.answers.put((None, error))
+
+    def _wait(self) -> tuple[dict | None, BaseException | None]:
+        begin, patience, longest = time.monotonic(), self.recipe.train.loader_timeout, self.recipe.timeouts.data
+        while True:
+            if self.signals:
+                raise Preempted
+            with contextlib.suppress(queue.Empty):
+                batch, error = self.answers.get(timeout=LOOK)
+                if error is None or not self._dead():
+                    return batch, error
+            waited, batch_of = time.monotonic() - begin, f"the batch of step {self.step}"
+            if dead := self._dead():
+                raise Preempted(f"process {self.process} has lost a loader process, {dead}, and with it {batch_of}")
+            if longest and waited > longest:
+                stalled = f"has waited {waited:.0f} s for {batch_of}, longer than timeouts.data"
+                raise Preempted(f"process {self.process} {stalled} (a slow or dead disk or network?)")
+            if waited > patience:
+                patience *= 2
+                warn(
+                    f"process {self.process} has waited {waited:.0f} s for {batch_of}: the loader is stalled (a slow "
+                    "or dead disk or network? see data.workers)"
+                )
+
+    def _dead(self) -> str:
+        """How a loader process has ended; "" if none has."""
+        code = next((worker.exitcode for worker in self.workers if worker.exitcode is not None), None)
+        if code is None:
+            return ""
+        if code >= 0:
+            return f"which ended with code {code}"
+        hints = {"SIGKILL": " (no memory left? lower data.workers)", "SIGBUS": " (/dev/shm full? lower data.workers)"}
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"killed by {name}{hints.get(name, '')}"
 
     def close(self) -> None:
-        self.closed.set()
-        self.thread.join()
+        """End the loader and its processes, those that hang by force."""
+        self.wanted.put(False)
+        if not self.workers:
+            return  # what a thread reads cannot be ended; it ends with this process
+        self.thread.join(LOOK)
+        force = threading.Timer(CLOSING, lambda: [worker.kill() for worker in self.workers])
+        force.start()
+        try:
+            # Python alone would hang at exit: it sends SIGTERM to workers that an error's traceback keeps alive.
+            self.loading._shutdown_workers()
+        finally:
+            force.cancel()
+            for worker in self.workers:
+                worker.kill()
+            if callable(self.dead_child):
+                signal.signal(signal.SIGCHLD, self.dead_child)
 
-    def _watch(self) -> None:
-        while not self.closed.wait(min(1.0, self.timeout / 4)):
-            waited = time.monotonic() - self.since
-            if waited > self.patience:
-                self.patience *= 2
-                warn(
-                    f"process {self.process} has waited {waited:.0f} s for the batch of step {self.step}: the loader "
-                    "is stalled (a slow or dead disk or network? see data.workers)"
-                )
+
+def _leave_dead_children() -> Any:
+    """Take away torch's handler, which raises in the middle of a step when a loader process dies; it is returned."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return None
+
+
+def _in_a_line(error: BaseException) -> BaseException:
+    """The error of a data set; where it was raised in a loader process, without that process's traceback."""
+    if isinstance(error, OSError) and "Original Traceback" in str(error):
+        return UserError(f"the data cannot be read ({str(error).strip().splitlines()[-1]})")
+    return error

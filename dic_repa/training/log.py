@@ -80,8 +80,8 @@ class MetricLog:
     A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (what the
     alignment's loss calls its terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate;
     images_per_second; data_wait (the share of the time in which the next batch was not there yet; a GPU works on
-    meanwhile, so it idles at most that share); skipped (steps so far whose loss or gradient was not finite, since the
-    run began or was resumed); seconds. A value that is not finite is null, and counts in no average.
+    meanwhile, so it idles at most that share); skipped (steps so far whose loss or gradient was not finite); seconds. A
+    value that is not finite is null, and counts in no average.
     """
 
     def __init__(
@@ -113,13 +113,27 @@ class MetricLog:
             except (OSError, UserError) as error:
                 warn(f"{self.run.curves_file} cannot be written ({getattr(error, 'strerror', error)})")
 
-    def waiting(self, batches: Iterator) -> Iterator:
-        """The same batches; the time until each arrives counts as waiting."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent inside as waiting for data."""
         begin = time.perf_counter()
-        for batch in batches:
-            self.wait += time.perf_counter() - begin
-            yield batch
-            begin = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - begin
+
+    def state(self) -> dict[str, list]:
+        """The sums since the last log step, of each process, for a checkpoint. All processes must call it."""
+        if not self.sums:
+            return {}
+        every = self.accelerator.gather(torch.stack([*self.sums.values()])[None]).transpose(0, 1)
+        return dict(zip(self.sums, every.tolist()))
+
+    def restore(self, state: dict[str, list]) -> None:
+        """Go on from the sums of a checkpoint; in another number of processes the first one takes them all."""
+        for name, rows in state.items():
+            sums = torch.tensor(rows, dtype=torch.float32, device=self.accelerator.device).reshape(-1, 2)
+            if len(sums) != self.accelerator.num_processes:
+                sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(self.accelerator.num_processes - 1, 2)])
+            self.sums[name] = sums[self.accelerator.process_index]
 
     def step(
         self, step: int, losses: list[dict[str, Tensor]], norm: Tensor, learning_rate: float, skipped: int

@@ -154,13 +154,12 @@ class Verdict:
     """What was known at the end of step `step` (counted from 1): the same in every process."""
 
     step: int
-    stop: bool = False  # some process has received a signal to stop
     in_a_row: int = 0  # skipped steps up to and with this one
-    skipped: int = 0  # skipped steps since the run or its resumption began
+    skipped: int = 0  # skipped steps since the run began
 
 
 class StepGuard:
-    """After each step, all processes decide together whether it counts and whether to stop, without waiting.
+    """After each step, all processes decide together whether it counts, without waiting.
 
     A step whose loss or gradient is not finite is skipped by the optimizer on the device, by the flag `found_inf` that
     gradient scalers use. For an optimizer that does not take it, the host waits for the device in each step, and drops
@@ -171,24 +170,22 @@ class StepGuard:
         self.accelerator, self.optimizer = accelerator, optimizer
         device = accelerator.device
         self.counts = torch.zeros(2, device=device)  # in a row, in all
-        self.flags = {flag: torch.tensor(float(flag), device=device) for flag in (False, True)}
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.last = Verdict(0)
 
-    def judge(self, step: int, losses: list[dict[str, Tensor]], norm: Tensor, stop: bool) -> None:
+    def judge(self, step: int, losses: list[dict[str, Tensor]], norm: Tensor) -> None:
         """Skip the optimizer's coming step if a loss of it, in any process, or `norm` is not finite."""
-        bad = ~torch.stack([each["loss"] for each in losses]).isfinite().all()
-        shared = torch.stack([bad.float(), self.flags[stop]])
+        bad = (~torch.stack([each["loss"] for each in losses]).isfinite().all()).float()
         if self.accelerator.num_processes > 1:
-            shared = self.accelerator.reduce(shared, "sum")
-        skip = ((shared[0] > 0) | ~norm.isfinite()).float()
+            bad = self.accelerator.reduce(bad, "sum")
+        skip = ((bad > 0) | ~norm.isfinite()).float()
         if self.accelerator.scaler is None and skips_on_device(self.optimizer):
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's gradient scaler sets, too
         elif self.accelerator.scaler is None and skip:
             self.optimizer.zero_grad(set_to_none=True)
         in_a_row, skipped = self.counts.unbind()
         self.counts = torch.stack([(in_a_row + 1) * skip, skipped + skip])
-        known, event = torch.cat([shared[1:], self.counts]), None
+        known, event = self.counts, None
         if known.is_cuda:
             known, event = known.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
@@ -200,6 +197,13 @@ class StepGuard:
             step, known, event = self.pending.popleft()
             if event is not None:
                 event.synchronize()
-            stop, in_a_row, skipped = known.tolist()
-            self.last = Verdict(step, stop > 0, round(in_a_row), round(skipped))
+            in_a_row, skipped = known.tolist()
+            self.last = Verdict(step, round(in_a_row), round(skipped))
         return self.last
+
+    def state(self) -> list[float]:
+        """What `restore` takes in a resumed run."""
+        return self.counts.tolist()
+
+    def restore(self, counts: list[float]) -> None:
+        self.counts = torch.tensor(counts, device=self.counts.device).reshape(2)

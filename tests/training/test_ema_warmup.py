@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_runs import SMALL, assert_same, small_recipe, small_run
 
-import dic_repa.training.loop
+import dic_repa.training.after_step
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.evaluation.runs import evaluate_run
@@ -116,7 +116,9 @@ def test_grid_shows_the_raw_weights_too_while_the_average_is_far_behind(runs, tm
 
     drawn = []
     monkeypatch.setattr(
-        dic_repa.training.loop, "draw_grid", lambda images, *_, **__: drawn.append(images) or Image.new("L", (9, 9))
+        dic_repa.training.after_step,
+        "draw_grid",
+        lambda images, *_, **__: drawn.append(images) or Image.new("L", (9, 9)),
     )
     run = small_run(tmp_path / "short", "train.steps=8", "train.more_ema_decays=[0.2]", *GRIDS, "train.sample_every=4")
     assert len(drawn) == 4

@@ -27,7 +27,7 @@ from dic_repa.runs import RunFolder
 from dic_repa.runs.environment import _git_state
 from dic_repa.training import EMA, Preempted, train
 from dic_repa.training.checkpoint import CheckpointWriter, write_checkpoint
-from dic_repa.training.inputs import LoaderWatch, data_order
+from dic_repa.training.inputs import data_order
 from dic_repa.training.log import append_whole
 from dic_repa.training.preemption import SIGNALS, ignore_signals, stop_request
 
@@ -89,8 +89,8 @@ def test_stop_is_told_beside_what_could_not_be_written(tmp_path, poison, monkeyp
     def write(folder, *arguments):
         fail() if folder.name == "step_00000004" else write_checkpoint(folder, *arguments)
 
-    monkeypatch.setattr("dic_repa.training.loop.write_checkpoint", write)
-    monkeypatch.setattr("dic_repa.training.loop.write_whole", fail)
+    monkeypatch.setattr("dic_repa.training.after_step.write_checkpoint", write)
+    monkeypatch.setattr("dic_repa.training.after_step.write_whole", fail)
     says = (
         r"in the 2 steps up to 6, so the run stops; the indices of their samples could not be written "
         r"\(.*No space left on device\); the checkpoint .*step_00000004 could not be written \(.*\); step_00000002 is"
@@ -130,11 +130,11 @@ def test_signal_saves_the_step_and_the_run_goes_on_the_same(tmp_path, monkeypatc
 
     before = signal.getsignal(number)
     monkeypatch.setattr(EMA, "update", signalled)
-    with pytest.raises(Preempted, match="has saved step 6"):
+    with pytest.raises(Preempted, match="has saved step 5"):
         small_run(tmp_path / "run")
     assert signal.getsignal(number) == before
     run = RunFolder(tmp_path / "run")
-    assert run.newest_checkpoint().name == "step_00000006"
+    assert run.newest_checkpoint().name == "step_00000005"
     monkeypatch.setattr(EMA, "update", update)
     small_run(run.path, resume=True)
     whole = small_run(tmp_path / "whole")
@@ -281,41 +281,6 @@ def test_error_leaves_no_loader_process_that_would_hang_the_exit(tmp_path, monke
         small_run(tmp_path / "run", "data.workers=1", "data.name=poisoned-digits")
     assert not multiprocessing.active_children()
     assert caught.traceback
-
-
-@pytest.mark.parametrize("error", [UserError("a.png is damaged"), PermissionError(13, "Permission denied", "a.png")])
-def test_process_whose_data_fails_says_so_though_it_is_not_the_main_one(tmp_path, monkeypatch, capsys, error):
-    read, indices = PoisonedDigits.__getitem__, []
-
-    def fail(self, index):
-        indices.append(index)
-        if len(indices) > 6:
-            raise error
-        return read(self, index)
-
-    monkeypatch.setattr(PoisonedDigits, "__getitem__", fail)
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(type(error)):
-        small_run(tmp_path / "run", "data.name=poisoned-digits", "data.workers=0")
-    lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == [f"error: {error}"]
-
-
-def test_stalled_loader_is_named(capsys):
-    class Accelerator:
-        process_index = 3
-
-    watch = LoaderWatch(0.05, Accelerator())
-    with watch.waiting_for(17):
-        deadline = time.monotonic() + 20
-        text = ""
-        while "step 17" not in text and time.monotonic() < deadline:
-            time.sleep(0.01)
-            text += capsys.readouterr().err
-    watch.close()
-    assert "warning: process 3 has waited" in text
-    assert "for the batch of step 17" in text
-    assert "data.workers" in text
 
 
 def test_line_that_does_not_fit_is_written_later_and_once(tmp_path):
