@@ -2,11 +2,12 @@
 
 `datasets.load_from_disk` opens the result. Its columns are `image` (a WebP, PNG or JPEG file), `moments` (mean and
 standard deviation, float16 or float32), `moments_flipped` (of the mirrored image, on request), `label`, `name`, `width`
-and `height` (of the original). `prepare.json` says how it was made. Shard k holds `shard_size` images, from image
-k * shard_size on, for any number of processes or interruptions.
+and `height` (of the original), and `crc32`, the row's checksums. `prepare.json` says how it was made. Shard k holds
+`shard_size` images, from image k * shard_size on, for any number of processes or interruptions.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels
-from dic_repa.data.prepared import SETTINGS_FILE, Prepared, read_settings
+from dic_repa.data.prepared import CHECKSUMS, SETTINGS_FILE, Prepared, checksums, read_settings
 from dic_repa.data.sources import ImageSource
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
@@ -34,6 +35,7 @@ from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.progress import progress_bar
 
 PREVIEW = 64  # images at most
+FORMAT = 2  # 1 is that of earlier versions, without checksums
 DECODE_BATCH = 16  # images decoded at once: at 256 px these take about 3 GB
 
 
@@ -67,6 +69,7 @@ class Preparation:
         if check_folder(place, "prepared") and (place / SETTINGS_FILE).is_file():
             remove_leftovers(place)
             found, wanted = {"moments": "float16"} | read_settings(place), json.loads(json.dumps(wanted))
+            found["format"] = FORMAT if found.get("format") == 1 else found.get("format")  # goes on without checksums
             for settings in (found, wanted):  # images and weights may move between two calls, but not change
                 del settings["source"]["path"], settings["autoencoder"]["name"]
             if differs := [key for key in wanted if wanted[key] != found.get(key)]:
@@ -100,7 +103,7 @@ class Preparation:
                     ArrowWriter(features=self._features(), path=str(aside), writer_batch_size=100) as writer,
                 ):
                     for row in self._encoded(_ahead(pool, self._load, rows, 3 * self.batch_size, bar)):
-                        writer.write(row)
+                        writer.write(row | ({CHECKSUMS: checksums(row)} if self._checked else {}))
                     writer.finalize()
 
     def finish(self) -> None:
@@ -156,11 +159,16 @@ class Preparation:
             for k, start in enumerate(starts)
         }
 
+    @cached_property
+    def _checked(self) -> bool:
+        """Whether rows have checksums; the shards of an earlier version have none, and all shards are alike."""
+        return read_settings(self.destination).get("format") != 1
+
     def _settings(self) -> dict:
         """What determines the prepared data; not `skip_bad`, which may be added later."""
         source = self.source
         return {
-            "format": 1,
+            "format": FORMAT,
             "source": {"path": str(source.path), "images": len(source), "fingerprint": source.fingerprint()},
             **{key: getattr(self, key) for key in ("size", "flip", "image_format", "moments", "shard_size")},
             "autoencoder": self.autoencoder.spec.to_dict(),
@@ -181,7 +189,8 @@ class Preparation:
             columns = {name: Array3D((2 * spec.channels, side, side), self.moments) for name in moments}
         label = ClassLabel(names=list(names)) if names else Value("int64")
         sides = {"width": Value("int32"), "height": Value("int32")}
-        return Features({"image": Image(), **columns, "label": label, "name": Value("string"), **sides})
+        checked = {CHECKSUMS: Value("binary")} if self._checked else {}
+        return Features({"image": Image(), **columns, "label": label, "name": Value("string"), **sides, **checked})
 
     def _load(self, index: int) -> tuple[dict, Tensor] | None:
         """The row of an image, without moments, and the cropped image; None if it is left out."""
@@ -272,6 +281,6 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
             yield aside
     except OSError as error:
         free = shutil.disk_usage(path.parent).free / 1e9
-        raise UserError(
-            f"{path} could not be written ({error}; {free:.1f} GB free); make room and run the same command again"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        why, then = (f"{error}; {free:.1f} GB free", "make room and ") if full else (str(error), "")
+        raise UserError(f"{path} could not be written ({why}); {then}run the same command again") from None

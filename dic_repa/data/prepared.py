@@ -3,9 +3,12 @@
 import bisect
 import io
 import json
+import zlib
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,9 +18,10 @@ from dic_repa.data.files import stamp
 from dic_repa.data.images import IMAGE_FORMATS, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 
 SETTINGS_FILE = "prepare.json"
+CHECKSUMS = "crc32"  # a column
 
 
 @register_dataset("prepared")
@@ -71,18 +75,43 @@ class Prepared(LatentDataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         starts, parts = self._parts
+        place = index
         flipped, index = divmod(index, starts[-1])
         k = bisect.bisect_right(starts, index) - 1
         part, row = parts[k], index - starts[k]
-        sample = {"label": torch.tensor(part["label"][row])}
+        moments = "moments_flipped" if flipped else "moments"
+        stored = {"label": part["label"][row]}
         if self.with_images or self.spec.name == "none":
+            stored["image"] = part["image"][row].as_py()
+        if self.spec.name != "none":
+            stored[moments] = part[moments][row]
+        if self._unread[place]:  # once in each process, which costs little beside decoding
+            self._check_row(part, row, stored)
+            self._unread[place] = False
+        sample = {"label": torch.tensor(stored["label"])}
+        if "image" in stored:
             # The formats are named, since Pillow would try a dozen others first.
-            with Image.open(io.BytesIO(part["image"][row].as_py()), formats=[*IMAGE_FORMATS]) as picture:
+            with Image.open(io.BytesIO(stored["image"]), formats=[*IMAGE_FORMATS]) as picture:
                 image = to_levels(picture)
             sample["image"] = image.flip(-1) if flipped else image
-        if self.spec.name == "none":
-            return sample
-        return sample | {"moments": torch.tensor(part["moments_flipped" if flipped else "moments"][row])}
+        return sample if self.spec.name == "none" else sample | {"moments": torch.tensor(stored[moments])}
+
+    @cached_property
+    def _unread(self) -> np.ndarray:
+        return np.ones(len(self), dtype=bool)
+
+    def _check_row(self, part: dict, row: int, stored: dict[str, Any]) -> None:
+        """A UserError if one of the `stored` values of a row has changed since it was prepared."""
+        if CHECKSUMS not in part:
+            return  # prepared by an earlier version
+        expected = np.frombuffer(part[CHECKSUMS][row].as_py(), "<u4")
+        names = part["names"]
+        for name, value in stored.items():
+            if len(expected) != len(names) or _checksum(value) != expected[names.index(name)]:
+                raise UserError(
+                    f"{part['file']} is damaged: the {name} of its row {part['first'] + row} has changed since it was "
+                    "prepared; remove that file, and run the same `dic-repa prepare` again, which makes it anew"
+                )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,24 +127,49 @@ class Prepared(LatentDataset):
 
         starts, columns, shape = [0], [], (2 * self.spec.channels, self.size, self.size)
         for file in (self.path / name for name in self.files):
+            first = starts[-1]
             try:
-                batches = pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
-            except (OSError, pa.ArrowInvalid) as error:
-                raise UserError(f"{file} is missing or damaged ({error}); remove it and prepare again") from None
-            for batch in batches:
-                part = {"image": batch["image"].field("bytes"), "label": batch["label"].to_numpy()}
-                for name in {"moments", "moments_flipped"}.intersection(batch.schema.names):
-                    values = batch[name].storage  # nested lists, whose numbers lie one after another in the file
-                    while hasattr(values, "flatten") and values.type.num_fields:
-                        values = values.flatten()
-                    part[name] = values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
-                columns.append(part)
-                starts.append(starts[-1] + len(batch))
+                for batch in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches():
+                    columns.append(_columns(batch, shape) | {"file": file, "first": starts[-1] - first})
+                    starts.append(starts[-1] + len(batch))
+            except (OSError, ValueError, KeyError) as error:  # Arrow's own are among these
+                raise UserError(
+                    f"{file} is missing or damaged ({first_line(error)}); remove it and prepare again"
+                ) from None
         return starts, columns
 
     def __getstate__(self) -> dict:
         # A worker that is spawned maps the files itself; pickled arrays would be copies of all of the data.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "autoencoder")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "_unread", "autoencoder")}
+
+
+def _columns(batch, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The columns of a record batch, mapped; a ValueError if they do not belong together."""
+    batch["image"].validate(full=True)  # the places of the images, which Arrow would believe
+    part = {"image": batch["image"].field("bytes"), "label": batch["label"].to_numpy()}
+    if CHECKSUMS in batch.schema.names:
+        part[CHECKSUMS] = batch[CHECKSUMS]
+        part[CHECKSUMS].validate(full=True)
+    for name in {"moments", "moments_flipped"}.intersection(batch.schema.names):
+        values = batch[name].storage  # nested lists, whose numbers lie one after another in the file
+        while hasattr(values, "flatten") and values.type.num_fields:
+            values = values.flatten()
+        part[name] = values.to_numpy(zero_copy_only=True).reshape(len(batch), *shape)
+    return part | {"names": sorted({*batch.schema.names} - {CHECKSUMS})}
+
+
+def checksums(row: dict[str, Any]) -> bytes:
+    """The CRC-32 of each value of a row, uint32, little-endian, by the order of the columns' names."""
+    return np.array([_checksum(row[name]) for name in sorted(row)], "<u4").tobytes()
+
+
+def _checksum(value: Any) -> int:
+    """Of an image file's bytes, an array, a text or an integer."""
+    if isinstance(value, dict):
+        value = value["bytes"]
+    if isinstance(value, str):
+        value = value.encode(errors="surrogateescape")
+    return zlib.crc32(value if isinstance(value, bytes) else np.asarray(value, order="C").tobytes())
 
 
 def read_settings(path: str | Path) -> dict:

@@ -143,11 +143,52 @@ def test_spawned_workers_read_the_same(prepared):
     torch.testing.assert_close(batch["moments"], torch.stack([data[k]["moments"] for k in range(14)]))
 
 
+@pytest.mark.parametrize("column", ["image", "moments", "moments_flipped", "label"])
+def test_a_bit_that_flips_in_a_shard_is_found_when_it_is_read(prepared, column):
+    data = Prepared(prepared)
+    rows = datasets.load_from_disk(prepared).with_format("arrow")[:].to_pydict()
+    value = rows[column][4]
+    if column == "image":
+        value = value["bytes"]
+    elif column == "label":
+        value = np.array(rows["label"][3:6]).tobytes()
+    else:
+        value = np.array(value, "<f2").tobytes()
+    file = sorted(prepared.glob("*.arrow"))[1]
+    content = bytearray(file.read_bytes())
+    content[content.index(value) + len(value) // 2] ^= 1
+    file.write_bytes(content)
+    data = Prepared(prepared)
+    index = 4 + 7 * (column == "moments_flipped")
+    assert data[2]["label"] == 1  # of another row
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{file} is damaged: the {column} of its row 1 has changed .*; remove"):
+            data[index]
+    file.unlink()
+    prepare("tree", "out", "--flip")
+    assert [int(sample["label"]) for sample in Prepared(prepared)] == 2 * [0, 0, 1, 1, 1, 1, 1]
+
+
+def test_an_earlier_version_without_checksums(prepared, monkeypatch):
+    """Its data is read, and an interrupted preparation goes on with shards like those that are there."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dic_repa.data.prepare.FORMAT", 1)
+        prepare("tree", "old", "--flip")
+    (file,) = Path("old").glob("data-00001-*")
+    whole = file.read_bytes()
+    file.unlink()
+    prepare("tree", "old", "--flip")
+    assert file.read_bytes() == whole
+    assert "crc32" not in datasets.load_from_disk("old").features
+    for old, new in zip(Prepared("old"), Prepared(prepared), strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
 def test_pixels(tmp_path):
     write_tree(tmp_path / "tree", {"cat": 1, "dog": 3})
     prepare("tree", "pixels", size=24, autoencoder="none")
     data = Prepared("pixels", size=24)
-    assert set(datasets.load_from_disk("pixels").column_names) == {"image", "label", "name", "width", "height"}
+    assert set(datasets.load_from_disk("pixels").column_names) == {"image", "label", "name", "width", "height", "crc32"}
     torch.testing.assert_close(unit_images(data[3]["image"]), to_tensor(center_crop(picture(3), 24)))
     assert data.channels == 3
 
