@@ -9,6 +9,7 @@ and label `count` is the null. So balanced and random draws, pictures and files 
 
 import copy
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.limits import check_limit
 
 NULLS = ("zeros", "learnt")
 MOST_EXAMPLES = 10  # taken from data that gives no examples
@@ -94,6 +96,10 @@ class ClassLabels(Condition):
     dtype = torch.int64
 
     def __init__(self, num_classes: int, class_names: Sequence[object] | None = None):
+        is_whole = isinstance(num_classes, numbers.Integral)  # numpy's too
+        if not is_whole or num_classes < 0:
+            raise UserError(f"the number of classes is a whole number from 0, not {num_classes!r}")
+        check_limit("classes", num_classes, "the number of classes")
         self.num_classes = self.count = num_classes
         self.names = tuple(map(str, range(num_classes) if class_names is None else class_names))
 
@@ -135,6 +141,7 @@ class VectorCondition(Condition):
         self._set((dim,), null, examples, names)
 
     def _set(self, shape: tuple[int, ...], null: str, examples, names: Sequence[object] | None) -> None:
+        check_limit("number", math.prod(shape), f"the size of a {self.kind} condition")
         if min(shape) < 1 or null not in NULLS:
             raise UserError(f"a {self.kind} condition of {shape} with the null {null!r}: give {' or '.join(NULLS)}")
         self.shape, self.null_kind = shape, null

@@ -36,6 +36,10 @@ class UserError(ValueError):
         super().__init__(printable(" ".join(message.split("\n")), MOST_CHARACTERS))
 
 
+# What code raises that is given options of a wrong kind or size.
+MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with the line that says what is kept and how to go on."""
 

@@ -5,13 +5,25 @@
 `dic-repa --limit workers=10000 ...` lifts a limit for one command, and for the processes that it starts.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
 
 from dic_repa.errors import UserError, unknown_name
 
+
+def _machine_memory() -> int:
+    """Bytes that this machine has, or that a container gets of them."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else [2**40]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{file}") as stream:
+            found.append(int(stream.read()))
+    return min(found)
+
+
 LIMITS = {
+    "memory": _machine_memory(),  # bytes, of weights and what belongs to them
     "workers": 256,  # processes that load data, for each process that trains
     "file-bytes": 10**9,  # of one image, labels file or array among users' data, unpacked
     "record-bytes": 10**8,  # of one JSON file beside a run or a data set
@@ -29,7 +41,7 @@ LIMITS = {
     "repeats": 100_000,  # of a measurement
     "alignments": 64,
     "size": 16_384,  # height and width of images and latents
-    "blocks": 1000,  # of a denoiser, and of one of its stages
+    "blocks": 300,  # of a denoiser
 }
 ENVIRONMENT = "DIC_REPA_LIMITS"  # as `workers=512 ...`; loaders and a launcher's processes inherit it
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

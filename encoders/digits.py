@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from dic_repa.encoders.base import Card, register_encoder
 from dic_repa.encoders.timm_vit import FrozenViT
-from dic_repa.errors import UserError
-from dic_repa.files.weights import load_weights, read_tensors
+from dic_repa.errors import MISTAKES, UserError, first_line
+from dic_repa.files.weights import check_shapes, load_weights, read_tensors, without_memory
+from dic_repa.limits import check_limit
 
 IMAGE_SIZE = 28
 HEAD_WIDTH = 32
@@ -69,7 +70,16 @@ class DigitsViT(FrozenViT):
         state, metadata = read_tensors(path)
         if "config" not in metadata:
             raise UserError(f"'{path}' has no config among its metadata; write it with train_digits encoder --out")
-        model = build_digits_vit(**json.loads(metadata["config"]))
+        try:
+            config = json.loads(metadata["config"])
+            check_limit("blocks", config.get("depth", 3), f"depth in the config of '{path}'")
+            if sketch := without_memory(lambda: build_digits_vit(**config)):
+                check_shapes(sketch, {name: tensor.shape for name, tensor in state.items()}, path)
+            model = build_digits_vit(**config)
+        except UserError:
+            raise
+        except MISTAKES as error:
+            raise UserError(f"the config of '{path}' describes no such encoder: {first_line(error)}") from None
         load_weights(model, state, path)
         super().__init__(model, MEAN, STD, layer)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from dic_repa.errors import UserError, first_few, first_line
 from dic_repa.files.hashing import add_parts, fingerprint
+from dic_repa.files.reading import check_regular
+from dic_repa.limits import check_limit
 
 SEAL = "sha256 of tensors"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises in torch and in safetensors
@@ -47,6 +50,7 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at '{path}'; give a safetensors file or a plain PyTorch state dict")
+    check_regular(path, "memory")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -70,22 +74,56 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, {}
 
 
-def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str | PathLike) -> None:
-    """Load `tensors` into `module`; a UserError names those missing, left over or of another shape."""
-    own = module.state_dict()
+def read_shapes(path: str | PathLike) -> dict[str, Sequence[int]]:
+    """The shapes of the tensors in a safetensors file by name, from its header alone; a UserError if it is damaged."""
+    check_regular(Path(path), "memory")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def check_shapes(module: nn.Module, shapes: Mapping[str, Sequence[int]], source: str | PathLike) -> None:
+    """A UserError names those of the `shapes` of tensors that are missing, left over or another than the module's."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(shape) for name, shape in shapes.items()}
     faults = {
-        "missing": [name for name in own if name not in tensors],
-        "left over": [name for name in tensors if name not in own],
+        "missing": [name for name in own if name not in found],
+        "left over": [name for name in found if name not in own],
         "of another shape": [
-            f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(own[name].shape)}"
-            for name in own
-            if name in tensors and tensors[name].shape != own[name].shape
+            f"{name} is {found[name]}, the model's {shape}"
+            for name, shape in own.items()
+            if found.get(name, shape) != shape
         ],
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(names)} {fault}: {first_few(names, 5)}" for fault, names in faults.items() if names)
         raise UserError(f"{source} does not fit this {type(module).__name__}; {listed}")
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str | PathLike) -> None:
+    """Load `tensors` into `module`; a UserError names those missing, left over or of another shape."""
+    check_shapes(module, {name: tensor.shape for name, tensor in tensors.items()}, source)
     module.load_state_dict(tensors)
+
+
+def without_memory(build: Callable[[], nn.Module]) -> nn.Module | None:
+    """What `build` makes, with shapes and no memory; None for a module of the user's own that needs numbers."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" in str(error):
+            return None
+        raise
+
+
+def check_memory(build: Callable[[], nn.Module], what: str) -> None:
+    """A UserError if the weights of what `build` makes are more than this machine's memory."""
+    if module := without_memory(build):
+        size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+        check_limit("memory", size, f"the memory for the weights of {what}, in bytes,")
 
 
 def weights_fingerprint(path: Path) -> str:

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from dic_repa.conditions import VectorCondition
 from dic_repa.errors import UserError, unknown_name
+from dic_repa.limits import check_limit
 from dic_repa.models.layers import Condition, Modules, RecomputableBlock, layout_of, pixel_shuffle
-from dic_repa.models.pretrained import Pretrained, config_of
+from dic_repa.models.pretrained import Classes, Pretrained, Size, config_of
 from dic_repa.registry import Registry
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -166,10 +167,10 @@ class DiC(Pretrained):
 
     def __init__(
         self,
-        width: int,
-        depths: tuple[int, int, int, int, int],
-        in_channels: int = 4,
-        num_classes: int = 1000,
+        width: Size,
+        depths: tuple[Size, Size, Size, Size, Size],
+        in_channels: Size = 4,
+        num_classes: Classes = 1000,
         learn_sigma: bool = False,
         time_scale: float = 1.0,
         zero_gates: bool = False,
@@ -185,10 +186,7 @@ class DiC(Pretrained):
         self.config["depths"] = list(depths)
         if not condition:
             del self.config["condition"]
-        if len(depths) != 5 or min(depths) < 1:
-            raise UserError(
-                f"depths are five numbers of at least 1 (encoder, encoder, middle, decoder, decoder), not {depths}"
-            )
+        check_limit("blocks", sum(depths), "the number of blocks")
         if width < 2 or width % 2:
             raise UserError(f"width must be an even number of at least 2, not {width}")
         choices: dict[str, dict[str, Any]] = {"shape": SHAPES, "skips": SKIP_STRIDES, "embedding": EMBEDDINGS}

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import nn
 
 from dic_repa.conditions import Condition, create_condition
-from dic_repa.errors import UserError, first_line
+from dic_repa.errors import MISTAKES, UserError, first_line
 from dic_repa.files.atomic import write_aside, write_whole
 from dic_repa.files.hub import offline_without_network
 from dic_repa.files.manifest import MANIFEST, check_whole, write_manifest
 from dic_repa.files.outputs import begin_folder, check_folder
-from dic_repa.files.weights import load_weights, read_tensors, save_tensors
+from dic_repa.files.reading import read_json
+from dic_repa.files.weights import check_shapes, load_weights, read_shapes, read_tensors, save_tensors, without_memory
+from dic_repa.limits import check_limit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def _few(blocks: int) -> int:
+    check_limit("blocks", blocks, "it")
+    return blocks
+
+
+# Of a constructor's arguments, which `config_of` checks.
+Size = Annotated[int, Field(ge=1)]
+Classes = Annotated[int, Field(ge=0)]
+Blocks = Annotated[int, Field(ge=1), AfterValidator(_few)]
 
 
 class Pretrained(nn.Module):
@@ -77,18 +93,47 @@ class Pretrained(nn.Module):
         kind, config = _read_config(config_file)
         if kind != cls.__name__:
             raise UserError(f"{config_file} describes a {kind or 'model of unknown kind'}, not a {cls.__name__}")
-        try:
+        try:  # first without memory, which the config may ask for in any amount
+            if sketch := without_memory(lambda: cls(**{**config, **overrides})):
+                check_shapes(sketch, read_shapes(weights_file), weights_file)
             model = cls(**{**config, **overrides})
-        except TypeError as error:
-            raise UserError(f"{config_file} does not fit {cls.__name__}: {error}") from None
+        except UserError:
+            raise
+        except MISTAKES as error:
+            raise UserError(f"{config_file} does not fit {cls.__name__}: {first_line(error)}") from None
         load_weights(model, read_tensors(weights_file)[0], weights_file)
         return model.eval()
 
 
 def config_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The config of a model from its constructor's `locals()`: the arguments that say what its weights are."""
-    others = ("self", "__class__", "zero_gates", "gradient_checkpointing")
-    return {key: value for key, value in arguments.items() if key not in others}
+    """The config of a model from its constructor's `locals()`: the arguments that say what its weights are.
+
+    A UserError for one that is not of the kind that the constructor's annotation says.
+    """
+    kind, others = arguments.get("__class__", type(arguments["self"])), ("self", "__class__")
+    given = {key: value for key, value in arguments.items() if key not in others}
+    try:
+        _schema(kind).model_validate_json(json.dumps(given, default=int), strict=True)  # int of numpy's numbers
+    except (TypeError, ValidationError) as error:
+        raise UserError(f"{kind.__name__}: {_explain(error)}") from None
+    return {key: value for key, value in given.items() if key not in ("zero_gates", "gradient_checkpointing")}
+
+
+@functools.cache
+def _schema(kind: type[nn.Module]) -> type[BaseModel]:
+    hints = typing.get_type_hints(kind.__init__, include_extras=True)
+    fields: dict[str, Any] = {name: (hint, ...) for name, hint in hints.items() if name != "return"}
+    return create_model(kind.__name__, __config__=ConfigDict(allow_inf_nan=False), **fields)
+
+
+def _explain(error: TypeError | ValidationError) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "value_error":
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{where} {first['msg'].removeprefix('Input ')}, not {first['input']!r}"
 
 
 def saved_kind(path_or_hub_id: str | Path) -> str | None:
@@ -97,11 +142,10 @@ def saved_kind(path_or_hub_id: str | Path) -> str | None:
 
 
 def _read_config(file: Path) -> tuple[str | None, dict]:
-    try:
-        config = json.loads(file.read_text())
-        return config.pop("model", None), config
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{file} is not a model's config: not valid JSON") from None
+    config = read_json(file, "download or copy it again")
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str | None):
+        raise UserError(f"{file} is not a model's config: it is no mapping of names to values, with the `model`")
+    return config.pop("model", None), config
 
 
 def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dic_repa.conditions import create_condition
-from dic_repa.errors import UserError
+from dic_repa.errors import MISTAKES, UserError, first_line
+from dic_repa.files.weights import check_memory
 from dic_repa.models.dic import PRESETS as DIC_PRESETS
 from dic_repa.models.pretrained import Pretrained, saved_kind
 from dic_repa.registry import Registry
@@ -105,7 +108,14 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
         )
     presets = ", ".join(_presets(f"{name}-*"))
     denoisers.check_options(name, factory, (), options, hint=f"; or name a preset: {presets}" if presets else "")
-    denoiser = factory(**options)
+    try:
+        if torch.get_default_device().type != "meta":
+            check_memory(lambda: factory(**options), f"model '{name}'")
+        denoiser = factory(**options)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except MISTAKES as error:
+        raise UserError(f"model '{name}' does not take these options: {first_line(error)}") from error
     parts = ("in_channels", "num_classes", "config", "save_pretrained", "set_gradient_checkpointing")
     denoisers.check_has(name, denoiser, parts)
     return denoiser

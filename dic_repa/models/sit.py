@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dic_repa.errors import UserError
 from dic_repa.models.layers import Condition, Modules, RecomputableBlock, patch_grid, to_map, unpatchify
-from dic_repa.models.pretrained import Pretrained, config_of
+from dic_repa.models.pretrained import Blocks, Classes, Pretrained, Size, config_of
 
 
 def position_embedding(grid: tuple[int, int], width: int, device: torch.device | str | None = None) -> Tensor:
@@ -94,12 +94,12 @@ class SiT(Pretrained):
 
     def __init__(
         self,
-        width: int,
-        depth: int,
-        num_heads: int,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        num_classes: int = 1000,
+        width: Size,
+        depth: Blocks,
+        num_heads: Size,
+        patch_size: Size = 2,
+        in_channels: Size = 4,
+        num_classes: Classes = 1000,
         learn_sigma: bool = False,
         time_scale: float = 1.0,
         gradient_checkpointing: bool = False,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dic_repa.errors import UserError
 from dic_repa.models.layers import RecomputableBlock, patch_grid, timestep_embedding, to_map, unpatchify
-from dic_repa.models.pretrained import Pretrained, config_of
+from dic_repa.models.pretrained import Blocks, Classes, Pretrained, Size, config_of
 
 EXTRA_TOKENS = 2  # label and time
 
@@ -55,13 +55,13 @@ class UViT(Pretrained):
 
     def __init__(
         self,
-        width: int,
-        depth: int,
-        num_heads: int,
-        patch_size: int = 2,
-        size: int = 32,
-        in_channels: int = 4,
-        num_classes: int = 1000,
+        width: Size,
+        depth: Blocks,
+        num_heads: Size,
+        patch_size: Size = 2,
+        size: Size = 32,
+        in_channels: Size = 4,
+        num_classes: Classes = 1000,
         learn_sigma: bool = False,
         time_scale: float = 1.0,
         final_conv: bool = True,
