@@ -11,7 +11,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-MOST_CHARACTERS = 2000  # of a message; what is wrong may be a text of any length
+MOST_CHARACTERS = 1200  # of a message; what is wrong may be a text of any length
 
 
 def printable(text: str, most: int | None = None) -> str:

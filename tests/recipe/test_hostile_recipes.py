@@ -59,7 +59,7 @@ def test_one_line(text, said, tmp_path):
     assert time.perf_counter() - begin < 2
     assert str(file) in str(caught.value)
     assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 2100
+    assert len(str(caught.value)) < 1300
 
 
 def test_a_limit_is_lifted(tmp_path, monkeypatch):
