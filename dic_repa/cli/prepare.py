@@ -95,14 +95,16 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
 
 
 def _print_report(destination: Path, report: dict) -> None:
-    said, skipped = "without classes", report["skipped"]
+    said = "without classes"
     if report["classes"]:
         (small, few), (large, many) = report["smallest_class"], report["largest_class"]
         each = f"of {few} images each" if few == many else f"from {few} ({small}) to {many} ({large}) images"
         said = f"1 class ({small})" if report["classes"] == 1 else f"{report['classes']} classes {each}"
     print_result(f"{destination}: {report['images']} of {report['expected']} images, {said}")
-    if skipped:
-        print_result(f"skipped {len(skipped)}: {first_few(skipped, 5)}")
+    for reason, names in report["reasons"].items():
+        print_result(f"skipped {len(names)}, {reason}: {first_few(names, 5)}")
+    for note in report["notes"]:
+        print_result(f"note: {note}")
     if report["empty_classes"]:
         print_result(f"warning: nothing is left of the classes {', '.join(report['empty_classes'][:10])}")
     if report["enlarged"]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from dic_repa.data.autoencoders import load_spec
 from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, decode_image, to_levels
+from dic_repa.data.labels import read_labels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
-from dic_repa.data.sources import read_labels
 from dic_repa.errors import UserError
 
 DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
@@ -52,7 +52,7 @@ class RepaLayout(LatentDataset):
                 f"{path} has {len(self.image_names)} images and {len(self.moment_names)} moments; each needs the other"
             )
         table = _read(self.moments, "dataset.json")
-        self.labels, names = read_labels(table, f"{self.moments.path}/dataset.json", self.moment_names)
+        self.labels, names, _ = read_labels(table, f"{self.moments.path}/dataset.json", self.moment_names)
         if num_classes is not None and len(names) > num_classes:
             raise UserError(f"{path} has the label {len(names) - 1}, which is beyond num_classes {num_classes}")
         self.class_names = tuple(map(str, range(num_classes))) if num_classes else names
@@ -138,7 +138,7 @@ class DitLayout(LatentDataset):
 def _part(path: Path, name: str) -> FileTree:
     for place in (path / name, path / f"{name}.zip"):
         if place.exists():
-            return open_tree(place)
+            return _whole(place)
     raise UserError(f"{path} has neither {name}/ nor {name}.zip, which REPA's layout needs")
 
 
@@ -146,7 +146,15 @@ def _only_folder(path: Path, ending: str) -> FileTree:
     found = [entry for entry in path.glob(f"*{ending}") if entry.is_dir()] if path.is_dir() else []
     if len(found) != 1:
         raise UserError(f"{path} must hold one folder *{ending}, and holds {len(found)}")
-    return open_tree(found[0])
+    return _whole(found[0])
+
+
+def _whole(place: Path) -> FileTree:
+    """The tree at `place`, refused if a file of it cannot be read: images and latents pair up by their order."""
+    tree = open_tree(place)
+    for name, reason in sorted(tree.left_out.items()):
+        raise UserError(f"{place}/{name} is {reason}; restore or remove it")
+    return tree
 
 
 def _array(tree: FileTree, name: str) -> np.ndarray:

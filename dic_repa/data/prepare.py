@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from dic_repa.data.files import by_reason
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels
 from dic_repa.data.prepared import CHECKSUMS, SETTINGS_FILE, Prepared, checksums, read_settings
 from dic_repa.data.sources import ImageSource
@@ -134,6 +135,8 @@ class Preparation:
         counts, stored = Counter(table["label"]), set(table["name"])
         by_size = sorted((counts[k], k) for k in range(data.num_classes))
         classes = [(data.class_names[k], count) for count, k in by_size]
+        damaged = [name for name in self.source.names if name not in stored]
+        left_out = by_reason(self.source.rejected | dict.fromkeys(damaged, "no whole image"))
         preview = self.destination / "preview.png"
         report = {
             "images": len(data),
@@ -142,7 +145,9 @@ class Preparation:
             "smallest_class": classes[0] if classes else None,
             "largest_class": classes[-1] if classes else None,
             "empty_classes": [name for name, count in classes if count == 0],
-            "skipped": sorted([*(name for name in self.source.names if name not in stored), *self.source.rejected]),
+            "skipped": sorted(itertools.chain(*left_out.values())),
+            "reasons": left_out,
+            "notes": list(self.source.notes),
             "enlarged": sum(min(sides) < self.size for sides in zip(table["width"], table["height"])),
             "psnr": self._preview(data, preview) if len(data) else None,
             "preview": str(preview),

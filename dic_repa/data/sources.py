@@ -3,11 +3,8 @@ tar), or a Hugging Face data set. All become an `ImageSource`, in an order that 
 can also train without preparation.
 """
 
-import csv
-import io
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,13 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from dic_repa.data.autoencoders import load_spec
-from dic_repa.data.files import FileTree, open_tree, stamp
+from dic_repa.data.files import FileTree, by_reason, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, BadImage, center_crop, decode_image, to_levels
+from dic_repa.data.labels import counted, numbered, read_labels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
-from dic_repa.errors import UserError, first_few, first_line
+from dic_repa.errors import UserError, first_line, is_main_process
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import offline_without_network
+from dic_repa.files.reading import read_file
+from dic_repa.runtime.progress import warn
 
 LABEL_FILES = ("dataset.json", "labels.json", "labels.csv")
 ONLY_CLASS = "images"  # of flat images without labels; not the folder's name, which may change between two calls
@@ -41,7 +41,8 @@ class ImageSource:
     class_names: tuple[str, ...]
     read: Callable[[Any], bytes] = field(repr=False)  # the file of one of the `keys`
     keys: Sequence[Any] = field(repr=False)
-    rejected: tuple[str, ...] = ()  # files that are not named as images
+    rejected: dict[str, str] = field(default_factory=dict)  # names that are left out, and why
+    notes: tuple[str, ...] = ()  # what else a reader should know was left out
     files: Sequence[Path] = field(repr=False, default=())  # that the images are in
     version: str = ""  # of a data set on the hub, which has no `files`
 
@@ -52,13 +53,18 @@ class ImageSource:
         """Image `index` as 8-bit RGB; BadImage names a damaged one."""
         try:
             data = self.read(self.keys[index])
-        except OSError as error:
+        except (OSError, UserError) as error:  # the latter for a size beyond the limit
             raise BadImage(f"{self.names[index]} cannot be read ({error}); restore it") from None
         return decode_image(data, self.names[index])
 
     def fingerprint(self) -> str:
         """A hash of names, labels and classes, by which a resumed preparation knows the same images."""
         return fingerprint(*map(json.dumps, (list(self.names), list(map(int, self.labels)), self.class_names)))
+
+    def left_out(self) -> list[str]:
+        """A line for each reason for which files are left out."""
+        reasons = by_reason(self.rejected).items()
+        return [f"{counted(names)} {reason}, and left out" for reason, names in reasons] + list(self.notes)
 
     def state(self) -> str:
         """A text that changes with any image; the images are not read."""
@@ -74,7 +80,8 @@ def open_source(
         path: a folder, zip or tar, with a folder for each class or flat; or a Hugging Face data set, local or
             'ID[:SPLIT]' on the hub.
         labels: the labels of flat files, by default one of `LABEL_FILES` in `path`; without any, they are one class.
-        skip_bad: leave out files that are not named as images.
+        skip_bad: leave out what is not named as an image, no regular file, a link in an archive or to nothing, or a
+            folder that is reached twice.
         unlabelled: no image has a class.
 
     Raises:
@@ -92,21 +99,28 @@ def open_source(
     beside = Path(os.path.relpath(labels, path)).as_posix() if labels else ""
     tree.names = [name for name in tree.names if name not in inside and name != beside]
     names = tree.ending_in(EXTENSIONS)
-    rejected = tuple(sorted({*tree.names} - {*names}))
+    rejected = tree.left_out | dict.fromkeys({*tree.names}.difference(names), "not named as an image")
     if rejected and not skip_bad:
-        raise UserError(f"{path}: {_named(rejected)} not named as an image; remove them, or pass --skip-bad")
+        reasons = ", ".join(f"{counted(found)} {reason}" for reason, found in by_reason(rejected).items())
+        raise UserError(f"{path}: {reasons}; remove them, or pass --skip-bad")
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    if len(inside) > 1 and not (labels or unlabelled):
+        raise UserError(f"{path} has {' and '.join(inside)}; name the right one with --labels")
+    notes = _hidden(tree)
     class_names: tuple[str, ...] = ()
     if unlabelled:
         numbers = [0] * len(names)
     elif labels or inside:
-        text = Path(labels).read_bytes() if labels else tree.read(inside[0])
-        numbers, class_names = read_labels(text, str(labels or f"{path}/{inside[0]}"), names)
+        label_file = str(labels or f"{path}/{inside[0]}")
+        text = read_file(labels) if labels else _read_inside(tree, inside[0])
+        numbers, class_names, unused = read_labels(text, label_file, names)
+        if absent := [name for name in unused if name.lower().endswith(tuple(EXTENSIONS))]:
+            notes.append(f"{counted(absent)} in {label_file}, and no image that is there")
     else:
         numbers, class_names = _labels_of_folders(tree, names)
     files = [tree.path / name for name in names] if tree.path.is_dir() else [tree.path]
-    return ImageSource(path, names, numbers, class_names, tree.read, names, rejected, files)
+    return ImageSource(path, names, numbers, class_names, tree.read, names, rejected, tuple(notes), files)
 
 
 @register_dataset("images")
@@ -136,6 +150,9 @@ class ImageFolder(LatentDataset):
         self.size, self.spec, self.flip = size, load_spec(autoencoder), flip
         self.source = open_source(path, labels, skip_bad, unlabelled)
         self.class_names = self.source.class_names
+        if is_main_process():
+            for line in self.source.left_out():
+                warn(f"{path}: {line}")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -152,37 +169,17 @@ class ImageFolder(LatentDataset):
         return {"image": image, "label": torch.tensor(self.source.labels[index % len(self.source)])}
 
 
-def read_labels(text: bytes, label_file: str, names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
-    """The label of each of `names`, and the classes, from CSV rows 'file,label' or from JSON, {file: label} or
-    {"labels": [[file, label], ...]}. Labels are class numbers, or names, which are numbered in sorted order.
-    """
+def _hidden(tree: FileTree) -> list[str]:
+    """A note about hidden images and folders; a Mac's ._ files beside the real ones are none."""
+    shown = [name for name in tree.hidden if name.lower().endswith(("/", *EXTENSIONS)) and "/._" not in f"/{name}"]
+    return [f"{counted(shown)} hidden, and left out"] if shown else []
+
+
+def _read_inside(tree: FileTree, name: str) -> bytes:
     try:
-        if label_file.endswith(".json"):
-            content = json.loads(text)
-            content = content.get("labels", content)
-            table = dict(content)
-        else:
-            table = dict(row[:2] for row in csv.reader(io.StringIO(text.decode("utf-8-sig"))) if row)
-        table = {str(name).replace("\\", "/"): label for name, label in table.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{label_file} is not a labels file, which has CSV rows 'file,label' or JSON ({error})"
-        ) from None
-    if missing := [name for name in names if name not in table]:
-        raise UserError(f"{label_file}: {_named(missing)} not in it; add them, or remove the files")
-    given = [table[name] for name in names]
-    if all(isinstance(label, int) or re.fullmatch(r"\s*-?[0-9]+\s*", str(label)) for label in given):
-        numbers = [int(label) for label in given]
-        if min(numbers) < 0:
-            raise UserError(f"{label_file} has the label {min(numbers)}; classes are numbered from 0")
-        return numbers, tuple(str(k) for k in range(max(numbers) + 1))
-    return _numbered([str(label) for label in given])
-
-
-def _numbered(labels: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
-    """The class number of each label, and the class names in sorted order."""
-    numbers = {name: k for k, name in enumerate(sorted(set(labels)))}
-    return [numbers[label] for label in labels], tuple(numbers)
+        return tree.read(name)
+    except OSError as error:
+        raise UserError(f"{tree.path}: the labels cannot be read ({error}); restore {name}") from None
 
 
 def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -194,15 +191,15 @@ def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tup
         depth += 1
     if loose := [name for name in names if name.count("/") <= depth]:
         raise UserError(
-            f"{tree.path}: {_named(loose)} in no class folder, beside folders; move them into one, give a labels file "
+            f"{tree.path}: {counted(loose)} in no class folder, beside folders; move them into one, give a labels file "
             "(--labels), or take all without classes (--unlabelled)"
         )
     classes = [name.split("/")[depth] for name in names]
     base = "".join(part + "/" for part in names[0].split("/")[:depth])
     folders = {folder[len(base) :].split("/")[0] for folder in tree.folders if folder.startswith(base)} - {""}
     if empty := sorted(folders - set(classes)):
-        raise UserError(f"{tree.path}: class {_named(empty)} without images; fill or remove the folder")
-    return _numbered(classes)
+        raise UserError(f"{tree.path}: class {counted(empty)} without images; fill or remove the folder")
+    return numbered(classes, str(tree.path))
 
 
 def _is_hugging_face(path: str) -> bool:
@@ -253,8 +250,10 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
 
 
 def _read_row(rows: Any, column: str, index: int) -> bytes:
-    entry = rows[index][column]
-    return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+    entry = rows[index][column] or {}  # None for a row without an image
+    if entry.get("bytes") is None and entry.get("path") is None:
+        raise OSError("its row has none")
+    return entry["bytes"] if entry["bytes"] is not None else read_file(entry["path"])
 
 
 def _only_column(data, kind: type, preferred: str, path: str) -> str:
@@ -265,8 +264,3 @@ def _only_column(data, kind: type, preferred: str, path: str) -> str:
         f"{path} has no {kind.__name__} column '{preferred}' (columns: {', '.join(data.features)}); "
         f"rename or cast one to datasets.{kind.__name__}"
     )
-
-
-def _named(names: Sequence[str]) -> str:
-    """'3 files are (a, b, ...)': how many, and the first few."""
-    return f"{len(names)} ({first_few(names, 3)}) {'is' if len(names) == 1 else 'are'}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from dic_repa.data.files import stamp
 from dic_repa.data.images import BadImage, center_crop, decode_image
 from dic_repa.data.sources import open_source
-from dic_repa.errors import UserError, first_few
+from dic_repa.errors import UserError
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
@@ -122,9 +122,7 @@ def open_images(source, resize: int | None = None) -> ImageSet:
 def _of_source(path: Path) -> ImageSet:
     """Image files or a Hugging Face data set, read as `dic-repa prepare` reads them."""
     source = open_source(path, skip_bad=True, unlabelled=True)
-    notes = []
-    if others := source.rejected:
-        notes.append(f"{path}: {len(others)} files are no images and were left out ({first_few(others, 3)})")
+    notes = [f"{path}: {line}" for line in source.left_out()]
     lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in source.names)
     if 0 < lossy < len(source):
         notes.append(f"{path} mixes {lossy} JPEG files with others: what JPEG loses counts as a difference")

@@ -137,7 +137,7 @@ def test_what_is_wrong_is_said(tree, tmp_path):
     (tree / "dog" / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match=r"1 \(dog/notes.txt\) is not named as an image.*--skip-bad"):
         open_source(tree)
-    assert open_source(tree, skip_bad=True).rejected == ("dog/notes.txt",)
+    assert open_source(tree, skip_bad=True).rejected == {"dog/notes.txt": "not named as an image"}
     (tree / "dog" / "notes.txt").unlink()
     (tree / "loose.png").write_bytes(as_file(picture(0)))
     with pytest.raises(UserError, match=r"loose.png\) is in no class folder, beside folders; .*--labels.*--unlabelled"):

@@ -357,7 +357,7 @@ def test_a_reference_that_is_odd_is_told(evaluate, places, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "folder/black.png")
     for _ in range(2):  # extracted, and from the cache
         told = evaluate(*options, "folder")
-        assert "note: folder: 1 files are no images and were left out (notes.txt)" in told
+        assert "note: folder: 1 (notes.txt) is not named as an image, and left out" in told
         assert "note: 1 images of the reference are of a single colour each" in told
 
 
@@ -368,7 +368,7 @@ def test_a_folder_with_other_files(evaluate, places, tmp_path):
         (mixed / f"{i}.png").write_bytes(file.read_bytes())
     (mixed / "notes.txt").write_text("not an image")
     options = ["--reference", places / "real.npz", "--metrics", "fd-digits"]
-    assert "1 files are no images and were left out (notes.txt)" in evaluate(mixed, *options)
+    assert "1 (notes.txt) is not named as an image, and left out" in evaluate(mixed, *options)
     Image.new("RGB", (100, 60)).save(mixed / "grid.png")
     assert "grid.png is 100x60, the first image 16x16" in evaluate(mixed, *options, fails=True)
     (mixed / "grid.png").write_bytes(b"no image")
