@@ -7,7 +7,7 @@ it. Guidance schedules, diffusion forms and last steps are not made: the registe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -154,10 +154,15 @@ class AlignmentSchedule(Protocol):
 
 # How it is optimised
 class Optimizer(Protocol):
-    """Makes a `torch.optim.Optimizer`, as its class does; it may lack `weight_decay` and `betas`. It should take
-    `found_inf`, as torch's fused ones do: a step that must be skipped is then skipped on the device."""
+    """A `torch.optim.Optimizer`, made by `factory(parameters, lr=..., **options)`; it may lack `weight_decay` and
+    `betas`. It should take `found_inf`, as torch's fused ones do: a step that must be skipped is then skipped on the
+    device."""
 
-    def __call__(self, parameters: Iterable[torch.nn.Parameter], /, lr: float, **options: Any) -> Any: ...
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self) -> None: ...
 
 
 class LearningRateSchedule(Protocol):

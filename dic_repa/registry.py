@@ -14,8 +14,12 @@ A name is one that was registered, an entry point that an installed package offe
     [project.entry-points."dic_repa.heads"]
     my-head = "my_package.heads:MyHead"
 
-or `package.module:factory`. A registered name that ends in a colon is a *family*: `timm:` is called with what follows
-the colon as its first argument.
+or `package.module:factory`. It must show that it makes such a part: it is registered, or a class with the methods that
+`dic_repa.protocols` says, or a function that is annotated to return one. So `os:system` is no part. A file that came
+with weights may name no factory at all, unless it is trusted (`dic_repa.trust`).
+
+A registered name that ends in a colon is a *family*: `timm:` is called with what follows the colon, as its first
+argument.
 """
 
 import ast
@@ -29,6 +33,7 @@ import os
 import pkgutil
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +41,8 @@ from typing import Any
 
 from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
 from dic_repa.runtime.progress import detail
+
+_CALLED = ("__call__", "__getitem__", "__len__")  # of a protocol's members, beside those with plain names
 
 
 class Registry:
@@ -46,10 +53,11 @@ class Registry:
         modules: where the parts of this package are; `package.*` is every module of a package. They are imported when
             the parts are listed, or a name is looked up that is not known yet.
         key: where a recipe names such a part, such as `alignments.0.time_weight`.
+        functions: whether a function is such a part itself, and does not make one.
     """
 
-    def __init__(self, kind: str, modules: Sequence[str] = (), key: str = ""):
-        self.kind, self.key = kind, key
+    def __init__(self, kind: str, modules: Sequence[str] = (), key: str = "", functions: bool = False):
+        self.kind, self.key, self.functions = kind, key, functions
         self.slug = kind.replace(" ", "-").lower()  # as `dic-repa parts` takes it
         self.group = f"dic_repa.{self.slug}{'es' if kind.endswith('s') else 's'}"  # of entry points
         words = re.split("[ -]", kind)
@@ -94,13 +102,35 @@ class Registry:
             return self._load(offered[name])
         if not colon:
             raise unknown_name(self.kind, name, self.names())
-        if not rest or not all(part.isidentifier() for part in family.split(".")):
-            raise UserError(f"{self.kind} '{name}' is neither a known name nor of the form package.module:factory")
-        found = import_plugin(family)
-        if not callable(getattr(found, rest, None)):
-            public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-            raise UserError(f"{self.kind} '{name}': {family} has no '{rest}' to call{did_you_mean(rest, public)}")
-        return getattr(found, rest)
+        found = import_factory(name, self.kind)
+        if not any(entry is found for entry in self._entries.values()):
+            self._check_factory(name, found)
+        return found
+
+    def _check_factory(self, name: str, found: Any) -> None:
+        """A UserError unless what was named as `package.module:factory` shows that it is, or makes, such a part."""
+        where = f"dic_repa.protocols.{self.protocol} says what it must have"
+        if str(getattr(found, "__module__", "")).partition(".")[0] in sys.stdlib_module_names:
+            raise UserError(f"{name} is a part of Python, and no {self.kind}; {where}")
+        if self.functions and inspect.isfunction(found):
+            return
+        made = _returned(found) if inspect.isroutine(found) else found if isinstance(found, type) else type(found)
+        if made is None:
+            raise UserError(
+                f"{self.kind} '{name}' does not say what it makes: name a class, or register the function, or annotate "
+                f"what it returns; {where}"
+            )
+        if "integrate" in dir(made) and self.kind.endswith("solver"):  # it takes all steps itself
+            return
+        known = {name for base in made.__mro__ for name in vars(base)}  # any class has a `__call__`, of its type
+        if missing := [method for method in self._methods() if method not in known]:
+            raise UserError(f"{name} is no {self.kind}: it has no {' and no '.join(missing)}; {where}")
+
+    def _methods(self) -> list[str]:
+        """The methods of this kind's protocol; none for a kind that has no protocol."""
+        protocol = getattr(importlib.import_module("dic_repa.protocols"), self.protocol, None)
+        methods = inspect.getmembers(protocol, inspect.isfunction)
+        return [name for name, _ in methods if not name.startswith("_") or name in _CALLED]
 
     def create(self, spec: Any, *args: Any, **options: Any) -> Any:
         """The part that `spec` says: a name, a mapping of `name` and options, or the part itself, which is returned.
@@ -229,11 +259,36 @@ def read_source(module: str, variable: str) -> dict[str, str]:
     return found
 
 
+def _returned(function: Any) -> type | None:
+    """The class that a function is annotated to return, if that can be told."""
+    try:
+        returned = typing.get_type_hints(function).get("return")
+    except Exception:  # an annotation may be any expression, and fail in any way
+        return None
+    return returned if isinstance(returned, type) else None
+
+
 def _same(known: Any, entry: Any) -> bool:
     """Whether both are one thing: a module that is reloaded, or run as __main__ and imported, registers it again."""
     places = [(getattr(e, "__module__", ""), getattr(e, "__qualname__", repr(e))) for e in (known, entry)]
     same_module = places[0][0] == places[1][0] or "__main__" in (places[0][0], places[1][0])
     return same_module and places[0][1] == places[1][1]
+
+
+def import_factory(name: str, kind: str = "part") -> Any:
+    """What `package.module:factory` names.
+
+    Raises:
+        UserError: `name` has another form, or there is no such module, or nothing to call in it.
+    """
+    module, _, factory = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), factory]):
+        raise UserError(f"{kind} '{name}' is neither a known name nor of the form package.module:factory")
+    found = import_plugin(module)
+    if not callable(getattr(found, factory, None)):
+        public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"{kind} '{name}': {module} has no '{factory}' to call{did_you_mean(factory, public)}")
+    return getattr(found, factory)
 
 
 def import_plugin(name: str) -> ModuleType:

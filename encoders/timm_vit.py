@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dic_repa.encoders.base import register_encoder
 from dic_repa.errors import UserError, first_line, unknown_name
-from dic_repa.files.hub import offline_without_network
+from dic_repa.files.hub import pin
 from dic_repa.files.weights import load_weights, read_tensors
 
 WEIGHTS_OPTION = "--weights FILE (in a recipe: encoder_options: {weights: FILE})"
@@ -126,6 +126,8 @@ class TimmViT(FrozenViT):
 
 
 def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:
+    if taken := model_args.keys() & {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}:
+        raise UserError(f"timm's {taken.pop()} is not passed on, since it may unpickle a file; give {WEIGHTS_OPTION}")
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise unknown_name("timm model", architecture, timm.list_models())
@@ -139,8 +141,13 @@ def _build(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:
         raise UserError(f"{why}; see timm.list_models('vit_*')") from error
     if not pretrained:
         return model
-    offline_without_network()
     published = model.pretrained_cfg
+    if repository := published.get("hf_hub_id"):
+        repository, commit = pin(repository)
+        model_args = {
+            **model_args,
+            "pretrained_cfg_overlay": {"hf_hub_id": "@".join(filter(None, (repository, commit)))},
+        }
     del model  # a second one of 7 B parameters would not fit everywhere
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **model_args)

@@ -17,7 +17,7 @@ from dic_repa.registry import Registry
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 guidances = Registry("guidance", key="sample.guidance.kind")
 # functions (progress) -> share of the scale, both from 0 at the interval's noisy end to 1 at its other end
-guidance_schedules = Registry("guidance schedule", key="sample.guidance.schedule")
+guidance_schedules = Registry("guidance schedule", key="sample.guidance.schedule", functions=True)
 
 
 @guidance_schedules.register("constant")

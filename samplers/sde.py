@@ -22,8 +22,10 @@ from dic_repa.samplers.ode import check_times
 from dic_repa.samplers.solvers import sde_solvers, start_solver
 
 Diffusion = Callable[[float], float]
-diffusion_forms = Registry("diffusion form", key="sample.diffusion")  # functions (path, t, norm) -> w(t)
-last_steps = Registry("last step", key="sample.last_step")  # functions (sde, x, t) -> x at t = 0
+diffusion_forms = Registry(
+    "diffusion form", key="sample.diffusion", functions=True
+)  # functions (path, t, norm) -> w(t)
+last_steps = Registry("last step", key="sample.last_step", functions=True)  # (sde, x, t) -> x at t = 0
 
 
 def create_diffusion(form: str | Diffusion, path: Interpolant, norm: float = 1.0) -> Diffusion:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KEY = "sample.solver"
-ode_solvers = Registry("ODE solver", modules=["dic_repa.samplers.ode_solvers"], key=_KEY)
-sde_solvers = Registry("SDE solver", modules=["dic_repa.samplers.sde"], key=_KEY)
-ddpm_solvers = Registry("DDPM solver", modules=["dic_repa.samplers.ddpm"], key=_KEY)
+ode_solvers = Registry("ODE solver", modules=["dic_repa.samplers.ode_solvers"], key=_KEY, functions=True)
+sde_solvers = Registry("SDE solver", modules=["dic_repa.samplers.sde"], key=_KEY, functions=True)
+ddpm_solvers = Registry("DDPM solver", modules=["dic_repa.samplers.ddpm"], key=_KEY, functions=True)
 SOLVERS = {"ode": ode_solvers, "sde": sde_solvers, "ddpm": ddpm_solvers}
 
 

@@ -6,7 +6,7 @@ import pytest
 from places import ROOT
 
 FLOORS = [
-    ["errors", "limits", "runtime", "registry", "protocols", "conditions", "interpolants", "files"],
+    ["errors", "limits", "runtime", "registry", "trust", "protocols", "conditions", "interpolants", "files"],
     ["samplers", "encoders", "models", "objectives"],
     ["alignment"],
     ["data"],

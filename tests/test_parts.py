@@ -159,7 +159,7 @@ def test_an_autoencoder_of_32_channels(plugin_folder):
     traits, why = data_traits(absent)
     assert (traits.channels, traits.image_size) == (32, 8 * load_spec("own_parts:OwnAutoencoder").downsample)
     assert "nowhere" in why
-    with pytest.raises(UserError, match="gives a OwnTarget without spec and encode and decode"):
+    with pytest.raises(UserError, match="own_parts:OwnTarget is no autoencoder: it has no decode and no encode"):
         load_autoencoder("own_parts:OwnTarget")
     (plugin_folder / "own_parts").mkdir()  # a folder of that name is diffusers'
     with pytest.raises(UserError, match="no autoencoder"):
@@ -212,7 +212,7 @@ def test_parts_keep_their_protocol(kind):
             with torch.device("meta"):
                 part = create_denoiser(name, 4, 10)
         elif kind == "optimizer":
-            part = registry.find(name)
+            part = registry.create(name, [nn.Parameter(torch.ones(1))], lr=0.1)
         else:
             part = registry.create(name, *GIVEN.get(kind, ()), **options)
         assert not lacking(part, protocol), name

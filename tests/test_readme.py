@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import importlib.util
 import json
 import re
@@ -16,7 +15,7 @@ from conftest import TINY
 from pictures import write_tree
 from places import ROOT
 
-from dic_repa.cli import cli
+from dic_repa.cli import FLAGS, cli, main
 from dic_repa.data import datasets
 from dic_repa.encoders import list_encoders
 from dic_repa.errors import UserError
@@ -82,7 +81,13 @@ def commands_of(page_or_recipe: str) -> list[list[str]]:
 @pytest.fixture
 def here(plugin_folder):
     """Call `dic-repa` with a list of arguments in an empty folder; in this process, since each start costs seconds."""
-    return functools.partial(cli.main, standalone_mode=False)
+
+    def run(arguments):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 0
+
+    return run
 
 
 @pytest.mark.slow
@@ -145,17 +150,18 @@ def test_an_objective_of_ones_own(here, tmp_path):
     here(["train", "my_objective.yaml", *TINY, *SHORT])
     (line,) = (tmp_path / "runs/my_objective/metrics.jsonl").read_text().splitlines()
     assert "alignment.0.token" in line
-    here(["sample", "runs/my_objective", "--num=4", "--steps=3"])
+    here(["sample", "runs/my_objective", "--num=4", "--steps=3", "--trust-code"])
     assert len(list((tmp_path / "samples").rglob("0*.png"))) == 4
 
 
 def test_a_solver_of_ones_own(here, tmp_path):
     write_examples(tmp_path, "my_solver.py", "my_solver.yaml")
     here(["train", "my_solver.yaml", *TINY, *SHORT])
-    here(["sample", "runs/my_solver", "--num=4", "--steps=3"])
+    here(["sample", "runs/my_solver", "--num=4", "--steps=3", "--trust-code"])
     images = {}
     for solver in ("my-midpoint", "midpoint"):
-        here(["sample", "runs/my_solver", "--num=4", "--steps=3", f"--solver={solver}", f"--out={solver}"])
+        options = ["--num=4", "--steps=3", f"--solver={solver}", f"--out={solver}"]
+        here(["sample", "runs/my_solver", *options, "--trust-code"])
         images[solver] = [file.read_bytes() for file in sorted((tmp_path / solver).glob("0*.png"))]
     assert len(images["midpoint"]) == 4
     assert images["my-midpoint"] == images["midpoint"]  # torchdiffeq's
@@ -167,7 +173,7 @@ def test_a_solver_of_ones_own(here, tmp_path):
 def test_small_parts_of_ones_own(here, tmp_path):
     write_examples(tmp_path, "my_parts.py", "my_parts.yaml")
     here(["train", "my_parts.yaml", *TINY, *SHORT])
-    here(["sample", "runs/my_parts", "--num=4"])
+    here(["sample", "runs/my_parts", "--num=4", "--trust-code"])
     assert len(list((tmp_path / "samples").rglob("0*.png"))) == 4
 
 
@@ -196,7 +202,7 @@ def test_commands_exist(line, tmp_path):
         assert command is not None, f"{names}: no such verb"
     if not arguments or "--help" in arguments:  # no command of ours, or a verb alone
         return
-    params = command.make_context(names[-1], arguments).params
+    params = command.make_context(names[-1], [word for word in arguments if word not in FLAGS]).params
     write_examples(tmp_path, *[name for name in examples() if name.endswith(".yaml")])
     for shown, saved in re.findall(r"dic-repa recipes show (\S+)(?: --comments)? > (\S+)", "\n".join(commands())):
         (tmp_path / saved).write_text(f"base: {shown}\n")

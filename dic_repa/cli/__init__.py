@@ -1,5 +1,6 @@
 """The command line. Each verb is a module of this package, imported when it is called, so that help is instant."""
 
+import itertools
 import sys
 import time
 from importlib import import_module
@@ -32,7 +33,7 @@ VERBS = {
     "env": "Versions, devices and settings, as a bug report needs them.",
 }
 
-FLAGS = ("--quiet", "--verbose", "--debug")
+FLAGS = ("--quiet", "--verbose", "--debug", "--trust-code")
 
 
 class LazyGroup(Group):
@@ -57,8 +58,10 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "s
 @click.option("--quiet", is_flag=True, help="Only results, warnings and errors: no header, bars or notes.")
 @click.option("--verbose", is_flag=True, help="More details, and what the libraries log.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--trust-code", is_flag=True, help="Run the code that a run, a checkpoint or prepared data names.")
 @click.option("--limit", metavar="NAME=VALUE", multiple=True, help="Raise a limit that an error has named; repeatable.")
-def cli(**_options):
+@click.pass_context
+def cli(context: click.Context, quiet: bool, verbose: bool, debug: bool, trust_code: bool, limit: tuple[str, ...]):
     """Train DiC with U-REPA, sample from it, and measure the samples.
 
     These options may stand anywhere on the line.
@@ -72,19 +75,24 @@ def cli(**_options):
       dic-repa recipes show digits-urepa
       dic-repa info DiC-XL
     """
+    from dic_repa.limits import lift_limits
+    from dic_repa.runtime.progress import set_verbosity
+    from dic_repa.trust import trusting_code
+
+    if quiet and verbose:
+        raise click.UsageError("--quiet and --verbose exclude each other")
+    set_verbosity("quiet" if quiet else "verbose" if verbose else "normal")
+    lift_limits(limit)
+    context.with_resource(trusting_code(trust_code))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, with 2 after a mistake that the user can correct, with 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Anywhere on the line, as one adds them to the end of a command that has failed.
-    flags = {flag for flag in FLAGS if flag in arguments}
-    debug = "--debug" in flags
+    debug = "--debug" in arguments
     try:
         _refuse_empty(arguments)
-        _set_verbosity(flags)
-        arguments = _take_limits([argument for argument in arguments if argument not in FLAGS])
-        sys.exit(cli.main(arguments, prog_name="dic-repa", standalone_mode=False) or 0)
+        sys.exit(cli.main(_options_first(arguments), prog_name="dic-repa", standalone_mode=False) or 0)
     except (UserError, click.ClickException, OSError) as error:
         # A group without a verb; click has this error since 8.2.
         if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
@@ -114,29 +122,18 @@ def _refuse_empty(arguments: list[str]) -> None:
             raise click.UsageError(f"the value of {option} is empty")
 
 
-def _set_verbosity(flags: set[str]) -> None:
-    from dic_repa.runtime.progress import set_verbosity
-
-    if flags >= {"--quiet", "--verbose"}:
-        raise click.UsageError("--quiet and --verbose exclude each other")
-    set_verbosity("quiet" if "--quiet" in flags else "verbose" if "--verbose" in flags else "normal")
-
-
-def _take_limits(arguments: list[str]) -> list[str]:
-    """Set the limits of `--limit NAME=VALUE`, wherever it stands, and return the other arguments."""
-    from dic_repa.limits import lift_limits
-
-    others, given = [], []
+def _options_first(arguments: list[str]) -> list[str]:
+    """The arguments with the options of all verbs before the verb, wherever they stand: one adds them to the end of a
+    command that has failed.
+    """
+    first, others = [], []
     words = iter(arguments)
     for word in words:
         if word == "--limit":
-            given.append(next(words, ""))
-        elif word.startswith("--limit="):
-            given.append(word.partition("=")[2])
+            first += [word, *itertools.islice(words, 1)]
         else:
-            others.append(word)
-    lift_limits(given)
-    return others
+            (first if word in FLAGS or word.startswith("--limit=") else others).append(word)
+    return first + others
 
 
 def _message(error: Exception) -> str:

@@ -66,7 +66,7 @@ def show(recipe: str, overrides: tuple[str, ...], comments: bool):
       dic-repa recipes show digits-urepa --comments > mine.yaml
       dic-repa recipes show dic-xl-urepa --set train.batch_size=128 > mine.yaml
     """
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, only_read=True)
     print_result(commented_yaml(loaded) if comments else to_yaml(loaded), end="")
 
 
@@ -108,7 +108,7 @@ def diff(a: str, b: str, as_json: bool):
     """
     from dic_repa.recipe.keys import differences
 
-    different = differences(load_recipe(a), load_recipe(b))
+    different = differences(load_recipe(a, only_read=True), load_recipe(b, only_read=True))
     if as_json:
         print_result(json.dumps({key: list(pair) for key, pair in different.items()}, indent=2))
     else:

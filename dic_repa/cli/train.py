@@ -1,5 +1,6 @@
 """`dic-repa train`."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import print_result, say
 from dic_repa.runtime.threads import choose_threads
+from dic_repa.trust import names_code, trusting_code
 
 GIB = 2**30
 GPU_SIZES = (16, 24, 40, 48, 80, 96, 141)  # GiB
@@ -168,12 +170,16 @@ def is_finished(settings: Recipe, path: Path, allow_change: bool) -> bool:
 
 def show_results(run: RunFolder, settings: Recipe):
     """Score a finished run, if its recipe says how, print where everything is, and return the judgement."""
-    judged = evaluate_and_show([run.path])[0] if settings.evaluate else None
+    judged = None
+    if settings.evaluate:
+        with trusting_code():  # of the run that these settings have just made
+            judged = evaluate_and_show([run.path])[0]
     if run.curves_file.is_file():
         print_result(f"loss curves: {run.curves_file}")
     if settings.train.sample_every:
         print_result(f"samples over training: {run.samples}")
-    say(f"to sample from it: {shlex.join(['dic-repa', 'sample', str(run.path)])}", file=sys.stdout)
+    own_code = ["--trust-code"] * names_code(settings.model_dump())
+    say(f"to sample from it: {shlex.join(['dic-repa', 'sample', str(run.path), *own_code])}", file=sys.stdout)
     return judged
 
 
@@ -189,7 +195,10 @@ def interrupted_message(path: Path) -> str:
 
 def resume_command(path: Path) -> str:
     """The command that continues the run at `path`."""
-    return shlex.join(["dic-repa", "train", "--resume", str(path)])
+    own_code = []
+    with contextlib.suppress(UserError):
+        own_code = ["--trust-code"] * names_code(RunFolder(path).recipe(only_read=True).model_dump())
+    return shlex.join(["dic-repa", "train", "--resume", str(path), *own_code])
 
 
 def dry_run_text(report: dict) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
-from dic_repa.files.hub import offline_without_network
+from dic_repa.files.hub import pin
 from dic_repa.protocols import Autoencoder
 from dic_repa.registry import Registry
 
@@ -103,8 +103,8 @@ def load_spec(name: str) -> AutoencoderSpec:
         return _loaded(name).spec
     from diffusers import AutoencoderKL
 
-    with _diffusers_place(name) as (place, subfolder):
-        return _read_spec(name, AutoencoderKL.load_config(place, subfolder=subfolder))
+    with _diffusers_place(name) as (place, options):
+        return _read_spec(name, AutoencoderKL.load_config(place, **options))
 
 
 @autoencoders.register("none")
@@ -130,8 +130,8 @@ class KLAutoencoder:
     def __init__(self, name: str):
         from diffusers import AutoencoderKL
 
-        with _diffusers_place(name) as (place, subfolder):
-            self.model = AutoencoderKL.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
+        with _diffusers_place(name) as (place, options):
+            self.model = AutoencoderKL.from_pretrained(place, use_safetensors=True, **options)
         self.model.eval().requires_grad_(False)
         spec, state = _read_spec(name, self.model.config), self.model.state_dict()
         weights = (part for key in sorted(state) for part in (key, state[key].float()))
@@ -169,22 +169,23 @@ def _read_spec(name: str, config: dict) -> AutoencoderSpec:
 
 
 @contextlib.contextmanager
-def _diffusers_place(name: str) -> Iterator[tuple[str, str | None]]:
-    """The folder or hub id in `name`, and the subfolder; in the block, diffusers' errors, many lines long, become one
-    line that says what to get and where to put it.
+def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The folder or hub id in `name`, and the subfolder and revision as diffusers' options; in the block, diffusers'
+    errors, many lines long, become one line that says what to get and where to put it.
     """
     from diffusers.utils import logging
 
     place, _, subfolder = (name, "", "") if Path(name).is_dir() else name.partition(":")
-    if not Path(place).is_dir():
-        offline_without_network()
+    options: dict[str, Any] = {"subfolder": subfolder or None}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             # About an argument that diffusers itself passes to the hub's client.
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
-            yield place, subfolder or None
+            if not Path(place).is_dir() and place.count("/") == 1:
+                place, options["revision"] = pin(place)
+            yield place, options
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         files = "config.json and diffusion_pytorch_model.safetensors"
         if Path(place).is_dir():

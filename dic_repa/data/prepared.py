@@ -19,6 +19,7 @@ from dic_repa.data.images import IMAGE_FORMATS, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
 from dic_repa.errors import UserError, first_line
+from dic_repa.trust import check_code
 
 SETTINGS_FILE = "prepare.json"
 CHECKSUMS = "crc32"  # a column
@@ -49,7 +50,9 @@ class Prepared(LatentDataset):
         if not state.is_file():
             raise UserError(f"the preparation of {path} was not finished; run its `dic-repa prepare` again")
         self.path, self.spec = Path(path), AutoencoderSpec.from_dict(settings["autoencoder"])
-        if autoencoder not in (None, self.spec.name):
+        if autoencoder is None:
+            check_code({"autoencoder": self.spec.name}, self.path / SETTINGS_FILE)
+        elif autoencoder != self.spec.name:
             found, self.spec = self.spec, load_autoencoder(autoencoder).spec
             if self.spec.fingerprint != found.fingerprint:
                 raise UserError(f"{path} was prepared with the autoencoder {found.name}, not with {autoencoder}")
@@ -66,7 +69,9 @@ class Prepared(LatentDataset):
 
     @classmethod
     def autoencoder_of(cls, path: str) -> str:
-        return read_settings(path)["autoencoder"]["name"]
+        name = read_settings(path)["autoencoder"]["name"]
+        check_code({"autoencoder": name}, Path(path, SETTINGS_FILE))
+        return name
 
     def __len__(self) -> int:
         return self._parts[0][-1] * (2 if self.flip else 1)

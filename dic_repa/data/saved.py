@@ -10,6 +10,7 @@ import numpy as np
 from dic_repa.conditions import Condition, VectorCondition, class_labels, create_condition
 from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.errors import UserError
+from dic_repa.trust import check_code
 
 DATA_FILE = "data.json"
 
@@ -47,9 +48,12 @@ class SavedData:
                 condition = condition.with_examples(examples, content["names"])
             else:
                 condition = class_labels(len(content["class_names"]), content["class_names"])
-            return cls(spec and AutoencoderSpec.from_dict(spec), condition)
+            saved = cls(spec and AutoencoderSpec.from_dict(spec), condition)
         except (ValueError, KeyError, TypeError, UserError):
             raise UserError(f"{file} is damaged; remove it to sample by the recipe's data alone") from None
+        if saved.autoencoder:
+            check_code({"autoencoder": saved.autoencoder.name}, file)
+        return saved
 
     def write(self, folder: Path) -> None:
         """Keep it in `folder`: examples as little-endian float32 in base64."""

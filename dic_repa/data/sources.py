@@ -23,7 +23,7 @@ from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
 from dic_repa.errors import UserError, first_line, is_main_process
 from dic_repa.files.hashing import fingerprint
-from dic_repa.files.hub import offline_without_network
+from dic_repa.files.hub import pin
 from dic_repa.files.reading import read_file
 from dic_repa.runtime.progress import warn
 
@@ -220,9 +220,10 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
             data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
             files = [Path(part["filename"]) for part in data.cache_files]
         else:
+            commit = None
             if not local.exists():
-                offline_without_network()
-            data = datasets.load_dataset(place, split=split or "train")
+                place, commit = pin(place, "dataset")
+            data = datasets.load_dataset(place, split=split or "train", **{"revision": commit} if commit else {})
             files = list(local.rglob("*.parquet"))  # not the Arrow files that were made of these
             version = "" if local.exists() else str(data._fingerprint)  # covers the hub's commit and the split
     except Exception as error:  # anything from ConnectionError to DatasetNotFoundError and ValueError

@@ -108,7 +108,7 @@ def read_run(run: RunFolder) -> dict:
 def _recipe(run: RunFolder, problems: list[str]) -> tuple[Recipe | None, dict[str, str]]:
     """The run's recipe, and its keys and values as they are shown; without defaults if it is of another version."""
     try:
-        recipe = load_training_recipe(run.recipe_file)
+        recipe = load_training_recipe(run.recipe_file, only_read=True)
         return recipe, _shown(recipe.model_dump(mode="json"))
     except UserError as error:
         problems.append(str(error))

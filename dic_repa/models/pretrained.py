@@ -14,12 +14,13 @@ from torch import nn
 from dic_repa.conditions import Condition, create_condition
 from dic_repa.errors import MISTAKES, UserError, first_line
 from dic_repa.files.atomic import write_aside, write_whole
-from dic_repa.files.hub import offline_without_network
+from dic_repa.files.hub import pin
 from dic_repa.files.manifest import MANIFEST, check_whole, write_manifest
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.reading import read_json
 from dic_repa.files.weights import check_shapes, load_weights, read_shapes, read_tensors, save_tensors, without_memory
 from dic_repa.limits import check_limit
+from dic_repa.trust import check_code
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,7 +83,8 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, **overrides) -> Self:
-        """The model of a local folder, or of a hub id such as 'someone/dic-xl' (downloaded once, then cached).
+        """The model of a local folder, or of a hub id such as 'someone/dic-xl' or 'someone/dic-xl@revision', which is
+        downloaded once, then cached.
 
         `overrides` are constructor arguments that leave the weights as they are, such as `gradient_checkpointing=True`.
         A UserError says what is missing or does not fit.
@@ -145,6 +147,7 @@ def _read_config(file: Path) -> tuple[str | None, dict]:
     config = read_json(file, "download or copy it again")
     if not isinstance(config, dict) or not isinstance(config.get("model"), str | None):
         raise UserError(f"{file} is not a model's config: it is no mapping of names to values, with the `model`")
+    check_code(config, file)
     return config.pop("model", None), config
 
 
@@ -161,9 +164,10 @@ def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:
 
     from huggingface_hub import hf_hub_download
 
-    offline_without_network()
     try:
-        return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
+        repository, commit = pin(name)
+        config, weights = (hf_hub_download(repository, file, revision=commit) for file in (CONFIG, WEIGHTS))
+        return Path(config), Path(weights)
     except Exception as error:  # the hub's client raises a dozen kinds, from no connection to no such repository
         raise UserError(
             f"there is no folder {name}, and the hub does not give it ({type(error).__name__}: {first_line(error)}); "

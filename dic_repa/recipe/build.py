@@ -28,6 +28,7 @@ from dic_repa.protocols import Samples
 from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
 from dic_repa.registry import add_folders, import_plugin
 from dic_repa.runtime.progress import detail
+from dic_repa.trust import names_code
 
 if TYPE_CHECKING:
     from dic_repa.encoders import Encoder  # timm takes seconds to import
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 def import_plugins(recipe: Recipe) -> None:
     """Import the modules that the recipe names, which register parts of the user's own."""
-    add_folders(recipe.folders)
+    if names_code(recipe.model_dump()):  # else nothing is looked for there
+        add_folders(recipe.folders)
     for name in recipe.plugins:
         import_plugin(name)
     denoisers.find(recipe.model.name)  # one of the user's own must be known before a saved one is loaded

@@ -21,6 +21,7 @@ from dic_repa.recipe.keys import assign, explain_mistakes
 from dic_repa.recipe.schema import Recipe, SamplingRecipe
 from dic_repa.recipe.values import read_yaml, write_yaml
 from dic_repa.runtime.progress import detail
+from dic_repa.trust import came_with_weights, check_code
 
 # Keys that runs of earlier versions have in their recipes.
 RENAMED = {
@@ -41,15 +42,23 @@ def list_paper_rows() -> dict[str, str]:
     return {raw["paper"]["row"]: name for name, raw in read_shipped().items() if "paper" in raw}
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe | SamplingRecipe:
+def load_recipe(
+    name_or_path: str | Path, overrides: Sequence[str] = (), only_read: bool = False
+) -> Recipe | SamplingRecipe:
     """The recipe of that name or file, with `overrides` such as 'train.steps=200' (values in YAML), validated.
 
     Plugins and data that are not in the current folder are also looked for beside the file.
 
+    Args:
+        only_read: nothing is built from it, so that it may name code even if it came with weights.
+
     Raises:
-        UserError: There is no such recipe or key, or a key does not take its value; the line says what would do.
+        UserError: There is no such recipe or key, or a key does not take its value; the line says what would do. Or it
+            came with weights and names code that is not trusted (`dic_repa.trust`).
     """
     raw = read_recipe(name_or_path)
+    if not only_read and any(map(came_with_weights, recipe_files(name_or_path))):
+        check_code(raw, name_or_path, _folders(raw, name_or_path))
     for override in overrides:
         override_key(raw, override)
     recipe = validate(raw, name_or_path)
@@ -58,9 +67,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     return recipe
 
 
-def load_training_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_training_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), only_read: bool = False) -> Recipe:
     """`load_recipe`, with a UserError for a sampling recipe."""
-    recipe = load_recipe(name_or_path, overrides)
+    recipe = load_recipe(name_or_path, overrides, only_read)
     if isinstance(recipe, SamplingRecipe):
         use = f"dic-repa sample RUN --recipe {name_or_path}"
         raise UserError(f"{name_or_path} is a sampling recipe; use it on a finished run: {use}")
@@ -103,6 +112,13 @@ def read_recipe(name_or_path: str | Path) -> dict:
             if "." in str(key):
                 assign(resolved, key, value, label)
     return resolved
+
+
+def _folders(raw: dict, name_or_path: str | Path) -> list[str]:
+    """Where modules would be looked for: in the `folders` of a plain recipe, and beside its files."""
+    given = raw.get("folders")
+    beside = [str(file.parent) for file in recipe_files(name_or_path)]
+    return [folder for folder in given if isinstance(folder, str)] + beside if isinstance(given, list) else beside
 
 
 def recipe_files(name_or_path: str | Path) -> list[Path]:

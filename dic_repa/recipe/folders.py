@@ -10,20 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dic_repa.trust import came_with_weights, is_trusted
+
 if TYPE_CHECKING:
     from dic_repa.recipe import Recipe
 
-# Found beside a recipe.yaml that came with weights: from such a folder no code is imported.
-_WITH_WEIGHTS = ("checkpoints", "environment.json", "config.json")
-
 
 def note_folders(recipe: Recipe, files: Iterable[Path]) -> None:
-    """Add to the recipe's `folders` those of its `files` (its own and its bases') that hold what is not here."""
-    beside = [
-        file.parent
-        for file in files
-        if file.name != "recipe.yaml" or not any((file.parent / name).exists() for name in _WITH_WEIGHTS)
-    ]
+    """Add to the recipe's `folders` those of its `files` (its own and its bases') that hold what is not here.
+
+    Nothing is looked for beside a recipe that came with weights, unless its code is trusted.
+    """
+    beside = [file.parent for file in files if is_trusted() or not came_with_weights(file)]
     missing = [path for path in _looked_for(recipe) if not any(map(Path.exists, path))]
     _note(recipe, [folder for folder in beside if any((folder / file).exists() for path in missing for file in path)])
 

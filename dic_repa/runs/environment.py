@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dic_repa.files.cache import cache_folder
+from dic_repa.files.hub import PINS
 
 _PACKAGES = (
     "dic-repa torch torchvision accelerate timm torchdiffeq torch-fidelity diffusers datasets einops huggingface-hub "
@@ -23,11 +24,12 @@ _PREFIXES = ("ACCELERATE_", "NCCL_", "GLOO_", "TORCH_DISTRIBUTED_", "TORCHINDUCT
 
 
 def describe_environment(device: str, processes: int) -> dict:
-    """What a run was made with: command, versions, git state of the package's source, machine."""
+    """What a run was made with: command, versions, commits of downloads, git state of the package's source, machine."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in _PACKAGES},
+        "downloads": dict(PINS),
         "git": _git_state(),
         "machine": {"platform": platform.platform(), "device": device, "cpus": os.cpu_count(), "processes": processes},
     }

@@ -34,6 +34,7 @@ from dic_repa.files.outputs import (
     remove_listed,
     write_marker,
 )
+from dic_repa.files.reading import read_json
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 from dic_repa.recipe.files import read_recipe
 from dic_repa.recipe.keys import ABSENT, differences
@@ -136,7 +137,7 @@ class RunFolder(Checkpoints):
         """
         if not self.path.exists():
             raise UserError(f"there is no run at {self.path} to resume; leave --resume out to begin one")
-        before = RunFolder.open(self.path).recipe()
+        before = RunFolder.open(self.path).recipe(only_read=True)
         if read_marker(self.path) is None and all(find_damage(folder) for folder in self.list_checkpoints()):
             raise UserError(f"{self.path} is not a run of dic-repa's (it has no {MARKER}), so it is not written into")
         different = differences(before, recipe)
@@ -185,11 +186,19 @@ class RunFolder(Checkpoints):
         self._cut_metrics(done)
         return newest
 
-    def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
-        """The recipe that the run was begun with; `overrides` as in `load_recipe`."""
+    def recipe(self, overrides: Sequence[str] = (), only_read: bool = False) -> Recipe:
+        """The recipe that the run was begun with; the arguments are those of `load_recipe`."""
         # A recipe of a run has all keys. Without this one, it is of a version without a warm-up of the average.
         older = "ema_warmup" not in (read_recipe(self.recipe_file).get("train") or {"ema_warmup": None})
-        return load_training_recipe(self.recipe_file, ["train.ema_warmup=false"] * older + list(overrides))
+        return load_training_recipe(self.recipe_file, ["train.ema_warmup=false"] * older + list(overrides), only_read)
+
+    def downloads(self) -> dict[str, str]:
+        """The commits of what the run took from the hub, as its environment.json has them."""
+        found: dict[str, str] = {}
+        with contextlib.suppress(OSError, UserError, AttributeError, TypeError):  # missing or damaged: no commits
+            for session in read_json(self.environment_file, "remove it"):
+                found |= session.get("downloads", {})
+        return {name: commit for name, commit in found.items() if isinstance(commit, str)}
 
     def _cut_metrics(self, step: int) -> None:
         # The steps after the checkpoint are repeated, and a kill may have cut the last line short.

@@ -79,7 +79,7 @@ def _fill(summary: RunSummary, run: RunFolder) -> None:
     checkpoints = sorted(run.list_checkpoints(), key=checkpoint_step)
     done = checkpoint_step(checkpoints[-1]) if checkpoints else 0
     summary.step = max(summary.step, done)
-    recipe = RunFolder.open(run.path).recipe()
+    recipe = RunFolder.open(run.path).recipe(only_read=True)
     summary.steps = recipe.train.steps
     summary.recipe = summary.recipe or f"{recipe.model.name} on {recipe.data.name}"
     if owner := holder(run.path / LOCK):

@@ -105,7 +105,7 @@ def _write_authors(model: Pretrained, target: Path) -> None:
 def _write_folder(model: Pretrained, target: Path, recipe: str | None, recipe_file: Path | None) -> None:
     data = SavedData.read(recipe_file.parent) if recipe_file else None
     trained_by = recipe or recipe_file
-    text = to_yaml(load_training_recipe(trained_by)) if trained_by else None
+    text = to_yaml(load_training_recipe(trained_by, only_read=True)) if trained_by else None
     with write_aside(target, "model") as aside:
         model.save_pretrained(aside)
         if text:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dic_repa.conditions import ClassLabels, Condition, class_labels, condition_of_model
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean, unknown_name
+from dic_repa.files.hub import use_pins
 from dic_repa.files.manifest import MANIFEST, check_whole, find_damage
 from dic_repa.files.pictures import to_pil
 from dic_repa.files.weights import load_weights, read_tensors, weights_fingerprint
@@ -27,6 +28,7 @@ from dic_repa.runtime.progress import detail
 from dic_repa.sampling import override_sampling
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.sampler import Sampler, check_sampling
+from dic_repa.trust import trusting_code
 
 
 @dataclass
@@ -121,18 +123,26 @@ class Checkpoint:
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None, weights: str | None = None
-) -> Checkpoint:
+    path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None, weights: str | None = None,
+    trust_code: bool = False,
+) -> Checkpoint:  # fmt: skip
     """The denoiser of a run (of its newest checkpoint), of one checkpoint, or of an inference checkpoint.
 
     Args:
         recipe: For a checkpoint without a recipe.yaml. The recipe's plugins are imported.
         weights: 'ema', 'raw' (the model itself), or a further average such as 'ema-0.999'; by default those of the
             recipe's `sample` section.
+        trust_code: run the code that the run names (`dic_repa.trust`).
 
     Raises:
-        UserError: `path` is not a run or checkpoint, or lacks a recipe or these weights.
+        UserError: `path` is not a run or checkpoint, or lacks a recipe or these weights. Or it names code to run, and
+            that is not trusted.
     """
+    with trusting_code(trust_code):
+        return _load(path, device, recipe, weights)
+
+
+def _load(path: str | Path, device: str | torch.device, recipe: Recipe | None, weights: str | None) -> Checkpoint:
     folder = weights_folder(path)
     if (folder / "recipe.yaml").is_file():
         recipe = load_training_recipe(folder / "recipe.yaml")
@@ -145,6 +155,7 @@ def load(
     if weights is None:
         weights = "ema" if folder == Path(path) else recipe.sample.weights
     denoiser, source = read_weights(folder, weights)
+    use_pins(RunFolder(home_of(folder)).downloads())
     return Checkpoint(denoiser.to(device), recipe, source, SavedData.read(folder))
 
 

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError
+from dic_repa.files.hub import use_pins
 from dic_repa.files.lock import locked
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.folders import note_current_folder
@@ -56,6 +57,7 @@ def train(
         trackers = trackers or stack.enter_context(Trackers())
         check_trackers(settings.trackers)
         accelerator = start_accelerator(settings)
+        use_pins(run.downloads() if resume else {})
         if not resume:  # before `claim` marks the folder as a run's
             on_main_process(accelerator, lambda: run.check_new(overwrite))
         check_batch(settings, accelerator.num_processes)

@@ -1,7 +1,8 @@
-"""The hub without a network: missed at once, not after a minute of trying again."""
+"""The hub without a network: missed at once, not after a minute of trying again; and downloads pinned to a commit."""
 
 from __future__ import annotations
 
+import json
 import socket
 
 import huggingface_hub
@@ -9,7 +10,11 @@ import huggingface_hub.errors
 import pytest
 from huggingface_hub import constants
 
-from dic_repa.files.hub import offline_without_network
+from dic_repa.files import hub
+from dic_repa.files.hub import offline_without_network, use_pins
+from dic_repa.models import DiC
+from dic_repa.runs.environment import describe_environment
+from dic_repa.runs.folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +52,31 @@ def test_a_proxy_may_know_the_name(monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     offline_without_network()
     assert not huggingface_hub.is_offline_mode()
+
+
+def publish(cache, commit: str, channels: int) -> None:
+    """A version of someone/dic as the hub's client keeps it in its cache, which is then `main`."""
+    folder = cache / "models--someone--dic"
+    DiC(4, (1, 1, 1, 1, 1), in_channels=channels, num_classes=2).save_pretrained(folder / "snapshots" / commit)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+
+
+def test_downloads_are_pinned_and_kept_in_the_records(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "PINS", {})
+    monkeypatch.setattr("dic_repa.runs.environment.PINS", hub.PINS)
+    publish(tmp_path / "cache", "a" * 40, channels=1)
+    assert DiC.from_pretrained("someone/dic").in_channels == 1
+    record = describe_environment("cpu", 1)
+    assert record["downloads"] == {"someone/dic": "a" * 40}
+
+    publish(tmp_path / "cache", "b" * 40, channels=3)  # somebody has uploaded another
+    assert DiC.from_pretrained("someone/dic").in_channels == 1  # not in the midst of a run
+    hub.PINS.clear()
+    assert DiC.from_pretrained("someone/dic").in_channels == 3
+    (tmp_path / "environment.json").write_text(json.dumps([record]))
+    use_pins(RunFolder(tmp_path).downloads())  # as a resumed run does
+    assert DiC.from_pretrained("someone/dic").in_channels == 1
+    assert DiC.from_pretrained(f"someone/dic@{'b' * 40}").in_channels == 3

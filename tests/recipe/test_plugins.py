@@ -175,9 +175,31 @@ def test_tokens_that_are_no_grid(folder, source, message):
 
 
 def test_what_is_no_encoder(folder):
-    (folder / "my_encoder.py").write_text("def build():\n    return 3\n")
+    (folder / "my_encoder.py").write_text(
+        "from dic_repa.protocols import Encoder\n\ndef build() -> Encoder:\n    return 3\n"
+    )
     with pytest.raises(UserError, match="gives a int without embed_dim and token_grid"):
         run(folder, yaml.safe_dump({"base": "digits-urepa", "alignments": [{"encoder": "my_encoder:build"}]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("os:system", "os:system is a part of Python, and no encoder"),
+        ("subprocess:Popen", "part of Python"),
+        ("my_encoder:build", "does not say what it makes: name a class, or register the function"),
+        ("my_encoder:Popen", "part of Python"),
+        ("my_encoder:Other", "my_encoder:Other is no encoder: it has no __call__ and no token_grid"),
+        ("torch:load", "torch:load"),
+    ],
+)
+def test_what_is_no_part_is_not_called(folder, name, message):
+    source = (
+        "from subprocess import Popen\n\ndef build():\n    raise SystemExit(9)\n\nclass Other:\n    __init__ = build\n"
+    )
+    (folder / "my_encoder.py").write_text(source)
+    with pytest.raises(UserError, match=message):
+        create_encoder(name)
 
 
 def test_a_plugin_is_the_same_as_its_own_computation(folder):

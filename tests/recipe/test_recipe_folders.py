@@ -10,7 +10,9 @@ from pictures import write_tree
 from small_runs import SMALL
 
 from dic_repa.cli import main
+from dic_repa.errors import UserError
 from dic_repa.recipe import load_recipe
+from dic_repa.trust import trusting_code
 
 RECIPE = """
 base: digits-urepa
@@ -37,7 +39,7 @@ def test_what_is_beside_the_recipe_is_found(project, dic_repa, tmp_path):
     dic_repa("train", "project/mine.yaml", *OPTIONS, "--set=train.steps=2")
     assert load_recipe(tmp_path / "runs/mine/recipe.yaml").folders == [str(project)]
     assert "path: photos\n" in (tmp_path / "runs/mine/recipe.yaml").read_text()  # as it was written
-    dic_repa("train", "--resume", "runs/mine", "--set=train.steps=4")
+    dic_repa("train", "--resume", "runs/mine", "--set=train.steps=4", "--trust-code")
     assert json.loads((tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 
 
@@ -47,7 +49,7 @@ def test_a_run_finds_again_what_was_in_the_current_folder(project, plugin_folder
     with pytest.raises(SystemExit) as exit:
         main(["train", "mine.yaml", *OPTIONS, "--set=train.steps=2"])
     assert exit.value.code == 0
-    dic_repa("sample", "project/runs/mine", "--num=2", "--steps=1")
+    dic_repa("sample", "project/runs/mine", "--num=2", "--steps=1", "--trust-code")
 
 
 def test_only_folders_that_hold_what_is_missing_are_noted(project, monkeypatch, tmp_path):
@@ -69,4 +71,8 @@ def test_code_that_came_with_weights_is_not_looked_for(project, monkeypatch, tmp
     (project / "mine.yaml").rename(project / "recipe.yaml")
     assert load_recipe("project/recipe.yaml").folders == [str(project)]
     (project / "config.json").write_text("{}")
-    assert load_recipe("project/recipe.yaml").folders == []
+    assert load_recipe("project/recipe.yaml", only_read=True).folders == []
+    with pytest.raises(UserError, match=r"plugins my_encoder \(from .*project/my_encoder.py\).*--trust-code"):
+        load_recipe("project/recipe.yaml")
+    with trusting_code():
+        assert load_recipe("project/recipe.yaml").folders == [str(project)]
