@@ -14,6 +14,7 @@ from dic_repa.recipe.values import (
     BelowOne,
     Blocks,
     Count,
+    Flag,
     Images,
     Name,
     Natural,
@@ -55,9 +56,9 @@ class ModelSection(Section):
     depths: tuple[Blocks, Blocks, Blocks, Blocks, Blocks] | None = Field(
         None, description="blocks of the stages: encoder, encoder, middle, decoder, decoder"
     )
-    learn_sigma: bool = Field(False, description="twice the output channels; the second half is a variance")
+    learn_sigma: Flag = Field(False, description="twice the output channels; the second half is a variance")
     time_scale: Positive = Field(1.0, description="multiplies t before it is embedded")
-    zero_gates: bool = Field(False, description="start each block as the identity")
+    zero_gates: Flag = Field(False, description="start each block as the identity")
     options: dict[str, Any] = Field(default_factory=dict, description="other arguments of the denoiser's constructor")
 
 
@@ -100,7 +101,7 @@ class AlignmentSection(Section):
     schedule: Part = Field(
         "constant", description="weight over steps: constant, cosine, stop, ...: `dic-repa parts alignment-schedule`"
     )
-    cache: bool = Field(False, description="compute the data's tokens once, into the feature cache")
+    cache: Flag = Field(False, description="compute the data's tokens once, into the feature cache")
 
 
 class OptimizerSection(Section):
@@ -125,9 +126,7 @@ class TrainSection(Section):
     micro_batch: Batch | None = Field(None, description="most images in one pass of one process; null: all")
     gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="decay of the averaged weights that are sampled from")
-    ema_warmup: bool = Field(
-        True, strict=True, description="an average's decay after n steps is at most (1 + n) / (10 + n)"
-    )
+    ema_warmup: Flag = Field(True, description="an average's decay after n steps is at most (1 + n) / (10 + n)")
     more_ema_decays: list[Probability] = Field(
         default_factory=list, description="decays of further averages, in ema-DECAY/"
     )
@@ -138,9 +137,9 @@ class TrainSection(Section):
     snapshot_every: Count | None = Field(None, description="steps between stored snapshots of power_ema; null: none")
     label_dropout: Probability = Field(0.1, description="share of labels replaced by the null class")
     precision: Precision = Field("no", description="mixed precision of the denoiser; no: float32")
-    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass, to save memory")
-    tf32: bool = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
-    compile: bool = Field(False, description="torch.compile the denoiser with its heads")
+    gradient_checkpointing: Flag = Field(False, description="recompute blocks in the backward pass, to save memory")
+    tf32: Flag = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
+    compile: Flag = Field(False, description="torch.compile the denoiser with its heads")
     seed: Seed = Field(0, description="all randomness of a step comes from it and the step's number")
     log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
     sample_every: Natural = Field(10_000, description="steps between grids of samples; 0: none")
@@ -178,7 +177,7 @@ class GuidanceSection(Section):
     channels: Count | None = Field(None, description="guide only this many first channels (DiT: 3); null: all")
     schedule: str = Field("constant", description="of the scale over the interval: constant, linear, cosine, ...")
     rescale: Probability = Field(0.0, description="how much the guided prediction keeps the class's contrast")
-    doubled: bool | None = Field(
+    doubled: Flag | None = Field(
         None, description="both predictions in one batch, faster, or one by one in half the memory; null: as it fits"
     )
     weak: str | None = Field(
@@ -219,7 +218,7 @@ class SampleSection(Section):
     last_step: str | None = for_solver("how an SDE ends: mean, tweedie, euler, ...; null: mean")
     last_step_size: Time | None = for_solver("the time that an SDE's last step covers; null: 0.04")
     eta: Probability | None = for_solver("noise of ddim: 0 adds none, 1 as much as ddpm; null: 0")
-    clip: bool | None = for_solver("keep the data prediction of ddpm and ddim in [-1, 1]; null: false")
+    clip: Flag | None = for_solver("keep the data prediction of ddpm and ddim in [-1, 1]; null: false")
     options: dict[str, Any] | None = for_solver("arguments of a torchdiffeq method")
     guidance: GuidanceSection | None = Field(None, description="towards the class; null: none")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(

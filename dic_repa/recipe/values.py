@@ -29,6 +29,8 @@ def whole_number(value: Any) -> Any:
     """1000 from 1000.0, '1e3' and '1_000'; anything else unchanged, for a schema to refuse."""
     number = value
     if isinstance(value, str):
+        if re.match("[-+]?0[0-9_]", value):
+            return value  # 010 is 8 to YAML, and 10 to most people
         with contextlib.suppress(ValueError):
             return int(value)
         number = real_number(value)
@@ -63,6 +65,7 @@ Batch = Annotated[Count, at_most("batch")]
 Blocks = Annotated[Count, at_most("blocks")]
 Size = Annotated[int, Field(ge=4, strict=True), WHOLE, at_most("size")]
 NotNegative = Annotated[float, Field(ge=0, strict=True), REAL]
+Flag = Annotated[bool, Field(strict=True)]
 Real = Annotated[float, Field(strict=True), REAL]
 Positive = Annotated[float, Field(gt=0, strict=True), REAL]
 Probability = Annotated[float, Field(ge=0, le=1, strict=True), REAL]

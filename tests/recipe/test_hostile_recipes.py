@@ -39,7 +39,7 @@ CHAIN = "\n".join(["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}]" for i in range(1
         ("train: {steps: 1e20}", "train.steps: it is over 10.15, over the limit of 1,000,000,000,000"),
         ("data: {workers: 10000}", "data.workers: it is 10,000, over the limit of 256; .*--limit workers=10000"),
         ("data: {size: 1000000000}", "data.size: it is 1,000,000,000, over the limit of 16,384"),
-        ("model: {depths: [100000, 1, 1, 1, 1]}", "model.depths.0: it is 100,000, over the limit of 1,000"),
+        ("model: {depths: [100000, 1, 1, 1, 1]}", "model.depths.0: it is 100,000, over the limit of 300"),
         ("alignments: [" + "{encoder: a}, " * 100 + "]", "alignments: it is 100, over the limit of 64"),
         ("sample: {num: 1e9}", "sample.num: it is 1,000,000,000, over the limit of 10,000,000"),
         ("sample: {steps: 1e6}", "sample.steps: it is 1,000,000, over the limit of 10,000"),
