@@ -135,12 +135,14 @@ def parse_classes(text: str, condition: Condition) -> list[int]:
     classes: list[int] = []
     for part in map(str.strip, text.split(",")):
         first, dash, last = part.partition("-")
-        if first.isdigit() and (not dash or (last.isdigit() and int(last) >= int(first))):
+        if first.isdecimal() and (not dash or last.isdecimal()) and len(part) < 20 and int(last or first) >= int(first):
+            if int(last or first) >= condition.count:
+                raise UserError(f"--classes {part}: the model has {condition.describe_rows()}")
             classes += range(int(first), int(last or first) + 1)
         elif part in names:
             classes.append(names.index(part))
         else:
-            named = [name for name in names if not name.isdigit()]
+            named = [name for name in names if not name.isdecimal()]
             instead = f", or names{did_you_mean(part, named)}" if named else f", not '{text}'"
             raise UserError(f"--classes takes numbers and ranges such as 0,4,7 or 0-9{instead}")
     if max(classes) >= condition.count:

@@ -24,6 +24,9 @@ from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
+from dic_repa.files.reading import read_json
+from dic_repa.limits import check_limit
+from dic_repa.recipe.keys import flatten
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
 
 THREADS = 8
@@ -132,11 +135,14 @@ def _of_source(path: Path) -> ImageSet:
 
 def _of_samples(path: Path) -> ImageSet:
     """What `dic-repa sample` wrote: the numbered images, without the grid beside them."""
-    try:
-        record = json.loads((path / SAMPLES_FILE).read_text())
-        names = [f"{i:06d}.png" for i in range(record["sample"]["num"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path / SAMPLES_FILE} is damaged; sample again with --overwrite") from None
+    then = "sample again with --overwrite"
+    record = read_json(path / SAMPLES_FILE, then, dict)
+    num, labels = flatten(record).get("sample.num"), record.get("labels", [])
+    are_labels = isinstance(labels, list) and all(type(label) is int and 0 <= label < 2**31 for label in labels)
+    if type(num) is not int or not are_labels:
+        raise UserError(f"{path / SAMPLES_FILE} is damaged (it does not tell num and labels); {then}")
+    check_limit("images", num, f"the number of images in {path / SAMPLES_FILE}")
+    names = [f"{i:06d}.png" for i in range(num)]
     missing = set(names) - set(os.listdir(path))
     if missing and (path / SAMPLES_NPZ).is_file():  # by --format npz, the images are there alone
         images = _of_npz(path / SAMPLES_NPZ)

@@ -104,7 +104,7 @@ def probe_checkpoint(
     step = checkpoint.name.removeprefix("step_")
     record = {
         "checkpoint": str(checkpoint),
-        "step": int(step) if step.isdigit() else None,
+        "step": int(step) if step.isdecimal() else None,
         "encoder": section.encoder,
         "num": len(labels),
         "split": split,

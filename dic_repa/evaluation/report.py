@@ -21,7 +21,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from dic_repa import __version__
@@ -30,8 +29,10 @@ from dic_repa.evaluation.metrics import find_metric, metrics
 from dic_repa.evaluation.runs import describe_sampling
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
+from dic_repa.files.reading import has_step, parse_json, read_file
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.keys import flatten
+from dic_repa.recipe.values import read_yaml
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.listing import current_names
 
@@ -112,8 +113,8 @@ def _recipe(run: RunFolder, problems: list[str]) -> tuple[Recipe | None, dict[st
         return recipe, _shown(recipe.model_dump(mode="json"))
     except UserError as error:
         problems.append(str(error))
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        raw = yaml.safe_load(run.recipe_file.read_text("utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        raw = read_yaml(read_file(run.recipe_file, "recipe-bytes").decode(), str(run.recipe_file))
         return None, _shown(raw) if isinstance(raw, dict) else {}
     return None, {}
 
@@ -128,14 +129,16 @@ def _curves(run: RunFolder, problems: list[str]) -> dict:
     """The curves by name, a value or None for each of `steps`; means of neighbours if there are too many points."""
     records = []
     try:
-        for line in run.metrics_file.read_text("utf-8", errors="replace").splitlines():
+        for line in read_file(run.metrics_file).decode(errors="replace").split("\n"):
             record = _parse(line)
-            if _has(record, step=int):
+            if has_step(record):
                 records.append(record)
             elif line.strip():
                 problems.append("metrics.jsonl has a line that is cut short; it is left out")
     except OSError:
         problems.append("there is no metrics.jsonl yet")
+    except UserError as error:
+        problems.append(str(error))
     names = sorted({name for record in records for name in _numbers(record)} - {"step"})
     chunk = math.ceil(len(records) / MOST_POINTS) or 1
     groups = [records[i : i + chunk] for i in range(0, len(records), chunk)]
@@ -187,7 +190,7 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
     for file in [*sorted(folder.glob("*.json")), *sorted(folder.glob("step_*/metrics.json"))]:
         record, measured = _read_json(file), file.parent != folder
         step, _, sampling = file.parent.name.removeprefix("step_").partition("-")
-        if record is None or (measured and not (_has(record, metrics=dict) and step.isdigit())):
+        if record is None or (measured and not (_has(record, metrics=dict) and step.isdecimal())):
             problems.append(f"{file.relative_to(run.path)} is not whole; it is left out")
         elif measured:
             sampling = own if sampling == own.replace(" ", "-") else sampling.replace("-", " ")
@@ -220,7 +223,7 @@ def _probe(run: RunFolder, problems: list[str]) -> dict | None:
     shown = [r for r in map(_read_json, files) if _has(r, scores=dict) and r.get("taps") and r.get("times")]
     if len(shown) < len(files):
         problems.append("a record in probe/ is not whole; it is left out")
-    return max(shown, key=lambda record: record.get("step") or 0, default=None)
+    return max(shown, key=lambda record: _number(record.get("step")) or 0, default=None)
 
 
 def _tuning(run: RunFolder, problems: list[str]) -> dict | None:
@@ -271,12 +274,19 @@ def _has(record: Any, **kinds: type) -> bool:
 def _parse(text: str) -> Any:
     """JSON; None for text that is none, and for NaN and infinity, which a browser does not know."""
     with contextlib.suppress(ValueError):
-        return json.loads(text, parse_constant=lambda _: None)
+        return parse_json(text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_finite)
 
 
 def _read_json(path: Path) -> Any:
-    with contextlib.suppress(OSError):
-        return _parse(path.read_text("utf-8", errors="replace"))
+    with contextlib.suppress(OSError, UserError):
+        return _parse(read_file(path, "record-bytes").decode(errors="replace"))
+
+
+def _finite(text: str) -> float | int | None:
+    value = float(text)
+    if not math.isfinite(value):
+        return None
+    return value if any(mark in text for mark in ".eE") else int(text)
 
 
 def _number(value: Any) -> float | int | None:

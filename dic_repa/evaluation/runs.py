@@ -6,7 +6,6 @@ against a reference, and `record` says how they were measured.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from dic_repa.files.atomic import write_whole
 from dic_repa.files.lock import locked
 from dic_repa.files.outputs import MARK, check_file
 from dic_repa.files.pictures import draw_grid, save_picture, shown_in_grid
+from dic_repa.files.reading import read_json
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import GuidanceSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.build import import_plugins
@@ -33,6 +33,7 @@ from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.listing import current_names
+from dic_repa.runtime.progress import warn
 from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint, load, weak_weights
@@ -68,12 +69,20 @@ class Judgement:
 
     def read(self) -> bool:
         """Take the scores from a whole record of the same judgement; False if there is none."""
-        with contextlib.suppress(OSError, ValueError):
-            record, wanted = json.loads(self.record.read_text()), self.identity()
-            if {key: record.get(key) for key in wanted} == wanted:
-                self.scores, self.evaluations = current_names(record["scores"]), record["evaluations"]
-                return True
-        return False
+        if not self.record.exists():
+            return False
+        try:
+            record, wanted = read_json(self.record, "it is made again", dict), self.identity()
+            same = {key: record.get(key) for key in wanted} == wanted
+            whole = isinstance(record.get("scores"), dict) and isinstance(record.get("evaluations"), int | None)
+            if same and not whole:
+                raise UserError(f"{self.record} is damaged (it has no scores); it is made again")
+        except UserError as error:
+            warn(str(error))
+            return False
+        if same:
+            self.scores, self.evaluations = current_names(record["scores"]), record.get("evaluations")
+        return same
 
     def save(self, images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
         """Write the picture of the samples and the record of their scores."""

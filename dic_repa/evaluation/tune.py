@@ -6,12 +6,12 @@ done, and a second call continues an interrupted search.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -24,12 +24,14 @@ from dic_repa.files.atomic import write_whole
 from dic_repa.files.lock import locked
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.pictures import new_figure, save_figure
+from dic_repa.files.reading import read_json
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint, home_of, weak_weights
 
+THEN = "move it away to search anew, or give another folder with --out"
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.0, 0.85), (0.0, 1.0), (0.2, 0.8))
 
@@ -177,10 +179,12 @@ class Tuner:
         return self.sample.model_copy(update={"guidance": guidance, "num": num})
 
     def _read(self) -> list[dict]:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
-            cells = json.loads(self.file.read_text())["cells"]
-            return [cell for cell in cells if isinstance(cell, dict) and cell.get("score") in cell.get("scores", {})]
-        return []
+        if not self.file.exists():
+            return []
+        cells = read_json(self.file, THEN, dict).get("cells")
+        if not isinstance(cells, list) or not all(map(_is_cell, cells)):
+            raise UserError(f"{self.file} is damaged (a cell of the search is not whole); {THEN}")
+        return cells
 
     def _write(self) -> None:
         if check_folder(self.folder, "tune") is None:
@@ -188,6 +192,11 @@ class Tuner:
         best = [vars(cell) | {"options": cell.options} for cell in self.best]
         record = self.spec | {"better": self.better, "best": best, "cells": self.done}
         write_whole(self.file, json.dumps(record, indent=1) + "\n")
+
+
+def _is_cell(cell: Any) -> bool:
+    scores = cell.get("scores") if isinstance(cell, dict) else None
+    return isinstance(scores, dict) and type(scores.get(str(cell.get("score")))) in (int, float)
 
 
 def save_heat_map(

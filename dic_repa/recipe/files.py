@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.limits import check_limit
 from dic_repa.recipe.folders import note_folders
-from dic_repa.recipe.keys import assign, explain_mistakes
+from dic_repa.recipe.keys import ABSENT, assign, explain_mistakes
 from dic_repa.recipe.schema import Recipe, SamplingRecipe
 from dic_repa.recipe.values import read_yaml, write_yaml
 from dic_repa.runtime.progress import detail
@@ -169,6 +169,12 @@ def _parse(text: str, label: str) -> dict:
     raw = read_yaml(text, label)
     if not isinstance(raw, dict):
         raise UserError(f"{label} is not a recipe: it must be a mapping of keys to values")
+    for dotted in filter(lambda key: "." in str(key), raw):
+        held: Any = raw
+        for part in str(dotted).split("."):
+            held = held.get(part, ABSENT) if isinstance(held, dict) else ABSENT
+        if held != ABSENT:
+            raise UserError(f"{label}: {dotted} is given twice, once in its section; keep one")
     return _with_todays_keys(raw, label)
 
 

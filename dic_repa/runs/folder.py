@@ -34,11 +34,12 @@ from dic_repa.files.outputs import (
     remove_listed,
     write_marker,
 )
-from dic_repa.files.reading import read_json
+from dic_repa.files.reading import read_json, read_lines
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 from dic_repa.recipe.files import read_recipe
 from dic_repa.recipe.keys import ABSENT, differences
 from dic_repa.runs.checkpoints import RUN_ID, Checkpoints, checkpoint_step, find_stranger
+from dic_repa.runtime.progress import warn
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
 _HARMLESS = set(
@@ -189,8 +190,11 @@ class RunFolder(Checkpoints):
     def recipe(self, overrides: Sequence[str] = (), only_read: bool = False) -> Recipe:
         """The recipe that the run was begun with; the arguments are those of `load_recipe`."""
         # A recipe of a run has all keys. Without this one, it is of a version without a warm-up of the average.
-        older = "ema_warmup" not in (read_recipe(self.recipe_file).get("train") or {"ema_warmup": None})
-        return load_training_recipe(self.recipe_file, ["train.ema_warmup=false"] * older + list(overrides), only_read)
+        section = read_recipe(self.recipe_file).get("train")
+        older = isinstance(section, dict) and section and "ema_warmup" not in section
+        return load_training_recipe(
+            self.recipe_file, ["train.ema_warmup=false"] * bool(older) + list(overrides), only_read
+        )
 
     def downloads(self) -> dict[str, str]:
         """The commits of what the run took from the hub, as its environment.json has them."""
@@ -204,14 +208,10 @@ class RunFolder(Checkpoints):
         # The steps after the checkpoint are repeated, and a kill may have cut the last line short.
         if not self.metrics_file.is_file():
             return
-        kept = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                break
-        write_whole(self.metrics_file, "".join(kept))
+        lines, damaged = read_lines(self.metrics_file)
+        if damaged:
+            warn(f"{self.metrics_file} has {damaged} damaged lines, which are left out from here on")
+        write_whole(self.metrics_file, "".join(line + "\n" for line, record in lines if record["step"] <= step))
 
 
 def suggest_runs(path: Path) -> str:

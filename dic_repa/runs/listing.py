@@ -1,6 +1,6 @@
 """Runs below a folder at a glance, from the small files of each, without torch and whatever state they are in."""
 
-import json
+import contextlib
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.files.lock import holder
 from dic_repa.files.manifest import find_damage
 from dic_repa.files.outputs import LOCK
+from dic_repa.files.reading import has_step, parse_json
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
 
@@ -102,7 +103,7 @@ def _last_lines(file: Path) -> list[dict]:
     with file.open("rb") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
         records = [_parse(line) for line in stream.read().splitlines()]
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+    return [record for record in records if has_step(record)]
 
 
 def _newest_scores(folder: Path) -> dict[str, float]:
@@ -113,7 +114,7 @@ def _newest_scores(folder: Path) -> dict[str, float]:
         name = file.parent.name if file.name == "metrics.json" else file.name
         step = name.removeprefix("step_").partition("-")[0]
         found = (record.get("scores") or record.get("metrics")) if isinstance(record, dict) else None
-        if isinstance(found, dict) and step.isdigit():
+        if isinstance(found, dict) and step.isdecimal():
             newest = max(newest, ((int(step), file.stat().st_mtime), found), key=lambda entry: entry[0])
     numbers = {name: value for name, value in current_names(newest[1]).items() if _is_number(value)}
     return {name: value for name, value in numbers.items() if "count" not in name}
@@ -141,10 +142,9 @@ def _recipe_name(run: RunFolder) -> str:
 
 
 def _parse(text: str | bytes):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+    with contextlib.suppress(ValueError):
+        return parse_json(text)
+    return None
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

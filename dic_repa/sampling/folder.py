@@ -35,6 +35,7 @@ from dic_repa.files.outputs import (
     write_marker,
 )
 from dic_repa.files.pictures import draw_grid, load_levels, load_png, save_picture, save_png, shown_in_grid
+from dic_repa.files.reading import read_json
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
@@ -85,10 +86,7 @@ class SampleFolder:
         if overwrite or not (self.path / SAMPLES_FILE).exists():
             return
         hint = self.hint
-        try:
-            before = dict(json.loads((self.path / SAMPLES_FILE).read_text()))
-        except (ValueError, TypeError):
-            raise UserError(f"{self.path / SAMPLES_FILE} is damaged; {hint}") from None
+        before = read_json(self.path / SAMPLES_FILE, hint, dict)
         fixed = set(_CHANGEABLE)
         if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
             fixed -= {"sample.num", "sample.batch_size"}
@@ -96,7 +94,9 @@ class SampleFolder:
         changed = [key for key in {**old, **new} if key not in fixed and old.get(key) != new.get(key)]
         if changed:
             raise UserError(f"{self.path} exists with other samples ({', '.join(changed)} differ); {hint}")
-        if old.get("sample.num", 0) > self.num:
+        if not isinstance(old.get("sample.num"), int):
+            raise UserError(f"{self.path / SAMPLES_FILE} is damaged (it has no sample.num); {hint}")
+        if old["sample.num"] > self.num:
             raise UserError(f"{self.path} has {old['sample.num']} samples, more than {self.num}; {hint}")
         if before.get("evaluations_per_image"):
             self.spec["evaluations_per_image"] = before["evaluations_per_image"]

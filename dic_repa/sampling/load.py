@@ -117,7 +117,7 @@ class Checkpoint:
         names = self.condition.names
         if name in names:
             return names.index(str(name))
-        if str(name).isdigit():
+        if str(name).isdecimal():
             return int(name)
         raise unknown_name("class", str(name), names)
 

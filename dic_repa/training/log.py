@@ -23,6 +23,7 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.pictures import new_figure, save_figure
+from dic_repa.files.reading import numbers, read_json, read_lines
 from dic_repa.models import measure_cost
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.build import build_denoiser
@@ -97,8 +98,11 @@ class MetricLog:
         if self.accelerator.is_main_process:
             environment = describe_environment(str(self.accelerator.device), self.accelerator.num_processes)
             sessions = []  # one entry for each time that the run was started or resumed
-            with contextlib.suppress(OSError, ValueError):
-                sessions = json.loads(self.run.environment_file.read_text())
+            if self.run.environment_file.exists():
+                try:
+                    sessions = read_json(self.run.environment_file, "it is begun anew", list)
+                except UserError as error:
+                    warn(str(error))
             write_whole(self.run.environment_file, json.dumps([*sessions, environment], indent=2) + "\n")
         shown = {"unit": "step", "desc": self.run.path.name, "disable": not self.accelerator.is_main_process}
         self.bar = progress_bar(total=self.settings.steps, initial=self.start, **shown)
@@ -211,12 +215,9 @@ def save_curves(run: RunFolder) -> None:
     """Plot metrics.jsonl into curves.png, without a last line that a kill has cut short."""
     from matplotlib.ticker import MaxNLocator
 
-    lines: list[dict] = []
-    with contextlib.suppress(ValueError):
-        for line in run.metrics_file.read_text().splitlines():
-            lines.append(json.loads(line))
+    lines = [numbers(record) for _, record in read_lines(run.metrics_file)[0]]
     names = sorted({name for line in lines for name in line})
-    terms = {name.split(".")[2] for name in names if name.startswith("alignment.")}
+    terms = {name.split(".")[2] for name in names if name.startswith("alignment.") and name.count(".") > 1}
     panels = [panel for panel in PANELS if panel in terms.union(names)]
     panels += sorted(terms - set(PANELS))  # of the user's own alignment loss
     if not panels:
@@ -225,7 +226,7 @@ def save_curves(run: RunFolder) -> None:
     for axis, panel in zip(axes[0], panels):
         title, sign = PANELS.get(panel, (f"{panel}, of the alignment", 1.0))
         for series in (name for name in names if name.split(".")[-1] == panel):
-            points = [(line["step"], sign * line[series]) for line in lines if line.get(series) is not None]
+            points = [(line["step"], sign * line[series]) for line in lines if series in line]
             if points:
                 axis.plot(*zip(*points), linewidth=1.4, marker="o" if len(points) == 1 else None)
         axis.set(title=title, xlabel="step")
