@@ -34,11 +34,12 @@ RECORDS = {
     "prepared/dataset_info.json": [TRAIN, "prepare images prepared --size 16 --autoencoder none"],
     "prepared/check.json": ["prepare images prepared --size 16 --autoencoder none"],
     "prepared/data-00000-of-00001.arrow": [TRAIN],
-    "scored/evaluation/*.json": [
+    "scored/evaluation/*/metrics.json": [
         "report scored --out out.html",
         "runs .",
         f"evaluate scored --reference samples --metrics fd-digits {SAMPLE}",
     ],
+    "scored/evaluation/*/samples.json": [f"evaluate scored --reference samples --metrics fd-digits {SAMPLE}"],
     "scored/probe/probe.json": ["report scored --out out.html"],
     "scored/tune/tune.json": [
         "report scored --out out.html",
