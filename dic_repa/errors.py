@@ -10,6 +10,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 MOST_CHARACTERS = 1200  # of a message; what is wrong may be a text of any length
 
@@ -60,21 +61,60 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def prints_errors() -> bool:
-    """Whether the command line prints this process's errors: only the first process of each machine does.
+def joined_store() -> Any:
+    """The store of the processes that have joined (`torch.distributed`); None if there is only this one."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store() if distributed.get_world_size() > 1 else None
 
-    Most mistakes are the same in all processes; some, such as missing data, in all of one machine.
+
+def prints_errors() -> bool:
+    """Whether the command line prints this process's error.
+
+    Of processes that have joined, only the first that asks: the others have the same error, or have lost this process.
+    Before that, the first of each machine does.
     """
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    global _first
+    if _first is None:
+        try:
+            store = joined_store()
+            _first = store.add("dic_repa/failed", 1) == 1 if store else None
+        except Exception:  # the store is gone with the process that had it
+            _first = True
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0" if _first is None else _first
+
+
+_first: bool | None = None  # of the processes that have joined
+
+
+def full_memory(error: BaseException) -> str:
+    """'the GPU's memory is full (...)' or 'this machine's memory is full (...)'; "" for any other error."""
+    text, kind = str(error), type(error).__name__
+    of_gpu = kind == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "CUDA" in text)
+    if of_gpu and re.search("out of memory|ALLOC_FAILED", text):
+        return f"the GPU's memory is full ({first_line(error)})"
+    asked = re.search(r"tried to allocate (\d+) bytes", text)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        said = f"{int(asked[1]) / 2**30:.1f} GiB more were asked for" if asked else first_line(error)
+        return f"this machine's memory is full ({said})"
+    return ""
+
+
+def lost_process(error: BaseException) -> str:
+    """A line for the error of an exchange with a process that has ended; "" for any other error."""
+    exchange = type(error).__name__.startswith("Dist") or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    rank = os.environ.get("RANK", "0")
+    return f"process {rank} has lost another process, which failed or was killed" if exchange else ""
 
 
 @contextlib.contextmanager
 def print_rank_errors() -> Iterator[None]:
-    """Print an error that only one process has, such as a damaged file, if the command line will not."""
+    """Print an error that only one of several processes that have not joined has, if the command line will not."""
     try:
         yield
     except (UserError, OSError) as error:
-        if not prints_errors():
+        if joined_store() is None and not prints_errors():
             # A line of its own, below the main process's progress bar.
             print(printable(f"\nerror: {error}"), file=sys.stderr)
         raise

@@ -9,7 +9,8 @@ import click
 
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
-from dic_repa.errors import UserError, is_main_process, prints_errors
+from dic_repa.errors import UserError, full_memory, is_main_process, lost_process, prints_errors
+from dic_repa.runtime import watchdog
 from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.threads import watch  # noqa: F401 - it measures from now on what other processes do
 
@@ -89,27 +90,28 @@ def cli(context: click.Context, quiet: bool, verbose: bool, debug: bool, trust_c
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, with 2 after a mistake that the user can correct, with 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    watchdog.trace = debug = "--debug" in arguments
     try:
         _refuse_empty(arguments)
         sys.exit(cli.main(_options_first(arguments), prog_name="dic-repa", standalone_mode=False) or 0)
-    except (UserError, click.ClickException, OSError) as error:
-        # A group without a verb; click has this error since 8.2.
-        if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
-            print_result(error.format_message())
-            sys.exit(0)
-        if debug:
-            raise
-        if prints_errors():
-            print_result(f"error: {_message(error)}".replace("\n", " "), sys.stderr)
-        else:
-            time.sleep(1)  # a launcher stops all processes once one ends; the line must be printed before
-        sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps it
         if is_main_process():
             print_result(str(cause or "") or "interrupted; nothing was written", sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        # A group without a verb; click has this error since 8.2.
+        if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
+            print_result(error.format_message())
+            sys.exit(0)
+        line = _message(error)
+        if debug or (prints_errors() and not line):
+            raise
+        if prints_errors():
+            print_result(f"error: {line}".replace("\n", " "), sys.stderr)
+        else:
+            time.sleep(1)  # a launcher stops all processes once one ends; the line must be printed before
+        sys.exit(2 if line else 1)
 
 
 def _refuse_empty(arguments: list[str]) -> None:
@@ -137,8 +139,13 @@ def _options_first(arguments: list[str]) -> list[str]:
 
 
 def _message(error: Exception) -> str:
+    """The line for an error that is no fault of this package; "" for any other."""
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)
+    if isinstance(error, UserError | click.ClickException | OSError):
+        return str(error) or type(error).__name__
+    if memory := full_memory(error):
+        return f"{memory}; take a smaller batch: --batch-size, or train.micro_batch"
+    return lost_process(error)

@@ -13,7 +13,7 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.evaluate import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
-from dic_repa.errors import UserError, first_line, is_main_process, prints_errors, when_interrupted
+from dic_repa.errors import UserError, full_memory, is_main_process, lost_process, when_interrupted
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
@@ -102,8 +102,6 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
     shared = f", shared by {launched} processes" if launched > 1 else ""
     # Now, since torch takes seconds to import.
     say(f"training into {path}: {settings.train.steps:,} steps of {settings.train.batch_size} images{shared}")
-    from torch import OutOfMemoryError
-
     from dic_repa.training import Preempted, train
     from dic_repa.training.preemption import REQUEUE_CODE, stop_request
     from dic_repa.training.trackers import Trackers
@@ -125,14 +123,14 @@ def train_and_show(settings: Recipe, path: Path, resume: bool, overwrite: bool, 
             begun = (path / "recipe.yaml").is_file()
             print_result(f"{reason}; to go on: {resume_command(path) if begun else 'the same command'}", sys.stderr)
         raise SystemExit(REQUEUE_CODE) from None
-    except OutOfMemoryError as error:
-        fault = UserError(
-            f"the GPU's memory is full ({first_line(error)}); lower train.micro_batch or set "
-            "train.gradient_checkpointing=true, which change nothing else: --resume goes on with them"
-        )
-        if not prints_errors():  # the process that prints errors may have enough memory
-            print_result(f"error: {fault}", sys.stderr)
-        raise fault from None
+    except (MemoryError, RuntimeError) as error:
+        if memory := full_memory(error):
+            hint = "lower train.micro_batch or set train.gradient_checkpointing=true, which change nothing else"
+            hint += ", or lower data.workers" * ("GPU" not in memory)
+            raise UserError(f"{memory}; {hint}; {kept_message(path)}") from error
+        if lost := lost_process(error):
+            raise UserError(f"{lost}; {kept_message(path)}") from error
+        raise
 
 
 def choose_recipe(
@@ -188,9 +186,14 @@ def interrupted_message(path: Path) -> str:
     run = RunFolder(path)
     if not run.recipe_file.is_file():
         return "interrupted before the run began; nothing was written"
-    newest = max(run.list_checkpoints(), key=checkpoint_step, default=None)
+    return f"interrupted; {kept_message(path)}"
+
+
+def kept_message(path: Path) -> str:
+    """What a run keeps, and how to continue it."""
+    newest = max(RunFolder(path).list_checkpoints(), key=checkpoint_step, default=None)
     safe = f"the checkpoint of step {checkpoint_step(newest)} is whole" if newest else "there is no checkpoint yet"
-    return f"interrupted; {safe}; to go on: {resume_command(path)}"
+    return f"{safe}; to go on: {resume_command(path)}"
 
 
 def resume_command(path: Path) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from dic_repa.recipe import Recipe
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.processes import Votes, on_main_process
 from dic_repa.runtime.progress import warn
+from dic_repa.runtime.watchdog import watched
 from dic_repa.sampling.labels import balanced_labels
 from dic_repa.training.checkpoint import CheckpointWriter, copy_state, write_checkpoint, write_snapshots
 from dic_repa.training.evaluator import Evaluator
@@ -26,6 +28,7 @@ from dic_repa.training.preemption import Preempted
 from dic_repa.training.step import StepGuard, Verdict
 from dic_repa.training.trackers import Trackers
 
+GRACE = 20.0  # seconds that a process whose loader is stalled has to tell the others
 FAR_BEHIND = 0.1  # share of the steps so far; an average is so far behind during its warm-up
 
 
@@ -84,7 +87,11 @@ class AfterStep:
             batch = next(incoming)
         except (Preempted, UserError, OSError) as error:
             fault = error
-        if fault := self.votes.first(fault):
+        longest = self.recipe.timeouts.data
+        what = f"the other processes to have their batches of step {self.step + 1}"
+        with watched("data", what, longest and longest + GRACE):
+            fault = self.votes.first(fault)
+        if fault:
             self.stop(fault)
         return batch
 
@@ -94,9 +101,9 @@ class AfterStep:
             self.save(None)
         if not isinstance(fault, Preempted):
             with contextlib.suppress(UserError):  # a warning has said it
-                on_main_process(self.accelerator, self.writer.finish)
+                self.finish()
             raise fault
-        on_main_process(self.accelerator, self.writer.finish)
+        self.finish()
         saved = f"has saved step {self.step}" if new or self.step else "has done no step yet"
         did = f"stops, since {fault}, and" if str(fault) else "was stopped by a signal, and"
         raise Preempted(f"{self.run.path} {did} {saved}")
@@ -105,8 +112,9 @@ class AfterStep:
         """Copy the state, and let the main process write it while the training goes on; with snapshots that are due."""
         run, settings, step = self.run, self.recipe.train, self.step
         snapshot = bool(settings.power_ema) and self.due(settings.snapshot_every)
-        log = {"log": self.log.state(), "skipped": self.guard.state()}
-        state = copy_state(step, self.accelerator, self.parts)
+        with self.writing():
+            log = {"log": self.log.state(), "skipped": self.guard.state()}
+            state = copy_state(step, self.accelerator, self.parts)
         if state:
             state.log = log
         if checkpoint:
@@ -123,7 +131,17 @@ class AfterStep:
                 run.drop_old_checkpoints(settings.keep_checkpoints, settings.keep_every)
 
         if self.accelerator.is_main_process:
-            self.writer.start(step, write)
+            with self.writing():
+                self.writer.start(step, write)
+
+    def finish(self) -> None:
+        """Wait until all is written; a UserError where the last checkpoint could not be."""
+        with self.writing():
+            on_main_process(self.accelerator, self.writer.finish)
+
+    def writing(self) -> AbstractContextManager[None]:
+        what = f"the checkpoint of step {self.step}, or the one before it"
+        return watched("checkpoint", what, self.recipe.timeouts.checkpoint)
 
     def save_grid(self) -> None:
         """Save samples of the averaged weights: a few of each of the first ten classes, with the same noise every time.

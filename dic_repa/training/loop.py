@@ -19,6 +19,7 @@ from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.processes import Votes, on_main_process, start_processes
 from dic_repa.runtime.progress import say
+from dic_repa.runtime.watchdog import watched
 from dic_repa.training.after_step import AfterStep
 from dic_repa.training.checkpoint import CheckpointWriter, load_checkpoint, load_log
 from dic_repa.training.evaluator import Evaluator
@@ -54,6 +55,9 @@ def train(
         say(f"note: changed since the run began: {line}")
     with ExitStack() as stack:
         stack.enter_context(tf32(settings.tf32))
+        setup = stack.enter_context(ExitStack())
+        what = "all that the recipe names, and the other processes, to be ready"
+        setup.enter_context(watched("setup", what, recipe.timeouts.setup))
         trackers = trackers or stack.enter_context(Trackers())
         check_trackers(settings.trackers)
         accelerator = start_accelerator(settings)
@@ -64,7 +68,8 @@ def train(
         parts = build_parts(recipe, accelerator)
         train_step, learning_rate = TrainingStep(parts, settings, accelerator), LearningRate(recipe)
         check_sampling_and_evaluation(recipe, parts.objective)
-        evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
+        with watched("", "the reference of the scores", None):
+            evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
 
         opening = (stack, run, recipe, resume, overwrite, allow_change)
         checkpoint = on_main_process(accelerator, lambda: open_run(*opening))
@@ -84,25 +89,28 @@ def train(
         after = AfterStep(
             recipe, run, parts, accelerator, evaluator, writer, trackers, log, guard, votes, signals, start
         )
-        after.make_up()
+        with watched("", f"scores and samples of step {start}", None):
+            after.make_up()
         incoming = stack.enter_context(contextlib.closing(Batches(data, recipe, accelerator, start, signals)))
 
+        setup.close()
         for step in range(start, settings.steps):
             with log.waiting():
                 batch = after.next_batch(incoming)
-            norm, losses = train_step.gradients(batch, step)
-            guard.judge(step + 1, losses, norm)
-            rate = learning_rate.apply(parts.optimizer, step)
-            train_step.update(step)
-            verdict = guard.verdict()
-            log.step(step + 1, losses, norm, rate, verdict.skipped)
+            with watched("step", f"step {step + 1}", recipe.timeouts.step):
+                norm, losses = train_step.gradients(batch, step)
+                guard.judge(step + 1, losses, norm)
+                rate = learning_rate.apply(parts.optimizer, step)
+                train_step.update(step)
+                verdict = guard.verdict()
+                log.step(step + 1, losses, norm, rate, verdict.skipped)
             if verdict.in_a_row >= settings.max_skipped:
                 after.stop_not_finite(verdict)
             with log.paused():
                 after(step + 1)
         if votes.any(bool(signals)):
             after.stop(Preempted())
-        on_main_process(accelerator, writer.finish)
+        after.finish()
     accelerator.wait_for_everyone()
     return run
 

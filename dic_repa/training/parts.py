@@ -31,6 +31,7 @@ from dic_repa.recipe.build import (
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runtime.precision import allow_tf32
 from dic_repa.runtime.processes import in_all_processes
+from dic_repa.runtime.watchdog import watched
 from dic_repa.sampling.load import Checkpoint
 from dic_repa.sampling.sampler import Sampler, check_sampling
 from dic_repa.training.ema import EMA, PowerEMA
@@ -77,7 +78,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         build_alignment(section, encoder, denoiser, data, device)
         for section, encoder in zip(recipe.alignments, encoders)
     ]
-    caches = build_caches(recipe, encoders, data, accelerator)
+    with watched("", "the feature cache", None):
+        caches = build_caches(recipe, encoders, data, accelerator)
     if isinstance(data, LatentDataset):
         data.with_images = any(encoder is not None for encoder in encoders)
     for encoder in encoders:

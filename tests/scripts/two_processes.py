@@ -3,7 +3,8 @@
 Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2; `layouts.txt` counts
 its convolutions' calls, and those of another layout than their weights), `sharded-sgd`, `poisoned` (one process alone
 meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt`
-tell what each says where one alone has no data.
+tell what each says where one alone has no data, `damaged-0.txt` and `damaged-1.txt` where one alone meets a damaged
+sample, and `prints-0.txt` and `prints-1.txt` which of them prints an error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from small_runs import ALIGNED, PoisonedDigits, small_run
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, prints_errors
 from dic_repa.training import EMA, Preempted
 from dic_repa.training.inputs import data_order
 
@@ -76,6 +77,21 @@ def main(folder: Path) -> None:
         small_run(folder / "absent", "data.name=poisoned-digits")
     except UserError as error:
         (folder / f"absent-{os.environ['RANK']}.txt").write_text(str(error))
+
+    PoisonedDigits.__init__ = read
+    get = PoisonedDigits.__getitem__
+
+    def damaged(self, index):
+        if index == third[3]:
+            raise UserError("a.png is damaged")
+        return get(self, index)
+
+    PoisonedDigits.__getitem__ = damaged
+    try:
+        small_run(folder / "damaged", "data.name=poisoned-digits")
+    except UserError as error:
+        (folder / f"damaged-{os.environ['RANK']}.txt").write_text(str(error))
+    (folder / f"prints-{os.environ['RANK']}.txt").write_text(str(prints_errors()))
 
     update = EMA.update
 

@@ -178,15 +178,26 @@ def test_signal_before_the_first_step_and_after_the_last_exits_with_75(tmp_path,
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_full_gpu_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError("no"), "of the CPU"],
+)
+def test_full_memory_is_told_in_a_line(tmp_path, monkeypatch, capsys, error):
     def update(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if isinstance(error, str):
+            torch.empty(2**60, dtype=torch.uint8)  # torch's own error
+        raise error
 
     monkeypatch.setattr(EMA, "update", update)
     with pytest.raises(SystemExit) as exit:
         main(["train", "digits-urepa", "--out", str(tmp_path / "run"), *(f"--set={key}" for key in SMALL)])
     assert exit.value.code == 2
-    assert "error: the GPU's memory is full (CUDA out of memory); lower train.micro_batch" in capsys.readouterr().err
+    says = {
+        "of the CPU": "this machine's memory is full (1073741824.0 GiB more were asked for); lower train.micro_batch"
+    }
+    says |= {error: "this machine's memory is full (no); lower"} if isinstance(error, MemoryError) else {}
+    expected = says.get(error, "the GPU's memory is full (CUDA out of memory); lower train.micro_batch")
+    assert f"error: {expected}" in capsys.readouterr().err
 
 
 def test_stop_request_outside_the_main_thread_leaves_signals_alone():

@@ -96,11 +96,17 @@ def test_both_skip_what_one_cannot_take(runs, name):
     assert moved == [True, False, True]
 
 
+def test_sample_that_one_cannot_read_stops_both_with_the_steps_before_it_saved(runs):
+    assert {(runs / f"damaged-{rank}.txt").read_text() for rank in (0, 1)} == {"a.png is damaged"}
+    assert RunFolder(runs / "damaged").newest_checkpoint().name == "step_00000002"
+    assert sorted((runs / f"prints-{rank}.txt").read_text() for rank in (0, 1)) == ["False", "True"]
+
+
 def test_both_stop_after_the_same_step_when_one_is_told_to(runs):
     said = [(runs / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
     assert said[0] == said[1]
     assert said[0].endswith("has saved step 3")
-    assert RunFolder(runs / "stopped").newest_checkpoint().name == "step_00000004"
+    assert RunFolder(runs / "stopped").newest_checkpoint().name == "step_00000003"
 
 
 def test_data_that_one_lacks_is_told_by_both(runs):
