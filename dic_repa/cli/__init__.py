@@ -24,6 +24,7 @@ VERBS = {
     "prepare": "Crop and encode a folder, zip, tar or Hugging Face data set of images.",
     "bench": "Measure speed: of denoisers, training steps, samplers and the data.",
     "runs": "List the runs: recipe, steps, scores, speed, state.",
+    "verify": "Find what is damaged in a run, a data set, samples or a cache.",
     "ema": "Make an average of a run's weights of any width, after the run.",
     "info": "Parameters and MACs of a model or a recipe.",
     "encoders": "List the encoders, or run one on an image and show its tokens.",

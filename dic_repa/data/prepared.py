@@ -2,6 +2,7 @@
 
 import bisect
 import io
+import itertools
 import json
 import zlib
 from functools import cached_property
@@ -127,21 +128,34 @@ class Prepared(LatentDataset):
     def _parts(self) -> tuple[list[int], list[dict]]:
         """Where each record batch of all shards starts (and the total), and its columns, mapped from the files."""
         # Straight from Arrow, since the rows that `datasets` formats take longer than decoding the image.
+        parts = [part for name in self.files for part in self._shard(self.path / name)]
+        return [0, *itertools.accumulate(len(part["label"]) for part in parts)], parts
+
+    def _shard(self, file: Path) -> list[dict[str, Any]]:
+        """The record batches of a shard, as the columns of each; a UserError if it cannot be read."""
         import datasets  # noqa: F401  makes its array types known to Arrow
         import pyarrow as pa
 
-        starts, columns, shape = [0], [], (2 * self.spec.channels, self.size, self.size)
-        for file in (self.path / name for name in self.files):
-            first = starts[-1]
-            try:
-                for batch in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches():
-                    columns.append(_columns(batch, shape) | {"file": file, "first": starts[-1] - first})
-                    starts.append(starts[-1] + len(batch))
-            except (OSError, ValueError, KeyError) as error:  # Arrow's own are among these
-                raise UserError(
-                    f"{file} is missing or damaged ({first_line(error)}); remove it and prepare again"
-                ) from None
-        return starts, columns
+        shape, parts, first = (2 * self.spec.channels, self.size, self.size), [], 0
+        try:
+            for batch in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches():
+                parts.append(_columns(batch, shape) | {"file": file, "first": first})
+                first += len(batch)
+        except (OSError, ValueError, KeyError) as error:  # Arrow's own are among these
+            raise UserError(
+                f"{file} is missing or damaged ({first_line(error)}); remove it and prepare again"
+            ) from None
+        return parts
+
+    def check_shard(self, name: str) -> bool:
+        """Whether the rows of a shard, one of `files`, have checksums; a UserError if one is not as its own says."""
+        parts = self._shard(self.path / name)
+        for part, row in [(each, row) for each in parts for row in range(len(each["label"]))]:
+            others = {key: part["batch"][key][row].as_py() for key in ("name", "width", "height")}
+            moments = {key: part[key][row] for key in part["names"] if key.startswith("moments")}
+            image = part["image"][row].as_py()
+            self._check_row(part, row, {"label": part["label"][row], "image": image, **moments, **others})
+        return all(CHECKSUMS in part for part in parts)
 
     def __getstate__(self) -> dict:
         # A worker that is spawned maps the files itself; pickled arrays would be copies of all of the data.
@@ -160,7 +174,7 @@ def _columns(batch, shape: tuple[int, int, int]) -> dict[str, Any]:
         while hasattr(values, "flatten") and values.type.num_fields:
             values = values.flatten()
         part[name] = values.to_numpy(zero_copy_only=True).reshape(len(batch), *shape)
-    return part | {"names": sorted({*batch.schema.names} - {CHECKSUMS})}
+    return part | {"names": sorted({*batch.schema.names} - {CHECKSUMS}), "batch": batch}
 
 
 def checksums(row: dict[str, Any]) -> bytes:

@@ -6,10 +6,8 @@ snapshots' profiles, by least squares, and the snapshots' weights are combined w
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,30 +19,20 @@ from dic_repa.files.atomic import write_aside
 from dic_repa.files.lock import locked_output
 from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import check_folder
-from dic_repa.files.weights import WRITE_ERRORS, read_tensors, save_tensors
+from dic_repa.files.weights import WRITE_ERRORS, save_tensors
 from dic_repa.runs.checkpoints import read_run_id
 from dic_repa.runs.folder import RunFolder
+from dic_repa.runs.snapshots import Snapshot, find_snapshots, read_snapshot
 from dic_repa.training.ema import sigma_rel_to_gamma
-
-
-class Snapshot(NamedTuple):
-    """A stored average: the steps behind it, its width, and its file."""
-
-    step: int
-    sigma_rel: float
-    path: Path
 
 
 def list_snapshots(run: RunFolder) -> list[Snapshot]:
     """The run's snapshots, by step and width; a UserError if it has none."""
-    found = []
-    for path in run.snapshots.glob("*.safetensors"):
-        if match := re.fullmatch(r"step_(\d+)-sigma_rel-([\d.e+-]+)", path.stem):
-            found.append(Snapshot(int(match[1]), float(match[2]), path))
+    found = find_snapshots(run)
     if not found:
         settings = "train.power_ema=[0.05,0.1] and train.snapshot_every=STEPS"
         raise UserError(f"{run.path} has no snapshots; train with {settings} to make averages later")
-    return sorted(found)
+    return found
 
 
 def profile_products(steps_a: ArrayLike, gammas_a: ArrayLike, steps_b: ArrayLike, gammas_b: ArrayLike) -> np.ndarray:
@@ -85,16 +73,6 @@ def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tu
             part = tensor.double() * factor if tensor.is_floating_point() else tensor
             total[name] = total[name] + part if name in total and tensor.is_floating_point() else part
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}, step
-
-
-def read_snapshot(run: RunFolder, snapshot: Snapshot) -> dict[str, Tensor]:
-    """The tensors of a snapshot of `run`; a UserError if it is damaged, or of another run or step."""
-    tensors, belongs = read_tensors(snapshot.path)
-    if belongs.get("step", str(snapshot.step)) != str(snapshot.step):
-        raise UserError(f"{snapshot.path} is of step {belongs['step']}, not of that in its name; restore it")
-    if belongs.get("run") and (own := read_run_id(run.path)) and belongs["run"] != own:
-        raise UserError(f"{snapshot.path} is of another run; move it out of {run.snapshots}")
-    return tensors
 
 
 def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: int | None = None) -> int:
