@@ -27,6 +27,7 @@ from dic_repa.files.atomic import write_whole
 from dic_repa.files.lock import locked
 from dic_repa.files.outputs import begin_folder, check_folder
 from dic_repa.files.pictures import new_figure, save_figure, unit_images
+from dic_repa.files.shards import tensor_files
 from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.cost import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
@@ -188,7 +189,7 @@ def _trained_heads(
 ) -> dict[str, Alignment]:
     """By tap, the alignments to this encoder with their trained heads; none if only the averaged weights are there."""
     file = checkpoint / "model.safetensors"
-    if (checkpoint / "config.json").is_file() or not file.is_file():
+    if (checkpoint / "config.json").is_file() or not tensor_files(file):
         return {}
     state, heads = read_tensors(file)[0], {}
     for i, entry in enumerate(recipe.alignments):

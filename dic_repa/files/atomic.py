@@ -46,7 +46,7 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
         for entry in [*aside.rglob("*"), aside]:
             if entry.is_file() and stat.S_IMODE(entry.stat().st_mode) != mode:
                 entry.chmod(mode)
-            _flush(entry)
+            flush(entry)
         if os.path.lexists(path):  # writing may have taken hours
             check()
             _check_way(aside, path)
@@ -54,7 +54,7 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             _move_into(aside, path)
         else:
             os.replace(aside, path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         if isinstance(error.filename, str):  # the user knows the final name
             error.filename = error.filename.replace(aside.name, path.name)
@@ -115,7 +115,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Put a file or folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,7 +3,7 @@
 import functools
 import json
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from dic_repa.errors import UserError
@@ -14,13 +14,23 @@ from dic_repa.files.reading import read_json
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path, names: Iterable[str] = (), **belongs: str | int | None) -> None:
-    """Write down the files `names` of `folder` (by default all), and what it `belongs` to, such as a run and a step."""
+def write_manifest(
+    folder: Path, names: Iterable[str] = (), known: Mapping[str, str] = {}, **belongs: str | int | None
+) -> None:
+    """Write down the files `names` of `folder` (by default all), and what it `belongs` to, such as a run and a step.
+
+    Args:
+        known: the SHA-256 of files that need not be read again.
+    """
     found = [folder / name for name in names] or sorted(folder.rglob("*"))
-    files = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
+    listed = {
+        file.relative_to(folder).as_posix(): file
         for file in found
         if file.is_file() and not file.name.startswith(".") and file != folder / MANIFEST
+    }
+    files = {
+        name: {"size": file.stat().st_size, "sha256": known.get(name) or file_sha256(file)}
+        for name, file in listed.items()
     }
     write_whole(folder / MANIFEST, json.dumps({**belongs, "files": files}, indent=1) + "\n")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dic_repa.errors import UserError, first_few, first_line
 from dic_repa.files.hashing import add_parts, fingerprint
 from dic_repa.files.reading import check_regular
+from dic_repa.files.shards import Stored, open_tensors, tensor_files
 from dic_repa.limits import check_limit
 
 SEAL = "sha256 of tensors"
@@ -25,10 +26,11 @@ def save_tensors(tensors: dict[str, Tensor], path: str | PathLike, metadata: dic
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
 
 
-def seal(tensors: dict[str, Tensor]) -> dict[str, str]:
+def seal(tensors: Mapping[str, Tensor | Stored]) -> dict[str, str]:
     """The metadata of a file that no manifest lists: the SHA-256 of its tensors, their names and shapes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name][...]
         add_parts(digest, f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor)
     return {SEAL: digest.hexdigest()}
 
@@ -42,12 +44,17 @@ def check_seal(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path)
 def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file by name, and its metadata (empty unless it is a safetensors file).
 
+    In the file's place there may be those of a sharded run (`shards.py`).
+
     A torch training checkpoint gives its inner dict: `ema`, `model`, `state_dict` or `encoder`.
 
     Raises:
         UserError: a file that is missing, cut short, or holds more than tensors and plain containers.
     """
     path = Path(path)
+    if not path.is_file() and tensor_files(path):
+        with open_tensors(path) as stored:
+            return {name: each[...] for name, each in stored.items()}, {}
     if not path.is_file():
         raise UserError(f"no weights at '{path}'; give a safetensors file or a plain PyTorch state dict")
     check_regular(path, "memory")
@@ -127,12 +134,18 @@ def check_memory(build: Callable[[], nn.Module], what: str) -> None:
 
 
 def weights_fingerprint(path: Path) -> str:
-    """A hash of a file's size and of 64 places in it: fast, and every training step changes all of them."""
-    if not path.is_file():
+    """A hash of a file's size and of 64 places in it: fast, and every training step changes all of them.
+
+    Of the files that a sharded run has in its place, all are looked at.
+    """
+    files = tensor_files(path)
+    if not files:
         raise UserError(f"there are no weights {path}")
-    size = path.stat().st_size
+    if len(files) > 1:
+        return fingerprint(*map(weights_fingerprint, files))
+    size = files[0].stat().st_size
     parts = []
-    with path.open("rb") as file:
+    with files[0].open("rb") as file:
         for place in torch.linspace(0, max(0, size - 4096), 64).long().tolist():
             file.seek(place)
             parts.append(file.read(4096))

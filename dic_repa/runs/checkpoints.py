@@ -21,7 +21,7 @@ RUN_ID = "run.json"
 RAW = "raw"  # the name of the weights themselves, among those of their averages
 CHECKPOINT_FILES = (MANIFEST, "state.json", "model.safetensors")
 _IN_A_CHECKPOINT = re.compile(
-    r"(manifest|state)\.json|model\.safetensors|optimizer\.pt"
+    r"(manifest|state)\.json|model\.safetensors|optimizer\.pt|(model|optimizer)-\d{5}-of-\d{5}\.safetensors"
     r"|ema[^/]*/(config\.json|data\.json|recipe\.yaml|model\.safetensors)"
 )
 

@@ -17,6 +17,7 @@ from dic_repa.errors import UserError, did_you_mean, unknown_name
 from dic_repa.files.hub import use_pins
 from dic_repa.files.manifest import MANIFEST, check_whole, find_damage
 from dic_repa.files.pictures import to_pil
+from dic_repa.files.shards import tensor_files
 from dic_repa.files.weights import load_weights, read_tensors, weights_fingerprint
 from dic_repa.models import load_denoiser
 from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
@@ -185,7 +186,7 @@ def weights_folder(path: str | Path) -> Path:
 def checkpoint_of(weights: Path) -> Path:
     """The training checkpoint that holds a folder of averaged weights, with links followed; else this folder."""
     weights = weights.resolve()  # checkpoints/best is a link
-    return weights.parent if (weights.parent / WEIGHTS).is_file() else weights
+    return weights.parent if tensor_files(weights.parent / WEIGHTS) else weights
 
 
 def home_of(weights: Path) -> Path:
@@ -215,8 +216,9 @@ def _other_weights(ema: Path, name: str) -> Path:
     there = [RAW, *sorted(file.parent.name for file in checkpoint.glob(f"ema*/{CONFIG}"))]
     if name not in there:
         raise UserError(f"{checkpoint} has no weights '{name}'{did_you_mean(name, there)}")
-    if damage := find_damage(checkpoint, WEIGHTS if name == RAW else name):
-        raise UserError(f"{checkpoint} is damaged: {damage}")
+    for part in [file.name for file in tensor_files(checkpoint / WEIGHTS)] if name == RAW else [name]:
+        if damage := find_damage(checkpoint, part):
+            raise UserError(f"{checkpoint} is damaged: {damage}")
     return checkpoint if name == RAW else checkpoint / name
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from dic_repa.training.inputs import data_order
 from dic_repa.training.log import MetricLog
 from dic_repa.training.parts import Parts
 from dic_repa.training.preemption import Preempted
+from dic_repa.training.shard_writer import Shards, ShardWriter
 from dic_repa.training.step import StepGuard, Verdict
 from dic_repa.training.trackers import Trackers
 
@@ -109,30 +111,38 @@ class AfterStep:
         raise Preempted(f"{self.run.path} {did} {saved}")
 
     def save(self, best: dict | None, checkpoint: bool = True) -> None:
-        """Copy the state, and let the main process write it while the training goes on; with snapshots that are due."""
+        """Copy the state, and write it while the training goes on, with snapshots that are due.
+
+        The main process writes; if the model is sharded, all write together.
+        """
         run, settings, step = self.run, self.recipe.train, self.step
+        averages, together = self.parts.averages, self.writer.shards
         snapshot = bool(settings.power_ema) and self.due(settings.snapshot_every)
         with self.writing():
             log = {"log": self.log.state(), "skipped": self.guard.state()}
             state = copy_state(step, self.accelerator, self.parts)
-        if state:
-            state.log = log
         if checkpoint:
             self.saved = step
+        if state is None:
+            return
+        state.log = log
 
-        def write() -> None:
-            assert state is not None  # in the main process, which writes
+        def write(shards: Shards | None = None) -> None:
             if snapshot:
-                write_snapshots(run, state, self.parts.averages)
+                write_snapshots(run, state, averages, shards)
             if checkpoint:
-                write_checkpoint(run.checkpoint_path(step), state, self.recipe)
+                write_checkpoint(run.checkpoint_path(step), state, self.recipe, shards)
                 if best:
                     run.mark_best(best)
                 run.drop_old_checkpoints(settings.keep_checkpoints, settings.keep_every)
 
-        if self.accelerator.is_main_process:
-            with self.writing():
-                self.writer.start(step, write)
+        def write_together(writer: ShardWriter) -> None:
+            with writer.write(f"step_{step}", state.sets(averages, checkpoint)) as shards:
+                if self.accelerator.is_main_process:
+                    write(shards)
+
+        with self.writing():
+            self.writer.start(step, partial(write_together, together) if together else write)
 
     def finish(self) -> None:
         """Wait until all is written; a UserError where the last checkpoint could not be."""

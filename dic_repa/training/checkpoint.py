@@ -6,6 +6,10 @@ state.json          the step; what the log has summed up                for `DiC
 manifest.json       sizes and SHA-256 of all these      ema-0.999/, ... the other averages, with the same files
 
 A thread writes a checkpoint from a copy in CPU memory, and renames it once it is whole; training goes on meanwhile.
+
+Of a sharded run, each process writes what it has of the model and of the optimizer's state into files of its own,
+model-00001-of-00008.safetensors and optimizer-00001-of-00008.safetensors, and holds no more (`files/shards.py`). Any
+number of processes, sharded or not, load either kind.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.manifest import write_manifest
-from dic_repa.files.weights import WRITE_ERRORS, load_weights, read_tensors, save_tensors, seal
+from dic_repa.files.shards import Rows, join_rows, open_tensors, tensor_files
+from dic_repa.files.weights import WRITE_ERRORS, load_weights, save_tensors, seal
 from dic_repa.models.pretrained import CONFIG
 from dic_repa.recipe import Recipe, to_yaml
 from dic_repa.runs.checkpoints import checkpoint_step, read_run_id
@@ -34,67 +39,103 @@ from dic_repa.runtime.progress import say, warn
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.log import MetricLog
 from dic_repa.training.parts import Parts
+from dic_repa.training.shard_writer import Shards, ShardWriter
 from dic_repa.training.sharding import cut_like, to_cpu
 from dic_repa.training.step import StepGuard
+
+MODEL, OPTIMIZER_ROWS = "model.safetensors", "optimizer.safetensors"
 
 
 @dataclass
 class TrainingState:
-    """A run's state after `step` steps, copied into CPU memory."""
+    """A run's state after `step` steps, copied into CPU memory. Of a sharded run, what this process writes of it:
+    tensors are `Rows`, or None.
+    """
 
     step: int
-    model: dict[str, Tensor]
-    averages: dict[str, dict[str, Tensor]]
+    model: dict[str, Any]
+    averages: dict[str, dict[str, Any]]
     optimizer: dict[str, Any]  # its class, its state by the parameters' order, and the gradient scaler's or None
+    optimizer_rows: dict[str, Rows]  # what of its state is cut up, as "12.exp_avg"
     config: dict  # of the denoiser
     data: SavedData
     log: dict[str, Any] = field(default_factory=dict)  # what is not logged yet
 
+    def sets(self, averages: dict[str, EMA], checkpoint: bool) -> dict[str, dict[str, Any]]:
+        """What the processes of a sharded run write together for a checkpoint, or else for snapshots alone."""
+        if not checkpoint:
+            return {name: self.averages[name] for name, ema in averages.items() if isinstance(ema, PowerEMA)}
+        return self.averages | {"model": self.model, "optimizer": self.optimizer_rows}
+
 
 def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingState | None:
-    """The state of all processes, in the main one; None in the others, which must call this too."""
+    """What this process writes of the state; None if that is nothing."""
     main = accelerator.is_main_process
     if not (main or parts.sharded):
         return None
-    state = TrainingState(
+    state: dict[int, dict] = to_cpu(parts.optimizer.state_dict()["state"], main)
+    rows = {(i, name): each for i, kept in state.items() for name, each in kept.items() if isinstance(each, Rows)}
+    for i, name in rows:
+        del state[i][name]
+    return TrainingState(
         step,
         to_cpu(accelerator.unwrap_model(parts.model).state_dict(), main),
         {name: to_cpu(ema.model.state_dict(), main) for name, ema in parts.averages.items()},
         {
             "class": type(parts.optimizer.optimizer).__name__,
-            "state": to_cpu(parts.optimizer.state_dict()["state"], main),
+            "state": state,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         },
+        {f"{i}.{name}": each for (i, name), each in rows.items()},
         parts.ema.config,
         SavedData.of(parts.data, parts.condition),
     )
-    return state if main else None
 
 
-def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe) -> None:
-    """Write a whole checkpoint at `folder`, or none."""
+def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe, shards: Shards | None = None) -> None:
+    """Write a whole checkpoint at `folder`, or none; of a sharded run, from what all processes have written."""
     with write_aside(folder, "checkpoint") as aside:
-        save_tensors(state.model, aside / "model.safetensors")
-        for name, tensors in state.averages.items():
+        if shards is None:
+            save_tensors(state.model, aside / MODEL)
+        else:
+            for name in (MODEL, OPTIMIZER_ROWS):
+                for part in tensor_files(shards.folder / name):
+                    part.rename(aside / part.name)
+        for name in state.averages:
             (aside / name).mkdir()
             (aside / name / CONFIG).write_text(json.dumps(state.config, indent=2) + "\n")
             (aside / name / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
             state.data.write(aside / name)
-            save_tensors(tensors, aside / name / "model.safetensors")
+            _write_average(name, state, aside / name / MODEL, shards)
         with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not report a full disk
             torch.save(state.optimizer, file)
         (aside / "state.json").write_text(json.dumps({"step": state.step, **state.log}) + "\n")
-        write_manifest(aside, run=read_run_id(folder.parents[1]), step=state.step)
+        known = shards.sha256 if shards else {}
+        write_manifest(aside, known=known, run=read_run_id(folder.parents[1]), step=state.step)
 
 
-def write_snapshots(run: RunFolder, state: TrainingState, averages: dict[str, EMA]) -> None:
+def write_snapshots(
+    run: RunFolder, state: TrainingState, averages: dict[str, EMA], shards: Shards | None = None
+) -> None:
     """Write the power-function averages of this step, from which others can be made after the run."""
     for name, ema in averages.items():
         if isinstance(ema, PowerEMA):
             path = run.snapshots / f"step_{state.step:08d}-{name.removeprefix('ema-')}.safetensors"
             belongs = {"run": read_run_id(run.path) or "", "step": str(state.step)}
             with write_aside(path) as aside:
-                save_tensors(state.averages[name], aside, {**belongs, **seal(state.averages[name])})
+                _write_average(name, state, aside, shards, belongs)
+
+
+def _write_average(
+    name: str, state: TrainingState, file: Path, shards: Shards | None, belongs: dict[str, str] | None = None
+) -> None:
+    """Write it whole, since that is what one samples from; with a seal where no manifest says what it `belongs` to."""
+    if shards is None:
+        tensors = state.averages[name]
+        save_tensors(tensors, file, {**belongs, **seal(tensors)} if belongs else None)
+        return
+    with shards.open(name) as stored:
+        join_rows(stored, file, {**belongs, **seal(stored)} if belongs else None)
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int:
@@ -104,24 +145,37 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
         if not (folder / name).is_dir():
             raise UserError(f"{folder} has no average {name}, so the run cannot go on with it; leave it out")
         _load(ema.model, folder / name)
+    parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     try:
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         step = json.loads((folder / "state.json").read_text())["step"]
-        saved, kind = content["state"], content.get("class", "AdamW")  # the only one that older versions had
+        kind = content.get("class", "AdamW")  # the only one that older versions had
+        state, scaler = _optimizer_state(content["state"], folder, parameters), content["scaler"]
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
         damage = f"{folder} is damaged ({type(error).__name__})"
         raise UserError(f"{damage}; remove it to resume from the one before") from None
     groups = parts.optimizer.state_dict()["param_groups"]  # the recipe's, which may have been changed
-    parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
-    # The step's count has no parameter's shape, and is left as it is.
-    state = {i: {name: cut_like(value, parameters[i]) for name, value in kept.items()} for i, kept in saved.items()}
     if kind == type(parts.optimizer.optimizer).__name__:
         parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
     elif accelerator.is_main_process:
         say(f"note: {folder.name} has the state of another optimizer, {kind}; this one starts without a state")
-    if content["scaler"] is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(content["scaler"])
+    if scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(scaler)
     return step
+
+
+def _optimizer_state(saved: dict, folder: Path, parameters: list[Tensor]) -> dict[int, dict]:
+    """The state that `saved` and the files of a sharded run hold, cut up as the parameters are."""
+    # The step's count has no parameter's shape, and is left as it is.
+    state = {i: {name: cut_like(value, parameters[i]) for name, value in kept.items()} for i, kept in saved.items()}
+    if tensor_files(folder / OPTIMIZER_ROWS):
+        with open_tensors(folder / OPTIMIZER_ROWS) as stored:
+            for key, value in stored.items():
+                i, _, name = key.partition(".")
+                state[int(i)][name] = cut_like(value, parameters[int(i)])
+    return state
 
 
 def load_log(folder: Path, log: MetricLog, guard: StepGuard) -> None:
@@ -135,19 +189,21 @@ def load_log(folder: Path, log: MetricLog, guard: StepGuard) -> None:
 
 
 def _load(module: nn.Module, folder: Path) -> None:
-    own, tensors = module.state_dict(), read_tensors(folder / "model.safetensors")[0]
-    load_weights(module, {name: cut_like(tensor, own.get(name)) for name, tensor in tensors.items()}, folder)
+    own = module.state_dict()
+    with open_tensors(folder / MODEL) as stored:
+        tensors = {name: cut_like(each, own.get(name)) for name, each in stored.items()}
+    load_weights(module, tensors, folder)
 
 
 class CheckpointWriter:
     """Writes in a thread, one job at a time: `start` waits for the job before.
 
-    A job that fails costs a warning, and the run goes on; `finish` raises its error if it was the last one. Only the
-    main process starts jobs.
+    A job that fails costs a warning, and the run goes on; `finish` raises its error if it was the last one. The main
+    process starts jobs, and says what fails; those of a sharded run, `shards`, do the same jobs together.
     """
 
-    def __init__(self, run: RunFolder):
-        self.run, self.failure = run, ""
+    def __init__(self, run: RunFolder, shards: ShardWriter | None = None):
+        self.run, self.shards, self.failure = run, shards, ""
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future | None = None
 
@@ -167,6 +223,8 @@ class CheckpointWriter:
 
     def __exit__(self, *_) -> None:
         self._pool.shutdown()  # finish what is being written, even after Ctrl-C in `_wait`
+        if self.shards:
+            self.shards.close()
 
     def _wait(self) -> None:
         if self._job is not None:
@@ -184,4 +242,5 @@ class CheckpointWriter:
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             self.failure = f"the checkpoint {folder} could not be written ({first_line(cause or error)}); {kept}"
-            warn(f"{self.failure}; the run goes on")
+            if self.shards is None or self.shards.main:
+                warn(f"{self.failure}; the run goes on")

@@ -28,6 +28,7 @@ from dic_repa.training.log import MetricLog, run_header
 from dic_repa.training.parts import build_parts, check_sampling_and_evaluation
 from dic_repa.training.preemption import Preempted, stop_request
 from dic_repa.training.schedules import LearningRate
+from dic_repa.training.shard_writer import ShardWriter
 from dic_repa.training.sharding import wants_sharding
 from dic_repa.training.step import StepGuard, TrainingStep
 from dic_repa.training.trackers import Trackers, check_trackers
@@ -82,7 +83,8 @@ def train(
             say(run_header(recipe, run, parts, accelerator, train_step.passes, start))
         data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
         guard, votes = StepGuard(accelerator, parts.optimizer.optimizer), Votes(accelerator)
-        writer = stack.enter_context(CheckpointWriter(run))
+        shards = ShardWriter(run.checkpoints, accelerator) if parts.sharded else None
+        writer = stack.enter_context(CheckpointWriter(run, shards))
         log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers))
         if checkpoint:
             load_log(checkpoint, log, guard)

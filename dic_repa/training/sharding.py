@@ -1,8 +1,8 @@
 """Parameters, gradients and optimizer state cut up among the processes (FSDP2), stage by stage.
 
 Torch's own `fully_shard` does it, even if Accelerate was launched with an FSDP2 configuration: so it also works on CPU
-processes (gloo), and the averaged weights are cut like the denoiser. Checkpoints hold whole tensors and load in any
-number of processes.
+processes (gloo), and the averaged weights are cut like the denoiser. Each process saves its own rows
+(`files/shards.py`), and reads its own from any checkpoint, so that they load in any number of processes.
 """
 
 import os
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dic_repa.errors import UserError
+from dic_repa.files.shards import Rows, Stored
 
 
 def wants_sharding(sharding: str, accelerator: Accelerator) -> bool:
@@ -51,26 +52,43 @@ def stages(model: nn.Module) -> list[list[nn.Module]]:
     return [list(each) for each in lists if sum(isinstance(inner, nn.ModuleList) for inner in each.modules()) == 1]
 
 
-def cut_like(tensor: Tensor, like: Any) -> Tensor:
-    """`tensor`, which every process has, cut up and laid out in memory as `like` is, if that has its shape."""
-    if like is None or like.shape != tensor.shape:
-        return tensor
+def cut_like(whole: Tensor | Stored, like: Any) -> Tensor:
+    """`whole`, cut up and laid out in memory as `like` is, if that has its shape; of a `Stored`, no more is read.
+
+    No process waits for another.
+    """
+    if like is None or tuple(like.shape) != tuple(whole.shape):
+        return whole[...]
     if not hasattr(like, "device_mesh"):
+        tensor = whole[...]
         return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor
 
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    own, first = like.to_local(), first_row(like)
+    rows = whole[first : first + own.shape[0]]
+    rows = torch.empty_like(own, dtype=rows.dtype).copy_(rows)  # a fused optimizer takes no other layout
+    spec = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, **spec)
 
 
-def to_cpu(tree: Any, keep: bool) -> Any:
-    """A copy in CPU memory of all tensors in nested dicts and lists, each whole; None in their place unless `keep`.
+def first_row(cut: Any) -> int:
+    """Where this process's rows of a tensor begin, which `fully_shard` has cut into as many chunks as processes."""
+    chunk = -(-cut.shape[0] // cut.device_mesh.size())
+    return min(cut.device_mesh.get_local_rank() * chunk, cut.shape[0])
 
-    All processes must call it with the same tree, since they exchange the shards of each tensor.
+
+def to_cpu(tree: Any, main: bool) -> Any:
+    """A copy in CPU memory of all tensors in nested dicts and lists: of those that are cut up, this process's `Rows`.
+
+    The others are alike in all processes; those that are not `main` have None in their place.
     """
 
-    def copied(tensor: Any) -> Tensor | None:
+    def copied(tensor: Any) -> Tensor | Rows | None:
         tensor = tensor.detach()
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        return whole.to("cpu", copy=True) if keep else None
+        if hasattr(tensor, "placements") and all(placement.is_shard(0) for placement in tensor.placements):
+            return Rows(tensor.to_local().to("cpu", copy=True), first_row(tensor))
+        if hasattr(tensor, "full_tensor"):  # such as an optimizer's sums over rows: all processes exchange them
+            tensor = tensor.full_tensor()
+        return tensor.to("cpu", copy=True) if main else None
 
     return tree_map_only(Tensor, copied, tree)

@@ -45,10 +45,23 @@ def metrics(run: RunFolder) -> list[dict]:
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The weights, their average and the optimizer's state."""
-    found = {**load_file(checkpoint / "model.safetensors")}
+    found = load_parts(checkpoint, "model")
     found |= {f"ema {name}": tensor for name, tensor in load_file(checkpoint / "ema/model.safetensors").items()}
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    return found | {f"optimizer {i} {name}": tensor for i, values in state.items() for name, tensor in values.items()}
+    found |= {f"optimizer {i} {name}": tensor for i, values in state.items() for name, tensor in values.items()}
+    if any(checkpoint.glob("optimizer-*")):
+        parts = load_parts(checkpoint, "optimizer").items()
+        found |= {f"optimizer {name.replace('.', ' ')}": tensor for name, tensor in parts}
+    return dict(sorted(found.items()))
+
+
+def load_parts(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of NAME.safetensors, or of the files of a sharded run, each of which has the next rows."""
+    if (file := checkpoint / f"{name}.safetensors").is_file():
+        return load_file(file)
+    parts = [load_file(file) for file in sorted(checkpoint.glob(f"{name}-*-of-*.safetensors"))]
+    found = {key: [part[key] for part in parts if key in part] for key in {key for part in parts for key in part}}
+    return {key: torch.cat(rows) if rows[0].dim() else rows[0] for key, rows in found.items()}
 
 
 @contextlib.contextmanager

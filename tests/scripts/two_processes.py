@@ -4,11 +4,13 @@ Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded`
 its convolutions' calls, and those of another layout than their weights), `sharded-sgd`, `poisoned` (one process alone
 meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt`
 tell what each says where one alone has no data, `damaged-0.txt` and `damaged-1.txt` where one alone meets a damaged
-sample, and `prints-0.txt` and `prints-1.txt` which of them prints an error.
+sample, `full-0.txt` and `full-1.txt` where one alone has a full disk, and `prints-0.txt` and `prints-1.txt` which of
+them prints an error.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -21,6 +23,7 @@ from small_runs import ALIGNED, PoisonedDigits, small_run
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+import dic_repa.training.shard_writer as shard_writer
 from dic_repa.errors import UserError, prints_errors
 from dic_repa.training import EMA, Preempted
 from dic_repa.training.inputs import data_order
@@ -57,6 +60,20 @@ def main(folder: Path) -> None:
         (folder / "layouts.txt").write_text(f"{called} {mixed}")
 
     small_run(folder / "sharded-sgd", "optimizer.name=sgd", "train.sharding=fsdp2")
+
+    save = shard_writer.save_rows
+
+    def full(tensors, path):
+        if os.environ["RANK"] == "1" and "step_8" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(tensors, path)
+
+    shard_writer.save_rows = full
+    try:
+        small_run(folder / "full", "train.sharding=fsdp2")
+    except UserError as error:
+        (folder / f"full-{os.environ['RANK']}.txt").write_text(str(error))
+    shard_writer.save_rows = save
 
     order = data_order(seed=0, count=8000, batch_size=4)
     third = [next(order) for _ in range(3)][2]

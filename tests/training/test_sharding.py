@@ -1,4 +1,4 @@
-"""Two processes against one: the same losses; what one of them meets, both agree on; FSDP2 cuts, and saves whole."""
+"""Two processes against one: the same losses; what one meets, both agree on; FSDP2 cuts, and any number loads it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from torch import nn
 from two_processes import LONG
 
 from dic_repa.errors import UserError
+from dic_repa.files.manifest import find_damage
 from dic_repa.models import DiC
 from dic_repa.runs import RunFolder
+from dic_repa.sampling.convert import convert
+from dic_repa.sampling.load import checkpoint_of, load, weights_folder
 from dic_repa.training.sharding import cut_like, shard, stages, to_cpu
 
 pytestmark = pytest.mark.slow  # two processes train first
@@ -30,20 +33,40 @@ def runs(tmp_path_factory):
     if not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("FSDP2 runs on CPUs from torch 2.7.0 on")
     folder = tmp_path_factory.mktemp("runs")
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(SCRIPTS / "two_processes.py"), str(folder)], env=os.environ | environment,
-                          capture_output=True, text=True, timeout=500)  # fmt: skip
+    done = launch("two_processes.py", 2, folder)
     assert done.returncode == 0, done.stderr[-5000:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         small_run(folder / "one", *LONG, base=ALIGNED)
         for name in ("ddp-10", "sharded"):  # go on from step 10 in one process
-            run = RunFolder(shutil.copytree(folder / name, folder / f"{name}-then-one"))
-            shutil.rmtree(run.checkpoint_path(20), ignore_errors=True)
+            run = until_step_10(folder, name, f"{name}-then-one")
             power = ["train.power_ema=[0.1]"] if name == "sharded" else []
             small_run(run.path, *LONG, *power, base=ALIGNED, resume=True)
     return folder
+
+
+def launch(script, processes, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    called = [*command, str(SCRIPTS / script), str(folder)]
+    return subprocess.run(called, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def until_step_10(folder, name, copied):
+    """A copy of a run without what came later."""
+    run = RunFolder(shutil.copytree(folder / name, folder / copied))
+    shutil.rmtree(run.checkpoint_path(20), ignore_errors=True)
+    return run
+
+
+@pytest.fixture(scope="module")
+def four(runs):
+    """The runs of `four_processes.py`, of which one was killed."""
+    until_step_10(runs, "one", "one-then-four")
+    until_step_10(runs, "sharded", "killed")
+    done = launch("four_processes.py", 4, runs)
+    assert "SIGKILL" in done.stderr, done.stderr[-5000:]
+    return runs
 
 
 def losses(folder):
@@ -76,6 +99,69 @@ def test_sharded_run_samples_and_its_average_loads(runs):
     assert [file.name for file in sorted(run.samples.iterdir())] == ["step_00000010.png", "step_00000020.png"]
     for name in ("ema", "ema-sigma_rel-0.1"):
         assert DiC.from_pretrained(run.checkpoint_path(20) / name).config["width"] == 8
+
+
+def test_a_sharded_checkpoint_is_in_parts_that_its_manifest_lists_and_torch_reads(runs, tmp_path):
+    folder = RunFolder(runs / "sharded").checkpoint_path(20)
+    parts = [f"{name}-{process:05d}-of-00002.safetensors" for name in ("model", "optimizer") for process in (1, 2)]
+    assert sorted(file.name for file in folder.glob("*.safetensors")) == parts
+    sizes = {name: (folder / name).stat().st_size for name in parts}
+    assert max(sizes.values()) < 1.1 * min(size for name, size in sizes.items() if name[:3] == "opt")
+    assert find_damage(folder) is None
+    own = weights(folder)
+    for name in parts:
+        copied = shutil.copytree(folder, tmp_path / name)
+        content = bytearray((copied / name).read_bytes())
+        content[-1] ^= 1
+        (copied / name).write_bytes(content)
+        assert find_damage(copied) == f"{name} has another SHA-256"
+        (copied / name).unlink()
+        assert find_damage(copied) == f"{name} is missing"
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+    if hasattr(checkpoint, "HuggingFaceStorageReader"):
+        found = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.startswith("denoiser.")}
+        assert len(found) > 50
+        checkpoint.load(found, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)), no_dist=True)
+        assert_same(found, {name: own[name] for name in found})
+
+
+def test_a_sharded_checkpoint_is_sampled_and_converted_like_any_other(runs, tmp_path):
+    run = RunFolder(runs / "sharded")
+    own = weights(run.checkpoint_path(20))
+    expected = {name.removeprefix("denoiser."): own[name] for name in own if name.startswith("denoiser.")}
+    assert_same(dict(load(run.path, weights="raw").denoiser.state_dict()), expected)
+    convert(run.path, tmp_path / "small", weights="raw")
+    assert_same(dict(DiC.from_pretrained(tmp_path / "small").state_dict()), expected)
+    assert checkpoint_of(weights_folder(run.path)) == run.checkpoint_path(20)
+
+
+def test_four_processes_load_the_checkpoint_of_one_bit_for_bit_and_go_on(four):
+    same, count = map(int, (four / "loaded.txt").read_text().split())
+    assert same == count > 200
+    torch.testing.assert_close(losses(four / "one-then-four"), losses(four / "one"), rtol=0, atol=1e-5)
+    run = RunFolder(four / "one-then-four")
+    assert len(list(run.checkpoint_path(20).glob("model-*-of-00004.safetensors"))) == 4
+    found, expected = (weights(run.checkpoint_path(20)), weights(RunFolder(four / "one").checkpoint_path(20)))
+    assert_same(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_kill_while_one_of_four_writes_loses_nothing(four, monkeypatch):
+    run = RunFolder(four / "killed")
+    assert [folder.name for folder in run.list_checkpoints()] == ["step_00000010"]
+    assert find_damage(run.checkpoint_path(10)) is None
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    small_run(run.path, *LONG, "train.power_ema=[0.1]", base=ALIGNED, resume=True)
+    assert not list(run.path.rglob(".writing-*"))
+    assert_same(weights(run.checkpoint_path(20)), weights(RunFolder(four / "sharded-then-one").checkpoint_path(20)))
+
+
+def test_a_full_disk_of_one_process_is_told_once_and_costs_that_checkpoint(runs):
+    said = [(runs / f"full-{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert "step_00000008 could not be written (process 1: [Errno 28] No space left on device)" in said[0]
+    assert said[0].endswith("step_00000004 is whole")
+    assert RunFolder(runs / "full").newest_checkpoint().name == "step_00000004"
+    assert not list((runs / "full").rglob(".writing-*"))
 
 
 def test_sharded_convolutions_have_the_layout_of_their_weights(runs):
@@ -131,8 +217,8 @@ def test_whole_tensors_keep_their_layout_in_memory():
     assert laid_out.stride() == own.stride()
     torch.testing.assert_close(laid_out, saved)
     tree = {"a": [saved, 3], "b": {"c": own}}
-    copied = to_cpu(tree, keep=True)
+    copied = to_cpu(tree, main=True)
     assert copied["a"][1] == 3
     assert copied["a"][0].data_ptr() != saved.data_ptr()
     torch.testing.assert_close(copied["b"]["c"], own.detach())
-    assert to_cpu(tree, keep=False)["b"]["c"] is None
+    assert to_cpu(tree, main=False)["b"]["c"] is None
