@@ -39,7 +39,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dic_repa.errors import UserError, did_you_mean, first_line, unknown_name
+from dic_repa.errors import MISTAKES, UserError, did_you_mean, first_line, unknown_name
+from dic_repa.runtime.kinds import wrong_kind
 from dic_repa.runtime.progress import detail
 
 _CALLED = ("__call__", "__getitem__", "__len__")  # of a protocol's members, beside those with plain names
@@ -158,7 +159,7 @@ class Registry:
             return factory(*args, **options)
         except UserError:
             raise
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except MISTAKES as error:
             out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
             if not options or isinstance(error, out_of_memory):
                 raise  # not the fault of what the user gave
@@ -185,6 +186,8 @@ class Registry:
             signature.bind(*args, **options)
         except TypeError as error:
             raise UserError(f"{self.kind} '{name}': {error}") from None
+        if wrong := wrong_kind(factory, options):
+            raise UserError(f"{self.kind} '{name}': {wrong}")
 
     def check_has(self, name: str, part: Any, needs: Sequence[str]) -> None:
         """A UserError if the part that `name` gave lacks an attribute that it `needs`."""

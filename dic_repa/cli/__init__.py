@@ -9,7 +9,15 @@ import click
 
 from dic_repa import __version__
 from dic_repa.cli.groups import Group
-from dic_repa.errors import UserError, full_memory, is_main_process, lost_process, prints_errors
+from dic_repa.errors import (
+    MOST_CHARACTERS,
+    UserError,
+    full_memory,
+    is_main_process,
+    lost_process,
+    printable,
+    prints_errors,
+)
 from dic_repa.runtime import watchdog
 from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.threads import watch  # noqa: F401 - it measures from now on what other processes do
@@ -109,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug or (prints_errors() and not line):
             raise
         if prints_errors():
-            print_result(f"error: {line}".replace("\n", " "), sys.stderr)
+            print_result(printable(f"error: {line}".replace("\n", " "), MOST_CHARACTERS), sys.stderr)
         else:
             time.sleep(1)  # a launcher stops all processes once one ends; the line must be printed before
         sys.exit(2 if line else 1)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,18 @@ def build_dataset(section: DataSection, split: str = "train"):
     Its samples are dicts of `label`, `image` (if there are images) and `x` or the `moments` that `x` is drawn from. It
     has `channels`, and `num_classes` and `class_names` or another `condition`.
     """
-    given = {"path": section.place, "autoencoder": section.autoencoder}
-    given = {key: value for key, value in given.items() if value is not None}
     if section.place:
         detail(f"data: {section.place}")
-    if twice := sorted({"split", "size", *given} & section.options.keys()):
+    return datasets.create(section.name, **_data_arguments(section, split))
+
+
+def _data_arguments(section: DataSection, split: str = "train") -> dict[str, Any]:
+    """What a data set is made with; a UserError for options that are not its own."""
+    given = {"split": split, "size": section.size, "path": section.place, "autoencoder": section.autoencoder}
+    given = {key: value for key, value in given.items() if value is not None}
+    if twice := sorted(given.keys() & section.options.keys()):
         raise UserError(f"data.options cannot hold {', '.join(twice)}, which a data set is given anyway")
-    return datasets.create(section.name, split=split, size=section.size, **given, **section.options)
+    return {**given, **section.options}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
     Assumed are ImageNet's 1000 classes, and latents of the recipe's autoencoder or, if it is not here either, Stable
     Diffusion's.
     """
+    arguments, factory = _data_arguments(section), datasets.find(section.name)
+    if "path" in inspect.signature(factory).parameters:
+        arguments.setdefault("path", "")
+    datasets.check_options(section.name, factory, (), arguments)  # a wrong option is no fault of data that is not here
     try:
         data = build_dataset(section)
         image = data[0].get("image")

@@ -44,6 +44,7 @@ from dic_repa.training.optimizers import state_bytes
 from dic_repa.training.parts import build_parts, check_sampling_and_evaluation
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.step import TrainingStep
+from dic_repa.training.trackers import check_trackers
 
 STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
@@ -63,6 +64,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     passes = check_batch(recipe.train, processes)
     objective = build_objective(recipe.objective)
     check_sampling_and_evaluation(recipe, objective)
+    check_trackers(recipe.train.trackers)
     LearningRate(recipe)
     notes: list[str] = []
     trial = with_random_data(recipe, notes)

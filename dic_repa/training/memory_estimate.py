@@ -5,6 +5,7 @@ backward pass is added up. An estimate of the eager mode: the workspaces of cuDN
 gradients of activations come on top, and torch.compile saves some.
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -15,9 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.conditions import NoCondition, condition_of_model
+from dic_repa.limits import check_limit
 from dic_repa.objectives import Batch
 from dic_repa.protocols import Objective
-from dic_repa.recipe import TrainSection
+from dic_repa.recipe import Recipe, TrainSection
+from dic_repa.training.optimizers import state_bytes
 
 NORMS = (F.group_norm, F.layer_norm)
 
@@ -55,6 +58,20 @@ def estimate_memory(
         "encoders": 4 * sum(shapes["parameters"]["encoders"].values()),
         "activations": activation_bytes(model, objective, shapes["tokens"], (rows, *shapes["data"]), mixed),
     }
+
+
+def check_memory(recipe: Recipe, denoiser: nn.Module, device: torch.device, share: int, shape: tuple) -> None:
+    """A UserError before a CPU is asked for more memory than there is; a GPU says that itself.
+
+    Args:
+        share: samples of a step in this process, each of this `shape`.
+    """
+    if device.type == "cpu":
+        settings = recipe.train
+        copies = 3 + len(settings.more_ema_decays) + len(settings.power_ema)  # weights, gradients, averages
+        weights = (4 * copies + state_bytes(recipe.optimizer)) * count_parameters(denoiser)
+        what = "the memory for weights, gradients, optimizer, averages and a batch, in bytes,"
+        check_limit("memory", int(weights) + 16 * share * math.prod(shape), what)
 
 
 def activation_bytes(

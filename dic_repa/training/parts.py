@@ -35,6 +35,7 @@ from dic_repa.runtime.watchdog import watched
 from dic_repa.sampling.load import Checkpoint
 from dic_repa.sampling.sampler import Sampler, check_sampling
 from dic_repa.training.ema import EMA, PowerEMA
+from dic_repa.training.memory_estimate import check_memory
 from dic_repa.training.optimizers import build_optimizer
 from dic_repa.training.sharding import shard, wants_sharding
 
@@ -71,6 +72,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         raise UserError(f"{accelerator.num_processes} processes are more than the {len(data)} samples of the data")
     condition = condition_of_data(data)
     denoiser = build_denoiser(recipe.model, data.channels, condition)
+    check_memory(recipe, denoiser, device, settings.batch_size // accelerator.num_processes, shape)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
     forward_on_meta(denoiser, *shape[-2:])  # finds a size that does not fit before the run's folder is made
     encoders = in_all_processes(accelerator, lambda: [build_encoder(section, device) for section in recipe.alignments])
