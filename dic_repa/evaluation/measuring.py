@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,16 @@ def check_metrics(names: Sequence[str], reference) -> list[str]:
         hint = "give a reference (--reference, or evaluate.reference in a recipe)"
         raise UserError(f"{', '.join(needy)} {compare} with real images: {hint}")
     return found
+
+
+def check_judge(names: Sequence[str], reference, extractor_options: dict[str, dict] | None = None) -> None:
+    """Load what judges samples, and forget it: a UserError now where weights or the `reference` are missing."""
+    plain = [part for name in names for part in getattr(metrics.create(name), "names", [name])]  # sets have names
+    layers = [metrics.create(name).layer for name in plain]
+    for network in dict.fromkeys(layer.partition(".")[0] for layer in layers):
+        extractors.find(network)(**(extractor_options or {}).get(network, {}))
+    if isinstance(reference, str) and reference != "digits" and not Path(reference).exists():
+        raise UserError(f"there is no reference {reference} to compare samples with")
 
 
 class Measure:

@@ -40,7 +40,8 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
         outputs.list_output(path)  # before it is there, so that a kill leaves nothing that is not listed
         if kind:
             aside.mkdir()
-        yield aside
+        with outputs.naming(path):
+            yield aside
         if kind:
             outputs.write_marker(aside, outputs.Marker(kind, set(_names(aside))))
         for entry in [*aside.rglob("*"), aside]:
@@ -56,6 +57,8 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             os.replace(aside, path)
         flush(path.parent)
     except OSError as error:
+        if error.filename is None and error.errno:
+            error.filename = str(path)
         if isinstance(error.filename, str):  # the user knows the final name
             error.filename = error.filename.replace(aside.name, path.name)
         raise

@@ -9,8 +9,10 @@ a file that no marker lists and that has no mark.
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -36,6 +38,7 @@ KINDS = {
     "tune": "a folder of a guidance search",
     "measurements": "a folder of measurements",
 }
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _FORMAT, _ENDS = 1, 1 << 16
 
 
@@ -63,15 +66,37 @@ def is_lock(name: str) -> bool:
     return last.startswith(ASIDE) and last.endswith("lock")
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the system's error of a write in this block, such as for a full disk, name the file, and raise it as OSError
+    also where a library has made another of it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.filename is None and error.errno:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        said = re.search(r"\(os error (\d+)\)", str(error))  # what is written in Rust says
+        code = cause.errno if cause else int(said[1]) if said else None
+        if code not in DISK_ERRORS:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
 def check_file(path: str | Path) -> None:
     """A UserError if no file may be written at `path`."""
     path = Path(path)
     _check_sort(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
-    if not path.exists():
-        _check_parents(path)
-    elif not (is_listed(path) or _bears_mark(path)):
+    check_parents(path)
+    if path.exists() and not (is_listed(path) or _bears_mark(path)):
         raise UserError(f"{path} is there, and not written by dic-repa, so it is not overwritten; name another file")
 
 
@@ -85,8 +110,8 @@ def check_folder(path: str | Path, kind: str) -> Marker | None:
     _check_sort(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a folder")
+    check_parents(path if not path.exists() else path / MARKER)
     if not path.exists():
-        _check_parents(path)
         return None
     for inside, what in ((Path.cwd(), "current folder"), (Path.home(), "home folder")):
         if path.resolve() in (inside.resolve(), *inside.resolve().parents):
@@ -101,7 +126,7 @@ def check_folder(path: str | Path, kind: str) -> Marker | None:
     return marker
 
 
-def _check_parents(path: Path) -> None:
+def check_parents(path: Path) -> None:
     """A UserError if `path` cannot be made: it is below a file, or its folder is not writable."""
     place = next(parent for parent in path.parents if parent.exists())
     if not place.is_dir():
@@ -126,7 +151,8 @@ def write_marker(folder: Path, marker: Marker) -> None:
     lines = [{"made_by": MARK, "format": _FORMAT, "kind": marker.kind}, *sorted(marker.names)]
     lines += [{"pictures": marker.pictures}] if marker.pictures else []
     aside = folder / f"{ASIDE}{MARKER}"
-    aside.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with naming(folder / MARKER):
+        aside.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     os.replace(aside, folder / MARKER)
 
 
@@ -157,7 +183,7 @@ def list_output(path: Path) -> None:
     folder, name, marker = _around(path)
     if marker is None or name in marker or any(part.startswith(ASIDE) for part in PurePosixPath(name).parts):
         return
-    with (folder / MARKER).open("a", encoding="utf-8") as file:
+    with naming(folder / MARKER), (folder / MARKER).open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(name))  # on a new line, since a full disk may have cut the last one
         file.flush()
         os.fsync(file.fileno())

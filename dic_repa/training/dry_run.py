@@ -41,7 +41,7 @@ from dic_repa.training.log import device_name
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
 from dic_repa.training.optimizers import state_bytes
-from dic_repa.training.parts import build_parts, check_sampling_and_evaluation
+from dic_repa.training.parts import build_parts, check_judge_of, check_sampling_and_evaluation
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.step import TrainingStep
 from dic_repa.training.trackers import check_trackers
@@ -75,6 +75,10 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
             build_decoder(recipe.data)
         except UserError as error:
             notes.append(f"as it is here, training would not begin: {error}")
+    try:
+        check_judge_of(recipe)
+    except UserError as error:
+        notes.append(f"as it is here, training would not begin: {error}")
     if launched == 1:
         trial.train.batch_size //= processes
     shapes = build_shapes(trial)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.outputs import naming
 from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.files.reading import numbers, read_json, read_lines
 from dic_repa.models import measure_cost
@@ -199,7 +200,7 @@ class MetricLog:
 def append_whole(path: Path, text: str) -> None:
     """Append `text`, or nothing: a full disk leaves the file as it was."""
     content = text.encode()
-    with path.open("ab", buffering=0) as file:
+    with naming(path), path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
             if file.write(content) < len(content):

@@ -13,6 +13,7 @@ from dic_repa.alignment.cache import WithTokens
 from dic_repa.errors import UserError
 from dic_repa.files.hub import use_pins
 from dic_repa.files.lock import locked
+from dic_repa.files.outputs import MARKER, check_parents
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.folders import note_current_folder
 from dic_repa.runs.folder import RunFolder
@@ -25,7 +26,7 @@ from dic_repa.training.checkpoint import CheckpointWriter, load_checkpoint, load
 from dic_repa.training.evaluator import Evaluator
 from dic_repa.training.inputs import Batches, check_batch
 from dic_repa.training.log import MetricLog, run_header
-from dic_repa.training.parts import build_parts, check_sampling_and_evaluation
+from dic_repa.training.parts import build_parts, check_judge_of, check_sampling_and_evaluation
 from dic_repa.training.preemption import Preempted, stop_request
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.shard_writer import ShardWriter
@@ -54,6 +55,7 @@ def train(
     settings, run = recipe.train, RunFolder(path)
     for line in run.check_resume(recipe, allow_change) if resume else ():
         say(f"note: changed since the run began: {line}")
+    check_parents(run.path / MARKER)
     with ExitStack() as stack:
         stack.enter_context(tf32(settings.tf32))
         setup = stack.enter_context(ExitStack())
@@ -69,6 +71,7 @@ def train(
         parts = build_parts(recipe, accelerator)
         train_step, learning_rate = TrainingStep(parts, settings, accelerator), LearningRate(recipe)
         check_sampling_and_evaluation(recipe, parts.objective)
+        on_main_process(accelerator, lambda: check_judge_of(recipe))
         with watched("", "the reference of the scores", None):
             evaluator = Evaluator(recipe, run, parts, accelerator, trackers)
 

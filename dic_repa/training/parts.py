@@ -14,8 +14,8 @@ from dic_repa.conditions import Condition, condition_of_data
 from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
-from dic_repa.evaluation.measuring import check_metrics
-from dic_repa.evaluation.runs import by_encoder
+from dic_repa.evaluation.measuring import check_judge, check_metrics
+from dic_repa.evaluation.runs import by_encoder, own_encoder
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.protocols import DataSet, Objective, Samples
@@ -136,6 +136,16 @@ def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
                 f"evaluate: {', '.join(named)} needs the encoder of the first alignment, and the recipe has none; "
                 "align the run, or name another metric"
             )
+
+
+def check_judge_of(recipe: Recipe) -> None:
+    """A UserError now if the samples at the end could not be scored for want of weights or a reference."""
+    section = recipe.evaluate
+    if section and not section.every:  # else the judge is kept
+        try:
+            check_judge(section.names, section.reference, own_encoder(recipe))
+        except UserError as error:
+            raise UserError(f"evaluate: {error}; or train with --set evaluate=null, and judge the run later") from None
 
 
 def build_caches(recipe: Recipe, encoders: list, data: Samples, accelerator: Accelerator) -> dict[str, FeatureCache]:

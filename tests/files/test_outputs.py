@@ -14,13 +14,14 @@ import pytest
 import torch
 from conftest import DATA
 from PIL import Image
-from small_runs import small_run
+from small_runs import full_disk, small_run
 
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.evaluation.report import write_report
 from dic_repa.files.atomic import write_aside, write_whole
 from dic_repa.files.outputs import MARKER, begin_folder, check_file, check_folder, foreign, list_output, remove_listed
+from dic_repa.files.weights import save_tensors
 from dic_repa.models import DiC
 from dic_repa.recipe import load_recipe, to_yaml
 from dic_repa.training import train
@@ -372,3 +373,22 @@ def test_a_marker_is_plain_json(tmp_path):
     write_whole(tmp_path / "run/inside/a.txt", "")
     lines = [json.loads(line) for line in (tmp_path / "run" / MARKER).read_text().splitlines()]
     assert lines == [{"made_by": "written-by-dic-repa", "format": 1, "kind": "run"}, "inside/a.txt"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: save_tensors({"x": torch.zeros(1000)}, path),
+        lambda path: path.write_text("x" * 4000),
+        lambda path: Image.new("RGB", (900, 900)).save(path, "BMP"),
+    ],
+)
+def test_full_disk_is_told_with_the_name_of_the_file(tmp_path, write):
+    with (
+        full_disk(),
+        pytest.raises(OSError, match=r"wanted\.bin") as caught,
+        write_aside(tmp_path / "wanted.bin") as aside,
+    ):
+        write(aside)
+    assert caught.value.filename == str(tmp_path / "wanted.bin")
+    assert not list(tmp_path.iterdir())

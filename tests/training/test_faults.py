@@ -410,3 +410,28 @@ def test_an_interrupt_leaves_what_is_being_written_whole(tmp_path, request):
         writer.finish()
         pytest.fail("the interrupt came too late")
     assert written
+
+
+def test_weights_and_reference_of_the_metrics_are_missed_before_training(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    scored = [key for key in SMALL if key != "evaluate=null"]
+    with pytest.raises(UserError, match=r"evaluate: the Inception weights cannot be fetched .*; or train with --set"):
+        small_run(tmp_path / "run", "evaluate.metric=is", base=scored)
+    with pytest.raises(UserError, match="evaluate: there is no reference nowhere to compare samples with"):
+        small_run(tmp_path / "run", "evaluate.metric=fd-digits", "evaluate.reference=nowhere", base=scored)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    run = small_run(tmp_path / "run", "train.steps=1")
+    access, parts = os.access, "dic_repa.training.loop.build_parts"
+    monkeypatch.setattr(parts, lambda *_: pytest.fail("was built"))
+    # Folders that are read-only to everybody, an administrator too, cannot be made by a test.
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(run.path) and access(path, mode))
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match=r"run/.* cannot be written: no permission to write into"):
+            small_run(run.path, "train.steps=2", **options)
