@@ -160,6 +160,7 @@ def is_finished(settings: Recipe, path: Path, allow_change: bool) -> bool:
     if not run.is_finished(steps):
         return False
     if is_main_process():
+        run.remove_leftovers()
         print_result(f"{path} is finished: {steps} of {steps} steps")
         judged = any(run.path.glob(f"evaluation/step_{steps:08d}-*.json"))
         show_results(run, settings.model_copy(update={"evaluate": None}) if judged else settings)

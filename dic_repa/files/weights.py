@@ -66,6 +66,8 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str
             return tensors, metadata
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the checkpoints of DiT and its descendants
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from error
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError

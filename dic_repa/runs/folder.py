@@ -21,6 +21,7 @@ from typing import Any
 
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
+from dic_repa.files.lock import locked
 from dic_repa.files.manifest import MANIFEST, find_damage
 from dic_repa.files.outputs import (
     MARKER,
@@ -158,6 +159,11 @@ class RunFolder(Checkpoints):
         if newest is None:
             return False
         return self._check_steps(newest, steps) == steps
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed has left unfinished, unless another one is at work here."""
+        with contextlib.suppress(OSError), locked(self.path):  # the folder may be read-only
+            remove_leftovers(self.path)
 
     def _check_steps(self, newest: Path | None, steps: int) -> int:
         if (done := checkpoint_step(newest) if newest else 0) > steps:

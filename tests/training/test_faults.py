@@ -247,6 +247,16 @@ def test_two_runs_in_one_folder_and_the_lock_of_a_dead_one(tmp_path):
     assert not (folder / LOCK).exists()
 
 
+def test_what_a_kill_at_the_very_end_leaves_is_removed(tmp_path):
+    run = small_run(tmp_path / "run", "train.steps=1")
+    for left in (LOCK, ".writing-curves.png"):
+        (run.path / left).write_bytes(b"half")
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--resume", str(run.path)])
+    assert exit.value.code == 0
+    assert not list(run.path.rglob(".writing-*"))
+
+
 def test_lock_is_freed_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), locked(tmp_path / "run"):
         raise ZeroDivisionError
