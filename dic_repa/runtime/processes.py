@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,8 @@ class Votes:
     """
 
     def __init__(self, accelerator: Accelerator, patience: timedelta = timedelta(hours=3)):
-        self.alone, self.group = accelerator.num_processes == 1, None
+        self.alone = accelerator.num_processes == 1
+        self.group: Any = None  # torch's own, which its types do not tell from an integer
         if not self.alone and dist.get_backend() != "gloo":
             try:
                 self.group = dist.new_group(backend="gloo", timeout=patience)
@@ -73,7 +74,7 @@ class Votes:
         """The exception of the first process that has one."""
         if not self.any(mine is not None):
             return None
-        every = [mine]
+        every: list[Exception | None] = [mine]
         if not self.alone:
             every = [None] * dist.get_world_size()
             dist.all_gather_object(every, mine, group=self.group)

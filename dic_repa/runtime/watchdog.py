@@ -24,6 +24,7 @@ from dic_repa.errors import joined_store, prints_errors
 TIMEOUT_CODE = 124  # as `timeout` of coreutils
 LOOK = 0.5  # seconds between two looks
 TELL = 2.0  # seconds after which a process tells anew what it is at
+SUSPENDED = 5.0  # seconds without a look, after which the process itself must have been stopped; they do not count
 trace = False  # print where all threads are, as under --debug
 
 
@@ -63,9 +64,13 @@ def watched(name: str, what: str, seconds: float | None) -> Iterator[None]:
 
 
 def _look() -> None:
+    last = time.monotonic()
     while True:
         time.sleep(LOOK)
-        section, waited = _now, time.monotonic() - _now.begin
+        section, now = _now, time.monotonic()
+        if now - last > SUSPENDED:
+            section.begin += now - last
+        last, waited = now, now - section.begin
         if section.seconds and waited > section.seconds and section is _now:
             _end(section, waited)
 
@@ -103,7 +108,8 @@ def _others(section: _Section) -> str:
         keys = [f"dic_repa/at/{process}" for process in processes]
         return [store.get(key) if store.check([key]) else b"" for key in keys]
 
-    before, _ = told(), time.sleep(2 * TELL)
+    before = told()
+    time.sleep(2 * TELL)
     found = []
     for process, (then, now) in enumerate(zip(before, told())):
         what = now.decode().partition(" ")[2]

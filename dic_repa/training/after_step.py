@@ -84,7 +84,8 @@ class AfterStep:
 
     def next_batch(self, incoming: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The next batch, once all processes have one; where one has none, all save what they have done, and stop."""
-        batch, fault = {}, None
+        batch: dict[str, Tensor] = {}
+        fault: Exception | None = None
         try:
             batch = next(incoming)
         except (Preempted, UserError, OSError) as error:
@@ -179,7 +180,7 @@ class AfterStep:
         try:
             save_side_by_side(grids, file) if len(grids) > 1 else save_picture(grids["averaged weights"], file)
         except (OSError, UserError) as error:
-            warn(f"the grid of step {self.step} cannot be written ({getattr(error, 'strerror', error)})")
+            warn(f"{file} cannot be written ({getattr(error, 'strerror', error)})")
         self.trackers.log_picture("samples", file, self.step)
 
     def draw(self, labels: Tensor) -> Tensor | None:

@@ -110,5 +110,5 @@ class Evaluator:
         try:
             judged.save(images, labels, self.parts.condition.names)
         except (OSError, UserError) as error:
-            warn(f"the scores of step {step} cannot be written ({getattr(error, 'strerror', error)})")
+            warn(f"{judged.record} cannot be written ({getattr(error, 'strerror', error)})")
         return best

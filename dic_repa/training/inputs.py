@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.runtime.progress import warn
+from dic_repa.runtime.watchdog import SUSPENDED
 from dic_repa.training.preemption import Preempted, ignore_signals
 
 PREFETCH = 4  # batches that each loader process has ready: they bridge a slow read from a disk or a network
@@ -130,7 +131,7 @@ class Batches:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _fetch(self) -> None:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.device.index is not None:  # a single process has "cuda" alone
             torch.cuda.set_device(self.device)  # each thread has its own
         while self.wanted.get():
             try:
@@ -139,7 +140,8 @@ class Batches:
                 self.answers.put((None, error))
 
     def _wait(self) -> tuple[dict | None, BaseException | None]:
-        begin, patience, longest = time.monotonic(), self.recipe.train.loader_timeout, self.recipe.timeouts.data
+        patience, longest = self.recipe.train.loader_timeout, self.recipe.timeouts.data
+        waited, last = 0.0, time.monotonic()
         while True:
             if self.signals:
                 raise Preempted
@@ -147,7 +149,8 @@ class Batches:
                 batch, error = self.answers.get(timeout=LOOK)
                 if error is None or not self._dead():
                     return batch, error
-            waited, batch_of = time.monotonic() - begin, f"the batch of step {self.step}"
+            now, batch_of = time.monotonic(), f"the batch of step {self.step}"
+            waited, last = waited + min(now - last, SUSPENDED), now
             if dead := self._dead():
                 raise Preempted(f"process {self.process} has lost a loader process, {dead}, and with it {batch_of}")
             if longest and waited > longest:
