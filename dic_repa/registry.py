@@ -300,6 +300,8 @@ def import_plugin(name: str) -> ModuleType:
     Raises:
         UserError: it is not found; errors inside it are left as they are.
     """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"plugin '{name}' is no name of a module: without .py and slashes, such as my_parts")
     add_folders([os.getcwd()])
     try:
         module = importlib.import_module(name)

@@ -4,7 +4,6 @@ A convolutional stem to 7x7 tokens, then three transformer blocks. `train_digits
 the mean of the tokens, and each patch's pixels from its token, so that the tokens of an image differ.
 """
 
-import json
 from os import PathLike
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from dic_repa.encoders.base import Card, register_encoder
 from dic_repa.encoders.timm_vit import FrozenViT
 from dic_repa.errors import MISTAKES, UserError, first_line
+from dic_repa.files.reading import parse_json
 from dic_repa.files.weights import check_shapes, load_weights, read_tensors, without_memory
 from dic_repa.limits import check_limit
 
@@ -71,7 +71,7 @@ class DigitsViT(FrozenViT):
         if "config" not in metadata:
             raise UserError(f"'{path}' has no config among its metadata; write it with train_digits encoder --out")
         try:
-            config = json.loads(metadata["config"])
+            config = parse_json(metadata["config"])
             check_limit("blocks", config.get("depth", 3), f"depth in the config of '{path}'")
             if sketch := without_memory(lambda: build_digits_vit(**config)):
                 check_shapes(sketch, {name: tensor.shape for name, tensor in state.items()}, path)

@@ -163,7 +163,7 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
             continue
         notes += [*images.notes, *measured.warnings]
         content, file = record(measured, measure, images, reference, chosen, processes), out or record_file(place)
-        classes = images.made_by.get("sample", {}).get("classes", "unknown")
+        classes = str(images.made_by.get("sample", {}).get("classes", "unknown"))
         table.append((str(path), str(measured.count), classes, *_cells(measured.values, measured.intervals)))
         try:
             save_record(file, content)

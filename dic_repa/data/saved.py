@@ -10,6 +10,7 @@ import numpy as np
 from dic_repa.conditions import Condition, VectorCondition, class_labels, create_condition
 from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.errors import UserError
+from dic_repa.files.reading import parse_json
 from dic_repa.trust import check_code
 
 DATA_FILE = "data.json"
@@ -39,7 +40,7 @@ class SavedData:
         if not file.is_file():
             return None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_text(encoding="utf-8"))
             spec = content["autoencoder"]
             if "condition" in content:
                 condition = create_condition(condition=content["condition"])

@@ -26,6 +26,7 @@ from dic_repa.files.hashing import fingerprint
 from dic_repa.files.lock import locked_output
 from dic_repa.files.npz import NpzFile
 from dic_repa.files.outputs import MARK
+from dic_repa.files.reading import parse_json
 from dic_repa.files.weights import check_seal, seal
 from dic_repa.protocols import FeatureExtractor
 from dic_repa.runtime.progress import detail, warn
@@ -120,7 +121,7 @@ def _read(path: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            record = json.loads(metadata.get("statistics", "{}"))
+            record = parse_json(metadata.get("statistics", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole file of statistics ({error})") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import ASIDE, LOCK
+from dic_repa.files.reading import parse_json
 from dic_repa.runtime.progress import say, warn
 
 try:
@@ -128,7 +129,7 @@ def _acquire(lock: Path, what: Path, wait: bool) -> int | None:
 
 def _name(owner: str) -> str:
     try:
-        content = json.loads(owner)
+        content = parse_json(owner)
         return f"process {int(content['process'])} on {str(content['host'])[:100]}"
     except (ValueError, KeyError, TypeError):
         return "another command"

@@ -20,7 +20,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from dic_repa.errors import UserError, first_few
+from dic_repa.errors import UserError, first_few, printable
+from dic_repa.files.reading import parse_json
 
 MARKER = ".dic-repa.jsonl"
 AUTHORS_FILES = (".pt", ".pth", ".safetensors")  # endings of files in the layout of the authors' code
@@ -163,19 +164,24 @@ def read_marker(folder: Path) -> Marker | None:
         if not stat.S_ISREG(file.lstat().st_mode):
             return None
         first, *lines = file.read_text(encoding="utf-8").splitlines()
-        head = json.loads(first)
+        head = parse_json(first)
         if head["made_by"] != MARK or not isinstance(head["kind"], str):
             return None
         marker = Marker(head["kind"])
         for line in lines:
             with contextlib.suppress(ValueError):  # cut short
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if isinstance(entry, dict):
                     marker.pictures = max(marker.pictures, int(entry.get("pictures", 0)))
-                elif not PurePosixPath(entry).is_absolute() and ".." not in PurePosixPath(entry).parts:
+                elif _is_inside(PurePosixPath(entry)):
                     marker.names.add(entry)
         return marker
     return None
+
+
+def _is_inside(name: PurePosixPath) -> bool:
+    """Whether a name of a marker is of something in its folder: not of the folder itself, nor of anything outside."""
+    return bool(name.parts) and not name.is_absolute() and ".." not in name.parts and "\0" not in str(name)
 
 
 def list_output(path: Path) -> None:
@@ -241,7 +247,7 @@ def remove_listed(folder: Path, keep: Collection[str] = (), warn: bool = True) -
     left = [name for name in foreign(folder) if name not in keep] if warn else []
     if left:
         count = "1 file that is" if len(left) == 1 else f"{len(left)} files that are"
-        print(f"left {count} not dic-repa's in {folder}: {first_few(left, 5)}", file=sys.stderr)
+        print(printable(f"left {count} not dic-repa's in {folder}: {first_few(left, 5)}"), file=sys.stderr)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -8,14 +8,14 @@ import contextlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.manifest import MANIFEST, find_damage, read_manifest
 from dic_repa.files.outputs import MARKER, Marker, is_listed, read_marker, remove_folder, write_marker
-from dic_repa.files.reading import read_json
+from dic_repa.files.reading import parse_json, read_json
+from dic_repa.runtime.progress import warn
 
 RUN_ID = "run.json"
 RAW = "raw"  # the name of the weights themselves, among those of their averages
@@ -44,7 +44,7 @@ class Checkpoints:
             damage = find_damage(folder, part) or find_stranger(folder)
             if damage is None:
                 for damaged, why in damages.items():
-                    print(f"warning: {damaged} is damaged: {why}; taking {folder.name}", file=sys.stderr)
+                    warn(f"{damaged} is damaged: {why}; taking {folder.name}")
                 return folder
             damages[folder] = damage
         if damages:
@@ -86,7 +86,7 @@ class Checkpoints:
     def best(self) -> dict | None:
         """`step`, `score` and `value` of the best checkpoint that `evaluate.every` has found, if it is there."""
         try:
-            record = json.loads((self.checkpoints / "best.json").read_text())
+            record = parse_json((self.checkpoints / "best.json").read_text())
             return record if self.checkpoint_path(record["step"]).is_dir() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -35,7 +35,7 @@ from dic_repa.files.outputs import (
     remove_listed,
     write_marker,
 )
-from dic_repa.files.reading import read_json, read_lines
+from dic_repa.files.reading import parse_json, read_json, read_lines
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 from dic_repa.recipe.files import read_recipe
 from dic_repa.recipe.keys import ABSENT, differences
@@ -95,7 +95,7 @@ class RunFolder(Checkpoints):
         names = self._own_names()
         for folder in self.list_checkpoints():  # made by a version without markers: take the manifest's list
             with contextlib.suppress(OSError, ValueError, KeyError):
-                files = json.loads((folder / MANIFEST).read_text())["files"]
+                files = parse_json((folder / MANIFEST).read_text())["files"]
                 write_marker(folder, Marker("checkpoint", {MANIFEST, *files}))
                 names.append(f"checkpoints/{folder.name}")
         for file in [*self.samples.glob("step_*.png"), *self.snapshots.glob("step_*.safetensors")]:

@@ -6,7 +6,6 @@ manifest, checksums or format. Nothing is changed.
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dic_repa.errors import UserError, first_line
 from dic_repa.files.lock import holder
 from dic_repa.files.manifest import MANIFEST, check_whole, find_damage
 from dic_repa.files.outputs import ASIDE, LOCK, MARKER, is_lock
-from dic_repa.files.reading import check_regular, read_json
+from dic_repa.files.reading import check_regular, parse_json, read_json
 from dic_repa.files.weights import SEAL, read_tensors
 from dic_repa.models.pretrained import CONFIG, WEIGHTS
 from dic_repa.runs.checkpoints import checkpoint_step, find_stranger, read_run_id
@@ -130,7 +129,7 @@ def _lines(file: Path) -> None:
     check_regular(file)
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            if not isinstance(json.loads(line)["step"], int):
+            if not isinstance(parse_json(line)["step"], int):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             bad.append(number)

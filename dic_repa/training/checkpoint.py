@@ -29,6 +29,7 @@ from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.manifest import write_manifest
+from dic_repa.files.reading import parse_json
 from dic_repa.files.shards import Rows, join_rows, open_tensors, tensor_files
 from dic_repa.files.weights import WRITE_ERRORS, load_weights, save_tensors, seal
 from dic_repa.models.pretrained import CONFIG
@@ -148,7 +149,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     try:
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        step = json.loads((folder / "state.json").read_text())["step"]
+        step = parse_json((folder / "state.json").read_text())["step"]
         kind = content.get("class", "AdamW")  # the only one that older versions had
         state, scaler = _optimizer_state(content["state"], folder, parameters), content["scaler"]
     except UserError:
@@ -181,7 +182,7 @@ def _optimizer_state(saved: dict, folder: Path, parameters: list[Tensor]) -> dic
 def load_log(folder: Path, log: MetricLog, guard: StepGuard) -> None:
     """Let the log and the count of skipped steps go on; checkpoints of earlier versions have neither."""
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = parse_json((folder / "state.json").read_text())
         log.restore(state.get("log", {}))
         guard.restore(state.get("skipped", [0, 0]))
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -24,6 +24,7 @@ from PIL import Image
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import list_output
+from dic_repa.files.reading import parse_json
 from dic_repa.recipe import Recipe
 from dic_repa.registry import Registry
 from dic_repa.runs.folder import RunFolder
@@ -143,7 +144,7 @@ class Trackers:
         self.file, self.id = run.path / "trackers" / "told.json", secrets.token_hex(4)
         if resumed:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of a run that had no trackers yet
-                kept = json.loads(self.file.read_text())
+                kept = parse_json(self.file.read_text())
                 self.id, self.told = str(kept["id"]), {name: int(step) for name, step in kept["told"].items()}
         config = {key: value if isinstance(value, int | float | str | bool) else str(value)
                   for key, value in _flat(recipe.model_dump(mode="json"))}  # fmt: skip

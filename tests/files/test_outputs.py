@@ -392,3 +392,16 @@ def test_full_disk_is_told_with_the_name_of_the_file(tmp_path, write):
         write(aside)
     assert caught.value.filename == str(tmp_path / "wanted.bin")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b", "/etc", "../x", "./."])
+def test_a_marker_lists_nothing_but_what_is_inside(name, tmp_path):
+    folder = tmp_path / "ours"
+    begin_folder(folder, "samples", ["mine.png"])
+    (folder / "mine.png").write_text("")
+    with (folder / MARKER).open("a") as file:
+        file.write("\n" + json.dumps(name))
+    remove_listed(folder)
+    assert foreign(folder) == []
+    assert not (folder / "mine.png").exists()
+    assert folder.is_dir()
