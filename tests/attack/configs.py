@@ -10,7 +10,7 @@ from typing import Any
 
 from .good import SAMPLE
 from .judge import Case
-from .mutate import CONTROL, JSONS, mutated_json
+from .mutate import CONTROL, any_json, mutated_json
 
 COUNT = 110
 LINES = [["sample", "converted", "--out", "out", *SAMPLE.split()], ["convert", "converted", "out"]]
@@ -98,6 +98,6 @@ def hostile_header(data: bytes, chance: Random) -> bytes:
     elif what == 10:
         header[CONTROL] = header.pop(name)
     else:
-        header[name] = chance.choice(JSONS)
+        header[name] = any_json(chance)
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
@@ -94,7 +95,17 @@ def content(folder: Path, name: str) -> dict[str, str]:
     files = [
         file for file in folder.rglob("*") if re.fullmatch(r"\d{6}\.png|.*\.(safetensors|pt)|config\.json", file.name)
     ]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+    return {str(file.relative_to(folder)): digest(file) for file in sorted(files)}
+
+
+def digest(file: Path) -> str:
+    """A hash of a file's content; of weights without their metadata, which say of which run they are."""
+    data = file.read_bytes()
+    if file.suffix == ".safetensors":
+        size = int.from_bytes(data[:8], "little")
+        header = {name: entry for name, entry in json.loads(data[8 : 8 + size]).items() if name != "__metadata__"}
+        data = json.dumps(header, sort_keys=True).encode() + data[8 + size :]
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def place_small(folder: Path) -> None:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from .good import TINY, place_small, use_cache
+from .good import TINY, digest, place_small, use_cache
 from .judge import Case, Verdict, copy, fault, kill, start, unclear
 
 COUNT = 130
@@ -38,11 +38,12 @@ LINES = {
     "convert": "convert run out --overwrite",
     "ema": "ema run --sigma-rel 0.08 --out out",
     "two train": "train slow.yaml --out out",
+    "two sharded train": "train slow.yaml --out out --set train.sharding=fsdp2",
     "two sample": "sample run --out out --num 60 --steps 6 --batch-size 4",
     "two prepare": "prepare photos out --size 32 --autoencoder none --shard-size 8 --batch-size 4 --workers 2",
 }
 ORDER = ["train", "two train", "sample", "prepare", "evaluate", "tune", "train, a loader", "probe", "cache", "convert"]
-ORDER += ["two sample", "ema", "two prepare"]
+ORDER += ["two sample", "ema", "two prepare", "two sharded train"]
 NEEDS = ("run", "samples")
 SLOW = TINY.replace("steps: 8", "steps: 24").replace("log_every: 2", "log_every: 3")
 # Of a record, what tells how and when it was made.
@@ -236,6 +237,8 @@ def content(work: Path) -> dict[str, str]:
                 found[name] = ""
             elif file.suffix == ".json":
                 found[name] = json.dumps(steady(json.loads(data)), sort_keys=True)
+            elif file.suffix == ".safetensors":
+                found[name] = digest(file)
             else:
                 found[name] = hashlib.sha256(data).hexdigest()[:16]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from random import Random
 from typing import Any
@@ -107,6 +108,11 @@ DAMAGES = ("emptied", "halved", "a byte less", "a bit", "the first bit", "the la
 DAMAGES += ("noise", "removed", "a folder", "a link to nowhere", "foreign")
 
 
+def any_json(chance: Random) -> Any:
+    """One of `JSONS`, which may then be changed."""
+    return copy.deepcopy(chance.choice(JSONS))
+
+
 def mutated_json(text: str, chance: Random) -> bytes:
     """A JSON file with one to three places changed; one in six is damaged as text."""
     if chance.random() < 1 / 6:
@@ -128,17 +134,17 @@ def change(content: Any, chance: Random) -> Any:
             break
     place = chance.choice(places)
     if not place:
-        return chance.choice(JSONS)
+        return any_json(chance)
     held, key = at(content, place[:-1]), place[-1]
     what = chance.random()
     if what < 0.65:
-        held[key] = chance.choice(JSONS)
+        held[key] = any_json(chance)
     elif what < 0.8:
         del held[key]
     elif isinstance(held, dict):
         held[chance.choice(["x", "", CONTROL, f"{key}s", "../x", "model"])] = held.pop(key) if what < 0.9 else 1
     else:
-        held.insert(key, chance.choice(JSONS))
+        held.insert(key, any_json(chance))
     return content
 
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def attack(name: str, indices: range, seed: int, folder: Path, good: Path, failu
                         (failures / f"{name}-{index}.json").write_text(json.dumps(record, indent=1) + "\n")
                         print(f"{name} {index}: {verdict.outcome}: {verdict.why[:200]!r}", flush=True)
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     codes = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
