@@ -4,6 +4,7 @@ A folder that a command fills has its lock inside; a file or folder that is writ
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -103,7 +104,12 @@ def _acquire(lock: Path, what: Path, wait: bool) -> int | None:
     """The open, locked file; None on a file system that has no locks."""
     tries = 0
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except OSError as error:
+            if error.errno != errno.ELOOP:  # a link in the lock's place is named itself
+                error.filename = str(what)
+            raise
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
