@@ -8,6 +8,7 @@ and label `count` is the null. So balanced and random draws, pictures and files 
 """
 
 import copy
+import io
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.files.npz import read_array
+from dic_repa.files.reading import read_file
 from dic_repa.limits import check_limit
 
 NULLS = ("zeros", "learnt")
@@ -231,9 +234,10 @@ def null_of(model) -> Callable[[Tensor], Tensor] | None:
 def read_examples(condition: Condition, file: str | Path) -> Condition:
     """`condition` with the rows of an .npy file, (K, *shape) floats, to choose from in place of its examples."""
     try:
-        rows = np.load(file, allow_pickle=False)
+        content = read_file(file)
+        rows = read_array(io.BytesIO(content), len(content), str(file))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not an array of numpy's format .npy ({error})") from None
-    if not (isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and len(rows)) or not np.isfinite(rows).all():
+    if not (rows.ndim and rows.dtype.kind == "f" and len(rows)) or not np.isfinite(rows).all():
         raise UserError(f"{file} must hold finite floats, a row for each {condition.kind} to sample for")
     return condition.with_examples(rows)

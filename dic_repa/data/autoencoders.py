@@ -7,6 +7,7 @@ a `diffusers.AutoencoderKL`. The denoiser's data is x = (z - shift) * scale, wit
 import contextlib
 import functools
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -42,7 +43,15 @@ class AutoencoderSpec:
 
     @classmethod
     def from_dict(cls, content: dict) -> "AutoencoderSpec":
-        return cls(**content | {"shift": tuple(content["shift"]), "scale": tuple(content["scale"])})
+        """From a record. A ValueError, which may be pydantic's, if it is damaged."""
+        from pydantic import TypeAdapter
+
+        spec = TypeAdapter(cls).validate_python(content)
+        per_channel = all(len(values) in (1, spec.channels) for values in (spec.shift, spec.scale))
+        finite = all(map(math.isfinite, spec.shift + spec.scale)) and all(spec.scale)
+        if spec.channels < 1 or spec.downsample < 1 or not per_channel or not finite:
+            raise ValueError("its autoencoder has impossible channels, downsample, shift or scale")
+        return spec
 
     def same_weights(self, other: "AutoencoderSpec") -> bool:
         """Whether both are the same autoencoder, by fingerprint if both have one, else by all but the name."""

@@ -53,8 +53,8 @@ def numbered(labels: Sequence[str], source: str) -> tuple[list[int], tuple[str, 
     numbers = {name: k for k, name in enumerate(sorted(set(labels)))}
     check_limit("classes", len(numbers), f"the number of classes of {source}")
     for name in numbers:
-        if not name.isascii() and name != name.encode(errors="replace").decode():
-            raise UserError(f"{source} has the label {json.dumps(name)}, which is no text in UTF-8; rename the class")
+        if "\0" in name or (not name.isascii() and name != name.encode(errors="replace").decode()):
+            raise UserError(f"{source} has the label {json.dumps(name)[:80]}, which is no text in UTF-8; rename it")
     return [numbers[label] for label in labels], tuple(numbers)
 
 

@@ -19,7 +19,9 @@ from dic_repa.data.images import EXTENSIONS, decode_image, to_levels
 from dic_repa.data.labels import read_labels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
+from dic_repa.files.npz import read_array
+from dic_repa.limits import check_limit
 
 DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 
@@ -53,10 +55,11 @@ class RepaLayout(LatentDataset):
             )
         table = _read(self.moments, "dataset.json")
         self.labels, names, _ = read_labels(table, f"{self.moments.path}/dataset.json", self.moment_names)
+        check_limit("classes", num_classes or 0, "data.options.num_classes")
         if num_classes is not None and len(names) > num_classes:
             raise UserError(f"{path} has the label {len(names) - 1}, which is beyond num_classes {num_classes}")
         self.class_names = tuple(map(str, range(num_classes))) if num_classes else names
-        self.check_size(size, _array(self.moments, self.moment_names[0]).shape[-1], str(path))
+        self.check_size(size, _side(self.moments, self.moment_names[0]), str(path))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,6 +92,8 @@ class RepaLayout(LatentDataset):
         if not name.lower().endswith(".npy"):
             return to_levels(decode_image(_read(self.images, name), name))
         levels = _array(self.images, name)
+        if levels.ndim < 2:
+            raise UserError(f"{self.images.path}/{name} is no image (3, H, W), but of the shape {list(levels.shape)}")
         return torch.from_numpy(levels.reshape(-1, *levels.shape[-2:]))
 
 
@@ -120,15 +125,19 @@ class DitLayout(LatentDataset):
             raise UserError(f"{self.labels.path} misses the labels of {len(missing)} files, such as {missing[0]}")
         if not self.names:
             raise UserError(f"{self.features.path} holds no .npy files")
+        check_limit("classes", num_classes, "data.options.num_classes")
         self.class_names = tuple(str(k) for k in range(num_classes))
-        self.check_size(size, _array(self.features, self.names[0]).shape[-1], str(path))
+        self.check_size(size, _side(self.features, self.names[0]), str(path))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         name = self.names[index]
-        label = int(_array(self.labels, name).reshape(()))
+        stored = _array(self.labels, name)
+        if stored.size != 1 or stored.dtype.kind not in "iu":
+            raise UserError(f"{self.labels.path}/{name} is not one class number, but {stored.dtype} {stored.shape}")
+        label = int(stored.reshape(()))
         if not 0 <= label < self.num_classes:
             raise UserError(f"{self.labels.path}/{name} is {label}, beyond num_classes {self.num_classes}")
         x = _latents(self.features, name, (self.channels, self.size, self.size))
@@ -159,11 +168,11 @@ def _whole(place: Path) -> FileTree:
 
 def _array(tree: FileTree, name: str) -> np.ndarray:
     """A .npy file; never anything pickled."""
-    content = io.BytesIO(_read(tree, name))
+    content, place = _read(tree, name), f"{tree.path}/{name}"
     try:
-        return np.load(content, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{tree.path}/{name} is not a whole .npy file of numbers ({error})") from None
+        return read_array(io.BytesIO(content), len(content), place)
+    except ValueError as error:
+        raise UserError(f"{place} is not a whole .npy file of numbers ({first_line(error)}); restore it") from None
 
 
 def _read(tree: FileTree, name: str) -> bytes:
@@ -171,6 +180,13 @@ def _read(tree: FileTree, name: str) -> bytes:
         return tree.read(name)
     except OSError as error:
         raise UserError(f"{tree.path}/{name} cannot be read ({error}); restore it") from None
+
+
+def _side(tree: FileTree, name: str) -> int:
+    """The width of the latents in a .npy file."""
+    if len(shape := _array(tree, name).shape) < 3:
+        raise UserError(f"{tree.path}/{name} has the shape {list(shape)}, and is no latents (C, size, size)")
+    return shape[-1]
 
 
 def _latents(tree: FileTree, name: str, shape: tuple[int, int, int]) -> Tensor:

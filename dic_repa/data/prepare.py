@@ -72,7 +72,8 @@ class Preparation:
             found, wanted = {"moments": "float16"} | read_settings(place), json.loads(json.dumps(wanted))
             found["format"] = FORMAT if found.get("format") == 1 else found.get("format")  # goes on without checksums
             for settings in (found, wanted):  # images and weights may move between two calls, but not change
-                del settings["source"]["path"], settings["autoencoder"]["name"]
+                settings["source"].pop("path", None)
+                settings["autoencoder"].pop("name", None)
             if differs := [key for key in wanted if wanted[key] != found.get(key)]:
                 raise UserError(f"{place} was begun with another {', '.join(differs)}; choose another folder")
             return
@@ -201,11 +202,11 @@ class Preparation:
         """The row of an image, without moments, and the cropped image; None if it is left out."""
         try:
             image = self.source.load(index)
+            cropped = center_crop(image, self.size, self.source.names[index])
         except BadImage as error:
             if self.skip_bad:
                 return None
             raise BadImage(f"{error}, or pass --skip-bad") from None
-        cropped = center_crop(image, self.size)
         row = {
             "image": {"bytes": encode_file(cropped, self.image_format), "path": None},
             "label": int(self.source.labels[index]),

@@ -3,15 +3,15 @@
 import bisect
 import io
 import itertools
-import json
 import zlib
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
@@ -20,6 +20,8 @@ from dic_repa.data.images import IMAGE_FORMATS, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.reading import check_regular, read_json
+from dic_repa.limits import check_limit
 from dic_repa.trust import check_code
 
 SETTINGS_FILE = "prepare.json"
@@ -66,7 +68,7 @@ class Prepared(LatentDataset):
                 "data.options.flip=false to train without"
             )
         self.flip = settings["flip"] if flip is None else flip
-        self.files = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        self.files = _shards(state)
 
     @classmethod
     def autoencoder_of(cls, path: str) -> str:
@@ -97,10 +99,19 @@ class Prepared(LatentDataset):
         sample = {"label": torch.tensor(stored["label"])}
         if "image" in stored:
             # The formats are named, since Pillow would try a dozen others first.
-            with Image.open(io.BytesIO(stored["image"]), formats=[*IMAGE_FORMATS]) as picture:
-                image = to_levels(picture)
+            try:
+                with Image.open(io.BytesIO(stored["image"]), formats=[*IMAGE_FORMATS]) as picture:
+                    image = to_levels(picture)
+            except Exception as error:  # Pillow raises anything on damaged data; none at all is a TypeError
+                raise _damaged(part, row, f"its image cannot be read: {first_line(error)}") from None
+            if image.shape != self._image_shape:
+                raise _damaged(part, row, f"its image is {'x'.join(map(str, image.shape))}")
             sample["image"] = image.flip(-1) if flipped else image
         return sample if self.spec.name == "none" else sample | {"moments": torch.tensor(stored[moments])}
+
+    @cached_property
+    def _image_shape(self) -> tuple[int, int, int]:
+        return 3, self.size * self.spec.downsample, self.size * self.spec.downsample
 
     @cached_property
     def _unread(self) -> np.ndarray:
@@ -114,10 +125,7 @@ class Prepared(LatentDataset):
         names = part["names"]
         for name, value in stored.items():
             if len(expected) != len(names) or _checksum(value) != expected[names.index(name)]:
-                raise UserError(
-                    f"{part['file']} is damaged: the {name} of its row {part['first'] + row} has changed since it was "
-                    "prepared; remove that file, and run the same `dic-repa prepare` again, which makes it anew"
-                )
+                raise _damaged(part, row, f"its {name} has changed since it was prepared")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,11 +145,15 @@ class Prepared(LatentDataset):
         import pyarrow as pa
 
         shape, parts, first = (2 * self.spec.channels, self.size, self.size), [], 0
+        needed = {"image", "label"} | ({"moments"} if self.spec.name != "none" else set())
+        needed |= {"moments_flipped"} if self.flip and self.spec.name != "none" else set()
         try:
+            check_regular(file)
             for batch in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches():
+                _check_columns(batch, needed, max(1, self.num_classes))
                 parts.append(_columns(batch, shape) | {"file": file, "first": first})
                 first += len(batch)
-        except (OSError, ValueError, KeyError) as error:  # Arrow's own are among these
+        except Exception as error:  # Arrow raises anything on damaged data
             raise UserError(
                 f"{file} is missing or damaged ({first_line(error)}); remove it and prepare again"
             ) from None
@@ -177,6 +189,22 @@ def _columns(batch, shape: tuple[int, int, int]) -> dict[str, Any]:
     return part | {"names": sorted({*batch.schema.names} - {CHECKSUMS}), "batch": batch}
 
 
+def _check_columns(batch, needed: set[str], labels: int) -> None:
+    """A ValueError if a column lacks, is of another type, or has a label from `labels` on."""
+    if missing := needed - {*batch.schema.names}:
+        raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    label = batch["label"].to_numpy()
+    if label.dtype != np.int64 or (len(label) and not (label.min() >= 0 and label.max() < labels)):
+        raise ValueError(f"its labels are not from 0 to {labels - 1}")
+
+
+def _damaged(part: dict, row: int, what: str) -> UserError:
+    return UserError(
+        f"{part['file']} is damaged in row {part['first'] + row}: {what}; remove that file, and run the same "
+        "`dic-repa prepare` again, which makes it anew"
+    )
+
+
 def checksums(row: dict[str, Any]) -> bytes:
     """The CRC-32 of each value of a row, uint32, little-endian, by the order of the columns' names."""
     return np.array([_checksum(row[name]) for name in sorted(row)], "<u4").tobytes()
@@ -191,9 +219,56 @@ def _checksum(value: Any) -> int:
     return zlib.crc32(value if isinstance(value, bytes) else np.asarray(value, order="C").tobytes())
 
 
+class _Settings(BaseModel):
+    """What training needs of prepare.json; `AutoencoderSpec.from_dict` checks the autoencoder."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: dict[str, Any]
+    size: int
+    flip: bool
+    autoencoder: dict[str, Any]
+    class_names: list[str]
+
+
 def read_settings(path: str | Path) -> dict:
-    """The `prepare.json` of a prepared folder."""
-    file = Path(path) / SETTINGS_FILE
-    if not file.is_file():
+    """The `prepare.json` of a prepared folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    file, then = Path(path) / SETTINGS_FILE, "restore it, or prepare into another folder"
+    if not file.exists():
         raise UserError(f"{path} is not a prepared data set (no {SETTINGS_FILE}); make one by `dic-repa prepare`")
-    return json.loads(file.read_text())
+    content = read_json(file, then)
+    try:
+        settings = _Settings.model_validate(content)
+        spec = AutoencoderSpec.from_dict(settings.autoencoder)
+        if settings.size < 1 or settings.size % spec.downsample:
+            raise ValueError(f"its size {settings.size} is no multiple of {spec.downsample}")
+    except ValueError as error:  # pydantic's too
+        raise UserError(f"{file} is damaged ({_first_fault(error)}); {then}") from None
+    check_limit("classes", len(settings.class_names), f"the number of classes of {file}")
+    return content
+
+
+def _first_fault(error: ValueError) -> str:
+    """What pydantic, or a ValueError of ours, found first."""
+    for fault in getattr(error, "errors", list)():
+        return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault["loc"] else fault["msg"]
+    return first_line(error)
+
+
+def _shards(state: Path) -> list[str]:
+    """The names of the shards that `datasets`' state.json lists, which are files beside it."""
+    then = "remove it, and run the same `dic-repa prepare` again"
+    content = read_json(state, then)
+    try:
+        names = [entry["filename"] for entry in content["_data_files"]]
+        if not names or len(set(names)) < len(names) or any(PurePath(name).name != name for name in names):
+            raise ValueError("its files are not beside it, or twice in it")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{state} is damaged ({first_line(error)}); remove it, and run `dic-repa prepare` again"
+        ) from None
+    return names

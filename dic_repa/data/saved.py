@@ -10,7 +10,7 @@ import numpy as np
 from dic_repa.conditions import Condition, VectorCondition, class_labels, create_condition
 from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.errors import UserError
-from dic_repa.files.reading import parse_json
+from dic_repa.files.reading import read_json
 from dic_repa.trust import check_code
 
 DATA_FILE = "data.json"
@@ -40,7 +40,7 @@ class SavedData:
         if not file.is_file():
             return None
         try:
-            content = parse_json(file.read_text(encoding="utf-8"))
+            content = read_json(file, "remove it")
             spec = content["autoencoder"]
             if "condition" in content:
                 condition = create_condition(condition=content["condition"])
@@ -50,7 +50,7 @@ class SavedData:
             else:
                 condition = class_labels(len(content["class_names"]), content["class_names"])
             saved = cls(spec and AutoencoderSpec.from_dict(spec), condition)
-        except (ValueError, KeyError, TypeError, UserError):
+        except (ValueError, KeyError, TypeError, AttributeError):  # a UserError is a ValueError
             raise UserError(f"{file} is damaged; remove it to sample by the recipe's data alone") from None
         if saved.autoencoder:
             check_code({"autoencoder": saved.autoencoder.name}, file)

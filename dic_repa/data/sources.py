@@ -164,7 +164,8 @@ class ImageFolder(LatentDataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         picture = self.source.load(index % len(self.source))
-        image = to_levels(center_crop(picture, self.size * self.spec.downsample))
+        name = self.source.names[index % len(self.source)]
+        image = to_levels(center_crop(picture, self.size * self.spec.downsample, name))
         image = image.flip(-1) if index >= len(self.source) else image
         return {"image": image, "label": torch.tensor(self.source.labels[index % len(self.source)])}
 

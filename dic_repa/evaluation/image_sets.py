@@ -24,7 +24,7 @@ from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
-from dic_repa.files.reading import read_json
+from dic_repa.files.reading import read_file, read_json
 from dic_repa.limits import check_limit
 from dic_repa.recipe.keys import flatten
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
@@ -73,10 +73,10 @@ class ImageSet:
     def _read(self, index: int, size: tuple[int, int] | None = None) -> Tensor:
         try:
             array = self.load(index)
+            if self.resize and array.shape[:2] != (self.resize, self.resize):
+                array = np.asarray(center_crop(Image.fromarray(array), self.resize, self.name(index)))
         except BadImage as error:
             raise BadImage(f"{self.source}: {error}") from None
-        if self.resize and array.shape[:2] != (self.resize, self.resize):
-            array = np.asarray(center_crop(Image.fromarray(array), self.resize))
         if size not in (None, array.shape[:2]):
             raise UserError(
                 f"{self.source}: {self.name(index)} is {array.shape[1]}x{array.shape[0]}, the first image "
@@ -146,12 +146,12 @@ def _of_samples(path: Path) -> ImageSet:
     missing = set(names) - set(os.listdir(path))
     if missing and (path / SAMPLES_NPZ).is_file():  # by --format npz, the images are there alone
         images = _of_npz(path / SAMPLES_NPZ)
-        if len(images) == len(names):  # else more samples were asked for since
+        if len(images) == num:  # else more samples were asked for since
             return replace(images, source=str(path), made_by=record)
     if missing:
         there = f"{len(names) - len(missing)} of its {len(names)} images"
         raise UserError(f"{path} has {there}; run its `dic-repa sample` again to finish them")
-    load = lambda i: np.asarray(decode_image((path / names[i]).read_bytes(), names[i]))  # noqa: E731
+    load = lambda i: np.asarray(decode_image(read_file(path / names[i]), names[i]))  # noqa: E731
     digest = _digest(record, stamp(path / name for name in names))
     return ImageSet(str(path), len(names), load, digest, names.__getitem__, made_by=record)
 
@@ -161,6 +161,8 @@ def _of_npz(path: Path) -> ImageSet:
     array = file.mapped("arr_0")
     if array.ndim != 4 or array.shape[-1] not in (1, 3):
         raise UserError(f"{path}: arr_0 must be images (N, H, W, 3), not {tuple(array.shape)}")
+    if not array.size:
+        raise UserError(f"{path} holds no images: arr_0 is of the shape {tuple(array.shape)}")
     if array.dtype != np.uint8:
         raise UserError(f"{path}: arr_0 is {array.dtype}; images in an .npz are uint8, from 0 to 255")
     size = (*array.shape[1:3], 3)

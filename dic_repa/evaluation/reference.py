@@ -26,7 +26,7 @@ from dic_repa.files.hashing import fingerprint
 from dic_repa.files.lock import locked_output
 from dic_repa.files.npz import NpzFile
 from dic_repa.files.outputs import MARK
-from dic_repa.files.reading import parse_json
+from dic_repa.files.reading import check_regular, parse_json
 from dic_repa.files.weights import check_seal, seal
 from dic_repa.protocols import FeatureExtractor
 from dic_repa.runtime.progress import detail, warn
@@ -119,14 +119,15 @@ def _extracted(images: ImageSet, extractors: dict[str, FeatureExtractor], run, c
 def _read(path: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet:
     """The statistics of a file; a UserError if it has none, or those of other extractors or weights."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             record = parse_json(metadata.get("statistics", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole file of statistics ({error})") from None
+        raise UserError(f"{path} is not a whole file of statistics ({first_line(error)})") from None
     check_seal(tensors, metadata, path)
-    if "count" not in record:
+    if not isinstance(record, dict) or "count" not in record:
         raise UserError(f"{path} is not a file of statistics; make one with --save-statistics")
     for name, mine in describe_extractors(extractors).items():
         theirs = record["extractors"].get(name)
@@ -151,7 +152,7 @@ def _stored(file: NpzFile) -> FeatureSet:
     for layer, (mean, cov) in STORED.items():
         if mean in file.names and cov in file.names:
             parts = torch.from_numpy(file.array(mean)).double(), torch.from_numpy(file.array(cov)).double()
-            if parts[0].ndim != 1 or parts[1].shape != (len(parts[0]),) * 2:
+            if parts[0].ndim != 1 or not len(parts[0]) or parts[1].shape != (len(parts[0]),) * 2:
                 raise UserError(f"{file.path}: {mean} and {cov} must be (D,) and (D, D)")
             if not all(part.isfinite().all() for part in parts):
                 raise UserError(f"{file.path}: {mean} or {cov} holds NaN or infinity")

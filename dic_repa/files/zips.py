@@ -8,8 +8,8 @@ from dic_repa.files.reading import check_regular
 from dic_repa.limits import check_limit, limit
 
 
-def zip_members(path: Path) -> list[zipfile.ZipInfo]:
-    """All members of a zip, as its directory lists them.
+def zip_members(path: Path, damaged: str = "is damaged or no zip") -> list[zipfile.ZipInfo]:
+    """All members of a zip, as its directory lists them; `damaged` is what the message of a damaged one says.
 
     Raises:
         UserError: no whole zip, or its members are unpacked so much larger that they are only there to fill memory.
@@ -19,7 +19,7 @@ def zip_members(path: Path) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except Exception as error:  # a damaged directory raises anything from BadZipFile to struct.error
-        raise UserError(f"{path} is damaged or no zip ({first_line(error)}); download or copy it again") from None
+        raise UserError(f"{path} {damaged} ({first_line(error)}); download or copy it again") from None
     unpacked, packed = sum(member.file_size for member in members), path.stat().st_size
     if unpacked > limit("file-bytes"):
         check_limit("archive-ratio", unpacked // packed, f"the unpacked size of {path} over its own")
