@@ -26,6 +26,7 @@ from dic_repa.trust import check_code
 
 SETTINGS_FILE = "prepare.json"
 CHECKSUMS = "crc32"  # a column
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
 @register_dataset("prepared")
@@ -96,6 +97,8 @@ class Prepared(LatentDataset):
         if self._unread[place]:  # once in each process, which costs little beside decoding
             self._check_row(part, row, stored)
             self._unread[place] = False
+        if not 0 <= stored["label"] < max(1, self.num_classes):
+            raise _damaged(part, row, f"the label of its row {{}} is {stored['label']}, of {self.num_classes} classes")
         sample = {"label": torch.tensor(stored["label"])}
         if "image" in stored:
             # The formats are named, since Pillow would try a dozen others first.
@@ -103,9 +106,9 @@ class Prepared(LatentDataset):
                 with Image.open(io.BytesIO(stored["image"]), formats=[*IMAGE_FORMATS]) as picture:
                     image = to_levels(picture)
             except Exception as error:  # Pillow raises anything on damaged data; none at all is a TypeError
-                raise _damaged(part, row, f"its image cannot be read: {first_line(error)}") from None
+                raise _damaged(part, row, f"the image of its row {{}} cannot be read ({first_line(error)})") from None
             if image.shape != self._image_shape:
-                raise _damaged(part, row, f"its image is {'x'.join(map(str, image.shape))}")
+                raise _damaged(part, row, f"the image of its row {{}} is {tuple(image.shape)}")
             sample["image"] = image.flip(-1) if flipped else image
         return sample if self.spec.name == "none" else sample | {"moments": torch.tensor(stored[moments])}
 
@@ -125,7 +128,7 @@ class Prepared(LatentDataset):
         names = part["names"]
         for name, value in stored.items():
             if len(expected) != len(names) or _checksum(value) != expected[names.index(name)]:
-                raise _damaged(part, row, f"its {name} has changed since it was prepared")
+                raise _damaged(part, row, f"the {name} of its row {{}} has changed since it was prepared")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -148,9 +151,10 @@ class Prepared(LatentDataset):
         needed = {"image", "label"} | ({"moments"} if self.spec.name != "none" else set())
         needed |= {"moments_flipped"} if self.flip and self.spec.name != "none" else set()
         try:
-            check_regular(file)
+            _check_end(file)
             for batch in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches():
-                _check_columns(batch, needed, max(1, self.num_classes))
+                if missing := needed - {*batch.schema.names}:
+                    raise ValueError(f"it has no column {', '.join(sorted(missing))}")
                 parts.append(_columns(batch, shape) | {"file": file, "first": first})
                 first += len(batch)
         except Exception as error:  # Arrow raises anything on damaged data
@@ -178,6 +182,8 @@ def _columns(batch, shape: tuple[int, int, int]) -> dict[str, Any]:
     """The columns of a record batch, mapped; a ValueError if they do not belong together."""
     batch["image"].validate(full=True)  # the places of the images, which Arrow would believe
     part = {"image": batch["image"].field("bytes"), "label": batch["label"].to_numpy()}
+    if part["label"].dtype != np.int64:
+        raise ValueError("its labels are no whole numbers")
     if CHECKSUMS in batch.schema.names:
         part[CHECKSUMS] = batch[CHECKSUMS]
         part[CHECKSUMS].validate(full=True)
@@ -189,18 +195,18 @@ def _columns(batch, shape: tuple[int, int, int]) -> dict[str, Any]:
     return part | {"names": sorted({*batch.schema.names} - {CHECKSUMS}), "batch": batch}
 
 
-def _check_columns(batch, needed: set[str], labels: int) -> None:
-    """A ValueError if a column lacks, is of another type, or has a label from `labels` on."""
-    if missing := needed - {*batch.schema.names}:
-        raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-    label = batch["label"].to_numpy()
-    if label.dtype != np.int64 or (len(label) and not (label.min() >= 0 and label.max() < labels)):
-        raise ValueError(f"its labels are not from 0 to {labels - 1}")
+def _check_end(file: Path) -> None:
+    """A ValueError if an Arrow stream is cut off, which Arrow itself does not notice between two of its batches."""
+    check_regular(file)
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - len(_END)))
+        if stream.read() != _END:
+            raise ValueError("its end is missing")
 
 
 def _damaged(part: dict, row: int, what: str) -> UserError:
     return UserError(
-        f"{part['file']} is damaged in row {part['first'] + row}: {what}; remove that file, and run the same "
+        f"{part['file']} is damaged: {what.format(part['first'] + row)}; remove that file, and run the same "
         "`dic-repa prepare` again, which makes it anew"
     )
 
@@ -249,6 +255,7 @@ def read_settings(path: str | Path) -> dict:
     except ValueError as error:  # pydantic's too
         raise UserError(f"{file} is damaged ({_first_fault(error)}); {then}") from None
     check_limit("classes", len(settings.class_names), f"the number of classes of {file}")
+    check_limit("image-pixels", settings.size**2, f"the number of pixels of an image of {file}")
     return content
 
 
@@ -268,7 +275,5 @@ def _shards(state: Path) -> list[str]:
         if not names or len(set(names)) < len(names) or any(PurePath(name).name != name for name in names):
             raise ValueError("its files are not beside it, or twice in it")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{state} is damaged ({first_line(error)}); remove it, and run `dic-repa prepare` again"
-        ) from None
+        raise UserError(f"{state} is damaged ({first_line(error)}); {then}") from None
     return names
