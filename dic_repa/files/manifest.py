@@ -61,6 +61,8 @@ def find_damage(folder: Path, part: str = "", thorough: bool = True) -> str | No
         return f"its {MANIFEST} cannot be read"
     if part:
         expected = {name: entry for name, entry in expected.items() if f"{name}/".startswith(f"{part}/")}
+    if not expected:
+        return f"its {MANIFEST} lists no {part or 'files'}"
     try:
         for name, (size, _) in expected.items():  # sizes first: that is quick, and finds most damage
             status = (folder / name).stat()

@@ -42,11 +42,11 @@ def shard_path(path: Path, index: int, count: int) -> Path:
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """The file `path`, or all that are in its place; none if there are none, or not all of them."""
-    if path.is_file():
-        return [path]
+    """The file `path`, or all that are in its place; none if there are none, not all of them, or both."""
     named = re.compile(rf"{re.escape(path.stem)}-(\d{{5}})-of-(\d{{5}}){re.escape(path.suffix)}")
     found = [match for file in path.parent.glob(f"{path.stem}-*") if (match := named.fullmatch(file.name))]
+    if path.is_file():
+        return [] if found else [path]
     counts = {int(match[2]) for match in found}
     return sorted(path.with_name(match[0]) for match in found) if counts == {len(found)} else []
 
@@ -117,7 +117,7 @@ def open_tensors(path: Path) -> Iterator[dict[str, Stored]]:
     """
     files = tensor_files(path)
     if not files:
-        raise UserError(f"no weights at '{path}', nor all of the files that a sharded run has in its place")
+        raise UserError(f"no weights at '{path}', not all parts of a sharded run's, or both; take another checkpoint")
     with contextlib.ExitStack() as stack:
         found: dict[str, Stored] = {}
         try:

@@ -186,7 +186,8 @@ def weights_folder(path: str | Path) -> Path:
 def checkpoint_of(weights: Path) -> Path:
     """The training checkpoint that holds a folder of averaged weights, with links followed; else this folder."""
     weights = weights.resolve()  # checkpoints/best is a link
-    return weights.parent if tensor_files(weights.parent / WEIGHTS) else weights
+    ours = any((weights.parent / name).is_file() for name in (WEIGHTS, "state.json"))  # WEIGHTS may be in parts
+    return weights.parent if ours else weights
 
 
 def home_of(weights: Path) -> Path:
@@ -216,7 +217,8 @@ def _other_weights(ema: Path, name: str) -> Path:
     there = [RAW, *sorted(file.parent.name for file in checkpoint.glob(f"ema*/{CONFIG}"))]
     if name not in there:
         raise UserError(f"{checkpoint} has no weights '{name}'{did_you_mean(name, there)}")
-    for part in [file.name for file in tensor_files(checkpoint / WEIGHTS)] if name == RAW else [name]:
+    raw = [file.name for file in tensor_files(checkpoint / WEIGHTS)] or [""]  # something is missing: look at all
+    for part in raw if name == RAW else [name]:
         if damage := find_damage(checkpoint, part):
             raise UserError(f"{checkpoint} is damaged: {damage}")
     return checkpoint if name == RAW else checkpoint / name

@@ -107,3 +107,6 @@ def test_a_file_that_is_missing_or_cut_short_is_told(tmp_path):
         pass
     with pytest.raises(UserError, match="no weights"):
         weights_fingerprint(path)
+    save_file({"a": torch.zeros(4, 3)}, path)  # beside a part of other weights
+    with pytest.raises(UserError, match="or both"), open_tensors(path):
+        pass

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from places import SCRIPTS
+from safetensors.torch import save_file
 from small_runs import ALIGNED, assert_same, metrics, small_run, weights
 from torch import nn
 from two_processes import LONG
@@ -21,7 +22,7 @@ from dic_repa.files.manifest import find_damage
 from dic_repa.models import DiC
 from dic_repa.runs import RunFolder
 from dic_repa.sampling.convert import convert
-from dic_repa.sampling.load import checkpoint_of, load, weights_folder
+from dic_repa.sampling.load import checkpoint_of, load, read_weights, weights_folder
 from dic_repa.training.sharding import cut_like, shard, stages, to_cpu
 
 pytestmark = pytest.mark.slow  # two processes train first
@@ -117,6 +118,14 @@ def test_a_sharded_checkpoint_is_in_parts_that_its_manifest_lists_and_torch_read
         assert find_damage(copied) == f"{name} has another SHA-256"
         (copied / name).unlink()
         assert find_damage(copied) == f"{name} is missing"
+        if name.startswith("model"):
+            with pytest.raises(UserError, match=f"is damaged: {name} is missing"):
+                read_weights(copied / "ema", "raw")
+            for left in copied.glob("model-*"):
+                left.unlink()
+            save_file({"denoiser": torch.zeros(1)}, copied / "model.safetensors")  # not of this checkpoint
+            with pytest.raises(UserError, match=r"manifest\.json lists no model\.safetensors"):
+                read_weights(copied / "ema", "raw")
     checkpoint = pytest.importorskip("torch.distributed.checkpoint")
     if hasattr(checkpoint, "HuggingFaceStorageReader"):
         found = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.startswith("denoiser.")}
