@@ -37,7 +37,7 @@ LIMITS = {
     "number": 10**12,  # of steps and the like
     "images": 10**7,  # to sample: each has a label in memory and in samples.json
     "batch": 10**6,
-    "solver-steps": 10_000,
+    "solver-steps": 10_000,  # of sampling, and of ddpm's noise schedule
     "repeats": 100_000,  # of a measurement
     "alignments": 64,
     "size": 16_384,  # height and width of images and latents

@@ -9,7 +9,7 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.groups import Group
-from dic_repa.cli.options import PATH, Command, Count, Several, json_option, option_group, set_option
+from dic_repa.cli.options import PATH, Between, Command, Count, Several, json_option, option_group, set_option
 from dic_repa.errors import UserError, first_line, is_main_process
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, begin_folder, check_file, check_folder
@@ -101,7 +101,7 @@ def measuring_options(
             "How it is measured",
             _DEVICE,
             _ROUNDS,
-            click.option("--seconds", type=click.FloatRange(0), default=0.3, help="Length of each measurement, about."),
+            click.option("--seconds", type=Between(0, 3600), default=0.3, help="Length of each measurement, about."),
         )
         @option_group(
             "What is written",

@@ -1,5 +1,6 @@
 """Options of verbs: headed groups in --help, counts as people write them, options that override a recipe's key."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,16 @@ class Count(click.ParamType):
         if not isinstance(number, int) or number < self.least:
             self.fail(f"takes whole numbers from {self.least}, not '{value}'", parameter, context)
         check_limit(self.limit, number, parameter.opts[0] if parameter else "a number")
+        return number
+
+
+class Between(click.FloatRange):
+    """click's range of numbers, which takes `nan` for one inside it."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        number = super().convert(value, parameter, context)
+        if math.isnan(number):
+            self.fail(f"takes a number, not '{value}'", parameter, context)
         return number
 
 

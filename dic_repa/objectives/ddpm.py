@@ -13,6 +13,7 @@ from torch import Tensor
 from dic_repa.conditions import null_of
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.interpolants import VPPath
+from dic_repa.limits import check_limit
 from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives, once, run_denoiser
 from dic_repa.samplers.ddpm import BetaSchedule, split_output
 
@@ -55,6 +56,7 @@ class DDPM(Denoising):
         betas: str = "linear",
         first_step: int = 0,
     ):
+        check_limit("solver-steps", steps, "the number of ddpm's steps")
         if steps < 2 or not 0 < beta_start <= beta_end < 1:
             raise UserError(
                 f"ddpm with {steps} steps and betas from {beta_start} to {beta_end}: "

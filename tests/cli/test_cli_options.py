@@ -54,6 +54,11 @@ def test_counts():
         Count(1, "images").convert("1e20", None, None)
 
 
+@pytest.mark.parametrize("wrong", ["nan", "1e20", "-1", "inf", "x"])
+def test_seconds(wrong, mistake):
+    assert "Invalid value for '--seconds'" in mistake("bench", "model", "DiC-S", "--seconds", wrong)
+
+
 def test_counts_on_the_command_line(mistake):
     assert "Invalid value for '--num': takes whole numbers from 1, not '1.5'" in mistake("sample", "x", "--num", "1.5")
     assert "there is no run or checkpoint folder x" in mistake("sample", "x", "--num", "5e4", "--steps", "1e1")
