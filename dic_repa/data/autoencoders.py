@@ -21,6 +21,7 @@ from torch import Tensor
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import pin
+from dic_repa.limits import check_limit
 from dic_repa.protocols import Autoencoder
 from dic_repa.registry import Registry
 
@@ -140,9 +141,10 @@ class KLAutoencoder:
         from diffusers import AutoencoderKL
 
         with _diffusers_place(name) as (place, options):
+            spec = _read_spec(name, AutoencoderKL.load_config(place, **options))  # before it is built
             self.model = AutoencoderKL.from_pretrained(place, use_safetensors=True, **options)
         self.model.eval().requires_grad_(False)
-        spec, state = _read_spec(name, self.model.config), self.model.state_dict()
+        state = self.model.state_dict()
         weights = (part for key in sorted(state) for part in (key, state[key].float()))
         self.spec = replace(spec, fingerprint=fingerprint(json.dumps([spec.shift, spec.scale]), *weights))
 
@@ -168,13 +170,22 @@ class KLAutoencoder:
 def _read_spec(name: str, config: dict) -> AutoencoderSpec:
     if Path(name).is_dir():
         name = str(Path(name).resolve())  # a prepared data set is read from other folders than it was made in
-    channels = config["latent_channels"]
+    channels, widths, layers = (
+        config["latent_channels"],
+        config["block_out_channels"],
+        config.get("layers_per_block", 1),
+    )
+    check_limit("blocks", len(widths) * layers, f"the number of blocks of the autoencoder {name}")
+    largest = 4 * 9 * max(widths) * max(*widths, 2 * channels)  # bytes of a convolution
+    check_limit("memory", largest, f"the size of a layer of the autoencoder {name} in bytes")
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     shifts, scales = (shift,) * channels, (scale,) * channels
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         shifts = tuple(float(mean) for mean in config["latents_mean"])
         scales = tuple(scale / float(std) for std in config["latents_std"])
-    return AutoencoderSpec(name, channels, 2 ** (len(config["block_out_channels"]) - 1), shifts, scales)
+    spec = AutoencoderSpec(name, channels, 2 ** (len(widths) - 1), shifts, scales)
+    AutoencoderSpec.from_dict(spec.to_dict())
+    return spec
 
 
 @contextlib.contextmanager
@@ -195,7 +206,7 @@ def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not Path(place).is_dir() and place.count("/") == 1:
                 place, options["revision"] = pin(place)
             yield place, options
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
         files = "config.json and diffusion_pytorch_model.safetensors"
         if Path(place).is_dir():
             found = first_line(error)

@@ -77,7 +77,8 @@ def _open_folder(path: Path) -> FileTree:
     """Links to folders are followed, but each folder is read once: a link to a folder around it would never end."""
     tree = FileTree(path, [], [], partial(_read_from, path))
     seen: set[tuple[int, int]] = set()
-    waiting, links = [""], []  # what is linked to comes last, so that a folder is found where it lies
+    waiting: list[str] = [""]
+    links: list[str] = []  # what is linked to comes last, so that a folder is found where it lies
     while waiting or links:
         prefix = waiting.pop() if waiting else heapq.heappop(links)
         try:
