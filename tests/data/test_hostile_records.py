@@ -14,7 +14,7 @@ import pytest
 from pictures import as_file, picture, write_tree
 from PIL import Image
 
-from dic_repa.data.autoencoders import load_autoencoder
+from dic_repa.data.autoencoders import load_autoencoder, load_spec
 from dic_repa.data.images import BadImage, center_crop, decode_image
 from dic_repa.data.prepare import Preparation
 from dic_repa.data.prepared import Prepared
@@ -124,6 +124,29 @@ def test_columns_that_do_not_fit_are_one_line(preparation, column, values, said)
         writer.write_table(table)
     with pytest.raises(UserError, match=rf"^[^\n]*data-00000-of-00003\.arrow[^\n]*({said})[^\n]*$"):
         Prepared(preparation.destination)[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"latent_channels": 10**9},
+        {"latent_channels": "x"},
+        {"block_out_channels": [10**6, 8]},
+        {"block_out_channels": [8] * 10**5},
+        {"block_out_channels": None},
+        {"layers_per_block": 10**9},
+        {"scaling_factor": float("nan")},
+        {"latents_mean": [0.0], "latents_std": [0]},
+    ],
+)
+def test_an_absurd_autoencoder_is_one_line_before_it_is_built(tmp_path, change):
+    config = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_spec(str(tmp_path)).channels == 4
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    for read in (load_spec, load_autoencoder):
+        with pytest.raises(UserError, match=r"^[^\n]*holds no autoencoder: it takes[^\n]*$"):
+            read(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b'{"autoencoder": 3, "class_names": []}', b"[" * 10**5])
