@@ -212,7 +212,7 @@ def test_the_data_block_says_what_does_not_fit():
         build(name="prepared", size=16)
     with pytest.raises(UserError, match="'flop'"):
         build(name="images", path="x", size=16, options={"flop": True})
-    with pytest.raises(UserError, match="does not take these options"):
+    with pytest.raises(UserError, match="labels takes a text or null, not 5"):
         build(name="images", path=".", size=16, options={"labels": 5})
     with pytest.raises(UserError, match="unknown data set 'prepard'; did you mean prepared"):
         build(name="prepard")
