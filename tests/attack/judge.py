@@ -61,7 +61,7 @@ class Case:
     """One attack: `place` puts it into the folder in which `lines`, arguments of `dic-repa`, are then called in turn.
 
     Args:
-        must: 'answer': be fine or refused; 'refuse', or 'work'.
+        must: 'answer': be fine or refused; 'refuse', 'work', or 'trust': run the code of a file, and tell of it.
         check: After exit 0, what is wrong with the outcome, '' if nothing. It is given the folder.
         owns: Names in the folder that the commands may change; all else that was there must stay as it is.
         codes: Exit codes that are as promised, beside 0 and 2.
@@ -119,7 +119,11 @@ def judge(case: Case, folder: Path, good: Path, seconds: float = SECONDS) -> Ver
 def _outcome(case: Case, folder: Path, work: Path, verdict: Verdict, before: dict) -> tuple[str, str]:
     errors = (folder / "errors").read_bytes().decode(errors="surrogateescape")
     notes = (folder / "notes").read_text(errors="replace")
-    if list(folder.rglob(CANARY)) or "system" in notes:
+    ran = bool(list(folder.rglob(CANARY)))
+    if case.must == "trust":
+        told = ran and "evil" in verdict.said
+        return ("fine", "") if told else ("broken", f"trusted code ran: {ran}; {last_line(errors)}")
+    if ran or "system" in notes:
         return "code ran", notes
     if "write" in notes:
         return "outside", notes.splitlines()[0]
@@ -363,11 +367,8 @@ def import_all() -> None:
     """Import what verbs import when they are called, so that each fork has it."""
     import importlib
 
-    import torch
-
     from dic_repa.cli import VERBS, cli
 
-    torch.set_num_threads(1)
     for verb in VERBS:
         cli.get_command(None, verb)
     for name in ("timm", "datasets", "diffusers", "torchdiffeq", "matplotlib.pyplot", "torch_fidelity"):

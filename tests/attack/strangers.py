@@ -52,7 +52,23 @@ def keys(change: Callable[[dict], None], beside: str = "evil.py") -> Callable[[P
             change(recipe)
             file.write_text(yaml.safe_dump(recipe))
             (file.parent / beside).write_text(EVIL)
+            (file.parent / "evil.yaml").write_text("plugins: [evil]\n")
         (folder / beside).write_text(EVIL)
+        (folder / "evil.yaml").write_text("plugins: [evil]\n")
+        (folder / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
+        rehash(folder)
+
+    return place
+
+
+def config(**changes: object) -> Callable[[Path], None]:
+    """Change every config.json and data.json of the stranger."""
+
+    def place(folder: Path) -> None:
+        (folder / "evil.py").write_text(EVIL)
+        for file in [*folder.rglob("config.json"), *folder.rglob("data.json")]:
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+            (file.parent / "evil.py").write_text(EVIL)
         rehash(folder)
 
     return place
@@ -109,6 +125,13 @@ WAYS = {
     "weak": put("sample", "guidance", value={"weak": "converted", "scale": 2}),
     "autoencoder": put("data", "autoencoder", value="evil"),
     "metric": put("evaluate", value={"metric": "evil:make"}),
+    "base": put("base", value="evil.yaml"),
+    "folders": put("folders", value=["."]),
+    "another spelling": put("plugins", value=["ｅｖｉｌ"]),
+    "encoder's weights": aligned(encoder="dinov2-vit-s14", encoder_options={"weights": "evil.pt"}),
+    "encoder's arguments": aligned(
+        encoder="timm:local-dir:.", encoder_options={"model_args": {"block_fn": "evil:make"}}
+    ),
     "tracker": put("train", "trackers", value=["evil:make"]),
 }
 RUN = [
@@ -186,6 +209,7 @@ PICKLES = [
     "train tiny.yaml --out out --set data.name=repa --set data.path=.",
     "train tiny.yaml --out out --set data.name=dit --set data.path=.",
 ]
+TRUSTED = [line for line in RUN if line.split()[0] in ("sample", "convert", "tune", "probe", "train")]
 CASES: list[tuple[str, Callable[[Path], None], str]] = [
     *((f"{name}: {line}", keys(change), line) for name, change in WAYS.items() for line in RUN),
     *((f"a tag: {line}", yaml_tags, line) for line in RUN),
@@ -194,6 +218,10 @@ CASES: list[tuple[str, Callable[[Path], None], str]] = [
         for line in RUN
     ),
     *((f"a pickle: {line}", pickled, line) for line in PICKLES),
+    *((f"a config: {line}", config(model="evil:make"), line) for line in RUN),
+    *((f"an option of a config: {line}", config(block="evil:make", autoencoder="evil:make"), line) for line in RUN),
+    *((f"trusted: {line} --trust-code", keys(WAYS["plugins"]), f"{line} --trust-code") for line in TRUSTED),
+    *((f"trusted model: {line} --trust-code", keys(WAYS["model"]), f"{line} --trust-code") for line in TRUSTED[:1]),
 ]
 COUNT = len(CASES)
 
@@ -201,6 +229,6 @@ COUNT = len(CASES)
 def case(index: int, chance: Random) -> Case:
     """Each of `CASES` once."""
     name, place, line = CASES[index]
-    return Case(
-        name, [line.split()], place, ("run", "converted", "samples"), owns=("out", "out.html", "run", "samples")
-    )
+    must = "trust" if "trusted" in name else "answer"
+    owns = ("out", "out.html", "run", "samples")
+    return Case(name, [line.split()], place, ("run", "converted", "samples"), must, owns=owns)

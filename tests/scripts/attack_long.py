@@ -98,10 +98,13 @@ def attack(name: str, indices: range, seed: int, folder: Path, good: Path, failu
 
 
 def judged_twice(name: str, case: Case, folder: Path, good: Path) -> Verdict:
-    """The verdict on a case. What took too long is tried once more where another program may have been in the way."""
+    """The verdict on a case. It is tried once more where another program may have been in the way, and where a fork of
+    torch's threads has failed, which no command of a user is.
+    """
     verdict = judged(name, case, folder, good)
     shutil.rmtree(folder)
-    if verdict.outcome == "hang" and 1 < verdict.busy < 0.8 * verdict.seconds:
+    starved = verdict.outcome == "hang" and 1 < verdict.busy < 0.8 * verdict.seconds
+    if starved or "Invalid thread pool" in verdict.said:
         verdict = judged(name, case, folder, good)
         shutil.rmtree(folder)
     return verdict
