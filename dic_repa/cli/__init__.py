@@ -137,7 +137,8 @@ def _options_first(arguments: list[str]) -> list[str]:
     """The arguments with the options of all verbs before the verb, wherever they stand: one adds them to the end of a
     command that has failed.
     """
-    first, others = [], []
+    first: list[str] = []
+    others: list[str] = []
     words = iter(arguments)
     for word in words:
         if word == "--limit":
