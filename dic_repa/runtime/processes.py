@@ -70,11 +70,11 @@ class Votes:
         dist.all_reduce(votes, group=self.group)
         return bool(votes)
 
-    def first(self, mine: Exception | None) -> Exception | None:
+    def first(self, mine: BaseException | None) -> BaseException | None:
         """The exception of the first process that has one."""
         if not self.any(mine is not None):
             return None
-        every: list[Exception | None] = [mine]
+        every: list[BaseException | None] = [mine]
         if not self.alone:
             every = [None] * dist.get_world_size()
             dist.all_gather_object(every, mine, group=self.group)

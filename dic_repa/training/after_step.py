@@ -85,7 +85,7 @@ class AfterStep:
     def next_batch(self, incoming: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The next batch, once all processes have one; where one has none, all save what they have done, and stop."""
         batch: dict[str, Tensor] = {}
-        fault: Exception | None = None
+        fault: BaseException | None = None
         try:
             batch = next(incoming)
         except (Preempted, UserError, OSError) as error:
@@ -98,7 +98,7 @@ class AfterStep:
             self.stop(fault)
         return batch
 
-    def stop(self, fault: Exception) -> None:
+    def stop(self, fault: BaseException) -> None:
         """Save this step, unless there is nothing new, and raise `fault`; Preempted tells why and what is saved."""
         if new := self.saved < self.step and self.step > self.begun:
             self.save(None)

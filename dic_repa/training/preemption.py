@@ -10,7 +10,7 @@ REQUEUE_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
 
 
-class Preempted(Exception):
+class Preempted(BaseException):  # a library in which the signal comes may wrap any Exception into one of its own
     """A signal has stopped the run; its state is saved, and it goes on with `resume`."""
 
 

@@ -83,7 +83,7 @@ def judge(case: Case, folder: Path, good: Path) -> Verdict:
             break  # it was quicker
     codes, _ = ended(launch(name, folder), LONG)
     if any(codes):
-        errors = (folder / "errors").read_text(errors="replace")
+        errors = text(folder)
         return told(folder, f"the last command ended with {codes}: {fault(errors)}", begin, "broken")
     if difference := first_difference(expected, content(folder / "work")):
         return told(folder, f"after {kills} kills: {difference}", begin, "silent")
@@ -92,8 +92,14 @@ def judge(case: Case, folder: Path, good: Path) -> Verdict:
 
 def told(folder: Path, why: str, begin: float, outcome: str = "traceback") -> Verdict:
     outcome = "hang" if "still runs" in why else outcome
-    said = "".join((folder / name).read_text(errors="replace") for name in ("said", "errors"))
+    said = text(folder, "said") + text(folder)
     return Verdict(outcome, why, seconds=time.monotonic() - begin, said=said)
+
+
+def text(folder: Path, name: str = "errors") -> str:
+    """What the processes have printed, which may have been killed before."""
+    file = folder / name
+    return file.read_text(errors="replace") if file.is_file() else ""
 
 
 def undisturbed(name: str, folder: Path, good: Path) -> tuple[dict[str, str], float]:
@@ -172,7 +178,7 @@ def whole_process(lines: list[list[str]]) -> int:
 
 def disturbed(name: str, folder: Path, number: int, moment: float, chance: Random) -> tuple[list[int], str]:
     """Send a signal after `moment` seconds; the exit codes, and what was wrong with the end."""
-    before = len((folder / "errors").read_text(errors="replace")) if (folder / "errors").is_file() else 0
+    before = len(text(folder))
     children = launch(name, folder)
     codes, left = ended(children, moment)
     if left:
@@ -191,7 +197,7 @@ def disturbed(name: str, folder: Path, number: int, moment: float, chance: Rando
     if left:
         ended(left, 5)
         return codes, f"{len(left)} processes still run after {PATIENCE:.0f} s"
-    errors = (folder / "errors").read_text(errors="replace")[before:]
+    errors = text(folder)[before:]
     if "Traceback (most recent call last)" in errors and len(children) == 1:
         return codes, fault(errors)
     if odd := [code for code in codes if code not in (0, 2, 75, 130, -number, -signal.SIGTERM, -signal.SIGKILL)]:
@@ -225,9 +231,12 @@ _over: set[int] = set()  # processes that were waited for
 def content(work: Path) -> dict[str, str]:
     """All that must be the same, by name: hashes of pictures, weights and states, and records without times."""
     found = {}
+    steps = sorted(work.glob("out/checkpoints/step_*"))
     for top in ("out", "run", "cache"):
         for file in sorted((work / top).rglob("*")):
             name = str(file.relative_to(work))
+            if any(file.is_relative_to(step) for step in steps[:-1]):
+                continue  # a signal adds one, and so another one of those before the last is kept
             if file.is_dir() or file.name in ("curves.png", "environment.json", "run.json", "manifest.json"):
                 continue  # a manifest holds hashes of the files that are compared here
             data = file.read_bytes().replace(os.fsencode(work), b"WORK")
