@@ -36,6 +36,7 @@ from dic_repa.recipe.build import (
 from dic_repa.recipe.files import paper_recipe
 from dic_repa.recipe.keys import differences
 from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.progress import progress_bar
 from dic_repa.training.inputs import check_batch
 from dic_repa.training.log import device_name
 from dic_repa.training.loop import start_accelerator
@@ -187,7 +188,7 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
         batch = {k: v.to(device) for k, v in default_collate([parts.data[i] for i in range(rows)]).items()}
         seconds = []
         with sampled_power(device) as watts:
-            for step in range(STEPS):
+            for step in progress_bar(range(STEPS), desc="first steps", unit="step", leave=False):
                 begin = time.perf_counter()
                 loss = train_step(batch, step)
                 if on_gpu:

@@ -23,6 +23,7 @@ from dic_repa.files.weights import WRITE_ERRORS, save_tensors
 from dic_repa.runs.checkpoints import read_run_id
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.snapshots import Snapshot, find_snapshots, read_snapshot
+from dic_repa.runtime.progress import warn
 from dic_repa.training.ema import sigma_rel_to_gamma
 
 
@@ -65,6 +66,9 @@ def reconstruct(run: RunFolder, sigma_rel: float, step: int | None = None) -> tu
     if step not in steps:
         raise UserError(f"{run.path} has no snapshot of step {step}; it has {', '.join(map(str, steps))}")
     snapshots = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    widths = {snapshot.sigma_rel for snapshot in snapshots}
+    if missing := len({snapshot.step for snapshot in snapshots}) * len(widths) - len(snapshots):
+        warn(f"{missing} snapshots of {run.path} are missing, and the average is made of the others")
     gammas = [sigma_rel_to_gamma(snapshot.sigma_rel) for snapshot in snapshots]
     factors = combination([snapshot.step for snapshot in snapshots], gammas, step, gamma)
     total: dict[str, Tensor] = {}

@@ -363,6 +363,14 @@ def nothing_else_changes(*folders: Path) -> Iterator[None]:
     assert not changed, f"{len(changed)} files outside the attack's folder were changed: {changed[:10]}"
 
 
+LIBRARIES = "timm datasets diffusers torchdiffeq matplotlib.pyplot torch_fidelity"
+MODULES = (
+    "__main__ bench.data bench.model bench.sample bench.train data.prepare encoders.timm_vit evaluation.report "
+    "evaluation.probe evaluation.runs evaluation.solvers evaluation.tune sampling.convert sampling.folder training "
+    "training.dry_run training.posthoc"
+)
+
+
 def import_all() -> None:
     """Import what verbs import when they are called, so that each fork has it."""
     import importlib
@@ -371,11 +379,5 @@ def import_all() -> None:
 
     for verb in VERBS:
         cli.get_command(None, verb)
-    for name in ("timm", "datasets", "diffusers", "torchdiffeq", "matplotlib.pyplot", "torch_fidelity"):
+    for name in [*LIBRARIES.split(), *(f"dic_repa.{module}" for module in MODULES.split())]:
         importlib.import_module(name)
-    for name in ("bench.data", "bench.model", "bench.sample", "bench.train", "data.prepare", "evaluation.report"):
-        importlib.import_module(f"dic_repa.{name}")
-    for name in ("evaluation.runs", "evaluation.tune", "evaluation.probe", "evaluation.solvers", "sampling.convert"):
-        importlib.import_module(f"dic_repa.{name}")
-    for name in ("training", "training.dry_run", "training.posthoc", "sampling.folder", "encoders.timm_vit"):
-        importlib.import_module(f"dic_repa.{name}")

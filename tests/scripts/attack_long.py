@@ -27,15 +27,15 @@ from attack.judge import MEANING, OUTCOMES, Case, Verdict, import_all, nothing_e
 
 # Cases of each class without --long: in all, some 40 seconds.
 SHORT = {
-    "recipes": 150,
-    "commands": 40,
-    "checkpoints": 16,
-    "configs": 20,
-    "records": 20,
-    "archives": 25,
-    "strangers": 20,
-    "kills": 3,
-    "resources": 6,
+    "recipes": 80,
+    "commands": 20,
+    "checkpoints": 10,
+    "configs": 10,
+    "records": 12,
+    "archives": 15,
+    "strangers": 12,
+    "kills": 2,
+    "resources": 4,
 }
 
 
