@@ -192,7 +192,7 @@ BASELINES = """
 from torch import nn
 from dic_repa.models import DiC
 
-def small(**options): return DiC(8, (1, 1, 1, 1, 1), **options)
+def small(**options) -> DiC: return DiC(8, (1, 1, 1, 1, 1), **options)
 
 class TwoArguments(nn.Module):
     def __init__(self, denoiser, more): ...

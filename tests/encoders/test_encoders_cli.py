@@ -88,7 +88,7 @@ def test_check_writes_the_image_beside_its_tokens(tmp_path):
         (["digits-vit", "--option", "layer"], "takes key=value"),
         (["digits-vit", "--option", "layr=1"], "did you mean layer"),
         (["digits-vit", "--option", "layer=["], "--option layer: '[' is not valid YAML"),
-        (["digits-vit", "--option", "layer=abc"], "digits-vit' does not take these options"),
+        (["digits-vit", "--option", "layer=abc"], "'digits-vit': layer takes a whole number, not 'abc'"),
         (["dinov2-vit-s", "--option", "pixels_per_token=abc"], "dinov2-vit-s' does not take these options"),
         (["digits-vit", "--out", "x.foo"], "x.foo is not a picture; end it in .png"),
     ],

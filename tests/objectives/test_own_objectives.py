@@ -242,7 +242,7 @@ def test_own_objectives_train(tmp_path, name, plain):
     assert all(math.isfinite(line["loss"]) and line["gradient_norm"] > 0 and not line["skipped"] for line in lines)
     assert ("alignment.0.token" in lines[0]) != plain
     if not plain:
-        section = done.recipe().alignments[0]
+        section = done.recipe(only_read=True).alignments[0]
         terms = lines[0]["alignment.0.token"] + section.manifold_weight * lines[0]["alignment.0.manifold"]
         assert lines[0]["loss"] == pytest.approx(lines[0]["denoising"] + section.weight * terms, rel=1e-5)
     assert (done.samples / "step_00000003.png").is_file()

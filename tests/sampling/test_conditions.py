@@ -253,17 +253,19 @@ def test_a_run_on_vectors(place):
     ema = Path("run/checkpoints/step_00000150/ema")
     assert load_file(ema / "model.safetensors")["condition.0.label.null"].abs().sum() > 0  # some rows were dropped
     np.save("wanted.npy", np.array([[-0.8], [0.8]], np.float32))
-    call = f"{sys.executable} -m dic_repa sample run --num 8 --out out --conditions".split()
+    call = f"{sys.executable} -m dic_repa sample run --num 8 --out out --trust-code --conditions".split()
     done = subprocess.run([*call, "wanted.npy"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     levels = grey("out", 8)
     assert levels[::2].max() < -0.3
     assert levels[1::2].min() > 0.3
     assert json.loads(Path("out/samples.json").read_text())["labels"] == [0, 1] * 4
-    command("sample", "run", "--classes", "0", "--scale", "1", "--num", "4", "--out", "first")  # an example of the data
+    command(
+        "sample", "run", "--classes", "0", "--scale", "1", "--num", "4", "--out", "first", "--trust-code"
+    )  # an example of the data
     wanted = SavedData.read(ema).condition.examples[0].item()
     assert (grey("first", 4).mean() - wanted).abs() < 0.35
-    images = load("run").sample(conditions=np.array([[0.8], [-0.8]]))
+    images = load("run", trust_code=True).sample(conditions=np.array([[0.8], [-0.8]]))
     assert np.asarray(images[0]).mean() > np.asarray(images[1]).mean() + 40
     np.save("other.npy", np.array([[0.0]], np.float32))
     done = subprocess.run([*call, "other.npy"], capture_output=True, text=True)
