@@ -6,7 +6,6 @@ Outputs are only ever named inside the case's folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -213,7 +212,7 @@ def case(index: int, chance: Random) -> Case:
         must = "refuse" if value == "" and option.type.name not in ("boolean",) else "answer"
     # What a run, a checkpoint or a folder of samples is given to, it may add to or go on with.
     owns = {"out", "out.html", "out.png", "out.pt", "out.txt", "runs", "averages"}
-    if words[:1] in (["train"], ["evaluate"], ["tune"], ["probe"], ["ema"], ["sample"]):
+    if words[:1] in (["train"], ["evaluate"], ["tune"], ["probe"], ["ema"], ["sample"], ["solvers"]):
         owns |= {"run", "samples", "scored"}
     return Case(
         f"command {index}", [words], lambda folder: both(folder), LINES[line], must, owns=tuple(owns), codes=(75,)
@@ -321,8 +320,3 @@ def shuffled(words: list[str], verb: int, command: click.Command, chance: Random
         lambda: [word[:-1] if word.startswith("--") else word for word in words],
     ]
     return [word for word in chance.choice(changes)() if word != "--open"]
-
-
-def all_lines() -> Iterator[list[str]]:
-    """The lines that must work, to see that they still do."""
-    yield from (line.split() for line in LINES)
