@@ -164,9 +164,11 @@ def test_a_recipe_that_the_user_names_is_the_users_own(theirs, canary, plugin_fo
     assert canary.exists()
 
 
-def test_reading_runs_nothing(theirs, canary):
+def test_reading_runs_nothing(theirs, canary, plugin_folder):
     theirs(WAYS["plugins"] | {"model.name": "evil:Net"})
-    for verb in (["runs", "theirs"], ["recipes", "show", "theirs/recipe.yaml"]):
+    (plugin_folder / "run/checkpoints").mkdir(parents=True)
+    shutil.copy(plugin_folder / "theirs/recipe.yaml", plugin_folder / "run")
+    for verb in (["runs", "theirs"], ["verify", "run"], ["recipes", "show", "theirs/recipe.yaml"]):
         with pytest.raises(SystemExit) as exit:
             main(verb)
         assert exit.value.code == 0

@@ -102,7 +102,7 @@ def _run(run: RunFolder) -> Iterator[Finding]:
     faults = {folder: find_damage(folder) or find_stranger(folder) for folder in checkpoints}
     newest = max((folder for folder in checkpoints if not faults[folder]), key=checkpoint_step, default=None)
     copied = f"; {newest / 'ema/recipe.yaml'} is a copy" if newest else ""
-    yield _look(run.recipe_file, run.recipe, f"restore it{copied}")
+    yield _look(run.recipe_file, partial(run.recipe, only_read=True), f"restore it{copied}")
     for folder, fault in faults.items():
         mend = "restore it from a copy; nothing here can make it again"
         if newest and checkpoint_step(newest) < checkpoint_step(folder):
