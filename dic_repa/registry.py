@@ -42,6 +42,7 @@ from typing import Any
 from dic_repa.errors import MISTAKES, UserError, did_you_mean, first_line, unknown_name
 from dic_repa.runtime.kinds import wrong_kind
 from dic_repa.runtime.progress import detail
+from dic_repa.trust import is_factory
 
 _CALLED = ("__call__", "__getitem__", "__len__")  # of a protocol's members, beside those with plain names
 
@@ -285,7 +286,7 @@ def import_factory(name: str, kind: str = "part") -> Any:
         UserError: `name` has another form, or there is no such module, or nothing to call in it.
     """
     module, _, factory = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), factory]):
+    if not is_factory(name):
         raise UserError(f"{kind} '{name}' is neither a known name nor of the form package.module:factory")
     found = import_plugin(module)
     if not callable(getattr(found, factory, None)):

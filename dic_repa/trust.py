@@ -11,7 +11,6 @@ code, unless the user says `--trust-code`, or in Python
 import contextlib
 import functools
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -27,7 +26,6 @@ from dic_repa.runtime.progress import say
 WITH_WEIGHTS = (
     MARKER, "checkpoints", "environment.json", "config.json", "manifest.json", "model.safetensors", "metrics.jsonl",
 )  # fmt: skip
-_FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # what `Registry.find` imports
 _NOT_CODE = ("description", "paper", "folders")  # keys of a recipe that hold text
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
@@ -79,6 +77,12 @@ def _tell(line: str) -> None:
     say(line)
 
 
+def is_factory(name: str) -> bool:
+    """Whether a name has the form `package.module:factory`, which `Registry.find` imports."""
+    module, _, factory = name.partition(":")
+    return all(part.isidentifier() for part in [*module.split("."), factory])
+
+
 def names_code(content: Any) -> bool:
     """Whether a recipe's plain content names modules to import."""
     return any(_named_code(content))
@@ -101,7 +105,7 @@ def _named_code(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _is_code(name: str, key: str) -> bool:
     """Whether a name imports more than dic-repa imports anyway."""
     known = ("torch.optim:", "timm:") if key.endswith("encoder") else ("torch.optim:",)
-    return bool(_FACTORY.fullmatch(name)) and not name.startswith(known)
+    return is_factory(name) and not name.startswith(known)
 
 
 def _origin(name: str, places: list[str]) -> str:

@@ -45,6 +45,7 @@ WAYS = {
     "guidance": {"sample.guidance": {"scale": 2.0, "kind": "evil:Guidance"}},
     "metric": {"evaluate": {"metric": "evil:score"}},
     "letters of another script": {"model.name": "evil:Né"},
+    "a name of no letters": {"model.name": "evil.\u2118:\u212e"},
 }
 VERBS = {
     "sample": ["sample", "theirs", "--num", "2"],
