@@ -144,14 +144,16 @@ class Output(nn.Module):
 class DiC(Pretrained):
     """A velocity (or noise, score, data) model: `model(x, t, y)` with x (B, in_channels, H, W), t (B,), y (B,) int64.
 
-    H and W are any multiples of 4. `y == num_classes` is the null class; with a `condition`, y is (B, dim). The output
-    has `in_channels` channels, twice as many with `learn_sigma` (the second half is the variance of a DDPM-trained
-    model). Activations are laid out in memory as the weights are: channels_last, unless the model is moved
+    H and W are any multiples of 4 patches. `y == num_classes` is the null class; with a `condition`, y is (B, dim). The
+    output has `in_channels` channels, twice as many with `learn_sigma` (the second half is the variance of a
+    DDPM-trained model). Activations are laid out in memory as the weights are: channels_last, unless the model is moved
     `to(memory_format=torch.contiguous_format)`.
 
     Args:
         width: C, the channels of level 0; even.
         depths: blocks of the stages (encoder 0, encoder 1, middle, decoder 1, decoder 0).
+        patch_size: the side of the squares of pixels that level 0 sees as one (pixel-unshuffle): with 2, a step takes a
+            quarter of the time, which suits data in pixels.
         time_scale: multiplies t before its embedding; 1 takes t as it is, as SiT and REPA do.
         shape: 'unet', or 'isotropic': all levels as wide as the first, and no resampling between them.
         skips: 'sparse' (one in three blocks), 'dense' (every block) or 'none'.
@@ -180,6 +182,7 @@ class DiC(Pretrained):
         embedding: str = "per-level",
         block: str = "dic",
         condition: dict[str, Any] | None = None,
+        patch_size: Size = 1,
     ):
         super().__init__()
         self.config = config_of(locals())
@@ -193,7 +196,7 @@ class DiC(Pretrained):
         for kind, known in choices.items():
             if self.config[kind] not in known:
                 raise unknown_name(kind, self.config[kind], known)
-        self.in_channels, self.num_classes = in_channels, num_classes
+        self.in_channels, self.num_classes, self.patch_size = in_channels, num_classes, patch_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.skip_stride = SKIP_STRIDES[skips]
         widths = tuple(width * multiple for multiple in SHAPES[shape])
@@ -202,7 +205,8 @@ class DiC(Pretrained):
         resampled = shape == "unet"
         make = blocks.find(block)
 
-        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.patchify = nn.PixelUnshuffle(patch_size) if patch_size > 1 else nn.Identity()
+        self.stem = nn.Conv2d(in_channels * patch_size**2, width, 3, padding=1)
         taken = self.conditioned_on
         vector = taken if isinstance(taken, VectorCondition) else None
         self.condition = Modules(
@@ -223,7 +227,8 @@ class DiC(Pretrained):
                     f"a decoder stage of {depth} blocks needs {len(takes)} skips, its encoder stage gives {given}"
                 )
             self.dec.append(Modules(make(2 * w if j in takes else w, w, c) for j in range(depth)))
-        self.output = Output(width, self.out_channels)
+        self.output = Output(width, self.out_channels * patch_size**2)
+        self.unpatchify = nn.PixelShuffle(patch_size) if patch_size > 1 else nn.Identity()
 
         self.reset_parameters(zero_gates)
         self.set_gradient_checkpointing(gradient_checkpointing)
@@ -260,13 +265,13 @@ class DiC(Pretrained):
         return [*self.enc[0], *self.enc[1], *self.mid, *self.dec[1], *self.dec[0]]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if x.shape[-2] % 4 or x.shape[-1] % 4:
-            raise UserError(f"DiC takes heights and widths divisible by 4, not {x.shape[-2]}x{x.shape[-1]}")
+        if x.shape[-2] % (step := 4 * self.patch_size) or x.shape[-1] % step:
+            raise UserError(f"DiC takes heights and widths divisible by {step}, not {x.shape[-2]}x{x.shape[-1]}")
         c = [condition(t, y) for condition in self.condition]
         c = c * 3 if len(c) == 1 else c
         # Not the stem's: of one channel it would be both. Of sharded weights, the output's are whole by now.
         layout = self.layout or layout_of(self.output.conv1.weight)
-        x = self.stem(x.contiguous(memory_format=layout))
+        x = self.stem(self.patchify(x).contiguous(memory_format=layout))
         skips = []
         for level in (0, 1):
             pushing = pushing_blocks(len(self.enc[level]), self.skip_stride)
@@ -284,7 +289,7 @@ class DiC(Pretrained):
                 if j in popping:
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = block(x, c[level])
-        return self.output(x, c[0])
+        return self.unpatchify(self.output(x, c[0]))
 
 
 def pushing_blocks(depth: int, stride: int = 3) -> set[int]:

@@ -113,6 +113,22 @@ def test_any_size_and_channel_count(height, width, channels):
     assert model(x, t, y).shape == x.shape
 
 
+def test_patches_are_torchs_pixel_unshuffle_around_the_model():
+    torch.manual_seed(0)
+    options = {"width": 16, "depths": (1, 1, 1, 1, 1), "num_classes": 3, "learn_sigma": True}
+    patched, plain = DiC(in_channels=3, patch_size=2, **options), DiC(in_channels=12, **options)
+    torch.nn.init.normal_(patched.output.conv2.weight)
+    plain.load_state_dict(patched.state_dict())
+    x, t, y = torch.randn(2, 3, 16, 24), torch.rand(2), torch.tensor([1, 3])
+    expected = F.pixel_shuffle(plain(F.pixel_unshuffle(x, 2), t, y), 2)
+    torch.testing.assert_close(patched(x, t, y), expected, rtol=0, atol=0)
+    assert expected.shape == (2, 6, 16, 24)
+    with pytest.raises(UserError, match="divisible by 8"):
+        patched(torch.zeros(1, 3, 12, 12), t[:1], y[:1])
+    with pytest.raises(UserError, match="patch_size"):
+        DiC(in_channels=3, patch_size=0, **options)
+
+
 def test_learn_sigma_doubles_the_output():
     assert small(learn_sigma=True)(*inputs()).shape == (2, 6, 16, 16)
 
