@@ -33,7 +33,8 @@ NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
 @option_group(
     "Metrics and their reference",
     click.option(
-        "--reference", help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or 'digits'."
+        "--reference",
+        help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or a name: digits:train.",
     ),
     click.option(
         "--metrics", type=Several(str), help=f"Names from --list-metrics, with commas.  [default: {','.join(ADM)}]"
@@ -88,8 +89,12 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
 
     An option with [recipe, else ...] overrides that key of the recipe's `sample` section, as in `dic-repa sample`.
 
-    fd-encoder, prec-encoder and recall-encoder need no further weights: they compare the mean tokens of the encoder
-    that the run was aligned to. They are no FID and compare with no published number; the teacher judges its pupil.
+    Data sets that come with the package are named: emoji:train, emoji:held-out, digits:train, digits:held-out. A name
+    alone stands for the pictures that are trained on, but digits for those held out.
+
+    fd-lite2, prec-lite2 and recall-lite2 judge any pictures without network, by EfficientNet-Lite2, whose weights come
+    with the package. fd-encoder, prec-encoder and recall-encoder compare the mean tokens of the encoder that the run
+    was aligned to; the teacher judges its pupil. They are no FID and compare with no published number.
 
     \b
     Examples:
@@ -131,7 +136,15 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         check_file(file)
 
     from dic_repa.evaluation import open_images
-    from dic_repa.evaluation.runs import is_checkpoint, record, record_file, sample_checkpoint, save_record
+    from dic_repa.evaluation.runs import (
+        by_encoder,
+        is_checkpoint,
+        notes_on_scores,
+        record,
+        record_file,
+        sample_checkpoint,
+        save_record,
+    )
     from dic_repa.runs.folder import suggest_runs
     from dic_repa.runtime.processes import start_processes
 
@@ -156,6 +169,7 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         if path not in opened:
             loaded = load_for_sampling(path, processes.device, **options)
             place = sample_checkpoint(path, *loaded, processes, options["again"])
+            notes += notes_on_scores(by_encoder(measure.metrics, "lite2"), loaded[0].recipe)
         images = opened.get(path) or open_images(place, options["resize"])
         with print_rank_errors(), images_done(desc=f"measuring {place}", total=len(images)) as bar:
             measured = measure(images, options["bootstrap"] or 0, bar.update)
@@ -250,9 +264,8 @@ def evaluate_and_show(
 
 def print_judgements(judgements: Sequence[Judgement]) -> None:
     """A row for each run, one for runs that differ in the seed alone, and one for real images."""
-    from dic_repa.evaluation.extractors import no_fid
     from dic_repa.evaluation.metrics import title
-    from dic_repa.evaluation.runs import by_encoder, describe_sampling
+    from dic_repa.evaluation.runs import describe_sampling, notes_on_scores
 
     first = judgements[0].scores
     shown = [key for key, value in first.items() if key not in NO_COLUMN and not isinstance(value, dict)]
@@ -278,9 +291,8 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
     if isinstance(first.get("reference"), dict):
         rows.append((f"real {judgements[0].recipe.data.name}", "", "", *cells(first["reference"])))
     print_result(format_rows(rows, left=(0, 2)))
-    if by_encoder(shown):
-        for encoder in dict.fromkeys(j.recipe.alignments[0].encoder for j in judgements if j.recipe.alignments):
-            say(f"note: {no_fid(encoder)}")
+    for note in dict.fromkeys(note for j in judgements for note in notes_on_scores(shown, j.recipe)):
+        say(f"note: {note}")
 
 
 def _spread(values: list) -> str:

@@ -1,4 +1,5 @@
-"""The networks whose features the metrics compare: Inception as ADM has it, DINOv2, the judge of digits, any encoder.
+"""The networks whose features the metrics compare: Inception as ADM has it, DINOv2, the judge of digits,
+EfficientNet-Lite2, any encoder.
 
 An extractor turns uint8 images (B, 3, H, W) into a dict of features by layer, (B, D) float32. It says what its features
 depend on: `fingerprint` (of the weights) and `resizing`, which go into the key of cached statistics.
@@ -23,6 +24,7 @@ from dic_repa.registry import Registry
 extractors = Registry("feature extractor", modules=["dic_repa.evaluation.digits"])
 INCEPTION_SHA256 = "6726825d"  # the first digits, which torch-fidelity's file has in its name
 SPATIAL_CHANNELS = 7
+LITE2 = "efficientnet-lite2"
 
 
 @extractors.register("inception")
@@ -148,7 +150,7 @@ class PooledTokens(nn.Module):
         self.encoder = create_encoder(encoder, **options)
         self.fingerprint = encoder_hash(encoder, options, self.encoder).hexdigest()[:24]
         self.made_of = {"encoder": encoder, "options": options}
-        self.notes = (no_fid(encoder),)
+        self.notes: tuple[str, ...] = (no_fid(encoder), judged_by_its_teacher(encoder))
         self._name, self._checked = encoder, False
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -160,12 +162,25 @@ class PooledTokens(nn.Module):
         return {"pooled": tokens.float().mean(dim=1)}
 
 
+@extractors.register("lite2")
+class Lite2(PooledTokens):
+    """`pooled` (120): the mean over EfficientNet-Lite2's cells of 16 pixels, images resized to 128; in this package."""
+
+    resizing = "bicubic to 128"
+
+    def __init__(self):
+        super().__init__(LITE2, layer=3, input_size=128)
+        self.notes = (no_fid(LITE2),)
+
+
 def no_fid(encoder: str) -> str:
-    """The note that goes with every score by a run's own encoder."""
-    return (
-        f"scores by the tokens of {encoder} are no FID and compare with no published number; a model that was aligned "
-        "to it is judged by its own teacher"
-    )
+    """The note that goes with every score by an encoder's tokens."""
+    return f"scores by the tokens of {encoder} are no FID and compare with no published number"
+
+
+def judged_by_its_teacher(encoder: str) -> str:
+    """The note that goes with scores of a run by the encoder that it was aligned to."""
+    return f"a model that was aligned to {encoder} is judged by its own teacher here"
 
 
 def describe_extractors(extractors: dict[str, FeatureExtractor]) -> dict[str, dict[str, str]]:

@@ -1,10 +1,13 @@
-"""Sets of images to measure: a folder, zip or tar, an ADM `.npz`, a prepared or Arrow data set, or one in memory.
+"""Sets of images to measure: a folder, zip or tar, an ADM `.npz`, a prepared or Arrow data set, or one in memory or in
+the package.
 
 All become an `ImageSet`, read a batch at a time by several threads.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +23,9 @@ from torch import Tensor
 
 from dic_repa.data.files import stamp
 from dic_repa.data.images import BadImage, center_crop, decode_image
+from dic_repa.data.registry import datasets
 from dic_repa.data.sources import open_source
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, did_you_mean
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.npz import NpzFile
 from dic_repa.files.reading import read_file, read_json
@@ -86,28 +90,29 @@ class ImageSet:
 
 
 def open_images(source, resize: int | None = None) -> ImageSet:
-    """The images of a path, of 'digits' (the held-out ones), or of a data set.
+    """The images of a path, of a data set in the package such as 'emoji:train' (see `named_data`), or of one in memory.
 
     Args:
         source: a folder, zip or tar of image files, at any depth; an `.npz` with `arr_0` (N, H, W, C), uint8; what
-            `dic-repa prepare` or `datasets` wrote; or a data set in memory, whose samples are dicts with `x` (1 or 3,
-            H, W) in [-1, 1], or `image` in [0, 1] if `x` is latent.
+            `dic-repa prepare` or `datasets` wrote; the name of a data set, with its split behind a colon; a data set in
+            memory, whose samples are dicts with `x` (1 or 3, H, W) in [-1, 1], or `image` in [0, 1] if `x` is latent;
+            or an `ImageSet`.
         resize: crop each image to that size as ADM does.
 
     Raises:
         UserError: what `source` lacks.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
-    if path is None:
-        images = _of_dataset(source)
-    elif str(source) == "digits" and not path.exists():
-        from dic_repa.data.digits import Digits
-
-        images = _of_dataset(Digits("held-out", resize or 16))
+    if isinstance(source, ImageSet):
+        images = replace(source)
+    elif path is None:
+        images = open_data(source)
+    elif named := named_data(source):
+        images = open_data(_open_named(*named, resize), str(source))
     elif path.suffix == ".npz":
         images = _of_npz(path)
     elif not path.exists():
-        raise UserError(f"there is no folder, zip or tar {path}")
+        raise UserError(f"there is no folder, zip or tar {path}{near_data(source)}")
     elif (path / "dataset_dict.json").is_file():
         raise UserError(f"{path} has several splits; name one of them, such as {path / 'validation'}")
     elif (path / "prepare.json").is_file():
@@ -120,6 +125,36 @@ def open_images(source, resize: int | None = None) -> ImageSet:
     if not len(images):
         raise UserError(f"{images.source} holds no images")
     return images
+
+
+def named_data(source: str | Path) -> tuple[str, str] | None:
+    """The data set and its split that a name such as 'emoji:held-out' stands for; None for anything else.
+
+    Those are the registered data sets that need no further arguments. A path of that name comes first. A name alone
+    stands for what is trained on, but 'digits' for the held-out ones: the data set's `reference_split`.
+    """
+    name, _, split = str(source).partition(":")
+    if Path(source).exists() or name not in datasets:
+        return None
+    factory = datasets.find(name)
+    parameters = inspect.signature(factory).parameters.values()
+    if "split" not in (p.name for p in parameters) or any(p.default is p.empty for p in parameters):
+        return None
+    return name, split or getattr(factory, "reference_split", "train")
+
+
+def near_data(source: str | Path) -> str:
+    """', and no such data set; did you mean emoji?' for what may have been meant as the name of one, else ''."""
+    name = str(source).partition(":")[0]
+    if name != Path(name).name:
+        return ""
+    return ", and no such data set" + did_you_mean(name, [known for known in datasets.names() if named_data(known)])
+
+
+def _open_named(name: str, split: str, size: int | None) -> Any:
+    with contextlib.suppress(UserError):  # it may come in one size alone, and is then cropped like others
+        return datasets.create(name, split=split, size=size)
+    return datasets.create(name, split=split)
 
 
 def _of_source(path: Path) -> ImageSet:
@@ -178,8 +213,9 @@ def _of_prepared(path: Path) -> ImageSet:
     return ImageSet(str(path), len(data), lambda i: _from_float(data[i]["image"]), digest)
 
 
-def _of_dataset(data) -> ImageSet:
-    name, latent = type(data).__name__, getattr(getattr(data, "spec", None), "name", "none") != "none"
+def open_data(data, name: str = "") -> ImageSet:
+    """The images of a data set in memory; `name` is for messages."""
+    name, latent = name or type(data).__name__, getattr(getattr(data, "spec", None), "name", "none") != "none"
     if not hasattr(data, "__len__") or not isinstance(data[0], dict) or not {"image", "x"} & data[0].keys():
         raise UserError(f"a {name} is not a set of images: its samples must be dicts with an `image`")
     pixels = not latent and "x" in data[0]  # what an encoder sees, `image`, may be of another size

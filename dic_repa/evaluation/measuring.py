@@ -16,7 +16,7 @@ from torch import Tensor
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, extract
-from dic_repa.evaluation.image_sets import ImageSet
+from dic_repa.evaluation.image_sets import ImageSet, named_data, near_data, open_images
 from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MetricSet, metrics
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
@@ -80,8 +80,10 @@ def check_judge(names: Sequence[str], reference, extractor_options: dict[str, di
     layers = [metrics.create(name).layer for name in plain]
     for network in dict.fromkeys(layer.partition(".")[0] for layer in layers):
         extractors.find(network)(**(extractor_options or {}).get(network, {}))
-    if isinstance(reference, str) and reference != "digits" and not Path(reference).exists():
-        raise UserError(f"there is no reference {reference} to compare samples with")
+    if isinstance(reference, str) and not Path(reference).exists():
+        if not named_data(reference):
+            raise UserError(f"there is no reference {reference} to compare samples with{near_data(reference)}")
+        open_images(reference)  # its split may be unknown
 
 
 class Measure:

@@ -245,6 +245,7 @@ _register("fid-infinity", FrechetAtInfinity, "inception.pool", "FID-infinity")
 for _name, _layer, _title in (
     ("dinov2", "dinov2.cls", "DINOv2"),
     ("digits", "digits.features", "digits"),
+    ("lite2", "lite2.pooled", "lite2"),
     ("encoder", "encoder.pooled", "encoder"),
 ):
     _register(f"fd-{_name}", Frechet, _layer, f"FD-{_title}")

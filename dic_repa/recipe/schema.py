@@ -253,7 +253,9 @@ class SampleSection(Section):
 class EvaluateSection(Section):
     metric: str = Field("digits", description="what scores the samples: digits, or a metric such as fid")
     also: list[Name] = Field(default_factory=list, description="further metrics: sfid, is, ...")
-    reference: str | None = Field(None, description="real images that fid and its like compare with")
+    reference: str | None = Field(
+        None, description="real images that fid and its like compare with: a path, or emoji:train"
+    )
     every: Natural = Field(0, description="steps between evaluations in training; 0: at the end alone")
     num: Images | None = Field(None, description="samples of an evaluation in training; null: sample.num")
     best: str | None = Field(None, description="the score whose best checkpoint is kept; null: the metric's")

@@ -12,9 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.measuring import Judge
 from dic_repa.evaluation.metrics import title
-from dic_repa.evaluation.runs import Judgement, own_encoder
+from dic_repa.evaluation.runs import Judgement, judge_of, notes_on_scores
 from dic_repa.recipe import EvaluateSection, Recipe
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runs.folder import RunFolder
@@ -45,10 +44,11 @@ class Evaluator:
 
     def _prepare(self, section: EvaluateSection) -> None:
         """Load judges and reference; a UserError where something is missing or misspelt."""
-        device = self.accelerator.device
-        self.judge = Judge(section.names, section.reference, device, own_encoder(self.recipe))
+        self.judge = judge_of(self.recipe, self.accelerator.device)
         if self.judge.measure and self.parts.sampler:
             self.judge.measure.check_size(self.parts.sampler.size())
+        for note in notes_on_scores(self.judge.better, self.recipe):
+            say(f"note: {note}")
         wanted = section.best or self.judge.main
         self.score = self.judge.check(wanted) if wanted else None
 

@@ -15,7 +15,7 @@ from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.evaluation.measuring import check_judge, check_metrics
-from dic_repa.evaluation.runs import by_encoder, own_encoder
+from dic_repa.evaluation.runs import by_encoder, own_encoder, real_images
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.protocols import DataSet, Objective, Samples
@@ -143,7 +143,7 @@ def check_judge_of(recipe: Recipe) -> None:
     section = recipe.evaluate
     if section and not section.every:  # else the judge is kept
         try:
-            check_judge(section.names, section.reference, own_encoder(recipe))
+            check_judge(section.names, real_images(recipe, section.reference), own_encoder(recipe))
         except UserError as error:
             raise UserError(f"evaluate: {error}; or train with --set evaluate=null, and judge the run later") from None
 
