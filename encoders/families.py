@@ -1,4 +1,5 @@
-"""The encoders that the literature aligns with, by short names: a table of data, read by `TimmViT`.
+"""The encoders that are networks of timm: any by `timm:`, and by short names those that the literature aligns with and
+those that the package ships, as tables of data.
 
 Preprocessing is REPA's if REPA has the encoder: images are normalised by the mean and std below and resized (bicubic,
 no antialiasing) to one token for 16 pixels: 256 px become 224 for a patch of 14. As in REPA, the tokens of CLIP and MAE
@@ -8,11 +9,14 @@ are those before the final norm. REPA's names are dinov1, jepa and clip-vit-L.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from timm.data import constants
 
 from dic_repa.encoders.base import Card, encoders
+from dic_repa.encoders.timm_backbone import TimmBackbone
+from dic_repa.encoders.timm_network import FrozenNetwork, sketch, takes
 from dic_repa.encoders.timm_vit import TimmViT
 
 IMAGENET = (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
@@ -113,3 +117,28 @@ for _name, _family in FAMILIES.items():
     _by_hand = "" if _family.in_timm else _family.source
     _factory = partial(TimmViT, _family.model, weights_from=_by_hand, **_options)
     encoders.register(_name, card=_family, description=f"{_family.model} of timm")(_factory)
+
+
+# EfficientNet-Lite by Google, converted from TensorFlow by timm's author: ImageNet's classes, learnt from their labels.
+SHIPPED: dict[str, Card] = {
+    "efficientnet-lite0": Card(112, 16, 64, 0.7, "in this package", "Apache-2.0"),
+    "efficientnet-lite2": Card(120, 16, 64, 1.2, "in this package", "Apache-2.0"),
+}
+
+for _name, _card in SHIPPED.items():
+    _model = f"tf_{_name.replace('-', '_')}"
+    _file = Path(__file__).parent / "weights" / f"{_name.replace('-', '_')}.safetensors"
+    _lite = partial(TimmBackbone, _model, weights=_file, layer=3, input_size=128)
+    encoders.register(_name, card=_card, description=f"{_model} of timm, with its weights in the package")(_lite)
+
+
+@encoders.register("timm:")
+def timm_encoder(model_name: str, **options: Any) -> FrozenNetwork:
+    """Any network of timm: a ViT's patch tokens, or else the feature map of a stage.
+
+    The options are those of `TimmViT` or `TimmBackbone`, whichever it is.
+    """
+    model = sketch(model_name)
+    kind = TimmViT if hasattr(model, "blocks") and takes(model, "dynamic_img_size") else TimmBackbone
+    encoders.check_options(f"timm:{model_name}", kind, [model_name], options)
+    return kind(model_name, **options)

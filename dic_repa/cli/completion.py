@@ -13,9 +13,10 @@ from click.shell_completion import CompletionItem
 ENCODERS = (
     "clip-vit-b clip-vit-l digits-vit dino-vit-b dino-vit-s dinov2-vit-b dinov2-vit-g dinov2-vit-l dinov2-vit-s "
     "dinov2reg-vit-b dinov2reg-vit-g dinov2reg-vit-l dinov2reg-vit-s dinov3-vit-7b dinov3-vit-b dinov3-vit-h+ "
-    "dinov3-vit-l dinov3-vit-s dinov3-vit-s+ ijepa-vit-g ijepa-vit-h mae-vit-b mae-vit-h mae-vit-l mocov3-vit-b "
-    "mocov3-vit-l mocov3-vit-s pe-core-b pe-core-g pe-core-l pe-core-s pe-core-t pe-spatial-b pe-spatial-g "
-    "pe-spatial-l pe-spatial-s pe-spatial-t siglip2-vit-b siglip2-vit-g siglip2-vit-l siglip2-vit-so400m timm:"
+    "dinov3-vit-l dinov3-vit-s dinov3-vit-s+ efficientnet-lite0 efficientnet-lite2 ijepa-vit-g ijepa-vit-h mae-vit-b "
+    "mae-vit-h mae-vit-l mocov3-vit-b mocov3-vit-l mocov3-vit-s pe-core-b pe-core-g pe-core-l pe-core-s pe-core-t "
+    "pe-spatial-b pe-spatial-g pe-spatial-l pe-spatial-s pe-spatial-t siglip2-vit-b siglip2-vit-g siglip2-vit-l "
+    "siglip2-vit-so400m timm:"
 ).split()
 
 # Modules of `dic_repa.samplers`, with the registry that each files its solvers into.

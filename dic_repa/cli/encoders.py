@@ -19,7 +19,7 @@ PICTURES = (".png", ".jpg", ".webp")
 def command(context: click.Context, plugins: tuple[str, ...]):
     """List the encoders: width of a token, patch size, tokens of a 256x256 image, parameters, weights.
 
-    An encoder's name in a recipe is one of these, `timm:` and the name of a timm ViT, or `package.module:factory`.
+    An encoder's name in a recipe is one of these, `timm:` and the name of a timm network, or `package.module:factory`.
 
     \b
     Examples:
@@ -83,7 +83,7 @@ def _row(name: str) -> str:
     from dic_repa.encoders import encoder_card
 
     if name.endswith(":"):
-        return "any of timm's vision transformers, such as timm:vit_base_patch16_224.augreg_in21k"
+        return "any network of timm, such as timm:vit_base_patch16_224.augreg_in21k or timm:convnext_tiny.in12k"
     try:
         card = encoder_card(name)
     except UserError as error:

@@ -365,7 +365,7 @@ def nothing_else_changes(*folders: Path) -> Iterator[None]:
 
 LIBRARIES = "timm datasets diffusers torchdiffeq matplotlib.pyplot torch_fidelity"
 MODULES = (
-    "__main__ bench.data bench.model bench.sample bench.train data.prepare encoders.timm_vit evaluation.report "
+    "__main__ bench.data bench.model bench.sample bench.train data.prepare encoders.families evaluation.report "
     "evaluation.probe evaluation.runs evaluation.solvers evaluation.tune sampling.convert sampling.folder training "
     "training.dry_run training.posthoc"
 )

@@ -186,10 +186,10 @@ def test_a_model_without_weights_of_its_own_says_so():
         create_encoder("timm:vit_base_patch16_gap_224", **TINY)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_models_without_patch_tokens_are_refused(name):
-    with pytest.raises(UserError, match="ViT"):
-        create_encoder(f"timm:{name}", pretrained=False)
+def test_models_without_tokens_are_refused(monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: nn.Linear(2, 2))  # as some of timm's models once were
+    with pytest.raises(UserError, match=r"cannot build 'resnet18' .*neither patch tokens nor feature maps"):
+        create_encoder("timm:resnet18", pretrained=False)
 
 
 # --- the digit encoder ------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_models_without_patch_tokens_are_refused(name):
 
 def test_shipped_weights_are_small():
     weights = resources.files("dic_repa.encoders").joinpath("weights")
-    assert sum(len(file.read_bytes()) for file in weights.iterdir()) < 4e6
+    assert sum(len(file.read_bytes()) for file in weights.iterdir()) < 18e6
 
 
 @pytest.mark.slow
