@@ -7,6 +7,7 @@ Rows to sample are named by number: label k is class k, or the k-th of the `exam
 and label `count` is the null. So balanced and random draws, pictures and files are the same for all kinds.
 """
 
+import contextlib
 import copy
 import io
 import math
@@ -25,6 +26,7 @@ from dic_repa.files.reading import read_file
 from dic_repa.limits import check_limit
 
 NULLS = ("zeros", "learnt")
+MOST_COUNTED = 2**39  # samples in `counts`: times 10 million samples to draw, still an int64
 MOST_EXAMPLES = 10  # taken from data that gives no examples
 
 
@@ -91,20 +93,30 @@ class Condition:
 
 
 class ClassLabels(Condition):
-    """The number of a class, an int64 scalar; `num_classes` itself is the null class."""
+    """The number of a class, an int64 scalar; `num_classes` itself is the null class.
+
+    `counts` says how often each class is in the training data; None if that is not known.
+    """
 
     kind = "classes"
     key = "label"
     choices = "classes"
     dtype = torch.int64
 
-    def __init__(self, num_classes: int, class_names: Sequence[object] | None = None):
+    def __init__(
+        self, num_classes: int, class_names: Sequence[object] | None = None, counts: Sequence[int] | None = None
+    ):
         is_whole = isinstance(num_classes, numbers.Integral)  # numpy's too
         if not is_whole or num_classes < 0:
             raise UserError(f"the number of classes is a whole number from 0, not {num_classes!r}")
         check_limit("classes", num_classes, "the number of classes")
         self.num_classes = self.count = num_classes
         self.names = tuple(map(str, range(num_classes) if class_names is None else class_names))
+        self.counts = None if counts is None else tuple(counts)
+        if self.counts is not None:
+            are_counts = len(self.counts) == num_classes and all(type(n) is int and n >= 0 for n in self.counts)
+            if not are_counts or not 0 < sum(self.counts) < MOST_COUNTED:
+                raise UserError(f"the counts of {num_classes} classes are as many whole numbers, not all 0")
 
     def null(self, y: Tensor) -> Tensor:
         return torch.full_like(y, self.num_classes)
@@ -191,9 +203,21 @@ class TokenCondition(VectorCondition):
         return {"kind": self.kind, "length": self.shape[0], "dim": self.shape[1], "null": self.null_kind}
 
 
-def class_labels(num_classes: int, class_names: Sequence[object] | None = None) -> ClassLabels:
+def class_labels(
+    num_classes: int, class_names: Sequence[object] | None = None, counts: Sequence[int] | None = None
+) -> ClassLabels:
     """The condition of data with so many classes, none included."""
-    return ClassLabels(num_classes, class_names) if num_classes else NoCondition()
+    return ClassLabels(num_classes, class_names, counts) if num_classes else NoCondition()
+
+
+def count_classes(data) -> tuple[int, ...] | None:
+    """How often each class is among the `labels` of a data set; None if it has none that can be counted."""
+    labels = getattr(data, "labels", None)
+    if isinstance(labels, Sequence | np.ndarray | Tensor) and len(labels):
+        with contextlib.suppress(TypeError, ValueError):  # these are no class numbers
+            counts = np.bincount(np.asarray(labels), minlength=data.num_classes)
+            return tuple(counts.tolist()) if len(counts) == data.num_classes else None
+    return None
 
 
 def create_condition(num_classes: int = 0, condition: dict[str, Any] | None = None) -> Condition:
@@ -212,7 +236,7 @@ def condition_of_data(data) -> Condition:
     """A data set's `condition`, or else its classes'. One without examples gets a few, spread over the data."""
     condition = getattr(data, "condition", None)
     if condition is None:
-        return class_labels(data.num_classes, getattr(data, "class_names", None))
+        return class_labels(data.num_classes, getattr(data, "class_names", None), count_classes(data))
     if isinstance(condition, VectorCondition) and not condition.count and len(data):
         places = torch.linspace(0, len(data) - 1, min(MOST_EXAMPLES, len(data))).round().long().tolist()
         return condition.with_examples(torch.stack([data[place][condition.key] for place in places]))

@@ -50,20 +50,29 @@ _FORMS = {
     "precision": "Number format {}",
 }
 _COMPLETIONS = {"solver": completion.solvers, "weak": completion.runs}
+_CLASSES = {
+    "balanced": "Take all classes equally often.  [recipe, else this]",
+    "random": "Draw the class of each image from the seed and its index.",
+    "data": "Take each class as often as the training data does.",
+}
+
+
+def _class_options(command: Callable) -> Callable:
+    """--balanced-classes and so on: `--classes` says which classes there are to choose from."""
+    for way, text in reversed(_CLASSES.items()):
+        command = click.option(f"--{way}-classes", "drawn_classes", flag_value=way, default=None, help=text)(command)
+    return command
+
+
 # Keys whose option the schema alone does not make.
 _OWN = {
-    "classes": click.option(
-        "--random-classes/--balanced-classes",
-        default=None,
-        help="Draw the class of each image from the seed and its index; or take all classes equally often.  "
-        "[recipe, else balanced]",
-    ),
+    "classes": _class_options,
     "scale": click.option(
         "--scale", type=float, help="1: no guidance; above 1: towards the class.  [recipe, else no guidance]"
     ),
     "kind": click.option("--cfgpp", "kind", flag_value="cfg++", help="CFG++: a --scale from 0 to 1, fixed steps."),
 }
-_KEYS = {"random_classes", *SampleSection.model_fields, *GuidanceSection.model_fields}
+_KEYS = {"drawn_classes", *SampleSection.model_fields, *GuidanceSection.model_fields}
 _SAMPLES = ("num", "seed", "classes", "pixels", "weights")
 _SOLVER = ("solver", *SampleSection.solver_keys())
 
@@ -102,8 +111,8 @@ def load_for_sampling(path: Path, device: Any, recipe: str | None, **options) ->
 def sample_settings(base: SampleSection, **options) -> SampleSection:
     """`base` with the options that were given, validated as if they stood in a recipe; other options are left out."""
     given = {name: value for name, value in options.items() if value is not None and name in _KEYS}
-    if "random_classes" in given:
-        given["classes"] = "random" if given.pop("random_classes") else "balanced"
+    if "drawn_classes" in given:
+        given["classes"] = given.pop("drawn_classes")
     if "grid" in given:
         given["grid"] = _parse_grid(given["grid"])
     guidance = {name: given.pop(name) for name in GuidanceSection.model_fields if name in given}

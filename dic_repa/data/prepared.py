@@ -112,6 +112,11 @@ class Prepared(LatentDataset):
             sample["image"] = image.flip(-1) if flipped else image
         return sample if self.spec.name == "none" else sample | {"moments": torch.tensor(stored[moments])}
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of each image (N,), int64, mirrored ones left out."""
+        return np.concatenate([part["label"] for part in self._parts[1]])
+
     @cached_property
     def _image_shape(self) -> tuple[int, int, int]:
         return 3, self.size * self.spec.downsample, self.size * self.spec.downsample

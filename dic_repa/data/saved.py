@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dic_repa.conditions import Condition, VectorCondition, class_labels, create_condition
+from dic_repa.conditions import ClassLabels, Condition, VectorCondition, class_labels, create_condition
 from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.errors import UserError
 from dic_repa.files.reading import read_json
@@ -24,7 +24,7 @@ class SavedData:
     """
 
     autoencoder: AutoencoderSpec | None
-    condition: Condition  # with the names of classes, or the examples of vectors
+    condition: Condition  # with the names and counts of classes, or the examples of vectors
 
     @classmethod
     def of(cls, data, condition: Condition) -> "SavedData":
@@ -48,7 +48,8 @@ class SavedData:
                 examples = numbers.reshape(-1, *condition.shape).copy()
                 condition = condition.with_examples(examples, content["names"])
             else:
-                condition = class_labels(len(content["class_names"]), content["class_names"])
+                names = content["class_names"]
+                condition = class_labels(len(names), names, content.get("class_counts"))
             saved = cls(spec and AutoencoderSpec.from_dict(spec), condition)
         except (ValueError, KeyError, TypeError, AttributeError):  # a UserError is a ValueError
             raise UserError(f"{file} is damaged; remove it to sample by the recipe's data alone") from None
@@ -65,4 +66,6 @@ class SavedData:
             content |= {"condition": condition.to_dict(), "names": list(condition.names), "examples": numbers}
         else:
             content["class_names"] = condition.names
+            if isinstance(condition, ClassLabels) and condition.counts:
+                content["class_counts"] = condition.counts
         (folder / DATA_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -149,7 +149,7 @@ class ImageFolder(LatentDataset):
     ):
         self.size, self.spec, self.flip = size, load_spec(autoencoder), flip
         self.source = open_source(path, labels, skip_bad, unlabelled)
-        self.class_names = self.source.class_names
+        self.class_names, self.labels = self.source.class_names, self.source.labels
         if is_main_process():
             for line in self.source.left_out():
                 warn(f"{path}: {line}")

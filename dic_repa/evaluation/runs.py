@@ -207,7 +207,7 @@ def encoder_of_runs(paths: Sequence[Path], names: Sequence[str]) -> dict[str, di
 def describe_sampling(sample: SampleSection) -> str:
     """'500 heun 20' and then what is not the default, as in 'cfg 1.8 0.0 0.7'; short enough for a file's name."""
     words: list[object] = [sample.num, sample.solver] + ([sample.steps] if sample.steps else [])
-    words += ["random classes"] if sample.classes == "random" else []
+    words += [f"{sample.classes} classes"] if sample.classes != "balanced" else []
     words += ["truncated"] if sample.pixels == "truncate" else []
     words += ["weights", sample.weights] if sample.weights != "ema" else []
     words += ["seed", sample.seed] if sample.seed else []

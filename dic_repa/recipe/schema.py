@@ -231,8 +231,10 @@ class SampleSection(Section):
     )
     weights: Name = Field("ema", description="ema; raw: the model itself; or a further average, such as ema-0.999")
     num: Images = Field(50_000, description="how many images")
-    classes: Literal["balanced", "random"] = Field(
-        "balanced", description="balanced: each as often as the others; random: drawn for each image (REPA, SiT, DiC)"
+    classes: Literal["balanced", "random", "data"] = Field(
+        "balanced",
+        description="balanced: each as often as the others; random: drawn for each image (REPA, SiT, DiC); data: as "
+        "often as in the training data",
     )
     pixels: Literal["round", "truncate"] = Field(
         "round", description="round: to the nearest of 256 levels (DiT, DiC); truncate: to the one below (REPA)"

@@ -48,8 +48,9 @@ class Checkpoint:
         assert taken is not None  # every saved denoiser has one
         if not isinstance(taken, ClassLabels):
             return self.data.condition if self.data and self.data.condition.shape == taken.shape else taken
-        names = self.data.condition.names if self.data else build_class_names(self.recipe.data, taken.count)
-        return class_labels(taken.count, names)
+        known = self.data and self.data.condition
+        names = known.names if known else build_class_names(self.recipe.data, taken.count)
+        return class_labels(taken.count, names, known.counts if isinstance(known, ClassLabels) else None)
 
     def sampler(self, settings: SampleSection) -> Sampler:
         """What samples from the denoiser by `settings`, with the objective and the data's shape of its recipe.

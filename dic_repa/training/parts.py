@@ -32,6 +32,7 @@ from dic_repa.runs.checkpoints import RAW
 from dic_repa.runtime.precision import allow_tf32
 from dic_repa.runtime.processes import in_all_processes
 from dic_repa.runtime.watchdog import watched
+from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint
 from dic_repa.sampling.sampler import Sampler, check_sampling
 from dic_repa.training.ema import EMA, PowerEMA
@@ -71,6 +72,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     if len(data) < accelerator.num_processes:
         raise UserError(f"{accelerator.num_processes} processes are more than the {len(data)} samples of the data")
     condition = condition_of_data(data)
+    draw_labels(recipe, condition, recipe.sample.model_copy(update={"num": 1}))  # shows now what the data cannot give
     denoiser = build_denoiser(recipe.model, data.channels, condition)
     check_memory(recipe, denoiser, device, settings.batch_size // accelerator.num_processes, shape)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)

@@ -69,7 +69,7 @@ def test_each_key_of_a_recipes_sampling_has_an_option():
     command = cli.get_command(click.Context(cli), "sample")
     options = {parameter.name: parameter for parameter in command.params}
     keys = {*SampleSection.model_fields, *GuidanceSection.model_fields} - {"guidance", "options", "classes"}
-    assert keys | {"random_classes"} <= set(options)
+    assert keys | {"drawn_classes"} <= set(options)
     kinds = {"steps": Count, "rtol": click.types.FloatParamType, "compile": click.Choice, "interval": click.Tuple}
     assert {name: type(options[name].type) for name in kinds} == kinds
     assert options["steps"].type.least == 1
