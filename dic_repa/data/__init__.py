@@ -1,6 +1,7 @@
 """Data sets: what a denoiser trains on, with the images that an encoder sees."""
 
 from dic_repa.data.digits import Digits, load_digits, resize
+from dic_repa.data.emoji import Emoji
 from dic_repa.data.latent_files import DitLayout, RepaLayout
 from dic_repa.data.prepared import Prepared
 from dic_repa.data.random_data import RandomData
@@ -10,6 +11,7 @@ from dic_repa.data.sources import ImageFolder
 __all__ = [
     "Digits",
     "DitLayout",
+    "Emoji",
     "ImageFolder",
     "Prepared",
     "RandomData",

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dic_repa.data.autoencoders import load_spec
+from dic_repa.data.copies import Copies
 from dic_repa.data.files import FileTree, by_reason, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, BadImage, center_crop, decode_image, to_levels
 from dic_repa.data.labels import counted, numbered, read_labels
@@ -128,7 +129,8 @@ class ImageFolder(LatentDataset):
     """Samples of any source that `dic-repa prepare` takes, without preparation: for small data.
 
     A sample is a dict of `image` (3, H, W), uint8, and `label`; the training step encodes the image. With `flip`, the
-    second half of the samples mirrors the first. A damaged image stops the run, also with `skip_bad`.
+    second half of the samples mirrors the first; with `shift`, all are also moved (`Copies`). A damaged image stops the
+    run, also with `skip_bad`.
 
     Args:
         path, labels, skip_bad, unlabelled: see `open_source`.
@@ -146,10 +148,13 @@ class ImageFolder(LatentDataset):
         flip: bool = False,
         skip_bad: bool = False,
         unlabelled: bool = False,
+        shift: int = 0,
     ):
-        self.size, self.spec, self.flip = size, load_spec(autoencoder), flip
+        self.size, self.spec, self.flip, self.shift = size, load_spec(autoencoder), flip, shift
         self.source = open_source(path, labels, skip_bad, unlabelled)
         self.class_names, self.labels = self.source.class_names, self.source.labels
+        count = len(self.source)
+        self.copies = Copies(count, range(count if flip else 0), shift, size * self.spec.downsample)
         if is_main_process():
             for line in self.source.left_out():
                 warn(f"{path}: {line}")
@@ -157,17 +162,16 @@ class ImageFolder(LatentDataset):
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the images for a feature cache."""
-        return f"{self.source.state()} {self.size} {self.flip}"
+        return f"{self.source.state()} {self.size} {self.flip}" + f" {self.shift}" * bool(self.shift)
 
     def __len__(self) -> int:
-        return len(self.source) * (2 if self.flip else 1)
+        return len(self.copies)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        picture = self.source.load(index % len(self.source))
-        name = self.source.names[index % len(self.source)]
-        image = to_levels(center_crop(picture, self.size * self.spec.downsample, name))
-        image = image.flip(-1) if index >= len(self.source) else image
-        return {"image": image, "label": torch.tensor(self.source.labels[index % len(self.source)])}
+        place = self.copies.picture(index)
+        picture = self.source.load(place)
+        image = to_levels(center_crop(picture, self.size * self.spec.downsample, self.source.names[place]))
+        return {"image": self.copies.apply(image, index), "label": torch.tensor(self.source.labels[place])}
 
 
 def _hidden(tree: FileTree) -> list[str]:
