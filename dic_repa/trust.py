@@ -27,6 +27,7 @@ WITH_WEIGHTS = (
     MARKER, "checkpoints", "environment.json", "config.json", "manifest.json", "model.safetensors", "metrics.jsonl",
 )  # fmt: skip
 _NOT_CODE = ("description", "paper", "folders")  # keys of a recipe that hold text
+_SPLITS = ("evaluate.reference", "evaluate.bound")  # 'emoji:train' there is a data set that is known and its split
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
@@ -98,7 +99,7 @@ def _named_code(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(content, list | tuple):
         for value in content:
             yield from _named_code(value, key)
-    elif isinstance(content, str) and (key == "plugins" or _is_code(content, key)):
+    elif isinstance(content, str) and key not in _SPLITS and (key == "plugins" or _is_code(content, key)):
         yield key, content
 
 

@@ -36,6 +36,7 @@ NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
         "--reference",
         help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or a name: digits:train.",
     ),
+    click.option("--bound", help="Real images that are not trained on, scored as samples are: emoji:held-out."),
     click.option(
         "--metrics", type=Several(str), help=f"Names from --list-metrics, with commas.  [default: {','.join(ADM)}]"
     ),
@@ -103,10 +104,15 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
       dic-repa evaluate samples/xl --reference VIRTUAL_imagenet256_labeled.npz
       dic-repa evaluate theirs.npz --reference imagenet/val --resize 256 --metrics fid,kid,fd-dinov2 --bootstrap 20
       dic-repa evaluate runs/digits-urepa --reference digits --metrics fd-digits,prec-digits --num 1000
+      dic-repa evaluate runs/emoji-urepa --reference emoji:train --bound emoji:held-out --metrics fd-lite2
       dic-repa evaluate runs/mine --reference data/pictures --metrics fd-encoder,prec-encoder,recall-encoder
       accelerate launch -m dic_repa evaluate runs/xl --reference ref.npz --num 50000     on all GPUs of this machine
     """
     if reference is None and metrics is None:
+        if options["bound"]:
+            raise UserError(
+                "--bound goes with --reference; a run that is judged by its recipe has evaluate.bound there"
+            )
         several = "runs that are judged already stay judged, and the same command goes on with the others"
         kept = several if len(samples) > 1 and not options["again"] else "nothing was written"
         with when_interrupted(lambda: f"interrupted; {kept}"):
@@ -136,15 +142,8 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         check_file(file)
 
     from dic_repa.evaluation import open_images
-    from dic_repa.evaluation.runs import (
-        by_encoder,
-        is_checkpoint,
-        notes_on_scores,
-        record,
-        record_file,
-        sample_checkpoint,
-        save_record,
-    )
+    from dic_repa.evaluation.judge import by_encoder, notes_on_scores
+    from dic_repa.evaluation.runs import is_checkpoint, record, record_file, sample_checkpoint, save_record
     from dic_repa.runs.folder import suggest_runs
     from dic_repa.runtime.processes import start_processes
 
@@ -163,6 +162,7 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
     table = [("samples", "images", "classes", *(metric.title for metric in measure.metrics.values()))]
     notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
     written, unwritten = [], ""
+    reals: list[tuple[str, ...]] = []  # one row for samples of one number
     chosen = {key: str(value) for key, value in options.items() if value is not None}
     for path in samples:
         place = path
@@ -179,13 +179,16 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         content, file = record(measured, measure, images, reference, chosen, processes), out or record_file(place)
         classes = str(images.made_by.get("sample", {}).get("classes", "unknown"))
         table.append((str(path), str(measured.count), classes, *_cells(measured.values, measured.intervals)))
+        if real := measured.real:
+            row = (f"real {options['bound']}", str(real.count), "", *_cells(real.values, real.intervals))
+            reals += [row] if row not in reals else []
         try:
             save_record(file, content)
             written.append(str(file))
         except OSError as error:
             unwritten = f"{file} cannot be written ({error.strerror}); name another file with --out"
     if processes.is_main_process:
-        print_result(format_rows(table, left=(0,)))
+        print_result(format_rows([*table, *reals], left=(0,)))
         for note in dict.fromkeys(notes):
             say(f"note: {note}")
         if written:
@@ -223,6 +226,7 @@ def load_measure(samples: Sequence[Path], reference: str | None, names: list[str
         names,
         reference,
         processes.device,
+        bound=options["bound"],
         extractor_options=extractor_options,
         batch_size=options["feature_batch"],
         resize=options["resize"],
@@ -264,8 +268,9 @@ def evaluate_and_show(
 
 def print_judgements(judgements: Sequence[Judgement]) -> None:
     """A row for each run, one for runs that differ in the seed alone, and one for real images."""
+    from dic_repa.evaluation.judge import notes_on_scores, real_name
     from dic_repa.evaluation.metrics import title
-    from dic_repa.evaluation.runs import describe_sampling, notes_on_scores
+    from dic_repa.evaluation.runs import describe_sampling
 
     first = judgements[0].scores
     shown = [key for key, value in first.items() if key not in NO_COLUMN and not isinstance(value, dict)]
@@ -289,7 +294,8 @@ def print_judgements(judgements: Sequence[Judgement]) -> None:
             spreads = [_spread([j.scores.get(key) for j in group]) for key in shown]
             rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
     if isinstance(first.get("reference"), dict):
-        rows.append((f"real {judgements[0].recipe.data.name}", "", "", *cells(first["reference"])))
+        count = str(first["reference"].get("count", ""))
+        rows.append((f"real {real_name(judgements[0].recipe)}", "", count, *cells(first["reference"])))
     print_result(format_rows(rows, left=(0, 2)))
     for note in dict.fromkeys(note for j in judgements for note in notes_on_scores(shown, j.recipe)):
         say(f"note: {note}")

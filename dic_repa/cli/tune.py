@@ -11,7 +11,8 @@ from dic_repa.cli.options import PATH, Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_option
 from dic_repa.errors import is_main_process, when_interrupted
 from dic_repa.files.outputs import check_folder
-from dic_repa.runtime.progress import print_result
+from dic_repa.runtime.progress import print_result, say
+from dic_repa.runtime.table import number
 from dic_repa.runtime.threads import choose_threads
 
 IMAGES = Count(2, "images")
@@ -33,7 +34,7 @@ def _pair(text: str) -> tuple[float, float]:
     click.option(
         "--metric", "score", help="fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]"
     ),
-    click.option("--reference", help="Real images for fid and its like: a folder, an .npz, statistics."),
+    click.option("--reference", help="Real images for fid and its like.  [default: the recipe's]"),
     click.option("--scales", type=Several(float), default="1,1.25,1.5,1.75,2,2.5", help="Guidance scales to try."),
     click.option(
         "--intervals",
@@ -71,6 +72,7 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
 
     import torch
 
+    from dic_repa.evaluation.judge import notes_on_scores, real_name
     from dic_repa.evaluation.metrics import title
     from dic_repa.evaluation.tune import Cell, Tuner
     from dic_repa.runtime.progress import progress_bar
@@ -95,6 +97,11 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
 
         best = tuner.run(progress)[0]
     print_result(f"best {title(tuner.score)}: {best.value:.4g} with {best.num} samples")
+    if tuner.score in tuner.real:
+        reached = f"{title(tuner.score)} {number(tuner.real[tuner.score])} with {tuner.real.get('count')} images"
+        print_result(f"real {real_name(loaded.recipe)}: {reached}")
+    for note in notes_on_scores([tuner.score], loaded.recipe):
+        say(f"note: {note}")
     given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sampling.items())
     print_result(f"use: dic-repa sample {checkpoint} {best.options}{given}")
     print_result(f"heat map: {tuner.picture}; record: {tuner.file}")

@@ -6,7 +6,8 @@ reference, `Judge(metrics, reference)` the samples of a run, whose labels are kn
 
 from dic_repa.evaluation.features import frechet_distance, statistics
 from dic_repa.evaluation.image_sets import ImageSet, open_images
-from dic_repa.evaluation.measuring import Judge, Measure, Measured, judge_digits, measure
+from dic_repa.evaluation.judge import Judge, judge_digits
+from dic_repa.evaluation.measuring import Measure, Measured, measure
 from dic_repa.evaluation.metrics import Metric, metrics
 
 __all__ = [

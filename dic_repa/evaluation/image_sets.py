@@ -41,7 +41,7 @@ class ImageSet:
     """`count` images; `load(i)` gives one as uint8 (H, W, 3); `name(i)` is for messages.
 
     `fingerprint` changes with the contents; `notes` are what a reader of its scores should know; `made_by` is what
-    `dic-repa sample` wrote beside its images.
+    `dic-repa sample` wrote beside its images; `labels` are the classes of all of them, if they are known.
     """
 
     source: str
@@ -52,6 +52,7 @@ class ImageSet:
     notes: tuple[str, ...] = ()
     resize: int | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
+    labels: Sequence[int] = field(repr=False, default=())
 
     def __len__(self) -> int:
         return self.count
@@ -68,6 +69,20 @@ class ImageSet:
                 ready, coming = coming, [pool.submit(self._read, i, size) for i in indices]
                 if ready:
                     yield torch.stack([future.result() for future in ready])
+
+    def spread(self, most: int) -> ImageSet:
+        """At most so many of the images, evenly over the set."""
+        count = min(most, len(self))
+        chosen = [i * len(self) // count for i in range(count)]
+        load, name, labels = self.load, self.name, [self.labels[i] for i in chosen] if self.labels else ()
+        return replace(
+            self,
+            count=count,
+            load=lambda i: load(chosen[i]),
+            name=lambda i: name(chosen[i]),
+            labels=labels,
+            fingerprint=f"{self.fingerprint} {count}",
+        )
 
     def size(self) -> tuple[int, int]:
         """(H, W) of the images."""
@@ -182,13 +197,13 @@ def _of_samples(path: Path) -> ImageSet:
     if missing and (path / SAMPLES_NPZ).is_file():  # by --format npz, the images are there alone
         images = _of_npz(path / SAMPLES_NPZ)
         if len(images) == num:  # else more samples were asked for since
-            return replace(images, source=str(path), made_by=record)
+            return replace(images, source=str(path), made_by=record, labels=labels)
     if missing:
         there = f"{len(names) - len(missing)} of its {len(names)} images"
         raise UserError(f"{path} has {there}; run its `dic-repa sample` again to finish them")
     load = lambda i: np.asarray(decode_image(read_file(path / names[i]), names[i]))  # noqa: E731
     digest = _digest(record, stamp(path / name for name in names))
-    return ImageSet(str(path), len(names), load, digest, names.__getitem__, made_by=record)
+    return ImageSet(str(path), len(names), load, digest, names.__getitem__, made_by=record, labels=labels)
 
 
 def _of_npz(path: Path) -> ImageSet:
@@ -226,7 +241,9 @@ def open_data(data, name: str = "") -> ImageSet:
 
     parts = torch.linspace(0, len(data) - 1, min(len(data), 64)).round().int().tolist()
     probe = [fingerprint(load(i).tobytes()) for i in parts]
-    return ImageSet(name, len(data), load, _digest(len(data), probe))
+    labels = getattr(data, "labels", ())  # of a data set with mirrored images, fewer
+    known = isinstance(labels, Sequence | Tensor) and len(labels) == len(data)
+    return ImageSet(name, len(data), load, _digest(len(data), probe), labels=list(map(int, labels)) if known else ())
 
 
 def _from_float(image: Tensor) -> np.ndarray:

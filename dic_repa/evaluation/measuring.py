@@ -1,22 +1,20 @@
-"""From images to scores: `measure` for one set, `Measure` for many against the same reference, `Judge` for a recipe."""
+"""From images to scores: `measure` for one set, `Measure` for many against the same reference."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dic_repa.errors import UserError, unknown_name
+from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, extract
-from dic_repa.evaluation.image_sets import ImageSet, named_data, near_data, open_images
+from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MetricSet, metrics
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
@@ -43,7 +41,7 @@ def measure(
 class Measured:
     """`values` (None if there was nothing to score) and `intervals` by metric, of `count` samples of `size`.
 
-    `warnings` are about the samples; `details` are what metrics add to a record.
+    `warnings` are about the samples; `details` are what metrics add to a record; `real` is what the bound scores.
     """
 
     values: dict[str, float]
@@ -52,6 +50,7 @@ class Measured:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    real: Measured | None = None
 
 
 def check_metrics(names: Sequence[str], reference) -> list[str]:
@@ -74,18 +73,6 @@ def check_metrics(names: Sequence[str], reference) -> list[str]:
     return found
 
 
-def check_judge(names: Sequence[str], reference, extractor_options: dict[str, dict] | None = None) -> None:
-    """Load what judges samples, and forget it: a UserError now where weights or the `reference` are missing."""
-    plain = [part for name in names for part in getattr(metrics.create(name), "names", [name])]  # sets have names
-    layers = [metrics.create(name).layer for name in plain]
-    for network in dict.fromkeys(layer.partition(".")[0] for layer in layers):
-        extractors.find(network)(**(extractor_options or {}).get(network, {}))
-    if isinstance(reference, str) and not Path(reference).exists():
-        if not named_data(reference):
-            raise UserError(f"there is no reference {reference} to compare samples with{near_data(reference)}")
-        open_images(reference)  # its split may be unknown
-
-
 class Measure:
     """Scores sets of samples against one reference, whose features are computed once.
 
@@ -93,6 +80,8 @@ class Measure:
         names: from `metrics.names()`: fid, sfid, is, kid, prec, recall, fid-infinity, fd-dinov2, fd-digits, ...
         reference: what `open_images` takes, an `.npz` of statistics (ADM's mu, sigma, mu_s, sigma_s), a file of
             `save_statistics`, or a FeatureSet; None for metrics that need none.
+        bound: what `open_images` takes: real images that are scored as the samples are, and as many of them, if there
+            are so many. What samples can reach.
         device: where the networks run and the distances are computed.
         extractor_options: by extractor, what it is built with: {"inception": {"weights": FILE}}.
         batch_size: images at once in a network.
@@ -110,6 +99,7 @@ class Measure:
         reference=None,
         device: str | torch.device = "cpu",
         *,
+        bound=None,
         extractor_options: dict[str, dict] | None = None,
         batch_size: int = 64,
         resize: int | None = None,
@@ -131,8 +121,12 @@ class Measure:
             gather = processes.gather if processes else lambda part: part
             agree = lambda so: bool(gather(torch.tensor([so], device=device)).all())  # noqa: E731
             self.reference = load_reference(reference, needed, self.extractors, run, resize, cache, agree)
+        self.bound = None if bound is None else open_images(bound, resize)
+        self._reals: dict[tuple[int, int], Measured] = {}
+        if self.bound:
+            self.check_size(self.bound.size(), f"the images of the bound {self.bound.source}")
+            self._check_labels(_labels(self.bound))
 
-    @tf32(False)
     def __call__(
         self,
         images: ImageSet | Iterable[Tensor],
@@ -148,10 +142,27 @@ class Measure:
         Raises:
             UserError: for images that are broken, of another size than the reference's, or of a single colour each.
         """
-        if labels is None and isinstance(images, ImageSet) and len(images.made_by.get("labels", ())) == len(images):
-            labels = torch.tensor(images.made_by["labels"])
-        if labels is None and (needy := [name for name, metric in self.metrics.items() if metric.needs == "labels"]):
-            raise UserError(f"{', '.join(needy)}: the images do not tell which class each should show; measure a run")
+        measured = self._score(images, bootstrap, progress, labels)
+        if self.bound:
+            count = min(measured.count, len(self.bound))
+            if (count, bootstrap) not in self._reals:
+                self._reals[count, bootstrap] = self._score(self.bound.spread(count), bootstrap)
+            measured.real = self._reals[count, bootstrap]
+            if count < measured.count and any(metric.needs == "gaussian" for metric in self.metrics.values()):
+                fewer = f"the bound has {count} images, fewer than the {measured.count} samples"
+                measured.warnings.append(f"{fewer}, which makes its Fréchet distances larger than theirs")
+        return measured
+
+    @tf32(False)
+    def _score(
+        self,
+        images: ImageSet | Iterable[Tensor],
+        bootstrap: int = 0,
+        progress: Callable[[int], object] = lambda count: None,
+        labels: Tensor | None = None,
+    ) -> Measured:
+        labels = _labels(images) if labels is None else labels
+        self._check_labels(labels)
         if isinstance(images, ImageSet):
             self.check_size(images.size())  # before all of them are looked at
         else:
@@ -170,12 +181,16 @@ class Measure:
                 measured.intervals[name] = (value - margin, value + margin)
         return measured
 
-    def check_size(self, size: tuple[int, int]) -> None:
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if labels is None and (needy := [name for name, metric in self.metrics.items() if metric.needs == "labels"]):
+            raise UserError(f"{', '.join(needy)}: the images do not tell which class each should show; measure a run")
+
+    def check_size(self, size: tuple[int, int], what: str = "the samples") -> None:
         """A UserError if samples of `size`, (H, W), cannot be compared with the reference."""
         if self.reference and self.reference.size not in (None, tuple(size)):
             own, other = (f"{width}x{height}" for height, width in (size, self.reference.size))
             raise UserError(
-                f"the samples are {own}, the reference {other}; take a reference of the samples' size (`dic-repa "
+                f"{what} are {own}, the reference {other}; take a reference of the samples' size (`dic-repa "
                 "prepare` crops), or crop both by --resize of `dic-repa evaluate`"
             )
 
@@ -221,80 +236,6 @@ class Measure:
         return warnings
 
 
-class Judge:
-    """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1] and their classes (N,).
-
-    Args:
-        names: metrics or sets of them ('digits'), whose scores are merged.
-        reference, extractor_options: as `Measure` takes them.
-
-    `better` is 'higher' or 'lower' for each score; its first is the `main` one. A set adds the number of images, the
-    `details` of its metrics, and as `reference` the scores of real images.
-
-    Raises:
-        UserError: for unknown names and a reference that is missing.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        reference=None,
-        device: str | torch.device = "cpu",
-        extractor_options: dict[str, dict] | None = None,
-    ):
-        own = check_metrics(names, reference)
-        sets = [part for name in names if isinstance(part := metrics.create(name), MetricSet)]
-        self.sets = [(part, Measure(part.names, part.reference(), device, batch_size=500)) for part in sets]
-        self.measure = Measure(own, reference, device, extractor_options=extractor_options) if own else None
-        order = [score for part in sets for score in (part.main, *part.names)] + own
-        self.better: dict[str, str] = {score: metrics.create(score).better for score in order}
-        self.main = next(iter(self.better), None)
-
-    def check(self, score: str) -> str:
-        """`score`, if this judge gives it; else a UserError."""
-        if score not in self.better:
-            raise unknown_name("score", score, self.better)
-        return score
-
-    def __call__(self, images: Tensor | Iterable[Tensor], labels: Tensor) -> dict:
-        """The scores of images (N, C, H, W), or of batches of them. Batches are held all at once for a set alone."""
-        found: dict = {}
-        if self.sets:
-            images = whole = images if isinstance(images, Tensor) else torch.cat(list(images))
-        for part, measure in self.sets:
-            part.check(whole, labels)
-            scored = measure(whole.split(measure.batch_size), labels=labels)
-            found |= {"count": scored.count, **scored.details, **scored.values, "reference": part.bounds(scored.count)}
-        if self.measure:
-            batches = images.split(self.measure.batch_size) if isinstance(images, Tensor) else images
-            found |= self.measure(batches, labels=labels).values
-        return found
-
-    def is_better(self, score: str, value: float, other: float | None) -> bool:
-        """Whether `value` is better than `other`; NaN never is, and anything else is better than NaN or None."""
-        if math.isnan(value) or other is None or math.isnan(other):
-            return not math.isnan(value)
-        return value > other if self.better[score] == "higher" else value < other
-
-
-def judge_digits(images: Tensor, labels: Tensor) -> dict:
-    """The scores of images (N, 1, H, W), float in [0, 1], that should show the digits `labels` (N,).
-
-    Returns:
-        A dict for JSON: `count`, `recognised`, `recognised_count`, `recognised_by_class` and `fd-digits` (label 10, the
-        null class, asks for no digit), and `reference`, what real digits reach.
-
-    Raises:
-        UserError: for fewer than two images, other shapes, values that are not in [0, 1], and unknown labels.
-    """
-    return Judge(["digits"], device=images.device)(images, labels)
-
-
-def judge_of_score(score: str | None, judge: str | None, reference, *options) -> Judge:
-    """A judge that gives `score`: the set `judge` of a recipe, if it does so and there is no `reference`.
-
-    Without a `score`, the `judge` itself.
-    """
-    part = metrics.create(judge) if judge else None
-    given = isinstance(part, MetricSet) and score in part.names and reference is None
-    return Judge([judge if judge and (score is None or given) else score or ""], reference, *options)
+def _labels(images: ImageSet | Iterable[Tensor]) -> Tensor | None:
+    known = isinstance(images, ImageSet) and len(images.labels) == len(images)
+    return torch.tensor(images.labels) if isinstance(images, ImageSet) and known else None

@@ -44,6 +44,12 @@ class Metric:
         """
         raise NotImplementedError
 
+    def describe(self) -> dict[str, Any]:
+        """What a report says of it; `hint` is for the reader of its numbers."""
+        no_fid = "; no FID" if self.layer.startswith(("encoder.", "lite2.")) else ""
+        hint = f"{self.better} is better{no_fid}"
+        return {"title": self.title, "better": self.better, "most": self.most, "hint": hint}
+
     def details(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
         """What a record keeps beside the score, for a metric that needs labels."""
         return {}

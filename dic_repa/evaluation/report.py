@@ -56,7 +56,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     data = {
         "version": __version__,
         "generated": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "scores": {name: {"title": m.title, "better": m.better, "most": m.most} for name, m in known.items()},
+        "scores": {name: metric.describe() for name, metric in known.items()},
         "runs": [read_run(run) | {"name": name} for run, name in zip(folders, names)],
     }
     assets = resources.files("dic_repa.evaluation").joinpath("assets")
@@ -194,8 +194,10 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
             problems.append(f"{file.relative_to(run.path)} is not whole; it is left out")
         elif measured:
             sampling = own if sampling == own.replace(" ", "-") else sampling.replace("-", " ")
+            real = _numbers(record["bound"]["metrics"]) if _has(record.get("bound"), metrics=dict) else {}
             new = {"step": int(step), "sampling": sampling, "evaluations": None, "scores": {}, "reference": {}}
             entry = found.setdefault(file.parent.name, new)
+            entry["reference"] |= {n: v for n, v in real.items() if n not in entry["reference"]}
             entry["scores"] |= {n: v for n, v in _numbers(record["metrics"]).items() if n not in entry["scores"]}
         elif _has(record, scores=dict, step=int):
             scores = current_names(record["scores"])

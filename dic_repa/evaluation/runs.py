@@ -7,7 +7,7 @@ against a reference, and `record` says how they were measured.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +15,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dic_repa.data.registry import datasets
 from dic_repa.errors import UserError
-from dic_repa.evaluation.extractors import LITE2, describe_extractors, judged_by_its_teacher, no_fid
-from dic_repa.evaluation.image_sets import ImageSet, named_data, open_data
-from dic_repa.evaluation.measuring import Judge, Measure, Measured
-from dic_repa.evaluation.metrics import find_metric
+from dic_repa.evaluation.extractors import describe_extractors
+from dic_repa.evaluation.image_sets import ImageSet
+from dic_repa.evaluation.judge import by_encoder, judge_of, own_encoder
+from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.evaluation.reference import UNKNOWN_COUNT
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.lock import locked
@@ -66,7 +65,8 @@ class Judgement:
         """What the records of the same judgement have in common."""
         names = self.recipe.evaluate.names if self.recipe.evaluate else ()
         metric, sample = "+".join(names), self.sample.model_dump(mode="json")
-        return {"step": self.step, "metric": metric, "sample": sample, **weak_weights(self.sample)}
+        bound = {"bound": bound} if self.recipe.evaluate and (bound := self.recipe.evaluate.bound) else {}
+        return {"step": self.step, "metric": metric, "sample": sample, **bound, **weak_weights(self.sample)}
 
     def read(self) -> bool:
         """Take the scores from a whole record of the same judgement; False if there is none."""
@@ -148,42 +148,6 @@ def no_judge(path: str | Path, hint: str = "") -> UserError:
     """The error for a run whose recipe does not say how to judge its samples."""
     hint = hint or f"add one to {Path(path) / 'recipe.yaml'}, such as `evaluate: {{metric: fid, reference: FOLDER}}`"
     return UserError(f"the recipe of {path} has no `evaluate` section to say how to judge it; {hint}")
-
-
-def judge_of(recipe: Recipe, device: str | torch.device) -> Judge:
-    """The judge that the recipe's `evaluate` section asks for."""
-    section = recipe.evaluate
-    assert section is not None
-    return Judge(section.names, real_images(recipe, section.reference), device, own_encoder(recipe))
-
-
-def real_images(recipe: Recipe, source: str | None) -> ImageSet | str | None:
-    """What `source` means in a recipe: a named data set is of the size and file that the recipe trains on."""
-    named, data = named_data(source) if source else None, recipe.data
-    if source is None or named is None or named[0] != data.name:
-        return source
-    given = {"split": named[1], "size": data.size, "path": data.place}
-    return open_data(datasets.create(data.name, **{key: value for key, value in given.items() if value}), source)
-
-
-def own_encoder(recipe: Recipe) -> dict[str, dict]:
-    """The options of the extractor `encoder` for samples of a run: its first alignment's encoder."""
-    first = next(iter(recipe.alignments), None)
-    return {"encoder": {"encoder": first.encoder, **first.encoder_options}} if first else {}
-
-
-def by_encoder(names: Iterable[str], extractor: str = "encoder") -> list[str]:
-    """The metrics among `names` that compare the features of an extractor; by default the run's own encoder."""
-    return [name for name in names if (metric := find_metric(name)) and metric.layer.startswith(f"{extractor}.")]
-
-
-def notes_on_scores(names: Iterable[str], recipe: Recipe) -> list[str]:
-    """What a reader of a run's scores should know of the encoders behind them: no FID, and perhaps its own teacher."""
-    teachers = [section.encoder for section in recipe.alignments]
-    judges = teachers[:1] if by_encoder(names) else []
-    judges += [LITE2] if by_encoder(names, "lite2") else []
-    notes = [(no_fid(judge), judged_by_its_teacher(judge) if judge in teachers else "") for judge in judges]
-    return [note for pair in notes for note in pair if note]
 
 
 def encoder_of_runs(paths: Sequence[Path], names: Sequence[str]) -> dict[str, dict]:
@@ -268,12 +232,17 @@ def record(
             "fingerprint": found.fingerprint,
             "features": {layer: len(part) for layer, part in found.features.items()},
         }
+    real = None
+    if measure.bound and measured.real:
+        of_it = {"path": measure.bound.source, "count": measured.real.count, "fingerprint": measure.bound.fingerprint}
+        real = {**of_it, "metrics": measured.real.values, "intervals": measured.real.intervals}
     return {
         "metrics": measured.values,
         "intervals": measured.intervals,
         "warnings": measured.warnings,
         "samples": samples,
         "reference": described,
+        "bound": real,
         "extractors": extractors,
         "options": options,
         "precision": {"networks": "float32", "tf32": False, "statistics": "float64"},

@@ -17,9 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from dic_repa.errors import UserError
-from dic_repa.evaluation.measuring import judge_of_score
+from dic_repa.evaluation.judge import judge_of_score
 from dic_repa.evaluation.metrics import title
-from dic_repa.evaluation.runs import own_encoder
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.lock import locked
 from dic_repa.files.outputs import begin_folder, check_folder
@@ -58,7 +57,7 @@ class Tuner:
     Args:
         loaded: what `dic_repa.load` gives for a run or a checkpoint.
         score: what counts: a score of the recipe's judge (digits: fd-digits, recognised), or a metric such as fid.
-        reference: the real images that a metric compares with.
+        reference: the real images that a metric compares with; by default the recipe's.
         sample: the sampler, by default the recipe's; its guidance is replaced.
         num: samples of each cell.
         confirm, confirm_num: how many of the best cells are sampled anew, with how many samples.
@@ -98,7 +97,7 @@ class Tuner:
             raise UserError(
                 f"the recipe of {loaded.source} names no judge; say which metric counts, such as --metric fid"
             )
-        self.judge = judge_of_score(score, judge, reference, device, own_encoder(recipe))
+        self.judge = judge_of_score(recipe, score, reference, device)
         self.score = self.judge.check(score or self.judge.main or "")
         self.better = self.judge.better[self.score]
         self.folder = Path(out) if out else home_of(loaded.source) / "tune"
@@ -108,9 +107,10 @@ class Tuner:
             "checkpoint": str(loaded.source),
             "weights": weights_fingerprint(loaded.source / WEIGHTS),
             "score": self.score,
-            "reference": reference and str(reference),
+            "reference": reference and str(reference),  # None: what the recipe says
             **weak_weights(self.sample),
         }
+        self.real: dict[str, Any] = {}  # the scores of real images, beside those of the last cell
         self.done: list[dict] = []
         self.found: list[Cell] = []
         self.best: list[Cell] = []
@@ -159,6 +159,7 @@ class Tuner:
             known = wanted | {"scores": self.judge(self._sampled(settings, labels, progress), labels)}
             self.done.append(known)
             self._write()
+        self.real = known["scores"].get("reference", {})
         cell = Cell(scale, interval, num, float(known["scores"][self.score]))
         progress(cell, kept)
         return cell

@@ -258,6 +258,9 @@ class EvaluateSection(Section):
     reference: str | None = Field(
         None, description="real images that fid and its like compare with: a path, or emoji:train"
     )
+    bound: str | None = Field(
+        None, description="real images that are not trained on, scored as samples are: a path, or emoji:held-out"
+    )
     every: Natural = Field(0, description="steps between evaluations in training; 0: at the end alone")
     num: Images | None = Field(None, description="samples of an evaluation in training; null: sample.num")
     best: str | None = Field(None, description="the score whose best checkpoint is kept; null: the metric's")

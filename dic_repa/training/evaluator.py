@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.evaluation.judge import judge_of, notes_on_scores
 from dic_repa.evaluation.metrics import title
-from dic_repa.evaluation.runs import Judgement, judge_of, notes_on_scores
+from dic_repa.evaluation.runs import Judgement
 from dic_repa.recipe import EvaluateSection, Recipe
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runs.folder import RunFolder

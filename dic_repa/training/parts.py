@@ -14,8 +14,8 @@ from dic_repa.conditions import Condition, condition_of_data
 from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
-from dic_repa.evaluation.measuring import check_judge, check_metrics
-from dic_repa.evaluation.runs import by_encoder, own_encoder, real_images
+from dic_repa.evaluation.judge import by_encoder, check_judge, own_encoder, real_images
+from dic_repa.evaluation.measuring import check_metrics
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.protocols import DataSet, Objective, Samples
@@ -145,7 +145,8 @@ def check_judge_of(recipe: Recipe) -> None:
     section = recipe.evaluate
     if section and not section.every:  # else the judge is kept
         try:
-            check_judge(section.names, real_images(recipe, section.reference), own_encoder(recipe))
+            reference, bound = (real_images(recipe, source) for source in (section.reference, section.bound))
+            check_judge(section.names, reference, own_encoder(recipe), bound)
         except UserError as error:
             raise UserError(f"evaluate: {error}; or train with --set evaluate=null, and judge the run later") from None
 

@@ -27,7 +27,7 @@ from dic_repa.evaluation import Measure, frechet_distance, measure, metrics, ope
 from dic_repa.evaluation.digits import Digits as DigitsJudge
 from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.image_sets import as_uint8
-from dic_repa.evaluation.measuring import Judge
+from dic_repa.evaluation.judge import Judge
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from small_runs import small_run
 from dic_repa.cli import main
 from dic_repa.data.digits import load_digits, resize
 from dic_repa.evaluation import judge_digits, measure
-from dic_repa.evaluation.measuring import Judge, judge_of_score
+from dic_repa.evaluation.judge import Judge, judge_of_score
 from dic_repa.evaluation.report import read_run, write_report
 from dic_repa.evaluation.runs import evaluate_run
+from dic_repa.recipe import load_recipe
 
 QUICK = ["sample.num=20", "sample.steps=1", "train.steps=2", "train.checkpoint_every=2"]
 
@@ -53,8 +54,8 @@ def test_the_judge_gives_what_the_metric_of_that_name_measures():
 def test_a_metric_that_the_judge_gives_needs_no_reference():
     images, labels = digits(100)
     assert Judge(["digits", "fd-digits"])(images, labels) == judge_digits(images, labels)
-    assert judge_of_score("fd-digits", "digits", None).measure is None
-    assert judge_of_score("fd-digits", "digits", "digits").measure is not None
+    assert judge_of_score(load_recipe("digits-urepa"), "fd-digits", None, "cpu").measure is None
+    assert judge_of_score(load_recipe("digits-urepa"), "fd-digits", "digits", "cpu").measure is not None
 
 
 def test_shown_by_its_title_and_kept_by_its_name(run, called):

@@ -16,7 +16,7 @@ from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.evaluation import Metric, judge_digits, metrics
 from dic_repa.evaluation.extractors import extractors
-from dic_repa.evaluation.measuring import Judge
+from dic_repa.evaluation.judge import Judge
 from dic_repa.evaluation.metrics import MetricSet
 from dic_repa.evaluation.report import _tuning
 from dic_repa.evaluation.runs import Judgement

@@ -175,7 +175,7 @@ function metrics() {
       const key = `${row.run.i}\n${row.sampling}`;
       groups.set(key, [...(groups.get(key) ?? []), row]);
     }
-    const hint = !DATA.scores[score] ? null : lowerIsBetter(score) ? "lower is better" : "higher is better";
+    const hint = DATA.scores[score]?.hint ?? null;
     const reference = rows.map((row) => row.reference[score]).find((value) => value !== undefined);
     const lines = [...groups.values()].filter((group) => group.length > 1);
     if (lines.length) {
