@@ -25,7 +25,8 @@ class Copies:
     """
 
     def __init__(self, count: int, mirrored: Sequence[int] = (), shift: int = 0, size: int = 1):
-        if not 0 <= shift <= (most := size // 4):
+        most = size // 4
+        if not 0 <= shift <= most:
             raise UserError(f"data.options.shift is {shift}; pictures of {size} px are moved by 0 to {most} pixels")
         self.count, self.mirrored = count, mirrored
         self.moves = sorted(product(range(-shift, shift + 1), repeat=2), key=any)  # (0, 0) first

@@ -132,7 +132,7 @@ class Emoji(LatentDataset):
         unlabelled: without classes; every label is 0, the null class.
     """
 
-    class_names = GROUPS
+    class_names: tuple[str, ...] = GROUPS
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -43,9 +44,8 @@ def main(size: int, out: Path | None, packages: tuple[Path, Path]) -> None:
     try:
         print(make(packages, size, out or Path(f"emoji_{size}.zip")))
     except UserError as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = 2
-        raise failure from None
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def make(packages: tuple[Path, ...], size: int, out: Path) -> str:
@@ -110,7 +110,7 @@ def _name(path: str) -> str:
 
 def _groups(table: bytes) -> dict[str, str]:
     """The group of each emoji and of its skin tones, by all names that the table has for it."""
-    found = {}
+    found: dict[str, str] = {}
     try:
         for entry in parse_json(table):
             if entry["category"] in GROUPS:

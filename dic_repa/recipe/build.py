@@ -77,22 +77,26 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
     """The traits of the recipe's data, and why they had to be assumed; '' if the data is on this machine.
 
     Assumed are ImageNet's 1000 classes, and latents of the recipe's autoencoder or, if it is not here either, Stable
-    Diffusion's.
+    Diffusion's; of a data set whose class has `class_names`, these and pixels.
     """
     arguments, factory = _data_arguments(section), datasets.find(section.name)
-    if "path" in inspect.signature(factory).parameters:
+    path = inspect.signature(factory).parameters.get("path")
+    if path:
         arguments.setdefault("path", "")
     datasets.check_options(section.name, factory, (), arguments)  # a wrong option is no fault of data that is not here
     try:
         data = build_dataset(section)
         image = data[0].get("image")
     except UserError as error:
-        if section.place and Path(section.place).exists():  # it is here, and does not fit
+        needs_path = path is not None and path.default is path.empty
+        if Path(section.place).exists() if section.place else not needs_path:  # it is here, and does not fit
             raise
-        spec = load_spec(DEFAULT_AUTOENCODER)
+        names = getattr(factory, "class_names", ())
+        spec = load_spec("none" if names else DEFAULT_AUTOENCODER)
         with contextlib.suppress(UserError):  # the autoencoder is not here either
             spec = load_spec(section.autoencoder or spec.name)
-        assumed = class_labels(section.options.get("num_classes", 1000))
+        unlabelled = section.options.get("unlabelled")
+        assumed = class_labels(0 if unlabelled else section.options.get("num_classes", len(names) or 1000))
         return DataTraits(spec.channels, assumed, 3, spec.downsample * section.size), str(error)
     channels, size = (0, 0) if image is None else (image.shape[0], image.shape[-1])
     return DataTraits(data.channels, condition_of_data(data), channels, size), ""

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import tarfile
+from importlib import resources
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
+from pictures import as_file, write_tree
+from PIL import Image
 
+from dic_repa.alignment.cache import cache_key
 from dic_repa.data import Emoji
-from dic_repa.data.emoji import picture_key
+from dic_repa.data.emoji import EMBEDDED, may_mirror, picture_key
+from dic_repa.data.make_emoji import main
+from dic_repa.data.sources import ImageFolder
+from dic_repa.errors import UserError
+from dic_repa.recipe import DataSection
+from dic_repa.recipe.build import data_traits
 
 # SHA-256 of 32x32x3 pixels and the group, from a file that was made with other code from the same packages.
 FIXTURE = {
@@ -80,3 +94,216 @@ def test_the_order_has_nothing_to_do_with_the_groups(train):
     for start in range(0, 2700, 300):
         part = np.bincount(train.labels[start : start + 300], minlength=9) / 300
         assert np.abs(part - shares).max() < 0.1
+
+
+def moved(image, down, across):
+    """The picture moved on a canvas that its border's colour fills, by numpy."""
+    height, width = image.shape[-2:]
+    canvas = np.pad(image, ((0, 0), (2, 2), (2, 2)), mode="edge")
+    return canvas[:, 2 - down : 2 - down + height, 2 - across : 2 - across + width]
+
+
+def test_copies_follow_the_pictures(train):
+    data = Emoji(flip=True, shift=2)
+    mirrored = [place for place, image in enumerate(train.images) if place in {*data.copies.mirrored}]
+    once = len(train) + len(mirrored)
+    assert len(data) == 25 * once
+    for index in (0, 7, len(train) - 1):
+        torch.testing.assert_close(data[index], train[index], rtol=0, atol=0)
+    seen = set()
+    for move in range(25):
+        plain, flipped = (data[move * once + place]["image"].numpy() for place in (5, len(train)))
+        [place] = [
+            (down, across)
+            for down in range(-2, 3)
+            for across in range(-2, 3)
+            if np.array_equal(plain, moved(train.images[5].numpy(), down, across))
+        ]
+        seen.add(place)
+        mirror = train.images[mirrored[0]].numpy()[:, :, ::-1]
+        np.testing.assert_array_equal(flipped, moved(mirror, *place))
+    assert len(seen) == 25
+    assert data[once * 24 + len(train)]["label"] == train.labels[mirrored[0]]
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+def test_what_would_be_wrong_is_not_mirrored(train):
+    data = Emoji(flip=True)
+    names = {train.names[place] for place in data.copies.mirrored}
+    assert {"1f980", "1f600", "1f44b-1f3fb", "1f680"} <= names
+    # A flag, a sign, a clock, a digit, a map and banknotes.
+    assert not {"1f1eb-1f1f7", "0035-fe0f-20e3", "1f551", "1f947", "1f5fa-fe0f", "1f4b5"} & names
+    assert may_mirror("1f34e", "Food & Drink")
+
+
+def test_images_have_moved_copies_too(tmp_path):
+    write_tree(tmp_path / "tree", {"cat": 2, "dog": 1}, (32, 32))
+    plain, data = (ImageFolder(tmp_path / "tree", 32, flip=True, shift=shift) for shift in (0, 1))
+    assert (len(plain), len(data)) == (6, 54)
+    for index in range(6):
+        torch.testing.assert_close(data[index], plain[index], rtol=0, atol=0)
+    copies = {data[4 + 6 * move]["image"].numpy().tobytes() for move in range(9)}
+    picture = plain[4]["image"].numpy()
+    assert copies == {moved(picture, down, across).tobytes() for down in (-1, 0, 1) for across in (-1, 0, 1)}
+
+
+def test_each_augmentation_has_its_own_cache():
+    """Also where they give as many samples as another split or augmentation does."""
+    kinds = [{}, {"flip": True}, {"shift": 1}, {"flip": True, "shift": 1}, {"split": "held-out"}]
+    assert len({Emoji(**kind).fingerprint for kind in kinds}) == 5
+    assert Emoji().fingerprint == Emoji(unlabelled=True).fingerprint
+    first, second = (cache_key("none", {}, None, Emoji(**kind)) for kind in kinds[1:3])
+    assert first != second
+
+
+def test_without_classes():
+    data = Emoji("held-out", unlabelled=True)
+    assert data.num_classes == 0
+    assert {int(data[index]["label"]) for index in range(len(data))} == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"split": "test"}, "unknown split 'test'"),
+        ({"size": 64}, "emoji of the package have 32 px.*make_emoji.*data.path"),
+        ({"shift": 9}, "shift is 9; pictures of 32 px are moved by 0 to 8 pixels"),
+        ({"shift": -1}, "shift is -1"),
+        ({"path": "nowhere.zip"}, "no file nowhere.zip; make it with .*make_emoji"),
+    ],
+)
+def test_mistakes(options, said):
+    with pytest.raises(UserError, match=said):
+        Emoji(**options)
+
+
+@pytest.mark.parametrize("part", ["end", "index", "pictures", "another zip"])
+def test_a_damaged_file(part, tmp_path):
+    file, data = tmp_path / "emoji.zip", bytearray(resources.files("dic_repa.data").joinpath(EMBEDDED).read_bytes())
+    if part == "another zip":
+        data = bytearray(resources.files("dic_repa.data").joinpath("assets/mnist_10k.npz").read_bytes())
+    elif part == "end":
+        del data[-1000:]
+    else:
+        data[200 if part == "index" else len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged or no file of emoji"):
+        Emoji(path=file)
+
+
+def test_what_is_assumed_of_a_file_that_is_not_here():
+    traits, missing = data_traits(DataSection(name="emoji", size=64, path="nowhere.zip"))
+    assert (traits.channels, traits.condition.count, traits.image_size) == (3, 9, 64)
+    assert "nowhere.zip" in missing
+    with pytest.raises(UserError, match="have 32 px"):  # not assumed to be latents: it is here, and does not fit
+        data_traits(DataSection(name="emoji", size=64))
+
+
+NAMES = ["1f600", "1f603", "1f44b-1f3fb", "1f980", "1f982", "1f34e", "2764-fe0f", "1f9ff"]
+
+
+def original(seed, name):
+    """Coarse noise with an alpha channel; one is not square."""
+    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 4), dtype=np.uint8)
+    return Image.fromarray(values, "RGBA").resize((64, 72 if name == "1f980" else 64), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """Folders as npm unpacks them, and archives as it packs them."""
+    pictures, table = tmp_path / "pictures" / "assets", tmp_path / "groups"
+    pictures.mkdir(parents=True)
+    table.mkdir()
+    for seed, name in enumerate([*NAMES, "1f3fb"]):
+        data = as_file(original(seed, name), "WEBP", lossless=True, exact=True)
+        (pictures / f"{name}.webp").write_bytes(data)
+    entry = {"unified": "", "non_qualified": None, "category": "Smileys & Emotion"}
+    rows = [entry | {"unified": name.upper()} for name in NAMES if "-" not in name]
+    rows[2] |= {"category": "Animals & Nature"}
+    wave = {"unified": "1F44B-1F3FB", "non_qualified": None}
+    rows.append(entry | {"unified": "1F44B", "category": "People & Body", "skin_variations": {"1F3FB": wave}})
+    rows.append(entry | {"unified": "2764-FE0F", "non_qualified": "2764"})
+    rows.append(entry | {"unified": "1F3FB", "category": "Component"})
+    (table / "emoji.json").write_text(json.dumps(rows))
+    for folder in (pictures.parent, table):
+        with tarfile.open(f"{folder}.tgz", "w:gz") as archive:
+            archive.add(folder, "package")
+    return tmp_path
+
+
+def make(packages, *names, size=16, out="emoji.zip"):
+    arguments = ["--size", str(size), "--out", str(packages / out), *(str(packages / name) for name in names)]
+    return CliRunner().invoke(main, arguments)
+
+
+def test_the_script_makes_a_file_of_any_size(packages):
+    result = make(packages, "groups.tgz", "pictures.tgz")
+    assert result.exit_code == 0, result.output
+    assert "8 emoji of 16 px" in result.output
+    assert "1 without a group" in result.output
+    data = {}
+    for split in ("train", "held-out"):
+        part = Emoji(split, 16, packages / "emoji.zip")
+        data |= {name: part[place] | {"names": part.class_names} for place, name in enumerate(part.names)}
+    assert sorted(data) == sorted(NAMES)
+    for seed, name in enumerate(NAMES):
+        picture = original(seed, name)
+        alpha = np.asarray(picture)[..., 3:] / 255
+        flat = np.full((72 if name == "1f980" else 64,) * 2 + (3,), 255.0)
+        across = (flat.shape[1] - 64) // 2
+        flat[:, across : across + 64] = alpha * np.asarray(picture)[..., :3] + (1 - alpha) * 255
+        small = Image.fromarray(np.rint(flat).astype(np.uint8)).resize((16, 16), Image.Resampling.LANCZOS)
+        found = data[name]["image"].permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - np.asarray(small)).max() <= 2  # Pillow's alpha_composite rounds in another way
+    groups = {name: sample["names"][sample["label"]] for name, sample in data.items()}
+    assert groups["1f980"] == "Animals & Nature"
+    assert groups["1f44b-1f3fb"] == "People & Body"
+    assert groups["1f600"] == groups["2764-fe0f"] == "Smileys & Emotion"
+
+
+def test_folders_and_archives_give_the_same_file(packages):
+    make(packages, "groups.tgz", "pictures.tgz", out="a.zip")
+    make(packages, "pictures", "groups", out="b.zip")
+    assert (packages / "a.zip").read_bytes() == (packages / "b.zip").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("pictures.tgz", "pictures"), "there is no emoji.json"),
+        (("groups.tgz", "groups"), "there are no pictures with a group"),
+        (("groups", "empty"), "empty has neither assets/"),
+        (("groups", "cut.tgz"), "cut.tgz is no whole .tgz"),
+        (("groups", "text.tgz"), "text.tgz is no whole .tgz"),
+        (("pictures", "other"), "emoji.json is not emoji-datasource's"),
+        (("broken", "groups"), "1f600.webp is not a whole image"),
+    ],
+)
+def test_wrong_packages(packages, names, said):
+    (packages / "empty").mkdir()
+    (packages / "cut.tgz").write_bytes((packages / "pictures.tgz").read_bytes()[:-300])
+    (packages / "text.tgz").write_text("no archive")
+    for folder, name, text in (("other", "emoji.json", '{"a": 1}'), ("broken", "assets/1f600.webp", "RIFF")):
+        (packages / folder / name).parent.mkdir(parents=True)
+        (packages / folder / name).write_text(text)
+    result = make(packages, *names)
+    assert result.exit_code == 2
+    assert said in result.output.splitlines()[-1]
+    assert "Traceback" not in result.output
+    assert not (packages / "emoji.zip").exists()
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused(packages, monkeypatch):
+    with tarfile.open(packages / "bomb.tgz", "w:gz") as archive:
+        member = tarfile.TarInfo("package/assets/1f600.webp")
+        member.size = 3_000_000
+        archive.addfile(member, io.BytesIO(bytes(member.size)))
+    monkeypatch.setenv("DIC_REPA_LIMITS", "file-bytes=1M")
+    assert "over the limit" in make(packages, "groups", "bomb.tgz").output
+
+
+def test_nothing_of_others_is_written_over(packages):
+    (packages / "emoji.zip").write_text("mine")
+    assert "not written by dic-repa" in make(packages, "groups", "pictures").output
+    assert (packages / "emoji.zip").read_text() == "mine"
