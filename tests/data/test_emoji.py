@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from importlib import resources
 
@@ -14,8 +15,8 @@ import torch
 from click.testing import CliRunner
 from pictures import as_file, write_tree
 from PIL import Image
+from small_runs import ALIGNED, metrics, small_recipe
 
-from dic_repa.alignment.cache import cache_key
 from dic_repa.data import Emoji
 from dic_repa.data.emoji import EMBEDDED, may_mirror, picture_key
 from dic_repa.data.make_emoji import main
@@ -23,6 +24,7 @@ from dic_repa.data.sources import ImageFolder
 from dic_repa.errors import UserError
 from dic_repa.recipe import DataSection
 from dic_repa.recipe.build import data_traits
+from dic_repa.training import train as train_recipe
 
 # SHA-256 of 32x32x3 pixels and the group, from a file that was made with other code from the same packages.
 FIXTURE = {
@@ -149,12 +151,8 @@ def test_images_have_moved_copies_too(tmp_path):
 
 
 def test_each_augmentation_has_its_own_cache():
-    """Also where they give as many samples as another split or augmentation does."""
     kinds = [{}, {"flip": True}, {"shift": 1}, {"flip": True, "shift": 1}, {"split": "held-out"}]
     assert len({Emoji(**kind).fingerprint for kind in kinds}) == 5
-    assert Emoji().fingerprint == Emoji(unlabelled=True).fingerprint
-    first, second = (cache_key("none", {}, None, Emoji(**kind)) for kind in kinds[1:3])
-    assert first != second
 
 
 def test_without_classes():
@@ -307,3 +305,25 @@ def test_nothing_of_others_is_written_over(packages):
     (packages / "emoji.zip").write_text("mine")
     assert "not written by dic-repa" in make(packages, "groups", "pictures").output
     assert (packages / "emoji.zip").read_text() == "mine"
+
+
+def test_tokens_of_copies_are_cached_and_a_run_goes_on(packages, monkeypatch):
+    """The losses are those of a run with the encoder, and of one that was not cut off."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("DIC_REPA_CACHE", str(packages / "features"))
+    make(packages, "groups.tgz", "pictures.tgz")
+    keys = ["data.name=emoji", f"data.path={packages}/emoji.zip", "data.size=16", "data.options={flip: true, shift: 1}"]
+    keys += ["train.steps=4", "train.checkpoint_every=2", "alignments.0.encoder=efficientnet-lite0"]
+    keys += ["alignments.0.encoder_options={input_size: 64}"]
+
+    def run(name, *more, resume=False):
+        return metrics(train_recipe(small_recipe(*keys, *more, base=ALIGNED), packages / name, resume))
+
+    live, cached = run("live"), run("cached", "alignments.0.cache=true")
+    shutil.copytree(packages / "cached", packages / "cut off")
+    shutil.rmtree(packages / "cut off/checkpoints/step_00000004")
+    again = run("cut off", "alignments.0.cache=true", resume=True)
+    assert (packages / "cut off/checkpoints/step_00000004").is_dir()
+    for term in ("loss", "alignment.0.token"):
+        assert [line[term] for line in cached] == pytest.approx([line[term] for line in live], abs=1e-4)
+        assert [line[term] for line in again] == [line[term] for line in cached]
