@@ -6,6 +6,7 @@ sorted by name. A name is the emoji's code points, such as `1f44b-1f3fb`, a wavi
 """
 
 import hashlib
+import re
 import zipfile
 from functools import cached_property
 from importlib import resources
@@ -101,6 +102,8 @@ def read_pictures(path: Path) -> tuple[dict[str, str], Tensor]:
         with zipfile.ZipFile(path) as archive:
             index, sheet = parse_json(archive.read(INDEX)), archive.read(SHEET)
         size, groups = int(index["size"]), {name: group for group in GROUPS for name in index["groups"].get(group, ())}
+        if not all(re.fullmatch("[0-9a-f-]+", name) for name in groups):
+            raise ValueError("its names are no code points")
         picture = np.asarray(decode_image(sheet, f"{SHEET} in {path}"))
         columns = columns_of(len(groups))
         rows = picture.reshape(-1, size, columns, size, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)

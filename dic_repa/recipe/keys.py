@@ -57,7 +57,7 @@ _ELSEWHERE = {
     "data.path": "root data_dir data_path datapath dataset_path dataset_dir folder dir",
     "data.size": "image_size resolution img_size img_resolution latent_size",
     "data.autoencoder": "vae first_stage tokenizer",
-    "data.options": "num_classes flip xflip hflip labels",
+    "data.options": "num_classes flip xflip hflip shift unlabelled labels",
     "data.workers": "num_workers n_workers dataloader_num_workers",
     "model.name": "arch architecture net network model_name",
     "model.width": "hidden_size dim base_channels model_channels embed_dim",

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tarfile
+import zipfile
 from importlib import resources
 
 import numpy as np
@@ -188,6 +189,28 @@ def test_a_damaged_file(part, tmp_path):
     file.write_bytes(data)
     with pytest.raises(UserError, match="is damaged or no file of emoji"):
         Emoji(path=file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 0},
+        {"size": 8},
+        {"size": "big"},
+        {"groups": ["Flags"]},
+        {"groups": {}},
+        {"groups": {"Flags": ["1f600", "1f601", "1f602"]}},
+        {"groups": {"Flags": [1, 2]}},
+        {"groups": {"Flags": ["1f600", "\ud800"]}},
+    ],
+)
+def test_an_index_that_does_not_fit(change, tmp_path):
+    index = {"size": 16, "groups": {"Flags": ["1f600", "1f603"]}}
+    with zipfile.ZipFile(tmp_path / "emoji.zip", "w") as archive:
+        archive.writestr("pictures.webp", as_file(Image.new("RGB", (32, 16)), "WEBP", lossless=True))
+        archive.writestr("index.json", json.dumps(index | change))
+    with pytest.raises(UserError, match="is damaged or no file of emoji"):
+        Emoji(path=tmp_path / "emoji.zip", size=16)
 
 
 def test_what_is_assumed_of_a_file_that_is_not_here():
