@@ -57,6 +57,7 @@ VERBS = {
     "probe": ["probe", "theirs"],
     "tune": ["tune", "theirs"],
     "evaluate": ["evaluate", "theirs"],
+    "nearest": ["nearest", "theirs", "--reference", "digits"],
     "bench data": ["bench", "data", "theirs/recipe.yaml"],
 }
 

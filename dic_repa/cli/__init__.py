@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": "Measure samples: of runs, a checkpoint, a folder, or anybody's .npz.",
     "report": "One HTML page about one run or several: curves, samples, metrics, recipes.",
     "probe": "Compare every stage of a denoiser with an encoder, over noise levels.",
+    "nearest": "Are samples copies of training pictures? The nearest ones, and the share.",
     "tune": "Find the guidance scale and interval for the best score.",
     "prepare": "Crop and encode a folder, zip, tar or Hugging Face data set of images.",
     "bench": "Measure speed: of denoisers, training steps, samplers and the data.",
