@@ -27,7 +27,7 @@ HINT = "name the two packages of --help"
 
 
 @click.command()
-@click.option("--size", type=click.IntRange(8, 256), default=32, show_default=True, help="Height and width in pixels.")
+@click.option("--size", type=click.IntRange(8, 160), default=32, show_default=True, help="Height and width in pixels.")
 @click.option("--out", type=click.Path(path_type=Path), help="The file to write.  [default: emoji_SIZE.zip]")
 @click.argument("packages", nargs=2, type=click.Path(exists=True, path_type=Path), metavar="PACKAGE PACKAGE")
 def main(size: int, out: Path | None, packages: tuple[Path, Path]) -> None:
