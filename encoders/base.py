@@ -12,6 +12,7 @@ from dic_repa.registry import Registry
 
 encoders = Registry("encoder", modules=["dic_repa.encoders.*"], key="alignments.0.encoder")
 register_encoder, list_encoders = encoders.register, encoders.names
+IN_PACKAGE = "in this package, works without network"  # the source of weights
 
 
 @dataclass(frozen=True)

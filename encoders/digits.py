@@ -12,7 +12,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dic_repa.encoders.base import Card, register_encoder
+from dic_repa.encoders.base import IN_PACKAGE, Card, register_encoder
 from dic_repa.encoders.timm_vit import FrozenViT
 from dic_repa.errors import MISTAKES, UserError, first_line
 from dic_repa.files.reading import parse_json
@@ -63,7 +63,7 @@ class DigitsViT(FrozenViT):
         layer: the block that gives the tokens.
     """
 
-    card = Card(96, 4, 49, 0.2, "in this package", "Apache-2.0")
+    card = Card(96, 4, 49, 0.2, IN_PACKAGE, "Apache-2.0")
 
     def __init__(self, weights: str | PathLike | None = None, layer: int = -1):
         path = weights or Path(__file__).parent / "weights" / "digits_vit.safetensors"

@@ -14,7 +14,7 @@ from typing import Any
 
 from timm.data import constants
 
-from dic_repa.encoders.base import Card, encoders
+from dic_repa.encoders.base import IN_PACKAGE, Card, encoders
 from dic_repa.encoders.timm_backbone import TimmBackbone
 from dic_repa.encoders.timm_network import FrozenNetwork, sketch, takes
 from dic_repa.encoders.timm_vit import TimmViT
@@ -121,8 +121,8 @@ for _name, _family in FAMILIES.items():
 
 # EfficientNet-Lite by Google, converted from TensorFlow by timm's author: ImageNet's classes, learnt from their labels.
 SHIPPED: dict[str, Card] = {
-    "efficientnet-lite0": Card(112, 16, 64, 0.7, "in this package", "Apache-2.0"),
-    "efficientnet-lite2": Card(120, 16, 64, 1.2, "in this package", "Apache-2.0"),
+    "efficientnet-lite0": Card(112, 16, 64, 0.7, IN_PACKAGE, "Apache-2.0"),
+    "efficientnet-lite2": Card(120, 16, 64, 1.2, IN_PACKAGE, "Apache-2.0"),
 }
 
 for _name, _card in SHIPPED.items():

@@ -3,11 +3,14 @@
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dic_repa.encoders.timm_network import REFUSALS, FrozenNetwork, build_network, sketch, takes
 from dic_repa.errors import UserError, first_line
+
+CPU_PART = 8  # images that go through the network at once on a CPU
 
 
 class TimmBackbone(FrozenNetwork):
@@ -58,16 +61,24 @@ class TimmBackbone(FrozenNetwork):
             UserError: the network takes no such images.
         """
         if size not in self._grids:
-            black = self.resize(self.mean.new_zeros(1, len(self.mean), *size))
+            device = next(self.model.parameters()).device
+            black = self.resize(torch.zeros(1, len(self.mean), *size, device=device))
             try:
                 h, w = self.features(black).shape[-2:]
             except REFUSALS as error:
                 h, w = black.shape[-2:]
                 own = "x".join(map(str, self.model.pretrained_cfg["input_size"][1:]))
-                why = f"timm's '{self.name}' does not take images of {h}x{w} pixels ({first_line(error)})"
+                why = f"timm's '{self.name}' does not take images of {h}x{w} pixels ({first_line(error).rstrip('.')})"
                 raise UserError(f"{why}; set input_size, or timm's img_size, which is {own} by default") from error
             self._grids[size] = (h, w)
         return self._grids[size]
+
+    def features(self, inputs: Tensor) -> Tensor:
+        run = super().features
+        if inputs.device.type != "cpu":
+            return run(inputs)
+        # Large activations are mapped into memory anew each time, which takes more than half of a pass of 64.
+        return torch.cat([run(part) for part in inputs.split(CPU_PART)])
 
     def prepare(self, images: Tensor) -> Tensor:
         return self.normalise(self.resize(images))

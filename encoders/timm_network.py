@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dic_repa.errors import UserError, first_line, unknown_name
 from dic_repa.files.hub import pin
-from dic_repa.files.weights import load_weights, read_tensors, without_memory
+from dic_repa.files.weights import load_weights, read_tensors
 
 WEIGHTS_OPTION = "--weights FILE (in a recipe: encoder_options: {weights: FILE})"
 REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)  # what timm raises for options and sizes
@@ -93,24 +93,29 @@ class FrozenNetwork(nn.Module):
 
 
 def build_network(
-    name: str, weights: str | PathLike | None, pretrained: bool, options: dict[str, Any], kind: str = "a network"
+    name: str, weights: str | PathLike | None, pretrained: bool, options: dict[str, Any], kind: str = ""
 ) -> Any:
     """timm's model `name` without its classifier, made with `options` of timm's.
 
     Args:
         weights: a safetensors file or plain state dict; None takes those of the hub if `pretrained`, else random ones.
-        kind: what it is to be, for messages.
+        kind: what it is to be, such as " as a ViT", for messages.
     """
     if taken := options.keys() & {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}:
         raise UserError(f"timm's {taken.pop()} is not passed on, since it may unpickle a file; give {WEIGHTS_OPTION}")
+    if taken := options.keys() & {"features_only", "out_indices", "num_classes"}:
+        raise UserError(f"timm's {taken.pop()} is not passed on; the layer says what the tokens are")
     check_architecture(name)
     try:
         # Without weights first: a failure here comes from the name or the options, one below from the hub.
-        model: Any = timm.create_model(name, num_classes=0, **options)
-        if not (hasattr(model, "feature_info") and hasattr(model, "forward_intermediates")):
-            raise TypeError("it has neither patch tokens nor feature maps")
+        model = _create(name, num_classes=0, **options)
     except REFUSALS as error:
-        raise UserError(f"timm cannot build '{name}' as {kind} ({first_line(error)})") from error
+        raise UserError(f"timm cannot build '{name}'{kind} ({first_line(error)})") from error
+    if not (hasattr(model, "forward_intermediates") and hasattr(model, "prune_intermediate_layers")):
+        raise UserError(
+            f"timm {timm.__version__} gives neither patch tokens nor feature maps of '{name}'; take another model, or "
+            "a newer timm"
+        )
     if weights is not None:
         _load_file(model, weights)
     if weights is not None or not pretrained:
@@ -130,8 +135,18 @@ def check_architecture(name: str) -> str:
 
 def sketch(name: str) -> Any:
     """timm's model `name` without memory for its weights, to see what it is."""
-    architecture = check_architecture(name)
-    return without_memory(lambda: timm.create_model(architecture)) or timm.create_model(architecture)
+    with torch.device("meta"):
+        return _create(check_architecture(name))
+
+
+def _create(name: str, **options: Any) -> Any:
+    try:
+        return timm.create_model(name, **options)
+    except RuntimeError as error:
+        if "meta" not in str(error).lower():
+            raise
+        with torch.device("cpu"):  # shapes are asked for, and it needs numbers; many do in timm 1.0.20
+            return timm.create_model(name, **options)
 
 
 def takes(model: Any, option: str) -> bool:

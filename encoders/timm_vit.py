@@ -75,7 +75,7 @@ class TimmViT(FrozenViT):
         if pixels_per_token < 1:
             raise UserError(f"pixels_per_token must be at least 1, not {pixels_per_token}")
         options = {**model_args, "dynamic_img_size": True}
-        model = build_network(model_name, weights, pretrained, options, "a ViT of any image size")
+        model = build_network(model_name, weights, pretrained, options, " as a ViT of any image size")
         config = model.pretrained_cfg
         super().__init__(model, mean or config["mean"], std or config["std"], layer, norm)
         self.pixels_per_token = pixels_per_token

@@ -147,9 +147,12 @@ def encoder_hash(name: str, options: dict[str, Any], encoder, *more):
     # A weights file counts by its content, not by its place.
     named = {key: value for key, value in options.items() if key != "weights"}
     digest.update(json.dumps([name, named, *more], default=str).encode())
-    with contextlib.suppress(OSError, TypeError):  # of a class made at a prompt; the cache's probes still tell
-        if source := inspect.getsourcefile(type(encoder)):
-            digest.update(Path(source).read_bytes())
+    for kind in type(encoder).__mro__:
+        if kind.__module__.partition(".")[0] == "torch":
+            continue
+        with contextlib.suppress(OSError, TypeError):  # of a class made at a prompt; the cache's probes still tell
+            if source := inspect.getsourcefile(kind):
+                digest.update(Path(source).read_bytes())
     if isinstance(encoder, nn.Module):
         for key, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:  # buffers that are not saved too
             add_parts(digest, f"{key} {tensor.dtype} {tuple(tensor.shape)}", tensor)

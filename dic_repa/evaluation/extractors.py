@@ -107,11 +107,12 @@ class DINOv2(nn.Module):
 
     def __init__(self, encoder: str = "dinov2-vit-l", **options):
         from dic_repa.encoders import create_encoder
+        from dic_repa.encoders.timm_vit import FrozenViT
 
         super().__init__()
         self.encoder: Any = create_encoder(encoder, **options)
         model: Any = getattr(self.encoder, "model", None)
-        if getattr(model, "cls_token", None) is None or not hasattr(model, "forward_features"):
+        if not isinstance(self.encoder, FrozenViT) or getattr(model, "cls_token", None) is None:
             raise UserError(f"encoder '{encoder}' has no class token; choose a DINOv2, such as dinov2-vit-l")
         patch = model.patch_embed.patch_size[0]
         self.size = 224 // patch * patch

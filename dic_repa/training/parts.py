@@ -124,7 +124,7 @@ def cast_weights(encoder, precision: str) -> None:
     if dtype is None or not isinstance(encoder, nn.Module):
         return
     for module in encoder.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if type(module) in (nn.Linear, nn.Conv2d):  # a class of its own may compute with its weights first
             module.to(dtype)
 
 

@@ -71,3 +71,12 @@ def test_weights_cast_once_give_the_same_tokens_as_autocast():
         torch.testing.assert_close(encoder(images), expected, rtol=0, atol=0)
     assert encoder.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert encoder.model.blocks[0].norm1.weight.dtype == torch.float32
+
+
+def test_weights_that_a_layer_normalises_are_not_cast():
+    encoder = create_encoder("timm:test_nfnet", pretrained=False)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = encoder(images)
+        cast_weights(encoder, "bf16")
+        torch.testing.assert_close(encoder(images), expected, rtol=0, atol=0)
