@@ -44,6 +44,7 @@ class Digits(Dataset):
     num_classes = NUM_CLASSES
     class_names = tuple(str(digit) for digit in range(10))
     channels = 1
+    splits = tuple(_SPLITS)
     reference_split = "held-out"  # of the reference `digits`
 
     def __init__(self, split: str = "train", size: int = 16):

@@ -136,6 +136,7 @@ class Emoji(LatentDataset):
     """
 
     class_names: tuple[str, ...] = GROUPS
+    splits = SPLITS
 
     def __init__(
         self,

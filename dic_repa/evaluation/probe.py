@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from dic_repa.alignment.aligned import Alignment, feature_map, find_tap
 from dic_repa.conditions import ClassLabels, condition_of_data
 from dic_repa.data.latents import denoiser_data
+from dic_repa.data.registry import datasets
 from dic_repa.errors import UserError
 from dic_repa.evaluation.cka import cknna, linear_cka, linear_probe
 from dic_repa.files.atomic import write_whole
@@ -176,7 +177,7 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
 
 def _dataset(recipe: Recipe, num: int) -> tuple[Any, str]:
     """The first `num` of the images in a fixed random order, held out if the data set has a split of that name."""
-    split = "held-out" if recipe.data.name == "digits" else "train"
+    split = "held-out" if "held-out" in getattr(datasets.find(recipe.data.name), "splits", ()) else "train"
     data = build_dataset(recipe.data, split=split)
     if "image" not in data[0]:
         raise UserError("the data has latents but no images, which an encoder needs")

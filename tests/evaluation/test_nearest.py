@@ -95,6 +95,15 @@ def test_without_a_bound_the_training_pictures_are_compared_among_themselves():
     assert {0, 1, 2, 3, 4} <= set(found.scores(0)["pixels"]["samples"])
 
 
+@pytest.mark.slow
+def test_the_verb_in_a_process_of_its_own(dic_repa):
+    options = ["--reference", "train.npz", "--bound", "bound.npz", "--no-flip", "--share", "0"]
+    rows = dic_repa("nearest", "samples.npz", *options).stdout.splitlines()
+    assert rows[1].split()[0] == "lite2"
+    assert rows[2].split()[:4] == ["pixels", "5", "of", "40"]
+    assert Path("nearest.png").is_file()
+
+
 def test_as_a_user_asks_for_it(capsys, mistake, checkpoint):
     def call(*arguments) -> str:
         with pytest.raises(SystemExit) as exit:

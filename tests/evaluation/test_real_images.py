@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -23,8 +24,10 @@ from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.judge import notes_on_scores, real_images
 from dic_repa.evaluation.report import read_run
 from dic_repa.evaluation.runs import evaluate_run
+from dic_repa.evaluation.tune import Tuner
 from dic_repa.recipe import load_recipe
 from dic_repa.runtime.table import number
+from dic_repa.sampling.load import load as load_run
 from dic_repa.trust import check_code
 
 
@@ -224,6 +227,20 @@ def test_scores_by_lite2_are_said_to_be_no_fid(tmp_path, capsys):
     assert row.split()[-2:] == ["1.00", "1.00"]
     assert "note: scores by the tokens of efficientnet-lite2 are no FID" in shown.out + shown.err
     assert metrics.create("fd-lite2").describe()["hint"] == "lower is better; no FID"
+
+
+def test_guidance_is_searched_by_lite2(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name, split in (("train", "train"), ("held-out", "held-out")):
+        np.savez(tmp_path / f"{name}.npz", levels(split)[:12].movedim(1, -1).numpy())
+    section = "evaluate={metric: fd-lite2, reference: train.npz, bound: held-out.npz}"
+    run = small_run(tmp_path / "run", *QUICK, section)
+    tuner = Tuner(load_run(run.path), scales=[1, 2], intervals=[(0, 1)], num=4, confirm=0, out=tmp_path / "tune")
+    cells = tuner.run()
+    assert sorted(cell.value for cell in cells) == [cell.value for cell in cells]
+    real = Measure(["fd-lite2"], "train.npz")(open_images("held-out.npz").spread(4)).values["fd-lite2"]
+    assert tuner.real == {"count": 4, "fd-lite2": pytest.approx(real, rel=1e-4)}
+    assert (tmp_path / "tune/tune.png").is_file()
 
 
 def test_a_run_that_lite2_taught_is_said_to_be_judged_by_its_teacher():
