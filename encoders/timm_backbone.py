@@ -1,5 +1,6 @@
 """Frozen networks of timm that are no ViTs (convolutional, hierarchical or both); a feature map is the tokens."""
 
+import contextlib
 from os import PathLike
 from typing import Any
 
@@ -50,7 +51,8 @@ class TimmBackbone(FrozenNetwork):
         super().__init__(model, mean or config["mean"], std or config["std"], layer, len(model.feature_info), "stages")
         self.layer %= len(model.feature_info)  # counted from the first, since those behind it are dropped
         self.embed_dim: int = model.feature_info[self.layer]["num_chs"]
-        model.prune_intermediate_layers([self.layer], prune_norm=True, prune_head=True)
+        with contextlib.suppress(AssertionError):  # timm 1.0.20 cannot drop EfficientViT's head
+            model.prune_intermediate_layers([self.layer], prune_norm=True, prune_head=True)
         self.name, self.input_size = model_name, input_size
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
 

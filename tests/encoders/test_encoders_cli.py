@@ -56,6 +56,9 @@ def test_the_list_has_every_family():
     assert lines["ijepa-vit-h"].split()[1:5] == ["1280", "14", "256", "630.8"]
     assert "CC BY-NC 4.0" in lines["mae-vit-l"]
     assert lines["digits-vit"].split()[1:5] == ["96", "4", "49", "0.2"]
+    assert lines["efficientnet-lite0"].split()[1:5] == ["112", "16", "64", "0.7"]
+    offline = {name for name, line in lines.items() if line.endswith("works without network")}
+    assert offline == {"digits-vit", "efficientnet-lite0", "efficientnet-lite2"}
     assert "timm:" in lines
 
 
@@ -78,6 +81,12 @@ def test_check_writes_the_image_beside_its_tokens(tmp_path):
     assert (cells == cells[:, :1, :, :1]).all()  # one colour for each token
 
 
+def test_check_of_a_feature_map(tmp_path):
+    arguments = ["--size=64", "--option=input_size=96", "--option=layer=2", "--out", tmp_path / "map.png"]
+    output = invoke("check", "efficientnet-lite0", *arguments)
+    assert "64x64 pixels give 12x12 tokens of width 40" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +98,8 @@ def test_check_writes_the_image_beside_its_tokens(tmp_path):
         (["digits-vit", "--option", "layr=1"], "did you mean layer"),
         (["digits-vit", "--option", "layer=["], "--option layer: '[' is not valid YAML"),
         (["digits-vit", "--option", "layer=abc"], "'digits-vit': layer takes a whole number, not 'abc'"),
+        (["efficientnet-lite0", "--option", "layer=7"], "layer 7 does not exist: the encoder has 5 stages, 0 to 4"),
+        (["timm:resnet", "--option", "pretrained=false"], "unknown timm model 'resnet'; did you mean"),
         (["dinov2-vit-s", "--option", "pixels_per_token=abc"], "dinov2-vit-s' does not take these options"),
         (["digits-vit", "--out", "x.foo"], "x.foo is not a picture; end it in .png"),
     ],

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dic_repa.alignment.cache import encoder_hash
 from dic_repa.encoders import create_encoder, encoder_card
 from dic_repa.errors import UserError
+from dic_repa.evaluation.extractors import DINOv2
 
 NAMED = {"efficientnet-lite0": "tf_efficientnet_lite0", "efficientnet-lite2": "tf_efficientnet_lite2"}
 SWIN = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4)}  # its maps are NHWC
@@ -166,6 +167,11 @@ def test_what_is_refused(options, message):
         create_encoder("timm:test_resnet", **{"pretrained": False, **options})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_score_by_the_class_token_refuses_one_that_is_not_computed():
+    with pytest.raises(UserError, match="has no class token; choose a DINOv2"):
+        DINOv2(encoder="timm:cait_xxs24_224", pretrained=False, depth=1)
 
 
 def test_sizes_that_the_network_does_not_take():
