@@ -209,7 +209,7 @@ def load_measure(samples: Sequence[Path], reference: str | None, names: list[str
     from dic_repa.cli.encoders import parse_encoder_options
     from dic_repa.evaluation import Measure
     from dic_repa.evaluation.reference import save_statistics
-    from dic_repa.evaluation.runs import encoder_of_runs
+    from dic_repa.evaluation.runs import encoder_of_runs, real_images_of_runs
 
     dinov2 = {"weights": options["dinov2_weights"], "encoder": options["dinov2_encoder"]}
     encoder = parse_encoder_options(options["encoder_options"], options["encoder_weights"])
@@ -224,9 +224,9 @@ def load_measure(samples: Sequence[Path], reference: str | None, names: list[str
         extractor_options["encoder"] = {"encoder": options["encoder"], **encoder}
     measure = Measure(
         names,
-        reference,
+        real_images_of_runs(samples, reference),
         processes.device,
-        bound=options["bound"],
+        bound=real_images_of_runs(samples, options["bound"]),
         extractor_options=extractor_options,
         batch_size=options["feature_batch"],
         resize=options["resize"],

@@ -173,11 +173,6 @@ class Lite2(PooledTokens):
         super().__init__(LITE2, layer=3, input_size=128)
         self.notes = (no_fid(LITE2),)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        # A CPU takes half the time for few at once, whose activations fit its caches.
-        parts = images.split(8 if images.device.type == "cpu" else len(images))
-        return {"pooled": torch.cat([PooledTokens.forward(self, part)["pooled"] for part in parts])}
-
 
 def no_fid(encoder: str) -> str:
     """The note that goes with every score by an encoder's tokens."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import describe_extractors
-from dic_repa.evaluation.image_sets import ImageSet
-from dic_repa.evaluation.judge import by_encoder, judge_of, own_encoder
+from dic_repa.evaluation.image_sets import ImageSet, named_data
+from dic_repa.evaluation.judge import by_encoder, judge_of, own_encoder, real_images
 from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.evaluation.reference import UNKNOWN_COUNT
 from dic_repa.files.atomic import write_whole
@@ -157,15 +157,30 @@ def encoder_of_runs(paths: Sequence[Path], names: Sequence[str]) -> dict[str, di
         UserError: they were aligned to different ones.
     """
     found: dict[str, dict] = {}
-    files = [file for path in paths for file in (path / "recipe.yaml", path / "ema/recipe.yaml") if file.is_file()]
-    for file in files if by_encoder(names) else ():
-        recipe = load_training_recipe(file)
-        import_plugins(recipe)
+    for place, recipe in _recipes_of(paths) if by_encoder(names) else ():
         own = own_encoder(recipe)
         if own and found and own != found:
-            raise UserError(f"{file.parent} was aligned to another encoder than the one before; name one by --encoder")
+            raise UserError(f"{place} was aligned to another encoder than the one before; name one by --encoder")
         found = found or own
     return found
+
+
+def real_images_of_runs(paths: Sequence[Path], source: str | None) -> ImageSet | str | None:
+    """`real_images` of the first run or checkpoint among `paths` that was trained on the data set that is named."""
+    if source and named_data(source):
+        for _, recipe in _recipes_of(paths):
+            if isinstance(found := real_images(recipe, source), ImageSet):
+                return found
+    return source
+
+
+def _recipes_of(paths: Sequence[Path]) -> Iterator[tuple[Path, Recipe]]:
+    """The recipes of the runs and checkpoints among `paths`, and the folders that these are in."""
+    for file in (path / name for path in paths for name in ("recipe.yaml", "ema/recipe.yaml")):
+        if file.is_file():
+            recipe = load_training_recipe(file)
+            import_plugins(recipe)
+            yield file.parent, recipe
 
 
 def describe_sampling(sample: SampleSection) -> str:

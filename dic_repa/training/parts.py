@@ -133,6 +133,11 @@ def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
     check_sampling(recipe.sample, objective)
     if recipe.evaluate:
         names = check_metrics(recipe.evaluate.names, recipe.evaluate.reference)
+        if recipe.evaluate.bound and not names:
+            raise UserError(
+                "evaluate.bound is scored by metrics that compare with evaluate.reference, and "
+                f"{recipe.evaluate.metric} has real images of its own; leave it out, or add a metric to evaluate.also"
+            )
         if not recipe.alignments and (named := by_encoder(names)):
             raise UserError(
                 f"evaluate: {', '.join(named)} needs the encoder of the first alignment, and the recipe has none; "

@@ -139,6 +139,8 @@ def test_a_bound_that_does_not_fit_is_told_at_once(tmp_path, mistake):
     with pytest.raises(UserError, match="recognised: the images do not tell which class each should show"):
         Measure(["recognised"], bound="tree")
     assert "--bound goes with --reference" in mistake("evaluate", "run", "--bound", "digits")
+    own = ["--set=train.steps=2", "--set=evaluate.bound=digits:train"]
+    assert "digits has real images of its own" in mistake("train", "digits-baseline", *TINY, *own, "--out", "run")
     wrong = [
         "--out",
         "run",
@@ -147,6 +149,18 @@ def test_a_bound_that_does_not_fit_is_told_at_once(tmp_path, mistake):
     ]
     said = mistake("train", "digits-baseline", *TINY, *wrong)
     assert "there is no bound digit to compare samples with, and no such data set; did you mean digits" in said
+
+
+def test_a_run_is_measured_by_its_data_at_its_size(tmp_path, monkeypatch):
+    """Not with the data set's own 16 pixels, also where a command names it."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    small_run(tmp_path / "run", *QUICK, "data.size=20", "evaluate=null", "sample.num=4")
+    options = ["--reference", "digits", "--bound", "digits:train", "--metrics", "fd-digits", "--out", "record.json"]
+    with pytest.raises(SystemExit) as exit:
+        main(["evaluate", "run", *options])
+    assert exit.value.code == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["reference"]["size"] == record["samples"]["size"] == [20, 20]
 
 
 def test_real_images_are_shown_beside_the_samples_by_every_verb(tmp_path, monkeypatch, capsys):
