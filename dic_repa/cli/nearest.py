@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.options import PATH, Command, Count, option_group
+from dic_repa.cli.options import PATH, Between, Command, Count, option_group
 from dic_repa.cli.sampling_options import load_for_sampling, sampling_options
 from dic_repa.errors import UserError, when_interrupted
 from dic_repa.files.outputs import check_file
@@ -26,10 +26,8 @@ from dic_repa.runtime.threads import choose_threads
     click.option(
         "--extractor", default="lite2", help="Whose features are compared: `dic-repa parts feature-extractor`."
     ),
-    click.option("--flip/--no-flip", default=True, help="A mirrored copy is a copy.  [default: flip]"),
-    click.option(
-        "--share", type=click.FloatRange(0, 1), default=0.01, help="Of the real images that may be as near as a copy."
-    ),
+    click.option("--flip/--no-flip", default=True, help="A mirrored copy is a copy."),
+    click.option("--share", type=Between(0, 1), default=0.01, help="Of the real images that may be as near as a copy."),
     click.option("--resize", type=Count(8, "size"), metavar="SIZE", help="Crop all images to SIZE first."),
     click.option("--rows", type=click.IntRange(1, 20), default=20, help="Samples in the picture."),
     click.option("--closest", is_flag=True, help="Show those that are nearest by features, not the first."),
@@ -99,7 +97,9 @@ def show_nearest(path: Path, out: Path, reference: str, bound: str | None, share
             found = find_copies(images, real, other, name, given, options["flip"], processes.device, bar.update)
         nearest = found.copies[name].distances[:, 0]
         shown = (nearest.argsort() if options["closest"] else range(len(images)))[:rows]
-        record = save_copies(out, images, real, found, [int(row) for row in shown], share, flip=options["flip"])
+        record = save_copies(
+            out, images, real, found, [int(row) for row in shown], share, extractor=name, flip=options["flip"]
+        )
         _print(found, share, len(images))
         print_result(f"picture: {out}; record: {record}")
     processes.end_training()

@@ -242,6 +242,8 @@ def save_copies(
     sets = {"samples": samples, "reference": reference}
     described = {k: {"path": s.source, "count": len(s), "fingerprint": s.fingerprint} for k, s in sets.items()}
     record = {"made_by": MARK, **described, "calibrated_by": found.calibrated_by, "share_of_real": share, **more}
+    if samples.made_by:
+        record["sampling"] = {key: value for key, value in samples.made_by.items() if key != "labels"}
     file = path.with_suffix(".json")
     write_whole(file, json.dumps(record | {"copies": found.scores(share), "shown": shown}, indent=1) + "\n")
     return file

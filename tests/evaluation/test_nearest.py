@@ -128,7 +128,8 @@ def test_as_a_user_asks_for_it(capsys, mistake, checkpoint):
     call(
         checkpoint, "--num", "4", "--reference", "digits", "--bound", "digits:held-out", "--out", "run.png", "--no-flip"
     )
-    assert json.loads(Path("run.json").read_text())["samples"]["count"] == 4
+    record = json.loads(Path("run.json").read_text())
+    assert (record["samples"]["count"], record["sampling"]["sample"]["num"], record["extractor"]) == (4, 4, "digits")
     assert "did you mean digits" in mistake("nearest", "samples.npz", "--reference", "digit")
     said = mistake("nearest", "samples.npz", "--reference", "digits")
     assert "the images of samples.npz are 28x28, those of digits 16x16; crop all to one size with --resize" in said
