@@ -171,7 +171,7 @@ def test_what_is_refused(options, message):
 
 def test_a_score_by_the_class_token_refuses_one_that_is_not_computed():
     with pytest.raises(UserError, match="has no class token; choose a DINOv2"):
-        DINOv2(encoder="timm:cait_xxs24_224", pretrained=False, depth=1)
+        DINOv2(encoder="timm:beit_base_patch16_224", pretrained=False, depth=1, embed_dim=48, num_heads=3)
 
 
 def test_sizes_that_the_network_does_not_take():
