@@ -191,3 +191,17 @@ def test_an_unreachable_hub_says_what_to_fetch(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"model\.safetensors of 'timm/resnet18\.a1_in1k'.*--weights FILE"):
         create_encoder("timm:resnet18.a1_in1k")
+
+
+def test_weights_of_the_hub_are_taken_at_a_pinned_commit(monkeypatch, images):
+    trained, asked = timm.create_model("resnet10t").eval(), []
+    monkeypatch.setattr("dic_repa.encoders.timm_network.pin", lambda repository: (repository, "0123abc"))
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_hf",
+        lambda place, *_, **__: asked.append(place) or trained.state_dict(),
+    )
+    encoder = create_encoder("timm:resnet10t.c3_in1k", layer=4)
+    assert asked == ["timm/resnet10t.c3_in1k@0123abc"]
+    with torch.no_grad():
+        features = trained.forward_features(encoder.normalise(images))
+    torch.testing.assert_close(encoder(images), features.flatten(2).mT, rtol=1e-5, atol=1e-5)
