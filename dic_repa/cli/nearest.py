@@ -11,7 +11,6 @@ from dic_repa.cli.options import PATH, Between, Command, Count, option_group
 from dic_repa.cli.sampling_options import load_for_sampling, sampling_options
 from dic_repa.errors import UserError, when_interrupted
 from dic_repa.files.outputs import check_file
-from dic_repa.files.pictures import check_figure
 from dic_repa.runtime.progress import print_result, progress_bar
 from dic_repa.runtime.table import format_rows, number
 from dic_repa.runtime.threads import choose_threads
@@ -59,6 +58,8 @@ def command(samples: Path, out: Path | None, **options):
       dic-repa nearest samples/mine --reference data/pictures --resize 64 --closest
       dic-repa nearest theirs.npz --reference imagenet/train --extractor dinov2 --out copies.png
     """
+    from dic_repa.files.pictures import check_figure
+
     out = out or Path("nearest.png")
     check_figure(out, (".png",))
     check_file(out.with_suffix(".json"))
