@@ -124,6 +124,7 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
     data = {"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
     trial.data = trial.data.model_copy(update=data)
     trial.train.sample_every, trial.evaluate = 0, None
+    trial.sample.classes = "balanced"  # random data does not say how often each class is in the real data
     for section in trial.alignments:
         if section.cache:
             section.cache = False

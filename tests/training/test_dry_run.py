@@ -50,6 +50,11 @@ def test_small_recipe_is_run_and_its_checkpoint_foretold(dry_run, tmp_path):
     assert written == pytest.approx(report["disk"]["checkpoint"], rel=0.1)  # headers weigh on so small a model
 
 
+def test_classes_as_in_the_data_need_no_data(dry_run):
+    report = json.loads(dry_run("digits-urepa", *TINY, "--set=sample.classes=data", "--json"))
+    assert report["steps_per_second"] > 0
+
+
 @pytest.mark.usefixtures("dry_run")
 def test_parts_that_do_not_fit_are_told_in_a_line(monkeypatch, capsys):
     def build(*_):
