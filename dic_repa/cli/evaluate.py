@@ -13,7 +13,7 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.options import PATH, Command, Count, Several, option_group
-from dic_repa.cli.sampling_options import load_for_sampling, sample_settings, sampling_options
+from dic_repa.cli.sampling_options import load_for_sampling, sample_settings, sampled_first
 from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
 from dic_repa.recipe import load_recipe
@@ -67,16 +67,7 @@ NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
     click.option("--save-statistics", type=PATH, help="Keep the reference's in this .safetensors."),
     click.option("--no-cache", is_flag=True, help="Neither read nor write cached statistics of the reference."),
 )
-@option_group(
-    "How a run or a checkpoint is sampled first",
-    click.option(
-        "--recipe",
-        shell_complete=completion.recipes,
-        help="A recipe whose `sample` section to use.  [default: the run's own]",
-    ),
-    click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before."),
-)
-@sampling_options
+@sampled_first
 def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str] | None, fid_infinity: bool, **options):
     """Measure SAMPLES: a run, a checkpoint (both are sampled first), a folder of images, or an .npz of any project.
 

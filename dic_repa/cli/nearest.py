@@ -8,7 +8,7 @@ import click
 
 from dic_repa.cli import completion
 from dic_repa.cli.options import PATH, Between, Command, Count, option_group
-from dic_repa.cli.sampling_options import load_for_sampling, sampling_options
+from dic_repa.cli.sampling_options import load_for_sampling, sampled_first
 from dic_repa.errors import UserError, when_interrupted
 from dic_repa.files.outputs import check_file
 from dic_repa.runtime.progress import print_result, progress_bar
@@ -32,16 +32,7 @@ from dic_repa.runtime.threads import choose_threads
     click.option("--closest", is_flag=True, help="Show those that are nearest by features, not the first."),
     click.option("--out", type=PATH, help="The picture; its record is beside it, a .json.  [default: nearest.png]"),
 )
-@option_group(
-    "How a run or a checkpoint is sampled first",
-    click.option(
-        "--recipe",
-        shell_complete=completion.recipes,
-        help="A recipe whose `sample` section to use.  [default: the run's own]",
-    ),
-    click.option("--again", is_flag=True, help="Sample anew, though this was done before."),
-)
-@sampling_options
+@sampled_first
 def command(samples: Path, out: Path | None, **options):
     """Are SAMPLES (a run, a checkpoint, a folder or an .npz) copies of training pictures?
 

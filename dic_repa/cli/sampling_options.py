@@ -1,4 +1,4 @@
-"""The options of `sample` and `evaluate` that override a recipe's `sample` section."""
+"""The options of all verbs that sample: what overrides a recipe's `sample` section."""
 
 from __future__ import annotations
 
@@ -96,6 +96,18 @@ def sampling_options(command: Callable) -> Callable:
     for title, keys in reversed(groups.items()):
         command = option_group(title, *map(sampling_option, keys))(command)
     return command
+
+
+def sampled_first(command: Callable) -> Callable:
+    """The options of a verb that samples a run or a checkpoint before it looks at the images."""
+    recipe = click.option(
+        "--recipe",
+        shell_complete=completion.recipes,
+        help="A recipe whose `sample` section to use.  [default: the run's own]",
+    )
+    again = click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before.")
+    title = "How a run or a checkpoint is sampled first"
+    return option_group(title, recipe, again)(sampling_options(command))
 
 
 def load_for_sampling(path: Path, device: Any, recipe: str | None, **options) -> tuple[Checkpoint, SampleSection]:
