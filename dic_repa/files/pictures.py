@@ -14,7 +14,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.outputs import MARK, check_file
 
-MOST_ROWS, GRID_HEIGHT = 20, 480  # of a grid: rows at most, and pixels
+MOST_ROWS, GRID_HEIGHT, CELL = 20, 480, 48  # of a grid: rows at most, pixels, and those of an image at least
 FIGURES = (".png", ".pdf", ".svg")
 INK, BACKGROUND = (40, 40, 40), (250, 250, 250)
 
@@ -110,7 +110,8 @@ def draw_grid(
     images: Tensor, labels: Tensor, class_names: Sequence[str], columns: int, headings: Sequence[str] = ()
 ) -> Image.Image:
     """The images (N, C, H, W) in [0, 1] of `shown_in_grid` as one picture: a row for each class, with its name, and
-    `headings` above the columns. Small ones are enlarged by a whole number, to a grid of about `GRID_HEIGHT` pixels.
+    `headings` above the columns. Small ones are enlarged by a whole number: to `CELL` pixels at least, and more if the
+    grid stays below `GRID_HEIGHT`.
     """
     shown = shown_in_grid(labels, columns)
     images, labels = images[shown], labels[shown]
@@ -121,7 +122,7 @@ def draw_grid(
         for row in images[labels == label].split(columns)
     ]
     size = images.shape[-1]
-    scale = max(1, GRID_HEIGHT // (size * len(rows)))
+    scale = max(-(-CELL // size), GRID_HEIGHT // (size * len(rows)))
     cell, gap = size * scale, max(2, scale // 2)
     font = ImageFont.load_default(size=max(11, min(28, cell // 2)))
     margin = int(max(font.getlength(caption) for caption, _ in rows)) + 16
