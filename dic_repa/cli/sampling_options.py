@@ -105,7 +105,7 @@ def sampled_first(command: Callable) -> Callable:
         shell_complete=completion.recipes,
         help="A recipe whose `sample` section to use.  [default: the run's own]",
     )
-    again = click.option("--again", is_flag=True, help="Sample and judge anew, though this was done before.")
+    again = click.option("--again", is_flag=True, help="Begin anew, though this was done before.")
     title = "How a run or a checkpoint is sampled first"
     return option_group(title, recipe, again)(sampling_options(command))
 

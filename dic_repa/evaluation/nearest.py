@@ -28,7 +28,6 @@ from dic_repa.runtime.precision import tf32
 BATCH = 64
 CALIBRATION = 1000  # training pictures at most that stand in for a bound
 SHOWN = 3  # training pictures beside a sample, for each kind of distance
-CELL = 64  # pixels of a picture in the grid, at least
 
 
 class Pixels(nn.Module):
@@ -217,8 +216,7 @@ def draw_nearest(samples: ImageSet, reference: ImageSet, found: Found, rows: lis
         words = [str(row), "exact"] if found.exact[row] else words
         captions.append(" ".join(words))
         images += shown
-    scale = -(-CELL // images[0].shape[-1])
-    stacked = torch.stack(images).float().div(255).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    stacked = torch.stack(images).float().div(255)
     columns = len(images) // len(rows)
     each = (columns - 1) // len(found.copies)
     headings = ["sample", *(f"{name} {i + 1}" for name in found.copies for i in range(each))]

@@ -62,6 +62,13 @@ def test_headings_of_a_grid_are_above_its_columns(tmp_path):
     assert all(part.min() < 0.5 for part in thirds)
 
 
+def test_small_images_of_a_grid_are_enlarged_and_large_ones_are_left():
+    for size, cell in ((8, 48), (32, 64), (48, 48), (64, 64)):
+        grid = draw_grid(torch.zeros(9, 3, size, size), torch.arange(9), [""] * 9, 1)
+        black = torch.tensor([[grid.getpixel((x, y))[0] == 0 for x in range(grid.width)] for y in range(grid.height)])
+        assert black.sum() == 9 * cell**2
+
+
 def test_a_heat_map_names_its_score_in_words(tmp_path, figures):
     cells = [Cell(scale, (0.0, 0.7), 100, scale) for scale in (1.0, 2.0)]
     for score, title in (("fd-digits", "FD-digits (lower"), ("fid", "FID (lower")):
