@@ -1,4 +1,5 @@
-"""The README and the pages of docs/: examples run as they stand there; commands, recipes and links lead somewhere."""
+"""The README and the pages of docs/: parts of one's own work as they stand there; commands, recipes and links lead
+somewhere. Their Python is run by test_snippets.py."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ import importlib.util
 import json
 import re
 import shlex
-from pathlib import Path
 
 import click
 import pytest
 from conftest import TINY
+from pages import CODE, PAGES, write_saved_files
 from pictures import write_tree
 from places import ROOT
 
@@ -23,10 +24,6 @@ from dic_repa.models import list_denoisers
 from dic_repa.recipe import DataSection, EvaluateSection, SampleSection, TrainSection, list_recipes, load_recipe
 from dic_repa.samplers import register_solver
 
-PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*")]
-}
-CODE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 BLOCKS = [match.groups() for text in PAGES.values() for match in CODE.finditer(text)]
 PROSE = {page: CODE.sub("", text) for page, text in PAGES.items()}
 INLINE = sorted({" ".join(code.split()) for text in PROSE.values() for code in re.findall(r"`([^`]+)`", text)})
@@ -37,24 +34,6 @@ SHORT = ["--set=train.steps=2", "--set=evaluate=null"]
 def block(language: str, contains: str) -> str:
     (text,) = [text for kind, text in BLOCKS if kind == language and contains in text]
     return text
-
-
-def examples() -> dict[str, str]:
-    """The files that a reader is told to save: their names stand in the paragraph before."""
-    files = {}
-    for text in PAGES.values():
-        for match in CODE.finditer(text):
-            paragraph = text[: match.start()].rstrip().rpartition("\n\n")[2]
-            names = re.findall(r"`([\w-]+\.(?:py|yaml))`", paragraph)
-            if match[1] in ("python", "yaml") and names:
-                assert names[-1] not in files
-                files[names[-1]] = match[2]
-    return files
-
-
-def write_examples(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).write_text(examples()[name])
 
 
 def commands() -> list[str]:
@@ -92,7 +71,7 @@ def here(plugin_folder):
 
 @pytest.mark.slow
 def test_plugging_in_an_encoder(dic_repa, tmp_path):
-    write_examples(tmp_path, "my_encoder.py", "my_recipe.yaml")
+    write_saved_files(tmp_path, "my_encoder.py", "my_recipe.yaml")
     ((verb, recipe),) = commands_of("my_recipe.yaml")
     dic_repa(verb, recipe, *TINY, "--set=model.depths=[1,1,2,1,1]", *SHORT)
     line = (tmp_path / "runs/my_recipe/metrics.jsonl").read_text()
@@ -101,13 +80,13 @@ def test_plugging_in_an_encoder(dic_repa, tmp_path):
 
 
 def test_naming_a_class_of_ones_own(here, tmp_path):
-    write_examples(tmp_path, "my_encoder.py", "my_head.py", "my_head.yaml")
+    write_saved_files(tmp_path, "my_encoder.py", "my_head.py", "my_head.yaml")
     here(["train", "my_head.yaml", *TINY, *SHORT])
     assert "alignment.0.token" in (tmp_path / "runs/my_head/metrics.jsonl").read_text()
 
 
 def test_a_denoiser_of_ones_own(here, tmp_path):
-    write_examples(tmp_path, "my_model.py", "my_model.yaml")
+    write_saved_files(tmp_path, "my_model.py", "my_model.yaml")
     train, sample = commands_of("my_model.yaml")
     here([*train, *SMALL, *SHORT])
     assert "alignment.0.token" in (tmp_path / "runs/my_model/metrics.jsonl").read_text()
@@ -118,7 +97,7 @@ def test_a_denoiser_of_ones_own(here, tmp_path):
 
 
 def test_a_data_set_with_vectors(here, tmp_path):
-    write_examples(tmp_path, "my_vectors.py", "my_vectors.yaml")
+    write_saved_files(tmp_path, "my_vectors.py", "my_vectors.yaml")
     train, sample = commands_of("my_vectors.yaml")
     here([*train, *TINY, *SHORT])
     here([*sample, "--num=4", "--classes=bottom right"])
@@ -126,7 +105,7 @@ def test_a_data_set_with_vectors(here, tmp_path):
 
 
 def test_a_data_set_of_ones_own(here, tmp_path):
-    write_examples(tmp_path, "my_data.py", "my_data.yaml")
+    write_saved_files(tmp_path, "my_data.py", "my_data.yaml")
     train, sample = commands_of("my_data.yaml")
     here([*train, *TINY, *SHORT])
     assert "alignment.0.token" in (tmp_path / "runs/my_data/metrics.jsonl").read_text()
@@ -136,7 +115,7 @@ def test_a_data_set_of_ones_own(here, tmp_path):
 
 def test_pixels_of_ones_own(here, tmp_path):
     write_tree(tmp_path / "pictures", {"night": 3, "day": 3}, size=(72, 64))
-    write_examples(tmp_path, "mine.yaml", "mine-pixels.yaml")
+    write_saved_files(tmp_path, "mine.yaml", "mine-pixels.yaml")
     prepare, train, sample = commands_of("mine-pixels.yaml")
     here(prepare)
     assert json.loads((tmp_path / "data/pixels/prepare.json").read_text())["class_names"] == ["day", "night"]
@@ -146,7 +125,7 @@ def test_pixels_of_ones_own(here, tmp_path):
 
 
 def test_an_objective_of_ones_own(here, tmp_path):
-    write_examples(tmp_path, "my_objective.py", "my_objective.yaml")
+    write_saved_files(tmp_path, "my_objective.py", "my_objective.yaml")
     here(["train", "my_objective.yaml", *TINY, *SHORT])
     (line,) = (tmp_path / "runs/my_objective/metrics.jsonl").read_text().splitlines()
     assert "alignment.0.token" in line
@@ -155,7 +134,7 @@ def test_an_objective_of_ones_own(here, tmp_path):
 
 
 def test_a_solver_of_ones_own(here, tmp_path):
-    write_examples(tmp_path, "my_solver.py", "my_solver.yaml")
+    write_saved_files(tmp_path, "my_solver.py", "my_solver.yaml")
     here(["train", "my_solver.yaml", *TINY, *SHORT])
     here(["sample", "runs/my_solver", "--num=4", "--steps=3", "--trust-code"])
     images = {}
@@ -171,24 +150,10 @@ def test_a_solver_of_ones_own(here, tmp_path):
 
 @pytest.mark.slow
 def test_small_parts_of_ones_own(here, tmp_path):
-    write_examples(tmp_path, "my_parts.py", "my_parts.yaml")
+    write_saved_files(tmp_path, "my_parts.py", "my_parts.yaml")
     here(["train", "my_parts.yaml", *TINY, *SHORT])
     here(["sample", "runs/my_parts", "--num=4", "--trust-code"])
     assert len(list((tmp_path / "samples").rglob("0*.png"))) == 4
-
-
-def test_python_examples(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    tiny = [option.removeprefix("--set=") for option in TINY]
-    training = block("python", "load_recipe(").replace('["train.steps=200"]', f"{['train.steps=200', *tiny]}")
-    names = {}
-    for code in (training, *(block("python", text) for text in ("Guidance(", "log_likelihood("))):
-        exec(compile(code, "README.md", "exec"), names)
-    assert names["x0"].shape == (2, 1, 16, 16)
-    assert names["x0"].isfinite().all()
-    assert names["result"].bits_per_dim.isfinite().all()
-    exec(compile(block("python", "measure("), "README.md", "exec"), {})
 
 
 @pytest.mark.parametrize("line", sorted(set(commands())))
@@ -203,7 +168,7 @@ def test_commands_exist(line, tmp_path):
     if not arguments or "--help" in arguments:  # no command of ours, or a verb alone
         return
     params = command.make_context(names[-1], [word for word in arguments if word not in FLAGS]).params
-    write_examples(tmp_path, *[name for name in examples() if name.endswith(".yaml")])
+    write_saved_files(tmp_path)
     for shown, saved in re.findall(r"dic-repa recipes show (\S+)(?: --comments)? > (\S+)", "\n".join(commands())):
         (tmp_path / saved).write_text(f"base: {shown}\n")
     for recipe in recipes_of(names, params):
@@ -220,7 +185,7 @@ def recipes_of(verb: list[str], params: dict) -> list[str]:
 
 @pytest.mark.parametrize("text", [text for kind, text in BLOCKS if kind == "yaml"])
 def test_recipes_are_valid(text, tmp_path):
-    write_examples(tmp_path, *[name for name in examples() if name.endswith(".yaml")])
+    write_saved_files(tmp_path)
     (tmp_path / "block.yaml").write_text(text)
     load_recipe(tmp_path / "block.yaml")
 

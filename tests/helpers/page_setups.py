@@ -1,0 +1,55 @@
+"""What the Python of a page needs to run small; tests/test_snippets.py runs it. A page needs nothing here if it does so
+as it stands.
+
+A function has the name of its page. It is called in the empty folder in which the page's blocks will run, with the
+dictionary of their names, into which it may put names that the page leaves to its reader. It yields what of the text is
+replaced by what, {"steps=250": "steps=2"}, and behind that says what must hold afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from small_runs import ALIGNED, SMALL, small_run
+
+Names, Setup = dict[str, Any], Iterator[dict[str, str]]
+
+
+def readme(names: Names) -> Setup:
+    small = [*ALIGNED, "train.steps=2"]
+    yield {'["train.steps=200"]': repr(small)}
+    assert names["run"].newest_checkpoint().name == "step_00000002"
+
+
+def sampling(names: Names) -> Setup:
+    small_run("runs/short", "train.steps=2", base=SMALL)
+    yield {"step_00000200": "step_00000002", "steps=20": "steps=2"}
+    assert names["x0"].shape == (2, 1, 16, 16)
+    assert names["x0"].isfinite().all()
+    assert names["result"].bits_per_dim.isfinite().all()
+
+
+def papers(names: Names) -> Setup:
+    """A file in the layout of SiT's, one block deep, with random weights."""
+    from dic_repa.models import create_denoiser
+    from dic_repa.models.sit import position_embedding
+
+    model = create_denoiser("SiT-S/2", in_channels=4, num_classes=10, depth=1, learn_sigma=True)
+    theirs = {
+        "patches.": "x_embedder.",
+        "condition.time1.": "t_embedder.mlp.0.",
+        "condition.time2.": "t_embedder.mlp.2.",
+        "condition.label.": "y_embedder.embedding_table.",
+        "blocks.0.modulation.": "blocks.0.adaLN_modulation.1.",
+        "output.modulation.": "final_layer.adaLN_modulation.1.",
+        "output.": "final_layer.",
+    }
+    state = {"pos_embed": position_embedding((16, 16), 384)[None]}
+    for name, tensor in model.state_dict().items():
+        ours = next((prefix for prefix in theirs if name.startswith(prefix)), "")
+        state[theirs.get(ours, "") + name.removeprefix(ours)] = tensor
+    torch.save(state, "SiT-XL-2-256x256.pt")
+    yield {}
+    assert len(names["denoiser"].blocks) == 1
