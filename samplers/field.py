@@ -13,6 +13,7 @@ It is any callable (x (B, ...), t (B,)) -> velocity, which may have attributes t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,21 @@ class Field:
     def data(self, x: Tensor, t: float) -> Tensor:
         """The data prediction at (x, t)."""
         return self.convert(self(x, t), x, t, "data")
+
+
+class Watched:
+    """A velocity field that tells `watch(x, t (B,), value)` of each evaluation; all else is as `field` has it."""
+
+    def __init__(self, field: VelocityFn, watch: Callable[[Tensor, Tensor, Tensor], None]):
+        self.field, self.watch = field, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.field, name)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        value = self.field(x, t)
+        self.watch(x, t, value)
+        return value
 
 
 def _times(x: Tensor, t: float | Tensor) -> Tensor:

@@ -15,7 +15,7 @@ FLOORS = [
     ["sampling"],
     ["evaluation"],
     ["training"],
-    ["bench", "cli"],
+    ["bench", "demo", "cli"],
 ]
 LEVEL = {package: level for level, packages in enumerate(FLOORS) for package in packages}
 FREE = {"__init__", "__main__"}  # the doors of the house

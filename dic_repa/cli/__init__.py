@@ -26,6 +26,7 @@ VERBS = {
     "train": "Train a recipe; sample and judge at the end.",
     "sample": "Sample images from a run or a checkpoint.",
     "evaluate": "Measure samples: of runs, a checkpoint, a folder, or anybody's .npz.",
+    "demo": "A local web page to sample from runs and checkpoints.",
     "report": "One HTML page about one run or several: curves, samples, metrics, recipes.",
     "probe": "Compare every stage of a denoiser with an encoder, over noise levels.",
     "nearest": "Are samples copies of training pictures? The nearest ones, and the share.",

@@ -255,8 +255,7 @@ def fill(
 
 def save_trajectory(sampler: Sampler, path: Path) -> None:
     """Write nine states of the first images, from noise at the left to the image, a row each."""
-    stages = torch.linspace(0, len(sampler.states) - 1, min(9, len(sampler.states))).round().long().tolist()
-    images = torch.stack([sampler.to_images(sampler.states[stage][:10]).cpu() for stage in stages], dim=1)
-    rows = torch.arange(len(images)).repeat_interleave(len(stages))
-    headings = [f"t={sampler.times[stage]:.2f}" for stage in stages]
-    save_picture(draw_grid(images.flatten(0, 1), rows, [""] * len(images), len(stages), headings=headings), path)
+    images, times = sampler.trajectory(10)
+    rows = torch.arange(len(images)).repeat_interleave(len(times))
+    headings = [f"t={time:.2f}" for time in times]
+    save_picture(draw_grid(images.flatten(0, 1), rows, [""] * len(images), len(times), headings=headings), path)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.runtime.precision import tf32
 from dic_repa.samplers import Guidance, SolverInfo, initial_noise, sample, solver_info, time_grids
+from dic_repa.samplers.ddpm import split_output
+from dic_repa.samplers.field import Watched
 from dic_repa.samplers.guidance import guidances
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +31,9 @@ class Sampler:
 
     An image depends on (settings.seed, its index, its label) alone, whatever the batch size, but for an adaptive
     solver, whose steps suit a whole batch. `evaluations` is the number of network evaluations per image in the first
-    batch; with `trace`, `states` are that batch's states from noise to data.
+    batch; with `trace`, `states` are that batch's states from noise to data, at `times`. `watch`, if given, is told of
+    each evaluation: the row that its batch begins with, the time, and a function that gives the data prediction
+    (B, C, H, W); what it raises ends the sampling.
 
     Args:
         denoiser, objective: what was trained, and for what.
@@ -47,6 +52,7 @@ class Sampler:
     decode: Callable[[Tensor], Tensor] = Pixels().decode
     condition: Any = None
     trace: bool = False
+    watch: Callable[[int, float, Callable[[], Tensor]], None] | None = None
     evaluations: int = 0
     states: Sequence[Tensor] = ()
     times: Sequence[float] = ()
@@ -79,8 +85,9 @@ class Sampler:
                 noise = initial_noise(self.shape, settings.seed, places).to(device)
                 options = self._options(info, places)
                 first = start == 0  # the details hold every state: too much for each batch
+                watched = Watched(velocity, partial(self._tell, info, start)) if self.watch else velocity
                 with self._exactly():
-                    x = sample(velocity, noise, settings.solver, **options, return_info=first)
+                    x = sample(watched, noise, settings.solver, **options, return_info=first)
                 if first:
                     x, details = x
                     self.evaluations = details.nfe
@@ -104,6 +111,22 @@ class Sampler:
         """States x decoded, `decode_batch` at once, since an autoencoder needs much memory."""
         with self._exactly():
             return torch.cat([self.decode(part) for part in x.split(self.settings.decode_batch)])
+
+    def trajectory(self, images: int, stages: int = 9) -> tuple[Tensor, list[float]]:
+        """The first images on their way from noise (images, stages, C, H, W), in [0, 1], and the stages' times."""
+        chosen = torch.linspace(0, len(self.states) - 1, min(stages, len(self.states))).round().long().tolist()
+        shown = torch.stack([self.to_images(self.states[stage][:images]).cpu() for stage in chosen], dim=1)
+        return shown, [self.times[stage] for stage in chosen]
+
+    def _tell(self, info: SolverInfo, start: int, x: Tensor, t: Tensor, value: Tensor) -> None:
+        def data() -> Tensor:
+            if info.process != "ddpm":
+                return self.objective.path.convert(value, x, t, "velocity", "data")
+            schedule = self.objective.schedule
+            return schedule.data(x, split_output(value, x.shape[1])[0], round(float(t[0]) * len(schedule)) - 1)
+
+        assert self.watch is not None
+        self.watch(start, float(t[0]), data)
 
     def _exactly(self) -> AbstractContextManager[None]:
         """Float32 products as exact as the settings' precision says, whatever was set before."""

@@ -1,0 +1,1 @@
+"""`dic-repa demo`: a local page to sample from checkpoints. All but `page` and `server` do without Gradio."""
