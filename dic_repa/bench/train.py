@@ -159,7 +159,8 @@ def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Acc
     parts.model = parts.optimizer = parts.ema = parts.sampler = parts.averages = None
     accelerator.free_memory()  # it holds on to what it has prepared
     gc.collect()  # what is replaced holds on to itself, by hooks
-    model = AlignedDenoiser(parts.denoiser, parts.alignments)
+    model = AlignedDenoiser(parts.denoiser, list(parts.aligner.alignments))
+    parts.aligner = model.aligner
     given = recipe.optimizer
     optimizer = torch.optim.AdamW(model.parameters(), given.learning_rate, given.betas, weight_decay=given.weight_decay)
     parts.model, parts.optimizer = accelerator.prepare(model, optimizer)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from dic_repa.alignment.aligned import Alignment, feature_map, find_tap
+from dic_repa.alignment.alignment import Alignment
+from dic_repa.alignment.taps import feature_map, find_tap
 from dic_repa.conditions import ClassLabels, condition_of_data
 from dic_repa.data.latents import denoiser_data
 from dic_repa.data.registry import datasets
@@ -226,7 +227,10 @@ def _collect(denoiser, field, network, heads, data, taps, times, batch_size, see
             for time in times:
                 t = torch.full((count,), float(time), device=device)
                 field(field.path.sample(x, noise, t).x_t, t, y)
-                maps = {tap: feature_map(denoiser, hidden, (x.shape[-2], x.shape[-1])) for tap, hidden in seen.items()}
+                maps = dict(seen)
+                for tap, hidden in seen.items():
+                    with contextlib.suppress(UserError):  # tokens that are no grid are pooled as well
+                        maps[tap] = feature_map(denoiser, hidden, (x.shape[-2], x.shape[-1]))
                 for tap in taps:
                     features.setdefault((tap, time), []).append(_pooled(maps[tap], tap).cpu())
                 for tap, alignment in heads.items():

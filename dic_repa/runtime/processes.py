@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from dic_repa.errors import UserError, first_line
 
@@ -79,6 +80,15 @@ class Votes:
             every = [None] * dist.get_world_size()
             dist.all_gather_object(every, mine, group=self.group)
         return next(each for each in every if each is not None)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, however they were started."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def in_all_processes(accelerator: Accelerator, action: Callable[[], T], main_only: bool = False) -> T:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from dic_repa.alignment import AlignedDenoiser, Alignment
+from dic_repa.alignment import AlignedDenoiser, Aligner
 from dic_repa.alignment.cache import FeatureCache, feature_cache
 from dic_repa.conditions import Condition, condition_of_data
 from dic_repa.data.latents import LatentDataset, data_shape
@@ -52,7 +52,7 @@ class Parts:
     encoders: list  # None where the tokens come from a cache
     caches: dict[str, FeatureCache]  # under "tokens.N", for the alignment N
     denoiser: Pretrained
-    alignments: list[Alignment]
+    aligner: Aligner
     model: nn.Module
     optimizer: AcceleratedOptimizer
     ema: EMA  # what is sampled from
@@ -96,7 +96,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     if weights not in (known := [RAW, *averages]):
         raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
     ema = averages["ema" if weights == RAW else weights]
-    model: nn.Module = AlignedDenoiser(denoiser, alignments).to(device)
+    aligned = AlignedDenoiser(denoiser, alignments).to(device)
+    model: nn.Module = aligned
     if settings.compile:
         model.compile()
     if sharded := wants_sharding(settings.sharding, accelerator):
@@ -113,7 +114,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
         sampler = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition)).sampler(sample)
     return Parts(
-        condition, data, shape, build_objective(recipe.objective), encoders, caches, denoiser, alignments, model,
+        condition, data, shape, build_objective(recipe.objective), encoders, caches, denoiser, aligned.aligner, model,
         optimizer, ema, averages, sampler, sharded,
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ class TrainingStep:
             trained for, "denoising", the objective's part of it, and each alignment's terms as "alignment.N.TERM".
         """
         parts, accelerator, losses = self.parts, self.accelerator, []
-        scales = [alignment.schedule(step) for alignment in parts.alignments]
+        scales = parts.aligner.scales(step)
         for k, (example, tokens) in enumerate(self.inputs(batch, step, scales)):
             with nullcontext() if k == self.passes - 1 else accelerator.no_sync(parts.model):
                 clock("encoder")
@@ -62,21 +62,12 @@ class TrainingStep:
                 denoising = out.loss.mean()
                 clock("forward")
                 join(tokens)
-                aligned = [
-                    alignment.loss(projection, target, out.time, scale)
-                    for alignment, projection, target, scale in zip(
-                        parts.alignments, out.projections, tokens, scales, strict=True
-                    )
-                ]
-                loss = denoising + sum(part for part, _ in aligned)
+                aligned, terms = parts.aligner.compare(out.projections, tokens, out.time, scales)
+                loss = denoising + aligned
                 clock("alignment")
                 accelerator.backward(loss / self.passes)
                 clock("backward")
-            named = {"loss": loss.detach(), "denoising": denoising.detach()}
-            for i, (alignment, (_, terms)) in enumerate(zip(parts.alignments, aligned)):
-                alignment.observe(terms, accelerator.reduce)
-                named |= {f"alignment.{i}.{name}": value for name, value in terms.items()}
-            losses.append(named)
+            losses.append({"loss": loss.detach(), "denoising": denoising.detach()} | terms)
         norm = accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf"))
         return getattr(norm, "full_tensor", lambda: norm)(), losses  # the whole norm, where the model is sharded
 

@@ -5,7 +5,7 @@ its convolutions' calls, and those of another layout than their weights), `shard
 meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt`
 tell what each says where one alone has no data, `damaged-0.txt` and `damaged-1.txt` where one alone meets a damaged
 sample, `full-0.txt` and `full-1.txt` where one alone has a full disk, and `prints-0.txt` and `prints-1.txt` which of
-them prints an error.
+them prints an error. First comes a step of somebody else's loop, with an `Aligner`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 
 import torch
+from accelerate import Accelerator
+from aligner_steps import BATCH, gradients
+from safetensors.torch import save_file
 from small_runs import ALIGNED, PoisonedDigits, small_run
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import dic_repa.training.shard_writer as shard_writer
 from dic_repa.errors import UserError, prints_errors
@@ -33,6 +39,7 @@ LONG = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    somebody_elses_loop(folder)
     small_run(folder / "ddp", *LONG, "train.micro_batch=2", base=ALIGNED)
     small_run(folder / "ddp-10", *LONG, "train.steps=10", base=ALIGNED)
     sharded = [
@@ -122,6 +129,20 @@ def main(folder: Path) -> None:
         small_run(folder / "stopped")
     except Preempted as reason:
         (folder / f"stopped-{os.environ['RANK']}.txt").write_text(str(reason))
+
+
+def somebody_elses_loop(folder: Path) -> None:
+    """One step with an `Aligner`, under DDP and under FSDP2: `aligner-ddp.safetensors`, `aligner-fsdp2.safetensors`."""
+    rank = Accelerator().process_index
+    rows = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+
+    def sharded(module):
+        return fully_shard(module.to(memory_format=torch.contiguous_format), mesh=init_device_mesh("cpu", (2,)))
+
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", sharded)):
+        found = gradients(wrap, rows)
+        if rank == 0:
+            save_file({key: value.contiguous() for key, value in found.items()}, folder / f"aligner-{name}.safetensors")
 
 
 if __name__ == "__main__":

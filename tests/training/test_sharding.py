@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from aligner_steps import gradients
 from places import SCRIPTS
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_runs import ALIGNED, assert_same, metrics, small_run, weights
 from torch import nn
 from two_processes import LONG
@@ -68,6 +69,14 @@ def four(runs):
     done = launch("four_processes.py", 4, runs)
     assert "SIGKILL" in done.stderr, done.stderr[-5000:]
     return runs
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_an_aligner_in_somebody_elses_loop(runs, kind):
+    """Model and aligner are wrapped one by one; the gradients are those of one process with the whole batch."""
+    found, whole = load_file(runs / f"aligner-{kind}.safetensors"), gradients()
+    for name in whole.keys() - {"loss"}:  # a process knows its own half of the loss
+        torch.testing.assert_close(found[name], whole[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def losses(folder):
