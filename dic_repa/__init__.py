@@ -15,6 +15,7 @@ _EXPORTS = {
     "Recipe": "recipe",
     "load": "sampling.load",
     "load_recipe": "recipe",
+    "push": "publish",
     "train": "training",
 }
 __all__ = ["__version__", *_EXPORTS]

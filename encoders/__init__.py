@@ -14,5 +14,15 @@ from dic_repa.encoders.base import (
     list_encoders,
     register_encoder,
 )
+from dic_repa.encoders.licences import encoder_licence
 
-__all__ = ["Card", "Encoder", "check_tokens", "create_encoder", "encoder_card", "list_encoders", "register_encoder"]
+__all__ = [
+    "Card",
+    "Encoder",
+    "check_tokens",
+    "create_encoder",
+    "encoder_card",
+    "encoder_licence",
+    "list_encoders",
+    "register_encoder",
+]

@@ -14,6 +14,7 @@ FLOORS = [
     ["runs"],
     ["sampling"],
     ["evaluation"],
+    ["publish"],
     ["training"],
     ["bench", "demo", "cli"],
 ]

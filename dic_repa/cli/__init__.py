@@ -41,6 +41,7 @@ VERBS = {
     "solvers": "List the solvers, or compare their quality against their cost on a run.",
     "parts": "List what a recipe can choose: the kinds of part, or the parts of one kind.",
     "convert": "The authors' checkpoints to ours and back; training checkpoints to small ones.",
+    "push": "Upload a run to the Hugging Face hub, with a model card; or only write what would be.",
     "recipes": "List the recipes, show one, or compare two.",
     "env": "Versions, devices and settings, as a bug report needs them.",
 }

@@ -1,14 +1,17 @@
-"""The Hugging Face hub: without a network, and with each download pinned to a commit."""
+"""The Hugging Face hub: without a network, with each download pinned to a commit, and who may upload what."""
 
 import contextlib
 import functools
 import os
+import re
 import socket
 import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from dic_repa.errors import UserError, first_line
 
 PINS: dict[str, str] = {}  # what this process takes from the hub: 'org/name' or 'org/name@revision' to its commit
 
@@ -46,13 +49,49 @@ def pin(name: str, kind: str = "model") -> tuple[str, str | None]:
         with contextlib.suppress(Exception):  # the client raises a dozen kinds; to fetch the file says it better
             commit = HfApi().repo_info(repository, repo_type=kind, revision=revision or None, timeout=10).sha
         folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}")
+        ref = folder / "refs" / (revision or "main")
+        if commit and commit != revision and ".." not in ref.parts:
+            _note(ref, commit)
         with contextlib.suppress(OSError):  # what "main" was at the last download
-            commit = commit or (folder / "refs" / (revision or "main")).read_text().strip()
+            commit = commit or ref.read_text().strip()
         if commit:
             PINS[name] = commit
     return repository, PINS.get(name, revision or None)
 
 
+def _note(ref: Path, commit: str) -> None:
+    """Write into the client's cache what a branch is now, so that its files are found there without a network.
+
+    The client does so itself for a branch, but not for the commits that we ask it for.
+    """
+    with contextlib.suppress(OSError):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+
+
 def use_pins(commits: Mapping[str, str]) -> None:
     """Take from now on these commits, as a run's records have them."""
     PINS.update(commits)
+
+
+def check_repository(repository: str, licence: str | None) -> None:
+    """A UserError for a repository or a licence that the hub would not take."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"'{repository}' is no repository of the hub ({first_line(error)}); name OWNER/NAME") from None
+    if repository.count("/") != 1:
+        raise UserError(f"'{repository}' names no owner; name OWNER/NAME, such as your-name/{repository}")
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        raise UserError(f"'{licence}' is no short name of a licence; such are apache-2.0, mit, cc-by-4.0 and other")
+
+
+def check_token() -> None:
+    """A UserError that says how to log in, if nobody is."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise UserError("no token for the hub: log in with `hf auth login`, or set HF_TOKEN; --dry-run needs none")

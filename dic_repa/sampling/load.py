@@ -112,6 +112,16 @@ class Checkpoint:
         sampler = replace(self.sampler(chosen), condition=condition)
         return [to_pil(image) for batch in sampler(labels) for image in batch]
 
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload the model to the Hugging Face hub as `repository`, 'owner/name', by `dic_repa.push`.
+
+        Returns:
+            The commit's address; or the folder, with `dry_run=True` or `folder=`, which upload nothing.
+        """
+        from dic_repa import push  # by the front door: publishing stands on this floor
+
+        return push(self, repository, **options)
+
     def label(self, name: str | int | None) -> int:
         """The label of a class, by its name or number; of none, the null."""
         if name is None:

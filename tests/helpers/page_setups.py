@@ -9,6 +9,7 @@ replaced by what, {"steps=250": "steps=2"}, and behind that says what must hold 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def sampling(names: Names) -> Setup:
     assert names["x0"].shape == (2, 1, 16, 16)
     assert names["x0"].isfinite().all()
     assert names["result"].bits_per_dim.isfinite().all()
+
+
+def hub(names: Names) -> Setup:
+    small_run("runs/short", "train.steps=2", base=SMALL)
+    yield {}
+    assert Path("hub/digits/README.md").is_file()
+    assert names["denoiser"].in_channels == 1
 
 
 def papers(names: Names) -> Setup:

@@ -1,0 +1,119 @@
+"""The folder that is published: safetensors, config, recipe, data.json, scores, a grid of samples, the card."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dic_repa.data.images import decode_image
+from dic_repa.data.saved import DATA_FILE, SavedData
+from dic_repa.errors import UserError, first_line
+from dic_repa.files.atomic import write_aside
+from dic_repa.files.lock import locked_output
+from dic_repa.files.manifest import MANIFEST, write_manifest
+from dic_repa.files.outputs import check_folder
+from dic_repa.files.pictures import draw_grid, save_picture, shown_in_grid
+from dic_repa.files.reading import read_file
+from dic_repa.files.weights import WRITE_ERRORS
+from dic_repa.models.pretrained import CONFIG, WEIGHTS
+from dic_repa.publish.card import CARD, GRID, Page, model_card
+from dic_repa.publish.paths import public_recipe, without_paths
+from dic_repa.publish.scores import SCORES, Scores, scores_of
+from dic_repa.recipe import to_yaml
+from dic_repa.runs.checkpoints import RAW
+from dic_repa.runs.folder import RunFolder
+from dic_repa.sampling import override_sampling
+from dic_repa.sampling.labels import balanced_labels
+from dic_repa.sampling.load import Checkpoint, home_of, load
+
+RECIPE = "recipe.yaml"
+FILES = (CARD, CONFIG, WEIGHTS, RECIPE, DATA_FILE, SCORES, GRID, MANIFEST)
+CLASSES, COLUMNS = 10, 8  # of the grid, where the run has none
+
+
+def write_repository(
+    model: Checkpoint, folder: str | Path, repository: str, licence: str | None = None, dtype: str = "float32",
+    revision: str | None = None, overwrite: bool = False,
+) -> Path:  # fmt: skip
+    """Write into `folder` all that a repository of the hub holds, and return it.
+
+    Args:
+        model: what `load` gives; its scores are those of the run that it is of, if its weights are still the run's.
+        repository: 'owner/name', for the card.
+        licence: of the weights, by the hub's short name ('apache-2.0'); None: the card says that none was chosen.
+        dtype: of the weights, as torch calls it.
+        revision: the branch that it is for, for the card.
+        overwrite: replace what this has written there before.
+
+    Raises:
+        UserError: the folder exists, or is not one of ours, or no samples can be drawn.
+    """
+    folder = Path(folder)
+    if check_folder(folder, "model") and not overwrite:
+        raise UserError(f"{folder} exists; pass --overwrite to replace it")
+    changed = not _as_stored(model)
+    scores = Scores() if changed else scores_of(model)
+    recipe, data = public_recipe(model.recipe), _public(model.data)
+    grid = (None if changed else _picture_beside(model, scores)) or _draw(model)
+    page = Page(model, recipe, data, scores, repository, licence, revision, changed)
+    denoiser = copy.deepcopy(model.denoiser).to(getattr(torch, dtype)) if dtype != "float32" else model.denoiser
+    try:
+        with locked_output(folder), write_aside(folder, "model") as aside:
+            denoiser.save_pretrained(aside)
+            (aside / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+            if data:
+                data.write(aside)
+            if scores.step is not None or scores.scored:
+                (aside / SCORES).write_text(scores.to_json(), encoding="utf-8")
+            save_picture(grid, aside / GRID)
+            (aside / CARD).write_text(model_card(page), encoding="utf-8")
+            # Not of the card and the picture, which may be edited on the hub.
+            write_manifest(aside, [name for name in (CONFIG, WEIGHTS, RECIPE, DATA_FILE) if (aside / name).is_file()])
+    except WRITE_ERRORS as error:
+        raise UserError(f"{folder} could not be written ({first_line(error)})") from None
+    return folder
+
+
+def _public(data: SavedData | None) -> SavedData | None:
+    """What is saved of the data, without the place of an autoencoder on this machine."""
+    if data is None or data.autoencoder is None:
+        return data
+    return replace(data, autoencoder=replace(data.autoencoder, name=without_paths(data.autoencoder.name)))
+
+
+def _as_stored(model: Checkpoint) -> bool:
+    """Whether the model has the weights that lie where it was loaded from; else no score there is of it."""
+    is_raw = (model.source / "state.json").is_file()
+    try:
+        stored = load(model.source, recipe=model.recipe, weights=RAW if is_raw else None).denoiser.state_dict()
+    except UserError:  # it has been removed since
+        return False
+    own = model.denoiser.state_dict()
+    return own.keys() == stored.keys() and all(torch.equal(own[name].cpu(), stored[name]) for name in own)
+
+
+def _picture_beside(model: Checkpoint, scores: Scores) -> Image.Image | None:
+    """The grid of samples of these weights that the run, or an earlier folder to publish, has; its pixels alone."""
+    files = [scored._picture for scored in scores.scored if scored._picture]
+    files += (
+        [RunFolder(home_of(model.source)).grid_file(scores.step)] if scores.weights == "ema" and scores.step else []
+    )
+    files += [model.source / GRID]
+    found = next((file for file in files if file.is_file()), None)
+    return decode_image(read_file(found), str(found)) if found else None
+
+
+def _draw(model: Checkpoint) -> Image.Image:
+    """A few samples of the first classes, drawn as the recipe says."""
+    count = model.condition.count
+    settings = override_sampling(model.recipe.sample, None, num=COLUMNS * max(1, min(count, CLASSES)))
+    labels = balanced_labels(model.recipe, model.condition, settings.num, range(min(count, CLASSES)) if count else None)
+    if model.recipe.train.label_dropout == 1:
+        labels = balanced_labels(model.recipe, model.condition, settings.num)
+    images = torch.cat(list(model.sampler(settings)(labels)))
+    shown = shown_in_grid(labels, COLUMNS)
+    return draw_grid(images[shown], labels[shown], model.condition.names, COLUMNS)

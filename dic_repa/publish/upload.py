@@ -1,0 +1,105 @@
+"""From a run or a loaded model to a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dic_repa.errors import UserError, first_line
+from dic_repa.files.hub import check_repository, check_token, offline_without_network
+from dic_repa.publish.folder import CARD, FILES, write_repository
+from dic_repa.sampling.load import Checkpoint, load
+
+FOLDERS = Path("hub")  # where repositories are written that are only looked at
+
+
+def push(
+    model: Checkpoint | str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    licence: str | None = None,
+    message: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    folder: str | Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    weights: str | None = None,
+    device: str = "cpu",
+    trust_code: bool = False,
+) -> str:
+    """Upload a model to the hub, with its recipe, scores, a grid of samples and a card; returns the commit's address.
+
+    Args:
+        model: what `load` gives, or the path of a run, a checkpoint or an inference checkpoint.
+        repository: 'owner/name'; made if it is not there.
+        private: of a new repository.
+        licence: of the weights, by the hub's short name, such as 'apache-2.0'.
+        message: of the commit.
+        revision: a branch, made if it is not there.
+        dtype: of the weights: 'float32', 'bfloat16' or 'float16'.
+        folder: write the repository here, upload nothing, and return this path.
+        dry_run: the same, in hub/NAME.
+        overwrite: replace such a folder.
+        weights, device, trust_code: as `load` takes them, for a path.
+
+    Raises:
+        UserError: there is no token or no connection, the hub refuses, or the model cannot be read or sampled.
+    """
+    check_repository(repository, licence)
+    dry_run = dry_run or folder is not None
+    if not dry_run:
+        check_token()
+    if not isinstance(model, Checkpoint):
+        model = load(model, device, weights=weights, trust_code=trust_code)
+
+    def write(target: Path, replace: bool) -> Path:
+        return write_repository(model, target, repository, licence, dtype, revision, replace)
+
+    if dry_run:
+        return str(write(Path(folder or FOLDERS / repository.partition("/")[2]), overwrite))
+    with tempfile.TemporaryDirectory() as place:
+        return _upload(write(Path(place) / "model", False), repository, private, message, revision)
+
+
+def _upload(folder: Path, repository: str, private: bool, message: str | None, revision: str | None) -> str:
+    from huggingface_hub import HfApi, ModelCard
+
+    offline_without_network()
+    with _explained(repository):
+        ModelCard.load(folder / CARD).validate()  # by the hub's own rules, before anything is made there
+        api = HfApi(library_name="dic-repa")
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message or "Upload by dic-repa push",
+            revision=revision,
+            allow_patterns=list(FILES),
+            delete_patterns=list(FILES),  # of an earlier upload, what this one does not have, such as its scores
+        )
+    return commit.commit_url
+
+
+@contextlib.contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """An error of the hub's client in the block, of which there are a dozen kinds, is one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        status: Any = getattr(getattr(error, "response", None), "status_code", None)
+        hint = {
+            401: "the hub does not know this token: log in anew with `hf auth login`",
+            403: f"this token may not write to {repository}: take one of the kind `write`, and a repository of yours",
+        }.get(status, "nothing else is wrong here: try again later, or look at the folder with --dry-run")
+        raise UserError(
+            f"{repository} was not uploaded ({type(error).__name__}: {first_line(error)}); {hint}"
+        ) from None

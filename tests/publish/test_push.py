@@ -1,0 +1,206 @@
+"""`dic-repa push`: to a hub of this machine and back; what goes out, and what does not."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from fake_hub import serving
+from huggingface_hub import ModelCard, constants
+from PIL import Image
+from safetensors.torch import load_file
+from small_runs import ALIGNED, small_run
+
+import dic_repa
+from dic_repa.cli import main
+from dic_repa.encoders import encoder_licence
+from dic_repa.evaluation.runs import evaluate_run
+from dic_repa.files import hub
+from dic_repa.models import DiC
+from dic_repa.recipe import load_recipe
+from dic_repa.sampling.load import load
+
+FILES = {
+    "README.md", "config.json", "data.json", "grid.png", "manifest.json", "model.safetensors", "recipe.yaml",
+    "scores.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that was aligned to an encoder from a file, began elsewhere, and was judged."""
+    place = tmp_path_factory.mktemp("place")
+    teacher = place / "teacher.safetensors"
+    shutil.copy(Path(dic_repa.__path__[0]).parent / "encoders/weights/digits_vit.safetensors", teacher)
+    judged = [key for key in ALIGNED if key != "evaluate=null"]
+    keys = [f"alignments.0.encoder_options.weights={teacher}", f"folders=[{place}]", "sample.num=20", "sample.steps=2"]
+    made = small_run(place / "run", *keys, "train.more_ema_decays=[0.5]", base=judged)
+    evaluate_run(made.path)
+    return made.path
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with serving(monkeypatch, tmp_path) as served:
+        yield served
+
+
+def push(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["push", *map(str, arguments)])
+    assert exit.value.code == 0
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints/step_00000008"
+
+
+def test_to_the_hub_and_back(run, fake, capsys, monkeypatch, tmp_path):
+    push(run, "me/digits", "--license", "apache-2.0", "--private", "--message", "the first")
+    files = fake.repositories["me/digits"]["main"]
+    assert f"/me/digits/commit/{fake.commit('me/digits', 'main')}" in capsys.readouterr().out
+    assert set(files) == FILES
+    assert fake.private["me/digits"]
+    assert fake.messages == ["the first"]
+    # What huggingface_hub asks the hub to check; whether the real hub agrees, only that can say.
+    assert {"repoType": "model", "content": files["README.md"].decode()} in fake.validated
+
+    got, own = DiC.from_pretrained("me/digits").state_dict(), load_file(newest(run) / "ema/model.safetensors")
+    assert got.keys() == own.keys()
+    assert all(torch.equal(got[name], own[name]) for name in own)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.PINS.clear()
+    assert DiC.from_pretrained("me/digits").config == DiC.from_pretrained(newest(run) / "ema").config
+
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    theirs, ours = (load(path).sample([3, "7"], steps=2, seed=1) for path in (folder, run))
+    assert [image.tobytes() for image in theirs] == [image.tobytes() for image in ours]
+
+
+def test_a_branch_of_other_weights(run, fake):
+    model = load(run, weights="ema-0.5")
+    url = model.push_to_hub("me/digits", revision="half", dtype="float16")
+    branches = fake.repositories["me/digits"]
+    assert branches["main"] == {}
+    assert url.endswith(fake.commit("me/digits", "half"))
+    (folder := Path("half")).mkdir()
+    (folder / "model.safetensors").write_bytes(branches["half"]["model.safetensors"])
+    own = load_file(newest(run) / "ema-0.5/model.safetensors")
+    assert all(torch.equal(t, own[name].half()) for name, t in load_file(folder / "model.safetensors").items())
+    assert next(model.denoiser.parameters()).dtype == torch.float32  # the model itself is left as it is
+    assert 'load("me/digits@half")' in branches["half"]["README.md"].decode()
+
+
+def test_another_upload_leaves_no_scores_of_the_one_before(run, fake):
+    push(run, "me/digits")
+    model = load(run)
+    next(model.denoiser.parameters()).data += 1
+    model.push_to_hub("me/digits")
+    files = fake.repositories["me/digits"]["main"]
+    assert set(files) == FILES - {"scores.json"}
+    assert "the weights were changed" in files["README.md"].decode()
+    assert ModelCard(files["README.md"].decode()).data.eval_results is None
+
+
+def test_nothing_of_this_machine_goes_out(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    push(run, "me/digits", "--folder", "out")
+    names = {file.name for file in Path("out").iterdir() if not file.name.startswith(".")}
+    assert names == FILES
+    private = [str(run.parent), str(tmp_path), str(Path.home()), socket.gethostname(), getpass.getuser()]
+    private = [f"/{word}" if word.isalpha() else word for word in private]
+    assert str(run.parent) in (run / "recipe.yaml").read_text()
+    for file in Path("out").iterdir():
+        content = file.read_bytes()
+        assert not [word for word in private if word.encode() in content], file
+    before, after = load_recipe(run / "recipe.yaml"), load_recipe("out/recipe.yaml")
+    assert after.folders == []
+    assert after.alignments[0].encoder_options == {"weights": "teacher.safetensors"}
+    before.folders, before.alignments[0].encoder_options = [], after.alignments[0].encoder_options
+    assert after == before
+
+
+def test_only_scores_of_these_weights(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    copied = shutil.copytree(run, tmp_path / "run")
+    (file,) = (copied / "evaluation").glob("*.json")
+    record = json.loads(file.read_text())
+    for name, step, changes in (("a", 4, {}), ("b", 8, {"weights": "ema-0.5"})):
+        other = record | {"step": step, "sample": record["sample"] | changes}
+        (copied / f"evaluation/step_{step:08d}-{name}.json").write_text(json.dumps(other))
+    (copied / "evaluation/step_00000008-damaged.json").write_text('{"scores": [')
+    measured = {"metrics": {"prec": 0.25}, "samples": {"count": 7, "sampling": {"sample": record["sample"]}}}
+    (copied / "evaluation/step_00000008-m").mkdir()
+    (copied / "evaluation/step_00000008-m/metrics.json").write_text(
+        json.dumps(measured | {"reference": {"path": "/home/x/photos"}, "bound": None})
+    )
+    push(copied, "me/digits", "--folder", "out")
+    scores = json.loads(Path("out/scores.json").read_text())
+    assert (scores["step"], scores["weights"]) == (8, "ema")
+    assert [(s["num"], s["reference"], s["sample"]["weights"]) for s in scores["scored"]] == [
+        (20, "digits", "ema"),
+        (7, "photos", "ema"),
+    ]
+    own = scores["scored"][0]["metrics"]
+    assert own == {name: record["scores"][name] for name in ("recognised", "fd-digits")}
+    # What was published is published again with its scores and its picture.
+    push("out", "me/digits", "--folder", "again")
+    push("out", "me/digits", "--folder", "again", "--overwrite")
+    assert json.loads(Path("again/scores.json").read_text()) == scores
+    assert Image.open("again/grid.png").tobytes() == Image.open("out/grid.png").tobytes()
+
+
+def test_mistakes(run, mistake, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    said = mistake("push", run, "me/digits")
+    assert "no token for the hub: log in with `hf auth login`, or set HF_TOKEN" in said
+    assert "'digits' names no owner; name OWNER/NAME, such as your-name/digits" in mistake("push", run, "digits")
+    assert "'me/../x' is no repository of the hub" in mistake("push", run, "me/../x", "--dry-run")
+    assert "'Apache 2' is no short name of a licence" in mistake("push", run, "me/x", "--license", "Apache 2")
+    assert "no run or checkpoint folder nowhere" in mistake("push", "nowhere", "me/x", "--dry-run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    assert "is not a saved model, so it is not overwritten" in mistake("push", run, "me/x", "--folder", "mine")
+    assert not (tmp_path / "hub").exists()
+    push(run, "me/x", "--dry-run")
+    assert "hub/x exists; pass --overwrite to replace it" in mistake("push", run, "me/x", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("status", "says"), [(401, "log in anew"), (403, "this token may not write to me/digits"), (500, "try again later")]
+)
+def test_a_hub_that_refuses(run, fake, status, says, mistake):
+    fake.refuses = status
+    assert says in mistake("push", run, "me/digits")
+    assert fake.repositories == {}
+
+
+def test_a_card_that_the_hub_does_not_take(run, fake, mistake):
+    fake.faults = '"license" must be one of many'
+    assert "must be one of many" in mistake("push", run, "me/digits", "--license", "mine-own")
+    assert fake.repositories == {}
+
+
+@pytest.mark.slow
+def test_the_command_alone(run, dic_repa, tmp_path):
+    done = dic_repa("push", run, "me/digits", "--dry-run")
+    assert done.stdout.startswith("hub/digits: README.md, config.json")
+    assert "nothing was uploaded" in done.stdout
+    assert type(DiC.from_pretrained(tmp_path / "hub/digits")) is DiC
+
+
+def test_licences_of_encoders():
+    assert encoder_licence("dinov2-vit-b") == "Apache-2.0"
+    assert encoder_licence("mae-vit-b") == "CC BY-NC 4.0"
+    assert encoder_licence("timm:vit_base_patch16_224.mae") == "cc-by-nc-4.0"
+    assert encoder_licence("timm:no_such_network") == encoder_licence("nobody-knows") == ""
