@@ -1,6 +1,6 @@
 """Train DiC with U-REPA, sample from it, and measure the samples.
 
-from dic_repa import Aligner, DiC, Recipe, load, load_recipe, train
+    from dic_repa import Aligner, DiC, Recipe, load, load_recipe, train
 
 The names load on first use, so that `import dic_repa` and the command line's help stay quick.
 """
@@ -8,6 +8,7 @@ The names load on first use, so that `import dic_repa` and the command line's he
 from dic_repa.runtime.lazy import load_name
 
 __version__ = "0.1.0"
+"""The version of this package."""
 
 _EXPORTS = {
     "Aligner": "alignment",

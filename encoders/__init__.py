@@ -1,7 +1,7 @@
 """Frozen vision encoders, whose tokens a denoiser's hidden state is aligned with.
 
 encoder = create_encoder("digits-vit")
-tokens = encoder(images)                          # (B, 1 or 3, H, W) in [0, 1] -> (B, h * w, encoder.embed_dim)
+tokens = encoder(images)                      # (B, 1 or 3, H, W) in [0, 1] -> (B, h * w, encoder.embed_dim)
 h, w = encoder.token_grid(images.shape[-2:])
 """
 

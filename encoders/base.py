@@ -11,7 +11,10 @@ from dic_repa.protocols import Encoder
 from dic_repa.registry import Registry
 
 encoders = Registry("encoder", modules=["dic_repa.encoders.*"], key="alignments.0.encoder")
-register_encoder, list_encoders = encoders.register, encoders.names
+register_encoder = encoders.register
+"""Decorator that registers its class as the encoder of this name."""
+list_encoders = encoders.names
+"""The sorted names of the encoders, or those that match a shell pattern."""
 IN_PACKAGE = "in this package, works without network"  # the source of weights
 
 

@@ -40,8 +40,9 @@ def sample_ode(
         path: that of x, if it is not linear and `velocity_fn` does not carry it.
         times: a grid for the `steps`, or the times themselves; for an adaptive solver, times at which to give states.
         direction: 'forward', or 'backward' from data (as `noise`) to noise, the inversion.
-        rtol, atol: tolerances of an adaptive solver, 1e-5 by default. Its steps suit the whole batch, so a sample
+        rtol: relative tolerance of an adaptive solver, 1e-5 by default. Its steps suit the whole batch, so a sample
             depends on the others within the tolerances.
+        atol: absolute tolerance, 1e-5 by default.
         options: of a torchdiffeq method, or of a class of your own.
         return_info: return a SampleInfo too.
 

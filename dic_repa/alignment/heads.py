@@ -13,6 +13,7 @@ from dic_repa.registry import Registry
 
 heads = Registry("head", key="alignments.0.head")
 register_head = heads.register
+"""Decorator that registers its class as the head of this name."""
 
 
 @register_head("mlp")

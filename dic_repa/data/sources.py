@@ -132,8 +132,9 @@ class ImageFolder(LatentDataset):
     second half of the samples mirrors the first; with `shift`, all are also moved (`Copies`). A damaged image stops the
     run, also with `skip_bad`.
 
+    `path`, `labels`, `skip_bad` and `unlabelled` are those of `open_source`.
+
     Args:
-        path, labels, skip_bad, unlabelled: see `open_source`.
         size: height and width of the denoiser's data; images are larger by the autoencoder's reduction.
         autoencoder: 'none' for pixels, a hub id or a local folder.
     """

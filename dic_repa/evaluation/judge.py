@@ -21,9 +21,10 @@ from dic_repa.recipe import Recipe
 class Judge:
     """`judge(images, labels)` gives a dict of scores, for images (N, C, H, W) in [0, 1] and their classes (N,).
 
+    `reference`, `extractor_options` and `bound` are those of `Measure`.
+
     Args:
         names: metrics or sets of them ('digits'), whose scores are merged.
-        reference, extractor_options, bound: as `Measure` takes them.
 
     `better` is 'higher' or 'lower' for each score; its first is the `main` one. A set adds the number of images and the
     `details` of its metrics. As `reference` come the scores of real images: those of the `bound`, and what a set knows.

@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "DiC-XL": {"width": 384, "depths": (7, 7, 8, 7, 7)},
     "DiC-H": {"width": 384, "depths": (14, 14, 10, 14, 14)},
 }
+"""The paper's sizes: arguments of `DiC` by name."""
 SHAPES = {"unet": (1, 2, 4), "isotropic": (1, 1, 1)}  # widths of the levels; where they are one, nothing is resampled
 SKIP_STRIDES = {"sparse": 3, "dense": 1, "none": 0}
 EMBEDDINGS = {"per-level": 3, "shared": 1}

@@ -25,6 +25,7 @@ from dic_repa.registry import Registry
 
 denoisers = Registry("denoiser", modules=["dic_repa.models.*"], key="model.name")
 register_denoiser = denoisers.register
+"""Decorator that registers its class as the denoiser of this name."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ _PRESETS = {
     **{f"U-ViT-{size}/4": Preset("UViT", {**_UVIT_SIZES[size], "patch_size": 4, "size": 64}) for size in "LH"},
 }
 for _name, _preset in _PRESETS.items():
-    register_denoiser(_name)(_preset)
+    _sizes = ", ".join(f"{key}={value}" for key, value in _preset.options.items())
+    register_denoiser(_name, description=f"{_preset.kind}: {_sizes or 'of sizes that its options give'}")(_preset)
 
 
 def list_denoisers(pattern: str = "*") -> list[str]:

@@ -24,6 +24,11 @@ def readme(names: Names) -> Setup:
     assert names["run"].newest_checkpoint().name == "step_00000002"
 
 
+def guide(names: Names) -> Setup:
+    yield {'["train.steps=200"]': repr([*ALIGNED, "train.steps=2"]), "steps=20": "steps=2"}
+    assert [image.size for image in names["images"]] == [(16, 16)] * 2
+
+
 def sampling(names: Names) -> Setup:
     small_run("runs/short", "train.steps=2", base=SMALL)
     yield {"step_00000200": "step_00000002", "steps=20": "steps=2"}
