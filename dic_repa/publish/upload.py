@@ -45,7 +45,9 @@ def push(
         folder: write the repository here, upload nothing, and return this path.
         dry_run: the same, in hub/NAME.
         overwrite: replace such a folder.
-        weights, device, trust_code: as `load` takes them, for a path.
+        weights: which weights, as `load` takes them, for a path.
+        device: where the grid is sampled, for a path.
+        trust_code: as `load` takes it, for a path.
 
     Raises:
         UserError: there is no token or no connection, the hub refuses, or the model cannot be read or sampled.
