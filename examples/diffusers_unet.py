@@ -72,7 +72,7 @@ def main(images, size, width, steps, batch_size, accumulate, learning_rate, alig
         clean = resize(pictures, size) * 2 - 1  # in [-1, 1], for the U-Net
         noise = torch.randn_like(clean)
         t = torch.randint(1000, (len(clean),), device=clean.device)
-        with accelerator.accumulate(unet):
+        with accelerator.accumulate(*([unet, aligner] if align else [unet])):
             prediction = unet(noising.add_noise(clean, noise, t), t).sample
             loss = F.mse_loss(prediction, noise)
             losses.append(loss.item())

@@ -11,7 +11,6 @@ import click
 import lightning
 import torch
 from diffusers import UNet2DModel
-from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import convert_image_dtype
@@ -88,7 +87,7 @@ def main(images, size, width, steps, batch_size, align, encoder, seed, out):
     alignment = {"encoder": encoder, "tap": "mid_block", "head_options": {"hidden": 256}}
     example = (torch.zeros(1, channels, size, size), torch.zeros(1))
     callbacks = [Align(alignments=[alignment], image_size=image_size, example=example)] if align else []
-    logger = CSVLogger(out, name="", version="")
+    logger = lightning.pytorch.loggers.CSVLogger(out, name="", version="")
     trainer = lightning.Trainer(max_steps=steps, callbacks=callbacks, logger=logger, log_every_n_steps=1)
     trainer.fit(module, DataLoader(data, batch_size, shuffle=True, drop_last=True))
     with torch.no_grad():

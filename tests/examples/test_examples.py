@@ -11,12 +11,15 @@ import runpy
 import shlex
 
 import pytest
+import torch
 from pictures import write_tree
 from places import ROOT
 from safetensors.torch import load_file
 from small_stable_diffusion import save_stable_diffusion
+from small_unet import small_unet
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGE = ROOT / "examples" / "README.md"
 SMALL = {
     "diffusers_unet": "--width=8 --steps=2 --batch-size=8 --sampling-steps=1",
     "dit": "--depth=3 --heads=1 --steps=2 --batch-size=8 --sampling-steps=1",
@@ -95,10 +98,27 @@ def test_an_example_is_short_and_needs_public_names_alone(path):
             assert {name.name for name in node.names} <= set(exported), node.module
 
 
+def test_the_page_has_every_example():
+    linked = re.findall(r"^\| \[(\w+\.\w+)\]\(\1\)", PAGE.read_text(), flags=re.MULTILINE)
+    assert {path.name for path in EXAMPLES} <= set(linked)
+    assert all((PAGE.parent / name).is_file() for name in linked)
+
+
 def test_every_command_that_is_named_can_be_run():
-    texts = [path.read_text() for path in [*EXAMPLES, ROOT / "examples" / "README.md"]]
+    texts = [path.read_text() for path in [*EXAMPLES, PAGE]]
     found = re.findall(r"examples/(\w+)\.py((?: +--[\w-]+(?:[ =][\w./-]+)?)*)", "\n".join(texts))
     assert len(found) > 10
     for name, options in found:
         words = shlex.split(re.sub(r"(--(?:images|weights)) \S+", r"\1 .", options))
         command(name).make_context(name, words)
+
+
+def test_the_lines_for_ones_own_script():
+    names = {"torch": torch, "F": torch.nn.functional, "unet": small_unet()}
+    names |= {"x": torch.zeros(1, 1, 16, 16), "t": torch.tensor([500]), "images": torch.rand(1, 1, 28, 28)}
+    names |= {"noisy": torch.randn(1, 1, 16, 16), "noise": torch.randn(1, 1, 16, 16)}
+    before, inside = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    exec(before.replace("dinov2-vit-b", "digits-vit").replace("image_size=256", "image_size=28"), names)
+    exec(inside, names)
+    names["loss"].backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in names["aligner"].parameters())
