@@ -19,14 +19,14 @@ from dic_repa.runtime.progress import print_result
 @click.option("--dry-run", is_flag=True, help="Upload nothing; write the repository into hub/NAME and say so.")
 @click.option("--folder", type=PATH, help="The same, into this folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder that such a command has written.")
-@click.option("--license", "licence", help="Of the weights, by the hub's short name: apache-2.0, mit, cc-by-4.0, ...")
+@click.option("--license", help="Of the weights, by the hub's short name: apache-2.0, mit, cc-by-4.0, ...")
 @click.option("--private", is_flag=True, help="Only you see the repository, if it is new.")
 @click.option("--weights", help="ema, raw, or a further average such as ema-0.999.  [default: as the recipe samples]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of the weights.")
 @click.option("--message", help="Of the commit.")
 @click.option("--revision", metavar="BRANCH", help="Another branch than main; made if it is not there.")
 def command(
-    run: Path, repository: str, dry_run: bool, folder: Path | None, overwrite: bool, licence: str | None, private: bool,
+    run: Path, repository: str, dry_run: bool, folder: Path | None, overwrite: bool, license: str | None, private: bool,
     weights: str | None, dtype: str, message: str | None, revision: str | None,
 ):  # fmt: skip
     """Upload RUN (a run, a checkpoint, or a folder of `convert`) to the Hugging Face hub as REPO, OWNER/NAME.
@@ -44,7 +44,7 @@ def command(
     """
     from dic_repa.files.hub import check_repository, check_token  # before torch is imported
 
-    check_repository(repository, licence)
+    check_repository(repository, license, revision)
     if dry_run or folder:
         folder = folder or Path("hub") / repository.partition("/")[2]
         check_folder(folder, "model")
@@ -60,7 +60,7 @@ def command(
         run,
         repository,
         private=private,
-        licence=licence,
+        license=license,
         message=message,
         revision=revision,
         dtype=DTYPES[dtype],

@@ -74,8 +74,8 @@ def use_pins(commits: Mapping[str, str]) -> None:
     PINS.update(commits)
 
 
-def check_repository(repository: str, licence: str | None) -> None:
-    """A UserError for a repository or a licence that the hub would not take."""
+def check_repository(repository: str, license: str | None = None, branch: str | None = None) -> None:
+    """A UserError for a repository, a licence or a branch that the hub would not take."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -85,8 +85,10 @@ def check_repository(repository: str, licence: str | None) -> None:
         raise UserError(f"'{repository}' is no repository of the hub ({first_line(error)}); name OWNER/NAME") from None
     if repository.count("/") != 1:
         raise UserError(f"'{repository}' names no owner; name OWNER/NAME, such as your-name/{repository}")
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
-        raise UserError(f"'{licence}' is no short name of a licence; such are apache-2.0, mit, cc-by-4.0 and other")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise UserError(f"'{license}' is no short name of a licence; such are apache-2.0, mit, cc-by-4.0 and other")
+    if branch is not None and not re.fullmatch(r"\w[\w./-]*", branch, flags=re.ASCII):
+        raise UserError(f"'{branch}' is no name for a branch; take letters, digits, '.', '-' and '_'")
 
 
 def check_token() -> None:

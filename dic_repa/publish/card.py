@@ -42,6 +42,7 @@ class Page:
     licence: str | None
     revision: str | None = None
     changed: bool = False  # since it was loaded
+    has_grid: bool = True
 
     @property
     def kind(self) -> str:
@@ -74,7 +75,8 @@ def model_card(page: Page) -> str:
         "Limits": "\n".join(f"- {line}" for line in _limits(page)),
         "Licence": _licence(page),
     }
-    body = f"# {page.repository.partition('/')[2]}\n\n{_what_it_is(page)}\n\n![Samples]({GRID})\n"
+    body = f"# {page.repository.partition('/')[2]}\n\n{_what_it_is(page)}\n"
+    body += f"\n![Samples]({GRID})\n" if page.has_grid else ""
     body += "".join(f"\n## {heading}\n\n{text}\n" for heading, text in sections.items())
     return str(ModelCard(f"---\n{metadata(page).to_yaml()}\n---\n\n{body}"))
 

@@ -26,17 +26,18 @@ from dic_repa.publish.scores import SCORES, Scores, scores_of
 from dic_repa.recipe import to_yaml
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runs.folder import RunFolder
+from dic_repa.runtime.progress import warn
 from dic_repa.sampling import override_sampling
 from dic_repa.sampling.labels import balanced_labels
 from dic_repa.sampling.load import Checkpoint, home_of, load
 
 RECIPE = "recipe.yaml"
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, DATA_FILE, SCORES, GRID, MANIFEST)
-CLASSES, COLUMNS = 10, 8  # of the grid, where the run has none
+CLASSES, COLUMNS = 10, 4  # of the grid, where the run has none
 
 
 def write_repository(
-    model: Checkpoint, folder: str | Path, repository: str, licence: str | None = None, dtype: str = "float32",
+    model: Checkpoint, folder: str | Path, repository: str, license: str | None = None, dtype: str = "float32",
     revision: str | None = None, overwrite: bool = False,
 ) -> Path:  # fmt: skip
     """Write into `folder` all that a repository of the hub holds, and return it.
@@ -44,7 +45,7 @@ def write_repository(
     Args:
         model: what `load` gives; its scores are those of the run that it is of, if its weights are still the run's.
         repository: 'owner/name', for the card.
-        licence: of the weights, by the hub's short name ('apache-2.0'); None: the card says that none was chosen.
+        license: of the weights, by the hub's short name ('apache-2.0'); None: the card says that none was chosen.
         dtype: of the weights, as torch calls it.
         revision: the branch that it is for, for the card.
         overwrite: replace what this has written there before.
@@ -59,7 +60,7 @@ def write_repository(
     scores = Scores() if changed else scores_of(model)
     recipe, data = public_recipe(model.recipe), _public(model.data)
     grid = (None if changed else _picture_beside(model, scores)) or _draw(model)
-    page = Page(model, recipe, data, scores, repository, licence, revision, changed)
+    page = Page(model, recipe, data, scores, repository, license, revision, changed, grid is not None)
     denoiser = copy.deepcopy(model.denoiser).to(getattr(torch, dtype)) if dtype != "float32" else model.denoiser
     try:
         with locked_output(folder), write_aside(folder, "model") as aside:
@@ -69,7 +70,8 @@ def write_repository(
                 data.write(aside)
             if scores.step is not None or scores.scored:
                 (aside / SCORES).write_text(scores.to_json(), encoding="utf-8")
-            save_picture(grid, aside / GRID)
+            if grid:
+                save_picture(grid, aside / GRID)
             (aside / CARD).write_text(model_card(page), encoding="utf-8")
             # Not of the card and the picture, which may be edited on the hub.
             write_manifest(aside, [name for name in (CONFIG, WEIGHTS, RECIPE, DATA_FILE) if (aside / name).is_file()])
@@ -107,13 +109,16 @@ def _picture_beside(model: Checkpoint, scores: Scores) -> Image.Image | None:
     return decode_image(read_file(found), str(found)) if found else None
 
 
-def _draw(model: Checkpoint) -> Image.Image:
-    """A few samples of the first classes, drawn as the recipe says."""
-    count = model.condition.count
-    settings = override_sampling(model.recipe.sample, None, num=COLUMNS * max(1, min(count, CLASSES)))
-    labels = balanced_labels(model.recipe, model.condition, settings.num, range(min(count, CLASSES)) if count else None)
-    if model.recipe.train.label_dropout == 1:
-        labels = balanced_labels(model.recipe, model.condition, settings.num)
-    images = torch.cat(list(model.sampler(settings)(labels)))
+def _draw(model: Checkpoint) -> Image.Image | None:
+    """A few samples of the first classes, drawn as the recipe says; None, with a warning, if they cannot be drawn."""
+    known = model.condition.count if model.recipe.train.label_dropout < 1 else 0
+    classes = range(min(known, CLASSES)) if known else None
+    settings = override_sampling(model.recipe.sample, None, num=COLUMNS * len(classes or range(COLUMNS)))
+    labels = balanced_labels(model.recipe, model.condition, settings.num, classes)
+    try:
+        images = torch.cat(list(model.sampler(settings)(labels)))
+    except UserError as error:  # an autoencoder, or a weaker model to guide with, is not on this machine
+        warn(f"no grid of samples: {error}")
+        return None
     shown = shown_in_grid(labels, COLUMNS)
     return draw_grid(images[shown], labels[shown], model.condition.names, COLUMNS)

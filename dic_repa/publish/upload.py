@@ -10,7 +10,7 @@ from typing import Any
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hub import check_repository, check_token, offline_without_network
-from dic_repa.publish.folder import CARD, FILES, write_repository
+from dic_repa.publish.folder import FILES, write_repository
 from dic_repa.sampling.load import Checkpoint, load
 
 FOLDERS = Path("hub")  # where repositories are written that are only looked at
@@ -21,7 +21,7 @@ def push(
     repository: str,
     *,
     private: bool = False,
-    licence: str | None = None,
+    license: str | None = None,
     message: str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
@@ -38,7 +38,7 @@ def push(
         model: what `load` gives, or the path of a run, a checkpoint or an inference checkpoint.
         repository: 'owner/name'; made if it is not there.
         private: of a new repository.
-        licence: of the weights, by the hub's short name, such as 'apache-2.0'.
+        license: of the weights, by the hub's short name, such as 'apache-2.0'.
         message: of the commit.
         revision: a branch, made if it is not there.
         dtype: of the weights: 'float32', 'bfloat16' or 'float16'.
@@ -52,7 +52,7 @@ def push(
     Raises:
         UserError: there is no token or no connection, the hub refuses, or the model cannot be read or sampled.
     """
-    check_repository(repository, licence)
+    check_repository(repository, license, revision)
     dry_run = dry_run or folder is not None
     if not dry_run:
         check_token()
@@ -60,7 +60,7 @@ def push(
         model = load(model, device, weights=weights, trust_code=trust_code)
 
     def write(target: Path, replace: bool) -> Path:
-        return write_repository(model, target, repository, licence, dtype, revision, replace)
+        return write_repository(model, target, repository, license, dtype, revision, replace)
 
     if dry_run:
         return str(write(Path(folder or FOLDERS / repository.partition("/")[2]), overwrite))
@@ -69,22 +69,23 @@ def push(
 
 
 def _upload(folder: Path, repository: str, private: bool, message: str | None, revision: str | None) -> str:
-    from huggingface_hub import HfApi, ModelCard
+    """One commit with all files of `folder`; the hub checks the card before the weights are sent."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     offline_without_network()
+    names = [name for name in FILES if (folder / name).is_file()]
     with _explained(repository):
-        ModelCard.load(folder / CARD).validate()  # by the hub's own rules, before anything is made there
         api = HfApi(library_name="dic-repa")
         api.create_repo(repository, private=private, exist_ok=True)
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
+        there = api.list_repo_files(repository, revision=revision)
+        gone = [name for name in FILES if name in there and name not in names]  # scores of an earlier upload
+        commit = api.create_commit(
+            repository,
+            [*(CommitOperationAdd(name, str(folder / name)) for name in names), *map(CommitOperationDelete, gone)],
             commit_message=message or "Upload by dic-repa push",
             revision=revision,
-            allow_patterns=list(FILES),
-            delete_patterns=list(FILES),  # of an earlier upload, what this one does not have, such as its scores
         )
     return commit.commit_url
 
@@ -94,14 +95,12 @@ def _explained(repository: str) -> Iterator[None]:
     """An error of the hub's client in the block, of which there are a dozen kinds, is one line."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        status: Any = getattr(getattr(error, "response", None), "status_code", None)
+        response: Any = getattr(error, "response", None)
         hint = {
+            400: "mend it, such as --license, and look at the card with --dry-run",
             401: "the hub does not know this token: log in anew with `hf auth login`",
             403: f"this token may not write to {repository}: take one of the kind `write`, and a repository of yours",
-        }.get(status, "nothing else is wrong here: try again later, or look at the folder with --dry-run")
-        raise UserError(
-            f"{repository} was not uploaded ({type(error).__name__}: {first_line(error)}); {hint}"
-        ) from None
+        }.get(getattr(response, "status_code", 400 if isinstance(error, ValueError) else 0), "try again later")
+        why = str(error) if response is None else first_line(error)
+        raise UserError(f"{repository} was not uploaded ({type(error).__name__}: {why}); {hint}") from None

@@ -44,6 +44,7 @@ LINES = {
     "parts time-grid": (),
     "convert run out": ("run",),
     "convert converted out.pt": ("converted",),
+    "push run someone/run --folder out": ("run",),
     "recipes show tiny.yaml": (),
     "recipes diff tiny.yaml digits-urepa": (),
     "recipes explain train.steps": (),

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, metadata_load
 from markdown_it import MarkdownIt
 from small_samplers import RECIPE, write_tiny_checkpoint
 
-from dic_repa.conditions import class_labels
+import dic_repa
+from dic_repa.conditions import class_labels, create_condition
+from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.data.saved import SavedData
+from dic_repa.errors import UserError
 from dic_repa.publish import write_repository
 from dic_repa.publish.card import plain
 from dic_repa.publish.paths import without_paths
 from dic_repa.recipe import to_yaml
+from dic_repa.recipe.build import build_denoiser
 from dic_repa.sampling.load import load
 
 NASTY = "</td><script>x()</script> [a](http://b) |`c`| *d* www.e.com <img src=x> # f\n# g\n---\nh: i $$j$$ ![k](l)"
@@ -39,7 +45,7 @@ def card_of(folder: Path, **options) -> ModelCard:
 
 
 def test_metadata(folder):
-    data = card_of(folder, licence="cc-by-4.0").data
+    data = card_of(folder, license="cc-by-4.0").data
     assert metadata_load(folder.parent / "out/README.md") == data.to_dict()
     assert (data.license, data.library_name, data.pipeline_tag) == (
         "cc-by-4.0",
@@ -78,6 +84,51 @@ def test_without_scores(tmp_path):
     assert card.data.eval_results is None
     assert "None were recorded for these weights." in card.text
     assert not (tmp_path / "out/scores.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "says"), [("none", "no condition"), ("vector", "vectors of 3 numbers")])
+def test_of_other_conditions(kind, says, tmp_path):
+    condition = create_condition(condition={"kind": kind} | ({"dim": 3, "null": "zeros"} if kind == "vector" else {}))
+    saved = condition.with_examples(torch.rand(2, 3), ["a", "b"]) if kind == "vector" else condition
+    folder = tmp_path / "tiny"
+    build_denoiser(RECIPE.model, 1, condition).save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(to_yaml(RECIPE))
+    SavedData(None, saved).write(folder)
+    text = card_of(folder).text
+    assert f"images of 16x16 pixels ({says})" in text
+    assert ".sample(num=10, seed=0)" in text
+    assert (tmp_path / "out/grid.png").is_file()
+
+
+def test_behind_an_autoencoder_that_is_elsewhere(tmp_path, capsys):
+    """Its place on this machine stays here; the name of its folder helps whoever looks for it."""
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    spec = AutoencoderSpec(str(tmp_path / "my-vae"), 1, 8, (0.0,), (1.0,))
+    SavedData(spec, class_labels(10)).write(folder)
+    text = card_of(folder).text
+    assert "warning: no grid of samples: the model was trained behind the autoencoder" in capsys.readouterr().err
+    assert "images of 128x128 pixels" in text
+    assert "latents of the autoencoder my-vae" in text
+    assert "grid.png" not in text
+    assert str(tmp_path) not in (tmp_path / "out/data.json").read_text()
+    assert SavedData.read(tmp_path / "out").autoencoder == replace(spec, name="my-vae")
+
+
+def test_code_of_ones_own(plugin_folder, monkeypatch):
+    """The card says that the recipe names code; the code itself stays here."""
+    Path("own_part.py").write_text("")
+    folder = write_tiny_checkpoint(plugin_folder / "tiny")
+    recipe = RECIPE.model_copy(deep=True)
+    recipe.plugins = ["own_part"]
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    with pytest.raises(UserError, match="names code to run"):
+        dic_repa.push(folder, "some-one/tiny", dry_run=True)
+    written = Path(dic_repa.push(folder, "some-one/tiny", dry_run=True, trust_code=True))
+    text = (written / "README.md").read_text()
+    assert 'load("some-one/tiny", trust_code=True)' in text
+    assert "dic-repa sample some-one/tiny --num 10 --trust-code" in text
+    assert "Its recipe names code that is not in this repository" in text
+    assert not list(written.glob("*.py"))
 
 
 def test_names_of_strangers_are_only_text(folder):

@@ -13,10 +13,10 @@ import torch
 from fake_hub import serving
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from places import ROOT
 from safetensors.torch import load_file
 from small_runs import ALIGNED, small_run
 
-import dic_repa
 from dic_repa.cli import main
 from dic_repa.encoders import encoder_licence
 from dic_repa.evaluation.runs import evaluate_run
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
     """A run that was aligned to an encoder from a file, began elsewhere, and was judged."""
     place = tmp_path_factory.mktemp("place")
     teacher = place / "teacher.safetensors"
-    shutil.copy(Path(dic_repa.__path__[0]).parent / "encoders/weights/digits_vit.safetensors", teacher)
+    shutil.copy(ROOT / "encoders/weights/digits_vit.safetensors", teacher)
     judged = [key for key in ALIGNED if key != "evaluate=null"]
     keys = [f"alignments.0.encoder_options.weights={teacher}", f"folders=[{place}]", "sample.num=20", "sample.steps=2"]
     made = small_run(place / "run", *keys, "train.more_ema_decays=[0.5]", base=judged)
@@ -69,7 +69,7 @@ def test_to_the_hub_and_back(run, fake, capsys, monkeypatch, tmp_path):
     assert fake.private["me/digits"]
     assert fake.messages == ["the first"]
     # What huggingface_hub asks the hub to check; whether the real hub agrees, only that can say.
-    assert {"repoType": "model", "content": files["README.md"].decode()} in fake.validated
+    assert fake.validated == [{"repoType": "model", "content": files["README.md"].decode()}]
 
     got, own = DiC.from_pretrained("me/digits").state_dict(), load_file(newest(run) / "ema/model.safetensors")
     assert got.keys() == own.keys()
@@ -187,8 +187,16 @@ def test_a_hub_that_refuses(run, fake, status, says, mistake):
 
 def test_a_card_that_the_hub_does_not_take(run, fake, mistake):
     fake.faults = '"license" must be one of many'
-    assert "must be one of many" in mistake("push", run, "me/digits", "--license", "mine-own")
-    assert fake.repositories == {}
+    said = mistake("push", run, "me/digits", "--license", "mine-own")
+    assert '"license" must be one of many); mend it' in said
+    assert fake.repositories["me/digits"] == {"main": {}}
+
+
+def test_without_a_connection(run, fake, mistake, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "me/digits was not uploaded" in mistake("push", run, "me/digits")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "offline mode" in mistake("push", run, "me/digits")
 
 
 @pytest.mark.slow
