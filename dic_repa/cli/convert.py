@@ -26,33 +26,43 @@ DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     help="The recipe that the authors' weights were trained by, such as dic-xl-ddpm; `dic-repa sample` needs it.",
 )
 @click.option("--family", help="The model of an authors' checkpoint, if its file does not tell: DiT, SiT or REPA.")
+@click.option("--lora-only", is_flag=True, help="Only the adapters of a run with train.lora, as peft reads them.")
 @click.option("--overwrite", is_flag=True, help="Replace what convert has written at TARGET.")
 def command(
-    source: Path, target: Path, dtype: str, weights: str, recipe: str | None, family: str | None, overwrite: bool
-):
+    source: Path, target: Path, dtype: str, weights: str, recipe: str | None, family: str | None, lora_only: bool,
+    overwrite: bool,
+):  # fmt: skip
     """Convert the checkpoint SOURCE into TARGET.
 
     SOURCE is a run, one of its checkpoints, a folder or hub id that `save_pretrained` made, or a file of the authors'
     public code (DiC, and to read also DiT, SiT, REPA and U-ViT). TARGET is a file in the DiC authors' layout if it ends
-    in .pt, .pth or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads.
+    in .pt, .pth or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads. The adapters of
+    a run with train.lora are merged into its weights.
 
     \b
     Examples:
       dic-repa convert runs/digits-urepa small --dtype fp16            a run's averaged weights, in half the space
       dic-repa convert DiC-XL.pt dic-xl --recipe dic-xl-ddpm           the authors' file, ready to sample from
       dic-repa convert runs/mine DiC-mine.pt                           for the authors' code
+      dic-repa convert runs/lora adapters --lora-only                  adapter_config.json and adapter_model.safetensors
     """
     if target.suffix[1:].isalpha() and target.suffix not in AUTHORS_FILES and not target.is_dir():
         known = f"{', '.join(AUTHORS_FILES)} are files"
         raise UserError(f"{target}: convert writes no {target.suffix} files; {known}, and a folder has no ending")
+    if lora_only and (target.suffix in AUTHORS_FILES or recipe or family or dtype != "float32" or weights != "ema"):
+        raise click.UsageError("--lora-only writes a folder of the adapters as they are, and takes --overwrite alone")
     if target.suffix in AUTHORS_FILES:
         check_file(target)
     there = target.exists() if target.suffix in AUTHORS_FILES else check_folder(target, "model")
     if there and not overwrite:
         raise UserError(f"{target} exists; pass --overwrite to replace it")
 
-    from dic_repa.sampling.convert import convert
+    from dic_repa.sampling.convert import convert, convert_adapters
 
+    if lora_only:
+        count = convert_adapters(source, target)
+        print_result(f"{target}: adapters of {count / 1e6:.4g} M parameters in float32, not averaged")
+        return
     model = convert(source, target, DTYPES[dtype], weights, family, recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))

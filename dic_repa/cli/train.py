@@ -209,6 +209,9 @@ def dry_run_text(report: dict) -> str:
     """The report of --dry-run as lines."""
     batch, p = report["batch"], report["parameters"]
     frozen = "".join(f"; frozen: {name} {count / 1e6:.1f} M" for name, count in p["encoders"].items())
+    all_of_it = p["denoiser"] + p["heads"] + p["adapters"]
+    if p["trained"] < all_of_it:
+        frozen += f"; {p['trained'] / 1e6:.4g} M train"
     rows = [
         ("device", f"{report['device']}; {report['processes']} process{'es' * (report['processes'] > 1)}"),
         ("batch", f"{batch['global']}, {batch['of a process']} a process, {batch['of a pass']} a pass"),

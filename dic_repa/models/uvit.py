@@ -6,7 +6,7 @@ size of the data is fixed. Taps are `enc.N`, `mid` and `dec.N`; `feature_map` dr
 """
 
 import torch
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import Mlp, PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
@@ -122,3 +122,7 @@ class UViT(Pretrained):
         """A block's tokens (B, 2 + N, C) as a map (B, C, h, w), without those of time and label."""
         rows, columns = patch_grid("U-ViT", size, self.patch_size)
         return to_map(tokens[:, -rows * columns :], (rows, columns))
+
+    def resample_positions(self, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The positions (1, 2 + h * w, width) of a U-ViT with another `grid` (h, w), for this one's."""
+        return resample_abs_pos_embed(positions, list(self.grid), list(grid), num_prefix_tokens=EXTRA_TOKENS)

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 # What other tools call a key. A key of the same section is suggested before one of another section.
 _ELSEWHERE = {
     "train": "trainer",
+    "train.init_from": "pretrained pretrained_model init_weights init_checkpoint finetune_from load_from resume_from "
+    "pretrained_model_name_or_path",
+    "train.freeze": "frozen freeze_layers frozen_layers trainable",
+    "train.lora": "peft adapter adapters",
+    "train.lora.rank": "r lora_rank",
+    "train.lora.alpha": "lora_alpha",
+    "train.lora.targets": "target_modules",
+    "train.lora.also": "modules_to_save",
     "train.steps": "max_steps num_steps n_steps total_steps max_train_steps iterations iters max_iters num_iterations "
     "epochs num_epochs max_epochs n_epochs num_train_epochs",
     "train.batch_size": "bs batch global_batch_size train_batch_size batchsize",

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from pydantic.config import JsonDict
 
-from dic_repa.errors import UserError
-from dic_repa.recipe.keys import explain_mistakes
+from dic_repa.recipe.section import Section
 from dic_repa.recipe.values import (
     REAL,
     Batch,
@@ -29,25 +28,6 @@ from dic_repa.recipe.values import (
     Time,
     at_most,
 )
-
-
-class Section(BaseModel):
-    """A part of a recipe, in which unknown keys are errors, from a file and from Python."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a key as a recipe would; a wrong value is a UserError and changes nothing."""
-        if name.startswith("_"):
-            return super().__setattr__(name, value)
-        try:
-            changed = type(self).model_validate({**self.__dict__, name: value})
-        except ValidationError as error:
-            raise UserError(explain_mistakes(type(self), error)) from None
-        super().__setattr__(name, getattr(changed, name))
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.__dict__ == other.__dict__
 
 
 class ModelSection(Section):
@@ -120,7 +100,27 @@ class ScheduleSection(Section):
     )
 
 
+class LoraSection(Section):
+    rank: Count = Field(16, description="columns of an adapter's two matrices")
+    alpha: Positive = Field(16.0, description="an adapter's output counts alpha / rank times")
+    targets: Annotated[list[Name], Field(min_length=1)] = Field(
+        default=["*"], description="patterns of the convolutions and linear layers that get one, such as 'mid.*.conv1'"
+    )
+    also: list[Name] = Field(
+        default_factory=list, description="patterns of parameters that train besides, such as '*.label.weight'"
+    )
+
+
 class TrainSection(Section):
+    init_from: Name | None = Field(
+        None, description="begin with these weights: a run, checkpoint, authors' file or hub id; null: with new ones"
+    )
+    freeze: list[Name] = Field(
+        default_factory=list, description="patterns of the denoiser's parameters that stay as they are, such as 'enc.*'"
+    )
+    lora: LoraSection | None = Field(
+        None, description="train small matrices beside the denoiser's frozen layers (LoRA, by peft); null: its own"
+    )
     steps: Count = Field(400_000, description="optimizer steps")
     batch_size: Batch = Field(256, description="images of one step, over all processes")
     micro_batch: Batch | None = Field(None, description="most images in one pass of one process; null: all")

@@ -5,18 +5,19 @@ from pathlib import Path
 import torch
 
 from dic_repa.data.saved import SavedData
-from dic_repa.errors import UserError, first_line
+from dic_repa.errors import UserError, first_few, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.lock import locked_output
 from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import AUTHORS_FILES, MARK
 from dic_repa.files.weights import WRITE_ERRORS, save_tensors
 from dic_repa.models import forward_on_meta, load_authors_checkpoint, load_denoiser
+from dic_repa.models.adapters import is_adapter, save_adapters
 from dic_repa.models.authors import authors_state_dict
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import load_training_recipe, to_yaml
 from dic_repa.recipe.build import data_traits, import_plugins
-from dic_repa.sampling.load import read_weights, weights_folder
+from dic_repa.sampling.load import checkpoint_of, lora_of, read_raw, read_weights, weights_folder
 
 
 def convert(
@@ -57,6 +58,35 @@ def convert(
     except WRITE_ERRORS as error:
         raise UserError(f"{target} could not be written ({first_line(error)})") from None
     return model
+
+
+def convert_adapters(source: Path, target: Path) -> int:
+    """Write the adapters of a run with `train.lora` into the folder `target`, as peft reads them, and return how many
+    parameters they have.
+
+    They are not averaged: an average of their products is no product of such small matrices.
+
+    Raises:
+        UserError: `source` has no adapters, or more that was trained.
+    """
+    folder = weights_folder(source)
+    lora = lora_of(folder)
+    if lora.also:
+        raise UserError(
+            f"{source} has trained {first_few(lora.also, 5)} besides its adapters, which a folder of adapters cannot "
+            "hold; leave --lora-only out"
+        )
+    model, tensors = load_any(source)[0], read_raw(checkpoint_of(folder))
+    if not any(map(is_adapter, tensors)):
+        raise UserError(f"{source} has no training checkpoint, and so no adapters; name the run that was trained")
+    try:
+        with locked_output(target), write_aside(target, "model") as aside:
+            aside.mkdir(exist_ok=True)
+            save_adapters(model, tensors, lora.rank, lora.alpha, aside)
+            write_manifest(aside)
+    except WRITE_ERRORS as error:
+        raise UserError(f"{target} could not be written ({first_line(error)})") from None
+    return sum(tensor.numel() for name, tensor in tensors.items() if is_adapter(name))
 
 
 def load_any(source: Path, weights: str = "ema", family: str | None = None) -> tuple[Pretrained, Path | None]:

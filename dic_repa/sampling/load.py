@@ -20,8 +20,9 @@ from dic_repa.files.pictures import to_pil
 from dic_repa.files.shards import tensor_files
 from dic_repa.files.weights import load_weights, read_tensors, weights_fingerprint
 from dic_repa.models import load_denoiser
+from dic_repa.models.adapters import is_adapter, merge
 from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
-from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
+from dic_repa.recipe import LoraSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, import_plugins
 from dic_repa.runs.checkpoints import RAW, find_stranger
 from dic_repa.runs.folder import RunFolder, suggest_runs
@@ -213,11 +214,27 @@ def read_weights(folder: Path, name: str) -> tuple[Pretrained, Path]:
     detail(f"weights: {source}")
     if name != RAW:
         return load_denoiser(source), source
-    denoiser, prefix = load_denoiser(folder), "denoiser."
-    tensors = read_tensors(source / WEIGHTS)[0]  # with those of the heads
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    load_weights(denoiser, own, source / WEIGHTS)
+    denoiser, tensors = load_denoiser(folder), read_raw(source)
+    if any(map(is_adapter, tensors)):
+        lora = lora_of(folder)
+        tensors = merge(tensors, lora.alpha / lora.rank)
+    load_weights(denoiser, tensors, source / WEIGHTS)
     return denoiser, source
+
+
+def read_raw(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of the denoiser itself in a training checkpoint, which also has those of the heads."""
+    prefix, tensors = "denoiser.", read_tensors(checkpoint / WEIGHTS)[0]
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def lora_of(folder: Path) -> LoraSection:
+    """By what the adapters were trained whose merged average is in `folder`; a UserError if its recipe has none."""
+    file = folder / "recipe.yaml"
+    lora = load_training_recipe(file, only_read=True).train.lora if file.is_file() else None
+    if lora is None:
+        raise UserError(f"{folder} has no recipe.yaml with train.lora, so it has no adapters")
+    return lora
 
 
 def _other_weights(ema: Path, name: str) -> Path:

@@ -43,6 +43,7 @@ from dic_repa.training.parts import Parts
 from dic_repa.training.shard_writer import Shards, ShardWriter
 from dic_repa.training.sharding import cut_like, to_cpu
 from dic_repa.training.step import StepGuard
+from dic_repa.training.trainable import trainable
 
 MODEL, OPTIMIZER_ROWS = "model.safetensors", "optimizer.safetensors"
 
@@ -56,7 +57,7 @@ class TrainingState:
     step: int
     model: dict[str, Any]
     averages: dict[str, dict[str, Any]]
-    optimizer: dict[str, Any]  # its class, its state by the parameters' order, and the gradient scaler's or None
+    optimizer: dict[str, Any]  # its class, its state by its parameters' order, their names, the scaler's state or None
     optimizer_rows: dict[str, Rows]  # what of its state is cut up, as "12.exp_avg"
     config: dict  # of the denoiser
     data: SavedData
@@ -84,6 +85,7 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         {name: to_cpu(ema.model.state_dict(), main) for name, ema in parts.averages.items()},
         {
             "class": type(parts.optimizer.optimizer).__name__,
+            "parameters": trainable(accelerator.unwrap_model(parts.model)),
             "state": state,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         },
@@ -151,7 +153,9 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         step = parse_json((folder / "state.json").read_text())["step"]
         kind = content.get("class", "AdamW")  # the only one that older versions had
-        state, scaler = _optimizer_state(content["state"], folder, parameters), content["scaler"]
+        names = trainable(accelerator.unwrap_model(parts.model))
+        places = {i: names.index(name) for i, name in enumerate(content.get("parameters", names)) if name in names}
+        state, scaler = _optimizer_state(content["state"], folder, parameters, places), content["scaler"]
     except UserError:
         raise
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
@@ -167,15 +171,23 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
     return step
 
 
-def _optimizer_state(saved: dict, folder: Path, parameters: list[Tensor]) -> dict[int, dict]:
-    """The state that `saved` and the files of a sharded run hold, cut up as the parameters are."""
+def _optimizer_state(saved: dict, folder: Path, parameters: list[Tensor], places: dict[int, int]) -> dict[int, dict]:
+    """The state that `saved` and the files of a sharded run hold, cut up as the parameters are.
+
+    `places` are today's of the parameters that still train, since `train.freeze` may have changed.
+    """
     # The step's count has no parameter's shape, and is left as it is.
-    state = {i: {name: cut_like(value, parameters[i]) for name, value in kept.items()} for i, kept in saved.items()}
+    state = {
+        places[i]: {name: cut_like(value, parameters[places[i]]) for name, value in kept.items()}
+        for i, kept in saved.items()
+        if i in places
+    }
     if tensor_files(folder / OPTIMIZER_ROWS):
         with open_tensors(folder / OPTIMIZER_ROWS) as stored:
             for key, value in stored.items():
                 i, _, name = key.partition(".")
-                state[int(i)][name] = cut_like(value, parameters[int(i)])
+                if (place := places.get(int(i))) is not None:
+                    state[place][name] = cut_like(value, parameters[place])
     return state
 
 

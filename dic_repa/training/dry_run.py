@@ -44,8 +44,10 @@ from dic_repa.training.memory_estimate import count_parameters, estimate_memory
 from dic_repa.training.optimizers import state_bytes
 from dic_repa.training.parts import build_parts, check_judge_of, check_sampling_and_evaluation
 from dic_repa.training.schedules import LearningRate
+from dic_repa.training.start import start_from
 from dic_repa.training.step import TrainingStep
 from dic_repa.training.trackers import check_trackers
+from dic_repa.training.trainable import adapt, freeze, trained_parameters
 
 STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
@@ -82,7 +84,8 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
         notes.append(f"as it is here, training would not begin: {error}")
     if launched == 1:
         trial.train.batch_size //= processes
-    shapes = build_shapes(trial)
+    shapes = build_shapes(trial, notes)
+    trial.train.init_from = None  # they have been looked at
     share, kept = recipe.train.batch_size // processes, state_bytes(recipe.optimizer)
     report = {
         "device": device_name(accelerator.device),
@@ -132,8 +135,9 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
     return trial
 
 
-def build_shapes(trial: Recipe) -> dict:
-    """The denoiser with its heads on the meta device, and what else can be known from it."""
+def build_shapes(trial: Recipe, notes: list[str]) -> dict:
+    """The denoiser with its heads on the meta device, and what else can be known from it; `notes` says if the
+    weights of `train.init_from` do not fit."""
     size, data = trial.data.size, trial.data.options
     condition = create_condition(data["num_classes"], data.get("condition"))
     with torch.device("meta"):
@@ -150,11 +154,22 @@ def build_shapes(trial: Recipe) -> dict:
         encoders[section.encoder] = count_parameters(encoder) if isinstance(encoder, torch.nn.Module) else 0
         with torch.device("meta"):
             alignments.append(join_encoder(section, encoder, denoiser, image_size, (size, size)))
-    heads = count_parameters(*alignments)
+    parameters = {"denoiser": count_parameters(denoiser), "heads": count_parameters(*alignments), "encoders": encoders}
+    macs = measure_cost(denoiser, size).macs  # before the taps have their hooks
+    try:
+        start_from(denoiser, condition, trial.train)
+    except UserError as error:
+        notes.append(f"as it is here, training would not begin: {error}")
+    freeze(denoiser, trial.train)
+    with torch.device("meta"):
+        adapt(denoiser, trial.train)
+    model = AlignedDenoiser(denoiser, alignments)
+    parameters["adapters"] = count_parameters(denoiser) - parameters["denoiser"]
+    parameters["trained"] = sum(parameter.numel() for parameter in trained_parameters(model))
     return {
-        "macs": measure_cost(denoiser, size).macs,  # before the taps have their hooks
-        "model": AlignedDenoiser(denoiser, alignments),
-        "parameters": {"denoiser": count_parameters(denoiser), "heads": heads, "encoders": encoders},
+        "macs": macs,
+        "model": model,
+        "parameters": parameters,
         "tokens": tokens,
         "data": (data["channels"], size, size),
     }
@@ -243,9 +258,10 @@ def sampled_power(device: torch.device, interval: float = 0.1) -> Iterator[list[
 
 def disk(settings: TrainSection, optimizer_bytes: float, parameters: dict, path: Path) -> dict:
     """Bytes of one checkpoint (weights, optimizer, averages), of all that the run keeps, and of free disk space."""
-    trained, denoiser = parameters["denoiser"] + parameters["heads"], 4 * parameters["denoiser"]
+    weights = parameters["denoiser"] + parameters["heads"] + parameters["adapters"]
+    denoiser = 4 * parameters["denoiser"]  # an average
     averages = 1 + len(settings.more_ema_decays) + len(settings.power_ema)
-    checkpoint = int((4 + optimizer_bytes) * trained) + averages * denoiser
+    checkpoint = int(4 * weights + optimizer_bytes * parameters["trained"]) + averages * denoiser
     written = ceil(settings.steps / settings.checkpoint_every)
     forever = settings.steps // settings.keep_every if settings.keep_every else 0
     kept = min(written, settings.keep_checkpoints + 1 + forever)  # one more while a new one is written

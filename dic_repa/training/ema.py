@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dic_repa.errors import UserError
+from dic_repa.models.adapters import plain_parameters
 from dic_repa.models.pretrained import Pretrained
 
 WIDEST = 0.2886  # sigma_rel of gamma 0, the mean of all steps; below that, gamma rises
@@ -26,7 +27,8 @@ class EMA:
     With `warmup` the decay after n steps is at most (1 + n) / (10 + n), so that the average is a tenth of the steps
     behind the weights until it reaches `decay`.
 
-    Made before the denoiser is wrapped or hooked: `model` is a plain copy of it in eval mode, ready to sample from.
+    Made before the denoiser is wrapped or hooked, or gets adapters: `model` is a plain copy of it in eval mode, ready
+    to sample from. Of adapters, it is the average of the merged weights.
 
     A skipped step counts as one that changed no weight, so that the average's profile depends on the step alone, as
     averages made after the run take for granted.
@@ -52,14 +54,16 @@ class EMA:
     @torch.no_grad()
     def update(self, denoiser: nn.Module, step: int = 1) -> None:
         """Move the average towards the denoiser's weights after `step` steps; buffers are copied."""
-        torch._foreach_lerp_(_local(self.model.parameters()), _local(denoiser.parameters()), 1 - self.decay_at(step))
+        weights = _local(plain_parameters(denoiser))
+        torch._foreach_lerp_(_local(self.model.parameters()), weights, 1 - self.decay_at(step))
         for average, buffer in zip(self.model.buffers(), denoiser.buffers()):
             average.copy_(buffer)
 
     @contextlib.contextmanager
     def raw(self, denoiser: nn.Module) -> Iterator[None]:
         """While entered, `model` has the denoiser's own weights in place of their average."""
-        mine, theirs = ([*_local(m.parameters()), *m.buffers()] for m in (self.model, denoiser))
+        with torch.no_grad():
+            mine, theirs = ([*_local(plain_parameters(m)), *m.buffers()] for m in (self.model, denoiser))
         kept = [tensor.clone() for tensor in mine]
         try:
             with torch.no_grad():

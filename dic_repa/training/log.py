@@ -33,7 +33,9 @@ from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import progress_bar, warn
 from dic_repa.runtime.threads import describe_threads
 from dic_repa.training.parts import Parts
+from dic_repa.training.start import Start
 from dic_repa.training.trackers import Trackers
+from dic_repa.training.trainable import describe_trainable
 
 PANELS = {  # of the loss curves: title and sign
     "denoising": ("denoising loss", 1.0),
@@ -52,12 +54,19 @@ def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accele
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build_denoiser(recipe.model, parts.data.channels, parts.condition)
     cost = measure_cost(model, data.size)
+    if parts.start:
+        beginning = parts.start.rows()
+    else:
+        beginning = [("start", f"{settings.init_from}, when the run began")] if settings.init_from and start else []
+    trains = describe_trainable(parts.denoiser, settings)
     place, size = f" in {data.path}" if data.path else "", " x ".join(map(str, parts.shape))
     share = settings.batch_size // processes
     costs = f"{cost.parameters / 1e6:.4g} M parameters, {cost.macs / 1e9:.4g} GMACs an image"
     rows = [
         ("device", f"{device_name(accelerator.device)}, {precision}{threads}"),
         ("denoiser", f"{recipe.model.name}, {costs}"),
+        *beginning,
+        *([("trains", trains)] if trains else []),
         ("data", f"{data.name}{place}, {len(parts.data):,} samples of {size}, {parts.condition.describe()}"),
     ]
     for section in recipe.alignments:
@@ -87,8 +96,10 @@ class MetricLog:
     """
 
     def __init__(
-        self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, trackers: Trackers
-    ):
+        self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, trackers: Trackers,
+        begun_from: Start | None = None,
+    ):  # fmt: skip
+        self.begun_from = begun_from
         self.run, self.accelerator, self.settings, self.trackers = run, accelerator, settings, trackers
         self.start = start
         self.sums: dict[str, Tensor] = {}  # of the finite values and of their steps, (2,)
@@ -98,6 +109,8 @@ class MetricLog:
     def __enter__(self) -> MetricLog:
         if self.accelerator.is_main_process:
             environment = describe_environment(str(self.accelerator.device), self.accelerator.num_processes)
+            if self.begun_from:
+                environment["start"] = self.begun_from.to_dict()
             sessions = []  # one entry for each time that the run was started or resumed
             if self.run.environment_file.exists():
                 try:

@@ -68,7 +68,10 @@ def train(
         if not resume:  # before `claim` marks the folder as a run's
             on_main_process(accelerator, lambda: run.check_new(overwrite))
         check_batch(settings, accelerator.num_processes)
-        parts = build_parts(recipe, accelerator)
+        begins = not resume
+        if resume and settings.init_from:  # it may have been stopped before its first checkpoint
+            begins = on_main_process(accelerator, run.newest_checkpoint) is None
+        parts = build_parts(recipe, accelerator, begins)
         train_step, learning_rate = TrainingStep(parts, settings, accelerator), LearningRate(recipe)
         check_sampling_and_evaluation(recipe, parts.objective)
         on_main_process(accelerator, lambda: check_judge_of(recipe))
@@ -88,7 +91,7 @@ def train(
         guard, votes = StepGuard(accelerator, parts.optimizer.optimizer), Votes(accelerator)
         shards = ShardWriter(run.checkpoints, accelerator) if parts.sharded else None
         writer = stack.enter_context(CheckpointWriter(run, shards))
-        log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers))
+        log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers, parts.start))
         if checkpoint:
             load_log(checkpoint, log, guard)
         after = AfterStep(

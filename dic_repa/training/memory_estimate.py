@@ -45,15 +45,15 @@ def estimate_memory(
         optimizer_bytes: that the optimizer keeps for each weight; 8 are AdamW's two moments.
     """
     model, mixed = shapes["model"], settings.precision != "no"
-    weights = 4 * count_parameters(model)
-    averages = 4 * count_parameters(model.denoiser) * (1 + len(settings.more_ema_decays) + len(settings.power_ema))
+    weights, trained = 4 * count_parameters(model), 4 * shapes["parameters"]["trained"]
+    averages = 4 * shapes["parameters"]["denoiser"] * (1 + len(settings.more_ema_decays) + len(settings.power_ema))
     sharded = settings.sharding != "none" and processes > 1
     share = processes if sharded else 1
     return {
         "weights": weights // share,
-        "gradients": weights // share,
-        "exchange of gradients": weights if processes > 1 and not sharded else 0,
-        "optimizer": int(optimizer_bytes * weights / 4) // share,
+        "gradients": trained // share,
+        "exchange of gradients": trained if processes > 1 and not sharded else 0,
+        "optimizer": int(optimizer_bytes * trained / 4) // share,
         "averages": averages // share,
         "encoders": 4 * sum(shapes["parameters"]["encoders"].values()),
         "activations": activation_bytes(model, objective, shapes["tokens"], (rows, *shapes["data"]), mixed),

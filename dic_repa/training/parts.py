@@ -31,6 +31,7 @@ from dic_repa.recipe.build import (
 from dic_repa.runs.checkpoints import RAW
 from dic_repa.runtime.precision import allow_tf32
 from dic_repa.runtime.processes import in_all_processes
+from dic_repa.runtime.progress import warn
 from dic_repa.runtime.watchdog import watched
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint
@@ -39,6 +40,8 @@ from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.memory_estimate import check_memory
 from dic_repa.training.optimizers import build_optimizer
 from dic_repa.training.sharding import shard, wants_sharding
+from dic_repa.training.start import Start, start_from
+from dic_repa.training.trainable import adapt, check_fresh, freeze, trained_parameters
 
 
 @dataclass
@@ -59,10 +62,13 @@ class Parts:
     averages: dict[str, EMA]  # it and all others, by their folder in a checkpoint
     sampler: Sampler | None  # of the averaged weights; None where no grids are asked for
     sharded: bool  # then all processes must take part in whatever runs or reads the denoiser or its averages
+    start: Start | None = None  # from other weights; None also of a run that goes on from a checkpoint
 
 
-def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
-    """Everything on the device, with initial weights that depend on the seed alone."""
+def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -> Parts:
+    """Everything on the device. The initial weights depend on the seed alone, and on `train.init_from` if the run
+    `begins`: one that goes on has a checkpoint to load.
+    """
     settings, device = recipe.train, accelerator.device
     import_plugins(recipe)
     allow_tf32(settings.tf32)
@@ -74,6 +80,10 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     condition = condition_of_data(data)
     draw_labels(recipe, condition, recipe.sample.model_copy(update={"num": 1}))  # shows now what the data cannot give
     denoiser = build_denoiser(recipe.model, data.channels, condition)
+    start = in_all_processes(accelerator, lambda: start_from(denoiser, condition, settings)) if begins else None
+    if begins and settings.lora and not start and accelerator.is_main_process:
+        warn("train.lora without train.init_from trains adapters of random weights, which stay random")
+    freeze(denoiser, settings)
     check_memory(recipe, denoiser, device, settings.batch_size // accelerator.num_processes, shape)
     denoiser.set_gradient_checkpointing(settings.gradient_checkpointing)
     forward_on_meta(denoiser, *shape[-2:])  # finds a size that does not fit before the run's folder is made
@@ -96,6 +106,9 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
     if weights not in (known := [RAW, *averages]):
         raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
     ema = averages["ema" if weights == RAW else weights]
+    adapt(denoiser, settings)
+    if start:
+        check_fresh(denoiser, start.fresh)
     aligned = AlignedDenoiser(denoiser, alignments).to(device)
     model: nn.Module = aligned
     if settings.compile:
@@ -104,9 +117,9 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         for average in averages.values():  # cut up in the same way as the model
             shard(average.model, average.model, accelerator)
         model = accelerator.prepare_model(shard(model, denoiser, accelerator), evaluation_mode=True)  # mixed precision
-        optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, model.parameters()))
+        optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, trained_parameters(model)))
     else:
-        model, optimizer = accelerator.prepare(model, build_optimizer(recipe.optimizer, model.parameters()))
+        model, optimizer = accelerator.prepare(model, build_optimizer(recipe.optimizer, trained_parameters(model)))
     sampler = None
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
         # Built now, so that a missing autoencoder stops the run before it starts, not at the first grid.
@@ -115,7 +128,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator) -> Parts:
         sampler = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition)).sampler(sample)
     return Parts(
         condition, data, shape, build_objective(recipe.objective), encoders, caches, denoiser, aligned.aligner, model,
-        optimizer, ema, averages, sampler, sharded,
+        optimizer, ema, averages, sampler, sharded, start,
     )  # fmt: skip
 
 
