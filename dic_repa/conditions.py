@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.files.npz import read_array
 from dic_repa.files.reading import read_file
 from dic_repa.limits import check_limit
@@ -52,6 +52,16 @@ class Condition:
             known = f"{self.describe_rows()}, and {self.count} for none"
             raise UserError(f"label {int(wrong[0])} is out of range: the model has {known}")
         return labels
+
+    def label(self, name: str | int | None) -> int:
+        """The label of a row to choose from, by its name or number; of none, the null."""
+        if name is None:
+            return self.count
+        if name in self.names:
+            return self.names.index(str(name))
+        if str(name).isdecimal():
+            return int(name)
+        raise unknown_name("class", str(name), self.names)
 
     def describe(self) -> str:
         """In words, for cards: '10 classes'."""

@@ -13,6 +13,7 @@ FLOORS = [
     ["recipe"],
     ["runs"],
     ["sampling"],
+    ["export"],
     ["evaluation"],
     ["publish"],
     ["training"],

@@ -42,6 +42,7 @@ VERBS = {
     "parts": "List what a recipe can choose: the kinds of part, or the parts of one kind.",
     "convert": "The authors' checkpoints to ours and back; training checkpoints to small ones.",
     "push": "Upload a run to the Hugging Face hub, with a model card; or only write what would be.",
+    "export": "For other runtimes: torch.export, ONNX, or a pipeline of diffusers.",
     "recipes": "List the recipes, show one, or compare two.",
     "env": "Versions, devices and settings, as a bug report needs them.",
 }

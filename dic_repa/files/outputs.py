@@ -33,6 +33,7 @@ KINDS = {
     "checkpoint": "a checkpoint",
     "samples": "a folder of samples",
     "model": "a saved model",
+    "export": "an exported model",
     "average": "an average of weights",
     "prepared": "a prepared data set",
     "probe": "a folder of a probe's results",

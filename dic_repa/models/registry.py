@@ -129,12 +129,15 @@ def load_denoiser(path_or_hub_id: str | Path, **overrides) -> Pretrained:
     The module of your own class must have been imported before: a file cannot name what to import. Otherwise as
     `Pretrained.from_pretrained`.
     """
-    kind = saved_kind(path_or_hub_id)
+    return denoiser_class(saved_kind(path_or_hub_id), path_or_hub_id).from_pretrained(path_or_hub_id, **overrides)
+
+
+def denoiser_class(kind: str | None, source: str | Path) -> type[Pretrained]:
+    """The class that config.json calls `kind`; a UserError, which names the `source`, if it is not known."""
     ours = {preset.kind: preset for preset in _PRESETS.values()}
     if kind in Pretrained.kinds or kind in ours:
-        found = Pretrained.kinds.get(kind) or ours[kind].load()
-        return found.from_pretrained(path_or_hub_id, **overrides)
+        return Pretrained.kinds.get(kind) or ours[kind].load()
     raise UserError(
-        f"{path_or_hub_id} holds a {kind or 'model of unknown kind'}; import its module first, in the "
+        f"{source} holds a {kind or 'model of unknown kind'}; import its module first, in the "
         f"recipe by `plugins`; known: {', '.join(sorted({*ours, *Pretrained.kinds}))}"
     )

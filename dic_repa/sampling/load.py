@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dic_repa.conditions import ClassLabels, Condition, class_labels, condition_of_model
 from dic_repa.data.saved import SavedData
-from dic_repa.errors import UserError, did_you_mean, unknown_name
+from dic_repa.errors import UserError, did_you_mean
 from dic_repa.files.hub import use_pins
 from dic_repa.files.manifest import MANIFEST, check_whole, find_damage
 from dic_repa.files.pictures import to_pil
@@ -125,14 +125,7 @@ class Checkpoint:
 
     def label(self, name: str | int | None) -> int:
         """The label of a class, by its name or number; of none, the null."""
-        if name is None:
-            return self.condition.count
-        names = self.condition.names
-        if name in names:
-            return names.index(str(name))
-        if str(name).isdecimal():
-            return int(name)
-        raise unknown_name("class", str(name), names)
+        return self.condition.label(name)
 
 
 def load(

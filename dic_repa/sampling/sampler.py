@@ -42,6 +42,7 @@ class Sampler:
         weak: a denoiser of the same objective for autoguidance.
         decode: from the denoiser's data to images in [0, 1], `settings.decode_batch` at once.
         condition: what the labels name; by default the denoiser's own, without examples.
+        noise: (N, C, H, W), what each label's image starts from, in place of the seed's.
     """
 
     denoiser: Pretrained
@@ -51,6 +52,7 @@ class Sampler:
     weak: Pretrained | None = None
     decode: Callable[[Tensor], Tensor] = Pixels().decode
     condition: Any = None
+    noise: Tensor | None = None
     trace: bool = False
     watch: Callable[[int, float, Callable[[], Tensor]], None] | None = None
     evaluations: int = 0
@@ -82,7 +84,8 @@ class Sampler:
                     rows += rows[-1:] * (size - wanted)
                 velocity = guidance.bind(model, y[rows].to(device), weak_model=weak)
                 places = [indices[row] for row in rows]
-                noise = initial_noise(self.shape, settings.seed, places).to(device)
+                drawn = initial_noise(self.shape, settings.seed, places) if self.noise is None else self.noise[rows]
+                noise = drawn.to(device)
                 options = self._options(info, places)
                 first = start == 0  # the details hold every state: too much for each batch
                 watched = Watched(velocity, partial(self._tell, info, start)) if self.watch else velocity

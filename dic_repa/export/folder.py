@@ -1,0 +1,87 @@
+"""A folder that diffusers opens: pipeline.py, denoiser/, vae/ if there is one, and a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dic_repa.data.autoencoders import AutoencoderSpec, KLAutoencoder, load_autoencoder
+from dic_repa.errors import UserError
+from dic_repa.export.diffusers_denoiser import DicRepaDenoiser
+from dic_repa.export.diffusers_pipeline import DicRepaPipeline
+from dic_repa.export.programs import Run
+from dic_repa.models.pretrained import Pretrained
+from dic_repa.objectives.base import run_denoiser
+
+CARD = """---
+library_name: diffusers
+tags: [dic-repa, {kind}]
+---
+
+# {name}
+
+A {kind} in {dtype}, conditioned on {condition}, exported by dic-repa {version}. It needs dic-repa: the pipeline's code,
+`pipeline.py` and `denoiser/denoiser.py`, imports it.
+
+    pip install dic-repa
+
+    from diffusers import DiffusionPipeline
+{imports}
+    pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
+    pipeline(num_images=4, num_inference_steps=20).images[0].save("image.png")
+
+`trust_remote_code=True` runs the two files above: read them first.
+"""
+
+
+def write_pipeline(
+    folder: Path, denoiser: Pretrained, record: dict[str, Any], autoencoder: str | None
+) -> tuple[str, Run]:
+    """Fill `folder`: the name of its index, and the denoiser as read back from it.
+
+    Args:
+        record: what `exporting.describe` gives; how the autoencoder is named in it may change.
+        autoencoder: where it is now, if no longer under its name.
+    """
+    vae = _autoencoder(record, autoencoder)
+    wrapped = DicRepaDenoiser(kind=type(denoiser).__name__, options=denoiser.config)
+    wrapped.model = denoiser
+    DicRepaPipeline(wrapped, vae, record).save_pretrained(folder)
+    kind, module = type(denoiser).__name__, type(denoiser).__module__
+    own = "" if module.startswith("dic_repa.") else f"    import {module}  # yours: it defines {kind}\n"
+    (folder / "README.md").write_text(
+        CARD.format(
+            name=record["model"]["name"], kind=kind, dtype=record["dtype"], version=record["dic_repa"], imports=own,
+            condition=denoiser.conditioned_on.describe(),
+        ), encoding="utf-8",
+    )  # fmt: skip
+    saved = DicRepaDenoiser.from_pretrained(folder / "denoiser", torch_dtype=next(denoiser.parameters()).dtype)
+    return DicRepaPipeline.config_name, lambda x, t, y: run_denoiser(saved, x, t, y)
+
+
+def _autoencoder(record: dict[str, Any], place: str | None) -> Any:
+    """The autoencoder that is copied, from a folder of this machine; None for one of the hub, and for pixels."""
+    if record["autoencoder"] is None:
+        raise UserError("it is not known behind which autoencoder the model was trained; name it with --autoencoder")
+    spec = AutoencoderSpec.from_dict(record["autoencoder"])
+    if spec.name == "none":
+        return None
+    place = place or spec.name
+    name = place.partition(":")[0]
+    if not Path(name).is_dir() and not name.startswith(("/", ".", "~")) and name.count("/") == 1:
+        record["autoencoder"]["name"] = place
+        return None
+    try:
+        loaded = load_autoencoder(place)
+    except UserError as error:
+        raise UserError(
+            f"the model was trained behind the autoencoder {spec.name}; name its folder with --autoencoder: {error}"
+        ) from None
+    if not isinstance(loaded, KLAutoencoder):
+        raise UserError(
+            f"a diffusers folder can hold diffusers' AutoencoderKL alone, not the autoencoder {place}; take the format "
+            "torch or onnx, and decode with it"
+        )
+    if not spec.same_weights(loaded.spec):
+        raise UserError(f"the weights of {place} are not those of the autoencoder that the model was trained behind")
+    return loaded.model

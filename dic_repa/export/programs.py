@@ -1,0 +1,118 @@
+"""A denoiser as a program: by torch.export, and from there as an ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dic_repa.errors import UserError, first_line
+from dic_repa.export.inputs import Inputs
+from dic_repa.models.pretrained import Pretrained
+from dic_repa.objectives.base import run_denoiser
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+NAMES = ("x", "t", "y")
+
+
+class _Float32(nn.Module):
+    """The denoiser, in whatever dtype, behind float32: x and t, and the prediction. So a caller needs no half
+    precision, and t keeps its digits."""
+
+    def __init__(self, denoiser: Pretrained):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return run_denoiser(self.denoiser, x, t, y)
+
+
+def write_torch(folder: Path, denoiser: Pretrained, example: Inputs, dynamic: bool) -> tuple[str, Run]:
+    """denoiser.pt2, opened by `torch.export.load(file).module()`: its name, and the program as the file has it."""
+    file = folder / "denoiser.pt2"
+    program = _trace(denoiser, example, dynamic)
+    with file.open("wb") as stream, _quiet():  # with a path, torch would hide a disk's error
+        torch.export.save(program, stream)
+    return file.name, torch.export.load(file).module()
+
+
+def write_onnx(folder: Path, denoiser: Pretrained, example: Inputs, dynamic: bool) -> tuple[str, Run]:
+    """denoiser.onnx (with denoiser.onnx.data beside it above 2 GB): its name, and the file as onnxruntime runs it."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the format onnx needs {package}, which is not installed: pip install 'dic-repa[export]'")
+    program = _trace(denoiser, example, dynamic)
+    # torch 2.6 cannot lower this one where the batch is free. Later versions write it the same way.
+    program = program.run_decompositions({torch.ops.aten.addcmul.default: lambda x, a, b, value=1: x + value * a * b})
+    shapes = [{0: "batch"}] * len(NAMES) if dynamic else None
+    options: dict[str, Any] = {"input_names": NAMES, "output_names": ["prediction"], "dynamic_shapes": shapes}
+    file = folder / "denoiser.onnx"
+    with _quiet():
+        try:
+            converted = torch.onnx.export(program, example, dynamo=True, optimize=True, verbose=False, **options)
+        except Exception as error:  # of any kind, many lines long
+            raise UserError(f"{type(denoiser).__name__} cannot be written as ONNX: {_cause(error)}") from error
+        assert converted is not None
+        converted.save(file)
+    return file.name, _open_onnx(file)
+
+
+def _open_onnx(file: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise UserError(
+            f"onnxruntime {onnxruntime.__version__} does not open the ONNX file, so it is not kept: {_cause(error)}"
+        ) from error
+
+    def run(*inputs: Tensor) -> Tensor:
+        (prediction,) = session.run(None, {name: value.numpy() for name, value in zip(NAMES, inputs)})
+        return torch.from_numpy(prediction)
+
+    return run
+
+
+def _trace(denoiser: Pretrained, example: Inputs, dynamic: bool) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} for _ in NAMES) if dynamic else None
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(_Float32(denoiser), example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # what tracing raises is of any kind, and many lines long
+        advice = "; a fixed --batch may work where a free one does not" if dynamic else ""
+        raise UserError(
+            f"{type(denoiser).__name__} cannot be exported: torch.export stops at {_cause(error)}{advice}"
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # else the file would hold paths and code of this machine
+    return program
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error that the others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries say of their own insides."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
