@@ -8,12 +8,19 @@ replaced by what, {"steps=250": "steps=2"}, and behind that says what must hold 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from small_runs import ALIGNED, SMALL, small_run
+from small_samplers import write_tiny_checkpoint
+
+from dic_repa.export import export as write_export
+from dic_repa.sampling.load import load
 
 Names, Setup = dict[str, Any], Iterator[dict[str, str]]
 
@@ -35,6 +42,25 @@ def sampling(names: Names) -> Setup:
     assert names["x0"].shape == (2, 1, 16, 16)
     assert names["x0"].isfinite().all()
     assert names["result"].bits_per_dim.isfinite().all()
+
+
+def export(names: Names) -> Setup:
+    """A checkpoint of random weights, written in each form as the page says; its images are those of `model.sample`."""
+    write_tiny_checkpoint(Path("runs/digits-urepa"))
+    model = load("runs/digits-urepa")
+    for form, name in (("torch", "digits-torch"), ("diffusers", "digits-pipeline")):
+        write_export(model, name, form)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(Path("modules").resolve()))
+        patch.setattr("sys.path", list(sys.path))
+        yield {}
+    keys = {"classes": [3, 7], "solver": "heun", "steps": 20, "guidance": {"scale": 1.5, "interval": (0.0, 0.7)}}
+    expected = np.stack([np.asarray(image, dtype=int) for image in model.sample(**keys)])
+    assert np.abs(names["images"][:, 0] - expected).max() <= 1
+    assert len(np.unique(expected)) > 50
+    x, t, y = names["x"], names["t"], names["y"]
+    torch.testing.assert_close(names["velocity_at_half"], model.denoiser(x, t, y))
+    assert [picture.size for picture in names["pictures"]] == [(16, 16)] * 2
 
 
 def hub(names: Names) -> Setup:
