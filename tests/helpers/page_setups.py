@@ -92,3 +92,12 @@ def papers(names: Names) -> Setup:
     torch.save(state, "SiT-XL-2-256x256.pt")
     yield {}
     assert len(names["denoiser"].blocks) == 1
+
+
+def aligner(names: Names) -> Setup:
+    """As it stands; the feature cache goes into the empty folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIC_REPA_CACHE", "cache")
+        yield {}
+    assert names["loss"].isfinite()
+    assert set(names["aligner"].logs) == {"alignment.0.token", "alignment.0.manifold"}
