@@ -32,7 +32,7 @@ from dic_repa.data import Digits, ImageFolder, resize
 @click.option("--steps", default=600)
 @click.option("--batch-size", default=64)
 @click.option("--accumulate", default=1, help="Batches in a step.")
-@click.option("--learning-rate", default=1e-3)
+@click.option("--learning-rate", default=2e-3)
 @click.option("--align/--no-align", default=True)
 @click.option("--encoder", help="By default digits-vit, for a folder efficientnet-lite0; with network dinov2-vit-b.")
 @click.option("--sampling-steps", default=50)
@@ -40,7 +40,7 @@ from dic_repa.data import Digits, ImageFolder, resize
 @click.option("--out", default="runs/diffusers-unet", type=Path)
 def main(images, size, width, steps, batch_size, accumulate, learning_rate, align, encoder, sampling_steps, seed, out):
     accelerator = Accelerator(gradient_accumulation_steps=accumulate)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + accelerator.process_index)  # noise of its own; DDP spreads the first one's weights
     data = ImageFolder(images, size, flip=True, unlabelled=True) if images else Digits()
     channels, image_size, _ = data[0]["image"].shape
     unet = UNet2DModel(
@@ -63,7 +63,7 @@ def main(images, size, width, steps, batch_size, accumulate, learning_rate, alig
     loader = DataLoader(data, batch_size, shuffle=True, drop_last=True)
     unet, optimizer, schedule, loader = accelerator.prepare(unet, optimizer, schedule, loader)
     ema = EMAModel(unet.parameters(), use_ema_warmup=True, power=0.75)
-    noising = DDPMScheduler(num_train_timesteps=1000)
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # for small images; "linear" for large ones
 
     losses = []
     batches = islice((batch for _ in count() for batch in loader), steps * accumulate)

@@ -91,7 +91,7 @@ def main(images, size, width, steps, batch_size, align, encoder, seed, out):
     trainer = lightning.Trainer(max_steps=steps, callbacks=callbacks, logger=logger, log_every_n_steps=1)
     trainer.fit(module, DataLoader(data, batch_size, shuffle=True, drop_last=True))
     with torch.no_grad():
-        samples = sample_ode(module.eval(), torch.randn(64, channels, size, size), steps=10)
+        samples = sample_ode(module.eval(), torch.randn(32, channels, size, size), steps=10)
     save_image(samples / 2 + 0.5, out / "samples.png")
 
 

@@ -90,7 +90,7 @@ def main(images, size, width, steps, batch_size, align, encoder, seed, out):
     out.mkdir(parents=True, exist_ok=True)
     torch.save(unet.state_dict(), out / "unet.pt")
     with torch.no_grad():
-        samples = sample_ode(unet, torch.randn(64, 3, size, size, device=device), steps=10)
+        samples = sample_ode(unet, torch.randn(32, 3, size, size, device=device), steps=10)
     save_image(samples / 2 + 0.5, out / "samples.png")
     return losses
 

@@ -40,7 +40,7 @@ def build(xl, captions, device):
         addition_embed_type="text_time" if xl else None, addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=64 + 6 * 8,
     )  # fmt: skip
-    text = torch.randn(len(captions), 8, 64, device=device)
+    text = torch.randn(len(captions), 8, 64, generator=torch.Generator().manual_seed(0)).to(device)
     return unet.to(device), DDPMScheduler(), lambda images: images, text, text[:, 0]
 
 
@@ -59,7 +59,7 @@ def build(xl, captions, device):
 def main(weights, xl, images, size, steps, batch_size, learning_rate, align, encoder, seed, out):
     accelerator = Accelerator()
     device = accelerator.device
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + accelerator.process_index)  # noise of its own; DDP spreads the first one's weights
     data = ImageFolder(images, size) if images else Emoji(flip=True)
     captions = [*data.class_names, ""]  # the last for classifier-free guidance
     unet, noising, encode, text, pooled = load(weights, captions, device) if weights else build(xl, captions, device)
