@@ -1,8 +1,10 @@
 """Frozen vision encoders, whose tokens a denoiser's hidden state is aligned with.
 
-encoder = create_encoder("digits-vit")
-tokens = encoder(images)                      # (B, 1 or 3, H, W) in [0, 1] -> (B, h * w, encoder.embed_dim)
-h, w = encoder.token_grid(images.shape[-2:])
+    encoder = create_encoder("digits-vit")
+    tokens = encoder(images)                      # (B, 1 or 3, H, W) in [0, 1] -> (B, h * w, encoder.embed_dim)
+    h, w = encoder.token_grid(images.shape[-2:])
+
+`dic-repa encoders` lists them.
 """
 
 from dic_repa.encoders.base import (

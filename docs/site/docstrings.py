@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 from importlib import import_module
 from typing import Any
 
@@ -25,8 +26,11 @@ class FromCode(griffe.Extension):
             _tell_keys(section)
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **kwargs: Any) -> None:
-        """What a registry is for."""
+        """What a registry is for; the comment behind a field."""
         call = getattr(node, "value", None)
+        comment = re.search(r"  # ([^:\[]+)$", attr.lines[0]) if attr.parent.is_class and attr.lines else None
+        if comment and not attr.docstring:
+            attr.docstring = griffe.Docstring(comment[1][0].upper() + comment[1][1:] + ".", parent=attr)
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "Registry" and not attr.docstring:
             kind = ast.literal_eval(call.args[0])
             slug = kind.replace(" ", "-").lower()

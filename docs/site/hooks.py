@@ -73,7 +73,8 @@ def make_index(config: MkDocsConfig) -> str:
 
 
 def make_module(name: str, modules: list[str]) -> str:
-    return f"::: dic_repa.{name}\n" + _table([other for other in modules if other.startswith(f"{name}.")])
+    options = "    options: {show_if_no_docstring: true}\n" if name == "protocols" else ""
+    return f"::: dic_repa.{name}\n{options}" + _table([other for other in modules if other.startswith(f"{name}.")])
 
 
 def _table(modules: list[str]) -> str:
