@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
+from threading import Thread
 
 import pytest
+from browser import Browser
 from pages import PAGES, blocks
 from places import ROOT
+from report_runs import needs_browser
 
 import dic_repa
 
@@ -89,7 +93,33 @@ def test_pages_load_nothing_from_elsewhere(site):
         assert not re.search(r"url\(\s*[\"']?(https?:|//)", sheet.read_text(encoding="utf-8")), sheet
 
 
-def test_the_search_finds_names_and_pages(site):
-    entries = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
-    places = {entry["location"] for entry in entries}
-    assert {"api/samplers.html#dic_repa.samplers.sample_ode", "docs/guide.html#words", "index.html"} <= places
+@pytest.fixture
+def address(site):
+    handler = partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@needs_browser
+def test_in_a_browser(address, tmp_path):
+    """A search, the dark palette and a phone's width; nothing is asked of another host."""
+    with Browser(tmp_path, width=390) as browser:
+        browser.open(address + "docs/guide.html?q=sample_ode")
+        found = browser.wait_for(
+            "[...document.querySelectorAll('.md-search-result__link')].map(link => link.href).join()"
+        )
+        assert "api/samplers.html" in found
+        assert "docs/sampling.html" in found
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        browser.run("document.querySelector('label[for=__palette_1]').click()")
+        browser.wait_for("document.body.dataset.mdColorScheme == 'slate'")
+        assert all(place.startswith((address, "data:")) for place in browser.requests)
+        assert len(browser.requests) > 3
+        assert not browser.console
