@@ -48,6 +48,8 @@ def test_the_python_of_a_page_runs(page, plugin_folder, monkeypatch):
 @contextmanager
 def setup(page: str, names: dict):
     """The page's function of page_setups.py around its blocks."""
-    steps = getattr(page_setups, PurePath(page).stem.replace("-", "_").lower(), lambda names: iter([{}]))(names)
+    path = PurePath(page)
+    name = path.parent.name if page.endswith("/README.md") else path.stem
+    steps = getattr(page_setups, name.replace("-", "_").lower(), lambda names: iter([{}]))(names)
     yield next(steps)
     assert next(steps, None) is None

@@ -30,6 +30,7 @@ from dic_repa.sampling.load import Checkpoint
 
 RECORD = "export.json"
 FORMATS = ("torch", "onnx", "diffusers")
+"""What `export` writes."""
 # The largest difference from the model in float32 that is let through, as a share of its largest output (of 1, if that
 # is smaller).
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}

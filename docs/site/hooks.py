@@ -29,7 +29,7 @@ from dic_repa.registry import first_sentence
 
 ROOT = Path(__file__).parents[2]
 BESIDE = ("encoders", "samplers")  # packages in folders of their own, see pyproject.toml
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")  # pages outside docs/
+PAGES = ("README.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")  # pages outside docs/
 _as_installed = tempfile.TemporaryDirectory()
 
 

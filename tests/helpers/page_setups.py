@@ -1,7 +1,7 @@
 """What the Python of a page needs to run small; tests/test_snippets.py runs it. A page needs nothing here if it does so
 as it stands.
 
-A function has the name of its page. It is called in the empty folder in which the page's blocks will run, with the
+A function has the name of its page (`examples` for examples/README.md). It is called in the empty folder in which the page's blocks will run, with the
 dictionary of their names, into which it may put names that the page leaves to its reader. It yields what of the text is
 replaced by what, {"steps=250": "steps=2"}, and behind that says what must hold afterwards.
 """
@@ -61,6 +61,23 @@ def export(names: Names) -> Setup:
     x, t, y = names["x"], names["t"], names["y"]
     torch.testing.assert_close(names["velocity_at_half"], model.denoiser(x, t, y))
     assert [picture.size for picture in names["pictures"]] == [(16, 16)] * 2
+
+
+def examples(names: Names) -> Setup:
+    """The names of somebody's training script, around a small U-Net of diffusers."""
+    from diffusers import UNet2DModel
+    from torch.nn import functional as F
+
+    unet = UNet2DModel(
+        16, 3, 3, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    x, images, noise = torch.rand(3, 2, 3, 16, 16)
+    names |= {"torch": torch, "F": F, "unet": unet, "x": x, "noisy": x, "images": images, "noise": noise}
+    names["t"] = torch.tensor([0, 999])
+    yield {"dinov2-vit-b": "digits-vit", "image_size=256": "image_size=16"}
+    names["loss"].backward()
+    assert all(parameter.grad is not None for parameter in names["aligner"].parameters())
 
 
 def hub(names: Names) -> Setup:

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/, and their code blocks."""
+"""The README, that of the examples and the pages of docs/, and their code blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from places import ROOT
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for path in [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
