@@ -1,9 +1,10 @@
 """What the Python of a page needs to run small; tests/test_snippets.py runs it. A page needs nothing here if it does so
 as it stands.
 
-A function has the name of its page (`examples` for examples/README.md). It is called in the empty folder in which the page's blocks will run, with the
-dictionary of their names, into which it may put names that the page leaves to its reader. It yields what of the text is
-replaced by what, {"steps=250": "steps=2"}, and behind that says what must hold afterwards.
+A function has the name of its page (`examples` for examples/README.md). It is called in the empty folder in which the
+page's blocks will run, with the dictionary of their names, into which it may put names that the page leaves to its
+reader. It yields what of the text is replaced by what, {"steps=250": "steps=2"}, and behind that says what must hold
+afterwards.
 """
 
 from __future__ import annotations
