@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Likelihood:
 
     log_prob: Tensor
     bits_per_dim: Tensor
-    noise: Tensor
+    noise: Tensor = field(repr=False)
     nfe: int
 
 
@@ -67,7 +67,7 @@ def log_likelihood(
         rows = range(len(x)) if indices is None else indices
         signs = [rademacher(x.shape[1:], seed, rows, probe).to(x.device) for probe in range(probes)]
     state = as_state(x).flatten(1)
-    field = _AugmentedField(velocity_fn, x.shape[1:], signs)
+    augmented = _AugmentedField(velocity_fn, x.shape[1:], signs)
     info = solver_info(solver, "ode")
 
     def largest_norm(state: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ def log_likelihood(
     options = {"norm": largest_norm} if info.kind == "adaptive" and solver != "scipy_solver" else None
     start = torch.cat([state, state.new_zeros(len(state), 1)], dim=1)
     given: dict[str, Any] = {"path": path, "times": times, "rtol": rtol, "atol": atol, "options": options}
-    result = sample_ode(field, start, solver, steps, direction="backward", **given)
+    result = sample_ode(augmented, start, solver, steps, direction="backward", **given)
     assert isinstance(result, Tensor)  # return_info is not asked for
     noise, change = result[:, :-1], result[:, -1]
     dimensions = noise.shape[1]
     log_prob = change - 0.5 * (noise.square().sum(1) + dimensions * math.log(2 * math.pi))
     bits_per_dim = -log_prob / (dimensions * math.log(2)) - math.log2(bin_width)
-    return Likelihood(log_prob, bits_per_dim, noise.reshape(x.shape), field.nfe)
+    return Likelihood(log_prob, bits_per_dim, noise.reshape(x.shape), augmented.nfe)
 
 
 class _AugmentedField:

@@ -23,6 +23,7 @@ def sample_ode(
     path: Interpolant | None = None,
     times: TimeGrid | Sequence[float] | None = None,
     direction: str = "forward",
+    start: float = 1.0,
     rtol: float | None = None,
     atol: float | None = None,
     options: dict | None = None,
@@ -40,6 +41,7 @@ def sample_ode(
         path: that of x, if it is not linear and `velocity_fn` does not carry it.
         times: a grid for the `steps`, or the times themselves; for an adaptive solver, times at which to give states.
         direction: 'forward', or 'backward' from data (as `noise`) to noise, the inversion.
+        start: the time of `noise`, below 1 for a state that is only partly noise.
         rtol: relative tolerance of an adaptive solver, 1e-5 by default. Its steps suit the whole batch, so a sample
             depends on the others within the tolerances.
         atol: absolute tolerance, 1e-5 by default.
@@ -63,7 +65,7 @@ def sample_ode(
     if direction == "backward" and getattr(step, "forward_only", False):
         raise UserError(f"'{solver}' samples from noise to data only; take heun or dopri5 to invert")
     field = Field(velocity_fn, path)
-    plan = _plan_times(field, info, steps, times, direction)
+    plan = plan_times(field, info, steps, times, direction, start)
     # Below the field's range a step cannot evaluate the velocity at its end; it gives the data prediction instead.
     denoise = direction == "forward" and plan[-1] < field.time_range()[0]
     main = plan[:-1] if denoise else plan
@@ -80,12 +82,18 @@ def sample_ode(
     return (states[-1], SampleInfo(field.nfe, plan, states)) if return_info else states[-1]
 
 
-def _plan_times(
-    field: Field, info: SolverInfo, steps: int | None, times: TimeGrid | Sequence[float] | None, direction: str
+def plan_times(
+    field: Field,
+    info: SolverInfo,
+    steps: int | None,
+    times: TimeGrid | Sequence[float] | None,
+    direction: str = "forward",
+    start: float = 1.0,
 ) -> list[float]:
     """All times of the integration in order: from the field's highest to t = 0, or backward within its range."""
     low, high = field.time_range()
     forward = direction == "forward"
+    high = check_start(start, low, high, times, forward)
     if times is None or callable(times):
         grid = times or UniformGrid()
         if forward and low > 0:
@@ -97,6 +105,19 @@ def _plan_times(
     if info.kind == "adaptive" and plan[-1] < low < plan[-2]:
         plan.insert(-1, low)
     return plan
+
+
+def check_start(
+    start: float, low: float, high: float, times: TimeGrid | Sequence[float] | None, forward: bool = True
+) -> float:
+    """The time of the first state: `start`, or `high` if that is lower; a UserError if nothing can start there."""
+    if start == 1:
+        return high
+    if not low < start < 1 or not forward:
+        raise UserError(f"start={start}: give a time above {low:g} and at most 1, for the way from noise to data")
+    if times is not None and not callable(times):
+        raise UserError("give either the time of the start or the times themselves")
+    return min(start, high)
 
 
 def check_times(times: Sequence[float], low: float, high: float, forward: bool = True) -> list[float]:

@@ -18,7 +18,7 @@ from dic_repa.registry import Registry
 from dic_repa.samplers.field import Field, SampleInfo, VelocityFn, as_state
 from dic_repa.samplers.grids import TimeGrid, UniformGrid
 from dic_repa.samplers.noise import StepNoise
-from dic_repa.samplers.ode import check_times
+from dic_repa.samplers.ode import check_start, check_times
 from dic_repa.samplers.solvers import sde_solvers, start_solver
 
 Diffusion = Callable[[float], float]
@@ -194,6 +194,7 @@ def sample_sde(
     diffusion_norm: float = 1.0,
     last_step: str = "mean",
     times: TimeGrid | Sequence[float] | None = None,
+    start: float = 1.0,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     return_info: bool = False,
@@ -208,6 +209,7 @@ def sample_sde(
         last_step: 'mean', 'tweedie' or 'euler'; with 'none' the solver's steps end where there still is a score.
         times: a grid for the steps, uniform by default; or the times themselves, which replace `steps` and
             `last_step_size`: the last time is the size of the last step.
+        start: as in `sample_ode`.
         return_info: return a SampleInfo too.
 
     Returns:
@@ -225,6 +227,7 @@ def sample_sde(
     low, high = field.time_range("score")
     if diffusion == "sbdm":
         high = min(high, field.path.safe_interval("noise", "data")[1])
+    high = check_start(start, low, high, times)
     if times is not None and not callable(times):
         plan = check_times(times, low, high)
     elif steps is None or steps < 1:

@@ -12,7 +12,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.manifest import MANIFEST, read_manifest
 
+SMALL_FILES = ("config.json", "recipe.yaml", "data.json", MANIFEST)  # of a model's folder, but for its weights
 PINS: dict[str, str] = {}  # what this process takes from the hub: 'org/name' or 'org/name@revision' to its commit
 
 
@@ -97,3 +99,35 @@ def check_token() -> None:
 
     if not get_token():
         raise UserError("no token for the hub: log in with `hf auth login`, or set HF_TOKEN; --dry-run needs none")
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether `name` reads 'owner/name' or 'owner/name@revision', and no folder here does."""
+    owner, slash, rest = str(name).partition("@")[0].partition("/")
+    named = slash and rest and "/" not in rest and not owner.startswith((".", "~"))
+    return bool(named and owner not in ("", "runs") and not Path(owner).is_dir())
+
+
+def fetch_model(name: str) -> Path:
+    """The folder in the hub's cache that holds the model of a hub id: its weights and what lies with them.
+
+    Files that do not belong to it are left on the hub.
+
+    Raises:
+        UserError: the hub cannot be reached and the model is not in the cache, or there is no model of that name.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        repository, commit = pin(name)
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(SMALL_FILES)))
+        if (folder / "config.json").is_file():
+            listed = [file for file in read_manifest(folder).get("files", {}) if not set("*?[") & set(file)]
+            wanted = ["model.safetensors", *SMALL_FILES, *listed]
+            return Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises a dozen kinds, from no connection to no such repository
+        raise UserError(
+            f"there is no folder {name}, and the hub does not give it ({type(error).__name__}: {first_line(error)}); "
+            "download that repository into a folder and name the folder"
+        ) from None
+    raise UserError(f"{name} on the hub is no model of dic-repa: it has no config.json")

@@ -24,7 +24,7 @@ from dic_repa.files.pictures import unit_images
 from dic_repa.models import create_denoiser, denoisers
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import objectives
-from dic_repa.protocols import Samples
+from dic_repa.protocols import Autoencoder, Samples
 from dic_repa.recipe import AlignmentSection, DataSection, ModelSection, ObjectiveSection, Recipe
 from dic_repa.registry import add_folders, import_plugin
 from dic_repa.runtime.progress import detail
@@ -102,13 +102,13 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
     return DataTraits(data.channels, condition_of_data(data), channels, size), ""
 
 
-def build_decoder(
+def build_autoencoder(
     section: DataSection,
     device: torch.device | str = "cpu",
     saved: SavedData | None = None,
     place: str | None = None,
-) -> Callable[[Tensor], Tensor]:
-    """A function from a batch of the denoiser's data to images in [0, 1].
+) -> Autoencoder:
+    """What turns images into the denoiser's data and back.
 
     Args:
         saved: What the checkpoint holds about its data; it or `section.autoencoder` spares a look at the data.
@@ -118,14 +118,24 @@ def build_decoder(
         UserError: The autoencoder is not found, or is not that of `saved`.
     """
     if saved and saved.autoencoder:
-        return _saved_decoder(saved.autoencoder, device, place)
+        return _saved_autoencoder(saved.autoencoder, device, place)
     own = getattr(datasets.find(section.name), "autoencoder_of", lambda path: "none")
-    return load_autoencoder(place or section.autoencoder or own(section.place or ""), device).decode
+    return load_autoencoder(place or section.autoencoder or own(section.place or ""), device)
 
 
-def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str | None) -> Callable[[Tensor], Tensor]:
+def build_decoder(
+    section: DataSection,
+    device: torch.device | str = "cpu",
+    saved: SavedData | None = None,
+    place: str | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """A function from a batch of the denoiser's data to images in [0, 1]; the arguments are `build_autoencoder`'s."""
+    return build_autoencoder(section, device, saved, place).decode
+
+
+def _saved_autoencoder(spec: AutoencoderSpec, device: torch.device | str, place: str | None) -> Autoencoder:
     if spec.name == "none":
-        return Pixels().decode
+        return Pixels()
     hint = "name its folder with --autoencoder (sample.autoencoder in a recipe)"
     try:
         autoencoder = load_autoencoder(place or spec.name, device)
@@ -136,7 +146,7 @@ def _saved_decoder(spec: AutoencoderSpec, device: torch.device | str, place: str
             f"the weights of {place or spec.name} are not those of the autoencoder that the model was trained behind "
             f"({spec.name}); {hint}"
         )
-    return autoencoder.decode
+    return autoencoder
 
 
 def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]:

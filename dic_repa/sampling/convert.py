@@ -11,13 +11,13 @@ from dic_repa.files.lock import locked_output
 from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import AUTHORS_FILES, MARK
 from dic_repa.files.weights import WRITE_ERRORS, save_tensors
-from dic_repa.models import forward_on_meta, load_authors_checkpoint, load_denoiser
+from dic_repa.models import load_authors_checkpoint, load_denoiser
 from dic_repa.models.adapters import is_adapter, save_adapters
 from dic_repa.models.authors import authors_state_dict
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import load_training_recipe, to_yaml
-from dic_repa.recipe.build import data_traits, import_plugins
-from dic_repa.sampling.load import checkpoint_of, lora_of, read_raw, read_weights, weights_folder
+from dic_repa.recipe.build import import_plugins
+from dic_repa.sampling.load import check_recipe, checkpoint_of, lora_of, read_raw, read_weights, weights_folder
 
 
 def convert(
@@ -47,7 +47,7 @@ def convert(
     """
     model, recipe_file = load_any(source, weights, family)
     if recipe:
-        check_recipe(recipe, model)
+        check_recipe(load_training_recipe(recipe), model, recipe)
     model.to(getattr(torch, dtype))
     try:
         with locked_output(target):
@@ -104,22 +104,6 @@ def load_any(source: Path, weights: str = "ema", family: str | None = None) -> t
     if recipe_file.is_file():
         import_plugins(load_training_recipe(recipe_file))  # they may register the denoiser
     return read_weights(folder, weights)[0], recipe_file if recipe_file.is_file() else None
-
-
-def check_recipe(name: str, model: Pretrained) -> None:
-    """Raise a UserError if the recipe `name` is for other channels, classes or sizes than `model`."""
-    recipe = load_training_recipe(name)
-    import_plugins(recipe)
-    # Weights fit whether or not the data that is here has mirrored images, which training would ask for.
-    options = {key: value for key, value in recipe.data.options.items() if key != "flip"}
-    traits, assumed = data_traits(recipe.data.model_copy(update={"options": options}))
-    known = {"channels": (traits.channels, model.in_channels)}
-    if not assumed or "num_classes" in recipe.data.options:
-        known["classes"] = (traits.condition.count, model.num_classes)
-    for what, (wanted, found) in known.items():
-        if wanted != found:
-            raise UserError(f"the data of {name} has {wanted} {what}, the model is for {found}; name its own recipe")
-    forward_on_meta(model, recipe.data.size, recipe.data.size)
 
 
 def _write_authors(model: Pretrained, target: Path) -> None:

@@ -37,7 +37,6 @@ from dic_repa.files.outputs import (
 from dic_repa.files.pictures import draw_grid, load_levels, load_png, save_picture, save_png, shown_in_grid
 from dic_repa.files.reading import read_json
 from dic_repa.files.weights import weights_fingerprint
-from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import SampleSection
 from dic_repa.recipe.keys import flatten
 from dic_repa.runtime.processes import entered_by_main, on_main_process
@@ -162,7 +161,7 @@ def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor,
     condition = checkpoint.condition
     return {
         "checkpoint": str(checkpoint.source),
-        "weights": weights_fingerprint(checkpoint.source / WEIGHTS),
+        "weights": weights_fingerprint(checkpoint.weights_file),
         **weak_weights(settings),
         **({"conditions": fingerprint(condition.examples)} if isinstance(condition, VectorCondition) else {}),
         "sample": settings.model_dump(mode="json"),

@@ -1,46 +1,48 @@
-"""A checkpoint to sample from, found by the path that a user gives: a run, a checkpoint, or averaged weights."""
+"""A checkpoint to sample from, found by the path that a user gives: a run, a checkpoint, averaged weights, a repository
+on the hub, or a file of public code."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dic_repa.conditions import ClassLabels, Condition, class_labels, condition_of_model
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
-from dic_repa.files.hub import use_pins
+from dic_repa.files.hub import fetch_model, is_hub_id, use_pins
 from dic_repa.files.manifest import MANIFEST, check_whole, find_damage
-from dic_repa.files.pictures import to_pil
+from dic_repa.files.outputs import AUTHORS_FILES
 from dic_repa.files.shards import tensor_files
 from dic_repa.files.weights import load_weights, read_tensors, weights_fingerprint
-from dic_repa.models import load_denoiser
+from dic_repa.models import forward_on_meta, load_authors_checkpoint, load_denoiser
 from dic_repa.models.adapters import is_adapter, merge
 from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from dic_repa.recipe import LoraSection, Recipe, SampleSection, load_training_recipe
-from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, import_plugins
+from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, data_traits, import_plugins
 from dic_repa.runs.checkpoints import RAW, find_stranger
 from dic_repa.runs.folder import RunFolder, suggest_runs
 from dic_repa.runtime.progress import detail
-from dic_repa.sampling import override_sampling
-from dic_repa.sampling.labels import draw_labels
+from dic_repa.sampling.editing import Editing
 from dic_repa.sampling.sampler import Sampler, check_sampling
 from dic_repa.trust import trusting_code
 
 
 @dataclass
-class Checkpoint:
-    """A denoiser to sample from, its recipe, and what is known of its data."""
+class Checkpoint(Editing):
+    """A denoiser to sample from, its recipe, and what is known of its data; `Editing` has what it does with images."""
 
     denoiser: Pretrained
     recipe: Recipe
     source: Path
     data: SavedData | None = None
+
+    @property
+    def weights_file(self) -> Path:
+        """The file of the weights, or where its parts are."""
+        return self.source if self.source.is_file() else self.source / WEIGHTS
 
     @cached_property
     def condition(self) -> Condition:
@@ -79,40 +81,6 @@ class Checkpoint:
         check_sampling(settings, objective)
         return Sampler(denoiser, objective, settings, shape, weak, decode, self.condition)
 
-    def sample(
-        self,
-        classes: Sequence[str | int | None] | None = None,
-        conditions: Tensor | np.ndarray | None = None,
-        num: int = 10,
-        guidance: float | dict[str, Any] | None = None,
-        **settings: Any,
-    ) -> list[Image.Image]:
-        """Images as PIL has them, by the recipe's `sample` section with the keys that are given.
-
-        Args:
-            classes: the class of each image, by its name or number, None for none; by default all classes in turn.
-            conditions: (N, ...), the vector or the tokens of each image, for a model that is conditioned on them.
-            num: how many images, where neither is given.
-            guidance: the scale, 1 for none; or keys of the section `sample.guidance`: `scale`, `interval`, ...
-            settings: further keys of the section `sample`: `solver`, `steps`, `seed`, `batch_size`, ...
-
-        Raises:
-            UserError: there is no such class or key, or the settings do not fit together.
-        """
-        condition = self.condition
-        if conditions is not None:
-            condition, classes = condition.with_examples(conditions), range(len(conditions))
-        if classes is not None:
-            num = len(classes)
-        keys = {"scale": guidance} if isinstance(guidance, int | float) else guidance
-        chosen = override_sampling(self.recipe.sample, keys, num=num, **settings)
-        if classes is None:
-            labels = draw_labels(self.recipe, condition, chosen)
-        else:
-            labels = torch.tensor([self.label(name) for name in classes])
-        sampler = replace(self.sampler(chosen), condition=condition)
-        return [to_pil(image) for batch in sampler(labels) for image in batch]
-
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the model to the Hugging Face hub as `repository`, 'owner/name', by `dic_repa.push`.
 
@@ -123,29 +91,35 @@ class Checkpoint:
 
         return push(self, repository, **options)
 
-    def label(self, name: str | int | None) -> int:
-        """The label of a class, by its name or number; of none, the null."""
-        return self.condition.label(name)
-
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None, weights: str | None = None,
-    trust_code: bool = False,
+    path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | str | Path | None = None,
+    weights: str | None = None, trust_code: bool = False, family: str | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """The denoiser of a run (of its newest checkpoint), of one checkpoint, or of an inference checkpoint.
+    """The denoiser of a run (of its newest checkpoint), of one checkpoint, of a folder that `dic-repa convert` or
+    `dic-repa push` made, of a repository on the hub, or of a file of the authors' public code.
+
+        model = dic_repa.load("runs/digits-urepa")
+        model = dic_repa.load("someone/dic-xl")                             # or "someone/dic-xl@revision"
+        model = dic_repa.load("DiC-XL.pt", recipe="dic-xl-ddpm")
 
     Args:
-        recipe: For a checkpoint without a recipe.yaml. The recipe's plugins are imported.
+        recipe: What the weights were trained by, a name, a file or a `Recipe`, where no recipe.yaml is with them. Its
+            plugins are imported.
         weights: 'ema', 'raw' (the model itself), or a further average such as 'ema-0.999'; by default those of the
             recipe's `sample` section.
         trust_code: run the code that the run names (`dic_repa.trust`).
+        family: the model of an authors' file that does not tell: DiT, SiT or REPA.
 
     Raises:
-        UserError: `path` is not a run or checkpoint, or lacks a recipe or these weights. Or it names code to run, and
-            that is not trusted.
+        UserError: `path` is not a run or checkpoint, or lacks a recipe or these weights; or it is on the hub, which
+            cannot be reached. Or it names code to run, and that is not trusted.
     """
+    given = load_training_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     with trusting_code(trust_code):
-        return _load(path, device, recipe, weights)
+        if Path(path).is_file() and not (Path(path).parent / CONFIG).is_file():
+            return _load_file(Path(path), device, given, family)
+        return _load(fetch_model(str(path)) if is_hub_id(path) else path, device, given, weights)
 
 
 def _load(path: str | Path, device: str | torch.device, recipe: Recipe | None, weights: str | None) -> Checkpoint:
@@ -163,6 +137,35 @@ def _load(path: str | Path, device: str | torch.device, recipe: Recipe | None, w
     denoiser, source = read_weights(folder, weights)
     use_pins(RunFolder(home_of(folder)).downloads())
     return Checkpoint(denoiser.to(device), recipe, source, SavedData.read(folder))
+
+
+def _load_file(file: Path, device: str | torch.device, recipe: Recipe | None, family: str | None) -> Checkpoint:
+    """The weights of an authors' file, which `recipe` says the rest of."""
+    if file.suffix not in AUTHORS_FILES:
+        raise UserError(f"{file} is a file; name the folder of a run or a checkpoint")
+    if recipe is None:
+        raise UserError(
+            f"{file} does not say what it was trained by: name that, load(..., recipe='dic-xl-ddpm'); or `dic-repa "
+            "convert` makes a folder of it, to sample from"
+        )
+    denoiser = load_authors_checkpoint(file, family)
+    check_recipe(recipe, denoiser)
+    return Checkpoint(denoiser.to(device), recipe, file)
+
+
+def check_recipe(recipe: Recipe, model: Pretrained, name: str = "the recipe") -> None:
+    """Raise a UserError if `recipe` is for other channels, classes or sizes than `model`."""
+    import_plugins(recipe)
+    # Weights fit whether or not the data that is here has mirrored images, which training would ask for.
+    options = {key: value for key, value in recipe.data.options.items() if key != "flip"}
+    traits, assumed = data_traits(recipe.data.model_copy(update={"options": options}))
+    known = {"channels": (traits.channels, model.in_channels)}
+    if not assumed or "num_classes" in recipe.data.options:
+        known["classes"] = (traits.condition.count, model.num_classes)
+    for what, (wanted, found) in known.items():
+        if wanted != found:
+            raise UserError(f"the data of {name} has {wanted} {what}, the model is for {found}; name its own recipe")
+    forward_on_meta(model, recipe.data.size, recipe.data.size)
 
 
 def weights_folder(path: str | Path) -> Path:
@@ -249,7 +252,7 @@ def _folder_of(file: Path) -> str:
     """A hint what to name instead of a file."""
     if (file.parent / CONFIG).is_file():
         return f"name its folder, {file.parent}"
-    if file.suffix in (".pt", ".pth", ".safetensors"):
+    if file.suffix in AUTHORS_FILES:
         return "`dic-repa convert` makes a folder of the authors' weights, to sample from"
     return "name the folder of a run or a checkpoint"
 

@@ -22,6 +22,8 @@ from dic_repa.samplers.ddpm import split_output
 from dic_repa.samplers.field import Watched
 from dic_repa.samplers.guidance import guidances
 
+# Solves for some rows of a batch: (rows, velocity, noise (B, C, H, W), solver, **options) -> x, or (x, SampleInfo).
+Solve = Callable[..., Any]
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,46 +65,51 @@ class Sampler:
     def __post_init__(self) -> None:
         self.condition = self.condition or condition_of_model(self.denoiser) or NoCondition()
 
-    def __call__(self, labels: Tensor, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def __call__(
+        self, labels: Tensor, indices: Sequence[int] | None = None, solve: Solve | None = None
+    ) -> Iterator[Tensor]:
         """Samples for the `labels` (N,), with the noise of the `indices`, by default 0 to N - 1."""
+        for images in decode_batches(self.solved(labels, indices, solve), self.to_images):
+            # Later rounding to the nearest level leaves these as they are.
+            yield (images * 255).floor() / 255 if self.settings.pixels == "truncate" else images
+
+    def solved(
+        self, labels: Tensor, indices: Sequence[int] | None = None, solve: Solve | None = None
+    ) -> Iterator[Tensor]:
+        """The same as the denoiser's data (B, C, H, W), on its device; `solve` replaces the way from noise to data."""
         indices = range(len(labels)) if indices is None else indices
+        solve = solve or _from_noise
         y = self.condition.rows(labels)
         settings, info = self.settings, solver_info(self.settings.solver)
         model = self._as_model(self._prepare(self.denoiser), info)
         weak = self.weak and self._as_model(self._prepare(self.weak), info)
         guidance, device = build_guidance(settings.guidance), next(self.denoiser.parameters()).device
 
-        def samples() -> Iterator[Tensor]:
-            nonlocal guidance
-            size = settings.batch_size
-            for start in range(0, len(labels), size):
-                rows = list(range(start, min(start + size, len(labels))))
-                wanted = len(rows)
-                # Compiled for a full batch, the last batch is filled up with copies of an image, not compiled anew.
-                # Not with an adaptive solver: its steps depend on all images of a batch.
-                if start and settings.compile != "off" and info.kind != "adaptive":
-                    rows += rows[-1:] * (size - wanted)
-                velocity = guidance.bind(model, y[rows].to(device), weak_model=weak)
-                places = [indices[row] for row in rows]
-                drawn = initial_noise(self.shape, settings.seed, places) if self.noise is None else self.noise[rows]
-                noise = drawn.to(device)
-                options = self._options(info, places)
-                first = start == 0  # the details hold every state: too much for each batch
-                watched = Watched(velocity, partial(self._tell, info, start)) if self.watch else velocity
-                with self._exactly():
-                    x = sample(watched, noise, settings.solver, **options, return_info=first)
-                if first:
-                    x, details = x
-                    self.evaluations = details.nfe
-                    if self.trace:
-                        self.states, self.times = details.states, details.times
-                if not velocity.doubled:  # the memory was too small, as it will be for the next batch
-                    guidance = replace(guidance, doubled=False)
-                yield x[:wanted]
-
-        for images in decode_batches(samples(), self.to_images):
-            # Later rounding to the nearest level leaves these as they are.
-            yield (images * 255).floor() / 255 if settings.pixels == "truncate" else images
+        size = settings.batch_size
+        for start in range(0, len(labels), size):
+            rows = list(range(start, min(start + size, len(labels))))
+            wanted = len(rows)
+            # Compiled for a full batch, the last batch is filled up with copies of an image, not compiled anew.
+            # Not with an adaptive solver: its steps depend on all images of a batch.
+            if start and settings.compile != "off" and info.kind != "adaptive":
+                rows += rows[-1:] * (size - wanted)
+            velocity = guidance.bind(model, y[rows].to(device), weak_model=weak)
+            places = [indices[row] for row in rows]
+            drawn = initial_noise(self.shape, settings.seed, places) if self.noise is None else self.noise[rows]
+            noise = drawn.to(device)
+            options = self._options(info, places)
+            first = start == 0  # the details hold every state: too much for each batch
+            watched = Watched(velocity, partial(self._tell, info, start)) if self.watch else velocity
+            with self._exactly():
+                x = solve(rows, watched, noise, settings.solver, **options, return_info=first)
+            if first:
+                x, details = x
+                self.evaluations = details.nfe
+                if self.trace:
+                    self.states, self.times = details.states, details.times
+            if not velocity.doubled:  # the memory was too small, as it will be for the next batch
+                guidance = replace(guidance, doubled=False)
+            yield x[:wanted]
 
     def size(self) -> tuple[int, int]:
         """(H, W) of the images."""
@@ -170,6 +177,10 @@ class Sampler:
             return options | {"schedule": self.objective.schedule, "seed": s.seed, "indices": indices}
         options["path"] = self.objective.path
         return options if info.deterministic else options | {"seed": s.seed, "indices": indices}
+
+
+def _from_noise(_rows: list[int], velocity: Any, noise: Tensor, solver: str, **options: Any) -> Any:
+    return sample(velocity, noise, solver, **options)
 
 
 def decode_batches(samples: Iterable[Tensor], decode: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:

@@ -33,7 +33,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.pictures import unit_images
 from dic_repa.recipe import load_training_recipe
 from dic_repa.recipe.build import build_dataset, build_denoiser
-from dic_repa.sampling.convert import check_recipe
+from dic_repa.sampling.load import check_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -317,7 +317,7 @@ def test_weights_are_converted_whatever_images_are_mirrored(prepared, tmp_path):
     recipe = load_training_recipe(tmp_path / "mine.yaml")
     with pytest.raises(UserError, match="prepare it with --flip"):
         build_dataset(recipe.data)
-    check_recipe(str(tmp_path / "mine.yaml"), build_denoiser(recipe.model, 4, ClassLabels(2)))
+    check_recipe(recipe, build_denoiser(recipe.model, 4, ClassLabels(2)))
 
 
 def test_a_folder_from_before_the_choice_of_moments_goes_on(prepared):

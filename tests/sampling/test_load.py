@@ -1,14 +1,21 @@
 """`dic_repa.load` and `.sample` give, as PIL images, what `dic-repa sample` writes."""
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import TINY
+from huggingface_hub import constants
 from PIL import Image
 
 from dic_repa import DiC, load
+from dic_repa.cli.convert import command as convert
 from dic_repa.cli.sample import command
 from dic_repa.errors import UserError
+from dic_repa.files import hub
+from dic_repa.files.manifest import write_manifest
 from dic_repa.recipe import load_recipe, to_yaml
 
 
@@ -52,8 +59,72 @@ def test_classes_go_in_turn_and_a_seed_counts(checkpoint):
         ({"classes": [11]}, "11"),
         ({"solver": "hein"}, "heun"),
         ({"steeps": 3}, "steeps"),
+        ({"output": "jpeg"}, "unknown output 'jpeg'; known: pil, pt"),
     ],
 )
 def test_what_does_not_fit_is_one_line(checkpoint, given, message):
     with pytest.raises(UserError, match=message):
         load(checkpoint).sample(**given)
+
+
+def test_images_as_a_tensor(checkpoint):
+    given = {"classes": ["3", 7, 1], "steps": 2, "batch_size": 2}
+    images, tensor = load(checkpoint).sample(**given), load(checkpoint).sample(**given, output="pt")
+    assert (tensor.shape, tensor.dtype) == ((3, 1, 16, 16), torch.float32)
+    levels = np.stack([np.array(image) for image in images])
+    assert np.array_equal((tensor[:, 0] * 255).round().byte().numpy(), levels)
+
+
+def test_a_model_on_the_hub(checkpoint, tmp_path, monkeypatch):
+    """As its client keeps it in its cache; what of the repository is no part of the model is not asked for."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "PINS", {})
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models--someone--digits"
+    published = folder / "snapshots" / ("a" * 40)
+    shutil.copytree(checkpoint, published)
+    write_manifest(published)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    asked = []
+    download = lambda *_, allow_patterns, **__: asked.extend(allow_patterns) or str(published)  # noqa: E731
+    with monkeypatch.context() as online:
+        online.setattr("huggingface_hub.snapshot_download", download)
+        load("someone/digits")
+    assert "model.safetensors" in asked
+    assert not {"*", "README.md"} & set(asked)
+    for name in ("someone/digits", f"someone/digits@{'a' * 40}"):
+        assert load(name).sample([3], steps=2)[0].tobytes() == load(checkpoint).sample([3], steps=2)[0].tobytes()
+    (published / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"damaged: model\.safetensors has 3 bytes"):
+        load("someone/digits")
+    (published / "config.json").unlink()
+    with pytest.raises(UserError, match=r"someone/digits on the hub is no model of dic-repa"):
+        load("someone/digits")
+    with pytest.raises(UserError, match="no folder someone/other, and the hub does not give it"):
+        load("someone/other")
+    for local in ("runs/digits", "./digits", "models--someone--digits/other"):
+        with pytest.raises(UserError, match="no run or checkpoint folder"):
+            load(local)
+
+
+def test_a_file_of_the_authors(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("DiC.pt", "DiC.safetensors"):
+        assert CliRunner().invoke(convert, [str(checkpoint), name]).exit_code == 0
+        recipe = load_recipe("digits-urepa", ["sample.seed=3"])
+        for given in ("digits-urepa", str(checkpoint / "recipe.yaml"), recipe):
+            found = load(name, recipe=given)
+            images = [model.sample([3], steps=2, seed=3)[0].tobytes() for model in (found, load(checkpoint))]
+            assert images[0] == images[1]
+    for given, message in [
+        ({}, "does not say what it was trained by: name that"),
+        ({"recipe": "dic-xll"}, "unknown recipe 'dic-xll'"),
+        ({"recipe": "sit-xl-2-repa"}, "4 channels, the model is for 1; name its own recipe"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load("DiC.pt", **given)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UserError, match=r"notes\.txt is a file; name the folder"):
+        load("notes.txt")
