@@ -154,7 +154,7 @@ def build_shapes(trial: Recipe, notes: list[str]) -> dict:
         encoders[section.encoder] = count_parameters(encoder) if isinstance(encoder, torch.nn.Module) else 0
         with torch.device("meta"):
             alignments.append(join_encoder(section, encoder, denoiser, image_size, (size, size)))
-    parameters = {"denoiser": count_parameters(denoiser), "heads": count_parameters(*alignments), "encoders": encoders}
+    plain, heads = count_parameters(denoiser), count_parameters(*alignments)
     macs = measure_cost(denoiser, size).macs  # before the taps have their hooks
     try:
         start_from(denoiser, condition, trial.train)
@@ -164,12 +164,16 @@ def build_shapes(trial: Recipe, notes: list[str]) -> dict:
     with torch.device("meta"):
         adapt(denoiser, trial.train)
     model = AlignedDenoiser(denoiser, alignments)
-    parameters["adapters"] = count_parameters(denoiser) - parameters["denoiser"]
-    parameters["trained"] = sum(parameter.numel() for parameter in trained_parameters(model))
+    counts = {
+        "denoiser": plain,
+        "adapters": count_parameters(denoiser) - plain,
+        "heads": heads,
+        "trained": sum(parameter.numel() for parameter in trained_parameters(model)),
+    }
     return {
         "macs": macs,
         "model": model,
-        "parameters": parameters,
+        "parameters": counts | {"encoders": encoders},
         "tokens": tokens,
         "data": (data["channels"], size, size),
     }

@@ -157,12 +157,14 @@ class _Transfer:
             found, left = len(rows) - 1, len(tensor) - len(rows)
             if not left and all(row == old_row for row, old_row in rows.items()) and tensor.shape == source.shape:
                 return "", ""
-            return f"the rows of {_count(found)} and of no class", f"the rows of {_count(left)}" if left else ""
+            kept = f"the rows of {_count(found)} and the null's" if found else "the null's row"
+            return kept, f"the rows of {_count(left)}" if left else ""
         if source is not None and source.shape == tensor.shape and name not in self.tables:
             tensor.copy_(source)
             return "", ""
-        if source is not None and name == "positions" and hasattr(ours, "resample_positions"):
-            tensor.copy_(ours.resample_positions(source, theirs.grid))
+        resample: Any = getattr(ours, "resample_positions", None)
+        if source is not None and name == "positions" and resample:
+            tensor.copy_(resample(source, theirs.grid))
             return "interpolated", ""
         only_variance = self.differing.isdisjoint({"in_channels", "patch_size"}) and name in self.depends["channels"]
         if source is not None and only_variance and source.shape[1:] == tensor.shape[1:]:

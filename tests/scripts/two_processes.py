@@ -1,7 +1,8 @@
 """What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/scripts/two_processes.py FOLDER`.
 
 Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2; `layouts.txt` counts
-its convolutions' calls, and those of another layout than their weights), `sharded-sgd`, `poisoned` (one process alone
+its convolutions' calls, and those of another layout than their weights), `sharded-sgd`, `frozen-none`, `frozen-fsdp2`,
+`lora-none` and `lora-fsdp2` (which begin with the weights of `ddp-10`), `poisoned` (one process alone
 meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt`
 tell what each says where one alone has no data, `damaged-0.txt` and `damaged-1.txt` where one alone meets a damaged
 sample, `full-0.txt` and `full-1.txt` where one alone has a full disk, and `prints-0.txt` and `prints-1.txt` which of
@@ -34,6 +35,10 @@ from dic_repa.errors import UserError, prints_errors
 from dic_repa.training import EMA, Preempted
 from dic_repa.training.inputs import data_order
 
+BEGUN = {  # what begins with other weights, of which a part trains
+    "frozen": ["train.freeze=['enc.*', 'mid.*']", "train.steps=4"],
+    "lora": ["train.lora.rank=3", "train.steps=4", "optimizer.learning_rate=0.01"],
+}
 LONG = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
 
 
@@ -67,6 +72,10 @@ def main(folder: Path) -> None:
         (folder / "layouts.txt").write_text(f"{called} {mixed}")
 
     small_run(folder / "sharded-sgd", "optimizer.name=sgd", "train.sharding=fsdp2")
+    for sharding in ("none", "fsdp2"):
+        for name, keys in BEGUN.items():
+            given = [*keys, f"train.init_from={folder / 'ddp-10'}", f"train.sharding={sharding}"]
+            small_run(folder / f"{name}-{sharding}", *given)
 
     save = shard_writer.save_rows
 

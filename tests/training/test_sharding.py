@@ -16,7 +16,7 @@ from places import SCRIPTS
 from safetensors.torch import load_file, save_file
 from small_runs import ALIGNED, assert_same, metrics, small_run, weights
 from torch import nn
-from two_processes import LONG
+from two_processes import BEGUN, LONG
 
 from dic_repa.errors import UserError
 from dic_repa.files.manifest import find_damage
@@ -95,6 +95,15 @@ def test_twenty_losses_are_those_of_one_process(runs, name):
     assert len(losses(runs / name)) == 20
     found, expected = (weights(RunFolder(runs / run).checkpoint_path(20)) for run in (name, "one"))
     assert_same(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_a_part_of_other_weights_is_trained_as_in_one_process(runs, tmp_path, name):
+    one = small_run(tmp_path / "one", *BEGUN[name], f"train.init_from={runs / 'ddp-10'}")
+    for sharding in ("none", "fsdp2"):
+        run = RunFolder(runs / f"{name}-{sharding}")
+        found, expected = (weights(each.checkpoint_path(4)) for each in (run, one))
+        assert_same(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_sharded_optimizer_without_a_fused_kernel_is_that_of_one_process(runs, tmp_path):

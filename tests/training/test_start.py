@@ -67,7 +67,7 @@ def test_classes_are_taken_by_their_names(tmp_path, family):
     assert not torch.equal(run(ours, 2), run(ours, 3))
     (table,) = {name.split(".")[-2] for name in taken.fresh}
     assert table == "label"
-    assert "the rows of 2 classes and of no class" in taken.taken[1]
+    assert "the rows of 2 classes and the null's" in taken.taken[1]
     assert len(taken.new) == 1
     assert taken.new[0].endswith("label.weight: the rows of 2 classes")
 
