@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from small_runs import ALIGNED, SMALL, small_run
 from small_samplers import write_tiny_checkpoint
+from torch.nn.functional import mse_loss
 
 from dic_repa.export import export as write_export
 from dic_repa.sampling.load import load
@@ -28,18 +30,25 @@ Names, Setup = dict[str, Any], Iterator[dict[str, str]]
 
 def readme(names: Names) -> Setup:
     small = [*ALIGNED, "train.steps=2"]
-    yield {'["train.steps=200"]': repr(small)}
+    small_run("runs/digits-urepa", "train.steps=2", base=SMALL)
+    unet, target = UNet2DModel(16, 3, 3, block_out_channels=(32, 32), down_block_types=["DownBlock2D"] * 2,
+                               up_block_types=["UpBlock2D"] * 2), torch.randn(2, 3, 16, 16)  # fmt: skip
+    names |= {"unet": unet, "target": target, "noisy": target, "x": target, "t": torch.rand(2), "mse_loss": mse_loss}
+    replaced = {"dinov2-vit-b": "efficientnet-lite0", "image_size=256": "image_size=16", "steps=20,": "steps=2,"}
+    yield replaced | {'["train.steps=200"]': repr(small), "aligner(images, t)": "aligner(target.sigmoid(), t)"}
+    assert [image.size for image in names["images"]] == [(16, 16)] * 2
+    assert names["loss"].isfinite()
     assert names["run"].newest_checkpoint().name == "step_00000002"
 
 
 def guide(names: Names) -> Setup:
-    yield {'["train.steps=200"]': repr([*ALIGNED, "train.steps=2"]), "steps=20": "steps=2"}
+    yield {'["train.steps=200"]': repr([*ALIGNED, "train.steps=2"]), "steps=20,": "steps=2,"}
     assert [image.size for image in names["images"]] == [(16, 16)] * 2
 
 
 def sampling(names: Names) -> Setup:
     small_run("runs/short", "train.steps=2", base=SMALL)
-    yield {"step_00000200": "step_00000002", "steps=20": "steps=2"}
+    yield {"step_00000200": "step_00000002", "steps=20,": "steps=2,"}
     assert names["x0"].shape == (2, 1, 16, 16)
     assert names["x0"].isfinite().all()
     assert names["result"].bits_per_dim.isfinite().all()
