@@ -78,9 +78,10 @@ class Alignment(nn.Module):
 
     def project(self, feature: Tensor, t: Tensor) -> Tensor:
         """The head's tokens (B, N, embed_dim) of a feature map (B, C, h, w) at times t (B,) in [0, 1]."""
-        parameter = next(self.head.parameters(), None)
-        if parameter is not None and not torch.is_autocast_enabled(feature.device.type):
-            feature = feature.to(parameter.dtype)  # the model may compute in half precision by itself
+        if not torch.is_autocast_enabled(feature.device.type):
+            for parameter in self.head.parameters():  # the model may compute in half precision by itself
+                feature = feature.to(parameter.dtype)
+                break
         return self.head(feature, t)
 
     def loss(

@@ -109,7 +109,10 @@ def find_tap(model: nn.Module, tap: str) -> nn.Module:
 
 def data_size(inputs: Iterable[Any]) -> tuple[int, int] | None:
     """(H, W) of the first input that is (B, C, H, W); None without one."""
-    return next(((x.shape[-2], x.shape[-1]) for x in inputs if isinstance(x, Tensor) and x.ndim == 4), None)
+    for x in inputs:  # torch 2.6 compiles no `next` with a default
+        if isinstance(x, Tensor) and x.ndim == 4:
+            return x.shape[-2], x.shape[-1]
+    return None
 
 
 def feature_map(model: nn.Module, output: Any, size: tuple[int, int] | None, name: str = "") -> Tensor:
@@ -119,14 +122,14 @@ def feature_map(model: nn.Module, output: Any, size: tuple[int, int] | None, nam
     model's own `feature_map(tokens, size)`, or else row by row in a grid of the data's proportions. A UserError for an
     output that is none of this.
     """
-    hidden = next((each for each in _tensors(output) if each.ndim in (3, 4)), None)
-    if hidden is not None and hidden.ndim == 4:
-        return hidden
-    lay_out: Any = getattr(model, "feature_map", None)
-    if hidden is not None and lay_out:
-        return lay_out(hidden, size)
-    if hidden is not None and (grid := _grid(hidden.shape[1], size or (1, 1))):
-        return rearrange(hidden, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
+    found = [each for each in _tensors(output) if each.ndim in (3, 4)]
+    if found and found[0].ndim == 4:
+        return found[0]
+    if found and hasattr(model, "feature_map"):
+        lay_out: Any = model.feature_map
+        return lay_out(found[0], size)
+    if found and (grid := _grid(found[0].shape[1], size or (1, 1))):
+        return rearrange(found[0], "b (h w) c -> b c h w", h=grid[0], w=grid[1])
     shapes = [tuple(each.shape) for each in _tensors(output)]
     given = f"a tensor of shape {shapes[0]}" if shapes else f"a {type(output).__name__} without tensors"
     raise UserError(
@@ -135,15 +138,13 @@ def feature_map(model: nn.Module, output: Any, size: tuple[int, int] | None, nam
     )
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):  # diffusers' dataclasses are mappings too
-        yield from (value for value in output.values() if isinstance(value, Tensor))
-    elif dataclasses.is_dataclass(output):
-        yield from _tensors(vars(output))
-    elif isinstance(output, Sequence):
-        yield from (value for value in output if isinstance(value, Tensor))
+        return [output]
+    if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):  # diffusers' are both
+        output = vars(output)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, Sequence) else ()
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
