@@ -203,7 +203,7 @@ def test_names_in_prose():
         if (key := re.match(r"(\w+)\.(\w+)\b(?!/)", code)) and key[1] in sections and key[2] not in ("json", "py"):
             assert key[2] in sections[key[1]].model_fields, code
             looked_at += 1
-        if re.fullmatch(r"(recipes|tests|docs|dic_repa)/[\w./-]+\.\w+", code):
+        if re.fullmatch(r"(recipes|tests|docs|dic_repa|examples)/[\w./-]+\.\w+", code):
             assert (ROOT / code).is_file(), code
             looked_at += 1
     assert looked_at > 50
@@ -214,7 +214,7 @@ def test_scripts_exist():
     found = 0
     for line in lines + [line for line in commands() if line.startswith(("accelerate", "sbatch"))]:
         for word in line.split():
-            if re.match(r"(recipes|tests)/[\w./-]+\.(py|sh|yaml)", word):
+            if re.match(r"(recipes|tests|examples)/[\w./-]+\.(py|sh|yaml)", word):
                 assert (ROOT / word.partition(":")[0]).is_file(), line
                 found += 1
         if module := re.match(r"python -m (dic_repa[\w.]+)", line):

@@ -2,6 +2,7 @@
 
 - Pages are read on GitHub too. So a file of the site has its path in the repository, and links need no change: the home
   page is README.md, and a page of docs/ links to ../CONTRIBUTING.md and shows ../recipes/results/a.png.
+- A script, or another text file, that a page links to is a page with its text.
 - api/NAME.md in the navigation is a page that is made: from the docstrings of dic_repa.NAME, or by a function below.
 - The reader of docstrings runs no code. It sees the package as it is when installed: with the two folders in it that
   lie beside it here.
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocstrings import Inventory
 
 from dic_repa.cli import cli
@@ -30,6 +32,7 @@ from dic_repa.registry import first_sentence
 ROOT = Path(__file__).parents[2]
 BESIDE = ("encoders", "samplers")  # packages in folders of their own, see pyproject.toml
 PAGES = ("README.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")  # pages outside docs/
+SHOWN = {".py": "python", ".cff": "yaml", ".ipynb": "json"}  # files that a page links to, as pages with their text
 _as_installed = tempfile.TemporaryDirectory()
 
 
@@ -48,14 +51,32 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The pages and what they link to, the style, and the pages that are made."""
     pages = [*PAGES, *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md")))]
-    linked = {path for page in pages for path in linked_files(page) if not path.endswith(".md")}
-    paths = [*pages, *sorted(linked), "docs/site/style.css"]
+    linked = sorted({path for page in pages for path in linked_files(page)} - set(pages))
+    paths = [*pages, *(path for path in linked if Path(path).suffix not in SHOWN), "docs/site/style.css"]
     found = [file for file in files if file.src_dir != config.docs_dir]  # the theme's
     found += [File(path, str(ROOT), config.site_dir, config.use_directory_urls) for path in paths]
+    for path in linked:
+        if Path(path).suffix in SHOWN:
+            text = f"# {path}\n\n{shown(ROOT / path)}"
+            found.append(File.generated(config, f"{path}.md", content=text, inclusion=InclusionLevel.NOT_IN_NAV))
     for name in modules_of(config):
         text = MADE[name](config) if name in MADE else make_module(name, modules_of(config))
         found.append(File.generated(config, f"api/{name}.md", content=text))
     return Files(found)
+
+
+def shown(path: Path) -> str:
+    """A text file's text, or the cells of a notebook without what they put out."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return f"````{SHOWN[path.suffix]}\n{text}````\n"
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(source if kind == "markdown" else f"````python\n{source}\n````" for kind, source in cells)
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Links to text files lead to their pages."""
+    return re.sub(rf"(\]\([^)\s:]+(?:{'|'.join(map(re.escape, SHOWN))}))\)", r"\1.md)", markdown)
 
 
 def linked_files(page: str) -> list[str]:
