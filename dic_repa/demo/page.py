@@ -26,6 +26,7 @@ import gradio as gr
 FONTS = ("system-ui", "sans-serif")
 CODE_FONTS = ("ui-monospace", "monospace")
 HINT = '<div class="dic-hint">Choose what to sample, then press <b>Sample</b>.</div>'
+BUSY = '<div class="dic-hint">Another window is sampling; yours comes next.</div>'
 # On a phone the results are below the choices.
 SHOW_RESULTS = """(...choices) => {
   if (innerWidth < 800) document.querySelector(".dic-results").scrollIntoView({behavior: "smooth"});
@@ -89,6 +90,7 @@ class Page:
                     label="The same on the command line", language="shell", interactive=False, lines=1,
                     wrap_lines=True, show_line_numbers=False, visible=False,
                 )  # fmt: skip
+        start.click(self.say_if_busy, None, results, queue=False, show_progress="hidden", api_name=False)
         start.click(
             self.sample, choices, [results, command], show_progress="hidden", concurrency_id="device",
             concurrency_limit=1, trigger_mode="once", api_name="sample", js=SHOW_RESULTS,
@@ -151,6 +153,11 @@ class Page:
                     yield draw_page(shown), gr.update(value=lines, visible=True)
         finally:
             self._stops.pop(str(request.session_hash), None)
+
+    def say_if_busy(self, request: gr.Request) -> Any:
+        """A line instead of the results while another window samples."""
+        busy = self._stops and str(request.session_hash) not in self._stops
+        return BUSY if busy else gr.skip()
 
     def stop(self, request: gr.Request) -> None:
         """End what this session samples, after the evaluation at work."""

@@ -32,7 +32,7 @@ def draw_model(shown: Shown) -> str:
             picture = '<span class="dic-empty"></span>'
         text = escape(caption)
         tiles.append(f'<figure>{picture}<figcaption title="{text}">{text}</figcaption></figure>')
-    size = "small" if shown.images and shown.images[0].shape[-1] <= SMALL else "large"
+    size = "small" if shown.width <= SMALL else "large"
     return (
         f'<section class="dic-model dic-{shown.state}"><h2>{escape(shown.title)}</h2><p class="dic-cost">{cost(shown)}'
         f'</p><div class="dic-bar"><div style="width:{100 * shown.done:.1f}%"></div></div>'

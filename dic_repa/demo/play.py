@@ -62,6 +62,7 @@ class Shown:
     title: str
     command: str  # that draws the same images
     captions: list[str]  # of all images that are to come
+    width: int  # of an image, in pixels; a guess at first
     images: list[Tensor] = field(default_factory=list)  # (C, H, W) in [0, 1]
     estimates: list[Tensor] = field(default_factory=list)  # of the images behind these, not finished yet
     done: float = 0.0  # share of the work
@@ -115,13 +116,18 @@ def command_line(path: Any, condition: Condition, settings: SampleSection, wish:
     adaptive = solver_info(settings.solver).kind == "adaptive"
     words += ["--rtol", settings.rtol, "--atol", settings.atol] if adaptive else ["--steps", settings.steps]
     if settings.guidance and settings.guidance != base.guidance:
-        words += ["--scale", settings.guidance.scale]
-        words += ["--interval", *settings.guidance.interval] * (settings.guidance.scale != 1)
+        words += ["--scale", short(settings.guidance.scale)]
+        words += ["--interval", *map(short, settings.guidance.interval)] * (settings.guidance.scale != 1)
     words += ["--batch-size", settings.batch_size] * (settings.batch_size != base.batch_size)
     words += ["--balanced-classes"] * (base.classes != "balanced")
     words += ["--compile", "off"] * (base.compile != "off")
     words += ["--trust-code"] * trusted
     return shlex.join(map(str, words))
+
+
+def short(number: float) -> str:
+    """1 and 0.7 for 1.0 and 0.7, and all digits where they count."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def class_words(condition: Condition, classes: Sequence[str]) -> str:
@@ -149,7 +155,9 @@ class Job:
         trusted = models.trust and names_code(recipe.model_dump(mode="json"))
         command = command_line(models.paths[title], condition, settings, wish, recipe.sample, trusted)
         names = dict(enumerate(condition.names))
-        self.shown = Shown(title, command, [names.get(label, "") for label in self.labels.tolist()])
+        channels, _, width = self.sampler.shape  # of latents, if there are four channels or more
+        captions = [names.get(label, "") for label in self.labels.tolist()]
+        self.shown = Shown(title, command, captions, width * (8 if channels > 3 else 1))
         self._passing: list[tuple[float, Tensor]] = []  # estimates of the first images
         self._pause, self._last, self._aside = PAUSE, 0.0, 0.0
 
@@ -166,7 +174,7 @@ class Job:
                 )
             if shown.trail is None:
                 shown.trail = self._trail()
-            shown.estimates = []
+            shown.estimates, shown.width = [], images.shape[-1]
             shown.images = [*shown.images, *images]
             shown.evaluations = self.sampler.evaluations
             shown.seconds = time.perf_counter() - begin - self._aside
@@ -185,7 +193,7 @@ class Job:
         # A decoder may be slow: the estimates take at most a fifth of the time.
         images = self.sampler.to_images(estimate()[:batch].float()).cpu()
         if start == len(self.shown.images):  # on a GPU the batch before may not have been handed out yet
-            self.shown.estimates = list(images)
+            self.shown.estimates, self.shown.width = list(images), images.shape[-1]
         self.shown.done = max(self.shown.done, (start + batch * (1 - t)) / len(self.labels))
         self._last = time.perf_counter()
         self._aside += self._last - now

@@ -16,7 +16,7 @@ from small_samplers import RECIPE, write_tiny_checkpoint
 from dic_repa.cli import main
 from dic_repa.cli.sample import parse_classes
 from dic_repa.conditions import ClassLabels
-from dic_repa.demo.models import KEPT, Models
+from dic_repa.demo.models import Models
 from dic_repa.demo.pictures import draw_page
 from dic_repa.demo.play import MOST_IMAGES, NO_CLASS, Wish, class_words, play
 from dic_repa.errors import UserError
@@ -24,7 +24,7 @@ from dic_repa.files.pictures import load_png, to_pil
 from dic_repa.models import DiC
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import DDPM, FlowMatching
-from dic_repa.recipe import SampleSection, load_recipe, to_yaml
+from dic_repa.recipe import GuidanceSection, SampleSection, load_recipe, to_yaml
 from dic_repa.sampling.sampler import Sampler
 
 
@@ -143,11 +143,13 @@ def test_the_checkpoints_of_a_run_side_by_side(tmp_path, monkeypatch):
     assert to_pil(older.images[1]).size == (16, 16)
 
 
-def test_few_checkpoints_are_kept_in_memory(tmp_path):
-    models = Models([write_tiny_checkpoint(tmp_path / str(k)) for k in range(KEPT + 2)])
-    assert len(models._loaded) == KEPT
-    assert models.get("0").condition.count == 10
-    assert len(models._loaded) == KEPT
+def test_few_checkpoints_are_kept_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("dic_repa.demo.models.KEPT", 1)
+    models = Models([write_tiny_checkpoint(tmp_path / name) for name in ("one", "two")])
+    two = models.get("two")
+    assert models.get("two") is two
+    assert models.get("one").source.name == "one"
+    assert models.get("two") is not two
 
 
 def test_only_what_all_checkpoints_take_is_offered(tmp_path, checkpoint):
@@ -207,6 +209,19 @@ def test_code_of_a_stranger_is_not_run(tmp_path):
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     with pytest.raises(UserError, match="names code to run: plugins their_code"):
         Models([folder])
+
+
+def test_code_that_is_trusted(plugin_folder):
+    """Also in the thread that samples, and in the command."""
+    (plugin_folder / "their_code.py").write_text("")
+    folder = write_tiny_checkpoint(plugin_folder / "theirs")
+    recipe = RECIPE.model_copy(update={"plugins": ["their_code"]})
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    weak = {"scale": 2.0, "weak": str(folder)}  # is loaded when it is sampled from
+    recipe.sample = recipe.sample.model_copy(update={"guidance": GuidanceSection(**weak)})
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    shown = last(Models([folder], trust_code=True), num=1, solver="euler", steps=1)
+    assert shown.command.endswith(" --trust-code")
 
 
 def test_class_names_that_look_like_something_else():

@@ -21,7 +21,7 @@ OPTIONS = (
 
 
 class Browser:
-    """A page in a browser: `run` a script in it, `wait_for` one to give something true, `requests` that it made.
+    """A page in a browser: `run` a script in it, `wait_for` one to be true, `requests` that it made.
 
     Args:
         profile: an empty folder for the browser's own files.
@@ -98,13 +98,12 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait_for(self, script: str, patience: float = 30) -> Any:
-        """The first true value of the expression."""
+    def wait_for(self, script: str, patience: float = 30) -> None:
+        """Until the expression is true."""
         deadline = time.monotonic() + patience
-        while not (value := self.run(script)):
+        while not self.run(f"Boolean({script})"):
             assert time.monotonic() < deadline, f"not so after {patience} s: {script}"
             time.sleep(0.1)
-        return value
 
     def screenshot(self, file: Path, whole: bool = False) -> None:
         """A picture of the window, or of the whole page."""
