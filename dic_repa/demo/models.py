@@ -50,7 +50,7 @@ class Models:
         self._loaded: OrderedDict[str, Checkpoint] = OrderedDict()
         self._loading = Lock()
         self.paths: dict[str, str | Path] = {}
-        self._real: dict[str, Path] = {}  # with links followed
+        self._titles: dict[Path, str] = {}  # by the places with links followed
         self.first: list[str] = []  # what the paths stand for: of a run, its newest checkpoint
         for path in dict.fromkeys(map(str, paths)):
             self._add(path)
@@ -58,19 +58,17 @@ class Models:
     def _add(self, path: str) -> None:
         loaded = load(path, self.device, trust_code=self.trust)
         named, run = checkpoint_of(loaded.source), RunFolder(path)
-        places: list[str | Path] = [path]
-        if named.parent == run.checkpoints.resolve():  # a run: the checkpoint is its newest
-            places = sorted(run.list_checkpoints(), key=checkpoint_step, reverse=True)
-        for place in places:
-            real = named if place == path else Path(place).resolve()
-            title = next((title for title, known in self._real.items() if known == real), "")
-            if not title:
+        places: dict[Path, str | Path] = {named: path}
+        if named.parent == run.checkpoints.resolve():  # it is a run, and this its newest
+            places = {place.resolve(): place for place in sorted(run.list_checkpoints(), key=checkpoint_step)[::-1]}
+        for real, place in places.items():
+            if real not in self._titles:
                 title = _title(real, path)
                 title += f" ({place})" * (title in self.paths)
-                self.paths[title], self._real[title] = place, real
-            if real == named and title not in self.first:
-                self.first.append(title)
-                self._keep(title, loaded)
+                self.paths[title], self._titles[real] = place, title
+        if (title := self._titles[named]) not in self.first:
+            self.first.append(title)
+            self._keep(title, loaded)
 
     def get(self, title: str) -> Checkpoint:
         """The checkpoint of this title, loaded at need; a UserError if it is damaged or gone, or there is none."""

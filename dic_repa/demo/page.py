@@ -90,7 +90,7 @@ class Page:
                     label="The same on the command line", language="shell", interactive=False, lines=1,
                     wrap_lines=True, show_line_numbers=False, visible=False,
                 )  # fmt: skip
-        start.click(self.say_if_busy, None, results, queue=False, show_progress="hidden", api_name=False)
+        start.click(self.say_if_busy, None, results, queue=False, show_progress="hidden")
         start.click(
             self.sample, choices, [results, command], show_progress="hidden", concurrency_id="device",
             concurrency_limit=1, trigger_mode="once", api_name="sample", js=SHOW_RESULTS,
@@ -99,11 +99,10 @@ class Page:
         chosen, classes, solver, steps, tolerance, guidance = (*choices[:2], *choices[3:6], choices[6:9])
         chosen.change(
             self.refit, [chosen, classes, solver, choices[6]], [classes, solver, *guidance], show_progress="hidden",
-            concurrency_limit=None, api_name=False,
+            concurrency_limit=None,
         )  # fmt: skip
         solver.change(
             self.describe, solver, [solver, steps, tolerance], show_progress="hidden", concurrency_limit=None,
-            api_name=False,
         )  # fmt: skip
 
     def _choices(self, fit: Fit) -> list[Any]:
@@ -136,7 +135,7 @@ class Page:
         with gr.Row(elem_classes="dic-seed"):
             seed = gr.Number(recipe.seed, label="Seed", precision=0, minimum=0, min_width=110)
             another = gr.Button("New seed", size="md", min_width=110)
-        another.click(lambda: random.randrange(10**6), None, seed, queue=False, show_progress="hidden", api_name=False)
+        another.click(lambda: random.randrange(10**6), None, seed, queue=False, show_progress="hidden")
         return [models, classes, num, solver, steps, tolerance, scale, begin, end, seed]
 
     def sample(
@@ -176,13 +175,12 @@ class Page:
             fit = self.models.fit(models)
         kept = [name for name in classes or () if name in _offered(fit)]
         solver = solver if solver in fit.solvers else next(iter(fit.solvers))
-        guided = {"visible": fit.guided}
         return [
             gr.update(choices=_offered(fit), value=kept, visible=bool(fit.classes)),
             gr.update(choices=list(fit.solvers), value=solver),
-            gr.update(value=scale if fit.guided else 1, **guided),
-            gr.update(**guided),
-            gr.update(**guided),
+            gr.update(value=scale if fit.guided else 1, visible=fit.guided),
+            gr.update(visible=fit.guided),
+            gr.update(visible=fit.guided),
         ]
 
     def describe(self, solver: str) -> list[Any]:

@@ -52,7 +52,7 @@ class Trail:
 
     times: list[float]
     states: Tensor  # (images, stages, C, H, W) in [0, 1], as the estimates are
-    estimates: Tensor | None = None
+    estimates: Tensor
 
 
 @dataclass
