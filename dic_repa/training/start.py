@@ -24,6 +24,7 @@ from torch import Tensor
 from dic_repa.conditions import Condition
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import MISTAKES, UserError, first_few
+from dic_repa.files.hub import fetch_model, is_hub_id
 from dic_repa.files.weights import weights_fingerprint, without_memory
 from dic_repa.models.pretrained import WEIGHTS, Pretrained
 from dic_repa.recipe import TrainSection
@@ -43,7 +44,7 @@ class Start:
     """What a run began with, in words, and which tensors are new."""
 
     source: str
-    fingerprint: str  # of the weights' file; '' of a hub id, whose commit is among the downloads
+    fingerprint: str  # of the weights' file
     taken: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -69,15 +70,14 @@ def start_from(denoiser: Pretrained, condition: Condition, settings: TrainSectio
     """
     if settings.init_from is None:
         return None
-    path = Path(settings.init_from)
+    name = settings.init_from
     try:
-        if not path.exists() and path.parent.is_dir():
-            weights_folder(path)  # raises: it is no hub id, but a path with a mistake
-        theirs, recipe_file = load_any(path)
-        folder = recipe_file.parent if recipe_file else path
-        file = path if path.is_file() else folder / WEIGHTS
+        path = fetch_model(name) if is_hub_id(name) else Path(name)
+        folder = path if path.is_file() else weights_folder(path)
+        theirs, _ = load_any(folder)
         saved = SavedData.read(folder) if folder.is_dir() else None
-        start = Start(str(folder), weights_fingerprint(file) if file.is_file() else "")
+        file = folder / WEIGHTS if folder.is_dir() else folder
+        start = Start(name if is_hub_id(name) else str(folder), weights_fingerprint(file))
         rows = matching_rows(condition, theirs.num_classes, saved.condition.names if saved else None)
         _Transfer(denoiser, theirs, rows).run(start)
     except UserError as error:

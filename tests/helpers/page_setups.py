@@ -9,6 +9,7 @@ afterwards.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from pages import blocks
 from small_runs import ALIGNED, SMALL, small_run
 from small_samplers import write_tiny_checkpoint
 from torch.nn.functional import mse_loss
 
+from dic_repa.cli import main
 from dic_repa.export import export as write_export
 from dic_repa.sampling.load import load
 
@@ -128,3 +131,24 @@ def aligner(names: Names) -> Setup:
         yield {}
     assert names["loss"].isfinite()
     assert set(names["aligner"].logs) == {"alignment.0.token", "alignment.0.manifold"}
+
+
+def finetuning(names: Names) -> Setup:
+    """The page's commands run first, at a small size, on a run and on a file in the layout of the DiC authors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        run = small_run("runs/digits-urepa", "train.steps=2", base=SMALL)
+        small = ["train.steps=1", "train.sample_every=0", "evaluate=null", "sample.steps=1", "train.batch_size=4"]
+        small += ["model.width=8", "model.depths=[1,1,1,1,1]", *(f"sample.{key}" for key in ("num=4", "batch_size=4"))]
+        for line in "".join(blocks("docs/finetuning.md", "bash")).splitlines():
+            _, verb, recipe, *options = shlex.split(line, comments=True)
+            if recipe == "my_photos.yaml":  # needs a file of somebody else's
+                continue
+            sets = [f"--set={key}" for key in small] if verb == "train" else []
+            with pytest.raises(SystemExit, match="0"):
+                main([verb, recipe, *options, *sets])
+        assert load("tuned").denoiser.config == load(run.path).denoiser.config
+        yield {"steps=20": "steps=2"}
+    assert [image.size for image in names["images"]] == [(16, 16)] * 2
+    assert not any("lora" in name for name, _ in names["model"].denoiser.named_parameters())

@@ -125,3 +125,24 @@ def test_mistakes(mistake, tmp_path, monkeypatch):
     wrong = ["--set=data={name: repa, path: images, size: 32}", "--set=alignments=[]"]
     assert "neither images/ nor images.zip" in mistake("train", "dic-s", "--dry-run", *wrong)
     assert "unknown solver" in mistake("train", "dic-s", "--dry-run", "--set=sample.solver=hein")
+
+
+def test_what_is_frozen_needs_no_gradient_and_no_state(dry_run):
+    def report(*keys) -> dict:
+        return json.loads(
+            dry_run("digits-urepa", *TINY, "--json", "--set=alignments=[]", *(f"--set={k}" for k in keys))
+        )
+
+    model = DiC(8, (1, 1, 1, 1, 1), in_channels=1, num_classes=10)
+    whole = sum(p.numel() for p in model.parameters())
+    left = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("enc."))
+    frozen = report("train.freeze=['enc.*']", "train.init_from=runs/nowhere")
+    assert frozen["parameters"]["trained"] == left
+    memory = frozen["memory_estimate"]
+    assert [memory[name] for name in ("weights", "gradients", "optimizer")] == [4 * whole, 4 * left, 8 * left]
+    assert "training would not begin: train.init_from: there is no run or" in " ".join(frozen["notes"])
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    adapters = sum(2 * (len(layer.weight) + layer.weight[0].numel()) for layer in layers)
+    lora = report("train.lora.rank=2")
+    assert lora["parameters"]["trained"] == lora["parameters"]["adapters"] == adapters
+    assert lora["disk"]["checkpoint"] == 8 * whole + 12 * adapters
