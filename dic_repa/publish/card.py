@@ -184,16 +184,14 @@ def _training(page: Page) -> str:
         "recipe": "[recipe.yaml](recipe.yaml), every key",
         "objective": plain(_words(recipe.objective)),
         "data": f"{plain(recipe.data.name)}{behind}; {page.model.condition.describe()}",
-        "steps": f"{done}, of {train.batch_size} images each, precision {train.precision}",
+        "steps": f"{done}, of {train.batch_size} images each, in {train.precision.replace('no', 'float32')}",
         "optimizer": f"{plain(_words(recipe.optimizer))}, learning rate {recipe.optimizer.learning_rate:g}, schedule "
         f"{plain(recipe.schedule.name)}",
         "label dropout": f"{train.label_dropout:g}",
         "weights": weights.get(page.scores.weights, plain(page.scores.weights)),
     }
-    rows |= {f"aligned to ({i})": _alignment(section) for i, section in enumerate(recipe.alignments, 1)}
-    if not recipe.alignments:
-        rows["aligned to"] = "nothing"
-    return _table(["", ""], [[name, text] for name, text in rows.items()])
+    aligned = [_alignment(section) for section in recipe.alignments] or ["nothing"]
+    return _table(["what", "how"], [*map(list, rows.items()), *(["aligned to", text] for text in aligned)])
 
 
 def _alignment(section: AlignmentSection) -> str:

@@ -38,6 +38,7 @@ RECORDS = {
         "report scored --out out.html",
         "runs .",
         f"evaluate scored --reference samples --metrics fd-digits {SAMPLE}",
+        "push scored someone/scored --folder out",
     ],
     "scored/evaluation/*/samples.json": [f"evaluate scored --reference samples --metrics fd-digits {SAMPLE}"],
     "scored/probe/probe.json": ["report scored --out out.html"],
@@ -45,8 +46,8 @@ RECORDS = {
         "report scored --out out.html",
         "tune scored --metric recognised --scales 1,2 --intervals 0:1 --num 8 --confirm 0 --steps 1 --batch-size 4",
     ],
-    "converted/data.json": [f"sample converted --out out {SAMPLE}"],
-    "converted/recipe.yaml": [f"sample converted --out out {SAMPLE}"],
+    "converted/data.json": [f"sample converted --out out {SAMPLE}", "push converted someone/small --folder out"],
+    "converted/recipe.yaml": [f"sample converted --out out {SAMPLE}", "push converted someone/small --folder out"],
 }
 PAIRS = [(file, line) for file, lines in RECORDS.items() for line in lines]
 

@@ -146,6 +146,7 @@ RUN = [
     "runs .",
     "sample converted --out out " + SAMPLE,
     "convert converted out",
+    "push run someone/run --folder out",
 ]
 
 
@@ -209,7 +210,7 @@ PICKLES = [
     "train tiny.yaml --out out --set data.name=repa --set data.path=.",
     "train tiny.yaml --out out --set data.name=dit --set data.path=.",
 ]
-TRUSTED = [line for line in RUN if line.split()[0] in ("sample", "convert", "tune", "probe", "train")]
+TRUSTED = [line for line in RUN if line.split()[0] in ("sample", "convert", "tune", "probe", "train", "push")]
 CASES: list[tuple[str, Callable[[Path], None], str]] = [
     *((f"{name}: {line}", keys(change), line) for name, change in WAYS.items() for line in RUN),
     *((f"a tag: {line}", yaml_tags, line) for line in RUN),

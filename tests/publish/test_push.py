@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from places import ROOT
 from safetensors.torch import load_file
-from small_runs import ALIGNED, small_run
+from small_runs import ALIGNED, full_disk, small_run
 
 from dic_repa.cli import main
 from dic_repa.encoders import encoder_licence
@@ -174,6 +174,15 @@ def test_mistakes(run, mistake, monkeypatch, tmp_path):
     assert not (tmp_path / "hub").exists()
     push(run, "me/x", "--dry-run")
     assert "hub/x exists; pass --overwrite to replace it" in mistake("push", run, "me/x", "--dry-run")
+
+
+def test_a_full_disk_leaves_what_was_there(run, mistake):
+    push(run, "me/x", "--folder", "out")
+    before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    with full_disk():
+        assert "out could not be written" in mistake("push", run, "me/x", "--folder", "out", "--overwrite")
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == before
+    assert [file.name for file in Path().iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
