@@ -9,7 +9,6 @@ import click
 from dic_repa.cli import completion
 from dic_repa.cli.convert import DTYPES
 from dic_repa.cli.options import PATH
-from dic_repa.files.outputs import check_folder
 from dic_repa.runtime.progress import print_result
 
 
@@ -31,6 +30,8 @@ def command(
 ):  # fmt: skip
     """Upload RUN (a run, a checkpoint, or a folder of `convert`) to the Hugging Face hub as REPO, OWNER/NAME.
 
+    RUN may also be a folder of `dic-repa export --format diffusers`, which is uploaded as it is, its card completed.
+
     The repository gets the weights as safetensors, config.json, the recipe, data.json, the run's scores of these
     weights, a grid of samples, and README.md, a model card made of all that. No optimizer state, no environment.json,
     and no path of this machine goes out.
@@ -45,10 +46,9 @@ def command(
     from dic_repa.files.hub import check_repository, check_token  # before torch is imported
 
     check_repository(repository, license, revision)
-    if dry_run or folder:
-        folder = folder or Path("hub") / repository.partition("/")[2]
-        check_folder(folder, "model")
-    else:
+    if dry_run and not folder:
+        folder = Path("hub") / repository.partition("/")[2]
+    if not folder:
         check_token()
 
     import torch
@@ -72,6 +72,6 @@ def command(
     if not folder:
         print_result(f"uploaded: {where}")
         return
-    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-    size = sum(file.stat().st_size for file in files)
-    print_result(f"{folder}: {', '.join(file.name for file in files)}, {size / 1e6:.4g} MB; nothing was uploaded")
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    size, names = sum(file.stat().st_size for file in files), [str(file.relative_to(folder)) for file in files]
+    print_result(f"{folder}: {', '.join(names)}, {size / 1e6:.4g} MB; nothing was uploaded")

@@ -21,7 +21,8 @@ from dic_repa.evaluation.measuring import FULL_COUNT
 from dic_repa.evaluation.metrics import find_metric, title
 from dic_repa.publish.scores import Scored, Scores
 from dic_repa.recipe import AlignmentSection, Recipe, SampleSection
-from dic_repa.sampling.load import Checkpoint
+from dic_repa.runs.folder import RunFolder
+from dic_repa.sampling.load import Checkpoint, home_of
 from dic_repa.trust import names_code
 
 CARD, GRID = "README.md", "grid.png"
@@ -86,8 +87,10 @@ def metadata(page: Page) -> ModelCardData:
     aligned = ["representation-alignment", "u-repa"] if page.recipe.alignments else []
     tags = ["dic-repa", "diffusion", "image-generation", page.kind.lower(), page.recipe.objective.name, *aligned]
     results = [result for scored in page.scores.scored for result in _results(scored)]
-    known = HUB_DATA.get(page.recipe.data.name)
+    known, begun = HUB_DATA.get(page.recipe.data.name), page.recipe.train.init_from
+    from_hub = begun in RunFolder(home_of(page.model.source)).downloads()  # else it was a path here
     return ModelCardData(
+        base_model=begun.partition("@")[0] if begun and from_hub else None,
         license=page.licence,
         library_name="dic-repa",
         pipeline_tag=TASK,
@@ -190,6 +193,12 @@ def _training(page: Page) -> str:
         "label dropout": f"{train.label_dropout:g}",
         "weights": weights.get(page.scores.weights, plain(page.scores.weights)),
     }
+    if train.init_from:
+        rows["started from"] = f"the weights {plain(train.init_from)}"
+    if train.lora:
+        rows["trained were"] = f"LoRA adapters of rank {train.lora.rank}, merged into the weights here"
+    elif train.freeze:
+        rows["left as they were"] = plain(", ".join(train.freeze))
     aligned = [_alignment(section) for section in recipe.alignments] or ["nothing"]
     return _table(["what", "how"], [*map(list, rows.items()), *(["aligned to", text] for text in aligned)])
 
@@ -252,15 +261,18 @@ def _limits(page: Page) -> Iterator[str]:
 
 
 def _licence(page: Page) -> str:
-    chosen = (
+    words = [
         f"The weights: `{page.licence}`, as their author says."
         if page.licence
-        else ("Their author has not said under which licence the weights are: ask before you use them.")
-    )
-    if not page.recipe.alignments:
-        return f"{chosen} The terms of the training data may reach the weights too."
-    encoder = "The frozen encoder was used in training alone and is not in this repository"
-    return f"{chosen} {encoder}; its terms, and those of the training data, may reach the weights too."
+        else "Their author has not said under which licence the weights are: ask before you use them."
+    ]
+    reaching = ["the training data"]
+    if page.recipe.alignments:
+        words.append("The frozen encoder was used in training alone and is not in this repository.")
+        reaching.append("the encoder")
+    if page.recipe.train.init_from:
+        reaching.append("the weights that it started from")
+    return " ".join([*words, f"The terms of {' and of '.join(reaching)} may reach the weights too."])
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -54,8 +54,7 @@ def write_repository(
         UserError: the folder exists, or is not one of ours, or no samples can be drawn.
     """
     folder = Path(folder)
-    if check_folder(folder, "model") and not overwrite:
-        raise UserError(f"{folder} exists; pass --overwrite to replace it")
+    check_target(folder, "model", overwrite)
     changed = not _as_stored(model)
     scores = Scores() if changed else scores_of(model)
     recipe, data = public_recipe(model.recipe), _public(model.data)
@@ -78,6 +77,12 @@ def write_repository(
     except WRITE_ERRORS as error:
         raise UserError(f"{folder} could not be written ({first_line(error)})") from None
     return folder
+
+
+def check_target(folder: Path, kind: str, overwrite: bool) -> None:
+    """A UserError if no folder of this kind may be written there."""
+    if check_folder(folder, kind) and not overwrite:
+        raise UserError(f"{folder} exists; pass --overwrite to replace it")
 
 
 def _public(data: SavedData | None) -> SavedData | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hub import check_repository, check_token, offline_without_network
-from dic_repa.publish.folder import FILES, write_repository
+from dic_repa.publish.exported import is_export, write_exported
+from dic_repa.publish.folder import FILES, check_target, write_repository
 from dic_repa.sampling.load import Checkpoint, load
 
 FOLDERS = Path("hub")  # where repositories are written that are only looked at
@@ -35,7 +36,8 @@ def push(
     """Upload a model to the hub, with its recipe, scores, a grid of samples and a card; returns the commit's address.
 
     Args:
-        model: what `load` gives, or the path of a run, a checkpoint or an inference checkpoint.
+        model: what `load` gives; or the path of a run, a checkpoint, an inference checkpoint, or a diffusers folder of
+            `dic-repa export`, which is uploaded as it is, with the licence in its card.
         repository: 'owner/name'; made if it is not there.
         private: of a new repository.
         license: of the weights, by the hub's short name, such as 'apache-2.0'.
@@ -56,16 +58,23 @@ def push(
     dry_run = dry_run or folder is not None
     if not dry_run:
         check_token()
-    if not isinstance(model, Checkpoint):
-        model = load(model, device, weights=weights, trust_code=trust_code)
+    if isinstance(model, str):
+        model = Path(model)
+    exported = model if isinstance(model, Path) and is_export(model) else None
+    if exported and (weights or dtype != "float32"):
+        raise UserError(f"{model} is an export, whose weights and dtype were chosen when it was made; leave them out")
 
-    def write(target: Path, replace: bool) -> Path:
-        return write_repository(model, target, repository, license, dtype, revision, replace)
+    def write(target: Path) -> Path:
+        check_target(target, "export" if exported else "model", overwrite)
+        if exported:
+            return write_exported(exported, target, repository, license, revision)
+        given = model if isinstance(model, Checkpoint) else load(model, device, weights=weights, trust_code=trust_code)
+        return write_repository(given, target, repository, license, dtype, revision, overwrite)
 
     if dry_run:
-        return str(write(Path(folder or FOLDERS / repository.partition("/")[2]), overwrite))
+        return str(write(Path(folder or FOLDERS / repository.partition("/")[2])))
     with tempfile.TemporaryDirectory() as place:
-        return _upload(write(Path(place) / "model", False), repository, private, message, revision)
+        return _upload(write(Path(place) / "model"), repository, private, message, revision)
 
 
 def _upload(folder: Path, repository: str, private: bool, message: str | None, revision: str | None) -> str:
@@ -73,14 +82,15 @@ def _upload(folder: Path, repository: str, private: bool, message: str | None, r
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     offline_without_network()
-    names = [name for name in FILES if (folder / name).is_file()]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    names = [file.relative_to(folder).as_posix() for file in files]
     with _explained(repository):
         api = HfApi(library_name="dic-repa")
         api.create_repo(repository, private=private, exist_ok=True)
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
         there = api.list_repo_files(repository, revision=revision)
-        gone = [name for name in FILES if name in there and name not in names]  # scores of an earlier upload
+        gone = [name for name in FILES if name in there and name not in names]  # such as an earlier upload's scores
         commit = api.create_commit(
             repository,
             [*(CommitOperationAdd(name, str(folder / name)) for name in names), *map(CommitOperationDelete, gone)],

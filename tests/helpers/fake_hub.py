@@ -19,6 +19,7 @@ import pytest
 
 from dic_repa.files import hub
 from dic_repa.files.hub import offline_without_network
+from dic_repa.runs import environment
 
 
 @dataclass
@@ -145,6 +146,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, folder) -> Iterator[Hub]:
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(hub, "PINS", {})
+    monkeypatch.setattr(environment, "PINS", hub.PINS)
     offline_without_network.cache_clear()
     try:
         yield fake

@@ -100,6 +100,7 @@ def test_of_other_conditions(kind, says, tmp_path):
     assert (tmp_path / "out/grid.png").is_file()
 
 
+@pytest.mark.slow
 def test_behind_an_autoencoder_that_is_elsewhere(tmp_path, capsys):
     """Its place on this machine stays here; the name of its folder helps whoever looks for it."""
     folder = write_tiny_checkpoint(tmp_path / "tiny")

@@ -20,7 +20,9 @@ from small_runs import ALIGNED, full_disk, small_run
 from dic_repa.cli import main
 from dic_repa.encoders import encoder_licence
 from dic_repa.evaluation.runs import evaluate_run
+from dic_repa.export import export
 from dic_repa.files import hub
+from dic_repa.files.outputs import begin_folder
 from dic_repa.models import DiC
 from dic_repa.recipe import load_recipe
 from dic_repa.sampling.load import load
@@ -157,6 +159,55 @@ def test_only_scores_of_these_weights(run, monkeypatch, tmp_path):
     push("out", "me/digits", "--folder", "again", "--overwrite")
     assert json.loads(Path("again/scores.json").read_text()) == scores
     assert Image.open("again/grid.png").tobytes() == Image.open("out/grid.png").tobytes()
+
+
+def test_adapters_go_out_merged(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    keys = [f"train.init_from={run}", "train.lora={rank: 2, targets: ['mid.*']}", "sample.steps=2"]
+    tuned = small_run(tmp_path / "tuned", *keys)
+    folder = load(tuned.path, weights="raw").push_to_hub("me/tuned", folder="out")
+    assert DiC.from_pretrained(folder).config == DiC.from_pretrained(newest(run) / "ema").config
+    theirs, ours = load(folder).sample([3], seed=1), load(tuned.path, weights="raw").sample([3], seed=1)
+    assert theirs[0].tobytes() == ours[0].tobytes()
+    text = Path("out/README.md").read_text()
+    assert "| started from | the weights run |" in text
+    assert "LoRA adapters of rank 2" in text
+    assert "base_model" not in text
+    assert str(run) not in Path("out/recipe.yaml").read_text()
+
+
+def test_the_model_that_it_started_from_is_named(run, fake, tmp_path):
+    push(run, "me/digits")
+    tuned = small_run(tmp_path / "tuned", "train.init_from=me/digits", "train.steps=4")
+    push(tuned.path, "me/tuned", "--folder", "out")
+    card = ModelCard.load("out/README.md")
+    assert card.data.base_model == "me/digits"
+    assert "of the weights that it started from may reach" in card.text
+
+
+def test_a_diffusers_folder(run, fake, capsys):
+    export(load(run), "exported", format="diffusers")
+    settings = json.loads(Path("exported/model_index.json").read_text())
+    settings["settings"]["autoencoder"]["name"] = "/home/someone/vae"
+    Path("exported/model_index.json").write_text(json.dumps(settings))
+    Path("exported/notes.txt").write_text("mine")
+    push("exported", "me/pipeline", "--license", "mit", "--revision", "half")
+    files = fake.repositories["me/pipeline"]["half"]
+    names = {str(file.relative_to("exported")) for file in Path("exported").rglob("*") if file.is_file()}
+    assert set(files) == names - {"notes.txt", ".dic-repa.jsonl"}
+    assert fake.validated == [{"repoType": "model", "content": files["README.md"].decode()}]
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.library_name) == ("mit", "diffusers")
+    assert 'from_pretrained("me/pipeline", revision="half", trust_remote_code=True)' in card.text
+    assert json.loads(files["model_index.json"])["settings"]["autoencoder"]["name"] == "vae"
+    assert files["pipeline.py"] == Path("exported/pipeline.py").read_bytes()
+
+
+def test_mistakes_with_exports(run, mistake):
+    begin_folder("program", "export", ["denoiser.pt2", "export.json"])
+    said = mistake("push", "program", "me/x", "--dry-run")
+    assert "only those of the format diffusers are pushed; upload another by `hf upload me/x program`" in said
+    assert "is an export, whose weights and dtype" in mistake("push", "program", "me/x", "--dry-run", "--dtype", "bf16")
 
 
 def test_mistakes(run, mistake, monkeypatch, tmp_path):
