@@ -138,7 +138,7 @@ def _what_it_is(page: Page) -> str:
     by = [f"[{name}]({PAPERS[name]})" for name in ("DiC", "U-REPA") if name in (page.kind, *_aligned(page))]
     text = (
         f"A {page.kind} of {size / 1e6:.4g} M parameters that draws images of {page.pixels}x{page.pixels} pixels "
-        f"({names}), trained on {plain(page.recipe.data.name)} with dic-repa"
+        f"({names}), trained on {plain(page.recipe.data.name)}. It is a model for dic-repa"
     )
     text += f", after the papers {' and '.join(by)}." if by else "."
     return text + (f"\n\nIts recipe: {plain(page.recipe.description)}." if page.recipe.description else "")
@@ -245,6 +245,8 @@ def _drawn(scored: Scored) -> str:
 def _limits(page: Page) -> Iterator[str]:
     recipe, scored = page.recipe, page.scores.scored
     spec = page.data and page.data.autoencoder
+    if page.model.source.is_file():  # a file of the authors' code
+        yield f"Its weights come from {plain(page.model.source.name)}, which other code made; the recipe was added."
     yield f"It draws what its training data shows, {page.pixels}x{page.pixels} pixels, with the faults of that data."
     if page.scores.step is not None and page.scores.step < recipe.train.steps:
         yield f"Training stopped at step {page.scores.step} of {recipe.train.steps}."

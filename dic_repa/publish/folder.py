@@ -55,7 +55,7 @@ def write_repository(
     """
     folder = Path(folder)
     check_target(folder, "model", overwrite)
-    changed = not _as_stored(model)
+    changed = model.source.is_dir() and not _as_stored(model)
     scores = Scores() if changed else scores_of(model)
     recipe, data = public_recipe(model.recipe), _public(model.data)
     grid = (None if changed else _picture_beside(model, scores)) or _draw(model)

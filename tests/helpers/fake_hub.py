@@ -105,7 +105,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self):
             path = self.path.partition("?")[0]
             if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
-                files = hub.repositories[found[1]][found[2]]
+                files = hub.repositories[found[1]][hub.branch_of(found[1], found[2]) or "main"]
                 listed = [(name, {"size": len(c), "oid": hashlib.sha1(c).hexdigest()}) for name, c in files.items()]
                 return self.answer([{"type": "file", "path": name, **facts} for name, facts in listed])
             if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -25,6 +26,7 @@ from dic_repa.files import hub
 from dic_repa.files.outputs import begin_folder
 from dic_repa.models import DiC
 from dic_repa.recipe import load_recipe
+from dic_repa.sampling.convert import convert
 from dic_repa.sampling.load import load
 
 FILES = {
@@ -76,16 +78,17 @@ def test_to_the_hub_and_back(run, fake, capsys, monkeypatch, tmp_path):
     got, own = DiC.from_pretrained("me/digits").state_dict(), load_file(newest(run) / "ema/model.safetensors")
     assert got.keys() == own.keys()
     assert all(torch.equal(got[name], own[name]) for name in own)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    theirs, ours = (load(name).sample([3, "7"], seed=1) for name in ("me/digits", run))
+    assert [image.tobytes() for image in theirs] == [image.tobytes() for image in ours]
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what was downloaded once is there
     hub.PINS.clear()
     assert DiC.from_pretrained("me/digits").config == DiC.from_pretrained(newest(run) / "ema").config
-
-    folder = tmp_path / "downloaded"
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    theirs, ours = (load(path).sample([3, "7"], steps=2, seed=1) for path in (folder, run))
-    assert [image.tobytes() for image in theirs] == [image.tobytes() for image in ours]
+    command = re.search(r"^dic-repa (sample me/digits .*)$", files["README.md"].decode(), flags=re.MULTILINE)[1]
+    with pytest.raises(SystemExit) as exit:
+        main([*command.split(), "--batch-size=10"])
+    assert exit.value.code == 0
+    assert len(list(tmp_path.glob("samples/digits/0*.png"))) == 10
 
 
 def test_a_branch_of_other_weights(run, fake):
@@ -183,6 +186,15 @@ def test_the_model_that_it_started_from_is_named(run, fake, tmp_path):
     card = ModelCard.load("out/README.md")
     assert card.data.base_model == "me/digits"
     assert "of the weights that it started from may reach" in card.text
+
+
+def test_weights_of_other_code(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    convert(newest(run), Path("DiC.pt"))
+    model = load("DiC.pt", recipe=run / "recipe.yaml")
+    text = (Path(model.push_to_hub("me/authors", dry_run=True)) / "README.md").read_text()
+    assert "Its weights come from DiC.pt, which other code made" in text
+    assert "None were recorded" in text
 
 
 def test_a_diffusers_folder(run, fake, capsys):
