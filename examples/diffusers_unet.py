@@ -63,7 +63,7 @@ def main(images, size, width, steps, batch_size, accumulate, learning_rate, alig
     loader = DataLoader(data, batch_size, shuffle=True, drop_last=True)
     unet, optimizer, schedule, loader = accelerator.prepare(unet, optimizer, schedule, loader)
     ema = EMAModel(unet.parameters(), use_ema_warmup=True, power=0.75)
-    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # for small images; "linear" for large ones
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 
     losses = []
     batches = islice((batch for _ in count() for batch in loader), steps * accumulate)
@@ -74,7 +74,7 @@ def main(images, size, width, steps, batch_size, accumulate, learning_rate, alig
         t = torch.randint(1000, (len(clean),), device=clean.device)
         with accelerator.accumulate(*([unet, aligner] if align else [unet])):
             prediction = unet(noising.add_noise(clean, noise, t), t).sample
-            loss = F.mse_loss(prediction, noise)
+            loss = F.mse_loss(prediction, noising.get_velocity(clean, noise, t))
             losses.append(loss.item())
             if align:
                 loss = loss + aligner(pictures, t / 1000)  # reads what the tap kept of the line above
