@@ -112,9 +112,9 @@ def test_in_a_browser(address, tmp_path):
     """A search, the dark palette and a phone's width; nothing is asked of another host."""
     with Browser(tmp_path, width=390) as browser:
         browser.open(address + "docs/guide.html?q=sample_ode")
-        found = browser.wait_for(
-            "[...document.querySelectorAll('.md-search-result__link')].map(link => link.href).join()"
-        )
+        links = "[...document.querySelectorAll('.md-search-result__link')]"
+        browser.wait_for(f"{links}.length")
+        found = browser.run(f"{links}.map(link => link.href).join()")
         assert "api/samplers.html" in found
         assert "docs/sampling.html" in found
         assert browser.run("document.documentElement.scrollWidth") == 390
