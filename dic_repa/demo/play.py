@@ -7,7 +7,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,16 +55,16 @@ class Trail:
     estimates: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shown:
-    """What there is so far of one checkpoint's samples."""
+    """What there is so far of one checkpoint's samples. Never changed: the thread that samples puts a new one there."""
 
     title: str
     command: str  # that draws the same images
     captions: list[str]  # of all images that are to come
     width: int  # of an image, in pixels; a guess at first
-    images: list[Tensor] = field(default_factory=list)  # (C, H, W) in [0, 1]
-    estimates: list[Tensor] = field(default_factory=list)  # of the images behind these, not finished yet
+    images: Sequence[Tensor] = ()  # (C, H, W) in [0, 1]
+    estimates: Sequence[Tensor] = ()  # of the images behind these, not finished yet
     done: float = 0.0  # share of the work
     state: str = "waiting"  # or 'sampling', 'done', 'stopped'
     evaluations: int = 0  # of the network, for each image
@@ -164,23 +164,24 @@ class Job:
     def run(self, stop: threading.Event, tell: Callable[[], None]) -> None:
         """Sample, and `tell` whenever there is more to show; raises Stopped once `stop` is set."""
         self.stop, self.tell = stop, tell
-        shown, begin = self.shown, time.perf_counter()
-        shown.state = "sampling"
-        tell()
+        begin = time.perf_counter()
+        self._show(state="sampling")
         for images in self.sampler(self.labels):
             if not images.isfinite().all():
                 raise UserError(
-                    f"{shown.title}: samples are NaN or infinite; choose other settings, or look at the checkpoint"
+                    f"{self.shown.title}: samples are NaN or infinite; choose other settings, or look at the checkpoint"
                 )
-            if shown.trail is None:
-                shown.trail = self._trail()
-            shown.estimates, shown.width = [], images.shape[-1]
-            shown.images = [*shown.images, *images]
-            shown.evaluations = self.sampler.evaluations
-            shown.seconds = time.perf_counter() - begin - self._aside
-            shown.done = len(shown.images) / len(self.labels)
-            tell()
-        shown.state = "done"
+            there = (*self.shown.images, *images)
+            self._show(
+                images=there, estimates=(), width=images.shape[-1], done=len(there) / len(self.labels),
+                trail=self.shown.trail or self._trail(), evaluations=self.sampler.evaluations,
+                seconds=time.perf_counter() - begin - self._aside,
+            )  # fmt: skip
+        self._show(state="done")
+
+    def _show(self, **changes: Any) -> None:
+        self.shown = replace(self.shown, **changes)
+        self.tell()
 
     def _watch(self, start: int, t: float, estimate: Callable[[], Tensor]) -> None:
         if self.stop.is_set():
@@ -192,13 +193,13 @@ class Job:
             return
         # A decoder may be slow: the estimates take at most a fifth of the time.
         images = self.sampler.to_images(estimate()[:batch].float()).cpu()
+        changes: dict[str, Any] = {"done": max(self.shown.done, (start + batch * (1 - t)) / len(self.labels))}
         if start == len(self.shown.images):  # on a GPU the batch before may not have been handed out yet
-            self.shown.estimates, self.shown.width = list(images), images.shape[-1]
-        self.shown.done = max(self.shown.done, (start + batch * (1 - t)) / len(self.labels))
+            changes |= {"estimates": list(images), "width": images.shape[-1]}
         self._last = time.perf_counter()
         self._aside += self._last - now
         self._pause = max(PAUSE, 5 * (self._last - now))
-        self.tell()
+        self._show(**changes)
 
     def _trail(self) -> Trail:
         begin = time.perf_counter()
@@ -222,7 +223,6 @@ def play(models: Models, wish: Wish, stop: threading.Event | None = None) -> Ite
     models.fit(wish.models)
     with trusting_code(models.trust):
         jobs = [Job(models, title, wish) for title in wish.models]
-    shown = [job.shown for job in jobs]
     news, ended, errors = threading.Event(), threading.Event(), []
 
     def work() -> None:
@@ -232,7 +232,7 @@ def play(models: Models, wish: Wish, stop: threading.Event | None = None) -> Ite
                     job.run(stop, news.set)
         except Stopped:
             for job in jobs:
-                job.shown.state = "done" if job.shown.state == "done" else "stopped"
+                job.shown = replace(job.shown, state="done" if job.shown.state == "done" else "stopped")
         except BaseException as error:
             errors.append(error)
         finally:
@@ -241,13 +241,13 @@ def play(models: Models, wish: Wish, stop: threading.Event | None = None) -> Ite
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        yield shown
-        while not ended.is_set():
+        while not errors:
+            last = ended.is_set()
+            yield [job.shown for job in jobs]
+            if last:
+                return
             news.wait()
             news.clear()
-            yield shown
     finally:
         stop.set()
-    if errors:
-        raise errors[0]
-    yield shown
+    raise errors[0]
