@@ -14,7 +14,13 @@ from urllib.parse import urlsplit
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.manifest import MANIFEST, read_manifest
 
-SMALL_FILES = ("config.json", "recipe.yaml", "data.json", MANIFEST)  # of a model's folder, but for its weights
+SMALL_FILES = (
+    "config.json",
+    "recipe.yaml",
+    "data.json",
+    "scores.json",
+    MANIFEST,
+)  # of a model's folder, but for its weights
 PINS: dict[str, str] = {}  # what this process takes from the hub: 'org/name' or 'org/name@revision' to its commit
 
 

@@ -44,6 +44,7 @@ class Page:
     revision: str | None = None
     changed: bool = False  # since it was loaded
     has_grid: bool = True
+    taken: str = ""  # of the weights that it started from
 
     @property
     def kind(self) -> str:
@@ -106,7 +107,7 @@ def _results(scored: Scored) -> Iterator[EvalResult]:
     for metric, value in scored.metrics.items():
         yield EvalResult(
             task_type=TASK,
-            dataset_type=re.sub(r"[^\w.-]+", "-", name),  # the hub takes no other characters
+            dataset_type=re.sub(r"[^\w.-]+", "-", name) or "unknown",  # the hub takes no other characters
             dataset_name=scored.reference,
             dataset_split=split or None,
             metric_type=metric,
@@ -132,13 +133,13 @@ def protocol(scored: Scored) -> dict[str, Any]:
 
 
 def _what_it_is(page: Page) -> str:
-    model, condition = page.model, page.model.condition
-    size = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    names = {"classes": condition.describe(), "none": "no condition"}.get(condition.kind, condition.describe())
+    condition, side = page.model.condition, page.pixels
+    size = sum(parameter.numel() for parameter in page.model.denoiser.parameters())
+    known = "no condition" if condition.kind == "none" else condition.describe()
     by = [f"[{name}]({PAPERS[name]})" for name in ("DiC", "U-REPA") if name in (page.kind, *_aligned(page))]
     text = (
-        f"A {page.kind} of {size / 1e6:.4g} M parameters that draws images of {page.pixels}x{page.pixels} pixels "
-        f"({names}), trained on {plain(page.recipe.data.name)}. It is a model for dic-repa"
+        f"A {plain(page.kind)} of {size / 1e6:.4g} M parameters that draws images of {side}x{side} pixels ({known}), "
+        f"trained on {plain(page.recipe.data.name)}. It is a model for dic-repa"
     )
     text += f", after the papers {' and '.join(by)}." if by else "."
     return text + (f"\n\nIts recipe: {plain(page.recipe.description)}." if page.recipe.description else "")
@@ -194,7 +195,8 @@ def _training(page: Page) -> str:
         "weights": weights.get(page.scores.weights, plain(page.scores.weights)),
     }
     if train.init_from:
-        rows["started from"] = f"the weights {plain(train.init_from)}"
+        taken = f" ({plain(page.taken)})" if page.taken else ""
+        rows["started from"] = f"the weights {plain(train.init_from)}{taken}"
     if train.lora:
         rows["trained were"] = f"LoRA adapters of rank {train.lora.rank}, merged into the weights here"
     elif train.freeze:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dic_repa.files.lock import locked_output
 from dic_repa.files.manifest import MANIFEST, write_manifest
 from dic_repa.files.outputs import check_folder
 from dic_repa.files.pictures import draw_grid, save_picture, shown_in_grid
-from dic_repa.files.reading import read_file
+from dic_repa.files.reading import read_file, read_json
 from dic_repa.files.weights import WRITE_ERRORS
 from dic_repa.models.pretrained import CONFIG, WEIGHTS
 from dic_repa.publish.card import CARD, GRID, Page, model_card
@@ -59,7 +60,7 @@ def write_repository(
     scores = Scores() if changed else scores_of(model)
     recipe, data = public_recipe(model.recipe), _public(model.data)
     grid = (None if changed else _picture_beside(model, scores)) or _draw(model)
-    page = Page(model, recipe, data, scores, repository, license, revision, changed, grid is not None)
+    page = Page(model, recipe, data, scores, repository, license, revision, changed, grid is not None, _taken(model))
     denoiser = copy.deepcopy(model.denoiser).to(getattr(torch, dtype)) if dtype != "float32" else model.denoiser
     try:
         with locked_output(folder), write_aside(folder, "model") as aside:
@@ -83,6 +84,14 @@ def check_target(folder: Path, kind: str, overwrite: bool) -> None:
     """A UserError if no folder of this kind may be written there."""
     if check_folder(folder, kind) and not overwrite:
         raise UserError(f"{folder} exists; pass --overwrite to replace it")
+
+
+def _taken(model: Checkpoint) -> str:
+    """What the run took of the weights that it began with, and what was new; "" where that is not known."""
+    with contextlib.suppress(OSError, UserError, LookupError, TypeError, AttributeError):
+        start = read_json(RunFolder(home_of(model.source)).environment_file, "")[0]["start"]
+        return f"taken: {'; '.join(start['taken'])}; new: {'; '.join(start['new']) or 'nothing'}"
+    return ""
 
 
 def _public(data: SavedData | None) -> SavedData | None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, FiniteFloat, PrivateAttr, ValidationError
 
 from dic_repa.errors import UserError
 from dic_repa.evaluation.judge import notes_on_scores
+from dic_repa.evaluation.runs import describe_sampling
 from dic_repa.files.reading import numbers, read_json
 from dic_repa.publish.paths import without_paths
 from dic_repa.recipe import Recipe, SampleSection
@@ -55,6 +56,8 @@ def scores_of(model: Checkpoint) -> Scores:
         weights = RAW if model.source.resolve() == checkpoint else model.source.name
         found = _of_run(home_of(model.source) / "evaluation", step, model.recipe)
         own = [scored for scored in found if scored.sample.weights == weights]
+        as_recipe = describe_sampling(model.recipe.sample)
+        own.sort(key=lambda scored: describe_sampling(scored.sample) != as_recipe)  # those of the recipe come first
         return Scores(step=step, weights=weights, scored=own)
     file = checkpoint / SCORES
     try:

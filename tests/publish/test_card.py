@@ -86,6 +86,10 @@ def test_without_scores(tmp_path):
     assert not (tmp_path / "out/scores.json").exists()
 
 
+def gone(*_):
+    raise UserError("it is gone")
+
+
 @pytest.mark.parametrize(("kind", "says"), [("none", "no condition"), ("vector", "vectors of 3 numbers")])
 def test_of_other_conditions(kind, says, tmp_path):
     condition = create_condition(condition={"kind": kind} | ({"dim": 3, "null": "zeros"} if kind == "vector" else {}))
@@ -100,9 +104,9 @@ def test_of_other_conditions(kind, says, tmp_path):
     assert (tmp_path / "out/grid.png").is_file()
 
 
-@pytest.mark.slow
-def test_behind_an_autoencoder_that_is_elsewhere(tmp_path, capsys):
+def test_behind_an_autoencoder_that_is_elsewhere(tmp_path, capsys, monkeypatch):
     """Its place on this machine stays here; the name of its folder helps whoever looks for it."""
+    monkeypatch.setattr("dic_repa.recipe.build.load_autoencoder", gone)
     folder = write_tiny_checkpoint(tmp_path / "tiny")
     spec = AutoencoderSpec(str(tmp_path / "my-vae"), 1, 8, (0.0,), (1.0,))
     SavedData(spec, class_labels(10)).write(folder)
