@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
-from dic_repa.models import create_denoiser, list_denoisers, load_authors_checkpoint, load_denoiser, measure_cost
+from dic_repa.models import (
+    create_denoiser,
+    denoisers,
+    list_denoisers,
+    load_authors_checkpoint,
+    load_denoiser,
+    measure_cost,
+)
 from dic_repa.models.authors_sit import authors_heads, infer_config
 from dic_repa.models.sit import position_embedding
 from dic_repa.models.uvit import UViT
@@ -345,6 +352,7 @@ def test_a_tap_that_is_no_map_is_refused():
 def test_names_and_options_of_denoisers():
     assert {"DiC-XL", "SiT-XL/2", "DiT-S/8", "U-ViT-H/4"} <= set(list_denoisers())
     assert "SiT" not in list_denoisers()  # has no size of its own
+    assert denoisers.describe("DiC-XL") == "DiC: width=384, depths=(7, 7, 8, 7, 7)"
     with pytest.raises(UserError, match="did you mean SiT-XL/"):
         create_denoiser("SIT-XL")
     with pytest.raises(UserError, match="unknown option of denoiser 'SiT-S/2': 'widht'; did you mean width"):
