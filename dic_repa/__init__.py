@@ -1,6 +1,6 @@
 """Train DiC with U-REPA, sample from it, and measure the samples.
 
-    from dic_repa import Aligner, DiC, Recipe, load, load_recipe, train
+    from dic_repa import Aligner, DiC, Recipe, evaluate, load, load_recipe, train
 
 The names load on first use, so that `import dic_repa` and the command line's help stay quick.
 """
@@ -14,6 +14,7 @@ _EXPORTS = {
     "Aligner": "alignment",
     "DiC": "models",
     "Recipe": "recipe",
+    "evaluate": "evaluation.scores",
     "load": "sampling.load",
     "load_recipe": "recipe",
     "push": "publish",

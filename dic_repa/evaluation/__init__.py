@@ -9,6 +9,7 @@ from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.judge import Judge, judge_digits
 from dic_repa.evaluation.measuring import Measure, Measured, measure
 from dic_repa.evaluation.metrics import Metric, metrics
+from dic_repa.evaluation.scores import Scores, evaluate
 
 __all__ = [
     "ImageSet",
@@ -16,6 +17,8 @@ __all__ = [
     "Measure",
     "Measured",
     "Metric",
+    "Scores",
+    "evaluate",
     "frechet_distance",
     "judge_digits",
     "measure",

@@ -111,7 +111,7 @@ def open_images(source, resize: int | None = None) -> ImageSet:
         source: a folder, zip or tar of image files, at any depth; an `.npz` with `arr_0` (N, H, W, C), uint8; what
             `dic-repa prepare` or `datasets` wrote; the name of a data set, with its split behind a colon; a data set in
             memory, whose samples are dicts with `x` (1 or 3, H, W) in [-1, 1], or `image` in [0, 1] if `x` is latent;
-            or an `ImageSet`.
+            a list of PIL images; a tensor (N, 1 or 3, H, W), uint8 or float in [0, 1]; or an `ImageSet`.
         resize: crop each image to that size as ADM does.
 
     Raises:
@@ -120,6 +120,8 @@ def open_images(source, resize: int | None = None) -> ImageSet:
     path = Path(source) if isinstance(source, (str, Path)) else None
     if isinstance(source, ImageSet):
         images = replace(source)
+    elif isinstance(source, Tensor | list | tuple):
+        images = _of_memory(source)
     elif path is None:
         images = open_data(source)
     elif named := named_data(source):
@@ -226,6 +228,20 @@ def _of_prepared(path: Path) -> ImageSet:
     # If an image is replaced, the names in state.json stay the same; the shards do not.
     digest = _digest((path / "state.json").read_text(), stamp(path.glob("*.arrow")))
     return ImageSet(str(path), len(data), lambda i: _from_float(data[i]["image"]), digest)
+
+
+def _of_memory(images: Tensor | Sequence[Image.Image]) -> ImageSet:
+    """A tensor (N, 1 or 3, H, W), or PIL images."""
+    if isinstance(images, Tensor):
+        levels = as_uint8(images.detach().cpu()) if images.numel() else images
+        load = lambda i: levels[i].expand(3, -1, -1).permute(1, 2, 0).numpy()  # noqa: E731
+        return ImageSet("the tensor", len(levels), load, fingerprint(levels))
+    for i, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise UserError(f"image {i} of the list is a {type(image).__name__}, not a PIL image")
+    arrays = [np.asarray(image.convert("RGB")) for image in images]
+    digest = fingerprint(*(part for array in arrays for part in (str(array.shape), array.tobytes())))
+    return ImageSet("the list", len(arrays), arrays.__getitem__, digest)
 
 
 def open_data(data, name: str = "") -> ImageSet:

@@ -63,6 +63,7 @@ def load_recipe(
         override_key(raw, override)
     recipe = validate(raw, name_or_path)
     if isinstance(recipe, Recipe):
+        recipe._name = Path(name_or_path).stem
         note_folders(recipe, recipe_files(name_or_path))
     return recipe
 

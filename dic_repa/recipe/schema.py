@@ -311,6 +311,8 @@ class Recipe(Section):
         None, description="how samples are judged, at the end of the run too; null: not at all"
     )
 
+    _name: str = PrivateAttr("")  # of its file, or in the package
+
     @model_validator(mode="after")
     def _tell_the_data(self):
         self.data._folders = tuple(self.folders)

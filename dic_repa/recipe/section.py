@@ -1,11 +1,13 @@
 """What all sections of a recipe have in common."""
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dic_repa.errors import UserError
-from dic_repa.recipe.keys import explain_mistakes
+from dic_repa.recipe.keys import explain_mistakes, flatten
+from dic_repa.runtime.table import html_table
 
 
 class Section(BaseModel):
@@ -25,3 +27,8 @@ class Section(BaseModel):
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def _repr_html_(self) -> str:
+        """A notebook shows what is not a default."""
+        keys = flatten(self.model_dump(mode="json", exclude_defaults=True)).items()
+        return html_table([("key", "value"), *((key, json.dumps(value, ensure_ascii=False)) for key, value in keys)])

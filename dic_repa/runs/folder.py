@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import re
 import uuid
 from collections.abc import Sequence
@@ -35,11 +36,12 @@ from dic_repa.files.outputs import (
     remove_listed,
     write_marker,
 )
-from dic_repa.files.reading import parse_json, read_json, read_lines
+from dic_repa.files.reading import numbers, parse_json, read_json, read_lines
 from dic_repa.recipe import Recipe, load_training_recipe, to_yaml
 from dic_repa.recipe.files import read_recipe
 from dic_repa.recipe.keys import ABSENT, differences
 from dic_repa.runs.checkpoints import RUN_ID, Checkpoints, checkpoint_step, find_stranger
+from dic_repa.runs.show import run_html
 from dic_repa.runtime.progress import warn
 
 # Changing these keeps the trajectory of the weights, so a resumed run may.
@@ -73,6 +75,22 @@ class RunFolder(Checkpoints):
             what = "is a file; name the folder of a run" if run.path.is_file() else missing
             raise UserError(f"{path} is not a run: it {what}{suggest_runs(run.path)}")
         return run
+
+    def __fspath__(self) -> str:
+        """A run is its folder: `dic_repa.load(run)`."""
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
+
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """The columns of metrics.jsonl by name, `step` first, as `pandas.DataFrame(run.metrics)` takes them; NaN where
+        a line lacks a number."""
+        records = read_lines(self.metrics_file)[0] if self.metrics_file.is_file() else []
+        lines = [numbers(record) for _, record in records]
+        names = dict.fromkeys(name for line in lines for name in line)
+        return {name: [line.get(name, math.nan) for line in lines] for name in names}
 
     def check_new(self, overwrite: bool = False) -> None:
         """A UserError unless a new run can begin here: in a folder that is empty or, with `overwrite`, holds a run."""

@@ -10,6 +10,7 @@ A result goes to standard output by `print_result`, a warning or an error to sta
 import logging
 import os
 import sys
+import warnings
 from typing import TextIO
 
 from tqdm import tqdm
@@ -19,6 +20,12 @@ from dic_repa.errors import is_main_process, printable, unknown_name
 LEVELS = ("quiet", "normal", "verbose")
 LIBRARIES = ("accelerate", "timm", "huggingface_hub", "diffusers", "datasets")
 _level = "normal"
+_widget: type[tqdm] | None = None  # the bar of a notebook; of text where there are no widgets
+if "ipykernel" in sys.modules:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # else it tells to install ipywidgets, to whoever imports it first
+        from tqdm.auto import tqdm as _best
+    _widget = _best
 
 
 def set_verbosity(level: str) -> None:
@@ -59,11 +66,11 @@ def warn(text: str) -> None:
 
 
 def progress_bar(iterable=None, **options) -> tqdm:
-    """A `tqdm` bar, unless quiet; if standard error is not a terminal, updated every ten seconds at most."""
-    if not sys.stderr.isatty():
+    """A `tqdm` bar, unless quiet; where it cannot be redrawn in place, updated every ten seconds at most."""
+    if not (sys.stderr.isatty() or _widget):
         options["mininterval"] = 10
     if _level == "quiet":
         options["disable"] = True
     if "desc" in options:
         options["desc"] = printable(options["desc"])
-    return tqdm(iterable, dynamic_ncols=True, **options)
+    return (_widget or tqdm)(iterable, dynamic_ncols=True, **options)

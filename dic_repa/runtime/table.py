@@ -1,5 +1,6 @@
-"""Tables of text."""
+"""Tables of text, and of HTML for notebooks."""
 
+import html
 from collections.abc import Collection, Sequence
 
 from dic_repa.errors import printable
@@ -16,3 +17,12 @@ def format_rows(rows: Sequence[Sequence[str]], left: Collection[int]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     cells = [[c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """The rows, the heading first, as HTML; what a cell says is text, whatever it holds."""
+    lines = []
+    for row, tag in zip(rows, ["th"] + ["td"] * len(rows)):
+        cells = (f'<{tag} style="text-align: left">{html.escape(printable(cell, 400))}</{tag}>' for cell in row)
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"

@@ -1,6 +1,7 @@
 """A checkpoint to sample from, found by the path that a user gives: a run, a checkpoint, averaged weights, a repository
 on the hub, or a file of public code."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,13 +94,13 @@ class Checkpoint(Editing):
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", recipe: Recipe | str | Path | None = None,
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", recipe: Recipe | str | Path | None = None,
     weights: str | None = None, trust_code: bool = False, family: str | None = None,
 ) -> Checkpoint:  # fmt: skip
     """The denoiser of a run (of its newest checkpoint), of one checkpoint, of a folder that `dic-repa convert` or
     `dic-repa push` made, of a repository on the hub, or of a file of the authors' public code.
 
-        model = dic_repa.load("runs/digits-urepa")
+        model = dic_repa.load("runs/digits-urepa")                          # or what `train` has returned
         model = dic_repa.load("someone/dic-xl")                             # or "someone/dic-xl@revision"
         model = dic_repa.load("DiC-XL.pt", recipe="dic-xl-ddpm")
 
@@ -116,10 +117,11 @@ def load(
             cannot be reached. Or it names code to run, and that is not trusted.
     """
     given = load_training_recipe(recipe) if isinstance(recipe, str | Path) else recipe
+    path = os.fspath(path)
     with trusting_code(trust_code):
         if Path(path).is_file() and not (Path(path).parent / CONFIG).is_file():
             return _load_file(Path(path), device, given, family)
-        return _load(fetch_model(str(path)) if is_hub_id(path) else path, device, given, weights)
+        return _load(fetch_model(path) if is_hub_id(path) else path, device, given, weights)
 
 
 def _load(path: str | Path, device: str | torch.device, recipe: Recipe | None, weights: str | None) -> Checkpoint:

@@ -14,9 +14,9 @@ from dic_repa.errors import UserError
 from dic_repa.files.hub import use_pins
 from dic_repa.files.lock import locked
 from dic_repa.files.outputs import MARKER, check_parents
-from dic_repa.recipe import Recipe, TrainSection
+from dic_repa.recipe import Recipe, TrainSection, load_training_recipe
 from dic_repa.recipe.folders import note_current_folder
-from dic_repa.runs.folder import RunFolder
+from dic_repa.runs.folder import RUNS, RunFolder
 from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.processes import Votes, on_main_process, start_processes
 from dic_repa.runtime.progress import say
@@ -36,13 +36,18 @@ from dic_repa.training.trackers import Trackers, check_trackers
 
 
 def train(
-    recipe: Recipe, path: str | Path, resume: bool = False, overwrite: bool = False, allow_change: bool = False,
-    trackers: Trackers | None = None,
+    recipe: Recipe | str | Path, path: str | Path | None = None, resume: bool = False, overwrite: bool = False,
+    allow_change: bool = False, trackers: Trackers | None = None,
 ) -> RunFolder:  # fmt: skip
-    """Train what `recipe` says into the run folder `path`, and return it.
+    """Train what `recipe` says into the run folder `path`, and return the run.
+
+        run = dic_repa.train("digits-urepa")     # into runs/digits-urepa
+        run.metrics["denoising"]                 # its curves: `pandas.DataFrame(run.metrics)` is a table of them
+        model = dic_repa.load(run)
 
     Args:
-        path: a new folder, unless one of the next two is set.
+        recipe: a `Recipe`, or the name or file of one.
+        path: a new folder, by default runs/ and the recipe's name, unless one of the next two is set.
         resume: go on from the newest whole checkpoint (with `allow_change`, also with a recipe that changes the run).
         overwrite: remove the run at `path` first, and no other file.
         trackers: stay open for what is logged after the training.
@@ -51,6 +56,7 @@ def train(
         Preempted: when SIGTERM or SIGUSR1 has ended the run, with its state saved.
         UserError: when the run cannot begin, or stops because losses or gradients are not finite.
     """
+    recipe, path = _named(recipe, path)
     recipe = note_current_folder(recipe)
     settings, run = recipe.train, RunFolder(path)
     for line in run.check_resume(recipe, allow_change) if resume else ():
@@ -121,6 +127,17 @@ def train(
         after.finish()
     accelerator.wait_for_everyone()
     return run
+
+
+def _named(recipe: Recipe | str | Path, path: str | Path | None) -> tuple[Recipe, str | Path]:
+    """The recipe of a name or file, and the run's folder, as the command line chooses it."""
+    if not isinstance(recipe, Recipe):
+        recipe = load_training_recipe(recipe)
+    if path is None and not recipe._name:
+        raise UserError(
+            "a recipe that was made in Python has no name: name the run's folder, train(recipe, 'runs/mine')"
+        )
+    return recipe, RUNS / recipe._name if path is None else path
 
 
 def start_accelerator(settings: TrainSection) -> Accelerator:

@@ -152,3 +152,14 @@ def finetuning(names: Names) -> Setup:
         yield {"steps=20": "steps=2"}
     assert [image.size for image in names["images"]] == [(16, 16)] * 2
     assert not any("lora" in name for name, _ in names["model"].denoiser.named_parameters())
+
+
+def python(names: Names) -> Setup:
+    small_run("runs/digits-urepa", "train.steps=2", "sample.steps=2", base=SMALL)
+    train = {
+        'dic_repa.train("digits-urepa")': f"dic_repa.train(dic_repa.load_recipe('digits-urepa', {SMALL}), 'again')"
+    }
+    yield {"steps=50": "steps=2", "steps=20": "steps=2", "num=100": "num=20", **train}
+    assert len(names["between"]) == 8
+    assert len(names["painted"]) == 2
+    assert names["noise"].shape == names["x"].shape == (2, 1, 16, 16)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import TINY
+from fake_hub import serving
 from huggingface_hub import constants
 from PIL import Image
 
 from dic_repa import DiC, load
+from dic_repa.cli import main
 from dic_repa.cli.convert import command as convert
 from dic_repa.cli.sample import command
 from dic_repa.errors import UserError
@@ -76,37 +78,44 @@ def test_images_as_a_tensor(checkpoint):
 
 
 def test_a_model_on_the_hub(checkpoint, tmp_path, monkeypatch):
-    """As its client keeps it in its cache; what of the repository is no part of the model is not asked for."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "PINS", {})
+    """It is downloaded once; what of the repository is no part of the model is left there."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "models--someone--digits"
-    published = folder / "snapshots" / ("a" * 40)
-    shutil.copytree(checkpoint, published)
-    write_manifest(published)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("a" * 40)
-    asked = []
-    download = lambda *_, allow_patterns, **__: asked.extend(allow_patterns) or str(published)  # noqa: E731
-    with monkeypatch.context() as online:
-        online.setattr("huggingface_hub.snapshot_download", download)
-        load("someone/digits")
-    assert "model.safetensors" in asked
-    assert not {"*", "README.md"} & set(asked)
-    for name in ("someone/digits", f"someone/digits@{'a' * 40}"):
-        assert load(name).sample([3], steps=2)[0].tobytes() == load(checkpoint).sample([3], steps=2)[0].tobytes()
-    (published / "model.safetensors").write_bytes(b"cut")
+    shutil.copytree(checkpoint, tmp_path / "published")
+    write_manifest(tmp_path / "published")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "published").iterdir()}
+    expected = load(checkpoint).sample([3], steps=2)[0].tobytes()
+    with serving(monkeypatch, tmp_path) as served:
+        served.repositories["someone/digits"] = {"main": files | {"large.bin": b"0"}, "two": files}
+        served.repositories["someone/other"] = {"main": {"model.bin": b""}}
+        commit = served.commit("someone/digits", "main")
+        for name in ("someone/digits", "someone/digits@two", f"someone/digits@{commit}"):
+            assert load(name).sample([3], steps=2)[0].tobytes() == expected
+        with pytest.raises(UserError, match=r"someone/other on the hub is no model of dic-repa"):
+            load("someone/other")
+        with pytest.raises(UserError, match="no folder someone/gone, and the hub does not give it"):
+            load("someone/gone")
+    cached = tmp_path / "cache" / "models--someone--digits" / "snapshots" / commit
+    assert not (cached / "large.bin").exists()
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "PINS", {})
+    assert load("someone/digits").sample([3], steps=2)[0].tobytes() == expected
+    assert main_exit(["sample", "someone/digits", "--num=2", "--steps=1"]) == 0
+    assert (tmp_path / "samples" / "digits" / "000001.png").is_file()
+    (cached / "model.safetensors").unlink()
+    (cached / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"damaged: model\.safetensors has 3 bytes"):
         load("someone/digits")
-    (published / "config.json").unlink()
-    with pytest.raises(UserError, match=r"someone/digits on the hub is no model of dic-repa"):
-        load("someone/digits")
-    with pytest.raises(UserError, match="no folder someone/other, and the hub does not give it"):
-        load("someone/other")
-    for local in ("runs/digits", "./digits", "models--someone--digits/other"):
+    for local in ("runs/digits", "./digits", "published/other"):
         with pytest.raises(UserError, match="no run or checkpoint folder"):
             load(local)
+
+
+def main_exit(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    return exit.value.code
 
 
 def test_a_file_of_the_authors(checkpoint, tmp_path, monkeypatch):
