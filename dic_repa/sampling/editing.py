@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import numbers
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from dic_repa.samplers import initial_noise, log_likelihood, sample
 from dic_repa.samplers.editing import inpaint, noised, slerp
 from dic_repa.samplers.likelihood import Likelihood
 from dic_repa.sampling.drawing import Classes, Drawing, as_output, check_output
-from dic_repa.sampling.given import Given, read_images, read_mask
+from dic_repa.sampling.given import Given, is_list, read_images, read_mask
 
 if TYPE_CHECKING:
     from dic_repa.protocols import Autoencoder
@@ -237,9 +238,9 @@ class Editing(Drawing):
         return torch.cat(list(sampler.solved(labels, solve=solve)))
 
     def _noise_of(self, end: Given | int, labels: Tensor, condition: Condition, settings: SampleSection) -> Tensor:
-        if isinstance(end, int):
+        if isinstance(end, numbers.Integral):
             shape = (self.denoiser.in_channels, self.recipe.data.size, self.recipe.data.size)
-            return initial_noise(shape, end, [0])[0].to(self.device)
+            return initial_noise(shape, int(end), [0])[0].to(self.device)
         x = self.encode(end)
         if len(x) != 1:
             raise UserError(f"each end is one image, not {len(x)}")
@@ -248,8 +249,7 @@ class Editing(Drawing):
 
 def _one_for_each(x: Tensor, classes: Classes) -> Tensor:
     """A single image (1, C, h, w) as often as there are classes."""
-    several = isinstance(classes, Sequence) and not isinstance(classes, str)
-    return x.expand(len(classes), -1, -1, -1) if several and len(x) == 1 else x  # type: ignore[arg-type]
+    return x.expand(len(classes), -1, -1, -1) if is_list(classes) and len(x) == 1 else x  # type: ignore[arg-type]
 
 
 class OfRows:

@@ -1,9 +1,10 @@
 """Images and masks that a user gives in Python, checked and as tensors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -98,11 +99,16 @@ def read_mask(mask: Image.Image | Tensor | str | Path, count: int, size: tuple[i
     return chosen
 
 
-def chosen_classes(classes: object, count: int) -> list:
+def is_list(classes: Any) -> bool:
+    """Whether these are the classes of several images, not one for all."""
+    return hasattr(classes, "__len__") and not isinstance(classes, str)
+
+
+def chosen_classes(classes: Any, count: int) -> list:
     """The class of each of `count` images, from one for all or one for each; a UserError for another number of them."""
-    if classes is None or isinstance(classes, str) or not isinstance(classes, Sequence | Tensor):
+    if not is_list(classes):
         return [classes] * count
-    found = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    found = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else list(classes)
     if len(found) != count:
         raise UserError(f"{len(found)} classes for {count} images: give one for each, or one for all")
     return found

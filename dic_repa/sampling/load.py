@@ -116,9 +116,9 @@ def load(
         UserError: `path` is not a run or checkpoint, or lacks a recipe or these weights; or it is on the hub, which
             cannot be reached. Or it names code to run, and that is not trusted.
     """
-    given = load_training_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     path = os.fspath(path)
     with trusting_code(trust_code):
+        given = load_training_recipe(recipe) if isinstance(recipe, str | Path) else recipe
         if Path(path).is_file() and not (Path(path).parent / CONFIG).is_file():
             return _load_file(Path(path), device, given, family)
         return _load(fetch_model(path) if is_hub_id(path) else path, device, given, weights)

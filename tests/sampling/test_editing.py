@@ -101,7 +101,7 @@ def test_an_edit_keeps_what_strength_leaves_and_turns_into_the_class(name):
     assert abs(little.mean()) < 0.05
     assert abs(much.mean() - 0.25) < 0.05
     assert abs(much.std() - STD) < 0.03
-    several = model.edit(grey, 0.9, [0, 9], steps=5)
+    several = model.edit(grey, 0.9, np.array([0, 9]), steps=5)
     assert [np.array(image).mean() > 128 for image in several] == [False, True]
     by_sde = model.edit(grey, 0.9, "7", output="pt", solver="euler_maruyama", steps=60) * 2 - 1
     assert abs(by_sde.mean() - 0.25) < 0.05

@@ -134,6 +134,11 @@ def test_a_file_of_the_authors(checkpoint, tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             load("DiC.pt", **given)
+    sample = ["sample", "DiC.pt", "--recipe=digits-urepa", "--num=2", "--steps=2", "--out=made"]
+    assert main_exit(sample) == 0
+    with Image.open("made/000001.png") as made:
+        expected = load("DiC.pt", recipe="digits-urepa").sample(num=2, steps=2)[1]
+        assert np.array_equal(np.array(made), np.array(expected))
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match=r"notes\.txt is a file; name the folder"):
         load("notes.txt")
