@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import webbrowser
+import ipaddress
+import threading
 
 import click
 
 from dic_repa.cli import completion
+from dic_repa.cli.report import open_in_browser
 from dic_repa.errors import UserError, when_interrupted
 from dic_repa.runtime.progress import print_result, say
 from dic_repa.runtime.threads import choose_threads
@@ -33,24 +35,30 @@ def command(checkpoints: tuple[str, ...], host: str, port: int, show: bool):
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the demo needs Gradio: pip install 'dic-repa[demo]'")
 
-    from dic_repa.demo.models import Models
-    from dic_repa.runtime.processes import start_processes
-
-    choose_threads()
-    models = Models(checkpoints, start_processes().device)
-
-    from dic_repa.demo.page import Page
-    from dic_repa.demo.server import listen, make_server
+    from dic_repa.demo.address import listen
 
     with listen(host, port) as listening:
-        page = Page(models)
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listening.getsockname()[1]}"
+        from dic_repa.demo.models import Models
+        from dic_repa.demo.page import Page
+        from dic_repa.demo.server import make_server
+        from dic_repa.runtime.processes import start_processes
+
+        choose_threads()
+        page = Page(Models(checkpoints, start_processes().device))
+        address, port, *_ = listening.getsockname()
+        url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
         print_result(f"the demo is at {url}; Ctrl-C ends it")
-        if show and not webbrowser.open(url):
-            say(f"note: no browser could be opened; the page is {url}")
+        if not ipaddress.ip_address(address).is_loopback:
+            say("note: whoever reaches this machine can use the page")
+        if show:
+            threading.Thread(target=_open, args=[url], daemon=True).start()
         with when_interrupted(lambda: "the demo has ended"):
             try:
                 make_server(page).run(sockets=[listening])
             finally:
                 page.stop_all()
+
+
+def _open(url: str) -> None:
+    if not open_in_browser(url):
+        say(f"note: no browser could be opened; the page is {url}")

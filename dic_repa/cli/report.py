@@ -41,7 +41,7 @@ def command(runs: tuple[Path, ...], out: Path | None, show: bool):
         say(f"note: no browser could be opened; the page is {out.resolve().as_uri()}")
 
 
-def open_in_browser(page: Path) -> bool:
+def open_in_browser(page: Path | str) -> bool:
     """Show the page in the browser, if there is one; what the desktop's opener prints is hidden."""
     if not sys.platform.startswith("linux"):
         return click.launch(str(page)) == 0

@@ -1,11 +1,8 @@
-"""Serves the page on one address, and keeps the browser from asking anybody else for anything."""
+"""Serves the page, and keeps the browser from asking anybody else for anything."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import re
-import socket
 from typing import Any
 
 import gradio as gr
@@ -14,7 +11,6 @@ from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 
 from dic_repa.demo.page import Page, fitting, looks
-from dic_repa.errors import UserError
 
 # Gradio's own page may name scripts and fonts of other hosts: they are taken out, and with the policy the browser would
 # refuse them.
@@ -60,35 +56,6 @@ class OnlyFromHere:
         await self.app(scope, receive, checked)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; a UserError names a free port if this one is taken."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise UserError(f"--host {host}: {error.strerror}; name an address of this machine") from None
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind(address)
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} is in use; take another, such as --port {free_port(host, port)}") from None
-        if error.errno == errno.EACCES:
-            raise UserError(f"port {port} needs more rights; take one above 1023, such as --port 7860") from None
-        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror}; name another --host") from None
-    return listening
-
-
-def free_port(host: str, port: int) -> int:
-    """A free port, the next behind `port` if there is one among the next hundred."""
-    for candidate in [*range(port + 1, min(port + 100, 65536)), 0]:
-        with contextlib.suppress(OSError), socket.create_server((host, candidate)) as found:
-            return found.getsockname()[1]
-    return 0
-
-
 def make_app(page: Page) -> FastAPI:
     """The page as a web application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -99,5 +66,5 @@ def make_app(page: Page) -> FastAPI:
 
 
 def make_server(page: Page) -> uvicorn.Server:
-    """What serves it: `run(sockets=[listen(...)])`."""
+    """What serves it: `run(sockets=[...])`."""
     return uvicorn.Server(uvicorn.Config(make_app(page), log_level="warning", timeout_graceful_shutdown=1))

@@ -22,9 +22,10 @@ pytest.importorskip("gradio")
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from dic_repa.demo.address import listen
 from dic_repa.demo.models import Models
 from dic_repa.demo.page import Page
-from dic_repa.demo.server import listen, make_server
+from dic_repa.demo.server import make_server
 from dic_repa.errors import UserError
 
 SAMPLE = "[...document.querySelectorAll('button')].find(button => button.textContent.trim() == 'Sample')"
