@@ -245,3 +245,9 @@ def test_links_and_pictures(page):
 def test_the_readme_leads_to_every_page():
     for page in PAGES:
         assert page == "README.md" or f"]({page})" in PAGES["README.md"]
+
+
+def test_the_gallery_has_every_picture():
+    pictures = [path.name for path in (ROOT / "recipes/results").glob("*.png")]
+    assert len(pictures) > 10
+    assert not [name for name in pictures if f"](../recipes/results/{name})" not in PAGES["docs/gallery.md"]]
