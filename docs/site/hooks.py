@@ -57,19 +57,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     found += [File(path, str(ROOT), config.site_dir, config.use_directory_urls) for path in paths]
     for path in linked:
         if Path(path).suffix in SHOWN:
-            text = f"# {path}\n\n{shown(ROOT / path)}"
-            found.append(File.generated(config, f"{path}.md", content=text, inclusion=InclusionLevel.NOT_IN_NAV))
+            in_no_list = InclusionLevel.NOT_IN_NAV
+            found.append(File.generated(config, f"{path}.md", content=shown(path), inclusion=in_no_list))
     for name in modules_of(config):
         text = MADE[name](config) if name in MADE else make_module(name, modules_of(config))
         found.append(File.generated(config, f"api/{name}.md", content=text))
     return Files(found)
 
 
-def shown(path: Path) -> str:
+def shown(path: str) -> str:
     """A text file's text, or the cells of a notebook without what they put out."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".ipynb":
-        return f"````{SHOWN[path.suffix]}\n{text}````\n"
+    text, suffix = (ROOT / path).read_text(encoding="utf-8"), Path(path).suffix
+    if suffix != ".ipynb":
+        return f"# {path}\n\n````{SHOWN[suffix]}\n{text}````\n"
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
     return "\n\n".join(source if kind == "markdown" else f"````python\n{source}\n````" for kind, source in cells)
 
