@@ -58,6 +58,7 @@ VERBS = {
     "tune": ["tune", "theirs"],
     "evaluate": ["evaluate", "theirs"],
     "nearest": ["nearest", "theirs", "--reference", "digits"],
+    "demo": ["demo", "theirs", "--port", "0"],
     "bench data": ["bench", "data", "theirs/recipe.yaml"],
 }
 

@@ -39,12 +39,15 @@ def command(checkpoints: tuple[str, ...], host: str, port: int, show: bool):
 
     with listen(host, port) as listening:
         from dic_repa.demo.models import Models
-        from dic_repa.demo.page import Page
-        from dic_repa.demo.server import make_server
         from dic_repa.runtime.processes import start_processes
 
         choose_threads()
-        page = Page(Models(checkpoints, start_processes().device))
+        models = Models(checkpoints, start_processes().device)
+
+        from dic_repa.demo.page import Page
+        from dic_repa.demo.server import make_server
+
+        page = Page(models)
         address, port, *_ = listening.getsockname()
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
         print_result(f"the demo is at {url}; Ctrl-C ends it")

@@ -27,7 +27,8 @@ KEPT = 4  # checkpoints in memory at once
 class Fit:
     """What all of some checkpoints take."""
 
-    classes: list[str]  # the names that all of them have
+    choices: str  # what the rows to choose from are called: 'classes', or 'examples'
+    classes: list[str]  # their names that all of the checkpoints have
     null: bool  # whether they can sample without a class though they have classes
     guided: bool
     solvers: dict[str, str]  # by name, what each is
@@ -98,7 +99,8 @@ class Models:
         common = {name: text for name, text in solvers[0].items() if all(name in others for others in solvers)}
         if not common:
             raise UserError("these checkpoints have no solver in common; choose others")
-        return Fit(classes, bool(classes) and all(drops), all(map(is_guided, chosen)), common, chosen[0].recipe.sample)
+        null, guided = bool(classes) and all(drops), all(map(is_guided, chosen))
+        return Fit(chosen[0].condition.choices, classes, null, guided, common, chosen[0].recipe.sample)
 
 
 def _title(checkpoint: Path, path: str) -> str:

@@ -114,7 +114,7 @@ class Page:
             info="Several are shown side by side.",
         )  # fmt: skip
         classes = gr.Dropdown(
-            _offered(fit), value=[], multiselect=True, label="Classes", visible=bool(fit.classes),
+            _offered(fit), value=[], multiselect=True, label=fit.choices.capitalize(), visible=bool(fit.classes),
             info="None chosen: all in turn.",
         )  # fmt: skip
         num = gr.Slider(1, MOST_IMAGES, value=min(20, recipe.num), step=1, label="Images")

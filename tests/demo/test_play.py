@@ -16,7 +16,7 @@ from small_samplers import RECIPE, write_tiny_checkpoint
 
 from dic_repa.cli import main
 from dic_repa.cli.sample import parse_classes
-from dic_repa.conditions import ClassLabels
+from dic_repa.conditions import ClassLabels, NoCondition, VectorCondition
 from dic_repa.demo.models import Models
 from dic_repa.demo.pictures import draw_page
 from dic_repa.demo.play import MOST_IMAGES, NO_CLASS, Wish, class_words, play
@@ -26,6 +26,7 @@ from dic_repa.models import DiC
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import DDPM, FlowMatching
 from dic_repa.recipe import GuidanceSection, SampleSection, load_recipe, to_yaml
+from dic_repa.recipe.build import build_denoiser
 from dic_repa.sampling.sampler import Sampler
 
 
@@ -174,6 +175,22 @@ def test_only_what_all_checkpoints_take_is_offered(tmp_path, checkpoint):
     assert (alone.null, alone.guided) == (True, True)
     with pytest.raises(UserError, match="trained without label dropout"):
         list(play(models, Wish(models.first[1:2], num=1, solver="euler", steps=1, scale=2.0)))
+
+
+@pytest.mark.parametrize("condition", [NoCondition(), VectorCondition(2, examples=torch.eye(2), names=["up", "down"])])
+def test_models_without_classes(tmp_path, condition):
+    build_denoiser(RECIPE.model, 1, condition).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/recipe.yaml").write_text(to_yaml(RECIPE))
+    models = Models([tmp_path / "model"])
+    models.get("model").condition = condition  # the data's examples would be beside the weights
+    fit = models.fit(models.first)
+    assert (fit.classes, fit.guided, fit.null) == (list(condition.names), bool(condition.count), bool(condition.count))
+    assert fit.choices == ("examples" if condition.count else "classes")
+    assert last(models, num=3, solver="euler", steps=1).captions == (
+        ["up", "down", "up"] if condition.count else [""] * 3
+    )
+    if condition.count:
+        assert last(models, classes=["down"], num=1, solver="euler", steps=1, scale=2.0).captions == ["down"]
 
 
 @pytest.mark.parametrize(
