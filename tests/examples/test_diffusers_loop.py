@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from peft import LoraConfig, inject_adapter_in_model
 from small_unet import small_unet
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 from dic_repa import Aligner
 
 ALIGNMENT = {"encoder": "digits-vit", "tap": "mid_block", "head_options": {"hidden": 16}}
+EXAMPLE = {"sample": torch.zeros(1, 1, 16, 16), "timestep": 0}
 
 
 @pytest.fixture
@@ -32,8 +34,7 @@ def accelerate(monkeypatch):
 
 def make(seed: int = 0) -> tuple[UNet2DModel, Aligner]:
     unet = small_unet(seed)
-    example = {"sample": torch.zeros(1, 1, 16, 16), "timestep": 0}
-    return unet, Aligner(unet, [ALIGNMENT], image_size=28, example=example)
+    return unet, Aligner(unet, [ALIGNMENT], image_size=28, example=EXAMPLE)
 
 
 def batch() -> tuple[torch.Tensor, ...]:
@@ -137,3 +138,17 @@ def test_saved_and_loaded_state(accelerate, tmp_path):
     )
     accelerator.load_state(tmp_path / "state")
     assert_close(dict(aligner.state_dict()), before)
+
+
+def test_adapters_of_frozen_weights():
+    """Alignment alone moves LoRA's matrices at the tap, also of blocks that are computed again."""
+    unet = small_unet().requires_grad_(False)
+    unet.enable_gradient_checkpointing()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), unet)
+    aligner = Aligner(unet, [ALIGNMENT], image_size=28, example=EXAMPLE)
+    images, noise, t = batch()
+    unet(noise, t)
+    aligner(images, t / 1000).backward()
+    adapters = {name: p.grad for name, p in unet.named_parameters() if p.requires_grad and "mid_block" in name}
+    assert len(adapters) == 4
+    assert all(gradient.abs().sum() > 0 for gradient in adapters.values())

@@ -13,12 +13,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from pictures import write_tree
 from places import ROOT
 from safetensors.torch import load_file
 from small_stable_diffusion import save_stable_diffusion
-from small_unet import small_unet
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGE = ROOT / "examples" / "README.md"
@@ -114,14 +112,3 @@ def test_every_command_that_is_named_can_be_run():
     for name, options in found:
         words = shlex.split(re.sub(r"(--(?:images|weights)) \S+", r"\1 .", options))
         command(name).make_context(name, words)
-
-
-def test_the_lines_for_ones_own_script():
-    names = {"torch": torch, "F": torch.nn.functional, "unet": small_unet()}
-    names |= {"x": torch.zeros(1, 1, 16, 16), "t": torch.tensor([500]), "images": torch.rand(1, 1, 28, 28)}
-    names |= {"noisy": torch.randn(1, 1, 16, 16), "noise": torch.randn(1, 1, 16, 16)}
-    before, inside = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
-    exec(before.replace("dinov2-vit-b", "digits-vit").replace("image_size=256", "image_size=28"), names)
-    exec(inside, names)
-    names["loss"].backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in names["aligner"].parameters())
