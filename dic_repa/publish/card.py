@@ -51,10 +51,14 @@ class Page:
         return type(self.model.denoiser).__name__
 
     @property
-    def pixels(self) -> int:
-        """Height and width of an image."""
-        spec = self.data and self.data.autoencoder
-        return self.recipe.data.size * (spec.downsample if spec else 1)
+    def pictures(self) -> str:
+        """'images of 256x256 pixels'; of a model that does not say behind which autoencoder it was trained, latents."""
+        spec, side = self.data and self.data.autoencoder, self.recipe.data.size
+        channels = self.model.denoiser.in_channels
+        if spec or channels in (1, 3):
+            side *= spec.downsample if spec else 1
+            return f"images of {side}x{side} pixels"
+        return f"latents of {channels}x{side}x{side}"
 
     @property
     def needs_code(self) -> bool:
@@ -97,7 +101,7 @@ def metadata(page: Page) -> ModelCardData:
         pipeline_tag=TASK,
         tags=[tag for tag in tags if re.fullmatch(r"[\w.-]+", tag)],
         datasets=[known] if known else None,
-        model_name=page.repository.partition("/")[2],
+        model_name=page.repository.partition("/")[2] if results else None,
         eval_results=results or None,
     )
 
@@ -133,13 +137,13 @@ def protocol(scored: Scored) -> dict[str, Any]:
 
 
 def _what_it_is(page: Page) -> str:
-    condition, side = page.model.condition, page.pixels
+    condition = page.model.condition
     size = sum(parameter.numel() for parameter in page.model.denoiser.parameters())
     known = "no condition" if condition.kind == "none" else condition.describe()
     by = [f"[{name}]({PAPERS[name]})" for name in ("DiC", "U-REPA") if name in (page.kind, *_aligned(page))]
     text = (
-        f"A {plain(page.kind)} of {size / 1e6:.4g} M parameters that draws images of {side}x{side} pixels ({known}), "
-        f"trained on {plain(page.recipe.data.name)}. It is a model for dic-repa"
+        f"A {plain(page.kind)} of {size / 1e6:.4g} M parameters that draws {page.pictures} ({known}), trained on "
+        f"{plain(page.recipe.data.name)}. It is a model for dic-repa"
     )
     text += f", after the papers {' and '.join(by)}." if by else "."
     return text + (f"\n\nIts recipe: {plain(page.recipe.description)}." if page.recipe.description else "")
@@ -249,7 +253,7 @@ def _limits(page: Page) -> Iterator[str]:
     spec = page.data and page.data.autoencoder
     if page.model.source.is_file():  # a file of the authors' code
         yield f"Its weights come from {plain(page.model.source.name)}, which other code made; the recipe was added."
-    yield f"It draws what its training data shows, {page.pixels}x{page.pixels} pixels, with the faults of that data."
+    yield f"It draws what its training data shows, as {page.pictures}, with the faults of that data."
     if page.scores.step is not None and page.scores.step < recipe.train.steps:
         yield f"Training stopped at step {page.scores.step} of {recipe.train.steps}."
     if any(each.num < FULL_COUNT for each in scored):

@@ -112,5 +112,5 @@ def _explained(repository: str) -> Iterator[None]:
             401: "the hub does not know this token: log in anew with `hf auth login`",
             403: f"this token may not write to {repository}: take one of the kind `write`, and a repository of yours",
         }.get(getattr(response, "status_code", 400 if isinstance(error, ValueError) else 0), "try again later")
-        why = str(error) if response is None else first_line(error)
+        why = str(error) if isinstance(error, ValueError) and response is None else first_line(error)
         raise UserError(f"{repository} was not uploaded ({type(error).__name__}: {why}); {hint}") from None
