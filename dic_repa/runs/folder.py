@@ -80,6 +80,9 @@ class RunFolder(Checkpoints):
         """A run is its folder: `dic_repa.load(run)`."""
         return str(self.path)
 
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         return run_html(self)
 

@@ -44,4 +44,5 @@ def _picture(file: Path | None, title: str) -> str:
     if not content.startswith(PNG):
         return ""
     data, title = base64.b64encode(content).decode(), html.escape(printable(title))
-    return f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="data:image/png;base64,{data}"></figure>'
+    picture = f'<img alt="{title}" style="max-width: 100%" src="data:image/png;base64,{data}">'
+    return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -238,7 +237,7 @@ class Editing(Drawing):
         return torch.cat(list(sampler.solved(labels, solve=solve)))
 
     def _noise_of(self, end: Given | int, labels: Tensor, condition: Condition, settings: SampleSection) -> Tensor:
-        if isinstance(end, numbers.Integral):
+        if isinstance(end, int | np.integer):
             shape = (self.denoiser.in_channels, self.recipe.data.size, self.recipe.data.size)
             return initial_noise(shape, int(end), [0])[0].to(self.device)
         x = self.encode(end)
