@@ -159,7 +159,9 @@ def python(names: Names) -> Setup:
     train = {
         'dic_repa.train("digits-urepa")': f"dic_repa.train(dic_repa.load_recipe('digits-urepa', {SMALL}), 'again')"
     }
-    yield {"steps=50": "steps=2", "steps=20": "steps=2", "num=100": "num=20", **train}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(Path("cache").resolve()))
+        yield {"steps=50": "steps=2", "steps=20": "steps=2", "num=100": "num=20", **train}
     assert len(names["between"]) == 8
     assert len(names["painted"]) == 2
     assert names["noise"].shape == names["x"].shape == (2, 1, 16, 16)
