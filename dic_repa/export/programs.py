@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.export.inputs import Inputs
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.objectives.base import run_denoiser
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 NAMES = ("x", "t", "y")
+MOST_ROWS = 2**16  # of a free batch: without a bound, torch 2.6 finds that its indices might overflow
 
 
 class _Float32(nn.Module):
@@ -28,10 +29,20 @@ class _Float32(nn.Module):
 
     def __init__(self, denoiser: Pretrained):
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self.dtype = denoiser, next(denoiser.parameters()).dtype
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return run_denoiser(self.denoiser, x, t, y)
+        return self.denoiser(x.to(self.dtype), t, y).float()
+
+
+class _WithoutAddcmul(TorchFunctionMode):
+    """addcmul as sum and product, which is what ONNX has: torch 2.6 fails to take it apart where the batch is free."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.addcmul and not kwargs:
+            x, a, b = args
+            return x + a * b
+        return func(*args, **(kwargs or {}))
 
 
 def write_torch(folder: Path, denoiser: Pretrained, example: Inputs, dynamic: bool) -> tuple[str, Run]:
@@ -48,9 +59,8 @@ def write_onnx(folder: Path, denoiser: Pretrained, example: Inputs, dynamic: boo
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the format onnx needs {package}, which is not installed: pip install 'dic-repa[export]'")
-    program = _trace(denoiser, example, dynamic)
-    # torch 2.6 cannot lower this one where the batch is free. Later versions write it the same way.
-    program = program.run_decompositions({torch.ops.aten.addcmul.default: lambda x, a, b, value=1: x + value * a * b})
+    with _WithoutAddcmul():
+        program = _trace(denoiser, example, dynamic)
     shapes = [{0: "batch"}] * len(NAMES) if dynamic else None
     options: dict[str, Any] = {"input_names": NAMES, "output_names": ["prediction"], "dynamic_shapes": shapes}
     file = folder / "denoiser.onnx"
@@ -84,7 +94,7 @@ def _open_onnx(file: Path) -> Run:
 
 
 def _trace(denoiser: Pretrained, example: Inputs, dynamic: bool) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=MOST_ROWS)
     shapes = tuple({0: batch} for _ in NAMES) if dynamic else None
     try:
         with torch.no_grad(), _quiet():
