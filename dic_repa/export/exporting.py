@@ -23,6 +23,7 @@ from dic_repa.files.atomic import write_aside
 from dic_repa.files.lock import locked_output
 from dic_repa.interpolants import path_of, paths
 from dic_repa.limits import check_limit
+from dic_repa.objectives import DDPM
 from dic_repa.objectives.base import run_denoiser
 from dic_repa.recipe.build import build_objective
 from dic_repa.runtime.progress import detail
@@ -76,7 +77,7 @@ def export(
         if format == "diffusers":
             from dic_repa.export.folder import write_pipeline
 
-            file, run = write_pipeline(aside, denoiser, record, autoencoder)
+            file, run = write_pipeline(aside, model, denoiser, record, autoencoder)
         else:
             write = {"torch": write_torch, "onnx": write_onnx}[format]
             file, run = write(aside, denoiser, example_inputs(model, rows or 3), rows is None)
@@ -119,8 +120,11 @@ def check_options(format: str, dtype: str, batch: int | str, autoencoder: str | 
 def describe(model: Checkpoint) -> dict[str, Any]:
     """What one must know to sample with the denoiser alone, as JSON has it."""
     recipe, denoiser, spec = model.recipe, model.denoiser, _autoencoder_spec(model)
-    velocity = build_objective(recipe.objective).velocity_model(denoiser)
-    path, times = path_of(velocity), example_inputs(model, 2)[1].tolist()
+    objective = build_objective(recipe.objective)
+    velocity = objective.velocity_model(denoiser)
+    path, times = path_of(velocity), [1, 0]
+    if isinstance(objective, DDPM):
+        times = [len(objective.schedule) - 1 + objective.first_step, objective.first_step]
     known = {name: paths.find(name) for name in paths.names()}
     guidance = recipe.sample.guidance
     return {
@@ -134,7 +138,8 @@ def describe(model: Checkpoint) -> dict[str, Any]:
         "t_at_data": times[1],
         "channels": denoiser.in_channels,
         "size": recipe.data.size,
-        "autoencoder": spec.to_dict() if spec else None,
+        "autoencoder": spec
+        and spec.to_dict() | {"name": Path(spec.name).name if Path(spec.name).is_absolute() else spec.name},
         "condition": denoiser.conditioned_on.to_dict(),
         "class_names": list(model.condition.names),
         "sample": {

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dic_repa.data.autoencoders import AutoencoderSpec, KLAutoencoder, load_autoencoder
+from dic_repa.data.autoencoders import KLAutoencoder
 from dic_repa.errors import UserError
 from dic_repa.export.diffusers_denoiser import DicRepaDenoiser
 from dic_repa.export.diffusers_pipeline import DicRepaPipeline
 from dic_repa.export.programs import Run
+from dic_repa.files.hub import is_hub_id
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives.base import run_denoiser
+from dic_repa.recipe.build import build_autoencoder
+from dic_repa.sampling.load import Checkpoint
 
 CARD = """---
 library_name: diffusers
@@ -35,15 +38,16 @@ A {kind} in {dtype}, conditioned on {condition}, exported by dic-repa {version}.
 
 
 def write_pipeline(
-    folder: Path, denoiser: Pretrained, record: dict[str, Any], autoencoder: str | None
+    folder: Path, model: Checkpoint, denoiser: Pretrained, record: dict[str, Any], autoencoder: str | None
 ) -> tuple[str, Run]:
     """Fill `folder`: the name of its index, and the denoiser as read back from it.
 
     Args:
+        denoiser: that of `model` in the dtype to write.
         record: what `exporting.describe` gives; how the autoencoder is named in it may change.
         autoencoder: where it is now, if no longer under its name.
     """
-    vae = _autoencoder(record, autoencoder)
+    vae = _autoencoder(model, record, autoencoder)
     wrapped = DicRepaDenoiser(kind=type(denoiser).__name__, options=denoiser.config)
     wrapped.model = denoiser
     DicRepaPipeline(wrapped, vae, record).save_pretrained(folder)
@@ -59,29 +63,20 @@ def write_pipeline(
     return DicRepaPipeline.config_name, lambda x, t, y: run_denoiser(saved, x, t, y)
 
 
-def _autoencoder(record: dict[str, Any], place: str | None) -> Any:
+def _autoencoder(model: Checkpoint, record: dict[str, Any], place: str | None) -> Any:
     """The autoencoder that is copied, from a folder of this machine; None for one of the hub, and for pixels."""
-    if record["autoencoder"] is None:
-        raise UserError("it is not known behind which autoencoder the model was trained; name it with --autoencoder")
-    spec = AutoencoderSpec.from_dict(record["autoencoder"])
-    if spec.name == "none":
+    spec = model.data and model.data.autoencoder
+    name = place or (spec.name if spec else model.recipe.data.autoencoder) or ""
+    if record["autoencoder"] and record["autoencoder"]["name"] == "none":
         return None
-    place = place or spec.name
-    name = place.partition(":")[0]
-    if not Path(name).is_dir() and not name.startswith(("/", ".", "~")) and name.count("/") == 1:
-        record["autoencoder"]["name"] = place
+    if record["autoencoder"] and is_hub_id(name.partition(":")[0]):
+        record["autoencoder"]["name"] = name
         return None
-    try:
-        loaded = load_autoencoder(place)
-    except UserError as error:
-        raise UserError(
-            f"the model was trained behind the autoencoder {spec.name}; name its folder with --autoencoder: {error}"
-        ) from None
+    loaded = build_autoencoder(model.recipe.data, "cpu", model.data, place)
     if not isinstance(loaded, KLAutoencoder):
         raise UserError(
-            f"a diffusers folder can hold diffusers' AutoencoderKL alone, not the autoencoder {place}; take the format "
-            "torch or onnx, and decode with it"
+            f"a diffusers folder can hold diffusers' AutoencoderKL alone, not the autoencoder {loaded.spec.name}; take "
+            "the format torch or onnx, and decode with it"
         )
-    if not spec.same_weights(loaded.spec):
-        raise UserError(f"the weights of {place} are not those of the autoencoder that the model was trained behind")
+    record["autoencoder"] = loaded.spec.to_dict() | {"name": "vae"}
     return loaded.model

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,17 @@ def write_torch(folder: Path, denoiser: Pretrained, example: Inputs, dynamic: bo
     """denoiser.pt2, opened by `torch.export.load(file).module()`: its name, and the program as the file has it."""
     file = folder / "denoiser.pt2"
     program = _trace(denoiser, example, dynamic)
-    with file.open("wb") as stream, _quiet():  # with a path, torch would hide a disk's error
-        torch.export.save(program, stream)
+    buffer = io.BytesIO()  # at the error of a full disk, torch's own writer would end the process
+    with _quiet():
+        torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
     return file.name, torch.export.load(file).module()
 
 
 def write_onnx(folder: Path, denoiser: Pretrained, example: Inputs, dynamic: bool) -> tuple[str, Run]:
     """denoiser.onnx (with denoiser.onnx.data beside it above 2 GB): its name, and the file as onnxruntime runs it."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
+        if find_spec(package) is None:
             raise UserError(f"the format onnx needs {package}, which is not installed: pip install 'dic-repa[export]'")
     with _WithoutAddcmul():
         program = _trace(denoiser, example, dynamic)
