@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class DicRepaPipeline(DiffusionPipeline):
         settings: what `dic-repa export` wrote: objective, size, autoencoder, class names, and how to sample by default.
     """
 
+    denoiser: Any
+    vae: Any
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers' own attribute
 
     def __init__(self, denoiser: torch.nn.Module, vae: AutoencoderKL | None = None, settings: dict | None = None):
@@ -50,7 +53,7 @@ class DicRepaPipeline(DiffusionPipeline):
     def condition(self) -> Condition:
         """What the denoiser is conditioned on, with the names of classes."""
         taken = self.denoiser.conditioned_on
-        return class_labels(taken.count, self.config.settings["class_names"]) if taken.names else taken
+        return class_labels(taken.count, self.config["settings"]["class_names"]) if taken.names else taken
 
     @torch.no_grad()
     def __call__(
@@ -82,7 +85,7 @@ class DicRepaPipeline(DiffusionPipeline):
             settings: further keys of a recipe's `sample` section: `rtol`, `batch_size`, `precision`, ...
         """
         labels, condition = self._labels(class_labels, num_images)
-        size, device = self.config.settings["size"], next(self.denoiser.parameters()).device
+        size, device = self.config["settings"]["size"], next(self.denoiser.parameters()).device
         shape = (self.denoiser.in_channels, size, size)
         if latents is None:
             latents = randn_tensor((len(labels), *shape), generator=generator, device=device, dtype=torch.float32)
@@ -94,9 +97,9 @@ class DicRepaPipeline(DiffusionPipeline):
         given = {key: value for key, value in given.items() if value is not None}
         guidance = {"scale": guidance_scale, "interval": guidance_interval}
         guidance = {key: value for key, value in guidance.items() if value is not None}
-        base = SampleSection(**self.config.settings["sample"])
+        base = SampleSection(**self.config["settings"]["sample"])
         chosen = override_sampling(base, guidance, **{"seed": seed, **given, **settings})
-        objective = build_objective(ObjectiveSection(**self.config.settings["objective"]))
+        objective = build_objective(ObjectiveSection(**self.config["settings"]["objective"]))
         decode = (lambda x: x) if output_type == "latent" else self._decoder(device)
         sampler = Sampler(
             self.denoiser, objective, chosen, shape, decode=decode, condition=condition, noise=latents.float()
@@ -108,11 +111,11 @@ class DicRepaPipeline(DiffusionPipeline):
             images = images.permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
         """As diffusers has it, with the code of pipeline and denoiser, so that `from_pretrained` opens the folder."""
         if options.get("push_to_hub"):
             raise UserError("save the folder first, then upload it: huggingface_hub.upload_folder")
-        super().save_pretrained(save_directory, **options)
+        super().save_pretrained(save_directory, *arguments, **options)
         folder, denoiser = Path(save_directory), type(getattr(self.denoiser, "_orig_mod", self.denoiser))
         shutil.copyfile(inspect.getfile(type(self)), folder / "pipeline.py")
         shutil.copyfile(inspect.getfile(denoiser), folder / "denoiser" / "denoiser.py")
@@ -135,7 +138,7 @@ class DicRepaPipeline(DiffusionPipeline):
 
     def _decoder(self, device: torch.device) -> Any:
         """From the denoiser's data to images in [0, 1]."""
-        spec = AutoencoderSpec.from_dict(self.config.settings["autoencoder"])
+        spec = AutoencoderSpec.from_dict(self.config["settings"]["autoencoder"])
         if self.vae is None:
             return build_decoder(DataSection(), device, SavedData(spec, self.condition))
 
