@@ -22,7 +22,8 @@ def slerp(a: Tensor, b: Tensor, shares: Sequence[float]) -> Tensor:
     (sin((1 - s) w) a + sin(s w) b) / sin w for the angle w between them (Shoemake 1985): between two draws of noise
     these have the length of noise, which those on a straight line do not.
     """
-    cosine = torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0)
+    flat_a, flat_b = (x.flatten().cpu().double() for x in (a, b))
+    cosine = torch.nn.functional.cosine_similarity(flat_a, flat_b, dim=0)
     angle = torch.acos(cosine.clamp(-1, 1)).item()
     s = torch.tensor(list(shares), dtype=torch.float64).reshape(-1, *[1] * a.ndim)
     if angle < 1e-4:  # one and the same direction: the arc is a line

@@ -114,10 +114,10 @@ def is_hub_id(name: str | Path) -> bool:
     return bool(named and owner not in ("", "runs") and not Path(owner).is_dir())
 
 
-def fetch_model(name: str) -> Path:
+def fetch_model(name: str, hint: str = "") -> Path:
     """The folder in the hub's cache that holds the model of a hub id: its weights and what lies with them.
 
-    Files that do not belong to it are left on the hub.
+    Files that do not belong to it are left on the hub. `hint` ends the message where nothing is found.
 
     Raises:
         UserError: the hub cannot be reached and the model is not in the cache, or there is no model of that name.
@@ -134,6 +134,6 @@ def fetch_model(name: str) -> Path:
     except Exception as error:  # the hub's client raises a dozen kinds, from no connection to no such repository
         raise UserError(
             f"there is no folder {name}, and the hub does not give it ({type(error).__name__}: {first_line(error)}); "
-            "download that repository into a folder and name the folder"
+            f"download that repository into a folder and name the folder{hint}"
         ) from None
     raise UserError(f"{name} on the hub is no model of dic-repa: it has no config.json")

@@ -121,7 +121,8 @@ def load(
         given = load_training_recipe(recipe) if isinstance(recipe, str | Path) else recipe
         if Path(path).is_file() and not (Path(path).parent / CONFIG).is_file():
             return _load_file(Path(path), device, given, family)
-        return _load(fetch_model(path) if is_hub_id(path) else path, device, given, weights)
+        place = fetch_model(path, suggest_runs(Path(path))) if is_hub_id(path) else path
+        return _load(place, device, given, weights)
 
 
 def _load(path: str | Path, device: str | torch.device, recipe: Recipe | None, weights: str | None) -> Checkpoint:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from dic_repa import load
+from dic_repa.conditions import VectorCondition
 from dic_repa.errors import UserError
 from dic_repa.interpolants import expand_as
 from dic_repa.models import DiC
@@ -105,6 +106,30 @@ def test_an_edit_keeps_what_strength_leaves_and_turns_into_the_class(name):
     assert [np.array(image).mean() > 128 for image in several] == [False, True]
     by_sde = model.edit(grey, 0.9, "7", output="pt", solver="euler_maruyama", steps=60) * 2 - 1
     assert abs(by_sde.mean() - 0.25) < 0.05
+
+
+class OfVectors(Perfect):
+    """The mean is the number that it is conditioned on."""
+
+    num_classes = 0
+    conditioned_on = VectorCondition(1, null="zeros")
+
+    @staticmethod
+    def mean(y):
+        return y[:, 0]
+
+
+def test_vectors_in_place_of_classes(model):
+    model.denoiser = OfVectors(model.denoiser.objective, "velocity")
+    grey = [Image.new("L", (16, 16), 128)] * 2
+    made = model.edit(grey, 0.9, conditions=torch.tensor([[0.3], [-0.3]]), output="pt", steps=10) * 2 - 1
+    torch.testing.assert_close(made.mean((1, 2, 3)), torch.tensor([0.3, -0.3]), rtol=0, atol=0.08)
+    noise = model.invert(IMAGES, conditions=MEANS.reshape(2, 1), steps=60)
+    torch.testing.assert_close(noise, (2 * IMAGES - 1 - MEANS) / STD, rtol=0, atol=0.08)
+    without = model.invert(IMAGES, steps=60)  # the null, whose mean is 0
+    torch.testing.assert_close(without, (2 * IMAGES - 1) / STD, rtol=0, atol=0.08)
+    with pytest.raises(UserError, match="1 conditions for 2 images"):
+        model.invert(IMAGES, conditions=torch.zeros(1, 1))
 
 
 def test_what_is_not_marked_stays(model):

@@ -107,7 +107,11 @@ def test_a_model_on_the_hub(checkpoint, tmp_path, monkeypatch):
     (cached / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"damaged: model\.safetensors has 3 bytes"):
         load("someone/digits")
-    for local in ("runs/digits", "./digits", "published/other"):
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "runs" / "digits" / "recipe.yaml").write_text("")
+    with pytest.raises(UserError, match=r"the hub does not give it .*; did you mean runs/digits\?"):
+        load("rnus/digits")
+    for local in ("runs/digit", "./digits", "published/other"):
         with pytest.raises(UserError, match="no run or checkpoint folder"):
             load(local)
 
