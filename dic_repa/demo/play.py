@@ -85,7 +85,7 @@ def settings_of(checkpoint: Checkpoint, wish: Wish) -> SampleSection:
     guidance: dict[str, Any] = {"scale": wish.scale}
     if wish.scale != 1:
         guidance["interval"] = list(wish.interval)
-    batch = min(BATCH, wish.num, checkpoint.recipe.sample.batch_size)
+    batch = min(BATCH, checkpoint.recipe.sample.batch_size)
     always = {"batch_size": batch, "compile": "off", "classes": "balanced"}  # compiling would take minutes
     needed = is_guided(checkpoint) or wish.scale != 1
     return override_sampling(
@@ -136,7 +136,7 @@ def class_words(condition: Condition, classes: Sequence[str]) -> str:
         return "none"
 
     def word(name: str) -> str:
-        plain = name == name.strip() and name and not re.search(r"[,]|^\d+(-\d+)?$|^none$|^-", name)
+        plain = name == name.strip() and name and not re.search(r",|^\d+(-\d+)?$|^none$|^-", name)
         return name if plain else str(condition.names.index(name))
 
     return ",".join(map(word, classes))
