@@ -66,12 +66,26 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def shown(path: str) -> str:
-    """A text file's text, or the cells of a notebook without what they put out."""
+    """A text file's text, or the cells of a notebook and what they show."""
     text, suffix = (ROOT / path).read_text(encoding="utf-8"), Path(path).suffix
     if suffix != ".ipynb":
         return f"# {path}\n\n````{SHOWN[suffix]}\n{text}````\n"
-    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
-    return "\n\n".join(source if kind == "markdown" else f"````python\n{source}\n````" for kind, source in cells)
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts += [source if cell["cell_type"] == "markdown" else f"````python\n{source}\n````"]
+        parts += [shown_output(output) for output in cell.get("outputs", ())]
+    return "\n\n".join(parts)
+
+
+def shown_output(output: dict) -> str:
+    data = {kind: "".join(lines) for kind, lines in output.get("data", {}).items()}
+    if "text/html" in data:
+        return data["text/html"]
+    if "image/png" in data:
+        return f"![What the cell shows](data:image/png;base64,{''.join(data['image/png'].split())})"
+    text = data.get("text/plain", "".join(output.get("text", ())))
+    return f"````text\n{text}\n````" if text.strip() else ""
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
