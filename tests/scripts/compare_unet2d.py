@@ -2,8 +2,8 @@
 
     python tests/scripts/compare_unet2d.py
 
-The training is examples/diffusers_unet.py's, without labels; runs that are there already are not trained again. One
-thread takes about N minutes for each.
+The training is examples/diffusers_unet.py's, without labels; runs that are there already are not trained again. Some
+minutes each, on one thread; docs/results.md has the table.
 """
 
 from __future__ import annotations
