@@ -29,6 +29,7 @@ class Section(BaseModel):
         return type(self) is type(other) and self.__dict__ == other.__dict__
 
     def _repr_html_(self) -> str:
-        """A notebook shows what is not a default."""
-        keys = flatten(self.model_dump(mode="json", exclude_defaults=True)).items()
-        return html_table([("key", "value"), *((key, json.dumps(value, ensure_ascii=False)) for key, value in keys)])
+        """A notebook shows the parts' names, and what is not a default."""
+        keys, changed = (flatten(self.model_dump(mode="json", exclude_defaults=less)) for less in (False, True))
+        shown = [(key, value) for key, value in keys.items() if key in changed or key.endswith((".name", ".metric"))]
+        return html_table([("key", "value"), *((key, json.dumps(value, ensure_ascii=False)) for key, value in shown)])

@@ -75,6 +75,7 @@ def test_what_a_stranger_wrote_is_only_text(tmp_path):
     recipe = Recipe(description=evil, data={"path": evil})
     shown = recipe._repr_html_()
     assert "data.path" in shown
+    assert "model.name" in shown
     assert "train.steps" not in shown  # a default
     run = RunFolder(tmp_path / evil.replace("/", "|"))
     run.samples.mkdir(parents=True)
