@@ -3,7 +3,8 @@
 import fnmatch
 from collections.abc import Collection, Iterable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dic_repa.errors import UserError, did_you_mean, first_few
 from dic_repa.models.adapters import BASE, adaptable_layers, add_adapters
@@ -26,6 +27,17 @@ def freeze(denoiser: nn.Module, settings: TrainSection) -> None:
         raise UserError("train.freeze freezes the whole denoiser, so nothing would train; leave a part of it out")
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(name not in frozen)
+    for module in denoiser.modules():
+        if frozen and isinstance(module, nn.GroupNorm) and trainable(module):
+            module.register_forward_pre_hook(_with_gradient)
+
+
+def _with_gradient(_norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Let a norm behind frozen layers have a gradient of its input: torch 2.6 on a CPU crashes where it has none."""
+    x = inputs[0]
+    if x.requires_grad or x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return (x.detach().requires_grad_(), *inputs[1:])
 
 
 def adapt(denoiser: nn.Module, settings: TrainSection) -> None:

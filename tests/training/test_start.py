@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import DATA
 from safetensors.torch import load_file
-from small_runs import SMALL, assert_same, metrics, small_recipe, small_run, weights
+from small_runs import SMALL, assert_same, metrics, small_run, weights
 from torch.nn import functional as F
 
 from dic_repa.conditions import VectorCondition, class_labels
@@ -168,7 +168,7 @@ def init(base, *more):
     return [f"train.init_from={base.path}", "train.seed=4", *more]
 
 
-@pytest.mark.parametrize("more", [[], ["train.freeze=['enc.*', '*.modulation.*']"], ["train.lora.rank=2"]])
+@pytest.mark.parametrize("more", [["train.freeze=['enc.*', '*.modulation.*']"], ["train.lora.rank=2"]])
 def test_a_resumed_run_equals_an_uninterrupted_one_and_reads_nothing_again(base, tmp_path, monkeypatch, more):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     here = shutil.copytree(base.path, tmp_path / "base")
@@ -185,12 +185,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_reads_nothing_again(base,
     assert "start" not in resumed
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_with_the_weights(base, tmp_path, capsys):
-    whole = small_run(tmp_path / "whole", *init(base), "train.steps=1")
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_with_the_weights(
+    base, frozen, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("dic_repa.runtime.progress._level", "normal")
+    whole = frozen[0]
     begun = RunFolder(tmp_path / "begun")
-    begun.create(small_recipe(*init(base), "train.steps=1"))
-    small_run(begun.path, *init(base), "train.steps=1", resume=True)
+    begun.create(whole.recipe())
+    capsys.readouterr()
+    train(begun.recipe(), begun.path, resume=True)
     assert_same(weights(begun.newest_checkpoint()), weights(whole.newest_checkpoint()))
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines()[:9])
+    taken = load_file(base.newest_checkpoint() / "ema/model.safetensors")
+    assert said["start"] == str(base.newest_checkpoint() / "ema")
+    assert said["taken"] == f"{len(taken)} of {len(taken)} tensors"
+    assert said["new"] == "nothing of the denoiser"
+    count = sum(tensor.numel() for name, tensor in taken.items() if not name.startswith("enc."))
+    assert said["trains"] == f"{count / 1e6:.4g} M parameters; frozen: enc.*"
 
 
 @pytest.fixture(scope="module")
@@ -242,18 +253,6 @@ def test_a_resumed_run_may_freeze_less_and_keeps_the_state_of_what_it_has(frozen
         if name in before["parameters"]:
             old = before["state"][before["parameters"].index(name)]
             assert old["exp_avg"].shape == after["state"][i]["exp_avg"].shape
-
-
-def test_header_says_what_was_taken_and_what_trains(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dic_repa.runtime.progress._level", "normal")
-    small_run(tmp_path / "run", *init(base), "train.steps=1", "train.freeze=['enc.*', 'mid.*']")
-    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines()[:9])
-    assert said["start"] == str(base.newest_checkpoint() / "ema")
-    assert said["new"] == "nothing of the denoiser"
-    weights = load_file(base.newest_checkpoint() / "ema/model.safetensors")
-    assert said["taken"] == f"{len(weights)} of {len(weights)} tensors"
-    count = sum(tensor.numel() for name, tensor in weights.items() if not name.startswith(("enc.", "mid.")))
-    assert said["trains"] == f"{count / 1e6:.4g} M parameters; frozen: enc.*, mid.*"
 
 
 @pytest.mark.parametrize(
