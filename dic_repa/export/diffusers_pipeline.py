@@ -99,6 +99,8 @@ class DicRepaPipeline(DiffusionPipeline):
         guidance = {key: value for key, value in guidance.items() if value is not None}
         base = SampleSection(**self.config["settings"]["sample"])
         chosen = override_sampling(base, guidance, **{"seed": seed, **given, **settings})
+        if chosen.guidance and chosen.guidance.scale != 1 and not self.config["settings"]["guides"]:
+            raise UserError("the model was trained without label dropout or classes: it cannot be guided; take scale 1")
         objective = build_objective(ObjectiveSection(**self.config["settings"]["objective"]))
         decode = (lambda x: x) if output_type == "latent" else self._decoder(device)
         sampler = Sampler(

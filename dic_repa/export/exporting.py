@@ -25,6 +25,7 @@ from dic_repa.interpolants import path_of, paths
 from dic_repa.limits import check_limit
 from dic_repa.objectives import DDPM
 from dic_repa.objectives.base import run_denoiser
+from dic_repa.recipe import SampleSection
 from dic_repa.recipe.build import build_objective
 from dic_repa.runtime.progress import detail
 from dic_repa.sampling.load import Checkpoint
@@ -126,7 +127,9 @@ def describe(model: Checkpoint) -> dict[str, Any]:
     if isinstance(objective, DDPM):
         times = [len(objective.schedule) - 1 + objective.first_step, objective.first_step]
     known = {name: paths.find(name) for name in paths.names()}
-    guidance = recipe.sample.guidance
+    keys = {"solver", *SampleSection.solver_keys(), "pixels"}
+    if not (recipe.sample.guidance and recipe.sample.guidance.weak):  # which is another model
+        keys.add("guidance")
     return {
         "dic_repa": __version__,
         "model": {"name": recipe.model.name, "kind": type(denoiser).__name__, **denoiser.config},
@@ -142,12 +145,10 @@ def describe(model: Checkpoint) -> dict[str, Any]:
         and spec.to_dict() | {"name": Path(spec.name).name if Path(spec.name).is_absolute() else spec.name},
         "condition": denoiser.conditioned_on.to_dict(),
         "class_names": list(model.condition.names),
-        "sample": {
-            "solver": recipe.sample.solver,
-            "steps": recipe.sample.steps,
-            "guidance": guidance and guidance.model_dump(mode="json", exclude={"weak", "doubled"}),
-            "pixels": recipe.sample.pixels,
-        },
+        "guides": recipe.train.label_dropout > 0 and denoiser.conditioned_on.kind != "none",
+        "sample": recipe.sample.model_dump(
+            mode="json", include=keys, exclude_none=True, exclude={"guidance": {"weak"}}
+        ),
     }
 
 

@@ -127,6 +127,9 @@ def test_diffusers_samples_as_the_model_does(opened, tmp_path):
     assert [np.rint(255 * array).astype(np.uint8).tobytes() for array in arrays] == [i.tobytes() for i in images]
     with pytest.raises(UserError, match="unknown class 'f'"):
         again("f")
+    again.config["settings"]["guides"] = False
+    with pytest.raises(UserError, match="it cannot be guided"):
+        again("a", guidance_scale=2)
     drawn = [again(num_images=2, generator=torch.manual_seed(k), output_type="latent").images for k in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
