@@ -146,9 +146,7 @@ def describe(model: Checkpoint) -> dict[str, Any]:
         "condition": denoiser.conditioned_on.to_dict(),
         "class_names": list(model.condition.names),
         "guides": recipe.train.label_dropout > 0 and denoiser.conditioned_on.kind != "none",
-        "sample": recipe.sample.model_dump(
-            mode="json", include=keys, exclude_none=True, exclude={"guidance": {"weak"}}
-        ),
+        "sample": recipe.sample.model_dump(mode="json", include=keys, exclude_none=True),
     }
 
 
