@@ -157,7 +157,7 @@ def build_shapes(trial: Recipe, notes: list[str]) -> dict:
     plain, heads = count_parameters(denoiser), count_parameters(*alignments)
     macs = measure_cost(denoiser, size).macs  # before the taps have their hooks
     try:
-        start_from(denoiser, condition, trial.train)
+        start_from(denoiser, condition, trial)
     except UserError as error:
         notes.append(f"as it is here, training would not begin: {error}")
     freeze(denoiser, trial.train)

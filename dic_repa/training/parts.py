@@ -80,7 +80,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     condition = condition_of_data(data)
     draw_labels(recipe, condition, recipe.sample.model_copy(update={"num": 1}))  # shows now what the data cannot give
     denoiser = build_denoiser(recipe.model, data.channels, condition)
-    start = in_all_processes(accelerator, lambda: start_from(denoiser, condition, settings)) if begins else None
+    start = in_all_processes(accelerator, lambda: start_from(denoiser, condition, recipe)) if begins else None
     if begins and settings.lora and not start and accelerator.is_main_process:
         warn("train.lora without train.init_from trains adapters of random weights, which stay random")
     freeze(denoiser, settings)

@@ -27,7 +27,7 @@ from dic_repa.errors import MISTAKES, UserError, first_few
 from dic_repa.files.hub import fetch_model, is_hub_id
 from dic_repa.files.weights import weights_fingerprint, without_memory
 from dic_repa.models.pretrained import WEIGHTS, Pretrained
-from dic_repa.recipe import TrainSection
+from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.sampling.convert import load_any
 from dic_repa.sampling.load import weights_folder
 
@@ -61,25 +61,29 @@ class Start:
         return {key: value for key, value in vars(self).items() if key != "fresh"}
 
 
-def start_from(denoiser: Pretrained, condition: Condition, settings: TrainSection) -> Start | None:
+def start_from(denoiser: Pretrained, condition: Condition, recipe: Recipe) -> Start | None:
     """Give `denoiser`, which is for data of that `condition`, the weights of `train.init_from` as far as they fit; None
     if the recipe names none.
 
     They are those of a run (its average), a checkpoint, a converted folder, an authors' file, or a hub id. A UserError
     where there are none, or where they are of another model.
     """
-    if settings.init_from is None:
+    name = recipe.train.init_from
+    if name is None:
         return None
-    name = settings.init_from
     try:
         path = fetch_model(name) if is_hub_id(name) else Path(name)
         folder = path if path.is_file() else weights_folder(path)
-        theirs, _ = load_any(folder)
+        theirs, recipe_file = load_any(folder)
         saved = SavedData.read(folder) if folder.is_dir() else None
         file = folder / WEIGHTS if folder.is_dir() else folder
         start = Start(name if is_hub_id(name) else str(folder), weights_fingerprint(file))
         rows = matching_rows(condition, theirs.num_classes, saved.condition.names if saved else None)
         _Transfer(denoiser, theirs, rows).run(start)
+        before = load_training_recipe(recipe_file, only_read=True).objective if recipe_file else recipe.objective
+        if before != recipe.objective:
+            told = [f"{each.name} {each.options or ''}".strip() for each in (before, recipe.objective)]
+            start.notes.append(f"the objective was {told[0]}, and is {told[1]} here")
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from None
     return start

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dic_repa.conditions import VectorCondition, class_labels
 from dic_repa.data.saved import SavedData
 from dic_repa.models import create_denoiser, load_authors_checkpoint
-from dic_repa.recipe import TrainSection
+from dic_repa.recipe import Recipe
 from dic_repa.runs import RunFolder
 from dic_repa.training import train
 from dic_repa.training.start import start_from
@@ -45,7 +45,7 @@ def saved(folder, model, names=None):
 
 def start(model, place, names=None):
     condition = class_labels(model.num_classes, names) if names else model.conditioned_on
-    return start_from(model, condition, TrainSection(init_from=str(place)))
+    return start_from(model, condition, Recipe(train={"init_from": str(place)}))
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def test_from_classes_to_vectors_and_nothing(tmp_path):
     place = saved(tmp_path / "source", denoiser())
     vector = VectorCondition(5)
     ours = denoiser(num_classes=0, seed=1, condition=vector.to_dict())
-    taken = start_from(ours, vector, TrainSection(init_from=str(place)))
+    taken = start_from(ours, vector, Recipe(train={"init_from": str(place)}))
     assert "for other classes" in taken.new[0]
     assert {name.split(".")[2] for name in taken.fresh} == {"label"}
     unlabelled = denoiser(num_classes=0, seed=1)
@@ -202,6 +202,14 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_with_th
     assert said["new"] == "nothing of the denoiser"
     count = sum(tensor.numel() for name, tensor in taken.items() if not name.startswith("enc."))
     assert said["trains"] == f"{count / 1e6:.4g} M parameters; frozen: enc.*"
+
+
+def test_what_is_another_without_another_shape_is_noted(base):
+    model = denoiser(num_classes=10, time_scale=7)
+    recipe = Recipe(objective={"name": "ddpm"}, train={"init_from": str(base.path)})
+    notes = start_from(model, model.conditioned_on, recipe).notes
+    assert notes[0] == "time_scale was 1000.0, and is 7 here"
+    assert notes[1].startswith("the objective was flow-matching {'time': 'logit-normal'}, and is ddpm")
 
 
 @pytest.fixture(scope="module")
