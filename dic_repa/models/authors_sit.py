@@ -88,7 +88,8 @@ def _guess_family(state: dict[str, Tensor], name: str) -> str:
         if Path(name).name.lower().startswith(family.lower()):
             return family
     raise UserError(
-        f"{name} has the keys that DiT, SiT and REPA share; say which of them it is, by family (of a file: `dic-repa convert FILE FOLDER --family NAME`)"
+        f"{name} has the keys that DiT, SiT and REPA share; say which of them it is, by family (of a file: `dic-repa "
+        "convert FILE FOLDER --family NAME`)"
     )
 
 
