@@ -23,10 +23,8 @@ tags: [dic-repa, {kind}]
 
 # {name}
 
-A {kind} in {dtype}, conditioned on {condition}, exported by dic-repa {version}. It needs dic-repa: the pipeline's code,
-`pipeline.py` and `denoiser/denoiser.py`, imports it.
-
-    pip install dic-repa
+A {kind} in {dtype}, conditioned on {condition}, exported by dic-repa {version}. The pipeline's code, `pipeline.py` and
+`denoiser/denoiser.py`, imports dic-repa, which must be installed:
 
     from diffusers import DiffusionPipeline
 {imports}
