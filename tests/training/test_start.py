@@ -147,6 +147,17 @@ def test_from_classes_to_vectors_and_nothing(tmp_path):
     assert torch.equal(run(unlabelled, 0), run(denoiser(), 3))
 
 
+def test_a_model_of_the_hub_has_its_names_too(tmp_path, monkeypatch):
+    source = denoiser()
+    place = saved(tmp_path / "cached", source, ["cat", "dog", "owl"])
+    monkeypatch.setattr("dic_repa.training.start.fetch_model", {"someone/pets": place}.__getitem__)
+    ours = denoiser(num_classes=1, seed=1)
+    taken = start(ours, "someone/pets", ["owl"])
+    assert torch.equal(run(ours, 0), run(source, 2))
+    assert taken.source == "someone/pets"
+    assert not taken.new
+
+
 def test_an_authors_file(tmp_path):
     file = DATA / "authors_dic_tiny.safetensors"
     theirs = load_authors_checkpoint(file)
