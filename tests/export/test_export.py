@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def opened(tmp_path, monkeypatch):
 
 
 def test_diffusers_samples_as_the_model_does(opened, tmp_path):
-    vae = save_vae(tmp_path / "vae")
+    vae = save_vae(tmp_path / "vae", scaling_factor=0.02)  # for images that differ visibly
     model = small("SiT", channels=4)
     model.data = SavedData(load_autoencoder(str(vae)).spec, class_labels(5, "abcde"))
     export(model, tmp_path / "out", "diffusers")
@@ -116,7 +117,7 @@ def test_diffusers_samples_as_the_model_does(opened, tmp_path):
     asked = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.1, 0.8), "solver": "heun"}
     pipeline = opened(tmp_path / "out")
     images = pipeline(["b", 4, None], latents=noise, **asked).images
-    assert len({image.tobytes() for image in expected}) == 3
+    assert min(np.ptp(np.stack(pair).astype(int), axis=0).max() for pair in combinations(expected, 2)) > 20
     for image, other in zip(images, expected):
         assert np.abs(np.asarray(image).astype(int) - other).max() <= 1
     assert not (tmp_path / "vae").samefile(tmp_path / "out/vae")
