@@ -78,10 +78,10 @@ class Alignment(nn.Module):
 
     def project(self, feature: Tensor, t: Tensor) -> Tensor:
         """The head's tokens (B, N, embed_dim) of a feature map (B, C, h, w) at times t (B,) in [0, 1]."""
-        if not torch.is_autocast_enabled(feature.device.type):
-            for parameter in self.head.parameters():  # the model may compute in half precision by itself
+        for parameter in self.head.parameters():  # the model may compute in half precision by itself
+            if feature.dtype != parameter.dtype and not torch.is_autocast_enabled(feature.device.type):
                 feature = feature.to(parameter.dtype)
-                break
+            break
         return self.head(feature, t)
 
     def loss(
