@@ -156,10 +156,11 @@ def build_step(recipe: Recipe, device: torch.device) -> tuple[Parts, Accelerator
 def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Accelerator) -> None:
     """Put what the factory `baseline` makes of the denoiser in its place, and free what belonged to the denoiser."""
     parts.denoiser = build_baseline(baseline, parts.denoiser, recipe.data.size)
-    parts.model = parts.optimizer = parts.ema = parts.sampler = parts.averages = None
+    alignments = list(parts.aligner.alignments)
+    parts.model = parts.optimizer = parts.ema = parts.sampler = parts.averages = parts.aligner = None
     accelerator.free_memory()  # it holds on to what it has prepared
     gc.collect()  # what is replaced holds on to itself, by hooks
-    model = AlignedDenoiser(parts.denoiser, list(parts.aligner.alignments))
+    model = AlignedDenoiser(parts.denoiser, alignments)
     parts.aligner = model.aligner
     given = recipe.optimizer
     optimizer = torch.optim.AdamW(model.parameters(), given.learning_rate, given.betas, weight_decay=given.weight_decay)

@@ -230,12 +230,14 @@ def _of_prepared(path: Path) -> ImageSet:
     return ImageSet(str(path), len(data), lambda i: _from_float(data[i]["image"]), digest)
 
 
-def _of_memory(images: Tensor | Sequence[Image.Image]) -> ImageSet:
-    """A tensor (N, 1 or 3, H, W), or PIL images."""
+def _of_memory(images: Tensor | Sequence[Any]) -> ImageSet:
+    """A tensor (N, 1 or 3, H, W), PIL images, or samples as a data set has them."""
     if isinstance(images, Tensor):
         levels = as_uint8(images.detach().cpu()) if images.numel() else images
         load = lambda i: levels[i].expand(3, -1, -1).permute(1, 2, 0).numpy()  # noqa: E731
         return ImageSet("the tensor", len(levels), load, fingerprint(levels))
+    if images and isinstance(images[0], dict):
+        return open_data(images)
     for i, image in enumerate(images):
         if not isinstance(image, Image.Image):
             raise UserError(f"image {i} of the list is a {type(image).__name__}, not a PIL image")
