@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import signal
 import socket
@@ -157,7 +158,10 @@ def test_without_gradio(mistake, checkpoint, monkeypatch):
 def test_the_command(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     command = [sys.executable, "-m", "dic_repa", "demo", checkpoint, "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What starts tests in the background lets them ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, preexec_fn=heed)
     try:
         line = process.stdout.readline()
         address = line.split()[4].rstrip(";")
