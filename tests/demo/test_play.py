@@ -57,7 +57,7 @@ def test_the_command_line_gives_the_same_images(models, tmp_path, monkeypatch, w
     words = shlex.split(shown.command)
     assert words[0] == "dic-repa"
     with pytest.raises(SystemExit) as exit:
-        main([*words[1:], "--out", str(tmp_path / "samples"), "--quiet"])
+        main([*words[1:], "--out", str(tmp_path / "samples")])
     assert exit.value.code == 0
     record = json.loads((tmp_path / "samples/samples.json").read_text())
     assert shown.captions == ["" if label == 10 else str(label) for label in record["labels"]]
