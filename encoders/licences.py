@@ -1,7 +1,5 @@
 """Under which licence an encoder's weights are, without building it."""
 
-from timm.models import get_pretrained_cfg
-
 from dic_repa.encoders.base import encoders
 from dic_repa.errors import UserError
 
@@ -10,6 +8,8 @@ def encoder_licence(name: str) -> str:
     """The licence of the weights of the encoder `name`; "" where it is not known."""
     family, colon, model = name.partition(":")
     if family == "timm" and colon:
+        from timm.models import get_pretrained_cfg  # timm takes seconds to import
+
         return getattr(get_pretrained_cfg(model), "license", None) or ""
     try:
         card = encoders.fact(name, "card")

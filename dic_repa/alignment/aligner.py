@@ -10,7 +10,7 @@ loss = mse(prediction, target) + aligner(images, t)    # reads what the taps kep
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from dic_repa.alignment.taps import Example, Taps, call, quiet_run, suggest_taps
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.layers import Modules
 from dic_repa.protocols import Samples
-from dic_repa.runtime.processes import mean_over_processes
 
 if TYPE_CHECKING:
     from dic_repa.alignment.teachers import Teachers  # timm takes seconds to import
@@ -73,7 +72,7 @@ class Aligner(nn.Module):
         super().__init__()
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         self._teachers: Teachers | None = None  # no submodule: frozen, not saved, not wrapped
-        self._select: dict[str, Any] = {}
+        self._select: list[Callable[[Any], Any] | None] = [None] * len(alignments)
         built = [each for each in alignments if isinstance(each, Alignment)]
         if len(built) < len(alignments):
             on_gpu = {each.device for each in model.parameters() if each.is_cuda}
@@ -96,17 +95,19 @@ class Aligner(nn.Module):
             )
         self._teachers = Teachers((image_size, image_size) if isinstance(image_size, int) else tuple(image_size))
         specs = [check_spec(each) for each in alignments]
-        for spec in specs:
-            spec["tap"] = spec.get("tap") or suggest_taps(model, example)[0]
-        self._select = {spec["tap"]: spec["select"] for spec in specs if spec.get("select")}
-        taps = Taps(model, {spec["tap"] for spec in specs})
+        if not all(spec.get("tap") for spec in specs):
+            best = suggest_taps(model, example)[0]
+            specs = [spec | {"tap": spec.get("tap") or best} for spec in specs]
+        self._select = [spec.get("select") for spec in specs]
+        names = [spec["tap"] for spec in specs]
+        taps = Taps(model, names)
         try:
             with quiet_run(model):
                 call(model, example)
-            features = taps.take(self._select)
+            features = self._features(taps, names)
         finally:
             taps.remove()
-        return [build_alignment(spec, features[spec["tap"]], self._teachers) for spec in specs]
+        return [build_alignment(spec, feature, self._teachers) for spec, feature in zip(specs, features)]
 
     def forward(
         self,
@@ -128,15 +129,15 @@ class Aligner(nn.Module):
             UserError: the model did not run before, or a tap did not run once in it; images of another number or size
                 than they should be; images or times that are out of range at the first call.
         """
-        features = self._taps.take(self._select)
+        features = self._features(self._taps, [alignment.tap for alignment in self.alignments])
         self._check(features, images, t)
         scales = self.scales(step)
         if tokens is not None:
             given = [tokens] if isinstance(tokens, Tensor) else tokens
-        elif images is None or self._teachers is None:
+        elif images is None:
             raise UserError("an aligner needs images, or the encoders' tokens of them: aligner(None, t, tokens=[...])")
         else:
-            given = self._teachers.encode(images, scales)
+            given = self._encoders().encode(images, scales)
         if len(given) != len(self.alignments):
             raise UserError(f"{len(given)} tensors of tokens were given for {len(self.alignments)} alignments")
         loss, self._terms = self.compare(self.project(t, features), given, t, scales)
@@ -151,10 +152,19 @@ class Aligner(nn.Module):
             self._scales = step, [alignment.schedule(step or 0) for alignment in self.alignments]
         return self._scales[1]
 
-    def project(self, t: Tensor, features: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """Each head's tokens (B, N, D) of the taps' feature maps, by default those of the last forward pass."""
-        features = self._taps.take(self._select) if features is None else features
-        return [alignment.project(features[alignment.tap], t) for alignment in self.alignments]
+    def project(self, t: Tensor, features: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Each head's tokens (B, N, D) of its feature map, by default those of the last forward pass."""
+        if features is None:
+            features = self._features(self._taps, [alignment.tap for alignment in self.alignments])
+        return [alignment.project(feature, t) for alignment, feature in zip(self.alignments, features)]
+
+    def _features(self, taps: Taps, names: Sequence[str]) -> list[Tensor]:
+        """Each alignment's feature map (B, C, h, w), from the last forward pass; `names` are those of their taps."""
+        outputs = taps.take()
+        return [
+            taps.feature_map(select(outputs[name]) if select else outputs[name], name)
+            for name, select in zip(names, self._select)
+        ]
 
     def compare(
         self, projections: Sequence[Tensor], tokens: Sequence[Tensor | None], t: Tensor, scales: Sequence[float]
@@ -163,23 +173,24 @@ class Aligner(nn.Module):
         total, named = torch.zeros((), device=t.device), dict[str, Tensor]()
         for i, alignment in enumerate(self.alignments):
             loss, terms = alignment.loss(projections[i], tokens[i], t, scales[i])
-            alignment.observe(terms, mean_over_processes)
+            alignment.observe(terms)
             total = total + loss
             named |= {f"alignment.{i}.{name}": value for name, value in terms.items()}
         return total, named
 
     def encode(self, images: Tensor) -> list[Tensor | None]:
         """Each alignment's target tokens (B, N, D) of images (B, C, H, W) in [0, 1] or uint8, to be given later."""
-        if self._teachers is None:
-            raise UserError("an aligner of ready alignments has no encoders")
-        return self._teachers.encode(images)
+        return self._encoders().encode(images)
 
     def cached(self, data: Samples, workers: int = 0) -> WithTokens:
         """`data`, whose samples have an `image` (C, H, W), with each alignment's tokens beside it, as `tokens.0` and so
         on, computed once into the feature cache: `aligner(None, t, tokens=[batch["tokens.0"]])`."""
+        return self._encoders().cached(data, workers)
+
+    def _encoders(self) -> Teachers:
         if self._teachers is None:
-            raise UserError("an aligner of ready alignments has no encoders")
-        return self._teachers.cached(data, workers)
+            raise UserError("an aligner of ready alignments has no encoders: give tokens=[...]")
+        return self._teachers
 
     @property
     def logs(self) -> dict[str, float]:
@@ -190,9 +201,9 @@ class Aligner(nn.Module):
         """Take the hooks off the model, which is then as it was; the aligner cannot be used again."""
         self._taps.remove()
 
-    def _check(self, features: Mapping[str, Tensor], images: Tensor | None, t: Tensor) -> None:
+    def _check(self, features: Sequence[Tensor], images: Tensor | None, t: Tensor) -> None:
         """Raise what a user can get wrong in a call; what waits for the device is looked at in the first one alone."""
-        for tap, feature in features.items():
+        for tap, feature in zip((alignment.tap for alignment in self.alignments), features):
             for what, given in (("images", images), ("times", t)):
                 if given is not None and len(given) != len(feature):
                     raise UserError(

@@ -14,6 +14,7 @@ from dic_repa.alignment.losses import alignment_losses, targets
 from dic_repa.alignment.schedules import schedules, time_weights
 from dic_repa.alignment.taps import tap_channels
 from dic_repa.models.pretrained import Pretrained
+from dic_repa.runtime.processes import mean_over_processes
 
 Spec = str | Mapping[str, Any] | Callable  # a registered name, a mapping of `name` and arguments, or the thing itself
 
@@ -98,7 +99,7 @@ class Alignment(nn.Module):
         loss = self.weight * scale * (self.time_weight(t) * per_image).mean()
         return loss, {name: term.detach().mean() for name, term in terms.items()}
 
-    def observe(self, terms: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> None:
-        """Tell a schedule that asks for it the similarity of one pass; `reduce` gives the mean over processes."""
+    def observe(self, terms: dict[str, Tensor]) -> None:
+        """Tell a schedule that asks for it the similarity of one pass, the mean over all processes."""
         if "token" in terms and hasattr(self.schedule, "observe"):
-            self.schedule.observe(reduce(-terms["token"]))
+            self.schedule.observe(mean_over_processes(-terms["token"]))

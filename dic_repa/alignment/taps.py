@@ -28,7 +28,8 @@ class Taps:
         self.model = model
         self.modules = {name: find_tap(model, name) for name in names}
         self._outputs: dict[str, list[Any]] | None = None  # of the pass that is running or was the last
-        self._running = self._removed = False
+        self._running = False
+        self._removed = False  # torch compiles no question whether `_handles` is empty
         self._size: tuple[int, int] | None = None
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -52,14 +53,11 @@ class Taps:
                 if module is tapped:
                     self._outputs[name].append(output)
 
-    def take(self, select: Mapping[str, Callable[[Any], Any]] | None = None) -> dict[str, Tensor]:
-        """The feature map (B, C, h, w) of each tap from the last forward pass, which is then forgotten.
-
-        Args:
-            select: by tap, what makes a feature map or tokens of an output, where that is not plain to see.
+    def take(self) -> dict[str, Any]:
+        """What each tap gave in the last forward pass, which is then forgotten.
 
         Raises:
-            UserError: there was no pass, a tap did not run once in it, or gave no feature map.
+            UserError: there was no pass, or a tap did not run once in it.
         """
         if self._removed:
             raise UserError("this aligner was removed from its model; make a new one")
@@ -68,8 +66,7 @@ class Taps:
                 "the model has not run since the aligner was used: call the model first, then the aligner, once each; "
                 "if the model is compiled, make the aligner before the model's first call"
             )
-        outputs, size = self._outputs, self._size
-        self._outputs = None  # they would live on until the next step
+        outputs, self._outputs = self._outputs, None  # they would live on until the next step
         for name, given in outputs.items():
             if len(given) != 1:
                 what = f"ran {len(given)} times" if given else "did not run"
@@ -77,10 +74,11 @@ class Taps:
                     f"tap '{name}' {what} in the model's forward pass, but must run once; suggest_taps names modules "
                     "that do"
                 )
-        return {
-            name: feature_map(self.model, (select or {}).get(name, as_is)(given), size, name)
-            for name, (given,) in outputs.items()
-        }
+        return {name: given for name, (given,) in outputs.items()}
+
+    def feature_map(self, output: Any, name: str) -> Tensor:
+        """What the tap of that name gave, as a feature map (B, C, h, w), see `feature_map`."""
+        return feature_map(self.model, output, self._size, name)
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -93,10 +91,6 @@ class Taps:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_outputs": None, "_handles": []}  # no activations in a pickled model
-
-
-def as_is(output: Any) -> Any:
-    return output
 
 
 def find_tap(model: nn.Module, tap: str) -> nn.Module:
@@ -159,7 +153,7 @@ def tap_channels(denoiser: Pretrained, tap: str, size: tuple[int, int]) -> int:
     taps = Taps(denoiser, [tap])
     try:
         forward_on_meta(denoiser, *size)
-        return taps.take()[tap].shape[1]
+        return taps.feature_map(taps.take()[tap], tap).shape[1]
     finally:
         taps.remove()
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dic_repa.alignment.cache import WithTokens, feature_cache
 from dic_repa.encoders import Encoder, check_tokens, create_encoder
-from dic_repa.errors import UserError
 from dic_repa.files.pictures import unit_images
 from dic_repa.protocols import Samples
 
@@ -47,7 +46,7 @@ class Teachers:
         """The next alignment's encoder, frozen: an earlier one's, if that has the same name and options."""
         name, options = encoder if isinstance(encoder, str) else type(encoder).__name__, dict(options)
         for teacher in self.all:
-            same = (teacher.name, teacher.options) == (name, options) if isinstance(encoder, str) else False
+            same = isinstance(encoder, str) and (teacher.name, teacher.options) == (name, options)
             if same or teacher.encoder is encoder:
                 self.all.append(teacher)
                 return teacher.encoder
@@ -68,8 +67,6 @@ class Teachers:
 
     def cached(self, data: Samples, workers: int = 0) -> WithTokens:
         """`data` with each alignment's tokens from the feature cache, as `tokens.N`."""
-        if not self.all:
-            raise UserError("an aligner of ready alignments has no encoder to fill a cache with")
         return WithTokens(
             data,
             {

@@ -10,8 +10,9 @@ from typing import Any
 
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hub import check_repository, check_token, offline_without_network
+from dic_repa.files.manifest import MANIFEST
 from dic_repa.publish.exported import is_export, write_exported
-from dic_repa.publish.folder import FILES, check_target, write_repository
+from dic_repa.publish.folder import FILES, RECIPE, check_target, write_repository
 from dic_repa.sampling.load import Checkpoint, load
 
 FOLDERS = Path("hub")  # where repositories are written that are only looked at
@@ -90,7 +91,9 @@ def _upload(folder: Path, repository: str, private: bool, message: str | None, r
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
         there = api.list_repo_files(repository, revision=revision)
-        gone = [name for name in FILES if name in there and name not in names]  # such as an earlier upload's scores
+        # What an earlier upload has left, such as its scores. Of a repository of something else nothing is removed.
+        ours = {MANIFEST, RECIPE} <= set(there)
+        gone = [name for name in FILES if ours and name in there and name not in names]
         commit = api.create_commit(
             repository,
             [*(CommitOperationAdd(name, str(folder / name)) for name in names), *map(CommitOperationDelete, gone)],

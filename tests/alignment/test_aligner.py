@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
-from aligner_steps import SPECS, batch, gradients, make
+from aligner_steps import ENCODER, EXAMPLE, HEAD, SPECS, Net, aligner_of, batch, gradients, make
 from diffusers import UNet2DModel
 from small_runs import ALIGNED, small_recipe
 from torch import nn
@@ -19,50 +19,8 @@ from dic_repa import Aligner
 from dic_repa.alignment import suggest_taps
 from dic_repa.encoders import create_encoder
 from dic_repa.errors import UserError
-from dic_repa.models import create_denoiser
 from dic_repa.training.parts import build_parts
 from dic_repa.training.step import TrainingStep
-
-ENCODER = "digits-vit"  # 7x7 tokens
-
-
-class Net(nn.Module):
-    """A plain U-Net of two levels, with what people's modules give: maps, tuples, tokens, a dict."""
-
-    def __init__(self, gives="map"):
-        super().__init__()
-        self.gives = gives
-        self.down = nn.Conv2d(1, 6, 3, 2, 1)
-        self.middle = Middle(gives)
-        self.up = nn.ConvTranspose2d(6, 1, 2, 2)
-
-    def forward(self, x, t):
-        hidden = self.middle(self.down(x))
-        hidden = hidden["map"] if isinstance(hidden, dict) else hidden[0] if isinstance(hidden, tuple) else hidden
-        return self.up(hidden.mT.unflatten(2, (8, 8)) if hidden.ndim == 3 else hidden)
-
-
-class Middle(nn.Module):
-    def __init__(self, gives):
-        super().__init__()
-        self.gives, self.conv = gives, nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6))
-
-    def forward(self, x):
-        x = self.conv(x)
-        return {
-            "map": x,
-            "tuple": (x, None),
-            "dict": {"scale": x.mean(), "map": x},
-            "tokens": x.flatten(2).mT,
-        }[self.gives]
-
-
-EXAMPLE = (torch.zeros(2, 1, 16, 16), torch.zeros(2))
-HEAD = {"head_options": {"hidden": 8}}
-
-
-def aligner_of(model, **spec):
-    return Aligner(model, [{"encoder": ENCODER, "tap": "middle", **HEAD, **spec}], image_size=16, example=EXAMPLE)
 
 
 @pytest.fixture
@@ -178,6 +136,16 @@ def test_a_function_selects_where_the_first_map_is_not_the_one(net):
     assert aligner(torch.rand(2, 1, 16, 16), torch.rand(2)).isfinite()
 
 
+def test_each_alignment_of_a_tap_selects_for_itself(net):
+    kinds = ({}, {"select": lambda hidden: hidden[:, :4]}, {"select": lambda hidden: hidden[:, 4:]})
+    specs = [{"encoder": ENCODER, "tap": "middle", **HEAD, **kind} for kind in kinds]
+    aligner = Aligner(net, specs, image_size=16, example=EXAMPLE)
+    assert [alignment.head.layers[0].in_features for alignment in aligner.alignments] == [6, 4, 2]
+    net(*EXAMPLE)
+    projections = aligner.project(EXAMPLE[1])
+    assert [tuple(projection.shape) for projection in projections] == [(2, 49, 96)] * 3
+
+
 def test_making_an_aligner_leaves_the_model_as_it_was(net):
     """No running statistics, no gradients, no hooks after `remove`; copies and pickles of the model do not listen."""
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -283,100 +251,34 @@ def test_compiled_models():
         torch.testing.assert_close(loss, losses[0])
 
 
-def test_mistakes_in_a_step(net):
-    images, t = torch.rand(2, 1, 16, 16), torch.rand(2)
-    aligner = aligner_of(net)
-    with pytest.raises(UserError, match="the model has not run since the aligner was used"):
-        aligner(images, t)
-    net(*EXAMPLE)
-    with pytest.raises(UserError, match="3 images for 2 feature maps of tap 'middle'"):
-        aligner(torch.rand(3, 1, 16, 16), t)
-    with pytest.raises(UserError, match="the model has not run since"):  # what was kept is gone
-        aligner(images, t)
-    for bad, line in (
-        ((images, torch.rand(4)), "4 times for 2 feature maps"),
-        ((torch.rand(2, 1, 32, 32), t), r"the images are 32x32, but the aligner was made with image_size \(16, 16\)"),
-        ((2 * images - 1, t), r"the images are in \[-.*must be in \[0, 1\]; perhaps images / 2 \+ 0.5"),
-        ((images, 1000 * t + 2), r"the times are in .*perhaps t / 1000"),
-    ):
-        net(*EXAMPLE)
-        with pytest.raises(UserError, match=line):
-            aligner(*bad)
-    with torch.no_grad():
-        net(*EXAMPLE)
-    with pytest.raises(UserError, match="tap 'middle' has no gradient"):
-        aligner(images, t)
-    net(*EXAMPLE)
-    with pytest.raises(UserError, match="2 tensors of tokens were given for 1 alignments"):
-        aligner(None, t, tokens=[torch.rand(2, 49, 64)] * 2)
+def test_what_is_computed_again_is_not_counted(net):
+    """A tap inside of a checkpointed block: its hook is called a second time, in the backward pass."""
+    images, x, t = torch.rand(2, 1, 16, 16), torch.randn(2, 1, 16, 16), torch.rand(2)
+    aligner, plain, calls, found = aligner_of(net, tap="middle.conv.0"), net.middle.forward, 0, []
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    net.middle.conv[0].register_forward_hook(count)
+    for forward in (plain, lambda x: checkpoint(plain, x, use_reentrant=False)):
+        net.middle.forward = forward
+        net.zero_grad()
+        for _ in range(2):  # two passes of a step
+            net(x, t)
+            aligner(images, t).backward()
+        found.append(net.down.weight.grad)
+    assert calls == 2 + 4
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0].abs().sum() > 0
 
 
 def test_a_reentrant_checkpoint_has_no_gradient_to_give(net):
-    plain = net.middle.forward
-    aligner = aligner_of(net, tap="middle.conv.0")
+    plain, aligner = net.middle.forward, aligner_of(net, tap="middle.conv.0")
     net.middle.forward = lambda x: checkpoint(plain, x, use_reentrant=True)
     net(*EXAMPLE)
     with pytest.raises(UserError, match="checkpoint with use_reentrant=False"):
         aligner(torch.rand(2, 1, 16, 16), torch.rand(2))
-    net.middle.forward = lambda x: checkpoint(plain, x, use_reentrant=False)
-    net(torch.randn(2, 1, 16, 16), torch.rand(2))
-    aligner(torch.rand(2, 1, 16, 16), torch.rand(2)).backward()
-    assert net.down.weight.grad.abs().sum() > 0
-
-
-def test_taps_that_do_not_run_once(net):
-    class Twice(Net):
-        def forward(self, x, t):
-            return self.up(self.middle(self.middle(self.down(x))))
-
-    class Never(Net):
-        def forward(self, x, t):
-            return self.up(self.down(x))
-
-    for model, what in ((Twice(), "ran 2 times"), (Never(), "did not run")):
-        with pytest.raises(UserError, match=f"tap 'middle' {what} in the model's forward pass"):
-            aligner_of(model)
-        assert not model._forward_hooks
-
-
-def test_mistakes_at_the_start(net):
-    for spec, line in (
-        ({"tap": "midle"}, "unknown tap 'midle'; did you mean middle"),
-        ({"wieght": 1}, "unknown key of an alignment 'wieght'; did you mean weight"),
-        ({"head": "mlpp"}, "unknown head 'mlpp'"),
-        ({"encoder": "digits-vitt"}, "unknown encoder 'digits-vitt'"),
-        ({"head_options": {"hiden": 8}}, "unknown option of head 'mlp'"),
-    ):
-        with pytest.raises(UserError, match=line):
-            aligner_of(net, **spec)
-    with pytest.raises(UserError, match="needs its encoder"):
-        Aligner(net, [{"tap": "middle"}], image_size=16, example=EXAMPLE)
-    for options in ({"image_size": 16}, {"example": EXAMPLE}):
-        with pytest.raises(UserError, match="with image_size, the pixels of the images' side, and example"):
-            Aligner(net, [{"encoder": ENCODER}], **options)
-    with pytest.raises(UserError, match=r"gives a tensor of shape \(2, 16\), but a tap must give one feature map"):
-        Aligner(Pooled(), [{"encoder": ENCODER, "tap": "pool"}], image_size=16, example=EXAMPLE)
-    assert not net._forward_hooks
-
-
-class Pooled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
-
-    def forward(self, x, t):
-        return self.pool(x)
-
-
-def test_the_middle_of_the_bottom_is_suggested_first():
-    y = torch.zeros(1, dtype=torch.int64)
-    dic = create_denoiser("DiC", 1, 10, width=8, depths=(1, 1, 8, 1, 1))
-    names = suggest_taps(dic, (torch.zeros(1, 1, 16, 16), torch.zeros(1), y))
-    assert names[0] == "mid.3"  # U-REPA's: the 4th of 8
-    assert {f"mid.{i}" for i in range(8)} <= set(names)
-    assert not any(name.startswith(("enc", "dec")) for name in names)
-    with pytest.raises(UserError, match="no module of this model gives a feature map"):
-        suggest_taps(nn.Sequential(nn.Sequential(nn.Flatten())), torch.zeros(1, 1, 4, 4))
 
 
 def test_specs_are_the_readers_own():

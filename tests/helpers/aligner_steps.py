@@ -56,3 +56,45 @@ def gradients(
     found = {f"{i}.{name}": p.grad for i, each in enumerate((model, aligner)) for name, p in each.named_parameters()}
     full = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
     return full | {"loss": total}
+
+
+ENCODER = "digits-vit"  # 7x7 tokens
+
+
+class Net(nn.Module):
+    """A plain U-Net of two levels, with what people's modules give: maps, tuples, tokens, a dict."""
+
+    def __init__(self, gives="map"):
+        super().__init__()
+        self.gives = gives
+        self.down = nn.Conv2d(1, 6, 3, 2, 1)
+        self.middle = Middle(gives)
+        self.up = nn.ConvTranspose2d(6, 1, 2, 2)
+
+    def forward(self, x, t):
+        hidden = self.middle(self.down(x))
+        hidden = hidden["map"] if isinstance(hidden, dict) else hidden[0] if isinstance(hidden, tuple) else hidden
+        return self.up(hidden.mT.unflatten(2, (8, 8)) if hidden.ndim == 3 else hidden)
+
+
+class Middle(nn.Module):
+    def __init__(self, gives):
+        super().__init__()
+        self.gives, self.conv = gives, nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6))
+
+    def forward(self, x):
+        x = self.conv(x)
+        return {
+            "map": x,
+            "tuple": (x, None),
+            "dict": {"scale": x.mean(), "map": x},
+            "tokens": x.flatten(2).mT,
+        }[self.gives]
+
+
+EXAMPLE = (torch.zeros(2, 1, 16, 16), torch.zeros(2))
+HEAD = {"head_options": {"hidden": 8}}
+
+
+def aligner_of(model, **spec):
+    return Aligner(model, [{"encoder": ENCODER, "tap": "middle", **HEAD, **spec}], image_size=16, example=EXAMPLE)

@@ -116,6 +116,15 @@ def test_another_upload_leaves_no_scores_of_the_one_before(run, fake):
     assert ModelCard(files["README.md"].decode()).data.eval_results is None
 
 
+def test_of_a_repository_of_something_else_nothing_is_removed(run, fake):
+    fake.private["me/other"] = False
+    fake.repositories["me/other"] = {"main": {"scores.json": b"theirs", "manifest.json": b"theirs"}}
+    model = load(run)
+    next(model.denoiser.parameters()).data += 1  # so it has no scores of its own
+    model.push_to_hub("me/other")
+    assert fake.repositories["me/other"]["main"]["scores.json"] == b"theirs"
+
+
 def test_nothing_of_this_machine_goes_out(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     push(run, "me/digits", "--folder", "out")
