@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -23,12 +23,10 @@ from dic_repa.alignment.cache import WithTokens
 from dic_repa.alignment.heads import heads
 from dic_repa.alignment.schedules import Constant
 from dic_repa.alignment.taps import Example, Taps, call, quiet_run, suggest_taps
+from dic_repa.alignment.teachers import Teachers
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.layers import Modules
 from dic_repa.protocols import Samples
-
-if TYPE_CHECKING:
-    from dic_repa.alignment.teachers import Teachers  # timm takes seconds to import
 
 OWN_KEYS = ("encoder", "encoder_options", "tap", "head", "head_options", "select")  # the others are an Alignment's
 
@@ -86,8 +84,6 @@ class Aligner(nn.Module):
         self._terms: dict[str, Tensor] = {}
 
     def _build(self, model: nn.Module, alignments: Sequence[Any], image_size: Any, example: Any) -> list[Alignment]:
-        from dic_repa.alignment.teachers import Teachers  # timm takes seconds to import
-
         if example is None or image_size is None or not all(isinstance(each, Mapping) for each in alignments):
             raise UserError(
                 "Aligner takes a list of mappings such as {'encoder': 'dinov2-vit-b', 'tap': 'mid_block'}, with "
