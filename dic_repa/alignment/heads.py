@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dic_repa.models.layers import timestep_embedding
 from dic_repa.registry import Registry
 
-heads = Registry("head", key="alignments.0.head")
+heads = Registry("head", modules=["dic_repa.alignment.masked_adapter"], key="alignments.0.head")
 register_head = heads.register
 """Decorator that registers its class as the head of this name."""
 

@@ -23,6 +23,7 @@ from dic_repa.sampling.sampler import check_sampling
 ROWS = [name for name in list_recipes() if name.startswith(("imagenet", "dic-", "urepa-", "ladder-"))]
 TRAINING = [name for name in list_recipes() if isinstance(load_recipe(name), Recipe)]
 UREPA = [name for name in ROWS if "urepa" in name]
+TIME_AWARE, TIME_WEIGHTED = ["urepa-time-aware", "dic-xl-urepa-haste"], ["urepa-time-weight", "dic-xl-urepa-haste"]
 
 # What the papers train all their rows with.
 COMMON = {
@@ -48,6 +49,7 @@ STEPS = {
     "dic-h-ddpm-512": 3_000_000,
     "dic-xl-urepa": 1_000_000,
     "dic-h-urepa": 1_000_000,
+    "dic-xl-urepa-haste": 1_000_000,
     **{name: 100_000 for name in ROWS if name.startswith("urepa-")},
 }
 RESULTS = {
@@ -128,10 +130,10 @@ def test_urepa_has_the_papers_alignment(name):
     number = 1 + next(i for i, block in enumerate(blocks) if block is denoiser(recipe).get_submodule(alignment.tap))
     half = len(blocks) // 2
     assert number == {"urepa-tap-4": 4, "urepa-tap-32": 32}.get(name, half)
-    heads = {"urepa-time-aware": "time-aware", "urepa-upsample-first": "mlp-upsample-first"}
+    heads = {**dict.fromkeys(TIME_AWARE, "time-aware"), "urepa-upsample-first": "mlp-upsample-first"}
     heads["urepa-upsample-between"] = "mlp-upsample-between"
     assert alignment.head == heads.get(name, "mlp")
-    assert alignment.time_weight == ("v-shape" if name == "urepa-time-weight" else "constant")
+    assert alignment.time_weight == ("v-shape" if name in TIME_WEIGHTED else "constant")
     guidance = recipe.sample.guidance
     assert (guidance.scale, guidance.interval) == (1.8 if name.startswith("urepa-") else 1.65, (0.0, 0.7))
 
