@@ -15,7 +15,7 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.image_sets import ImageSet, open_images
-from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MetricSet, metrics
+from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MIND_SAMPLES, MetricSet, MongeDistance, metrics
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
 
@@ -227,6 +227,10 @@ class Measure:
         compared = min([count, *map(len, reference.features.values())])
         if "kid" in self.metrics and compared < KID_SUBSET_SIZE:
             warnings.append(f"kid is over subsets of {compared} images, where others take {KID_SUBSET_SIZE}")
+        sliced = [name for name, metric in self.metrics.items() if isinstance(metric, MongeDistance)]
+        if sliced and compared < MIND_SAMPLES:
+            few = f"{compared} samples and real images, where others take {MIND_SAMPLES}"
+            warnings.append(f"{', '.join(sliced)}: of {few}; the fewer, the larger")
         dims = {layer: len(reference.gaussians[layer][0]) for layer in (self.metrics[name].layer for name in gaussian)}
         for which, number in (("samples", count), ("reference images", reference.count)):
             if short := ", ".join(f"{layer} ({dim})" for layer, dim in dims.items() if number <= dim):

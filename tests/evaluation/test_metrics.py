@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 import scipy.special
 import torch
 from inception import write_inception
@@ -17,11 +18,11 @@ from PIL import Image
 
 from dic_repa.data.digits import load_digits
 from dic_repa.errors import UserError
-from dic_repa.evaluation import Judge, Measure, Metric, metrics, open_images
+from dic_repa.evaluation import Judge, Measure, Metric, manifolds, metrics, open_images
 from dic_repa.evaluation.digits import Digits
 from dic_repa.evaluation.extractors import Inception, extractors
 from dic_repa.evaluation.features import FeatureSet, RunningStatistics, extract, statistics
-from dic_repa.evaluation.metrics import manifold_radii, within_manifold
+from dic_repa.evaluation.manifolds import manifold_radii, within_manifold
 
 
 def draw(count: int, dim: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -99,12 +100,59 @@ def test_precision_and_recall_match_every_distance_computed():
     assert metrics.create("recall")(samples, reference) == pytest.approx(recall, rel=1e-4)
 
 
+def test_density_and_coverage_match_every_distance_computed():
+    samples, real = draw(150, 6, 4, 0.8), draw(200, 6, 5, 1.0, 0.3)
+    a, b = samples.double().numpy(), real.double().numpy()
+    radii = np.sort(np.linalg.norm(b[:, None] - b[None], axis=2), axis=1)[:, 5]  # the first is the distance to itself
+    held = np.linalg.norm(b[:, None] - a[None], axis=2) < radii[:, None]
+    density, coverage = held.sum() / (5 * 150), held.any(axis=1).mean()
+    assert 0.1 < coverage < 0.9
+    reference = as_reference(real, "inception.pool")
+    assert metrics.create("density")(samples, reference) == pytest.approx(density, rel=1e-4)
+    assert metrics.create("coverage")(samples, reference) == pytest.approx(coverage, rel=1e-4)
+
+
+def test_density_and_coverage_of_one_distribution_in_closed_form():
+    """Expected: density 1, and coverage 1 - prod_(i = 1..k) (N - i) / (N + M - i), as in arXiv 2002.09797."""
+    n, m, k = 3000, 2000, 5
+    samples, reference = draw(m, 4, 0), as_reference(draw(m + n, 4, 0)[m:], "inception.pool")
+    missed = np.prod([(n - i) / (n + m - i) for i in range(1, k + 1)])
+    assert metrics.create("density")(samples, reference) == pytest.approx(1, abs=0.05)
+    assert metrics.create("coverage")(samples, reference) == pytest.approx(1 - missed, abs=0.02)
+
+
+def test_mind_is_the_optimal_transport_on_lines():
+    """Against the assignment that costs least, found without sorting, on lines of other random directions."""
+    samples, real = draw(40, 3, 0, 1.3), draw(40, 3, 1, 1.0, 0.5)
+    lines = np.random.default_rng(0).normal(size=(3, 1500))
+    a, b = (part.double().numpy() @ (lines / np.linalg.norm(lines, axis=0)) for part in (samples, real))
+    costs = []
+    for line in range(a.shape[1]):
+        between = (a[:, None, line] - b[None, :, line]) ** 2
+        costs.append(between[scipy.optimize.linear_sum_assignment(between)].mean())
+    score = metrics.create("mind")(samples, as_reference(real, "inception.pool"))
+    assert score == pytest.approx(3 * 3 * np.mean(costs), rel=0.05)
+
+
+def test_mind_of_isotropic_gaussians_is_three_times_their_frechet_distance():
+    dim, scale, score = 8, 3.0, metrics.create("mind")
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(count, dim, generator=generator) for count in (2000, 2500))
+    reference = as_reference(b, score.layer)
+    found = score(a * scale, reference)
+    assert found == pytest.approx(3 * dim * (1 - scale) ** 2, rel=0.05)
+    assert score(a * scale, reference) == found  # by the same lines, and the same choice of the 2,500
+    assert score(a, as_reference(a, score.layer)) == 0
+
+
 def test_manifolds_are_the_same_in_blocks(monkeypatch):
     a, b = draw(70, 5, 6), draw(90, 5, 7)
-    radii, inside = manifold_radii(b), within_manifold(a, b)
-    monkeypatch.setattr(sys.modules[Metric.__module__], "BLOCK", 90 * 16)
+    parts = (manifolds.balls_around, manifolds.balls_that_hold)
+    radii, inside, held = manifold_radii(b), within_manifold(a, b), [part(a, b, 5) for part in parts]
+    monkeypatch.setattr(manifolds, "BLOCK", 90 * 16)
     torch.testing.assert_close(manifold_radii(b), radii)
     assert torch.equal(within_manifold(a, b), inside)
+    assert all(torch.equal(part(a, b, 5), before) for part, before in zip(parts, held))
 
 
 def test_kid_matches_numpy_on_one_whole_subset():
