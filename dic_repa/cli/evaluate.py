@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from dic_repa.cli import completion
+from dic_repa.cli.judgements import evaluate_and_show, ways_to_choose
 from dic_repa.cli.options import PATH, Command, Count, Several, option_group
-from dic_repa.cli.sampling_options import load_for_sampling, sample_settings, sampled_first
-from dic_repa.errors import UserError, is_main_process, print_rank_errors, when_interrupted
+from dic_repa.cli.sampling_options import load_for_sampling, sampled_first
+from dic_repa.errors import UserError, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_file
-from dic_repa.recipe import load_recipe
 from dic_repa.runtime.progress import print_result, progress_bar, say
 from dic_repa.runtime.table import format_rows, number
 from dic_repa.runtime.threads import choose_threads
 
-if TYPE_CHECKING:
-    from dic_repa.evaluation.runs import Judgement
-
 ADM = ["fid", "sfid", "is", "prec", "recall"]
-NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
 
 
 @click.command("evaluate", cls=Command)
@@ -37,6 +30,7 @@ NO_COLUMN = {"count", "recognised_count", "reference"}  # of a judge's scores
         help="Real images: a folder, zip or tar, an .npz, a prepared data set, statistics, or a name: digits:train.",
     ),
     click.option("--bound", help="Real images that are not trained on, scored as samples are: emoji:held-out."),
+    click.option("--both", is_flag=True, help="Sample with balanced and again with random classes: a row for each."),
     click.option(
         "--metrics", type=Several(str), help=f"Names from --list-metrics, with commas.  [default: {','.join(ADM)}]"
     ),
@@ -92,6 +86,7 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
     Examples:
       dic-repa evaluate runs/digits-urepa
       dic-repa evaluate runs/urepa-* runs/baseline-*
+      dic-repa evaluate runs/digits-urepa --both              with balanced and with random classes
       dic-repa evaluate samples/xl --reference VIRTUAL_imagenet256_labeled.npz
       dic-repa evaluate theirs.npz --reference imagenet/val --resize 256 --metrics fid,kid,fd-dinov2 --bootstrap 20
       dic-repa evaluate runs/digits-urepa --reference digits --metrics fd-digits,prec-digits --num 1000
@@ -99,6 +94,8 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
       dic-repa evaluate runs/mine --reference data/pictures --metrics fd-encoder,prec-encoder,recall-encoder
       accelerate launch -m dic_repa evaluate runs/xl --reference ref.npz --num 50000     on all GPUs of this machine
     """
+    if options["both"] and options["drawn_classes"]:
+        raise UserError(f"--both and --{options['drawn_classes']}-classes exclude each other; leave one of them out")
     if reference is None and metrics is None:
         if options["bound"]:
             raise UserError(
@@ -127,7 +124,8 @@ def _list_metrics(context, _parameter, value) -> None:
 def measure_and_show(samples: Sequence[Path], reference: str | None, names: list[str], **options) -> None:
     """Measure each of `samples` against the reference, print a table, and record each."""
     out = options["out"]
-    if out and len(samples) > 1:
+    rows = [(path, way) for path in samples for way in ways_to_choose(**options)]
+    if out and len(rows) > 1:
         raise UserError("--out names one record, and there are several samples; leave it out")
     for file in filter(None, (out, options["save_statistics"])):
         check_file(file)
@@ -143,6 +141,8 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
         if not path.exists() and (hint := suggest_runs(path)):
             raise UserError(f"there is nothing to measure at {path}{hint}")
         if not is_checkpoint(path):
+            if options["both"]:
+                raise UserError(f"--both samples runs and checkpoints, and {path} has its images; leave it out")
             opened[path] = open_images(path, options["resize"])
             check_file(out or record_file(path))
     choose_threads()
@@ -155,10 +155,10 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
     written, unwritten = [], ""
     reals: list[tuple[str, ...]] = []  # one row for samples of one number
     chosen = {key: str(value) for key, value in options.items() if value is not None}
-    for path in samples:
+    for path, way in rows:
         place = path
         if path not in opened:
-            loaded = load_for_sampling(path, processes.device, **options)
+            loaded = load_for_sampling(path, processes.device, **{**options, "drawn_classes": way})
             place = sample_checkpoint(path, *loaded, processes, options["again"])
             notes += notes_on_scores(by_encoder(measure.metrics, "lite2"), loaded[0].recipe)
         images = opened.get(path) or open_images(place, options["resize"])
@@ -228,74 +228,3 @@ def load_measure(samples: Sequence[Path], reference: str | None, names: list[str
     if options["save_statistics"] and measure.reference and processes.is_main_process:
         save_statistics(measure.reference, options["save_statistics"], measure.extractors)
     return measure
-
-
-def evaluate_and_show(
-    runs: Sequence[Path], recipe: str | None = None, again: bool = False, **options
-) -> list[Judgement]:
-    """Judge each run with a progress bar, then print the table and, for a single run, where its picture is."""
-    from dic_repa.evaluation.runs import evaluate_run, no_judge
-    from dic_repa.runs.folder import RunFolder
-
-    if not is_main_process():
-        return []  # a judge looks at few images: one process does it
-    for run in runs:
-        if run.exists() and not (run / "recipe.yaml").is_file():
-            raise UserError(f"{run} is not a run: it has no recipe.yaml; to measure images, give a --reference")
-        if RunFolder.open(run).recipe().evaluate is None:
-            raise no_judge(run, "give a --reference")
-    choose_threads()
-    given = load_recipe(recipe).sample if recipe else None
-    judgements = []
-    for run in runs:
-        settings = sample_settings(given or RunFolder.open(run).recipe().sample, **options)
-        with progress_bar(total=settings.num, desc=f"sampling {run}", unit="image", delay=0.1) as bar:
-            judgements.append(evaluate_run(run, settings, again, bar.update))
-    print_judgements(judgements)
-    if len(judgements) == 1:
-        print_result(f"samples: {judgements[0].picture}")
-    return judgements
-
-
-def print_judgements(judgements: Sequence[Judgement]) -> None:
-    """A row for each run, one for runs that differ in the seed alone, and one for real images."""
-    from dic_repa.evaluation.judge import notes_on_scores, real_name
-    from dic_repa.evaluation.metrics import title
-    from dic_repa.evaluation.runs import describe_sampling
-
-    first = judgements[0].scores
-    shown = [key for key, value in first.items() if key not in NO_COLUMN and not isinstance(value, dict)]
-
-    def cells(scores: dict) -> list[str]:
-        found = [scores.get(key, "") for key in shown]
-        return ["no labels" if v is None else number(v) if isinstance(v, float) else str(v) for v in found]
-
-    rows = [("run", "step", "samples", *map(title, shown))]
-    groups: dict[str, dict[int, Judgement]] = {}
-    for j in judgements:
-        rows.append((str(j.run), str(j.step), describe_sampling(j.sample), *cells(j.scores)))
-        recipe = j.recipe.model_dump_json(
-            exclude={"description": True, "folders": True, "train": {"seed"}, "sample": True}
-        )
-        groups.setdefault(f"{j.step} {j.sample.model_dump_json()} {recipe}", {})[j.recipe.train.seed] = j
-    for seeds in groups.values():
-        if len(seeds) > 1:
-            group = list(seeds.values())
-            name = os.path.commonprefix([str(j.run) for j in group]) + "*"  # noqa: RUF071, by letters
-            spreads = [_spread([j.scores.get(key) for j in group]) for key in shown]
-            rows.append((f"{name} ({len(group)} seeds)", "", "", *spreads))
-    if isinstance(first.get("reference"), dict):
-        count = str(first["reference"].get("count", ""))
-        rows.append((f"real {real_name(judgements[0].recipe)}", "", count, *cells(first["reference"])))
-    print_result(format_rows(rows, left=(0, 2)))
-    for note in dict.fromkeys(note for j in judgements for note in notes_on_scores(shown, j.recipe)):
-        say(f"note: {note}")
-
-
-def _spread(values: list) -> str:
-    """Mean and standard deviation, to the digits of the mean."""
-    values = [value for value in values if isinstance(value, (int, float))]
-    if len(values) < 2:
-        return ""
-    mean = number(statistics.mean(values))
-    return f"{mean} ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}"

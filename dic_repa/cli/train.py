@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.evaluate import evaluate_and_show
+from dic_repa.cli.judgements import evaluate_and_show
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, full_memory, is_main_process, lost_process, when_interrupted
 from dic_repa.recipe import Recipe, load_training_recipe

@@ -208,8 +208,9 @@ def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> 
                 "scores": _numbers(scores),
                 "reference": _numbers(scores["reference"]) if _has(scores, reference=dict) else {},
             }
-    entries = [entry | {"own": recipe is not None and entry["sampling"] == own} for entry in found.values()]
-    return sorted(entries, key=lambda entry: (entry["step"], entry["sampling"]))
+    for entry in found.values():
+        entry |= {"own": recipe is not None and entry["sampling"] == own, "classes": _classes(entry["sampling"])}
+    return sorted(found.values(), key=lambda entry: (entry["step"], entry["sampling"]))
 
 
 def _describe(sample: Any) -> str:
@@ -217,6 +218,12 @@ def _describe(sample: Any) -> str:
         return describe_sampling(SampleSection.model_validate(sample))
     except ValueError:
         return ""
+
+
+def _classes(sampling: str) -> str:
+    """How classes were chosen: what `describe_sampling` names, or balanced; "" where a record does not say."""
+    named = re.search(r"(\w+) classes", sampling)
+    return named[1] if named else "balanced" if sampling else ""
 
 
 def _probe(run: RunFolder, problems: list[str]) -> dict | None:

@@ -106,8 +106,9 @@ def test_evaluate_several_runs_and_reads_what_is_known(run, dic_repa, tmp_path):
     spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
     (summary,) = [line for line in lines if "(2 seeds)" in line]
     assert summary.endswith(spread)
-    guided = dic_repa("evaluate", folder, "--recipe", "digits-cfg", "--num", "12")
-    assert "cfg 1.8" in guided.stdout
+    guided = dic_repa("evaluate", folder, "--recipe", "digits-cfg", "--num", "12", "--both").stdout.splitlines()[1:3]
+    assert all("cfg 1.8" in row for row in guided)
+    assert [row.split()[-3] for row in guided] == ["balanced", "random"]
 
 
 @pytest.mark.slow

@@ -456,3 +456,7 @@ def test_samples_of_a_run_tell_their_classes(checkpoint, evaluate, tmp_path):
     (record.parent / "samples.json").unlink()
     refused = evaluate(record.parent, "--reference", "digits", "--metrics", "recognised", fails=True)
     assert "do not tell which class each should show" in refused
+    assert "--both samples runs and checkpoints" in evaluate(
+        record.parent, "--reference", "digits", "--both", fails=True
+    )
+    assert "leave one of them out" in evaluate(checkpoint, "--both", "--random-classes", fails=True)

@@ -174,7 +174,7 @@ def test_mistakes(mistake, tmp_path):
 
 def test_measured_and_tuned_runs(make_run, tmp_path):
     run = make_run("a")
-    measured = run.path / "evaluation/step_00000040-9-heun-2"
+    measured = run.path / "evaluation/step_00000040-9-heun-2-random-classes"
     measured.mkdir()
     (measured / "metrics.json").write_text(json.dumps({"metrics": {"fid": 12.5}, "warnings": []}))
     guided = [({"scale": s, "interval": [0.0, h]}, 9, s * h) for s in (1.5, 2.0) for h in (0.5, 1.0)]
@@ -187,7 +187,7 @@ def test_measured_and_tuned_runs(make_run, tmp_path):
     record = {"score": "fd-digits", "better": "lower", "best": best, "cells": cells}
     (run.path / "tune/tune.json").write_text(json.dumps(record))
     _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
-    assert {"fid": 12.5} in [e["scores"] for e in shown["evaluations"]]
+    assert {"random": {"fid": 12.5}}.items() <= {e["classes"]: e["scores"] for e in shown["evaluations"]}.items()
     tuning = shown["tuning"]
     assert (tuning["scales"], tuning["intervals"]) == ([1, 1.5, 2.0], ["0 to 0.5", "0 to 1"])
     assert tuning["values"] == [[7.0, 0.75, 1.0], [7.0, 1.5, 2.0]]  # of few samples, also where there are many
@@ -208,7 +208,7 @@ def test_samples_that_are_judged_and_measured_are_shown_once(make_run, tmp_path)
     (measured / "metrics.json").write_text(json.dumps({"metrics": {"fd-digits": 1.4999, "prec-digits": 0.75}}))
     _, (shown,) = read(write_report([run.path], tmp_path / "page.html"))
     (entry,) = shown["evaluations"]
-    assert (entry["own"], entry["sampling"]) == (True, describe_sampling(sample))
+    assert (entry["own"], entry["sampling"], entry["classes"]) == (True, describe_sampling(sample), "balanced")
     assert list(entry["scores"].items()) == [("recognised", 0.9), ("fd-digits", 1.5), ("prec-digits", 0.75)]
 
 

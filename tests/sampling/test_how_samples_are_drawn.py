@@ -113,6 +113,10 @@ def test_a_score_says_how_classes_were_drawn(run):
         assert heading.split()[2] == "classes"
         assert row.split()[2] == word
         assert json.loads(Path("record.json").read_text())["samples"]["sampling"]["sample"]["classes"] == word
+    both = run("evaluate", *options[:-2], "--both").splitlines()[1:3]
+    assert [row.split()[2] for row in both] == ["balanced", "random"]
+    apart = [json.loads(file.read_text()) for file in Path("samples").glob("*/metrics.json")]
+    assert {r["samples"]["sampling"]["sample"]["classes"]: len(apart) for r in apart} == {"balanced": 2, "random": 2}
     drawn = RECIPE.sample.model_copy(update={"classes": "random"})
     assert describe_sampling(drawn) == describe_sampling(RECIPE.sample) + " random classes"
     assert torch.equal(draw_labels(RECIPE, ClassLabels(10), drawn), random_labels(RECIPE, ClassLabels(10), drawn.num))

@@ -216,12 +216,13 @@ function table(rows, scores) {
     return [score, lowerIsBetter(score) ? Math.min(...values) : Math.max(...values)];
   }));
   const body = rows.map((row) => el("tr", {}, el("td", {}, dot(row.run), " ", row.run.name), el("td", { class: "number" }, format(row.step)),
-    el("td", {}, row.sampling || "–"), el("td", { class: "number" }, format(row.evaluations)),
+    el("td", {}, row.sampling || "–"), el("td", {}, row.classes || "–"), el("td", { class: "number" }, format(row.evaluations)),
     ...scores.map((score) => el("td", { class: `number${row.scores[score] === best[score] && rows.length > 1 ? " best" : ""}` }, format(row.scores[score])))));
   body.forEach((tr) => tr.querySelector(".dot").setAttribute("style", tr.querySelector(".dot").getAttribute("style") + ";display:inline-block;margin-right:5px"));
   return el("details", { class: "card", style: "margin-top:14px", open: rows.length <= 12 },
     el("summary", {}, rows.length === 1 ? "1 evaluation" : `All ${rows.length} evaluations`),
     el("div", { class: "table" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "Run"), el("th", { class: "number" }, "Step"), el("th", {}, "Samples"),
+      el("th", { title: "How the classes of the samples were chosen" }, "Classes"),
       el("th", { class: "number", title: "Network evaluations per image" }, "NFE"), ...scores.map((score) => el("th", { class: "number" }, nice(score))))), el("tbody", {}, ...body))));
 }
 
