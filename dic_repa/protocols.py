@@ -156,8 +156,8 @@ class AlignmentSchedule(Protocol):
 # How it is optimised
 class Optimizer(Protocol):
     """A `torch.optim.Optimizer`, made by `factory(parameters, lr=..., **options)`; it may lack `weight_decay` and
-    `betas`. It should take `found_inf`, as torch's fused ones do: a step that must be skipped is then skipped on the
-    device."""
+    `betas`, and is given the `model` if it takes that. It should take `found_inf`, as torch's fused ones do: a step
+    that must be skipped is then skipped on the device."""
 
     param_groups: list[dict[str, Any]]
 

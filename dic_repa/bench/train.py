@@ -165,5 +165,5 @@ def replace_denoiser(parts: Any, baseline: str, recipe: Recipe, accelerator: Acc
     given = recipe.optimizer
     optimizer = torch.optim.AdamW(model.parameters(), given.learning_rate, given.betas, weight_decay=given.weight_decay)
     parts.model, parts.optimizer = accelerator.prepare(model, optimizer)
-    parts.ema = PlainEMA(parts.denoiser, recipe.train.ema_decay)
+    parts.ema = PlainEMA(parts.denoiser, recipe.train.sampled_decay)
     parts.averages = {"ema": parts.ema}

@@ -187,7 +187,7 @@ def _training(page: Page) -> str:
     recipe, train, spec = page.recipe, page.recipe.train, page.data and page.data.autoencoder
     done = f"{page.scores.step} of {train.steps}" if page.scores.step is not None else f"{train.steps} in the recipe"
     behind = f", latents of the autoencoder {plain(spec.name)}" if spec and spec.name != "none" else ""
-    weights = {"ema": f"averaged, decay {train.ema_decay}", "raw": "not averaged", "": "see the recipe"}
+    weights = {"ema": f"averaged, decay {round(train.sampled_decay, 8)}", "raw": "not averaged", "": "see the recipe"}
     rows = {
         "recipe": "[recipe.yaml](recipe.yaml), every key",
         "objective": plain(_words(recipe.objective)),

@@ -41,6 +41,7 @@ _ELSEWHERE = {
     "train.gradient_clip": "grad_clip max_grad_norm clip_grad clip_grad_norm gradient_clip_val gradient_clipping "
     "clip_norm",
     "train.ema_decay": "ema ema_rate ema_beta decay_rate",
+    "train.ema_half_life": "ema_halflife ema_halflife_kimg ema_half_life_images halflife",
     "train.label_dropout": "class_dropout_prob class_dropout label_drop_prob cfg_prob cfg_dropout p_uncond",
     "train.precision": "amp mixed_precision fp16 bf16 dtype",
     "train.gradient_checkpointing": "activation_checkpointing grad_checkpointing checkpointing grad_ckpt",
@@ -56,6 +57,7 @@ _ELSEWHERE = {
     "optimizer.learning_rate": "lr base_lr max_lr peak_lr",
     "optimizer.betas": "adam_betas beta1 beta2 adam_beta1 adam_beta2",
     "optimizer.weight_decay": "wd adam_weight_decay decay",
+    "optimizer.decay_on": "no_decay no_weight_decay weight_decay_on decay_matrices",
     "optimizer.options": "momentum eps adam_epsilon nesterov",
     "schedule": "lr_schedule scheduler",
     "schedule.name": "lr_scheduler lr_scheduler_type lr_decay",

@@ -88,6 +88,9 @@ class OptimizerSection(Section):
     name: str = Field("adamw", description="adamw, ...: `dic-repa parts optimizer`; or torch's: torch.optim:NAdam")
     learning_rate: Positive = Field(1e-4, description="after the warm-up, before the schedule lowers it")
     weight_decay: NotNegative = Field(0.0, description="share of a weight that a step at learning rate 1 would remove")
+    decay_on: Literal["all", "matrices"] = Field(
+        "all", description="what decays: all; or matrices: no biases, norms, embeddings and single vectors"
+    )
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="Adam's decays of the gradient's two moments")
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: eps; momentum of sgd; ...")
 
@@ -126,6 +129,9 @@ class TrainSection(Section):
     micro_batch: Batch | None = Field(None, description="most images in one pass of one process; null: all")
     gradient_clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     ema_decay: Probability = Field(0.9999, description="decay of the averaged weights that are sampled from")
+    ema_half_life: Positive | None = Field(
+        None, description="images in which the average forgets half, for any batch; null: ema_decay a step"
+    )
     ema_warmup: Flag = Field(True, description="an average's decay after n steps is at most (1 + n) / (10 + n)")
     more_ema_decays: list[Probability] = Field(
         default_factory=list, description="decays of further averages, in ema-DECAY/"
@@ -153,6 +159,11 @@ class TrainSection(Section):
         description="where metrics are also logged: tensorboard, wandb, ...: `dic-repa parts tracker`",
     )
     sharding: Literal["none", "fsdp2"] = Field("none", description="fsdp2: cut the model up among the processes")
+
+    @property
+    def sampled_decay(self) -> float:
+        """Of the average that is sampled from, in a step: 0.5^(batch_size / ema_half_life), or ema_decay."""
+        return 0.5 ** (self.batch_size / self.ema_half_life) if self.ema_half_life else self.ema_decay
 
     @model_validator(mode="after")
     def _micro_batch_divides(self):

@@ -39,6 +39,7 @@ from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import say, warn
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.log import MetricLog
+from dic_repa.training.optimizers import optimized_names
 from dic_repa.training.parts import Parts
 from dic_repa.training.shard_writer import Shards, ShardWriter
 from dic_repa.training.sharding import cut_like, to_cpu
@@ -85,7 +86,7 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         {name: to_cpu(ema.model.state_dict(), main) for name, ema in parts.averages.items()},
         {
             "class": type(parts.optimizer.optimizer).__name__,
-            "parameters": trainable(accelerator.unwrap_model(parts.model)),
+            "parameters": optimized_names(accelerator.unwrap_model(parts.model), parts.optimizer),
             "state": state,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         },
@@ -153,8 +154,10 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
         content = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         step = parse_json((folder / "state.json").read_text())["step"]
         kind = content.get("class", "AdamW")  # the only one that older versions had
-        names = trainable(accelerator.unwrap_model(parts.model))
-        places = {i: names.index(name) for i, name in enumerate(content.get("parameters", names)) if name in names}
+        model = accelerator.unwrap_model(parts.model)
+        names = optimized_names(model, parts.optimizer)
+        known = content.get("parameters", trainable(model))  # older versions had the model's order
+        places = {i: names.index(name) for i, name in enumerate(known) if name in names}
         state, scaler = _optimizer_state(content["state"], folder, parameters, places), content["scaler"]
     except UserError:
         raise

@@ -1,12 +1,12 @@
 """The optimizers by name, and what each keeps for a weight.
 
 An optimizer is made as `factory(parameters, lr=..., weight_decay=..., betas=..., **options)`; it need not take
-`weight_decay` and `betas`. Any of torch.optim will do, as `torch.optim:NAdam`. One that takes `found_inf`, as the fused
-ones do, skips a step on the device, so that the host need not wait for it.
+`weight_decay` and `betas`, and is given the `model` if it takes that. Any of torch.optim will do, as
+`torch.optim:NAdam`. One that takes `found_inf`, as the fused ones do, skips a step on the device, so that the host need
+not wait for it.
 """
 
 import inspect
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from dic_repa.errors import UserError
 from dic_repa.recipe.schema import OptimizerSection
 from dic_repa.registry import Registry
+from dic_repa.training.trainable import trained_parameters
 
 optimizers = Registry("optimizer", key="optimizer.name")
 
@@ -38,15 +39,15 @@ def sgd(parameters, lr, weight_decay=0.0, momentum=0.9, **options) -> torch.opti
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=fused, **options)
 
 
-def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a recipe's `optimizer` section, over `parameters`.
+def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a recipe's `optimizer` section, over the parameters of `model` that train.
 
     Raises:
         UserError: for an unknown name, options that it does not take, and a key of the section that it has no use for.
     """
     takes = inspect.signature(optimizers.find(section.name)).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    given = {"lr": section.learning_rate}
+    given = {"lr": section.learning_rate, **({"model": model} if "model" in takes else {})}
     for key in ("weight_decay", "betas"):
         value = getattr(section, key)
         if key in takes:
@@ -54,7 +55,36 @@ def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter
         elif value != OptimizerSection.model_fields[key].default:
             hint = "; name it in optimizer.options" if takes_any else ""
             raise UserError(f"optimizer.{key}: {section.name} does not take it{hint}")
-    return optimizers.create(section.name, parameters, **given, **section.options)
+    optimizer = optimizers.create(section.name, trained_parameters(model), **given, **section.options)
+    if section.weight_decay and section.decay_on == "matrices":
+        spare_vectors(optimizer, model)
+    return optimizer
+
+
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that train and map vectors to vectors: of linear layers and convolutions.
+
+    That is, all of at least two dimensions and two rows that are no table of embeddings: biases, the scales of norms,
+    and positions (1, N, D) are none.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [p for p in trained_parameters(model) if p.ndim > 1 and p.shape[0] > 1 and id(p) not in tables]
+
+
+def spare_vectors(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Let nothing but the `matrices` decay: the others move to groups of their own, without weight decay."""
+    decaying = {id(parameter) for parameter in matrices(model)}
+    for group in list(optimizer.param_groups):
+        spared = [parameter for parameter in group["params"] if id(parameter) not in decaying]
+        if spared:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in decaying]
+            optimizer.add_param_group({**group, "params": spared, "weight_decay": 0.0})
+
+
+def optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the parameters in the optimizer's order, which is that of its state."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
@@ -64,8 +94,9 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 def state_bytes(section: OptimizerSection) -> float:
     """Bytes that the optimizer keeps for each weight, found by one step on a small matrix."""
-    weight = nn.Parameter(torch.ones(64, 64))
-    optimizer = build_optimizer(section, [weight])
+    layer = nn.Linear(64, 64, bias=False)
+    weight = layer.weight
+    optimizer = build_optimizer(section, layer)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     kept = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]

@@ -41,7 +41,7 @@ from dic_repa.training.memory_estimate import check_memory
 from dic_repa.training.optimizers import build_optimizer
 from dic_repa.training.sharding import shard, wants_sharding
 from dic_repa.training.start import Start, start_from
-from dic_repa.training.trainable import adapt, check_fresh, freeze, trained_parameters
+from dic_repa.training.trainable import adapt, check_fresh, freeze
 
 
 @dataclass
@@ -99,7 +99,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     for encoder in encoders:
         cast_weights(encoder, settings.precision)
     denoiser.to(device)
-    decays = {"ema": settings.ema_decay, **{f"ema-{decay:g}": decay for decay in settings.more_ema_decays}}
+    decays = {"ema": settings.sampled_decay, **{f"ema-{decay:g}": decay for decay in settings.more_ema_decays}}
     averages = {name: EMA(denoiser, decay, settings.ema_warmup) for name, decay in decays.items()}
     averages |= {f"ema-sigma_rel-{width:g}": PowerEMA(denoiser, width) for width in settings.power_ema}
     weights = recipe.sample.weights
@@ -117,9 +117,9 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         for average in averages.values():  # cut up in the same way as the model
             shard(average.model, average.model, accelerator)
         model = accelerator.prepare_model(shard(model, denoiser, accelerator), evaluation_mode=True)  # mixed precision
-        optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, trained_parameters(model)))
+        optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, model))
     else:
-        model, optimizer = accelerator.prepare(model, build_optimizer(recipe.optimizer, trained_parameters(model)))
+        model, optimizer = accelerator.prepare(model, build_optimizer(recipe.optimizer, model))
     sampler = None
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
         # Built now, so that a missing autoencoder stops the run before it starts, not at the first grid.

@@ -55,7 +55,8 @@ def _falling(final: float, share: Callable[[float], float]) -> Callable[[float],
 class LearningRate:
     """The learning rate of each step of a recipe's run: `rate(step)`, with steps from 0.
 
-    In the warm-up of W steps it is (step + 1) / W of the recipe's, and from there on the schedule's share of it.
+    In the warm-up of W steps it is (step + 1) / W of the recipe's, and from there on the schedule's share of it. Groups
+    of parameters that an optimizer gives other rates keep their ratio.
     """
 
     def __init__(self, recipe: Recipe):
@@ -65,13 +66,17 @@ class LearningRate:
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Let the optimizer's next step have the rate of `step`, which is returned."""
-        rate = self(step)
+        share = self.share(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share  # the name that torch's schedulers use
+        return self.rate * share
 
     def __call__(self, step: int) -> float:
+        return self.rate * self.share(step)
+
+    def share(self, step: int) -> float:
+        """The rate of `step` as a share of the recipe's."""
         if step < self.warmup_steps:
-            return self.rate * ((step + 1) / self.warmup_steps)
+            return (step + 1) / self.warmup_steps
         left = max(1, self.steps - 1 - self.warmup_steps)
-        return self.rate * self.schedule(min(1.0, (step - self.warmup_steps) / left))
+        return self.schedule(min(1.0, (step - self.warmup_steps) / left))

@@ -86,7 +86,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def trainable(model: nn.Module) -> list[str]:
-    """The names of the parameters that train, in the optimizer's order."""
+    """The names of the parameters that train, in the model's order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

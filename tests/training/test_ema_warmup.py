@@ -17,7 +17,7 @@ import dic_repa.training.after_step
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.evaluation.runs import evaluate_run
-from dic_repa.recipe import list_recipes, load_recipe
+from dic_repa.recipe import TrainSection, list_recipes, load_recipe
 from dic_repa.recipe.keys import differences
 from dic_repa.runs import RunFolder
 from dic_repa.sampling.load import load
@@ -53,6 +53,21 @@ def test_average_is_a_tenth_of_the_steps_behind(n):
         assert lag_of_a_weight_that_rises_by_one(n, decay=0.9999, warmup=warmup) == pytest.approx(expected, rel=1e-6)
         assert EMA(torch.nn.Linear(1, 1), 0.9999, warmup).lag(n) == pytest.approx(expected, rel=1e-9)
     assert EMA(torch.nn.Linear(1, 1), 0.9, True).decay_at(1000) == 0.9  # (1 + n) / (10 + n) is more
+
+
+@pytest.mark.parametrize("batch", [32, 256])
+def test_half_is_forgotten_after_as_many_images_for_any_batch(batch):
+    """Of a weight that jumps from 0 to 1, the average is 1/2 after the half-life and 3/4 after twice that."""
+    settings = TrainSection(batch_size=batch, ema_half_life=1024, ema_decay=0.5)
+    weight = torch.nn.Linear(1, 1, bias=False)
+    weight.weight.data.zero_()
+    ema, found = EMA(weight, settings.sampled_decay), []
+    weight.weight.data.fill_(1.0)
+    for step in range(1, 2048 // batch + 1):
+        ema.update(weight, step)
+        found.append(ema.model.weight.item())
+    assert (found[1024 // batch - 1], found[-1]) == pytest.approx((0.5, 0.75), rel=1e-5)
+    assert TrainSection(ema_decay=0.5).sampled_decay == 0.5
 
 
 def test_warmup_is_the_default_but_for_the_rows_of_papers():

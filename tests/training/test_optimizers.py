@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import shutil
@@ -9,7 +10,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from small_runs import PoisonedDigits, assert_same, small_recipe, small_run, weights
+from small_runs import PoisonedDigits, assert_same, load_parts, small_recipe, small_run, weights
 from torch import nn
 
 from dic_repa.cli import main
@@ -81,10 +82,44 @@ def test_what_does_not_fit_is_one_line(overrides, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_groups_keep_the_ratio_of_their_rates():
+    recipe = load_recipe("digits-baseline", ["train.steps=21", "schedule={name: cosine, warmup_steps: 5}"])
+    fast, slow = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([{"params": [fast], "lr": 0.3}, {"params": [slow], "lr": 0.1}], lr=1.0)
+    rate = LearningRate(recipe)
+    for step in (0, 7, 20):
+        told = rate.apply(optimizer, step)
+        shares = [group["lr"] / told * recipe.optimizer.learning_rate for group in optimizer.param_groups if told]
+        assert shares == pytest.approx([0.3, 0.1][: len(shares)])
+    assert [group["lr"] for group in optimizer.param_groups] == [0, 0]
+
+
+NETWORK = {"embedding": nn.Embedding(3, 4), "conv": nn.Conv2d(4, 4, 3), "norm": nn.GroupNorm(2, 4)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "torch.optim:NAdam"])
+def test_weights_alone_decay_where_it_is_asked(name):
+    """Without a gradient's push, a step leaves 1 - rate * decay of what decays, and the rest as it is."""
+    for on, decaying in (("matrices", {"conv.weight", "out.weight"}), ("all", None)):
+        model = copy.deepcopy(nn.ModuleDict({**NETWORK, "out": nn.Linear(4, 2)}))
+        model.register_parameter("positions", nn.Parameter(torch.ones(1, 5, 4)))
+        before = {key: value.detach().clone() for key, value in model.named_parameters()}
+        options = {} if name == "adamw" else {"options": {"decoupled_weight_decay": True}}
+        section = OptimizerSection(name=name, learning_rate=0.1, weight_decay=0.5, decay_on=on, **options)
+        optimizer = build_optimizer(section, model)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        for key, value in model.named_parameters():
+            left = 0.95 if decaying is None or key in decaying else 1.0
+            torch.testing.assert_close(value, left * before[key], msg=f"{on}: {key}")
+
+
 def test_adamw_is_torchs():
     weight, other = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
     section = OptimizerSection(learning_rate=0.1, weight_decay=0.2, betas=(0.8, 0.9))
-    ours, theirs = build_optimizer(section, [weight]), torch.optim.AdamW([other], 0.1, (0.8, 0.9), weight_decay=0.2)
+    ours = build_optimizer(section, nn.ParameterList([weight]))
+    theirs = torch.optim.AdamW([other], 0.1, (0.8, 0.9), weight_decay=0.2)
     for step in range(4):
         for parameter, optimizer in ((weight, ours), (other, theirs)):
             parameter.grad = torch.full_like(parameter, math.cos(step))
@@ -137,6 +172,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(key, tmp_path):
     assert_same(weights(cut.checkpoint_path(8)), weights(whole.checkpoint_path(8)))
 
 
+def test_the_state_goes_on_with_its_parameters_in_other_groups(tmp_path):
+    """What decays decides the order of the state. A decay too small to change a weight lets both runs be compared."""
+    keys = ["optimizer.weight_decay=1e-20", "optimizer.decay_on=all"]
+    whole = small_run(tmp_path / "whole", *keys)
+    cut = small_run(tmp_path / "cut", *keys)
+    shutil.rmtree(cut.checkpoint_path(8))
+    small_run(cut.path, keys[0], "optimizer.decay_on=matrices", resume=True, allow_change=True)
+    ended = [load_parts(run.checkpoint_path(8), "model") for run in (cut, whole)]
+    assert_same(*ended)
+    orders = [torch.load(run.checkpoint_path(8) / "optimizer.pt")["parameters"] for run in (cut, whole)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
 @pytest.mark.parametrize(("before", "after"), [("adamw", "sgd"), ("sgd", "adamw")])
 def test_another_optimizer_goes_on_from_the_weights_alone(before, after, tmp_path, capsys):
     run = small_run(tmp_path / "run", f"optimizer.name={before}", "train.steps=4")
@@ -155,7 +204,7 @@ def test_a_falling_rate_is_another_run_with_other_steps(tmp_path):
 
 
 def test_which_skip_on_the_device():
-    found = {name: skips_on_device(build_optimizer(OptimizerSection(name=name), [nn.Parameter(torch.ones(2, 2))]))
+    found = {name: skips_on_device(build_optimizer(OptimizerSection(name=name), nn.Linear(2, 2)))
              for name in (*optimizers.names(), "torch.optim:NAdam")}  # fmt: skip
     assert found == {"adam": True, "adamw": True, "sgd": True, "torch.optim:NAdam": False}
 
