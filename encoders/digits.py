@@ -60,12 +60,13 @@ class DigitsViT(FrozenViT):
 
     Args:
         weights: a file of `python -m dic_repa.training.train_digits encoder --out`; by default the package's own.
-        layer: the block that gives the tokens.
+        layer: the block that gives the tokens, or a list of several.
+        combine: several blocks' tokens: 'sum', or 'concat' along the width (see `FrozenViT`).
     """
 
     card = Card(96, 4, 49, 0.2, IN_PACKAGE, "Apache-2.0")
 
-    def __init__(self, weights: str | PathLike | None = None, layer: int = -1):
+    def __init__(self, weights: str | PathLike | None = None, layer: int | list[int] = -1, combine: str = "sum"):
         path = weights or Path(__file__).parent / "weights" / "digits_vit.safetensors"
         state, metadata = read_tensors(path)
         if "config" not in metadata:
@@ -81,7 +82,7 @@ class DigitsViT(FrozenViT):
         except MISTAKES as error:
             raise UserError(f"the config of '{path}' describes no such encoder: {first_line(error)}") from None
         load_weights(model, state, path)
-        super().__init__(model, MEAN, STD, layer)
+        super().__init__(model, MEAN, STD, layer, combine=combine)
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(7, 7) for images of any `size` (H, W): they are resized to 28x28."""

@@ -49,10 +49,9 @@ class TimmBackbone(FrozenNetwork):
         model = build_network(model_name, weights, pretrained, model_args)
         config = model.pretrained_cfg
         super().__init__(model, mean or config["mean"], std or config["std"], layer, len(model.feature_info), "stages")
-        self.layer %= len(model.feature_info)  # counted from the first, since those behind it are dropped
-        self.embed_dim: int = model.feature_info[self.layer]["num_chs"]
+        self.embed_dim: int = model.feature_info[self.layers[0]]["num_chs"]
         with contextlib.suppress(AssertionError):  # timm 1.0.20 cannot drop EfficientViT's head
-            model.prune_intermediate_layers([self.layer], prune_norm=True, prune_head=True)
+            model.prune_intermediate_layers(list(self.layers), prune_norm=True, prune_head=True)
         self.name, self.input_size = model_name, input_size
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
 

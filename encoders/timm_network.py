@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -23,7 +24,7 @@ class FrozenNetwork(nn.Module):
     Args:
         model: has timm's `forward_intermediates`.
         mean, std: of each input channel.
-        layer: the index of the block or stage that gives the tokens; -1 is the last.
+        layer: the index of the block or stage that gives the tokens, or a list of them; -1 is the last.
         count, word: how many there are, and what they are called.
         norm: whether the tokens pass the final norm, whichever layer they come from.
     """
@@ -38,16 +39,14 @@ class FrozenNetwork(nn.Module):
         model: Any,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        layer: int,
+        layer: int | Sequence[int],
         count: int,
         word: str,
         norm: bool = False,
     ):
         super().__init__()
-        if not -count <= layer < count:
-            there = f"{count} {word}, 0 to {count - 1} or -1 to {-count}"
-            raise UserError(f"layer {layer} does not exist: the encoder has {there}")
-        self.model, self.layer, self.norm = model, layer, norm
+        self.layers = existing_layers([layer] if isinstance(layer, int) else layer, count, word)
+        self.model, self.norm = model, norm
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -81,15 +80,30 @@ class FrozenNetwork(nn.Module):
 
     def features(self, inputs: Tensor) -> Tensor:
         """What the layer gives for prepared images: tokens, or a map (B, embed_dim, h, w)."""
-        (found,) = self.model.forward_intermediates(
+        return self.intermediates(inputs, self.norm)[0]
+
+    def intermediates(self, inputs: Tensor, norm: bool) -> list[Tensor]:
+        """What each layer gives, by one pass that ends with the last of them."""
+        return self.model.forward_intermediates(
             inputs,
-            indices=[self.layer],
-            norm=self.norm,
+            indices=list(self.layers),
+            norm=norm,
             stop_early=True,
             output_fmt=self.layout,
             intermediates_only=True,
         )
-        return found
+
+
+def existing_layers(layers: Sequence[int], count: int, word: str) -> tuple[int, ...]:
+    """The layers counted from the first, in their order in the network, which has `count` of what `word` says."""
+    for layer in layers:
+        if not -count <= layer < count:
+            there = f"{count} {word}, 0 to {count - 1} or -1 to {-count}"
+            raise UserError(f"layer {layer} does not exist: the encoder has {there}")
+    found = sorted({layer % count for layer in layers})
+    if not found or len(found) < len(layers):
+        raise UserError(f"layer {list(layers)} names no layer, or one of them twice: take different {word}")
+    return tuple(found)
 
 
 def build_network(

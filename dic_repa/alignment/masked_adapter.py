@@ -6,6 +6,7 @@ worse in the end. With a transformer in between, the tap need only hold what the
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dic_repa.alignment.heads import heads, start_as_repa, to_tokens, upsample
 from dic_repa.errors import UserError
@@ -43,7 +44,7 @@ class MaskedAdapterHead(nn.Module):
         most = max(1, channels // HEAD_WIDTH)
         count = max(count for count in range(1, most + 1) if channels % count == 0)
         self.mask_token = nn.Parameter(torch.zeros(channels))
-        self.time = nn.Sequential(nn.Linear(256, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU())
+        self.time1, self.time2 = nn.Linear(256, channels), nn.Linear(channels, channels)
         self.blocks = Modules(AdaLNBlock(channels, count) for _ in range(depth))
         wide = [nn.Linear(channels, channels), nn.LayerNorm(channels), nn.SiLU(), nn.Linear(channels, embed_dim)]
         self.project = nn.Sequential(*wide) if channels != embed_dim else nn.Identity()
@@ -52,7 +53,7 @@ class MaskedAdapterHead(nn.Module):
     def reset_parameters(self) -> None:
         """PixelREPA's: Xavier uniform, N(0, 0.02^2) for the mask token and the time, zero modulations."""
         self.apply(start_as_repa)
-        for weight in (self.mask_token, self.time[0].weight, self.time[2].weight):
+        for weight in (self.mask_token, self.time1.weight, self.time2.weight):
             nn.init.normal_(weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
@@ -63,7 +64,7 @@ class MaskedAdapterHead(nn.Module):
         if self.training and self.mask_ratio:
             x = torch.where(masked(t, x.shape[1], self.mask_ratio)[..., None], self.mask_token.to(x.dtype), x)
         x = x + position_embedding(size, x.shape[-1], x.device).to(x.dtype)
-        c = self.time(timestep_embedding(t).to(self.time[0].weight.dtype))
+        c = F.silu(self.time2(F.silu(self.time1(timestep_embedding(t).to(self.time1.weight.dtype)))))
         for block in self.blocks:
             x = block(x, c)
         return to_tokens(upsample(to_map(self.project(x), size), self.grid))

@@ -97,10 +97,16 @@ def test_check_of_a_feature_map(tmp_path):
         (["digits-vit", "--option", "layer"], "takes key=value"),
         (["digits-vit", "--option", "layr=1"], "did you mean layer"),
         (["digits-vit", "--option", "layer=["], "--option layer: '[' is not valid YAML"),
-        (["digits-vit", "--option", "layer=abc"], "'digits-vit': layer takes a whole number, not 'abc'"),
+        (
+            ["digits-vit", "--option", "layer=abc"],
+            "'digits-vit': layer takes a whole number or a list of whole numbers, not 'abc'",
+        ),
         (["efficientnet-lite0", "--option", "layer=7"], "layer 7 does not exist: the encoder has 5 stages, 0 to 4"),
         (["timm:resnet", "--option", "pretrained=false"], "unknown timm model 'resnet'; did you mean"),
-        (["dinov2-vit-s", "--option", "pixels_per_token=abc"], "dinov2-vit-s' does not take these options"),
+        (
+            ["dinov2-vit-s", "--option", "pixels_per_token=abc"],
+            "'dinov2-vit-s': pixels_per_token takes a whole number, not 'abc'",
+        ),
         (["digits-vit", "--out", "x.foo"], "x.foo is not a picture; end it in .png"),
     ],
 )
