@@ -126,6 +126,16 @@ class Encoder(Protocol):
         """From images (B, 1 or 3, H, W), float in [0, 1], to tokens (B, h * w, embed_dim), row by row."""
 
 
+class Teacher(Protocol):
+    """Targets from the denoiser itself, in place of an encoder's; made by `factory(**options)`."""
+
+    tap: str  # the submodule whose feature map is the target
+    averaged: bool  # of the averaged weights, in a pass of their own; or of the pass that is trained
+
+    def earlier(self, uniform: Tensor) -> Tensor:
+        """By how much time (B,) less noise the averaged weights see, from random numbers (B,) in [0, 1)."""
+
+
 class Head(Protocol):
     def __call__(self, feature: Tensor, t: Tensor, /) -> Tensor:
         """From a tapped feature map (B, channels, h, w) at times t (B,) to the grid's tokens (B, N, embed_dim). It is
@@ -138,8 +148,9 @@ class Target(Protocol):
 
 
 class AlignmentLoss(Protocol):
-    def __call__(self, projection: Tensor, target: Tensor, /) -> tuple[Tensor, dict[str, Tensor]]:
-        """From tokens (B, N, D) of both to each image's loss (B,), and its terms (B,) by their names in the log."""
+    def __call__(self, projection: Tensor, target: Any, /) -> tuple[Tensor, dict[str, Tensor]]:
+        """From tokens (B, N, D) of both to each image's loss (B,), and its terms (B,) by their names in the log. One
+        that compares with nothing has `needs_target = False`, and its target is None."""
 
 
 class TimeWeight(Protocol):

@@ -61,6 +61,11 @@ def build_own_alignment(**keys) -> Alignment:
     return alignment
 
 
+def alignment_to(teacher: str) -> Alignment:
+    denoiser = create_denoiser("DiC", 3, 2, width=4, depths=(1,) * 5)
+    return build_alignment(AlignmentSection(teacher=teacher), None, denoiser, own_parts.OwnDataSet(16, "train"))
+
+
 def draw(**options) -> None:
     objective = build_objective(ObjectiveSection(options=options))
     draws = objective.draw((2, 1, 4, 4), torch.Generator())
@@ -90,6 +95,7 @@ USES = {
             create_denoiser("DiC", 3, 2, width=4, depths=(1,) * 5), "mid.0", 3, (4, 4), (16, 16), head=name
         )
     ),
+    "teacher": lambda name: alignment_to(name).teacher.earlier(torch.zeros(1)),
     "target": lambda name: build_own_alignment(target=name),
     "alignment-loss": lambda name: build_own_alignment(loss=name),
     "time-weight": lambda name: build_own_alignment(time_weight=name),
@@ -170,9 +176,11 @@ def test_an_autoencoder_of_32_channels(plugin_folder):
 OPTIONS = {
     "cosine": {"alignment-schedule": {"steps": 5}},
     "stop": {"alignment-schedule": {"steps": 5}},
+    "layer-sync": {"teacher": {"tap": "mid.0"}},
+    "self-alignment": {"teacher": {"tap": "mid.0"}},
     "stop-at-similarity": {"alignment-schedule": {"similarity": 0.5}},
 }
-GIVEN = {"head": (8, 4, (2, 2)), "block": (8, 8, 8), "guidance": (0.5,), "encoder": ()}
+GIVEN = {"head": (4, 4, (2, 2)), "block": (8, 8, 8), "guidance": (0.5,), "encoder": ()}
 CALLED_AS_THEY_ARE = {"ode-solver", "sde-solver", "guidance-schedule", "diffusion-form", "last-step"}
 # Made where an encoder's weights, or data, are on this machine.
 NAMES = {"encoder": ["digits-vit"], "data-set": [], "denoiser": ["DiC-S", "SiT-S/2", "DiT-S/2", "U-ViT-S/2"]}

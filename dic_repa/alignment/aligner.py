@@ -1,5 +1,4 @@
-"""`Aligner`: alignment in any training loop, of any module, without a change to it; and `AlignedDenoiser`, which is our
-own trainer's denoiser with its aligner as one module.
+"""`Aligner`: alignment in any training loop, of any module, without a change to it.
 
 aligner = Aligner(unet, [{"encoder": "dinov2-vit-b", "tap": "mid_block"}], image_size=256, example=(x, t))
 optimizer = torch.optim.AdamW([*unet.parameters(), *aligner.parameters()], 1e-4)
@@ -11,17 +10,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from dic_repa.alignment.alignment import Alignment
+from dic_repa.alignment.alignment import Alignment, Projected, check_teacher
 from dic_repa.alignment.cache import WithTokens
 from dic_repa.alignment.heads import heads
 from dic_repa.alignment.schedules import Constant
+from dic_repa.alignment.self_teachers import teachers
 from dic_repa.alignment.taps import Example, Taps, call, quiet_run, suggest_taps
 from dic_repa.alignment.teachers import Teachers
 from dic_repa.errors import UserError, unknown_name
@@ -43,6 +42,8 @@ class Aligner(nn.Module):
             run yet.
         alignments: what is aligned to what, a mapping each, with these keys:
             `encoder`, a name of `dic-repa encoders`, with `encoder_options`, or an encoder (`protocols.Encoder`);
+            in its place `teacher`, such as {'name': 'layer-sync', 'tap': 'up_blocks.0'}, or neither for a loss that
+            compares with nothing, such as 'dispersive' (with `head`: 'identity');
             `tap`, the submodule whose output is aligned, by default the first of `suggest_taps`;
             `head` ('mlp') with `head_options`, and `weight` (0.5), `manifold_weight` (3), `loss`, `target`,
             `time_weight` and `schedule` as in a recipe (see `Alignment`);
@@ -78,7 +79,7 @@ class Aligner(nn.Module):
                 torch.default_generator.manual_seed(seed)  # that of the CPU alone, where heads are made
                 built = self._build(model, alignments, image_size, example)
         self.alignments = Modules(built)
-        self._taps = Taps(model, {alignment.tap for alignment in built})
+        self._taps = Taps(model, {name for alignment in built for name in (alignment.tap, alignment.same_pass) if name})
         self._scales: tuple[int | None, list[float]] = (None, [])
         self._checked = False
         self._terms: dict[str, Tensor] = {}
@@ -96,14 +97,17 @@ class Aligner(nn.Module):
             specs = [spec | {"tap": spec.get("tap") or best} for spec in specs]
         self._select = [spec.get("select") for spec in specs]
         names = [spec["tap"] for spec in specs]
-        taps = Taps(model, names)
+        taught = [teachers.create(spec["teacher"]).tap if spec.get("teacher") else None for spec in specs]
+        taps = Taps(model, {*names, *filter(None, taught)})
         try:
             with quiet_run(model):
                 call(model, example)
-            features = self._features(taps, names)
+            outputs = taps.take()
+            features = self._features(taps, names, outputs)
+            maps = [taps.feature_map(outputs[name], name) if name else None for name in taught]
         finally:
             taps.remove()
-        return [build_alignment(spec, feature, self._teachers) for spec, feature in zip(specs, features)]
+        return [build_alignment(*each, self._teachers) for each in zip(specs, features, maps)]
 
     def forward(
         self,
@@ -125,19 +129,27 @@ class Aligner(nn.Module):
             UserError: the model did not run before, or a tap did not run once in it; images of another number or size
                 than they should be; images or times that are out of range at the first call.
         """
-        features = self._features(self._taps, [alignment.tap for alignment in self.alignments])
+        outputs = self._taps.take()
+        features = self._features(self._taps, [alignment.tap for alignment in self.alignments], outputs)
         self._check(features, images, t)
         scales = self.scales(step)
-        if tokens is not None:
-            given = [tokens] if isinstance(tokens, Tensor) else tokens
-        elif images is None:
-            raise UserError("an aligner needs images, or the encoders' tokens of them: aligner(None, t, tokens=[...])")
-        else:
-            given = self._encoders().encode(images, scales)
+        given = self._tokens(images, scales) if tokens is None else [tokens] if isinstance(tokens, Tensor) else tokens
         if len(given) != len(self.alignments):
             raise UserError(f"{len(given)} tensors of tokens were given for {len(self.alignments)} alignments")
-        loss, self._terms = self.compare(self.project(t, features), given, t, scales)
+        loss, self._terms = self.compare(self._project(features, outputs, t), given, t, scales)
         return loss
+
+    def _tokens(self, images: Tensor | None, scales: Sequence[float]) -> Sequence[Tensor | None]:
+        """The encoders' tokens of the images."""
+        if any(alignment.teacher and alignment.teacher.averaged for alignment in self.alignments):
+            raise UserError(
+                "the averaged weights are yours to run: aligner(images, t, tokens=[averaged_tokens(ema, tap, ...)])"
+            )
+        if not any(alignment.takes_tokens for alignment in self.alignments):
+            return [None] * len(self.alignments)
+        if images is None:
+            raise UserError("an aligner needs images, or the encoders' tokens of them: aligner(None, t, tokens=[...])")
+        return self._encoders().encode(images, scales)
 
     def scales(self, step: int | None) -> list[float]:
         """The schedules' factors at a step, one for each alignment; asked once for all passes of a step."""
@@ -148,22 +160,34 @@ class Aligner(nn.Module):
             self._scales = step, [alignment.schedule(step or 0) for alignment in self.alignments]
         return self._scales[1]
 
-    def project(self, t: Tensor, features: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Each head's tokens (B, N, D) of its feature map, by default those of the last forward pass."""
-        if features is None:
-            features = self._features(self._taps, [alignment.tap for alignment in self.alignments])
-        return [alignment.project(feature, t) for alignment, feature in zip(self.alignments, features)]
+    def project(self, t: Tensor) -> list[Tensor | Projected]:
+        """Each head's tokens (B, N, D) of the last forward pass, with the target of the same pass where there is
+        one."""
+        outputs = self._taps.take()
+        features = self._features(self._taps, [alignment.tap for alignment in self.alignments], outputs)
+        return self._project(features, outputs, t)
 
-    def _features(self, taps: Taps, names: Sequence[str]) -> list[Tensor]:
-        """Each alignment's feature map (B, C, h, w), from the last forward pass; `names` are those of their taps."""
-        outputs = taps.take()
+    def _project(self, features: Sequence[Tensor], outputs: Mapping[str, Any], t: Tensor) -> list[Tensor | Projected]:
+        return [
+            alignment.project_with_target(feature, self._taps.feature_map(outputs[name], name), t)
+            if (name := alignment.same_pass)
+            else alignment.project(feature, t)
+            for alignment, feature in zip(self.alignments, features)
+        ]
+
+    def _features(self, taps: Taps, names: Sequence[str], outputs: Mapping[str, Any]) -> list[Tensor]:
+        """Each alignment's feature map (B, C, h, w), of the taps' `outputs`; `names` are those of their taps."""
         return [
             taps.feature_map(select(outputs[name]) if select else outputs[name], name)
             for name, select in zip(names, self._select)
         ]
 
     def compare(
-        self, projections: Sequence[Tensor], tokens: Sequence[Tensor | None], t: Tensor, scales: Sequence[float]
+        self,
+        projections: Sequence[Tensor | Projected],
+        tokens: Sequence[Tensor | None],
+        t: Tensor,
+        scales: Sequence[float],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of all losses, and their terms, detached, by their names in the log."""
         total, named = torch.zeros((), device=t.device), dict[str, Tensor]()
@@ -230,45 +254,17 @@ def check_spec(given: Mapping[str, Any]) -> dict[str, Any]:
     known = OWN_KEYS + tuple(key for key in inspect.signature(Alignment).parameters if key != "head")
     if wrong := [key for key in given if key not in known]:
         raise unknown_name("key of an alignment", str(wrong[0]), known)
-    if "encoder" not in given:
-        raise UserError("an alignment needs its encoder: a name of `dic-repa encoders`, or an encoder")
     return dict(given)
 
 
-def build_alignment(spec: Mapping[str, Any], feature: Tensor, teachers: Teachers) -> Alignment:
-    """The alignment that a mapping says, for a tap that gives `feature` (B, C, h, w); its encoder joins the others."""
-    encoder = teachers.add(spec["encoder"], spec.get("encoder_options", {}))
-    shape = (feature.shape[1], encoder.embed_dim, tuple(encoder.token_grid(teachers.image_size)))
-    head = heads.create(spec.get("head", "mlp"), *shape, **spec.get("head_options", {}))
+def build_alignment(spec: Mapping[str, Any], feature: Tensor, taught: Tensor | None, encoders: Teachers) -> Alignment:
+    """The alignment that a mapping says, for a tap that gives `feature` (B, C, h, w) and a teacher that gives `taught`
+    (B, D, h, w), if it has one; its encoder joins the others."""
+    check_teacher(spec["tap"], spec.get("loss", "u-repa"), spec.get("teacher"), bool(spec.get("encoder")))
+    encoder = encoders.add(spec.get("encoder"), spec.get("encoder_options", {}))
+    _, width, *grid = (feature if taught is None else taught).shape
+    if encoder:
+        width, grid = encoder.embed_dim, [*encoder.token_grid(encoders.image_size)]
+    head = heads.create(spec.get("head", "mlp"), feature.shape[1], width, tuple(grid), **spec.get("head_options", {}))
     given = {key: value for key, value in spec.items() if key not in OWN_KEYS}
     return Alignment(spec["tap"], head, **given).to(feature.device)
-
-
-@dataclass
-class AlignedOutput:
-    """`prediction` of the denoiser, and one projection (B, N, D) per alignment."""
-
-    prediction: Tensor
-    projections: list[Tensor]
-
-
-class AlignedDenoiser(nn.Module):
-    """`aligned(x, t, y)` runs the denoiser once and each alignment's head on what its tap gave, as one module, so that
-    DDP and FSDP see the heads' parameters.
-
-    The denoiser is any module with `forward(x, t, y)`. Heads get `unit_time`, the time in [0, 1], if that is not t
-    (DDPM counts steps).
-    """
-
-    aligner: Aligner
-
-    def __init__(self, denoiser: nn.Module, alignments: Sequence[Alignment] = ()):
-        super().__init__()
-        self.denoiser = denoiser
-        aligner = Aligner(denoiser, alignments)
-        self.alignments = aligner.alignments
-        self.__dict__["aligner"] = aligner  # no submodule: its only ones are these alignments
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, unit_time: Tensor | None = None) -> AlignedOutput:
-        prediction = self.denoiser(x, t, y)
-        return AlignedOutput(prediction, self.aligner.project(t if unit_time is None else unit_time))

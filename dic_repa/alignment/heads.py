@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dic_repa.errors import UserError
 from dic_repa.models.layers import timestep_embedding
 from dic_repa.registry import Registry
 
@@ -100,6 +101,23 @@ class ConvHead(nn.Module):
 
     def forward(self, feature: Tensor, t: Tensor) -> Tensor:
         return to_tokens(upsample(self.layer(feature), self.grid))
+
+
+@register_head("identity")
+class IdentityHead(nn.Module):
+    """The feature map itself, without parameters: for losses and teachers that ask for no projection."""
+
+    def __init__(self, channels: int, embed_dim: int, grid: tuple[int, int]):
+        super().__init__()
+        if channels != embed_dim:
+            raise UserError(
+                f"head 'identity' changes no widths, but the tap has {channels} channels and its target {embed_dim}; "
+                "take head: linear or mlp"
+            )
+        self.grid = grid
+
+    def forward(self, feature: Tensor, t: Tensor) -> Tensor:
+        return to_tokens(upsample(feature, self.grid))
 
 
 def start_as_repa(layer: nn.Module) -> None:

@@ -1,17 +1,21 @@
-"""The two terms of U-REPA's alignment loss (arXiv 2503.18414), in float32 or better whatever comes in, and what is done
-to an encoder's tokens (B, N, D) before the comparison.
+"""What an alignment compares by, such as the two terms of U-REPA (arXiv 2503.18414), in float32 or better whatever
+comes in; and what is done to an encoder's tokens (B, N, D) before the comparison.
 
 Normalising in half precision has given NaN after 70 to 160 thousand steps, so nothing here runs under autocast.
 """
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import reduce
 from torch import Tensor
 from torch.nn import functional as F
 
+from dic_repa.errors import UserError
 from dic_repa.registry import Registry
+from dic_repa.runtime.processes import gather_with_gradient
 
 targets = Registry("target", key="alignments.0.target")
 alignment_losses = Registry("alignment loss", key="alignments.0.loss")
@@ -57,6 +61,52 @@ class URepaLoss:
             return token, {"token": token, "manifold": torch.zeros_like(token)}
         manifold = manifold_loss(projection, target)
         return token + self.manifold_weight * manifold, {"token": token, "manifold": manifold}
+
+
+@alignment_losses.register("smooth-l1")
+@dataclass(frozen=True)
+class SmoothL1:
+    """The mean of d^2 / (2 beta) where |d| < beta and |d| - beta / 2 elsewhere, for the difference d: SRA's loss."""
+
+    beta: float = 0.05
+
+    def __call__(self, projection: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `URepaLoss`, for tokens of the same width."""
+        with torch.autocast(projection.device.type, enabled=False):
+            values = F.smooth_l1_loss(_full(projection), _full(target), beta=self.beta, reduction="none")
+        distance = reduce(values, "b n d -> b", "mean")
+        return distance, {"distance": distance}
+
+
+@alignment_losses.register("dispersive")
+@dataclass(frozen=True)
+class Dispersive:
+    """`log mean_ij exp(-|z_i - z_j|^2 / (tau n))` over all pairs of the batch, i = j too: it drives features apart.
+
+    The dispersive loss of arXiv 2506.09027 (InfoNCE with the squared l2 distance): no teacher, no head. z_i are all n
+    values of image i's feature map; its code divides by n. Its weight is 0.5 there, tau 0.5 at a quarter of the depth
+    (or 0.25 and tau 1 at the last block).
+
+    The batch is that of all processes, so that their number changes nothing; of a step in several passes
+    (`micro_batch`), it is one pass.
+    """
+
+    tau: float = 1.0
+    needs_target: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not self.tau > 0:
+            raise UserError(f"loss 'dispersive': tau lies above 0, not at {self.tau}")
+
+    def __call__(self, projection: Tensor, target: None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same loss for each image (B,), of feature maps as tokens (B, N, D)."""
+        with torch.autocast(projection.device.type, enabled=False):
+            z = gather_with_gradient(_full(projection).flatten(1))
+            squared = torch.pdist(z).square() / z.shape[1]  # of each pair once
+            twice, itself = math.log(2) - squared / self.tau, squared.new_zeros(len(z))
+            loss = torch.logsumexp(torch.cat([twice, itself]), dim=0) - 2 * math.log(len(z))
+        each = loss.expand(len(projection))
+        return each, {"dispersive": each}
 
 
 def token_loss(projection: Tensor, target: Tensor) -> Tensor:

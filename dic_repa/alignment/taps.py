@@ -148,12 +148,13 @@ def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
     return (rows, columns) if rows * columns == tokens and rows * size[1] == columns * size[0] else None
 
 
-def tap_channels(denoiser: Pretrained, tap: str, size: tuple[int, int]) -> int:
-    """Channels of the feature map at `tap`, found by a run on the meta device with data of `size` (H, W)."""
+def tap_shape(denoiser: Pretrained, tap: str, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the feature map at `tap`, found by a run on the meta device with data of `size` (H, W)."""
     taps = Taps(denoiser, [tap])
     try:
         forward_on_meta(denoiser, *size)
-        return taps.feature_map(taps.take()[tap], tap).shape[1]
+        _, channels, rows, columns = taps.feature_map(taps.take()[tap], tap).shape
+        return channels, rows, columns
     finally:
         taps.remove()
 

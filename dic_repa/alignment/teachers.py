@@ -40,12 +40,15 @@ class Teachers:
 
     def __init__(self, image_size: tuple[int, int]):
         self.image_size = image_size
-        self.all: list[Teacher] = []
+        self.all: list[Teacher | None] = []
 
-    def add(self, encoder: str | Encoder, options: Mapping[str, Any]) -> Encoder:
-        """The next alignment's encoder, frozen: an earlier one's, if that has the same name and options."""
+    def add(self, encoder: str | Encoder | None, options: Mapping[str, Any]) -> Encoder | None:
+        """The next alignment's encoder, frozen: an earlier one's, if that has the same name and options; or none."""
+        if encoder is None:
+            self.all.append(None)
+            return None
         name, options = encoder if isinstance(encoder, str) else type(encoder).__name__, dict(options)
-        for teacher in self.all:
+        for teacher in filter(None, self.all):
             same = isinstance(encoder, str) and (teacher.name, teacher.options) == (name, options)
             if same or teacher.encoder is encoder:
                 self.all.append(teacher)
@@ -53,17 +56,19 @@ class Teachers:
         made: Any = create_encoder(name, **options) if isinstance(encoder, str) else encoder
         if isinstance(made, nn.Module):
             made.eval().requires_grad_(False)
-        self.all.append(Teacher(name, options, made))
-        check_tokens(name, made, torch.zeros(1, 3, *self.image_size, device=self.all[-1].device))
+        new = Teacher(name, options, made)
+        self.all.append(new)
+        check_tokens(name, made, torch.zeros(1, 3, *self.image_size, device=new.device))
         return made
 
     @torch.no_grad()
     def encode(self, images: Tensor, scales: Sequence[float] | None = None) -> list[Tensor | None]:
-        """Each alignment's target tokens (B, N, D) of images in [0, 1] or uint8; None at a scale of 0."""
+        """Each alignment's target tokens (B, N, D) of images in [0, 1] or uint8; None at a scale of 0, or if it has no
+        encoder."""
         images, wanted = unit_images(images), scales or [1.0] * len(self.all)
-        used = {id(teacher): teacher for teacher, scale in zip(self.all, wanted) if scale}
+        used = {id(teacher): teacher for teacher, scale in zip(self.all, wanted) if teacher and scale}
         known = {key: teacher(images) for key, teacher in used.items()}
-        return [known[id(teacher)] if scale else None for teacher, scale in zip(self.all, wanted)]
+        return [known.get(id(teacher)) if scale else None for teacher, scale in zip(self.all, wanted)]
 
     def cached(self, data: Samples, workers: int = 0) -> WithTokens:
         """`data` with each alignment's tokens from the feature cache, as `tokens.N`."""
@@ -72,5 +77,6 @@ class Teachers:
             {
                 f"tokens.{i}": feature_cache(each.name, each.options, each.encoder, data, each.device, workers)
                 for i, each in enumerate(self.all)
+                if each
             },
         )

@@ -134,8 +134,8 @@ def real_name(recipe: Recipe) -> str:
 
 
 def own_encoder(recipe: Recipe) -> dict[str, dict]:
-    """The options of the extractor `encoder` for samples of a run: its first alignment's encoder."""
-    first = next(iter(recipe.alignments), None)
+    """The options of the extractor `encoder` for samples of a run: its first encoder; empty if it has none."""
+    first = next((section for section in recipe.alignments if section.encoder), None)
     return {"encoder": {"encoder": first.encoder, **first.encoder_options}} if first else {}
 
 
@@ -146,7 +146,7 @@ def by_encoder(names: Iterable[str], extractor: str = "encoder") -> list[str]:
 
 def notes_on_scores(names: Iterable[str], recipe: Recipe) -> list[str]:
     """What a reader of a run's scores should know of the encoders behind them: no FID, and perhaps its own teacher."""
-    teachers = [section.encoder for section in recipe.alignments]
+    teachers = [section.encoder for section in recipe.alignments if section.encoder]
     judges = teachers[:1] if by_encoder(names) else []
     judges += [LITE2] if by_encoder(names, "lite2") else []
     notes = [(no_fid(judge), judged_by_its_teacher(judge) if judge in teachers else "") for judge in judges]

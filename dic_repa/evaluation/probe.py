@@ -82,10 +82,11 @@ def probe_checkpoint(
     checkpoint = checkpoint_of(loaded.source)
     folder = Path(out) if out else home_of(loaded.source) / "probe"
     check_folder(folder, "probe")
-    section = next((section for section in recipe.alignments if encoder in (None, section.encoder)), None)
+    taught = [section for section in recipe.alignments if section.encoder]
+    section = next((section for section in taught if encoder in (None, section.encoder)), None)
     if section is None and encoder is None:
         raise UserError("this model was aligned to no encoder; name one to compare with, such as --encoder digits-vit")
-    section = section or AlignmentSection(encoder=encoder or "")
+    section = section or AlignmentSection(encoder=encoder)
     network = build_encoder(section, torch.device(device))
     data, split = _dataset(recipe, num)
     condition = condition_of_data(data.dataset)

@@ -94,7 +94,9 @@ def read_run(run: RunFolder) -> dict:
         "step": done,
         "steps": total,
         "finished": total is not None and done >= total,
-        "alignments": [a.model_dump(include={"encoder", "tap", "head"}) for a in (recipe.alignments if recipe else [])],
+        "alignments": [
+            {"encoder": a.taught_by, "tap": a.tap, "head": a.head} for a in (recipe.alignments if recipe else [])
+        ],
         "metrics": curves,
         "samples": list(_samples(run, problems)),
         "evaluations": _evaluations(run, recipe, problems),

@@ -45,6 +45,14 @@ class Denoising:
         out = model(noisy.x_t, noisy.t, batch.y, noisy.unit_time)
         return ObjectiveOutput(self.loss(out.prediction, noisy), noisy.unit_time, out.projections)
 
+    def with_less_noise(self, batch: Batch, interval: Tensor) -> Noisy:
+        """The batch's data with the same noise, at times that are nearer to the data by `interval` (B,) in [0, 1]."""
+        return self.corrupt(batch.x, self.earlier(batch.draws["t"], interval), batch.draws["noise"])
+
+    def earlier(self, t: Tensor, interval: Tensor) -> Tensor:
+        """The times t (B,), as `draw` gives them, moved towards the data by `interval` (B,) in [0, 1]."""
+        raise NotImplementedError
+
     def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> Noisy:
         """The noisy state of data x (B, C, H, W) at the times t (B,), and what the denoiser should make of it."""
         raise NotImplementedError

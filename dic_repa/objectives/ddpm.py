@@ -84,6 +84,9 @@ class DDPM(Denoising):
         ones, count = torch.ones_like(t), len(self.schedule)
         return DDPMNoisy(x_t, t + self.first_step, noise, ones, data=x, steps=t, num_steps=count)
 
+    def earlier(self, t: Tensor, interval: Tensor) -> Tensor:
+        return (t - (interval * len(self.schedule)).round()).clamp(min=0)
+
     def loss(self, prediction: Tensor, noisy: DDPMNoisy) -> Tensor:
         """The sum of `terms`, (B,) in float32."""
         squared, bound = self.terms(prediction, noisy)

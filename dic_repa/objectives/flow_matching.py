@@ -178,6 +178,9 @@ class FlowMatching(Denoising):
         weight = self.weighting(self.path, t, self.prediction)
         return Noisy(self.path.sample(x, noise, t).x_t, t, target, weight)
 
+    def earlier(self, t: Tensor, interval: Tensor) -> Tensor:
+        return (t - interval).clamp(min=self.time_range[0])
+
     def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
         """The weighted mean squared error of each image, (B,) in float32, for a prediction (B, C, H, W).
 

@@ -89,7 +89,8 @@ def model_card(page: Page) -> str:
 
 def metadata(page: Page) -> ModelCardData:
     """What the hub reads: licence, library, task, tags, data and scores with their protocol."""
-    aligned = ["representation-alignment", "u-repa"] if page.recipe.alignments else []
+    taught = any(section.encoder for section in page.recipe.alignments)
+    aligned = ["representation-alignment", "u-repa"] if taught else []
     tags = ["dic-repa", "diffusion", "image-generation", page.kind.lower(), page.recipe.objective.name, *aligned]
     results = [result for scored in page.scores.scored for result in _results(scored)]
     known, begun = HUB_DATA.get(page.recipe.data.name), page.recipe.train.init_from
@@ -150,7 +151,8 @@ def _what_it_is(page: Page) -> str:
 
 
 def _aligned(page: Page) -> list[str]:
-    return ["U-REPA"] if any(_words(section.loss).startswith("u-repa") for section in page.recipe.alignments) else []
+    taught = [section for section in page.recipe.alignments if section.encoder]
+    return ["U-REPA"] if any(_words(section.loss).startswith("u-repa") for section in taught) else []
 
 
 def _how_to_sample(page: Page) -> str:
@@ -210,6 +212,8 @@ def _training(page: Page) -> str:
 
 
 def _alignment(section: AlignmentSection) -> str:
+    if section.encoder is None:
+        return f"{plain(section.taught_by)} at {plain(section.tap)}, weight {section.weight:g}: no encoder"
     licence = encoder_licence(section.encoder) or "not known here: ask who published them"
     own = ", from a file of its own" if section.encoder_options.get("weights") else ""
     return (
@@ -275,7 +279,7 @@ def _licence(page: Page) -> str:
         else "Their author has not said under which licence the weights are: ask before you use them."
     ]
     reaching = ["the training data"]
-    if page.recipe.alignments:
+    if any(section.encoder for section in page.recipe.alignments):
         words.append("The frozen encoder was used in training alone and is not in this repository.")
         reaching.append("the encoder")
     if page.recipe.train.init_from:

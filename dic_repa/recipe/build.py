@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dic_repa.alignment import Alignment
+from dic_repa.alignment.alignment import Alignment, check_teacher
 from dic_repa.conditions import Condition, class_labels, condition_of_data
 from dic_repa.data import datasets
 from dic_repa.data.autoencoders import AutoencoderSpec, Pixels, load_autoencoder, load_spec
@@ -182,7 +182,9 @@ def build_objective(section: ObjectiveSection):
 
 
 def build_encoder(section: AlignmentSection, device: torch.device):
-    """The frozen encoder of an alignment, on `device`."""
+    """The frozen encoder of an alignment, on `device`; None if it has none."""
+    if section.encoder is None:
+        return None
     from dic_repa.encoders import create_encoder  # timm takes seconds to import, and sampling has no use for it
 
     encoder = create_encoder(section.encoder, **section.encoder_options)
@@ -190,13 +192,21 @@ def build_encoder(section: AlignmentSection, device: torch.device):
 
 
 def build_alignment(
-    section: AlignmentSection, encoder: Encoder, denoiser: Pretrained, data: Samples, device: torch.device | str = "cpu"
+    section: AlignmentSection,
+    encoder: Encoder | None,
+    denoiser: Pretrained,
+    data: Samples,
+    device: torch.device | str = "cpu",
 ) -> Alignment:
-    """The head and losses between the denoiser's tap and the encoder, for the sizes that `data` has.
+    """The head and losses between the denoiser's tap and the encoder, or what the section has in its place, for the
+    sizes that `data` has.
 
     Raises:
-        UserError: There are no images, or the encoder's tokens of the first are not the grid that it promises.
+        UserError: There are no images, or the encoder's tokens of the first are not the grid that it promises; or the
+            section has no teacher that its loss needs.
     """
+    if encoder is None or section.encoder is None:
+        return join_teacher(section, denoiser, data_shape(data)[1:])
     from dic_repa.encoders import check_tokens
 
     sample = data[0]
@@ -210,12 +220,27 @@ def join_encoder(
     section: AlignmentSection, encoder: Encoder, denoiser: Pretrained, image_size: tuple, size: tuple[int, int]
 ) -> Alignment:
     """`build_alignment` from sizes alone: (H, W) of the encoder's images and of the denoiser's data."""
+    return _join(section, denoiser, size, encoder.embed_dim, encoder.token_grid(image_size))
+
+
+def join_teacher(section: AlignmentSection, denoiser: Pretrained, size: tuple[int, int]) -> Alignment:
+    """The alignment of a section without an encoder, for data of `size` (H, W)."""
+    return _join(section, denoiser, size)
+
+
+def _join(
+    section: AlignmentSection,
+    denoiser: Pretrained,
+    size: tuple[int, int],
+    embed_dim: int | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Alignment:
     own = inspect.signature(Alignment).parameters.keys() | inspect.signature(Alignment.build).parameters.keys()
     if taken := own & section.head_options.keys():
         raise UserError(
             f"alignments: head_options cannot hold {', '.join(sorted(taken))}, which an alignment has itself"
         )
-    keys = ("head", "weight", "manifold_weight", "target", "time_weight", "schedule", "loss")
+    keys = ("head", "weight", "manifold_weight", "target", "time_weight", "schedule", "loss", "teacher")
     given = {key: getattr(section, key) for key in keys} | section.head_options
-    grid = encoder.token_grid(image_size)
-    return Alignment.build(denoiser, section.tap, encoder.embed_dim, grid, size, **given)
+    check_teacher(section.tap, section.loss, section.teacher, embed_dim is not None)
+    return Alignment.build(denoiser, section.tap, embed_dim, grid, size, **given)

@@ -43,7 +43,7 @@ def _note(recipe: Recipe, folders: Iterable[Path]) -> None:
 
 def _looked_for(recipe: Recipe) -> list[list[Path]]:
     """The relative paths of each plugin's module, as a file or a folder, and of the data."""
-    parts = [recipe.model.name, *(name for a in recipe.alignments for name in (a.encoder, a.head))]
+    parts = [recipe.model.name, *(name for a in recipe.alignments for name in (a.encoder or "", a.head))]
     modules = [*recipe.plugins, *(name.partition(":")[0] for name in parts if ":" in name[:-1])]
     tops = [module.partition(".")[0] for module in modules]
     data = [[Path(recipe.data.path)]] if recipe.data.path and not Path(recipe.data.path).is_absolute() else []

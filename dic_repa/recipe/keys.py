@@ -73,7 +73,7 @@ _ELSEWHERE = {
     "model.width": "hidden_size dim base_channels model_channels embed_dim",
     "model.depths": "depth num_blocks num_layers layers",
     "objective.options": "path_type prediction prediction_type weighting time_sampling",
-    "alignments.N.encoder": "enc_type teacher encoder_type",
+    "alignments.N.encoder": "enc_type encoder_type",
     "alignments.N.tap": "encoder_depth depth layer align_depth",
     "alignments.N.head_options": "projector_dim projector_embed_dim hidden",
     "alignments.N.weight": "proj_coeff lambda coeff",

@@ -64,8 +64,11 @@ class ObjectiveSection(Section):
 
 
 class AlignmentSection(Section):
-    encoder: str = Field(description="the frozen encoder whose tokens are the targets")
+    encoder: str | None = Field(None, description="the frozen encoder whose tokens are the targets; null: a teacher")
     encoder_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the encoder")
+    teacher: Part | None = Field(
+        None, description="targets from the denoiser itself: layer-sync, self-alignment: `dic-repa parts teacher`"
+    )
     tap: str = Field("mid.0", description="the submodule of the denoiser whose output is aligned")
     head: str = Field("mlp", description="projects what the tap gives to the encoder's tokens: `dic-repa parts head`")
     head_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the head")
@@ -82,6 +85,12 @@ class AlignmentSection(Section):
         "constant", description="weight over steps: constant, cosine, stop, ...: `dic-repa parts alignment-schedule`"
     )
     cache: Flag = Field(False, description="compute the data's tokens once, into the feature cache")
+
+    @property
+    def taught_by(self) -> str:
+        """The name of its encoder or teacher; else of its loss, which compares with nothing."""
+        named = self.teacher or self.loss
+        return self.encoder or (named if isinstance(named, str) else str(named.get("name")))
 
 
 class OptimizerSection(Section):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
@@ -42,6 +43,17 @@ def start_processes(patience: timedelta = timedelta(days=1), **options) -> Accel
             "set ACCELERATE_USE_CPU=true for CPUs, or launch them by torchrun or accelerate launch"
         )
     return accelerator
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """The rows of all processes, (B, ...) to (processes * B, ...), in their order, with gradients.
+
+    A loss of all rows that every process computes alike then gives the parameters, whose gradients are averaged over
+    the processes, the gradient that one process with all rows would give.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    return torch.cat(differentiable.all_gather(x.contiguous()))
 
 
 class Votes:

@@ -32,6 +32,7 @@ from dic_repa.recipe.build import (
     data_traits,
     import_plugins,
     join_encoder,
+    join_teacher,
 )
 from dic_repa.recipe.files import paper_recipe
 from dic_repa.recipe.keys import differences
@@ -116,7 +117,7 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
             f"the data is not here ({missing}): {traits.channels} channels, {traits.condition.describe()} and images "
             f"of {traits.image_size} px are assumed"
         )
-    if recipe.alignments and not traits.image_size:
+    if any(section.encoder for section in recipe.alignments) and not traits.image_size:
         raise UserError("the data has latents but no images, which an encoder needs: train it with `alignments: []`")
     options = {
         "channels": traits.channels,
@@ -129,7 +130,7 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
     trial.train.sample_every, trial.evaluate = 0, None
     trial.sample.classes = "balanced"  # random data does not say how often each class is in the real data
     for section in trial.alignments:
-        if section.cache:
+        if section.cache and section.encoder:
             section.cache = False
             notes.append(f"{section.encoder} runs in these steps; in the run its tokens come from the cache")
     return trial
@@ -143,14 +144,16 @@ def build_shapes(trial: Recipe, notes: list[str]) -> dict:
     with torch.device("meta"):
         denoiser = build_denoiser(trial.model, data["channels"], condition)
     denoiser.set_gradient_checkpointing(trial.train.gradient_checkpointing)
-    alignments, tokens, encoders = [], [], {}
+    alignments, encoders = [], {}
     image_size = (data["image_size"],) * 2
     for section in trial.alignments:
+        if section.encoder is None:
+            with torch.device("meta"):
+                alignments.append(join_teacher(section, denoiser, (size, size)))
+            continue
         options = random_weights(section)
         with torch.device("meta") if options else contextlib.nullcontext():
             encoder = create_encoder(section.encoder, **(options or section.encoder_options))
-        grid = encoder.token_grid(image_size)
-        tokens.append((grid[0] * grid[1], encoder.embed_dim))
         encoders[section.encoder] = count_parameters(encoder) if isinstance(encoder, torch.nn.Module) else 0
         with torch.device("meta"):
             alignments.append(join_encoder(section, encoder, denoiser, image_size, (size, size)))
@@ -174,14 +177,14 @@ def build_shapes(trial: Recipe, notes: list[str]) -> dict:
         "macs": macs,
         "model": model,
         "parameters": counts | {"encoders": encoders},
-        "tokens": tokens,
+        "tokens": [each.target_shape if each.takes_tokens else None for each in alignments],
         "data": (data["channels"], size, size),
     }
 
 
 def random_weights(section: AlignmentSection) -> dict | None:
     """The options that give the encoder random weights; None if it is not one of timm's, which have them."""
-    if section.encoder not in FAMILIES and not section.encoder.startswith("timm:"):
+    if section.encoder is None or (section.encoder not in FAMILIES and not section.encoder.startswith("timm:")):
         return None
     return {key: value for key, value in section.encoder_options.items() if key != "weights"} | {"pretrained": False}
 
@@ -191,7 +194,7 @@ def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, pro
     device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
     for section in trial.alignments:
         options = random_weights(section)
-        if options is None or section.encoder_options.get("pretrained") is False:
+        if options is None or section.encoder is None or section.encoder_options.get("pretrained") is False:
             continue
         try:
             create_encoder(section.encoder, **section.encoder_options)

@@ -126,7 +126,7 @@ class Batches:
         if error is not None:
             raise _in_a_line(error)
         assert batch is not None
-        if not self.recipe.alignments and ("x" in batch or "moments" in batch):
+        if not any(each.encoder for each in self.recipe.alignments) and ("x" in batch or "moments" in batch):
             batch.pop("image", None)  # neither an encoder nor the autoencoder needs it
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 

@@ -70,8 +70,9 @@ def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accele
         ("data", f"{data.name}{place}, {len(parts.data):,} samples of {size}, {parts.condition.describe()}"),
     ]
     for section in recipe.alignments:
-        cached = ", its tokens from the cache" if section.cache else ""
-        rows.append(("encoder", f"{section.encoder} at {section.tap}, weight {section.weight:g}{cached}"))
+        cached = ", its tokens from the cache" if section.cache and section.encoder else ""
+        what = "encoder" if section.encoder else "aligned"
+        rows.append((what, f"{section.taught_by} at {section.tap}, weight {section.weight:g}{cached}"))
     each = f"{processes} process{'es' * (processes > 1)} x {share}"
     rows += [
         ("batch", f"{settings.batch_size} = {each}" + (f" in {passes} passes of {share // passes}" * (passes > 1))),

@@ -6,6 +6,7 @@ gradients of activations come on top, and torch.compile saves some.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -75,7 +76,7 @@ def check_memory(recipe: Recipe, denoiser: nn.Module, device: torch.device, shar
 
 
 def activation_bytes(
-    model: AlignedDenoiser, objective: Objective, tokens: list[tuple[int, int]], shape: tuple, mixed: bool
+    model: AlignedDenoiser, objective: Objective, tokens: Sequence[tuple[int, int] | None], shape: tuple, mixed: bool
 ) -> int:
     """What autograd keeps of one pass; under mixed precision with the weights' half-precision copies."""
     batch, condition = shape[0], condition_of_model(model.denoiser) or NoCondition()
@@ -90,7 +91,7 @@ def activation_bytes(
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).train()  # to_empty takes no fakes
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         draws = objective.draw(shape, torch.Generator())
-        targets = [torch.empty(batch, *token) for token in tokens]
+        targets = [torch.empty(batch, *token) if token else None for token in tokens]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with autocast:
                 out = objective(model, Batch(torch.empty(shape), condition.blank(batch), draws, model.denoiser))

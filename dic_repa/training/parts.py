@@ -10,6 +10,7 @@ from torch import nn
 
 from dic_repa.alignment import AlignedDenoiser, Aligner
 from dic_repa.alignment.cache import FeatureCache, feature_cache
+from dic_repa.alignment.self_teachers import check_objective
 from dic_repa.conditions import Condition, condition_of_data
 from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
@@ -52,7 +53,7 @@ class Parts:
     data: DataSet
     shape: tuple[int, int, int]  # (C, H, W) of the denoiser's data
     objective: Objective
-    encoders: list  # None where the tokens come from a cache
+    encoders: list  # None where the tokens come from a cache, or from a pass of the denoiser
     caches: dict[str, FeatureCache]  # under "tokens.N", for the alignment N
     denoiser: Pretrained
     aligner: Aligner
@@ -106,6 +107,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     if weights not in (known := [RAW, *averages]):
         raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
     ema = averages["ema" if weights == RAW else weights]
+    objective = build_objective(recipe.objective)
+    check_objective(objective, any(each.teacher and each.teacher.averaged for each in alignments))
     adapt(denoiser, settings)
     if start:
         check_fresh(denoiser, start.fresh)
@@ -127,7 +130,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
         sampler = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition)).sampler(sample)
     return Parts(
-        condition, data, shape, build_objective(recipe.objective), encoders, caches, denoiser, aligned.aligner, model,
+        condition, data, shape, objective, encoders, caches, denoiser, aligned.aligner, model,
         optimizer, ema, averages, sampler, sharded, start,
     )  # fmt: skip
 
@@ -152,9 +155,9 @@ def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:
                 "evaluate.bound is scored by metrics that compare with evaluate.reference, and "
                 f"{recipe.evaluate.metric} has real images of its own; leave it out, or add a metric to evaluate.also"
             )
-        if not recipe.alignments and (named := by_encoder(names)):
+        if not own_encoder(recipe) and (named := by_encoder(names)):
             raise UserError(
-                f"evaluate: {', '.join(named)} needs the encoder of the first alignment, and the recipe has none; "
+                f"evaluate: {', '.join(named)} needs the encoder of an alignment, and the recipe has none; "
                 "align the run, or name another metric"
             )
 
@@ -175,7 +178,7 @@ def build_caches(recipe: Recipe, encoders: list, data: Samples, accelerator: Acc
     caches = {}
     with accelerator.local_main_process_first():  # it fills the cache that the others then open
         for i, section in enumerate(recipe.alignments):
-            if section.cache:
+            if section.cache and section.encoder:
                 named = (section.encoder, section.encoder_options, encoders[i])
                 caches[f"tokens.{i}"] = feature_cache(*named, data, accelerator.device, recipe.data.workers)
                 encoders[i] = None

@@ -10,14 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dic_repa.alignment import averaged_tokens
 from dic_repa.data.latents import denoiser_data, global_noise
 from dic_repa.files.pictures import unit_images
 from dic_repa.objectives import Batch
+from dic_repa.protocols import Teacher
 from dic_repa.recipe import TrainSection
 from dic_repa.training.inputs import check_batch, process_rows, step_generator
 from dic_repa.training.optimizers import skips_on_device
@@ -90,12 +93,36 @@ class TrainingStep:
         split = [tensor.chunk(self.passes) for tensor in (x, y, images)]
         drawn = {name: values[rows].chunk(self.passes) for name, values in draws.items()}
         cached = {name: batch[name].chunk(self.passes) for name in parts.caches}
+        intervals = self.intervals(generator, rows)
         for k, (x, y, image) in enumerate(zip(*split)):
+            example = Batch(x, y, {name: passes[k] for name, passes in drawn.items()}, parts.ema.model)
             tokens: list[Tensor | None] = [None] * len(scales)
             for i, encoder in enumerate(parts.encoders):
-                if scales[i]:
-                    tokens[i] = cached[f"tokens.{i}"][k] if encoder is None else encode(encoder, image, accelerator)
-            yield Batch(x, y, {name: passes[k] for name, passes in drawn.items()}, parts.ema.model), tokens
+                if not scales[i]:
+                    continue
+                if encoder is not None:
+                    tokens[i] = encode(encoder, image, accelerator)
+                elif f"tokens.{i}" in cached:
+                    tokens[i] = cached[f"tokens.{i}"][k]
+                elif i in intervals and (teacher := parts.aligner.alignments[i].teacher):
+                    tokens[i] = self.by_averaged(teacher, example, intervals[i][k])
+            yield example, tokens
+
+    def intervals(self, generator: torch.Generator, rows: slice) -> dict[int, tuple[Tensor, ...]]:
+        """For each alignment to the averaged weights, by how much less noise these see (B,), in passes."""
+        intervals = {}
+        for i, alignment in enumerate(self.parts.aligner.alignments):
+            if alignment.teacher and alignment.teacher.averaged:
+                uniform = torch.rand(self.settings.batch_size, generator=generator, device=generator.device)
+                intervals[i] = alignment.teacher.earlier(uniform)[rows].chunk(self.passes)
+        return intervals
+
+    def by_averaged(self, teacher: Teacher, example: Batch, interval: Tensor) -> Tensor:
+        """The targets (B, N, D) of a pass that the averaged weights give."""
+        objective: Any = self.parts.objective
+        noisy = objective.with_less_noise(example, interval)
+        with self.accelerator.autocast():
+            return averaged_tokens(self.parts.ema.model, teacher.tap, noisy.x_t, noisy.t, example.y)
 
     def update(self, step: int, clock: Clock = no_clock) -> None:
         """Change the weights by the gradients, and the averages by the weights."""

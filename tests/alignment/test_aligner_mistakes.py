@@ -72,7 +72,7 @@ def test_mistakes_at_the_start(net):
     ):
         with pytest.raises(UserError, match=line):
             aligner_of(net, **spec)
-    with pytest.raises(UserError, match="needs its encoder"):
+    with pytest.raises(UserError, match="needs an encoder"):
         Aligner(net, [{"tap": "middle"}], image_size=16, example=EXAMPLE)
     for options in ({"image_size": 16}, {"example": EXAMPLE}):
         with pytest.raises(UserError, match="with image_size, the pixels of the images' side, and example"):
