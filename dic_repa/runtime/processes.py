@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
@@ -53,7 +52,23 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
-    return torch.cat(differentiable.all_gather(x.contiguous()))
+    return _Gathered.apply(x.contiguous())
+
+
+class _Gathered(torch.autograd.Function):
+    """torch's own, in `torch.distributed.nn`, is deprecated, and what replaces it is not in every release since 2.6."""
+
+    @staticmethod
+    def forward(_context: Any, x: Tensor) -> Tensor:
+        every = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, x)
+        return torch.cat(every)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class Votes:

@@ -1,0 +1,24 @@
+"""The methods of docs/methods.md in small runs, several in each, for tests in one process and in two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from small_runs import SMALL
+
+from dic_repa.recipe import load_recipe
+from dic_repa.runs import RunFolder
+from dic_repa.training import train
+
+TINY = [*(key for key in SMALL if key != "alignments=[]"), "train.steps=4", "train.checkpoint_every=2"]
+SELF = "{tap: enc.1.0, teacher: {name: self-alignment, tap: dec.1.0}, head: linear, loss: smooth-l1}"
+SYNC = "{tap: enc.1.0, teacher: {name: layer-sync, tap: dec.1.0}, head: identity, manifold_weight: 0.0}"
+APART = "{tap: enc.1.0, loss: dispersive, head: identity}"
+METHODS = {  # a recipe, and what is changed of it
+    "without-encoder": ("digits-baseline", [f"alignments=[{SELF}, {SYNC}, {APART}]"]),
+}
+
+
+def method_run(path: Path, name: str, *overrides: str, **options) -> RunFolder:
+    recipe, keys = METHODS[name]
+    return train(load_recipe(recipe, [*TINY, *keys, *overrides]), path, **options)
