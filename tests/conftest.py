@@ -65,6 +65,26 @@ def dic_repa(tmp_path):
 
 
 @pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run `dic-repa ARGUMENTS` in this process, in an empty folder; returns what it prints.
+
+    As `dic_repa` does where a test needs no process of its own: the start of one costs seconds.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments) -> str:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        assert not exit.value.code, printed.out + printed.err
+        return printed.out
+
+    return run
+
+
+@pytest.fixture
 def mistake(tmp_path, monkeypatch, capsys):
     """Call the command line's entry point with a mistake: exit code 2 and one line on standard error, which is
     returned.
