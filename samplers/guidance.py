@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,9 @@ class Guidance:
     v = u + g(t) (v_y - u) for low <= t <= high and v = v_y elsewhere. u is the prediction for the null condition
     (classifier-free guidance), or that of a weaker model for the same one (autoguidance, Karras et al. 2024).
 
+    Internal guidance (Zhou et al., arXiv 2512.24176) puts m + w (v - m) in place of each prediction v of the model, v_y
+    and u alike, with the m that its middle head gives in the same evaluation; it costs none.
+
     Args:
         scale: g at its full size; 1 is no guidance.
         interval: (low, high) within [0, 1].
@@ -54,6 +58,8 @@ class Guidance:
         rescale: share, from 0 to 1, to which v is brought to v_y's standard deviation (Lin et al. 2024, eq. 15-16).
         doubled: predict v_y and u in one batch of twice the size, which is faster, or one after the other (False), with
             half the memory. None: in one, unless a GPU's memory is too small for it.
+        internal: w; 1 is no internal guidance. The paper has 1.4.
+        internal_interval: (low, high), when it acts.
 
     Raises UserError for values out of these ranges and for an unknown schedule.
     """
@@ -64,11 +70,13 @@ class Guidance:
     schedule: str = "constant"
     rescale: float = 0.0
     doubled: bool | None = None
+    internal: float = 1.0
+    internal_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise UserError(f"guidance interval ({low}, {high}): give (low, high) with 0 <= low <= high <= 1")
+        for low, high in (self.interval, self.internal_interval):
+            if not 0 <= low <= high <= 1:
+                raise UserError(f"guidance interval ({low}, {high}): give (low, high) with 0 <= low <= high <= 1")
         if self.channels is not None and self.channels < 1:
             raise UserError(f"guidance on {self.channels} channels: give at least 1, or none for all channels")
         if not 0 <= self.rescale <= 1:
@@ -77,7 +85,7 @@ class Guidance:
 
     @property
     def active(self) -> bool:
-        """Whether it does anything at all."""
+        """Whether it does anything at all, beside internal guidance."""
         return self.scale != 1
 
     def bind(self, model: Model, y: Tensor, weak_model: Model | None = None) -> GuidedField:
@@ -128,6 +136,25 @@ class CFGPlusPlus(Guidance):
         return self.scale / (1 - shrink)
 
 
+class InternalModel:
+    """A model (x, t, y) -> velocity guided away from its own middle head, in one evaluation: m + scale (v - m).
+
+    A UserError if the model has no `with_middle(x, t, y)`, which gives v and m.
+    """
+
+    def __init__(self, model: Any, scale: float):
+        self.with_middle, self.scale = getattr(model, "with_middle", None), scale
+        if self.with_middle is None:
+            raise UserError(
+                "internal guidance needs a denoiser with a middle head (model.options.middle_head); set `internal` to "
+                "1 to do without"
+            )
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        velocity, middle = self.with_middle(x, t, y)
+        return middle + self.scale * (velocity - middle)
+
+
 class GuidedField:
     """(x (B, C, ...), t (B,), all times the same) -> velocity.
 
@@ -136,7 +163,9 @@ class GuidedField:
     """
 
     def __init__(self, guidance: Guidance, model: Model, y: Tensor, weak_model: Model | None = None):
-        self.guidance, self.model, self.y, self.weak_model = guidance, model, y, weak_model
+        self.guidance, self.y, self.weak_model = guidance, y, weak_model
+        self.model = self.plain = model
+        self.internal = InternalModel(model, guidance.internal) if guidance.internal != 1 else model
         null = null_of(model)
         if guidance.active and weak_model is None and null is None:
             raise UserError(
@@ -145,7 +174,8 @@ class GuidedField:
         self.null = null(y) if null else y
         self.path = path_of(model)
         self.time_range = getattr(model, "time_range", (0.0, 1.0))
-        self.breakpoints = guidance.interval if guidance.active else ()
+        inside = guidance.interval if guidance.active else ()
+        self.breakpoints = (*inside, *(guidance.internal_interval if guidance.internal != 1 else ()))
         self.evaluations = 1
         self.doubled = guidance.doubled is not False  # becomes False where the doubled batch did not fit
         self._step: tuple[float, float | None] | None = None
@@ -154,9 +184,11 @@ class GuidedField:
         self._step = None if t is None else (t, s)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        low, high = self.guidance.interval
         # A solver that announces its steps spares a GPU the wait for the value of t.
         start = self._step[0] if self._step is not None else float(t[0])
+        low, high = self.guidance.internal_interval
+        self.model = self.internal if low <= start <= high else self.plain
+        low, high = self.guidance.interval
         if not (self.guidance.active and low <= start <= high):
             self.evaluations = 1
             return self.model(x, t, self.y)

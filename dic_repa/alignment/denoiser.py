@@ -13,10 +13,13 @@ from dic_repa.alignment.alignment import Alignment, Projected
 
 @dataclass
 class AlignedOutput:
-    """`prediction` of the denoiser, and one projection (B, N, D) per alignment, see `Aligner.project`."""
+    """`prediction` of the denoiser, one projection (B, N, D) per alignment, see `Aligner.project`, and what a middle
+    head predicts, with the weight of its loss."""
 
     prediction: Tensor
     projections: list[Tensor | Projected]
+    middle: Tensor | None = None
+    middle_weight: float = 0.0
 
 
 class AlignedDenoiser(nn.Module):
@@ -38,4 +41,8 @@ class AlignedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, unit_time: Tensor | None = None) -> AlignedOutput:
         prediction = self.denoiser(x, t, y)
-        return AlignedOutput(prediction, self.aligner.project(t if unit_time is None else unit_time))
+        projections = self.aligner.project(t if unit_time is None else unit_time)
+        if (head := getattr(self.denoiser, "middle_head", None)) is None:
+            return AlignedOutput(prediction, projections)
+        own, middle = prediction.chunk(2, dim=1)
+        return AlignedOutput(own, projections, middle, head.weight)

@@ -15,8 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError, unknown_name
-from dic_repa.models.cost import forward_on_meta
-from dic_repa.models.pretrained import Pretrained
+from dic_repa.models.pretrained import Pretrained, forward_on_meta
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]  # what a model is called with
 

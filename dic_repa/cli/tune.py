@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +19,7 @@ from dic_repa.runtime.threads import choose_threads
 
 IMAGES = Count(2, "images")
 SAMPLING = ("solver", "steps", "batch_size", "autoencoder", "seed")
+GUIDANCE = ("weak", "scale", "interval", "internal", "internal_interval")
 
 
 def _pair(text: str) -> tuple[float, float]:
@@ -27,12 +30,24 @@ def _pair(text: str) -> tuple[float, float]:
     return low, high
 
 
+def options_of(given: dict[str, Any]) -> list[str]:
+    """Options of `dic-repa sample` with these values."""
+    pairs = ((name, value if isinstance(value, tuple) else (value,)) for name, value in given.items())
+    return [word for name, values in pairs for word in (f"--{name.replace('_', '-')}", *map(str, values))]
+
+
 @click.command("tune", cls=Command)
 @click.argument("checkpoint", type=PATH, shell_complete=completion.runs)
 @option_group(
     "What is tried, and which score counts",
     click.option(
         "--metric", "score", help="fd-digits or recognised for digits, fid, ...  [default: the recipe's judge's]"
+    ),
+    click.option(
+        "--search",
+        type=click.Choice(["guidance", "internal"]),
+        help="guidance: towards the class, or with --weak away from a weaker model; internal: away from the model's "
+        "middle head.  [default: what the model has]",
     ),
     click.option("--reference", help="Real images for fid and its like.  [default: the recipe's]"),
     click.option("--scales", type=Several(float), default="1,1.25,1.5,1.75,2,2.5", help="Guidance scales to try."),
@@ -52,6 +67,10 @@ def _pair(text: str) -> tuple[float, float]:
     "How it is sampled, if not as the recipe says",
     *map(sampling_option, SAMPLING),
 )
+@option_group(
+    "The other guidance, which stays as it is",
+    *map(sampling_option, GUIDANCE),
+)
 def command(checkpoint: Path, out: Path | None, confirm: int, **options):
     """Find the guidance scale and interval with which CHECKPOINT (a run or a checkpoint) scores best.
 
@@ -63,6 +82,9 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
     Examples:
       dic-repa tune runs/digits-urepa
       dic-repa tune runs/digits-urepa --metric recognised --scales 1,1.5,2,3 --intervals 0:0.7,0:1
+      dic-repa tune runs/digits-urepa --weak earlier                        autoguidance
+      dic-repa tune runs/digits-internal                                    internal guidance
+      dic-repa tune runs/xl-internal --search internal --scale 1.35         beside guidance towards the class
       dic-repa tune runs/xl --metric fid --reference VIRTUAL_imagenet256_labeled.npz --num 5000 --confirm-num 50000
     """
     if out:
@@ -74,13 +96,13 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
 
     from dic_repa.evaluation.judge import notes_on_scores, real_name
     from dic_repa.evaluation.metrics import title
-    from dic_repa.evaluation.tune import Cell, Tuner
+    from dic_repa.evaluation.tune import SEARCHES, Cell, Tuner
     from dic_repa.runtime.progress import progress_bar
     from dic_repa.sampling.load import load
 
     choose_threads()
     loaded = load(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-    sampling = {name: value for name in SAMPLING if (value := options.pop(name)) is not None}
+    sampling = {name: value for name in SAMPLING + GUIDANCE if (value := options.pop(name)) is not None}
     sample = sample_settings(loaded.recipe.sample, **sampling)
     tuner = Tuner(loaded, sample=sample, confirm=confirm, out=out, **options)
     cells = len(tuner.cells())
@@ -102,6 +124,8 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
         print_result(f"real {real_name(loaded.recipe)}: {reached}")
     for note in notes_on_scores([tuner.score], loaded.recipe):
         say(f"note: {note}")
-    given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sampling.items())
+    searched = SEARCHES[tuner.search]
+    kept = {name: value for name, value in sampling.items() if name not in searched}
+    given = shlex.join(["", *options_of(kept)])[2:]
     print_result(f"use: dic-repa sample {checkpoint} {best.options}{given}")
     print_result(f"heat map: {tuner.picture}; record: {tuner.file}")

@@ -27,6 +27,7 @@ from dic_repa import __version__
 from dic_repa.errors import UserError, first_line
 from dic_repa.evaluation.metrics import find_metric, metrics
 from dic_repa.evaluation.runs import describe_sampling
+from dic_repa.evaluation.tune import SEARCHES
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
 from dic_repa.files.reading import has_step, parse_json, read_file
@@ -41,7 +42,7 @@ MOST_GRIDS = 60  # of the samples over training
 WIDEST = 1100  # pixels of an inlined picture
 LARGEST = 150_000  # bytes of a PNG that is inlined as it is
 # What the cells of one guidance search have in common.
-_SEARCH = ("checkpoint", "weights", "weak_weights", "score", "reference")
+_SEARCH = ("checkpoint", "weights", "weak_weights", "score", "reference", "search")
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -249,12 +250,15 @@ def _tuning(run: RunFolder, problems: list[str]) -> dict | None:
         own = [c for c in record["cells"] if all(c.get(key) == record.get(key) for key in _SEARCH)]
         cells = [(c["sample"]["guidance"], c["sample"]["num"], _number(c["scores"][score])) for c in own]
         few = min(num for _, num, _ in cells)
-        values = {(g["scale"], tuple(g["interval"])): value for g, num, value in cells if g and num == few}
-        plain = next((value for g, num, value in cells if not g and num == few), None)
+        scale, when = SEARCHES[record.get("search", "guidance")]  # versions before did not name it
+        guided = [(g, value) for g, num, value in cells if g and g[scale] != 1 and num == few]
+        values = {(g[scale], tuple(g[when])): value for g, value in guided}
+        plain = next((value for g, num, value in cells if not (g and g[scale] != 1) and num == few), None)
         scales = ([1] if plain is not None else []) + sorted({scale for scale, _ in values})
         intervals = sorted({interval for _, interval in values})
         return {
             "score": score,
+            "title": "scale of internal guidance" if scale == "internal" else "scale",
             "better": record["better"],
             "num": few,
             "scales": scales,

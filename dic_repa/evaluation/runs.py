@@ -66,7 +66,8 @@ class Judgement:
         names = self.recipe.evaluate.names if self.recipe.evaluate else ()
         metric, sample = "+".join(names), self.sample.model_dump(mode="json")
         bound = {"bound": bound} if self.recipe.evaluate and (bound := self.recipe.evaluate.bound) else {}
-        return {"step": self.step, "metric": metric, "sample": sample, **bound, **weak_weights(self.sample)}
+        weak = weak_weights(self.sample, RunFolder(self.run).checkpoint_path(self.step) / "ema")
+        return {"step": self.step, "metric": metric, "sample": sample, **bound, **weak}
 
     def read(self) -> bool:
         """Take the scores from a whole record of the same judgement; False if there is none."""
@@ -197,9 +198,10 @@ def describe_sampling(sample: SampleSection) -> str:
         words += [sample.grid.name, *sample.grid.options.values(), *(sample.grid.times or ())]
     if guidance := sample.guidance:
         words += [guidance.kind, guidance.scale, *guidance.interval]
-        for key in ("channels", "schedule", "rescale", "weak"):
-            if getattr(guidance, key) != GuidanceSection.model_fields[key].default:
-                words += [key, str(getattr(guidance, key)).replace("/", "-")]
+        for key in ("channels", "schedule", "rescale", "weak", "internal", "internal_interval"):
+            value = getattr(guidance, key)
+            if value != GuidanceSection.model_fields[key].default:
+                words += [key, *(value if isinstance(value, tuple) else [str(value).replace("/", "-")])]
     return " ".join(map(str, words))
 
 

@@ -1,5 +1,8 @@
 """The search for guidance: scale and interval are tried with few samples, the best are confirmed with many.
 
+They are those of the guidance towards the class or away from a weaker model; or, in a search of its own, those of
+internal guidance, while the other stays as it is.
+
 All cells have the same noise and labels, so that they differ by their guidance alone. Each is recorded as soon as it is
 done, and a second call continues an interrupted search.
 """
@@ -16,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.judge import judge_of_score
 from dic_repa.evaluation.metrics import title
 from dic_repa.files.atomic import write_whole
@@ -33,6 +36,8 @@ from dic_repa.sampling.load import Checkpoint, home_of, weak_weights
 THEN = "move it away to search anew, or give another folder with --out"
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.0, 0.85), (0.0, 1.0), (0.2, 0.8))
+SEARCHES = {"guidance": ("scale", "interval"), "internal": ("internal", "internal_interval")}
+"""What can be searched, and its keys of `sample.guidance`."""
 
 
 @dataclass
@@ -43,12 +48,14 @@ class Cell:
     interval: tuple[float, float]
     num: int
     value: float
+    search: str = "guidance"  # of `SEARCHES`
 
     @property
     def options(self) -> str:
         """The options of `dic-repa sample` for it."""
+        scale, interval = (f"--{key.replace('_', '-')}" for key in SEARCHES[self.search])
         low, high = self.interval
-        return "--scale 1" if self.scale == 1 else f"--scale {self.scale:g} --interval {low:g} {high:g}"
+        return f"{scale} 1" if self.scale == 1 else f"{scale} {self.scale:g} {interval} {low:g} {high:g}"
 
 
 class Tuner:
@@ -58,7 +65,9 @@ class Tuner:
         loaded: what `dic_repa.load` gives for a run or a checkpoint.
         score: what counts: a score of the recipe's judge (digits: fd-digits, recognised), or a metric such as fid.
         reference: the real images that a metric compares with; by default the recipe's.
-        sample: the sampler, by default the recipe's; its guidance is replaced.
+        sample: the sampler, by default the recipe's; what is searched of its guidance is replaced.
+        search: 'guidance', towards the class or, where `sample.guidance.weak` names one, away from a weaker model; or
+            'internal'; by default 'internal' where the model has nothing else to be guided by.
         num: samples of each cell.
         confirm, confirm_num: how many of the best cells are sampled anew, with how many samples.
         out: folder of tune.json and tune.png; by default RUN/tune.
@@ -70,6 +79,7 @@ class Tuner:
         score: str | None = None,
         reference=None,
         sample: SampleSection | None = None,
+        search: str | None = None,
         scales: Sequence[float] = SCALES,
         intervals: Sequence[tuple[float, float]] = INTERVALS,
         num: int | None = None,
@@ -81,11 +91,8 @@ class Tuner:
         device = next(loaded.denoiser.parameters()).device
         self.sample = sample or recipe.sample
         guidance = self.sample.guidance
-        guided = recipe.train.label_dropout not in (0, 1) and loaded.condition.kind != "none"
-        if not guided and not (guidance and guidance.weak):
-            why = "without label dropout" if recipe.train.label_dropout == 0 else "without labels"
-            raise UserError(f"{loaded.source} was trained {why}, so it has no guidance to search")
-        if guidance and guidance.kind == "cfg++" and 1 in scales:
+        self.search = self._choose(search)
+        if self.search == "guidance" and guidance and guidance.kind == "cfg++" and 1 in scales:
             raise UserError("CFG++ guides at a scale of 1 too; give scales below 1, such as --scales 0.2,0.4,0.6,0.8")
         self.confirm, self.confirm_num = confirm, confirm_num or self.sample.num
         self.num = num or min(5000, max(200, self.sample.num // 10), self.confirm_num)
@@ -108,12 +115,33 @@ class Tuner:
             "weights": weights_fingerprint(loaded.source / WEIGHTS),
             "score": self.score,
             "reference": reference and str(reference),  # None: what the recipe says
-            **weak_weights(self.sample),
+            "search": self.search,
+            **weak_weights(self.sample, loaded.source),
         }
         self.real: dict[str, Any] = {}  # the scores of real images, beside those of the last cell
         self.done: list[dict] = []
         self.found: list[Cell] = []
         self.best: list[Cell] = []
+
+    def _choose(self, search: str | None) -> str:
+        """What is searched; a UserError if the model has nothing to be guided by in that way."""
+        recipe, guidance = self.loaded.recipe, self.sample.guidance
+        if search is not None and search not in SEARCHES:
+            raise unknown_name("search", search, SEARCHES)
+        learnt = recipe.train.label_dropout not in (0, 1) and self.loaded.condition.kind != "none"
+        guided = learnt or bool(guidance and guidance.weak)
+        internal = getattr(self.loaded.denoiser, "middle_head", None) is not None
+        if search == "internal" and not internal:
+            raise UserError(f"{self.loaded.source} has no middle head, so it has no internal guidance to search")
+        if search == "internal" or (search is None and internal and not guided):
+            return "internal"
+        if not guided:
+            why = "without label dropout" if recipe.train.label_dropout == 0 else "without labels"
+            other = "--search internal, or --weak" if internal else "--weak"
+            raise UserError(
+                f"{self.loaded.source} was trained {why}, so it has no guidance to search; choose another with {other}"
+            )
+        return "guidance"
 
     def cells(self) -> list[tuple[float, tuple[float, float]]]:
         """What the grid asks for; one cell for all intervals if the scale is 1."""
@@ -160,7 +188,7 @@ class Tuner:
             self.done.append(known)
             self._write()
         self.real = known["scores"].get("reference", {})
-        cell = Cell(scale, interval, num, float(known["scores"][self.score]))
+        cell = Cell(scale, interval, num, float(known["scores"][self.score]), self.search)
         progress(cell, kept)
         return cell
 
@@ -170,10 +198,12 @@ class Tuner:
             progress(None, len(batch))
 
     def _settings(self, scale: float, interval: tuple[float, float], num: int) -> SampleSection:
-        before = self.sample.guidance.model_dump() if self.sample.guidance else {}
-        changed = before | {"scale": scale, "interval": tuple(interval)}
+        before = self.sample.guidance.model_dump() if self.sample.guidance else {"scale": 1.0}
+        key, when = SEARCHES[self.search]
+        changed = before | ({key: scale} if scale == 1 else {key: scale, when: tuple(interval)})
         try:
-            guidance = None if scale == 1 else GuidanceSection.model_validate(changed)
+            chosen = GuidanceSection.model_validate(changed)
+            guidance = None if chosen.scale == chosen.internal == 1 else chosen
         except ValueError:
             low, high = interval
             raise UserError(f"no guidance has the scale {scale:g} and the interval {low:g}:{high:g}") from None
@@ -230,7 +260,8 @@ def save_heat_map(
             axis.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="#d9480f", linewidth=1 if k else 3))
     axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axis.set_yticks(range(len(intervals)), [f"{low:g} to {high:g}" for low, high in intervals])
-    axis.set(xlabel="guidance scale", ylabel="interval of t")
+    name = "guidance scale" if cells[0].search == "guidance" else "scale of internal guidance"
+    axis.set(xlabel=name, ylabel="interval of t")
     figure.colorbar(shown, ax=axis)
     save_figure(figure, path, dpi=130)
 

@@ -38,5 +38,10 @@ class DicRepaDenoiser(ModelMixin, ConfigMixin):
         """What y is."""
         return self.model.conditioned_on
 
+    @property
+    def middle_head(self) -> torch.nn.Module | None:
+        """The network's second head, for internal guidance."""
+        return getattr(self.model, "middle_head", None)
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.model(x, t, y)

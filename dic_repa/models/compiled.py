@@ -23,6 +23,10 @@ class CompiledDenoiser(nn.Module):
         self.compiled = torch.compile(denoiser, mode=mode, dynamic=False)
         self.in_channels, self.null = denoiser.in_channels, null_of(denoiser)
 
+    @property
+    def middle_head(self) -> nn.Module | None:
+        return getattr(self.denoiser, "middle_head", None)
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if not self.graphs:
             return self.compiled(x, t, y)

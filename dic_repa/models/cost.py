@@ -5,14 +5,11 @@ Counted by running the model on the meta device, so DiC-H takes no memory.
 
 from dataclasses import dataclass
 
-import torch
-from einops import rearrange
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dic_repa.conditions import NoCondition, condition_of_model
 from dic_repa.models.dic import Block
-from dic_repa.models.pretrained import Pretrained
+from dic_repa.models.pretrained import Pretrained, forward_on_meta
 
 WINOGRAD_GAIN = 2.25  # F(2x2, 3x3): 16 multiplications where the plain 3x3 convolution has 36
 
@@ -56,14 +53,3 @@ def measure_cost(model: Pretrained, height: int, width: int | None = None) -> Co
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = counter.get_total_flops() // 2
     return Cost(parameters, macs, macs - winograd + round(winograd / WINOGRAD_GAIN) + norm if winograd else None)
-
-
-def forward_on_meta(model: Pretrained, height: int, width: int) -> None:
-    """Run a denoiser on shapes alone, so that hooks can see those of its feature maps. The model stays where it is."""
-    # einops' first use makes torch 2.6 import what cannot be imported on the meta device.
-    rearrange(torch.empty(1), "a -> a")
-    meta = {name: tensor.to("meta") for name, tensor in model.state_dict(keep_vars=True).items()}
-    with torch.no_grad(), torch.device("meta"):
-        condition = condition_of_model(model) or NoCondition()
-        inputs = (torch.empty(1, model.in_channels, height, width), torch.empty(1), condition.blank(1))
-        torch.func.functional_call(model, meta, inputs)

@@ -22,6 +22,7 @@ from dic_repa.conditions import VectorCondition
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.limits import check_limit
 from dic_repa.models.layers import Condition, Modules, RecomputableBlock, layout_of, pixel_shuffle
+from dic_repa.models.middle import MiddleHeadOption, add_middle_head
 from dic_repa.models.pretrained import Classes, Pretrained, Size, config_of
 from dic_repa.registry import Registry
 
@@ -163,6 +164,8 @@ class DiC(Pretrained):
         block: 'dic', or an earlier step's: 'gated', 'mid-modulation', 'early-modulation'.
         zero_gates: start each block as the identity. The authors' code means to, but does not: theirs is the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        middle_head: the block that a second head sits on, for internal guidance (`add_middle_head`); then the output is
+            twice the channels, the head's prediction behind the model's own.
     """
 
     conditions = ("classes", "none", "vector")
@@ -184,6 +187,7 @@ class DiC(Pretrained):
         block: str = "dic",
         condition: dict[str, Any] | None = None,
         patch_size: Size = 1,
+        middle_head: MiddleHeadOption = None,
     ):
         super().__init__()
         self.config = config_of(locals())
@@ -234,6 +238,7 @@ class DiC(Pretrained):
         self.reset_parameters(zero_gates)
         self.set_gradient_checkpointing(gradient_checkpointing)
         self.to(memory_format=torch.channels_last)
+        add_middle_head(self, middle_head)
 
     @classmethod
     def from_preset(cls, name: str, in_channels: int = 4, num_classes: int = 1000, **overrides) -> DiC:

@@ -8,10 +8,12 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import torch
+from einops import rearrange
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
-from torch import nn
+from torch import Tensor, nn
 
-from dic_repa.conditions import Condition, create_condition
+from dic_repa.conditions import Condition, NoCondition, condition_of_model, create_condition
 from dic_repa.errors import MISTAKES, UserError, first_line
 from dic_repa.files.atomic import write_aside, write_whole
 from dic_repa.files.hub import pin
@@ -118,7 +120,10 @@ def config_of(arguments: dict[str, Any]) -> dict[str, Any]:
         _schema(kind).model_validate_json(json.dumps(given, default=int), strict=True)  # int of numpy's numbers
     except (TypeError, ValidationError) as error:
         raise UserError(f"{kind.__name__}: {_explain(error)}") from None
-    return {key: value for key, value in given.items() if key not in ("zero_gates", "gradient_checkpointing")}
+    kept = {key: value for key, value in given.items() if key not in ("zero_gates", "gradient_checkpointing")}
+    if kept.get("middle_head", ...) is None:
+        del kept["middle_head"]
+    return kept
 
 
 @functools.cache
@@ -173,3 +178,15 @@ def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:
             f"there is no folder {name}, and the hub does not give it ({type(error).__name__}: {first_line(error)}); "
             f"download {CONFIG} and {WEIGHTS} of that repository into a folder and pass the folder"
         ) from None
+
+
+def forward_on_meta(model: Pretrained, height: int, width: int) -> Tensor:
+    """Run a denoiser on shapes alone, so that hooks can see those of its feature maps; returns its output, on the meta
+    device. The model stays where it is."""
+    # einops' first use makes torch 2.6 import what cannot be imported on the meta device.
+    rearrange(torch.empty(1), "a -> a")
+    meta = {name: tensor.to("meta") for name, tensor in model.state_dict(keep_vars=True).items()}
+    with torch.no_grad(), torch.device("meta"):
+        condition = condition_of_model(model) or NoCondition()
+        inputs = (torch.empty(1, model.in_channels, height, width), torch.empty(1), condition.blank(1))
+        return torch.func.functional_call(model, meta, inputs)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dic_repa.errors import UserError
 from dic_repa.models.layers import Condition, Modules, RecomputableBlock, patch_grid, to_map, unpatchify
+from dic_repa.models.middle import MiddleHeadOption, add_middle_head
 from dic_repa.models.pretrained import Blocks, Classes, Pretrained, Size, config_of
 
 
@@ -90,6 +91,8 @@ class SiT(Pretrained):
         depth: blocks.
         time_scale: multiplies t before its embedding; 1 takes t as it is.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        middle_head: the block that a second head sits on, for internal guidance (`add_middle_head`); then the output is
+            twice the channels, the head's prediction behind the model's own.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class SiT(Pretrained):
         learn_sigma: bool = False,
         time_scale: float = 1.0,
         gradient_checkpointing: bool = False,
+        middle_head: MiddleHeadOption = None,
     ):
         super().__init__()
         self.config = config_of(locals())
@@ -116,6 +120,7 @@ class SiT(Pretrained):
         self.output = Output(width, self.out_channels * patch_size**2)
         self.reset_parameters()
         self.set_gradient_checkpointing(gradient_checkpointing)
+        add_middle_head(self, middle_head)
 
     def reset_parameters(self) -> None:
         """DiT's initial values: Xavier uniform, N(0, 0.02^2) for the embeddings, zero modulations and output."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dic_repa.errors import UserError
 from dic_repa.models.layers import RecomputableBlock, patch_grid, timestep_embedding, to_map, unpatchify
+from dic_repa.models.middle import MiddleHeadOption, add_middle_head
 from dic_repa.models.pretrained import Blocks, Classes, Pretrained, Size, config_of
 
 EXTRA_TOKENS = 2  # label and time
@@ -51,6 +52,8 @@ class UViT(Pretrained):
             for DDPM's steps, 1000 for a t in [0, 1].
         final_conv: a 3x3 convolution after the patches are put together.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        middle_head: the block that a second head sits on, for internal guidance (`add_middle_head`); then the output is
+            twice the channels, the head's prediction behind the model's own.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class UViT(Pretrained):
         time_scale: float = 1.0,
         final_conv: bool = True,
         gradient_checkpointing: bool = False,
+        middle_head: MiddleHeadOption = None,
     ):
         super().__init__()
         self.config = config_of(locals())
@@ -89,6 +93,7 @@ class UViT(Pretrained):
         self.conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if final_conv else nn.Identity()
         self.reset_parameters()
         self.set_gradient_checkpointing(gradient_checkpointing)
+        add_middle_head(self, middle_head)
 
     def reset_parameters(self) -> None:
         """The authors' initial values: N(0, 0.02^2) for linears and positions; PyTorch's own for the others."""

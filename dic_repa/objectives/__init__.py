@@ -6,7 +6,15 @@
 and `objective.velocity_model(denoiser)` is what the samplers take.
 """
 
-from dic_repa.objectives.base import Batch, Denoising, Noisy, ObjectiveOutput, VelocityModel, objectives
+from dic_repa.objectives.base import (
+    Batch,
+    Denoising,
+    Noisy,
+    ObjectiveOutput,
+    VelocityModel,
+    check_middle_head,
+    objectives,
+)
 from dic_repa.objectives.ddpm import DDPM
 from dic_repa.objectives.flow_matching import (
     FlowMatching,
@@ -29,6 +37,7 @@ __all__ = [
     "ObjectiveOutput",
     "Uniform",
     "VelocityModel",
+    "check_middle_head",
     "objectives",
     "resolution_shift",
     "time_samplings",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dic_repa.conditions import null_of
+from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant
 from dic_repa.registry import Registry
 from dic_repa.samplers.ddpm import split_output
@@ -34,16 +35,23 @@ class ObjectiveOutput:
     loss: Tensor  # (B,), float32
     time: Tensor  # (B,), in [0, 1]: when the projections were taken
     projections: list[Tensor]  # one (B, N, D) for each alignment, from the run of the model that they belong to
+    others: dict[str, Tensor] = field(default_factory=dict)  # further losses (B,) to add, by their names in the log
 
 
 class Denoising:
     """An objective of one noisy state and one run of the model: `corrupt` the data, weigh the error by `loss`."""
 
     def __call__(self, model, batch: Batch) -> ObjectiveOutput:
-        """Run the `AlignedDenoiser` `model` on the batch."""
+        """Run the `AlignedDenoiser` `model` on the batch. A middle head has the same loss, times its weight."""
         noisy = self.corrupt(batch.x, **batch.draws)
         out = model(noisy.x_t, noisy.t, batch.y, noisy.unit_time)
-        return ObjectiveOutput(self.loss(out.prediction, noisy), noisy.unit_time, out.projections)
+        others = {} if out.middle is None else {"middle": out.middle_weight * self.loss(out.middle, noisy)}
+        return ObjectiveOutput(self.loss(out.prediction, noisy), noisy.unit_time, out.projections, others)
+
+    @property
+    def trains_middle(self) -> bool:
+        """Whether a denoiser's middle head is trained: not by an objective that runs the model in its own way."""
+        return type(self).__call__ is Denoising.__call__
 
     def with_less_noise(self, batch: Batch, interval: Tensor) -> Noisy:
         """The batch's data with the same noise, at times that are nearer to the data by `interval` (B,) in [0, 1]."""
@@ -60,6 +68,16 @@ class Denoising:
     def loss(self, prediction: Tensor, noisy: Any) -> Tensor:
         """What the error of each image's prediction counts, (B,)."""
         raise NotImplementedError
+
+
+def check_middle_head(denoiser: Any, objective: Any) -> None:
+    """A UserError if `denoiser` has a middle head and `objective` would not train it."""
+    trained = isinstance(objective, Denoising) and objective.trains_middle
+    if getattr(denoiser, "middle_head", None) is not None and not trained:
+        raise UserError(
+            f"model.options.middle_head: the objective {type(objective).__name__} does not train it; take "
+            "flow-matching, or leave middle_head out"
+        )
 
 
 @dataclass(frozen=True)
@@ -94,9 +112,14 @@ def run_denoiser(denoiser, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 class VelocityModel:
     """A denoiser (x, t, y) -> prediction as (x, t, y) -> velocity, in x's dtype (at least float32), without the surplus
-    channels of `learn_sigma`."""
+    channels of `learn_sigma` or a middle head.
+
+    `with_middle(x, t, y)` gives the velocity, and that of the middle head, from one run of the denoiser; it is None for
+    a denoiser without one.
+    """
 
     def __init__(self, denoiser, path: Interpolant, prediction: str):
+        self.with_middle = self._with_middle if getattr(denoiser, "middle_head", None) is not None else None
         self.denoiser, self.path, self.prediction = denoiser, path, prediction
         self.null = null_of(denoiser)  # for no condition; None if it has none
         self.time_range = path.safe_interval(prediction, "velocity")
@@ -106,6 +129,16 @@ class VelocityModel:
         return t
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self._velocity(self._run(x, t, y)[:, : x.shape[1]], x, t)
+
+    def _with_middle(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        own, middle = self._run(x, t, y).chunk(2, dim=1)
+        return self._velocity(own, x, t), self._velocity(middle, x, t)
+
+    def _run(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         output = run_denoiser(self.denoiser, x, once(self.embedded_time, t), y)
-        value = split_output(output, x.shape[1])[0]
+        split_output(output, x.shape[1])  # tells of other channels
+        return output
+
+    def _velocity(self, value: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return self.path.convert(value, x.to(value.dtype), t.to(value.dtype), self.prediction, "velocity")

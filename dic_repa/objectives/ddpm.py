@@ -70,6 +70,8 @@ class DDPM(Denoising):
         beta_max = 2 * self.schedule.betas.sum().item() - steps * beta_start
         self.path = VPPath(beta_min=steps * beta_start, beta_max=beta_max)
 
+    trains_middle = False  # the second half of the channels is the variance
+
     def draw(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str | None = None
     ) -> dict[str, Tensor]:

@@ -85,6 +85,8 @@ _ELSEWHERE = {
     "sample.precision": "dtype mixed_precision amp",
     "sample.guidance.scale": "cfg cfg_scale guidance_scale w omega",
     "sample.guidance.interval": "guidance_interval cfg_interval guidance_low guidance_high",
+    "sample.guidance.internal": "ig_scale ig internal_guidance",
+    "sample.guidance.internal_interval": "ig_interval ig_guidance_low ig_guidance_high",
     "evaluate.metric": "metrics",
     "evaluate.reference": "ref ref_batch reference_batch",
     "evaluate.every": "eval_every eval_steps eval_interval",

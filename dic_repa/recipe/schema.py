@@ -26,6 +26,7 @@ from dic_repa.recipe.values import (
     Seed,
     Size,
     Time,
+    WeakModel,
     at_most,
 )
 
@@ -200,14 +201,30 @@ class GuidanceSection(Section):
     doubled: Flag | None = Field(
         None, description="both predictions in one batch, faster, or one by one in half the memory; null: as it fits"
     )
-    weak: str | None = Field(
-        None, description="autoguidance: a run or checkpoint of a weaker model, to move away from; null: none"
+    weak: WeakModel | None = Field(
+        None,
+        description="autoguidance, away from a weaker model: earlier (this run's earliest checkpoint), 0.25 (the one "
+        "nearest to that share of the steps), step_00000250, ema-0.99 (another average), or a run or checkpoint; "
+        "null: none",
     )
+    internal: NotNegative = Field(
+        1.0, description="scale of internal guidance, away from the denoiser's middle head; 1: none"
+    )
+    internal_interval: tuple[Time, Time] = Field((0.0, 1.0), description="when internal guidance acts")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _internal_alone(cls, given: Any):
+        if isinstance(given, dict) and given.get("internal") is not None and "scale" not in given:
+            return {"scale": 1.0, **given}  # the paper's own setting: the default of another guidance does not join it
+        return given
 
     @model_validator(mode="after")
     def _interval_is_upright(self):
-        if self.interval[0] >= self.interval[1]:
-            raise ValueError(f"interval must rise, not {list(self.interval)}")
+        for key in ("interval", "internal_interval"):
+            low, high = getattr(self, key)
+            if low >= high:
+                raise ValueError(f"{key} must rise, not {[low, high]}")
         return self
 
 

@@ -59,6 +59,21 @@ class Checkpoints:
         files = (MARKER, *CHECKPOINT_FILES)  # the marker is removed last, and a kill may come before
         return [folder for folder in named if any((folder / name).exists() for name in files)]
 
+    def another_checkpoint(self, name: str, step: int) -> Path | None:
+        """A whole checkpoint of this run beside that of `step`: the earliest for 'earlier', of those before it the one
+        nearest to a share of its steps for '0.25', or 'step_00000250' itself; None if there is none."""
+        others = {checkpoint_step(folder): folder for folder in self.list_checkpoints()}
+        if name.startswith("step_"):
+            ranked = [checkpoint_step(Path(name))]
+        else:
+            wanted = 0.0 if name == "earlier" else float(name) * step
+            ranked = sorted((other for other in others if other < step), key=lambda other: abs(other - wanted))
+        for other in ranked:
+            folder = others.get(other)
+            if folder and other != step and not (find_damage(folder, "ema") or find_stranger(folder)):
+                return folder
+        return None
+
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
 

@@ -162,7 +162,7 @@ def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor,
     return {
         "checkpoint": str(checkpoint.source),
         "weights": weights_fingerprint(checkpoint.weights_file),
-        **weak_weights(settings),
+        **weak_weights(settings, checkpoint.source),
         **({"conditions": fingerprint(condition.examples)} if isinstance(condition, VectorCondition) else {}),
         "sample": settings.model_dump(mode="json"),
         "evaluations_per_image": None,

@@ -2,6 +2,7 @@
 on the hub, or a file of public code."""
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from dic_repa.models.adapters import is_adapter, merge
 from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from dic_repa.recipe import LoraSection, Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, data_traits, import_plugins
-from dic_repa.runs.checkpoints import RAW, find_stranger
+from dic_repa.runs.checkpoints import RAW, checkpoint_step, find_stranger
 from dic_repa.runs.folder import RunFolder, suggest_runs
 from dic_repa.runtime.progress import detail
 from dic_repa.sampling.editing import Editing
@@ -64,8 +65,13 @@ class Checkpoint(Editing):
         """
         recipe, denoiser = self.recipe, self.denoiser
         guidance, weak, device = settings.guidance, None, next(denoiser.parameters()).device
+        if guidance and guidance.internal != 1 and getattr(denoiser, "middle_head", None) is None:
+            raise UserError(
+                f"{self.source} has no middle head to guide with; sample without internal guidance (--internal 1), or "
+                "train a model with model.options.middle_head"
+            )
         if guidance and guidance.weak:
-            weak = load(guidance.weak, device).denoiser
+            weak = load(find_weak(guidance.weak, self.source), device).denoiser
         elif guidance and guidance.scale != 1 and self.condition.kind == "none":
             raise UserError(
                 f"{self.source} was trained on data without classes, so there is no class to guide towards; sample "
@@ -260,7 +266,38 @@ def _folder_of(file: Path) -> str:
     return "name the folder of a run or a checkpoint"
 
 
-def weak_weights(settings: SampleSection) -> dict[str, str]:
-    """The fingerprint of the weaker model that `settings` guide with, if any: its path may hold other weights later."""
+def in_same_run(weak: str) -> bool:
+    """Whether a `guidance.weak` is in the run of the model that it guides, not a path or a hub id."""
+    return re.fullmatch(r"earlier|0?\.\d+|step_\d+|ema-[^/]+", weak) is not None
+
+
+def find_weak(weak: str, source: Path) -> str | Path:
+    """What to load for the `guidance.weak` of the model whose weights are in `source`: a path or hub id as it is, a
+    run's name also beside the model's run.
+
+    Raises:
+        UserError: it names another checkpoint or average of the same run, and there is none.
+    """
+    checkpoint, home = checkpoint_of(source), home_of(source)
+    if not in_same_run(weak):
+        beside = home.parent / weak
+        return beside if not Path(weak).exists() and beside.is_dir() else weak
+    if home == checkpoint:
+        raise UserError(f"guidance.weak '{weak}': {source} is in no run's folder; name a run or checkpoint instead")
+    if weak.startswith("ema-"):
+        return _other_weights(checkpoint / "ema", weak)
+    found = RunFolder(home).another_checkpoint(weak, checkpoint_step(checkpoint))
+    if found is None:
+        which = f"{weak} beside it" if weak.startswith("step_") else f"checkpoint before {checkpoint.name}"
+        raise UserError(
+            f"guidance.weak '{weak}': {home / 'checkpoints'} has no whole {which}; train with train.keep_every to keep "
+            "earlier ones, or name another run or checkpoint"
+        )
+    return found
+
+
+def weak_weights(settings: SampleSection, source: Path) -> dict[str, str]:
+    """The fingerprint of the weaker model that `settings` guide the model in `source` with, if any: its path may hold
+    other weights later."""
     weak = settings.guidance and settings.guidance.weak
-    return {"weak_weights": weights_fingerprint(weights_folder(weak) / WEIGHTS)} if weak else {}
+    return {"weak_weights": weights_fingerprint(weights_folder(find_weak(weak, source)) / WEIGHTS)} if weak else {}

@@ -213,21 +213,24 @@ def _finished(images: Tensor, done: torch.cuda.Event) -> Tensor:
 
 
 class _Nothing(Pretrained):
-    """A denoiser that predicts zero, to try settings with."""
+    """A denoiser that predicts zero, to try settings with; also at a middle head, if they guide by one."""
 
     num_classes = 1
 
-    def __init__(self) -> None:
+    def __init__(self, middle: bool) -> None:
         super().__init__()
         self.parameter = nn.Parameter(torch.zeros(()))
+        self.middle_head = nn.Identity() if middle else None
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return torch.zeros_like(x)
+        return x.new_zeros(len(x), (2 if self.middle_head else 1) * x.shape[1], *x.shape[2:])
 
 
 def check_sampling(settings: SampleSection, objective) -> None:
     """Raise a UserError for names and options that sampling by `settings` would fail on later."""
-    sampler = Sampler(_Nothing(), objective, settings.model_copy(update={"batch_size": 1, "compile": "off"}), (1, 1, 1))
+    middle = settings.guidance is not None and settings.guidance.internal != 1
+    one = settings.model_copy(update={"batch_size": 1, "compile": "off"})
+    sampler = Sampler(_Nothing(middle), objective, one, (1, 1, 1))
     for _ in sampler(torch.zeros(1, dtype=torch.int64)):
         pass
 
@@ -237,4 +240,5 @@ def build_guidance(section: GuidanceSection | None) -> Guidance:
     if section is None:
         return Guidance(1.0)
     s = section
-    return guidances.create(s.kind, s.scale, s.interval, s.channels, s.schedule, s.rescale, s.doubled)
+    internal = {"internal": s.internal, "internal_interval": s.internal_interval} if s.internal != 1 else {}
+    return guidances.create(s.kind, s.scale, s.interval, s.channels, s.schedule, s.rescale, s.doubled, **internal)

@@ -40,7 +40,9 @@ class Evaluator:
         self.every = section.every if section else 0
         self.best: dict | None = None  # kept here too: the newest best may not be on the disk yet
         if section and self.every:
-            self.sample = recipe.sample.model_copy(update={"num": section.num or recipe.sample.num})
+            guidance = parts.sampler.settings.guidance if parts.sampler else None
+            changed = {"num": section.num or recipe.sample.num, "guidance": guidance}
+            self.sample = recipe.sample.model_copy(update=changed)
             on_main_process(accelerator, lambda: self._prepare(section))
 
     def _prepare(self, section: EvaluateSection) -> None:

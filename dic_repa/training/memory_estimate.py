@@ -95,7 +95,7 @@ def activation_bytes(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with autocast:
                 out = objective(model, Batch(torch.empty(shape), condition.blank(batch), draws, model.denoiser))
-            loss = out.loss.mean()
+            loss = sum((values.mean() for values in out.others.values()), out.loss.mean())
             for alignment, projection, target in zip(model.alignments, out.projections, targets):
                 loss = loss + alignment.loss(projection, target, out.time)[0]
         return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in own)

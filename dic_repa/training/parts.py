@@ -19,8 +19,9 @@ from dic_repa.evaluation.judge import by_encoder, check_judge, own_encoder, real
 from dic_repa.evaluation.measuring import check_metrics
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
+from dic_repa.objectives import check_middle_head
 from dic_repa.protocols import DataSet, Objective, Samples
-from dic_repa.recipe import Recipe
+from dic_repa.recipe import GuidanceSection, Recipe
 from dic_repa.recipe.build import (
     build_alignment,
     build_dataset,
@@ -35,7 +36,7 @@ from dic_repa.runtime.processes import in_all_processes
 from dic_repa.runtime.progress import warn
 from dic_repa.runtime.watchdog import watched
 from dic_repa.sampling.labels import draw_labels
-from dic_repa.sampling.load import Checkpoint
+from dic_repa.sampling.load import Checkpoint, in_same_run
 from dic_repa.sampling.sampler import Sampler, check_sampling
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.memory_estimate import check_memory
@@ -80,7 +81,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         raise UserError(f"{accelerator.num_processes} processes are more than the {len(data)} samples of the data")
     condition = condition_of_data(data)
     draw_labels(recipe, condition, recipe.sample.model_copy(update={"num": 1}))  # shows now what the data cannot give
-    denoiser = build_denoiser(recipe.model, data.channels, condition)
+    denoiser, objective = build_denoiser(recipe.model, data.channels, condition), build_objective(recipe.objective)
+    check_middle_head(denoiser, objective)
     start = in_all_processes(accelerator, lambda: start_from(denoiser, condition, recipe)) if begins else None
     if begins and settings.lora and not start and accelerator.is_main_process:
         warn("train.lora without train.init_from trains adapters of random weights, which stay random")
@@ -128,6 +130,11 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         # Built now, so that a missing autoencoder stops the run before it starts, not at the first grid.
         # In float32 if it is sharded: a sharded model cannot be copied into another precision.
         sample = recipe.sample.model_copy(update={"precision": "fp32"}) if sharded else recipe.sample
+        if (guidance := sample.guidance) and guidance.weak and in_same_run(guidance.weak):
+            without = GuidanceSection(internal=guidance.internal, internal_interval=guidance.internal_interval)
+            sample = sample.model_copy(update={"guidance": without})
+            if accelerator.is_main_process:
+                warn(f"samples during training are not guided by '{guidance.weak}', a checkpoint of the run itself")
         sampler = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition)).sampler(sample)
     return Parts(
         condition, data, shape, objective, encoders, caches, denoiser, aligned.aligner, model,

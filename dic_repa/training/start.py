@@ -36,6 +36,7 @@ MAY_DIFFER = {
     "classes": ("num_classes", "condition"),
     "channels": ("in_channels", "learn_sigma", "patch_size"),
     "size": ("size", "patch_size"),
+    "guidance": ("middle_head",),
 }
 
 

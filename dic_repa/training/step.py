@@ -54,7 +54,8 @@ class TrainingStep:
 
         Returns:
             The norm of the gradient before clipping, a scalar, and the losses of each pass: "loss", the sum that is
-            trained for, "denoising", the objective's part of it, and each alignment's terms as "alignment.N.TERM".
+            trained for, "denoising", the objective's part of it, its other losses by their names, and each alignment's
+            terms as "alignment.N.TERM".
         """
         parts, accelerator, losses = self.parts, self.accelerator, []
         scales = parts.aligner.scales(step)
@@ -66,11 +67,13 @@ class TrainingStep:
                 clock("forward")
                 join(tokens)
                 aligned, terms = parts.aligner.compare(out.projections, tokens, out.time, scales)
-                loss = denoising + aligned
+                others = {name: values.mean() for name, values in out.others.items()}
+                loss = sum(others.values(), denoising + aligned)
                 clock("alignment")
                 accelerator.backward(loss / self.passes)
                 clock("backward")
             losses.append({"loss": loss.detach(), "denoising": denoising.detach()} | terms)
+            losses[-1] |= {name: value.detach() for name, value in others.items()}
         norm = accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf"))
         return getattr(norm, "full_tensor", lambda: norm)(), losses  # the whole norm, where the model is sharded
 

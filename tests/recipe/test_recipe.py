@@ -72,7 +72,7 @@ def test_overrides():
         ("train.stepz=1", "unknown key 'train.stepz'; did you mean steps?"),
         ("trian.steps=1", "unknown key 'trian'; did you mean train?"),
         ("alignments.0.tapp=x", "unknown key 'alignments.0.tapp'; did you mean tap?"),
-        ("sample.guidance.intervl=1", "did you mean interval?"),
+        ("sample.guidance.intervl=1", "did you mean interval"),
         ("train.steps=0", "train.steps should be greater than or equal to 1, not 0"),
         ("train.steps=many", "train.steps should be a valid integer"),
         ("train.precision=fp8", "train.precision should be 'no', 'bf16' or 'fp16', not 'fp8'"),

@@ -252,3 +252,36 @@ def test_a_model_may_mean_something_else_by_path():
     plain = lambda x, t: model(x, t, LABELS)  # noqa: E731
     plain.path = model.path
     assert sample_sde(plain, NOISE, solver="euler_maruyama", steps=2).isfinite().all()
+
+
+class TwoHeads(Model):
+    """As `Model`; its middle head's velocity is -x."""
+
+    def with_middle(self, x, t, y):
+        return self(x, t, y), -x
+
+
+def test_internal_guidance_is_its_papers_formula_in_one_evaluation():
+    """m + w (v - m), alone and inside classifier-free guidance, each on its own interval."""
+    model = TwoHeads()
+    field = Guidance(1.0, internal=1.4, internal_interval=(0.25, 0.5)).bind(model, LABELS)
+    for t, w in ((0.2, 1.0), (0.3, 1.4), (0.6, 1.0)):
+        factors = torch.tensor([-1 + w * (1 + 1), -1 + w * (2 + 1)], dtype=torch.float64)
+        found = field(NOISE, torch.full((2,), t, dtype=torch.float64))
+        torch.testing.assert_close(found, factors.reshape(-1, 1, 1, 1) * NOISE)
+    assert model.batches == [2, 2, 2]
+    for solve, solver in ((sample_ode, "heun"), (sample_sde, "stochastic_heun")):
+        counts = [
+            solve(guidance.bind(TwoHeads(), LABELS), NOISE, solver=solver, steps=4, return_info=True)[1].nfe
+            for guidance in (Guidance(1.0), Guidance(1.0, internal=1.4))
+        ]
+        assert counts[0] == counts[1]
+    both = Guidance(1.5, (0.0, 0.5), internal=1.4, internal_interval=(0.25, 1.0)).bind(model, LABELS)
+    for t, s, w in ((0.1, 1.5, 1.0), (0.4, 1.5, 1.4), (0.8, 1.0, 1.4)):
+        null = -1 + w * (3 + 1)
+        factors = torch.tensor([null + s * (-1 + w * (v + 1) - null) for v in (1, 2)], dtype=torch.float64)
+        found = both(NOISE, torch.full((2,), t, dtype=torch.float64))
+        torch.testing.assert_close(found, factors.reshape(-1, 1, 1, 1) * NOISE)
+        assert both.evaluations == 1 + (s != 1)
+    with pytest.raises(UserError, match="internal guidance needs a denoiser with a middle head"):
+        Guidance(1.0, internal=1.4).bind(Model(), LABELS)

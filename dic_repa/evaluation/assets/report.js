@@ -292,9 +292,9 @@ function guidance() {
   const node = section("guidance", "Guidance");
   node.append(el("p", { class: "lead" }, "The score over guidance scale and the interval of t in which it acts (0 data, 1 noise); a scale of 1 is no guidance."));
   node.append(el("div", { class: "heats" }, ...tuned.map((run) => {
-    const { score, better, num, scales, intervals, values, best } = run.tuning;
+    const { score, title, better, num, scales, intervals, values, best } = run.tuning;
     const all = values.flat().filter((v) => v !== null), [low, high] = [Math.min(...all), Math.max(...all)];
-    const map = new HeatMap({ rows: intervals, columns: scales, values, low: better === "lower" ? high : low, high: better === "lower" ? low : high, xTitle: "scale", color: run.color, name: nice(score) });
+    const map = new HeatMap({ rows: intervals, columns: scales, values, low: better === "lower" ? high : low, high: better === "lower" ? low : high, xTitle: title, color: run.color, name: nice(score) });
     return el("article", { class: "card chart" },
       el("header", {}, dot(run), el("h3", {}, run.name, el("span", { class: "hint" }, `${nice(score)}, ${better} is better, ${format(num)} samples a cell`))), map.node,
       el("dl", { class: "bars" }, ...best.map((b, i) => el("div", { class: "label" }, el("code", {}, b.options), i ? "" : " (best)", el("b", {}, `${format(b.value)} with ${format(b.num)}`)))));
