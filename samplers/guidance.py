@@ -143,12 +143,14 @@ class InternalModel:
     """
 
     def __init__(self, model: Any, scale: float):
-        self.with_middle, self.scale = getattr(model, "with_middle", None), scale
-        if self.with_middle is None:
+        with_middle = getattr(model, "with_middle", None)
+        if with_middle is None:
             raise UserError(
                 "internal guidance needs a denoiser with a middle head (model.options.middle_head); set `internal` to "
                 "1 to do without"
             )
+        self.with_middle: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = with_middle
+        self.scale = scale
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         velocity, middle = self.with_middle(x, t, y)

@@ -125,7 +125,7 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
     for note in notes_on_scores([tuner.score], loaded.recipe):
         say(f"note: {note}")
     searched = SEARCHES[tuner.search]
-    kept = {name: value for name, value in sampling.items() if name not in searched}
-    given = shlex.join(["", *options_of(kept)])[2:]
+    others = {name: value for name, value in sampling.items() if name not in searched}
+    given = shlex.join(["", *options_of(others)])[2:]
     print_result(f"use: dic-repa sample {checkpoint} {best.options}{given}")
     print_result(f"heat map: {tuner.picture}; record: {tuner.file}")
