@@ -126,6 +126,6 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
         say(f"note: {note}")
     searched = SEARCHES[tuner.search]
     others = {name: value for name, value in sampling.items() if name not in searched}
-    given = shlex.join(["", *options_of(others)])[2:]
+    given = "".join(f" {shlex.quote(word)}" for word in options_of(others))
     print_result(f"use: dic-repa sample {checkpoint} {best.options}{given}")
     print_result(f"heat map: {tuner.picture}; record: {tuner.file}")
