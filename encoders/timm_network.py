@@ -107,16 +107,21 @@ def existing_layers(layers: Sequence[int], count: int, word: str) -> tuple[int, 
 
 
 def build_network(
-    name: str, weights: str | PathLike | None, pretrained: bool, options: dict[str, Any], kind: str = ""
+    name: str,
+    weights: str | PathLike | None,
+    pretrained: bool,
+    options: dict[str, Any],
+    kind: str = "",
+    weights_option: str = WEIGHTS_OPTION,
 ) -> Any:
     """timm's model `name` without its classifier, made with `options` of timm's.
 
     Args:
         weights: a safetensors file or plain state dict; None takes those of the hub if `pretrained`, else random ones.
-        kind: what it is to be, such as " as a ViT", for messages.
+        kind, weights_option: what it is to be, such as " as a ViT", and how a file is given, for messages.
     """
     if taken := options.keys() & {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}:
-        raise UserError(f"timm's {taken.pop()} is not passed on, since it may unpickle a file; give {WEIGHTS_OPTION}")
+        raise UserError(f"timm's {taken.pop()} is not passed on, since it may unpickle a file; give {weights_option}")
     if taken := options.keys() & {"features_only", "out_indices", "num_classes"}:
         raise UserError(f"timm's {taken.pop()} is not passed on; the layer says what the tokens are")
     check_architecture(name)
@@ -136,7 +141,7 @@ def build_network(
         return model
     published = model.pretrained_cfg
     del model  # a second one of 7 B parameters would not fit everywhere
-    return _fetch(name, published, options)
+    return _fetch(name, published, options, weights_option)
 
 
 def check_architecture(name: str) -> str:
@@ -168,7 +173,7 @@ def takes(model: Any, option: str) -> bool:
     return any(option in inspect.signature(base).parameters for base in type(model).__mro__ if base is not object)
 
 
-def _fetch(name: str, published: dict[str, Any], options: dict[str, Any]) -> Any:
+def _fetch(name: str, published: dict[str, Any], options: dict[str, Any], weights_option: str) -> Any:
     if repository := published.get("hf_hub_id"):
         repository, commit = pin(repository)
         options = {**options, "pretrained_cfg_overlay": {"hf_hub_id": "@".join(filter(None, (repository, commit)))}}
@@ -179,11 +184,11 @@ def _fetch(name: str, published: dict[str, Any], options: dict[str, Any]) -> Any
         what = f"model.safetensors of '{hub}' on the Hugging Face hub" if hub else published["url"]
         raise UserError(
             f"the weights of '{name}' cannot be fetched from here; on a machine that can, fetch {what}, put it on this "
-            f"one and give {WEIGHTS_OPTION}"
+            f"one and give {weights_option}"
         ) from error
     except RuntimeError as error:
         why = f"no weights of timm's fit '{name}' ({first_line(error).rstrip(':.')})"
-        raise UserError(f"{why}; give {WEIGHTS_OPTION}, or pretrained=False") from error
+        raise UserError(f"{why}; give {weights_option}, or pretrained=False") from error
 
 
 # In MoCo v3's ViT-L, as RCG distributes it, a renaming went through the layers' names.

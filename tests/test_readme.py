@@ -20,6 +20,7 @@ from dic_repa.cli import FLAGS, cli, main
 from dic_repa.data import datasets
 from dic_repa.encoders import list_encoders
 from dic_repa.errors import UserError
+from dic_repa.evaluation.extractors import extractors
 from dic_repa.models import list_denoisers
 from dic_repa.recipe import DataSection, EvaluateSection, SampleSection, TrainSection, list_recipes, load_recipe
 from dic_repa.samplers import register_solver
@@ -192,7 +193,7 @@ def test_recipes_are_valid(text, tmp_path):
 
 def test_names_in_prose():
     """Recipes, and keys of recipes, that are named in the text."""
-    known = {*list_recipes(), *list_encoders(), *datasets.names(), *list_denoisers()}
+    known = {*list_recipes(), *list_encoders(), *datasets.names(), *list_denoisers(), *extractors.names()}
     sections = {"train": TrainSection, "data": DataSection, "sample": SampleSection, "evaluate": EvaluateSection}
     looked_at = 0
     for code in INLINE:

@@ -12,7 +12,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.judgements import evaluate_and_show, ways_to_choose
 from dic_repa.cli.options import PATH, Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import load_for_sampling, sampled_first
-from dic_repa.errors import UserError, print_rank_errors, when_interrupted
+from dic_repa.errors import UserError, print_rank_errors, unknown_name, when_interrupted
 from dic_repa.files.outputs import check_file
 from dic_repa.runtime.progress import print_result, progress_bar, say
 from dic_repa.runtime.table import format_rows, number
@@ -52,6 +52,9 @@ ADM = ["fid", "sfid", "is", "prec", "recall"]
     click.option("--inception-weights", type=PATH, help="A file of torch-fidelity's format."),
     click.option("--dinov2-weights", type=PATH, help="A file of DINOv2 ViT-L/14 weights."),
     click.option("--dinov2-encoder", shell_complete=completion.encoders, help="Another ViT in DINOv2's place."),
+    click.option(
+        "--feature-weights", metavar="NAME=FILE", multiple=True, help="Of clip, siglip, mae, convnext, dinov2-256."
+    ),
     click.option("--encoder", shell_complete=completion.encoders, help="For fd-encoder, ...  [default: the run's own]"),
     click.option("--encoder-weights", type=PATH, help="A file of that encoder's weights."),
     click.option(
@@ -89,6 +92,7 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
       dic-repa evaluate runs/digits-urepa --both              with balanced and with random classes
       dic-repa evaluate samples/xl --reference VIRTUAL_imagenet256_labeled.npz
       dic-repa evaluate theirs.npz --reference imagenet/val --resize 256 --metrics fid,kid,fd-dinov2 --bootstrap 20
+      dic-repa evaluate samples/xl --reference imagenet/train --bound imagenet/val --resize 256 --metrics fdr6
       dic-repa evaluate runs/digits-urepa --reference digits --metrics fd-digits,prec-digits --num 1000
       dic-repa evaluate runs/emoji-urepa --reference emoji:train --bound emoji:held-out --metrics fd-lite2
       dic-repa evaluate runs/mine --reference data/pictures --metrics fd-encoder,prec-encoder,recall-encoder
@@ -118,6 +122,8 @@ def _list_metrics(context, _parameter, value) -> None:
         for name in metrics.names():
             if metric := find_metric(name):  # else a set of metrics
                 print_result(f"{name:20} {metric.better:7} is better   {metric.layer}")
+            elif name.endswith(":"):
+                print_result(f"{name:20} {metrics.describe(name)}")
         context.exit()
 
 
@@ -209,6 +215,7 @@ def load_measure(samples: Sequence[Path], reference: str | None, names: list[str
     extractor_options = {
         "inception": {"weights": options["inception_weights"]},
         "dinov2": {key: value for key, value in dinov2.items() if value},
+        **_feature_weights(options["feature_weights"]),
         **encoder_of_runs(() if options["encoder"] else samples, names),
     }
     if options["encoder"]:
@@ -228,3 +235,16 @@ def load_measure(samples: Sequence[Path], reference: str | None, names: list[str
     if options["save_statistics"] and measure.reference and processes.is_main_process:
         save_statistics(measure.reference, options["save_statistics"], measure.extractors)
     return measure
+
+
+def _feature_weights(options: Sequence[str]) -> dict[str, dict]:
+    """The options of extractors from NAME=FILE texts."""
+    from dic_repa.evaluation.spaces import SPACES
+
+    parts = [option.partition("=") for option in options]
+    for name, _, file in parts:
+        if name not in SPACES:
+            raise unknown_name("name before = of --feature-weights:", name, SPACES)
+        if not file:
+            raise UserError(f"--feature-weights takes NAME=FILE, such as {name}={name}.safetensors")
+    return {name: {"weights": file} for name, _, file in parts}

@@ -1,5 +1,5 @@
 """The networks whose features the metrics compare: Inception as ADM has it, DINOv2, the judge of digits,
-EfficientNet-Lite2, any encoder.
+EfficientNet-Lite2, any encoder; `spaces` has those of FDr^6.
 
 An extractor turns uint8 images (B, 3, H, W) into a dict of features by layer, (B, D) float32. It says what its features
 depend on: `fingerprint` (of the weights) and `resizing`, which go into the key of cached statistics.
@@ -21,7 +21,7 @@ from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.protocols import FeatureExtractor
 from dic_repa.registry import Registry
 
-extractors = Registry("feature extractor", modules=["dic_repa.evaluation.digits"])
+extractors = Registry("feature extractor", modules=["dic_repa.evaluation.digits", "dic_repa.evaluation.spaces"])
 INCEPTION_SHA256 = "6726825d"  # the first digits, which torch-fidelity's file has in its name
 SPATIAL_CHANNELS = 7
 LITE2 = "efficientnet-lite2"

@@ -14,7 +14,8 @@ from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.extractors import LITE2, extractors, judged_by_its_teacher, no_fid
 from dic_repa.evaluation.image_sets import ImageSet, named_data, near_data, open_data, open_images
 from dic_repa.evaluation.measuring import Measure, check_metrics
-from dic_repa.evaluation.metrics import MetricSet, find_metric, metrics
+from dic_repa.evaluation.metrics import MetricSet, find_metric, metrics, plain_names
+from dic_repa.evaluation.ratios import find_ratios
 from dic_repa.recipe import Recipe
 
 
@@ -46,7 +47,7 @@ class Judge:
         self.sets = [(part, Measure(part.names, part.reference(), device, batch_size=500)) for part in sets]
         given = {"extractor_options": extractor_options, "bound": bound}
         self.measure = Measure(own, reference, device, **given) if own else None
-        order = [score for part in sets for score in (part.main, *part.names)] + own
+        order = [score for part in sets for score in (part.main, *part.names)] + own + plain_names(own)
         self.better: dict[str, str] = {score: metrics.create(score).better for score in order}
         self.main = next(iter(self.better), None)
 
@@ -141,7 +142,8 @@ def own_encoder(recipe: Recipe) -> dict[str, dict]:
 
 def by_encoder(names: Iterable[str], extractor: str = "encoder") -> list[str]:
     """The metrics among `names` that compare the features of an extractor; by default the run's own encoder."""
-    return [name for name in names if (metric := find_metric(name)) and metric.layer.startswith(f"{extractor}.")]
+    parts = [part for name in names if (metric := find_metric(name)) for part in getattr(metric, "names", (name,))]
+    return [name for name in parts if metrics.create(name).layer.startswith(f"{extractor}.")]
 
 
 def notes_on_scores(names: Iterable[str], recipe: Recipe) -> list[str]:
@@ -155,8 +157,8 @@ def notes_on_scores(names: Iterable[str], recipe: Recipe) -> list[str]:
 
 def check_judge(names: Sequence[str], reference, extractor_options: dict[str, dict] | None = None, bound=None) -> None:
     """Load what judges samples, and forget it: a UserError now where weights, `reference` or `bound` are missing."""
-    plain = [part for name in names for part in getattr(metrics.create(name), "names", [name])]  # sets have names
-    layers = [metrics.create(name).layer for name in plain]
+    find_ratios(names, bound)
+    layers = [metrics.create(name).layer for name in plain_names(names)]
     for network in dict.fromkeys(layer.partition(".")[0] for layer in layers):
         extractors.find(network)(**(extractor_options or {}).get(network, {}))
     for what, source in (("reference", reference), ("bound", bound)):

@@ -15,7 +15,8 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.image_sets import ImageSet, open_images
-from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MIND_SAMPLES, MetricSet, MongeDistance, metrics
+from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MIND_SAMPLES, MetricSet, MongeDistance, metrics, plain_names
+from dic_repa.evaluation.ratios import find_ratios
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
 
@@ -77,7 +78,7 @@ class Measure:
     """Scores sets of samples against one reference, whose features are computed once.
 
     Args:
-        names: from `metrics.names()`: fid, sfid, is, kid, prec, recall, fid-infinity, fd-dinov2, fd-digits, ...
+        names: from `metrics.names()`: fid, sfid, is, kid, prec, recall, fid-infinity, fd-dinov2, fdr6, ...
         reference: what `open_images` takes, an `.npz` of statistics (ADM's mu, sigma, mu_s, sigma_s), a file of
             `save_statistics`, or a FeatureSet; None for metrics that need none.
         bound: what `open_images` takes: real images that are scored as the samples are, and as many of them, if there
@@ -107,8 +108,8 @@ class Measure:
         processes: Accelerator | None = None,
         progress: Callable[[int], object] = lambda count: None,
     ):
-        plain = [part for name in names for part in getattr(metrics.create(name), "names", [name])]  # sets have names
-        self.metrics = {name: metrics.create(name) for name in check_metrics(plain, reference)}
+        self.metrics = {name: metrics.create(name) for name in check_metrics(plain_names(names), reference)}
+        self.ratios = find_ratios(names, bound)
         self.device, self.batch_size, self.resize = device, batch_size, resize
         self.layers = list(dict.fromkeys(metric.layer for metric in self.metrics.values()))
         options = extractor_options or {}
@@ -126,6 +127,8 @@ class Measure:
         if self.bound:
             self.check_size(self.bound.size(), f"the images of the bound {self.bound.source}")
             self._check_labels(_labels(self.bound))
+            if self.ratios and self.reference and self.bound.fingerprint == self.reference.fingerprint:
+                raise UserError(f"{', '.join(self.ratios)}: the bound is the reference itself; name held-out images")
 
     def __call__(
         self,
@@ -151,6 +154,9 @@ class Measure:
             if count < measured.count and any(metric.needs == "gaussian" for metric in self.metrics.values()):
                 fewer = f"the bound has {count} images, fewer than the {measured.count} samples"
                 measured.warnings.append(f"{fewer}, which makes its Fréchet distances larger than theirs")
+        for scored in filter(None, (measured, measured.real)):
+            real = (measured.real or measured).values
+            scored.values |= {name: part.ratio(scored.values, real) for name, part in self.ratios.items()}
         return measured
 
     @tf32(False)

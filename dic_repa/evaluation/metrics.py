@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +21,9 @@ from dic_repa.evaluation.features import FeatureSet, FrechetDistance, statistics
 from dic_repa.evaluation.manifolds import balls_around, balls_that_hold, within_manifold
 from dic_repa.registry import Registry, first_sentence
 
-metrics = Registry("metric", modules=["dic_repa.evaluation.digits"], key="evaluate.metric")
+metrics = Registry(
+    "metric", modules=["dic_repa.evaluation.digits", "dic_repa.evaluation.ratios"], key="evaluate.metric"
+)
 IS_SPLIT = 5000  # ADM's
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's
 INFINITY_POINTS, INFINITY_SMALLEST = 15, 5000  # of Chong and Forsyth
@@ -235,8 +238,14 @@ class MetricSet:
 
 def find_metric(name: str) -> Metric | None:
     """The metric that a score of that name is of; None for other names, and for a set's."""
-    part = metrics.create(name) if name in metrics else None
+    known = name in metrics or f"{name.partition(':')[0]}:" in metrics
+    part = metrics.create(name) if known and not name.endswith(":") else None
     return part if isinstance(part, Metric) else None
+
+
+def plain_names(names: Iterable[str]) -> list[str]:
+    """The metrics that these names stand for: those of a set, or of a ratio, in its place."""
+    return [part for name in names for part in getattr(metrics.create(name), "names", (name,))]
 
 
 def title(score: str) -> str:
@@ -245,32 +254,33 @@ def title(score: str) -> str:
     return metric.title if metric else score
 
 
-def _register(name: str, kind: type[Metric], layer: str, title: str) -> None:
+def register_metric(name: str, kind: type[Metric], layer: str, title: str) -> None:
+    """File one kind of metric on one layer of features."""
     description = f"{title} on {layer}: {first_sentence(kind.__doc__ or '')}"
     metrics.register(name, description=description)(functools.partial(kind, layer, title))
 
 
-_register("fid", Frechet, "inception.pool", "FID")
-_register("sfid", Frechet, "inception.spatial", "sFID")
-_register("is", InceptionScore, "inception.logits", "IS")
-_register("is-torch-fidelity", InceptionScoreOfTorchFidelity, "inception.logits", "IS (10 parts)")
-_register("kid", KernelDistance, "inception.pool", "KID")
-_register("prec", Precision, "inception.pool", "precision")
-_register("recall", Recall, "inception.pool", "recall")
-_register("density", Density, "inception.pool", "density")
-_register("coverage", Coverage, "inception.pool", "coverage")
-_register("fid-infinity", FrechetAtInfinity, "inception.pool", "FID-infinity")
-_register("mind", MongeDistance, "inception.pool", "MIND")
+register_metric("fid", Frechet, "inception.pool", "FID")
+register_metric("sfid", Frechet, "inception.spatial", "sFID")
+register_metric("is", InceptionScore, "inception.logits", "IS")
+register_metric("is-torch-fidelity", InceptionScoreOfTorchFidelity, "inception.logits", "IS (10 parts)")
+register_metric("kid", KernelDistance, "inception.pool", "KID")
+register_metric("prec", Precision, "inception.pool", "precision")
+register_metric("recall", Recall, "inception.pool", "recall")
+register_metric("density", Density, "inception.pool", "density")
+register_metric("coverage", Coverage, "inception.pool", "coverage")
+register_metric("fid-infinity", FrechetAtInfinity, "inception.pool", "FID-infinity")
+register_metric("mind", MongeDistance, "inception.pool", "MIND")
 for _name, _layer, _title in (
     ("dinov2", "dinov2.cls", "DINOv2"),
     ("digits", "digits.features", "digits"),
     ("lite2", "lite2.pooled", "lite2"),
     ("encoder", "encoder.pooled", "encoder"),
 ):
-    _register(f"fd-{_name}", Frechet, _layer, f"FD-{_title}")
-    _register(f"fd-{_name}-infinity", FrechetAtInfinity, _layer, f"FD-{_title}-infinity")
-    _register(f"mind-{_name}", MongeDistance, _layer, f"MIND-{_title}")
-    _register(f"prec-{_name}", Precision, _layer, f"precision ({_title})")
-    _register(f"recall-{_name}", Recall, _layer, f"recall ({_title})")
-    _register(f"density-{_name}", Density, _layer, f"density ({_title})")
-    _register(f"coverage-{_name}", Coverage, _layer, f"coverage ({_title})")
+    register_metric(f"fd-{_name}", Frechet, _layer, f"FD-{_title}")
+    register_metric(f"fd-{_name}-infinity", FrechetAtInfinity, _layer, f"FD-{_title}-infinity")
+    register_metric(f"mind-{_name}", MongeDistance, _layer, f"MIND-{_title}")
+    register_metric(f"prec-{_name}", Precision, _layer, f"precision ({_title})")
+    register_metric(f"recall-{_name}", Recall, _layer, f"recall ({_title})")
+    register_metric(f"density-{_name}", Density, _layer, f"density ({_title})")
+    register_metric(f"coverage-{_name}", Coverage, _layer, f"coverage ({_title})")

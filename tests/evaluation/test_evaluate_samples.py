@@ -342,6 +342,9 @@ def test_mistakes(evaluate, places, tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "wrong.pth")
     wrong = evaluate(places / "folder", *real, "fid", "--inception-weights", "wrong.pth", fails=True)
     assert "wrong.pth (Inception weights) does not fit" in wrong
+    of_networks = [places / "folder", *real, "fd-clip", "--feature-weights"]
+    assert "name before = of --feature-weights: 'clp'; did you mean clip" in evaluate(*of_networks, "clp=x", fails=True)
+    assert "NAME=FILE, such as clip=clip.safetensors" in evaluate(*of_networks, "clip", fails=True)
 
 
 def test_a_reference_that_is_odd_is_told(evaluate, places, tmp_path):
