@@ -150,7 +150,7 @@ class Precision(Metric):
 
     better = "higher"
     needs = "features"
-    most = 1.0
+    most: ClassVar[float | None] = 1.0
 
     def __call__(self, features: Tensor, reference: FeatureSet) -> float:
         return self._inside(features, reference).double().mean().item()

@@ -56,6 +56,8 @@ class TimmFeatures(nn.Module):
     """
 
     layers = ("features",)
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, name: str, space: Space, weights: str | Path | None = None, pretrained: bool = True):
         from dic_repa.encoders.timm_network import build_network, sketch, takes  # timm takes seconds to import
