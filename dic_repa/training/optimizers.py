@@ -7,6 +7,7 @@ not wait for it.
 """
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from torch import nn
 from dic_repa.errors import UserError
 from dic_repa.recipe.schema import OptimizerSection
 from dic_repa.registry import Registry
-from dic_repa.training.trainable import trained_parameters
+from dic_repa.training.muon import Muon
+from dic_repa.training.trainable import select, trained_parameters
 
 optimizers = Registry("optimizer", key="optimizer.name")
 
@@ -37,6 +39,24 @@ def sgd(parameters, lr, weight_decay=0.0, momentum=0.9, **options) -> torch.opti
     parameters = list(parameters)
     fused = not any(hasattr(parameter, "device_mesh") for parameter in parameters)  # torch has none for shards
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=fused, **options)
+
+
+@optimizers.register("muon")
+def muon(
+    parameters, lr, weight_decay=0.0, betas=(0.9, 0.999), momentum: float = 0.95, others_rate: float = 1.0,
+    others: Sequence[str] = (), model: nn.Module | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """Orthogonalised momentum for hidden layers and convolutions, AdamW for the rest, at the same learning rate.
+
+    Args:
+        others_rate: the learning rate of the rest, as a share of the matrices'.
+        others: patterns of further parameters that are AdamW's, such as '*.modulation.*'.
+    """
+    parameters = list(parameters)
+    hidden = hidden_matrices(model or nn.ParameterList(parameters), others)
+    known = {id(parameter) for parameter in hidden}
+    rest = [parameter for parameter in parameters if id(parameter) not in known]
+    return Muon(hidden, rest, lr, weight_decay, betas, momentum, others_rate)
 
 
 def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
@@ -71,6 +91,25 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in trained_parameters(model) if p.ndim > 1 and p.shape[0] > 1 and id(p) not in tables]
 
 
+def hidden_matrices(model: nn.Module, others: Sequence[str] = ()) -> list[nn.Parameter]:
+    """What Muon trains: the `matrices` but for the denoiser's first and last layer, and those of the patterns `others`.
+
+    Its author leaves embeddings, the first layer and the last one to AdamW.
+
+    Raises:
+        UserError: a pattern of `others` names no parameter.
+    """
+    layers = [
+        module.weight
+        for module in getattr(model, "denoiser", model).modules()
+        if not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) > 1
+    ]
+    named = dict(model.named_parameters())
+    chosen = select(list(named), others, "optimizer.options.others", "parameter")
+    left = {id(layer) for layer in (*layers[:1], *layers[-1:])} | {id(named[name]) for name in chosen}
+    return [parameter for parameter in matrices(model) if id(parameter) not in left]
+
+
 def spare_vectors(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Let nothing but the `matrices` decay: the others move to groups of their own, without weight decay."""
     decaying = {id(parameter) for parameter in matrices(model)}
@@ -93,10 +132,10 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def state_bytes(section: OptimizerSection) -> float:
-    """Bytes that the optimizer keeps for each weight, found by one step on a small matrix."""
-    layer = nn.Linear(64, 64, bias=False)
-    weight = layer.weight
-    optimizer = build_optimizer(section, layer)
+    """Bytes that the optimizer keeps for each weight, found by one step on the hidden layer of a small network."""
+    model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(3)))
+    weight = model[1].weight
+    optimizer = build_optimizer(section, model)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     kept = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]

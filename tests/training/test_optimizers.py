@@ -128,8 +128,10 @@ def test_adamw_is_torchs():
 
 
 def test_bytes_of_state():
-    kept = {name: state_bytes(OptimizerSection(name=name)) for name in ("adamw", "adam", "sgd", "torch.optim:NAdam")}
-    assert kept == {"adamw": 8, "adam": 8, "sgd": 4, "torch.optim:NAdam": 8}
+    kept = {
+        name: state_bytes(OptimizerSection(name=name)) for name in ("adamw", "adam", "sgd", "muon", "torch.optim:NAdam")
+    }
+    assert kept == {"adamw": 8, "adam": 8, "sgd": 4, "muon": 4, "torch.optim:NAdam": 8}
     assert state_bytes(OptimizerSection(name="sgd", options={"momentum": 0})) == 0
 
 
@@ -146,7 +148,7 @@ def test_the_dry_run_foretells_the_state(name, share, tmp_path):
 OWN = "torch.optim:NAdam"  # which does not know how to skip a step by itself
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", OWN])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", OWN])
 def test_a_bad_step_is_skipped(name, tmp_path, monkeypatch):
     """After a second step of bad data, weights and the optimizer's state are as after the first."""
     keys = [f"optimizer.name={name}", "data.name=poisoned-digits", "train.checkpoint_every=1"]
@@ -163,7 +165,10 @@ def test_a_bad_step_is_skipped(name, tmp_path, monkeypatch):
     assert not torch.equal(weights(start.checkpoint_path(1))[last], first[last])  # the first step did change them
 
 
-@pytest.mark.parametrize("key", ["schedule.name=cosine", "optimizer.name=sgd", f"optimizer.name={OWN}"])
+MUON = "optimizer={name: muon, weight_decay: 0.1, decay_on: matrices}"
+
+
+@pytest.mark.parametrize("key", ["schedule.name=cosine", "optimizer.name=sgd", MUON, f"optimizer.name={OWN}"])
 def test_a_resumed_run_is_the_uninterrupted_one(key, tmp_path):
     whole = small_run(tmp_path / "whole", key)
     cut = small_run(tmp_path / "cut", key)
@@ -206,7 +211,7 @@ def test_a_falling_rate_is_another_run_with_other_steps(tmp_path):
 def test_which_skip_on_the_device():
     found = {name: skips_on_device(build_optimizer(OptimizerSection(name=name), nn.Linear(2, 2)))
              for name in (*optimizers.names(), "torch.optim:NAdam")}  # fmt: skip
-    assert found == {"adam": True, "adamw": True, "sgd": True, "torch.optim:NAdam": False}
+    assert found == {"adam": True, "adamw": True, "muon": True, "sgd": True, "torch.optim:NAdam": False}
 
 
 def test_a_run_of_earlier_keys_is_resumed_and_sampled(tmp_path):
