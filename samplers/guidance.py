@@ -157,6 +157,13 @@ class InternalModel:
         return middle + self.scale * (velocity - middle)
 
 
+def _prepared(model: Model, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The prediction v of `model` as it enters guidance: a model trained to predict something else than the velocity of
+    its data has a `before_guidance` (v, x, t) that undoes this."""
+    before = getattr(model, "before_guidance", None)
+    return before(v, x, t) if before else v
+
+
 class GuidedField:
     """(x (B, C, ...), t (B,), all times the same) -> velocity.
 
@@ -196,6 +203,7 @@ class GuidedField:
             return self.model(x, t, self.y)
         self.evaluations = 2
         strong, weak = self._pair(x, t)
+        strong, weak = _prepared(self.plain, strong, x, t), _prepared(self.weak_model or self.plain, weak, x, t)
         guided = min(self.guidance.channels or x.shape[1], x.shape[1])
         scale = self.guidance.scale_at(t, self._step, self.path or LinearPath())
         if isinstance(scale, Tensor):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from dic_repa.errors import UserError
@@ -18,6 +18,7 @@ from dic_repa.files.pictures import unit_images
 from dic_repa.protocols import Samples
 
 ENCODE_BATCH = 32  # images encoded at once in a training step, also if its batch is larger
+MEAN_OF = 4096  # samples that the data's mean is taken of: its error is a 64th of the data's spread
 
 
 class LatentDataset(Dataset):
@@ -91,6 +92,17 @@ def denoiser_data(data: Any, batch: dict[str, Tensor], noise_like: Callable[[Ten
         moments = torch.cat([autoencoder.encode(unit_images(part)) for part in batch["image"].split(ENCODE_BATCH)])
     mean, std = moments.chunk(2, dim=1)
     return data.spec.normalise(mean + std * noise_like(mean))
+
+
+def data_mean(data: Any, device: torch.device | str = "cpu", count: int = MEAN_OF) -> Tensor:
+    """The mean (C, H, W) of the denoiser's data over `count` samples, evenly spread (all, if they are fewer); of
+    latents, that of the posterior's means."""
+    chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).round().long().tolist()
+    total = torch.zeros(data_shape(data), dtype=torch.float64)
+    for batch in DataLoader(Subset(data, chosen), batch_size=ENCODE_BATCH):
+        x = denoiser_data(data, {name: value.to(device) for name, value in batch.items()}, torch.zeros_like)
+        total += x.cpu().double().sum(dim=0)
+    return (total / len(chosen)).float()
 
 
 def global_noise(batch_size: int, rows: slice, generator: torch.Generator) -> Callable[[Tensor], Tensor]:

@@ -2,10 +2,13 @@
 
 import base64
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dic_repa.conditions import ClassLabels, Condition, VectorCondition, class_labels, create_condition
 from dic_repa.data.autoencoders import AutoencoderSpec
@@ -25,13 +28,14 @@ class SavedData:
 
     autoencoder: AutoencoderSpec | None
     condition: Condition  # with the names and counts of classes, or the examples of vectors
+    mean: Tensor | None = field(default=None, compare=False)  # (C, H, W), of the denoiser's data, if sampling needs it
 
     @classmethod
-    def of(cls, data, condition: Condition) -> "SavedData":
+    def of(cls, data, condition: Condition, mean: Tensor | None = None) -> "SavedData":
         """Of a data set and its condition, with the autoencoder's fingerprint if it is known or loaded."""
         loaded = vars(data).get("autoencoder")  # not asked for by its name, which would load it
         spec = getattr(loaded, "spec", None) or getattr(data, "spec", None)
-        return cls(spec if isinstance(spec, AutoencoderSpec) else None, condition)
+        return cls(spec if isinstance(spec, AutoencoderSpec) else None, condition, mean)
 
     @classmethod
     def read(cls, folder: Path) -> "SavedData | None":
@@ -44,13 +48,13 @@ class SavedData:
             spec = content["autoencoder"]
             if "condition" in content:
                 condition = create_condition(condition=content["condition"])
-                numbers = np.frombuffer(base64.b64decode(content["examples"]), dtype="<f4")
-                examples = numbers.reshape(-1, *condition.shape).copy()
+                examples = _numbers(content["examples"], (-1, *condition.shape))
                 condition = condition.with_examples(examples, content["names"])
             else:
                 names = content["class_names"]
                 condition = class_labels(len(names), names, content.get("class_counts"))
-            saved = cls(spec and AutoencoderSpec.from_dict(spec), condition)
+            mean = torch.from_numpy(_numbers(**content["mean"])) if "mean" in content else None
+            saved = cls(spec and AutoencoderSpec.from_dict(spec), condition, mean)
         except (ValueError, KeyError, TypeError, AttributeError):  # a UserError is a ValueError
             raise UserError(f"{file} is damaged; remove it to sample by the recipe's data alone") from None
         if saved.autoencoder:
@@ -58,14 +62,24 @@ class SavedData:
         return saved
 
     def write(self, folder: Path) -> None:
-        """Keep it in `folder`: examples as little-endian float32 in base64."""
+        """Keep it in `folder`: numbers as little-endian float32 in base64."""
         condition = self.condition
         content: dict = {"autoencoder": self.autoencoder and self.autoencoder.to_dict()}
         if isinstance(condition, VectorCondition):
-            numbers = base64.b64encode(condition.examples.cpu().numpy().astype("<f4").tobytes()).decode()
-            content |= {"condition": condition.to_dict(), "names": list(condition.names), "examples": numbers}
+            examples = _text(condition.examples)
+            content |= {"condition": condition.to_dict(), "names": list(condition.names), "examples": examples}
         else:
             content["class_names"] = condition.names
             if isinstance(condition, ClassLabels) and condition.counts:
                 content["class_counts"] = condition.counts
+        if self.mean is not None:
+            content["mean"] = {"numbers": _text(self.mean), "shape": list(self.mean.shape)}
         (folder / DATA_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _text(tensor: Tensor) -> str:
+    return base64.b64encode(tensor.cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _numbers(numbers: str, shape: Sequence[int]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(numbers), dtype="<f4").reshape(shape).copy()

@@ -15,6 +15,7 @@ from dic_repa.objectives.base import (
     check_middle_head,
     objectives,
 )
+from dic_repa.objectives.contrastive import ContrastiveFlowMatching
 from dic_repa.objectives.ddpm import DDPM
 from dic_repa.objectives.flow_matching import (
     FlowMatching,
@@ -29,6 +30,7 @@ from dic_repa.objectives.flow_matching import (
 __all__ = [
     "DDPM",
     "Batch",
+    "ContrastiveFlowMatching",
     "Denoising",
     "FlowMatching",
     "LogNormal",

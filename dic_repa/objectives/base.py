@@ -26,6 +26,7 @@ class Batch:
     y: Tensor  # (B, ...), what it is conditioned on; some of it is dropped
     draws: dict[str, Tensor]  # these rows of what the objective's `draw` gave, each (B, ...)
     averaged: nn.Module | None = None  # the denoiser with averaged weights, (x, t, y) -> prediction
+    whole: Batch | None = None  # all images of the step with their draws, if the objective has `whole_batch = True`
 
 
 @dataclass

@@ -26,7 +26,7 @@ from dic_repa.recipe import LoraSection, Recipe, SampleSection, load_training_re
 from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, data_traits, import_plugins
 from dic_repa.runs.checkpoints import RAW, checkpoint_step, find_stranger
 from dic_repa.runs.folder import RunFolder, suggest_runs
-from dic_repa.runtime.progress import detail
+from dic_repa.runtime.progress import detail, warn
 from dic_repa.sampling.editing import Editing
 from dic_repa.sampling.sampler import Sampler, check_sampling
 from dic_repa.trust import trusting_code
@@ -86,6 +86,12 @@ class Checkpoint(Editing):
         decode = build_decoder(recipe.data, device, self.data, settings.autoencoder)
         objective = build_objective(recipe.objective)
         check_sampling(settings, objective)
+        if hasattr(objective, "data_mean"):  # guidance corrects by it what the objective changed
+            objective.data_mean = mean = self.data.mean if self.data else None
+            if mean is not None and mean.shape != shape:
+                raise UserError(f"{self.source}: the data's mean is {tuple(mean.shape)}, and the data are {shape}")
+            if mean is None and guidance and guidance.scale != 1:
+                warn(f"{self.source} has no mean of its training data: guidance is not corrected for the objective")
         return Sampler(denoiser, objective, settings, shape, weak, decode, self.condition)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:

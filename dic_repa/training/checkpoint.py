@@ -92,7 +92,7 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         },
         {f"{i}.{name}": each for (i, name), each in rows.items()},
         parts.ema.config,
-        SavedData.of(parts.data, parts.condition),
+        SavedData.of(parts.data, parts.condition, parts.data_mean),
     )
 
 

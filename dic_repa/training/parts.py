@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 
 from dic_repa.alignment import AlignedDenoiser, Aligner
 from dic_repa.alignment.cache import FeatureCache, feature_cache
 from dic_repa.alignment.self_teachers import check_objective
 from dic_repa.conditions import Condition, condition_of_data
-from dic_repa.data.latents import LatentDataset, data_shape
+from dic_repa.data.latents import LatentDataset, data_mean, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.evaluation.judge import by_encoder, check_judge, own_encoder, real_images
@@ -65,6 +65,7 @@ class Parts:
     sampler: Sampler | None  # of the averaged weights; None where no grids are asked for
     sharded: bool  # then all processes must take part in whatever runs or reads the denoiser or its averages
     start: Start | None = None  # from other weights; None also of a run that goes on from a checkpoint
+    data_mean: Tensor | None = None  # (C, H, W), if sampling needs it
 
 
 def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -> Parts:
@@ -114,6 +115,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     adapt(denoiser, settings)
     if start:
         check_fresh(denoiser, start.fresh)
+    with watched("", "the mean of the data", None):
+        mean = data_mean(data, device) if hasattr(objective, "data_mean") else None
     aligned = AlignedDenoiser(denoiser, alignments).to(device)
     model: nn.Module = aligned
     if settings.compile:
@@ -135,10 +138,11 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
             sample = sample.model_copy(update={"guidance": without})
             if accelerator.is_main_process:
                 warn(f"samples during training are not guided by '{guidance.weak}', a checkpoint of the run itself")
-        sampler = Checkpoint(ema.model, recipe, Path("this run"), SavedData.of(data, condition)).sampler(sample)
+        saved = SavedData.of(data, condition, mean)
+        sampler = Checkpoint(ema.model, recipe, Path("this run"), saved).sampler(sample)
     return Parts(
         condition, data, shape, objective, encoders, caches, denoiser, aligned.aligner, model,
-        optimizer, ema, averages, sampler, sharded, start,
+        optimizer, ema, averages, sampler, sharded, start, mean,
     )  # fmt: skip
 
 

@@ -92,13 +92,16 @@ class TrainingStep:
         rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
         y = parts.condition.drop(batch[parts.condition.key], uniform[rows] < settings.label_dropout)
         x = denoiser_data(parts.data, batch, global_noise(settings.batch_size, rows, generator))
+        whole = None
+        if getattr(parts.objective, "whole_batch", False):  # the processes' rows, in the order of the global batch
+            whole = Batch(accelerator.gather(x), accelerator.gather(y), draws)
         images = batch.get("image", x)  # latents without images have no encoder to show them to
         split = [tensor.chunk(self.passes) for tensor in (x, y, images)]
         drawn = {name: values[rows].chunk(self.passes) for name, values in draws.items()}
         cached = {name: batch[name].chunk(self.passes) for name in parts.caches}
         intervals = self.intervals(generator, rows)
         for k, (x, y, image) in enumerate(zip(*split)):
-            example = Batch(x, y, {name: passes[k] for name, passes in drawn.items()}, parts.ema.model)
+            example = Batch(x, y, {name: passes[k] for name, passes in drawn.items()}, parts.ema.model, whole)
             tokens: list[Tensor | None] = [None] * len(scales)
             for i, encoder in enumerate(parts.encoders):
                 if not scales[i]:

@@ -66,9 +66,9 @@ class SelfDistillation(FlowMatching):
         return ObjectiveOutput(self.loss(out.prediction, noisy) + 0.5 * distance, noisy.t, out.projections)
 
 
-@objectives.register("contrastive-flow-matching")
-class ContrastiveFlowMatching(FlowMatching):
-    """Flow matching, away from another sample's velocity (arXiv 2506.05350)."""
+@objectives.register("away-from-the-next")
+class AwayFromTheNext(FlowMatching):
+    """Flow matching, away from the velocity of the pass's next sample."""
 
     def __init__(self, share: float = 0.05, **options):
         super().__init__(**options)
@@ -202,7 +202,7 @@ def test_derivative_through_a_built_in_denoiser_is_the_difference(name):
 
 def test_contrastive_loss_is_the_two_distances():
     torch.manual_seed(0)
-    objective, model = ContrastiveFlowMatching(share=0.2), AlignedDenoiser(DiC(8, (1, 1, 1, 1, 1), 1, 10))
+    objective, model = AwayFromTheNext(share=0.2), AlignedDenoiser(DiC(8, (1, 1, 1, 1, 1), 1, 10))
     nn.init.normal_(model.denoiser.output.conv2.weight)
     batch = batch_for(objective, (3, 1, 8, 8), dtype=torch.float32)
     out = objective(model, batch)
@@ -228,7 +228,7 @@ def run(tmp_path, name: str, *overrides: str):
 OWN = {
     f"{__name__}:MeanFlow": ["model={name: '" + __name__ + ":TwoTimes', width: 8}", "alignments.0.tap=first"],
     "self-distillation": [],
-    "contrastive-flow-matching": ["objective.options={share: 0.1, time: logit-normal}"],
+    "away-from-the-next": ["objective.options={share: 0.1, time: logit-normal}"],
 }
 
 

@@ -112,7 +112,8 @@ def test_row_has_the_papers_values(name):
     assert {"gradient_clip": recipe.train.gradient_clip, "flip": flip, "pixels": sample.pixels} == drawn
     assert sample.classes == "random"
     assert sample.guidance is None or sample.guidance.channels == (3 if ddpm else None)
-    assert recipe.objective.name == ("ddpm" if ddpm else "flow-matching")
+    own = {"dic-xl-contrastive": "contrastive-flow-matching"}
+    assert recipe.objective.name == own.get(name, "ddpm" if ddpm else "flow-matching")
     assert recipe.model.learn_sigma == ddpm
 
 
