@@ -3,6 +3,7 @@
 It is any callable (x (B, ...), t (B,)) -> velocity, which may have attributes that tell a solver more:
 
     path                 the path that it belongs to (the default of a sampler's `path`)
+    two_times            whether t may be (t, s) (B, 2), for the average velocity on the way from t to s
     time_range           (t_min, t_max), outside which it may not be evaluated
     breakpoints          times at which it jumps; adaptive solvers stop and start there
     begin_step(t, s)     called when a step from time t to time s starts; s is None if the solver chooses it,
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant, LinearPath, path_of
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
@@ -33,7 +35,7 @@ class SampleInfo:
 
 
 class Field:
-    """`velocity_fn` as solvers call it: `field(x, t)` with one t for all rows, a float or a scalar tensor.
+    """`velocity_fn` as solvers call it: `field(x, t)` with one t for all rows, a float or a scalar tensor, or (t, s).
 
     `nfe` counts network evaluations per sample.
     """
@@ -48,6 +50,15 @@ class Field:
         v = self.velocity_fn(x, _times(x, t))
         self.nfe += getattr(self.velocity_fn, "evaluations", 1)
         return v.to(x.dtype)
+
+    def average(self, x: Tensor, t: float, s: float) -> Tensor:
+        """The average velocity on the way from x at the time t to the time s; a UserError of a field without it."""
+        if not getattr(self.velocity_fn, "two_times", False):
+            raise UserError(
+                "solver 'meanflow' needs a model of average velocities, trained with the objective meanflow or "
+                "improved-meanflow; take heun or dopri5"
+            )
+        return self(x, x.new_tensor([t, s]))
 
     def begin_step(self, t: float | None, s: float | None) -> None:
         announce = getattr(self.velocity_fn, "begin_step", None)
@@ -92,13 +103,14 @@ class Watched:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         value = self.field(x, t)
-        self.watch(x, t, value)
+        self.watch(x, t if t.ndim == 1 else t[:, 0], value)
         return value
 
 
 def _times(x: Tensor, t: float | Tensor) -> Tensor:
-    """`t` (B,), expanded from one value, so that a denoiser can see that the rows share it."""
-    return (t.to(x) if isinstance(t, Tensor) else x.new_full((), t)).expand(len(x))
+    """`t` (B,), of a pair (B, 2), expanded from one value, so that a denoiser can see that the rows share it."""
+    one = t.to(x) if isinstance(t, Tensor) else x.new_full((), t)
+    return one.expand(len(x), *one.shape)
 
 
 def as_state(noise: Tensor) -> Tensor:

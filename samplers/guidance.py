@@ -165,7 +165,7 @@ def _prepared(model: Model, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 class GuidedField:
-    """(x (B, C, ...), t (B,), all times the same) -> velocity.
+    """(x (B, C, ...), t (B,) or (B, 2), all rows the same) -> velocity.
 
     A step's start decides whether all its evaluations are guided (as in the REPA authors' sampler). Channels that x
     does not have are never guided.
@@ -181,7 +181,7 @@ class GuidedField:
                 "guidance needs a model with a null class (`num_classes`); set the scale to 1 to do without"
             )
         self.null = null(y) if null else y
-        self.path = path_of(model)
+        self.path, self.two_times = path_of(model), getattr(model, "two_times", False)
         self.time_range = getattr(model, "time_range", (0.0, 1.0))
         inside = guidance.interval if guidance.active else ()
         self.breakpoints = (*inside, *(guidance.internal_interval if guidance.internal != 1 else ()))
@@ -194,7 +194,7 @@ class GuidedField:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         # A solver that announces its steps spares a GPU the wait for the value of t.
-        start = self._step[0] if self._step is not None else float(t[0])
+        start = self._step[0] if self._step is not None else float(t.flatten()[0])
         low, high = self.guidance.internal_interval
         self.model = self.internal if low <= start <= high else self.plain
         low, high = self.guidance.interval
@@ -205,7 +205,7 @@ class GuidedField:
         strong, weak = self._pair(x, t)
         strong, weak = _prepared(self.plain, strong, x, t), _prepared(self.weak_model or self.plain, weak, x, t)
         guided = min(self.guidance.channels or x.shape[1], x.shape[1])
-        scale = self.guidance.scale_at(t, self._step, self.path or LinearPath())
+        scale = self.guidance.scale_at(t if t.ndim == 1 else t[:, 0], self._step, self.path or LinearPath())
         if isinstance(scale, Tensor):
             scale = expand_as(scale, x)
         v = weak[:, :guided] + scale * (strong[:, :guided] - weak[:, :guided])
@@ -220,7 +220,7 @@ class GuidedField:
             return self.model(x, t, self.y), self.weak_model(x, t, self.y)
         if self.doubled:
             try:
-                times = t[:1].expand(2 * len(t))  # all the same: the model embeds one
+                times = t[:1].expand(2 * len(t), *t.shape[1:])  # all the same: the model embeds one
                 strong, weak = self.model(torch.cat([x, x]), times, torch.cat([self.y, self.null])).chunk(2)
                 return strong, weak
             except torch.OutOfMemoryError:

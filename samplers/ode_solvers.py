@@ -39,6 +39,19 @@ def heun(field: Field, x: Tensor, t: float, s: float) -> Tensor:
     return end if s == 0 else x + 0.5 * (s - t) * (v + field(end, s))
 
 
+@ode_solvers.register("meanflow", order=1, evaluations=1)
+class MeanFlowStep:
+    """For models of average velocities (objective meanflow), in 1 or 2 steps.
+
+    x_s = x_t - (t - s) u(x_t, s, t) (Geng et al. 2025, arXiv 2505.13447, eq. 12), exact at any step size if u is.
+    """
+
+    forward_only = True  # u is known from the noisier state alone
+
+    def __call__(self, field: Field, x: Tensor, t: float, s: float) -> Tensor:
+        return x + (s - t) * field.average(x, t, s)
+
+
 @ode_solvers.register("ab2", order=2, evaluations=1)
 class AdamsBashforth2:
     """Second order for Euler's price: reuses the last velocity (Adams-Bashforth).

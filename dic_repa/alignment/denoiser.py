@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dic_repa.alignment.aligner import Aligner
 from dic_repa.alignment.alignment import Alignment, Projected
+from dic_repa.models.derivative import total_derivative
 
 
 @dataclass
@@ -46,3 +47,7 @@ class AlignedDenoiser(nn.Module):
             return AlignedOutput(prediction, projections)
         own, middle = prediction.chunk(2, dim=1)
         return AlignedOutput(own, projections, middle, head.weight)
+
+    def derivative(self, x: Tensor, t: Tensor, y: Tensor, tangent: Tensor | None) -> Tensor:
+        """The denoiser's `total_derivative`, of which its taps see nothing; it is never compiled."""
+        return total_derivative(self.denoiser, x, t, y, tangent)

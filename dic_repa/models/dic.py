@@ -157,6 +157,7 @@ class DiC(Pretrained):
         patch_size: the side of the squares of pixels that level 0 sees as one (pixel-unshuffle): with 2, a step takes a
             quarter of the time, which suits data in pixels.
         time_scale: multiplies t before its embedding; 1 takes t as it is, as SiT and REPA do.
+        two_times: t may be (t, r) (B, 2), for average velocities between the times r and t.
         shape: 'unet', or 'isotropic': all levels as wide as the first, and no resampling between them.
         skips: 'sparse' (one in three blocks), 'dense' (every block) or 'none'.
         embedding: 'per-level', or 'shared': one condition embedding as wide as level 0.
@@ -188,6 +189,7 @@ class DiC(Pretrained):
         condition: dict[str, Any] | None = None,
         patch_size: Size = 1,
         middle_head: MiddleHeadOption = None,
+        two_times: bool = False,
     ):
         super().__init__()
         self.config = config_of(locals())
@@ -201,6 +203,7 @@ class DiC(Pretrained):
         for kind, known in choices.items():
             if self.config[kind] not in known:
                 raise unknown_name(kind, self.config[kind], known)
+        self.two_times = two_times
         self.in_channels, self.num_classes, self.patch_size = in_channels, num_classes, patch_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.skip_stride = SKIP_STRIDES[skips]
@@ -215,7 +218,7 @@ class DiC(Pretrained):
         taken = self.conditioned_on
         vector = taken if isinstance(taken, VectorCondition) else None
         self.condition = Modules(
-            Condition(w, num_classes, time_scale, vector) for w in condition_widths[: EMBEDDINGS[embedding]]
+            Condition(w, num_classes, time_scale, vector, two_times) for w in condition_widths[: EMBEDDINGS[embedding]]
         )
         self.enc: Modules[Modules[Block]] = Modules(
             Modules(make(w, w, c) for _ in range(depth))
@@ -256,8 +259,7 @@ class DiC(Pretrained):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.stem.weight.flatten(1))  # the stem as the linear layer of a patch embedding
         for condition in self.condition:
-            for layer in (condition.time1, condition.time2, condition.label):
-                nn.init.normal_(layer.weight, std=0.02)
+            condition.reset_parameters()
         nn.init.zeros_(self.output.modulation.weight)
         nn.init.zeros_(self.output.conv2.weight)
         if zero_gates:

@@ -44,29 +44,74 @@ class RecomputableBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of t (B,) as (B, width), float32: cosines in the first half, sines in the second."""
+    """Sinusoids of t (B,) as (B, width), float32 (float64 of such a t): cosines in the first half, then sines."""
     half = width // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies
+    angles = t.to(torch.promote_types(t.dtype, torch.float32))[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class Condition(nn.Module):
     """SiLU(c), with which every use of c begins, of one level: c is the sum of a timestep embedding and a row of a
-    label table (or a linear map of a vector), both as wide as the level."""
+    label table (or a linear map of a vector), both as wide as the level; with `two_times`, and of a `SpanEmbedding`."""
 
-    def __init__(self, width: int, num_classes: int, time_scale: float, vector: VectorCondition | None = None):
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        time_scale: float,
+        vector: VectorCondition | None = None,
+        two_times: bool = False,
+    ):
         super().__init__()
         self.time_scale = time_scale
         self.time1 = nn.Linear(256, width)
         self.time2 = nn.Linear(width, width)
         self.label = VectorEmbedding(vector, width) if vector else nn.Embedding(num_classes + 1, width)
+        self.span = SpanEmbedding(width) if two_times else None
+
+    def reset_parameters(self) -> None:
+        """N(0, 0.02^2) for the embeddings' weights; the span's adds nothing at first."""
+        for layer in (self.time1, self.time2, self.label):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.span is not None:
+            self.span.reset_parameters()
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         if t.stride(0) == 0:  # expanded from one time, as samplers do: embedded once, for all rows
             t = t[:1]
-        embedding = timestep_embedding(t * self.time_scale).to(self.time1.weight.dtype)
-        return F.silu(self.time2(F.silu(self.time1(embedding))) + self.label(y))
+        t, span = split_times(t * self.time_scale, self.span is not None)
+        c = self.time2(F.silu(self.time1(timestep_embedding(t).to(self.time1.weight.dtype)))) + self.label(y)
+        return F.silu(c if self.span is None else c + self.span(span))
+
+
+def split_times(t: Tensor, two_times: bool) -> tuple[Tensor, Tensor]:
+    """The time and the span t - r, both (B,), of t (B,), which has no span, or of (t, r) (B, 2); a UserError where a
+    model is not made for these."""
+    if t.ndim == 1:
+        return t, torch.zeros_like(t)
+    if not two_times:
+        raise UserError("this denoiser takes one time; build it with model.options.two_times: true")
+    return t[:, 0], t[:, 0] - t[:, 1]
+
+
+class SpanEmbedding(nn.Module):
+    """The span between two times (B,) as (B, width), like a timestep embedding; zero at first, so that a model that has
+    learnt without it stays as it is."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear1 = nn.Linear(256, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.linear1.weight, std=0.02)
+        nn.init.zeros_(self.linear2.weight)
+        nn.init.zeros_(self.linear2.bias)
+
+    def forward(self, span: Tensor) -> Tensor:
+        embedding = timestep_embedding(span).to(self.linear1.weight.dtype)
+        return self.linear2(F.silu(self.linear1(embedding)))
 
 
 class VectorEmbedding(nn.Linear):

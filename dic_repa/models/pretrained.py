@@ -47,6 +47,7 @@ class Pretrained(nn.Module):
     config: dict
     in_channels: int
     num_classes: int  # 0 where it is conditioned on something else
+    two_times: bool = False  # whether t may be (t, r) (B, 2)
     conditions: ClassVar[tuple[str, ...]] = ("classes", "none")  # the kinds of conditions that it can be built for
     kinds: ClassVar[dict[str, type[Pretrained]]] = {}  # the classes so far imported, by the name in config.json
 
@@ -121,9 +122,7 @@ def config_of(arguments: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValidationError) as error:
         raise UserError(f"{kind.__name__}: {_explain(error)}") from None
     kept = {key: value for key, value in given.items() if key not in ("zero_gates", "gradient_checkpointing")}
-    if kept.get("middle_head", ...) is None:
-        del kept["middle_head"]
-    return kept
+    return {key: value for key, value in kept.items() if value or key not in ("middle_head", "two_times")}
 
 
 @functools.cache

@@ -90,6 +90,7 @@ class SiT(Pretrained):
         width: channels of a token, a multiple of 4 and of `num_heads`.
         depth: blocks.
         time_scale: multiplies t before its embedding; 1 takes t as it is.
+        two_times: t may be (t, r) (B, 2), for average velocities between the times r and t.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         middle_head: the block that a second head sits on, for internal guidance (`add_middle_head`); then the output is
             twice the channels, the head's prediction behind the model's own.
@@ -107,15 +108,17 @@ class SiT(Pretrained):
         time_scale: float = 1.0,
         gradient_checkpointing: bool = False,
         middle_head: MiddleHeadOption = None,
+        two_times: bool = False,
     ):
         super().__init__()
         self.config = config_of(locals())
         if num_heads < 1 or width < 4 or width % 4 or width % num_heads:
             raise UserError(f"width must be a multiple of 4 and of num_heads {num_heads}, not {width}")
+        self.two_times = two_times
         self.in_channels, self.num_classes, self.patch_size = in_channels, num_classes, patch_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patches = PatchEmbed(None, patch_size, in_channels, width)
-        self.condition = Condition(width, num_classes, time_scale)
+        self.condition = Condition(width, num_classes, time_scale, two_times=two_times)
         self.blocks = Modules(AdaLNBlock(width, num_heads) for _ in range(depth))
         self.output = Output(width, self.out_channels * patch_size**2)
         self.reset_parameters()
@@ -129,8 +132,7 @@ class SiT(Pretrained):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # the patches' conv as the linear layer that it is
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in (self.condition.time1, self.condition.time2, self.condition.label):
-            nn.init.normal_(layer.weight, std=0.02)
+        self.condition.reset_parameters()
         for layer in (*(block.modulation for block in self.blocks), self.output.modulation, self.output.linear):
             nn.init.zeros_(layer.weight)
 

@@ -11,7 +11,15 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError
-from dic_repa.models.layers import RecomputableBlock, patch_grid, timestep_embedding, to_map, unpatchify
+from dic_repa.models.layers import (
+    RecomputableBlock,
+    SpanEmbedding,
+    patch_grid,
+    split_times,
+    timestep_embedding,
+    to_map,
+    unpatchify,
+)
 from dic_repa.models.middle import MiddleHeadOption, add_middle_head
 from dic_repa.models.pretrained import Blocks, Classes, Pretrained, Size, config_of
 
@@ -51,6 +59,8 @@ class UViT(Pretrained):
         time_scale: multiplies t before its sinusoids. They are the time's token as they are, and vary over hundreds: 1
             for DDPM's steps, 1000 for a t in [0, 1].
         final_conv: a 3x3 convolution after the patches are put together.
+        two_times: t may be (t, r) (B, 2), for average velocities between the times r and t; their span's embedding is
+            added to the time's token.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         middle_head: the block that a second head sits on, for internal guidance (`add_middle_head`); then the output is
             twice the channels, the head's prediction behind the model's own.
@@ -70,6 +80,7 @@ class UViT(Pretrained):
         final_conv: bool = True,
         gradient_checkpointing: bool = False,
         middle_head: MiddleHeadOption = None,
+        two_times: bool = False,
     ):
         super().__init__()
         self.config = config_of(locals())
@@ -77,6 +88,7 @@ class UViT(Pretrained):
             raise UserError(f"width must be even and a multiple of num_heads {num_heads}, not {width}")
         if depth < 1 or depth % 2 == 0:
             raise UserError(f"depth must be an odd number, two halves and a middle block, not {depth}")
+        self.two_times = two_times
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.size, self.patch_size, self.time_scale = size, patch_size, time_scale
@@ -84,6 +96,7 @@ class UViT(Pretrained):
 
         self.patches = PatchEmbed(None, patch_size, in_channels, width)
         self.label = nn.Embedding(num_classes + 1, width)
+        self.span = SpanEmbedding(width) if two_times else None
         self.positions = nn.Parameter(torch.empty(1, EXTRA_TOKENS + self.grid[0] * self.grid[1], width))
         self.enc = nn.ModuleList(Block(width, num_heads) for _ in range(depth // 2))
         self.mid = Block(width, num_heads)
@@ -103,6 +116,8 @@ class UViT(Pretrained):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.span is not None:
+            self.span.reset_parameters()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != (self.size, self.size):
@@ -111,7 +126,9 @@ class UViT(Pretrained):
                 f"build it with size {x.shape[-1]}"
             )
         patches = self.patches(x)
-        time = timestep_embedding(t * self.time_scale, patches.shape[-1]).to(patches.dtype)
+        t, span = split_times(t * self.time_scale, self.span is not None)
+        time = timestep_embedding(t, patches.shape[-1]).to(patches.dtype)
+        time = time if self.span is None else time + self.span(span)
         x = torch.cat([self.label(y)[:, None], time[:, None], patches], dim=1) + self.positions
         skips = []
         for block in self.enc:

@@ -26,6 +26,7 @@ from dic_repa.objectives.flow_matching import (
     time_samplings,
     weightings,
 )
+from dic_repa.objectives.meanflow import ImprovedMeanFlow, MeanFlow
 
 __all__ = [
     "DDPM",
@@ -33,8 +34,10 @@ __all__ = [
     "ContrastiveFlowMatching",
     "Denoising",
     "FlowMatching",
+    "ImprovedMeanFlow",
     "LogNormal",
     "LogitNormal",
+    "MeanFlow",
     "Noisy",
     "ObjectiveOutput",
     "Uniform",

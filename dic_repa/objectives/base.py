@@ -97,9 +97,9 @@ class Noisy:
 
 
 def once(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """`function` of the times t (B,). If t is expanded from one value, as samplers give it, so is the result: then a
-    denoiser sees that the rows share their time, and embeds one."""
-    return function(t[:1]).expand(len(t)) if t.stride(0) == 0 else function(t)
+    """`function` of the times t, (B,) or (B, 2). If t is expanded from one row, as samplers give it, so is the result:
+    then a denoiser sees that the rows share their time, and embeds one."""
+    return function(t[:1]).expand(t.shape) if t.stride(0) == 0 else function(t)
 
 
 def run_denoiser(denoiser, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -167,10 +167,13 @@ class FlowMatching(Denoising):
         Drawn in float32 where the generator lives, then moved, so that a CPU generator gives every device the same.
         Times are drawn within the range where the target and its weight are finite.
         """
-        low, high = self.time_range
-        t = shift_time(self.time(shape[0], generator, self.path), self.shift).clamp(low, high)
+        t = self.draw_times(shape[0], generator)
         noise = torch.randn(tuple(shape), generator=generator, device=generator.device)
         return {"t": t.to(device), "noise": noise.to(device)}
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Times (count,) on the generator's device, within the range."""
+        return shift_time(self.time(count, generator, self.path), self.shift).clamp(*self.time_range)
 
     def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> Noisy:
         """x_t, the target and its weight for data x (B, C, H, W), times t (B,) and noise (B, C, H, W)."""

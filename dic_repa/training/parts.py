@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import check_middle_head
 from dic_repa.protocols import DataSet, Objective, Samples
-from dic_repa.recipe import GuidanceSection, Recipe
+from dic_repa.recipe import GuidanceSection, Recipe, TrainSection
 from dic_repa.recipe.build import (
     build_alignment,
     build_dataset,
@@ -84,6 +85,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     draw_labels(recipe, condition, recipe.sample.model_copy(update={"num": 1}))  # shows now what the data cannot give
     denoiser, objective = build_denoiser(recipe.model, data.channels, condition), build_objective(recipe.objective)
     check_middle_head(denoiser, objective)
+    check_denoiser(objective, denoiser, settings)
     start = in_all_processes(accelerator, lambda: start_from(denoiser, condition, recipe)) if begins else None
     if begins and settings.lora and not start and accelerator.is_main_process:
         warn("train.lora without train.init_from trains adapters of random weights, which stay random")
@@ -154,6 +156,18 @@ def cast_weights(encoder, precision: str) -> None:
     for module in encoder.modules():
         if type(module) in (nn.Linear, nn.Conv2d):  # a class of its own may compute with its weights first
             module.to(dtype)
+
+
+def check_objective(objective: Any, denoiser: Pretrained, settings: TrainSection) -> None:
+    """Raise a UserError for a denoiser or a label dropout with which the objective cannot be trained."""
+    if hasattr(objective, "check_denoiser"):
+        objective.check_denoiser(denoiser)
+    learns_guidance = getattr(objective, "guided", False) and denoiser.conditioned_on.kind != "none"
+    if learns_guidance and settings.label_dropout == 0:
+        raise UserError(
+            "the objective learns guidance away from the null class, so train.label_dropout must be above 0; or set "
+            "objective.options.omega to 1 and kappa to 0"
+        )
 
 
 def check_sampling_and_evaluation(recipe: Recipe, objective) -> None:

@@ -32,7 +32,7 @@ def shard(model: nn.Module, denoiser: Any, accelerator: Accelerator) -> Any:
     if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise UserError("train.sharding fsdp2 needs torch 2.7 or newer on CPUs; take none")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     model.to(memory_format=torch.contiguous_format)  # it takes no others
@@ -43,7 +43,10 @@ def shard(model: nn.Module, denoiser: Any, accelerator: Accelerator) -> Any:
     for stage in stages(denoiser):
         fully_shard(stage, mesh=mesh)
     # Also the root's: after sampling from averaged weights they must be shards again for their next update.
-    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if hasattr(model, "derivative"):  # gathered for it, too
+        register_fsdp_forward_method(model, "derivative")
+    return model
 
 
 def stages(model: nn.Module) -> list[list[nn.Module]]:

@@ -31,12 +31,13 @@ from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.sampling.convert import load_any
 from dic_repa.sampling.load import weights_folder
 
-# What the data decides, and the keys of a model's config for it.
+# What the data and the objective decide, and the keys of a model's config for it.
 MAY_DIFFER = {
     "classes": ("num_classes", "condition"),
     "channels": ("in_channels", "learn_sigma", "patch_size"),
     "size": ("size", "patch_size"),
     "guidance": ("middle_head",),
+    "times": ("two_times",),
 }
 
 
