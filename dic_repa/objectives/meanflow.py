@@ -34,10 +34,9 @@ class AverageVelocityModel(VelocityModel):
 class MeanFlow(FlowMatching):
     """MeanFlow: average velocities, for samples in 1 or 2 evaluations (Geng et al. 2025, arXiv 2505.13447).
 
-    The loss of an image is |e|^2 / (|e|^2 + c)^p, without a gradient of the denominator, where |e|^2 is the sum over the
-    image's numbers of e = u(x_t, r, t) - (v_g - (t - r) du/dt). The target has no gradient, and du/dt is that along
-    (v_g, 1, 0) of (x_t, t, r), in float32 whatever the precision. With p = 1 all images count alike, and the loss is
-    nearly 1 from the first step on.
+    The loss of an image is |e|^2 / (|e|^2 + c)^p, with e = u(x_t, r, t) - (v_g - (t - r) du/dt), summed over the image,
+    and no gradient of the denominator or the target. du/dt is that along (v_g, 1, 0) of (x_t, t, r), in float32
+    whatever the precision. With p = 1 all images count alike, and the loss is nearly 1 from the first step on.
 
     Guidance is learnt (eq. 21): v_g = omega v + (1 - omega - kappa) u(x_t, t, t, null) + kappa u(x_t, t, t, y), with
     the velocity v of the pair of data and noise, as classifier-free guidance of scale omega / (1 - kappa) would have
@@ -45,8 +44,8 @@ class MeanFlow(FlowMatching):
 
     Args:
         time: how t and r are drawn, of which t is the larger.
-        span_share: of the rows of a batch have r < t; by default a quarter, of improved-meanflow half, as in the papers.
-            In the others u is the velocity.
+        span_share: of the rows of a batch have r < t; by default a quarter, of improved-meanflow half, as the papers
+            have it. In the others u is the velocity.
         p, c: of the loss, see above.
         omega, kappa: of the guidance; 1 and 0 for none. The defaults are those of MeanFlow-B/2 and M/2; L/2 and XL/2
             have omega 0.2, kappa 0.92 and the intervals (0, 0.8) and (0, 0.75).
@@ -126,7 +125,7 @@ class MeanFlow(FlowMatching):
 
     @torch.no_grad()
     def average_target(self, model: Any, x_t: Tensor, velocity: Tensor, times: Tensor, y: Tensor) -> Tensor:
-        """What u should be at x_t and the times (t, r) (B, 2) where a pair's velocity is `velocity`, all (B, C, H, W)."""
+        """What u should be at x_t and the times (t, r) (B, 2) of pairs with this `velocity`, all (B, C, H, W)."""
         target = self.guide(model, x_t, velocity, times[:, 0], y)
         rows = spanning_rows(self.span_share, len(x_t))
         if not is_whole(self.span_share * len(x_t)):
@@ -161,10 +160,10 @@ class MeanFlow(FlowMatching):
 class ImprovedMeanFlow(MeanFlow):
     """MeanFlow with the network's own velocity in du/dt (Geng et al. 2025, arXiv 2512.02012).
 
-    du/dt is that along (u(x_t, t, t, y), 1, 0): unlike the velocity of a pair of data and noise it depends on x_t alone,
-    so the error is that of a plain regression to v_g, by u + (t - r) du/dt. Of the paper's two forms this is the one
-    without a second head. Guidance is fixed as in MeanFlow; the paper's model that takes its scale as an input is not
-    here.
+    du/dt is that along (u(x_t, t, t, y), 1, 0): unlike the velocity of a pair of data and noise it depends on x_t
+    alone, so the error is that of a plain regression to v_g, by u + (t - r) du/dt. Of the paper's two forms this is the
+    one without a second head. Guidance is fixed as in MeanFlow; the paper's model that takes its scale as an input is
+    not here.
     """
 
     usual_share = 0.5

@@ -112,7 +112,6 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     if weights not in (known := [RAW, *averages]):
         raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
     ema = averages["ema" if weights == RAW else weights]
-    objective = build_objective(recipe.objective)
     check_objective(objective, any(each.teacher and each.teacher.averaged for each in alignments))
     adapt(denoiser, settings)
     if start:
@@ -158,7 +157,7 @@ def cast_weights(encoder, precision: str) -> None:
             module.to(dtype)
 
 
-def check_objective(objective: Any, denoiser: Pretrained, settings: TrainSection) -> None:
+def check_denoiser(objective: Any, denoiser: Pretrained, settings: TrainSection) -> None:
     """Raise a UserError for a denoiser or a label dropout with which the objective cannot be trained."""
     if hasattr(objective, "check_denoiser"):
         objective.check_denoiser(denoiser)
