@@ -26,7 +26,10 @@ def test_recipes_with_comments_are_the_same_recipes(tmp_path):
     assert max(map(len, lines)) <= 120
     for key, comment in (
         ("  ema_decay: 0.99", "  # decay of the averaged weights that are sampled from (default: 0.9999)"),
-        ("- encoder: digits-vit", "  # the frozen encoder whose tokens are the targets"),
+        (
+            "- encoder: digits-vit",
+            "  # the frozen encoder whose tokens are the targets; null: a teacher (default: null)",
+        ),
     ):
         assert lines[lines.index(key) - 1] == comment
 
