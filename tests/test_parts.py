@@ -182,8 +182,13 @@ OPTIONS = {
 }
 GIVEN = {"head": (4, 4, (2, 2)), "block": (8, 8, 8), "guidance": (0.5,), "encoder": ()}
 CALLED_AS_THEY_ARE = {"ode-solver", "sde-solver", "guidance-schedule", "diffusion-form", "last-step"}
-# Made where an encoder's weights, or data, are on this machine.
-NAMES = {"encoder": ["digits-vit"], "data-set": [], "denoiser": ["DiC-S", "SiT-S/2", "DiT-S/2", "U-ViT-S/2"]}
+# Made where an encoder's weights, data, or a package is on this machine.
+NAMES = {
+    "encoder": ["digits-vit"],
+    "data-set": [],
+    "denoiser": ["DiC-S", "SiT-S/2", "DiT-S/2", "U-ViT-S/2"],
+    "optimizer": ["adamw", "adam", "sgd", "muon"],
+}
 
 
 def lacking(part, protocol) -> list[str]:

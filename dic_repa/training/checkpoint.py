@@ -18,12 +18,14 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
@@ -179,9 +181,9 @@ def _optimizer_state(saved: dict, folder: Path, parameters: list[Tensor], places
 
     `places` are today's of the parameters that still train, since `train.freeze` may have changed.
     """
-    # The step's count has no parameter's shape, and is left as it is.
+    # What has no parameter's shape is left as it is: the step's count, the scales of 8-bit blocks.
     state = {
-        places[i]: {name: cut_like(value, parameters[places[i]]) for name, value in kept.items()}
+        places[i]: tree_map_only(Tensor, partial(cut_like, like=parameters[places[i]]), kept)
         for i, kept in saved.items()
         if i in places
     }
