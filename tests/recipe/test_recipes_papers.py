@@ -50,6 +50,7 @@ STEPS = {
     "dic-xl-urepa": 1_000_000,
     "dic-h-urepa": 1_000_000,
     "dic-xl-urepa-haste": 1_000_000,
+    "dic-xl-best": 1_000_000,
     **{name: 100_000 for name in ROWS if name.startswith("urepa-")},
 }
 RESULTS = {
