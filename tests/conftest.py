@@ -30,7 +30,14 @@ TINY = [
 ]
 
 
+def pytest_configure(config):
+    # Else the files of fewest tests come last, and the longest tests are often alone in theirs.
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)  # so that no long test runs alone at the end
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -280,7 +280,7 @@ def test_solvers_of_ones_own_by_their_arguments():
 
 
 def test_parts_as_a_user_lists_them(dic_repa, mistake, tmp_path):
-    lines = dic_repa("parts").stdout.splitlines()
+    lines = CliRunner().invoke(command, [], catch_exceptions=False).output.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(KINDS)
     (tmp_path / "mine.py").write_text(
         "from dic_repa.alignment import time_weights\n@time_weights.register('ramp')\nclass Ramp:\n"
@@ -289,7 +289,9 @@ def test_parts_as_a_user_lists_them(dic_repa, mistake, tmp_path):
     listed = dic_repa("parts", "time weight", "--plugin", "mine").stdout
     assert "ramp         It rises with t\n" in listed
     assert "alignments.0.time_weight" in listed
-    heun = next(line for line in dic_repa("parts", "ode-solvers").stdout.splitlines() if line.startswith("heun "))
+    heun = next(
+        line for line in CliRunner().invoke(command, ["ode-solvers"]).output.splitlines() if line.startswith("heun ")
+    )
     assert heun.split()[1:3] == ["2", "2"]
     assert "unknown kind of part 'time-wait'; did you mean time-weight" in mistake("parts", "time-wait")
 

@@ -71,10 +71,10 @@ def here(plugin_folder):
 
 
 @pytest.mark.slow
-def test_plugging_in_an_encoder(dic_repa, tmp_path):
+def test_plugging_in_an_encoder(here, tmp_path):
     write_saved_files(tmp_path, "my_encoder.py", "my_recipe.yaml")
     ((verb, recipe),) = commands_of("my_recipe.yaml")
-    dic_repa(verb, recipe, *TINY, "--set=model.depths=[1,1,2,1,1]", *SHORT)
+    here([verb, recipe, *TINY, "--set=model.depths=[1,1,2,1,1]", *SHORT])
     line = (tmp_path / "runs/my_recipe/metrics.jsonl").read_text()
     assert "alignment.0.token" in line
     assert "alignment.1.token" in line

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from pictures import as_file, picture, save_vae, write_tree
-from places import SCRIPTS
 from prepare_slowly import run as prepare_quickly
 from small_runs import full_disk
 from torch.utils.data import DataLoader
@@ -210,15 +208,17 @@ def test_killed_five_times(tmp_path):
     prepare_quickly(tmp_path / "tree", tmp_path / "whole", seconds=0)
     expected, chance = shards(tmp_path / "whole"), random.Random(0)
     assert len(expected) == 20
-    script, out, progress = SCRIPTS / "prepare_slowly.py", tmp_path / "killed", []
+    forks, out, progress = multiprocessing.get_context("fork"), tmp_path / "killed", []
     for _ in range(5):
-        process = subprocess.Popen([sys.executable, script, tmp_path / "tree", out], stderr=subprocess.DEVNULL)
+        process = forks.Process(target=prepare_quickly, args=(tmp_path / "tree", out, 0.12))
+        process.start()
         had = len(list(out.glob("data-*.arrow")))
-        while len(list(out.glob("data-*.arrow"))) == had and process.poll() is None:
+        while len(list(out.glob("data-*.arrow"))) == had and process.is_alive():
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.25))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         progress.append(len(list(out.glob("data-*.arrow"))))
         assert not (out / "state.json").exists()
     assert progress == sorted(set(progress))

@@ -130,9 +130,13 @@ def test_a_resumed_run_finds_the_same_best(judged):
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one(dic_repa, tmp_path):
+def test_two_processes_of_torchrun_that_nobody_told_of_the_cpu_score_as_one(dic_repa, tmp_path):
     options = [*TINY, "--set=train.steps=2", "--set=evaluate.every=2", "--set=evaluate.num=13"]
-    dic_repa("train", "digits-baseline", "--out", "two", *options, processes=2)
+    untold = {"ACCELERATE_USE_CPU": "false"}
+    done = dic_repa("train", "digits-baseline", "--out", "two", *options, processes=2, env=untold)
+    assert done.stdout.count("trained 2 steps") == 1
+    (session,) = json.loads((tmp_path / "two/environment.json").read_text())
+    assert session["machine"]["processes"] == 2
     with pytest.raises(SystemExit):
         main(["train", "digits-baseline", "--out", "one", *options])
     one, two = (records(RunFolder(tmp_path / name))[0]["scores"] for name in ("one", "two"))

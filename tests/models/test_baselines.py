@@ -385,10 +385,10 @@ def test_recipes_build(name):
 
 
 @pytest.mark.slow
-def test_digits_sit_trains_and_samples(dic_repa, tmp_path):
+def test_digits_sit_trains_and_samples(here, tmp_path):
     changes = ["train.steps=3", "train.batch_size=8", "train.log_every=1", "train.sample_every=0", "evaluate=null"]
     changes += ["model.width=16", "model.options.depth=2", "model.options.num_heads=2", "alignments.0.tap=blocks.0"]
-    dic_repa("train", "digits-sit-repa", "--out", "run", *(f"--set={change}" for change in changes))
+    here("train", "digits-sit-repa", "--out", "run", *(f"--set={change}" for change in changes))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert "alignment.0.token" in lines[-1]
     checkpoint = load(tmp_path / "run")

@@ -35,8 +35,8 @@ def project(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_beside_the_recipe_is_found(project, dic_repa, tmp_path):
-    dic_repa("train", "project/mine.yaml", *OPTIONS, "--set=train.steps=2")
+def test_what_is_beside_the_recipe_is_found(project, plugin_folder, dic_repa, here, tmp_path):
+    here("train", "project/mine.yaml", *OPTIONS, "--set=train.steps=2")
     assert load_recipe(tmp_path / "runs/mine/recipe.yaml", only_read=True).folders == [str(project)]
     assert "path: photos\n" in (tmp_path / "runs/mine/recipe.yaml").read_text()  # as it was written
     dic_repa("train", "--resume", "runs/mine", "--set=train.steps=4", "--trust-code")

@@ -34,16 +34,16 @@ def test_recipes_with_comments_are_the_same_recipes(tmp_path):
         assert lines[lines.index(key) - 1] == comment
 
 
-def test_explain(dic_repa, mistake):
-    said = dic_repa("recipes", "explain", "alignments.tap").stdout
+def test_explain(here, mistake):
+    said = here("recipes", "explain", "alignments.tap")
     assert said.splitlines()[0] == "alignments.N.tap"
     assert "default: mid.0" in said
-    assert "one of no, bf16, fp16; default: no" in dic_repa("recipes", "explain", "train.precision").stdout
-    everything = dic_repa("recipes", "explain").stdout
+    assert "one of no, bf16, fp16; default: no" in here("recipes", "explain", "train.precision")
+    everything = here("recipes", "explain")
     assert [line for line in everything.splitlines() if line[0] != " "] == list(list_keys(Recipe))
     assert "did you mean train.ema_decay" in mistake("recipes", "explain", "train.ema_decy")
     assert "did you mean optimizer.learning_rate?" in mistake("recipes", "explain", "lr")
-    shown = dic_repa("recipes", "show", "digits-cfg", "--comments").stdout
+    shown = here("recipes", "show", "digits-cfg", "--comments")
     assert yaml.safe_load(shown)["sample"]["guidance"]["scale"] == 1.8
     assert "# towards the class; null: none" in shown
 

@@ -116,8 +116,8 @@ def test_a_run_that_goes_on_is_named_with_its_process(runs):
 
 
 @pytest.mark.slow
-def test_as_a_user_and_without_torch(dic_repa, tmp_path):
-    assert dic_repa("runs").stdout == "no runs in runs yet; `dic-repa train RECIPE` makes one\n"
+def test_as_a_user_and_without_torch(dic_repa, here, tmp_path):
+    assert here("runs") == "no runs in runs yet; `dic-repa train RECIPE` makes one\n"
     dic_repa("train", "digits-urepa", *TINY, "--set=train.steps=2", "--set=evaluate=null", "--out=runs/a")
     script = "import sys; from dic_repa.cli import main\ntry: main(['runs'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)

@@ -1,8 +1,7 @@
-"""`prepare` with an encoder that takes its time, for a test that kills it: python prepare_slowly.py SRC DST."""
+"""`prepare` with an encoder that takes its time, for a test that kills it."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -34,7 +33,3 @@ def run(source, destination, seconds: float) -> None:
     preparation.begin()
     preparation.write_shards()
     preparation.finish()
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], 0.12)
