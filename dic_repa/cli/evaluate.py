@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from dic_repa.cli import completion
-from dic_repa.cli.judgements import evaluate_and_show, ways_to_choose
+from dic_repa.cli.judgements import evaluate_and_show, show_epochs, ways_to_choose
 from dic_repa.cli.options import PATH, Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import load_for_sampling, sampled_first
 from dic_repa.errors import UserError, print_rank_errors, unknown_name, when_interrupted
@@ -43,6 +43,9 @@ ADM = ["fid", "sfid", "is", "prec", "recall"]
         help="List the metrics.",
     ),
     click.option("--fid-infinity", is_flag=True, help="Also extrapolate FID to infinitely many samples."),
+    click.option(
+        "--epochs-to", type=float, metavar="SCORE", help="Tell when each run reached it, by the scores that it has."
+    ),
     click.option("--bootstrap", type=Count(2, "repeats"), metavar="N", help="Confidence intervals from N resamplings."),
     click.option("--resize", type=Count(8, "size"), metavar="SIZE", help="Crop all images to SIZE first, as ADM does."),
     click.option("--out", type=PATH, help="The record.  [default: metrics.json beside SAMPLES]"),
@@ -70,7 +73,8 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
 
     With --reference or --metrics they are measured by FID and the like; metrics.json has all that is needed to repeat
     it. Without, SAMPLES are runs, judged as their recipes say: pictures and scores are kept in RUN/evaluation, and runs
-    that differ only in the seed are also summed up as mean and standard deviation.
+    that differ only in the seed are also summed up as mean and standard deviation. With --epochs-to they tell when they
+    reached a score.
 
     IS is over parts of 5,000 samples as in ADM's script (is-torch-fidelity: 10 parts, shuffled). Precision and recall
     compare with at most 10,000 reference images, k = 3. An ADM reference .npz gives its stored statistics to FID and
@@ -90,6 +94,7 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
       dic-repa evaluate runs/digits-urepa
       dic-repa evaluate runs/urepa-* runs/baseline-*
       dic-repa evaluate runs/digits-urepa --both              with balanced and with random classes
+      dic-repa evaluate runs/baseline runs/urepa --epochs-to 5.0 --metrics fid
       dic-repa evaluate samples/xl --reference VIRTUAL_imagenet256_labeled.npz
       dic-repa evaluate theirs.npz --reference imagenet/val --resize 256 --metrics fid,kid,fd-dinov2 --bootstrap 20
       dic-repa evaluate samples/xl --reference imagenet/train --bound imagenet/val --resize 256 --metrics fdr6
@@ -100,6 +105,11 @@ def command(samples: tuple[Path, ...], reference: str | None, metrics: list[str]
     """
     if options["both"] and options["drawn_classes"]:
         raise UserError(f"--both and --{options['drawn_classes']}-classes exclude each other; leave one of them out")
+    if options["epochs_to"] is not None:
+        if reference:
+            raise UserError("--epochs-to reads the scores that runs have and measures nothing; leave --reference out")
+        show_epochs(options["epochs_to"], samples, metrics)
+        return
     if reference is None and metrics is None:
         if options["bound"]:
             raise UserError(
@@ -156,7 +166,8 @@ def measure_and_show(samples: Sequence[Path], reference: str | None, names: list
     images_done = partial(progress_bar, unit="image", disable=not processes.is_main_process, leave=False)
     with images_done(desc="reading the reference") as bar:
         measure = load_measure(samples, reference, names, options, processes, bar.update)
-    table = [("samples", "images", "classes", *(metric.title for metric in measure.metrics.values()))]
+    shown = (measure.metrics | measure.ratios).values()
+    table = [("samples", "images", "classes", *(metric.title for metric in shown))]
     notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
     written, unwritten = [], ""
     reals: list[tuple[str, ...]] = []  # one row for samples of one number

@@ -55,6 +55,30 @@ def evaluate_and_show(
     return judgements
 
 
+def show_epochs(value: float, runs: Sequence[Path], names: Sequence[str] | None) -> None:
+    """Print when each run first reached the score, a row for each way in which its samples were drawn."""
+    from dic_repa.evaluation.epochs import Reached, epochs_to
+    from dic_repa.evaluation.metrics import title
+
+    if not is_main_process():
+        return
+    if names and len(names) > 1:
+        raise UserError(f"--epochs-to asks for one score, not {', '.join(names)}")
+    found = epochs_to(value, runs, *(names or ()))
+    firsts: dict[str, Reached] = {}
+    heads = (f"best {title(found[0].score)}", f"epochs to {value:g}", "steps", "not yet at", "times fewer")
+    rows = [("run", "samples", *heads)]
+    for one in found:
+        first = firsts.setdefault(one.sampling, one)
+        epochs = "" if one.epoch is None else f"{one.known}{number(one.images / one.epoch)}"
+        before = "" if one.before is None or one.known else str(one.before)
+        fewer = "" if first is one else one.times_fewer(first)
+        rows.append((one.run, one.sampling, number(one.best), epochs, f"{one.known}{one.step}", before, fewer))
+    print_result(format_rows(rows, left=(0, 1)))
+    if any(one.epoch is None for one in found):
+        say("note: the data of some runs is not here, so that its number of images is not known: see the steps")
+
+
 def print_judgements(judgements: Sequence[Judgement]) -> None:
     """A row for each run, one for runs that differ in the seed alone, and one for real images."""
     from dic_repa.evaluation.judge import notes_on_scores, real_name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,11 @@ def balls_that_hold(points: Tensor, features: Tensor, neighbours: int) -> Tensor
     radii = manifold_radii(features, neighbours)
     blocks = points.split(_rows(features))
     return torch.stack([(_squared_distances(block, features) < radii).any(dim=0) for block in blocks]).any(dim=0)
+
+
+def expected_coverage(real: int, samples: int, neighbours: int) -> float:
+    """The share of `real` images' balls that hold a sample, on average, if these are real too (arXiv 2002.09797)."""
+    return 1 - math.prod((real - i) / (real + samples - i) for i in range(1, neighbours + 1))
 
 
 def manifold_radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:

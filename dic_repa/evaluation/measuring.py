@@ -15,7 +15,17 @@ from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import extractors
 from dic_repa.evaluation.features import FeatureSet, extract
 from dic_repa.evaluation.image_sets import ImageSet, open_images
-from dic_repa.evaluation.metrics import KID_SUBSET_SIZE, MIND_SAMPLES, MetricSet, MongeDistance, metrics, plain_names
+from dic_repa.evaluation.manifolds import expected_coverage
+from dic_repa.evaluation.metrics import (
+    DENSE_NEIGHBOURS,
+    KID_SUBSET_SIZE,
+    MIND_SAMPLES,
+    Coverage,
+    MetricSet,
+    MongeDistance,
+    metrics,
+    plain_names,
+)
 from dic_repa.evaluation.ratios import find_ratios
 from dic_repa.evaluation.reference import load_reference
 from dic_repa.runtime.precision import tf32
@@ -237,6 +247,10 @@ class Measure:
         if sliced and compared < MIND_SAMPLES:
             few = f"{compared} samples and real images, where others take {MIND_SAMPLES}"
             warnings.append(f"{', '.join(sliced)}: of {few}; the fewer, the larger")
+        for name, metric in self.metrics.items():
+            if isinstance(metric, Coverage) and count < (real := len(reference.features[metric.layer])):
+                share = expected_coverage(real, count, DENSE_NEIGHBOURS)
+                warnings.append(f"{name}: {count} samples as good as real would cover {share:.3g} of {real} images")
         dims = {layer: len(reference.gaussians[layer][0]) for layer in (self.metrics[name].layer for name in gaussian)}
         for which, number in (("samples", count), ("reference images", reference.count)):
             if short := ", ".join(f"{layer} ({dim})" for layer, dim in dims.items() if number <= dim):

@@ -19,23 +19,21 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from dic_repa import __version__
 from dic_repa.errors import UserError, first_line
 from dic_repa.evaluation.metrics import find_metric, metrics
-from dic_repa.evaluation.runs import describe_sampling
+from dic_repa.evaluation.records import has, number_of, numbers_of, parse, read_evaluations, read_record
 from dic_repa.evaluation.tune import SEARCHES
 from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK, check_file
-from dic_repa.files.reading import has_step, parse_json, read_file
-from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
+from dic_repa.files.reading import has_step, read_file
+from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.recipe.keys import flatten
 from dic_repa.recipe.values import read_yaml
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runs.listing import current_names
 
 MOST_POINTS = 1500  # of a curve: more than a screen has pixels
 MOST_GRIDS = 60  # of the samples over training
@@ -100,7 +98,7 @@ def read_run(run: RunFolder) -> dict:
         ],
         "metrics": curves,
         "samples": list(_samples(run, problems)),
-        "evaluations": _evaluations(run, recipe, problems),
+        "evaluations": read_evaluations(run, recipe, problems),
         "probe": _probe(run, problems),
         "tuning": _tuning(run, problems),
         "recipe": keys,
@@ -133,7 +131,7 @@ def _curves(run: RunFolder, problems: list[str]) -> dict:
     records = []
     try:
         for line in read_file(run.metrics_file).decode(errors="replace").split("\n"):
-            record = _parse(line)
+            record = parse(line)
             if has_step(record):
                 records.append(record)
             elif line.strip():
@@ -142,10 +140,10 @@ def _curves(run: RunFolder, problems: list[str]) -> dict:
         problems.append("there is no metrics.jsonl yet")
     except UserError as error:
         problems.append(str(error))
-    names = sorted({name for record in records for name in _numbers(record)} - {"step"})
+    names = sorted({name for record in records for name in numbers_of(record)} - {"step"})
     chunk = math.ceil(len(records) / MOST_POINTS) or 1
     groups = [records[i : i + chunk] for i in range(0, len(records), chunk)]
-    series = {name: [_mean([_number(r.get(name)) for r in group]) for group in groups] for name in names}
+    series = {name: [_mean([number_of(r.get(name)) for r in group]) for group in groups] for name in names}
     return {"steps": [group[-1]["step"] for group in groups], "series": series}
 
 
@@ -182,60 +180,13 @@ def inline_picture(path: Path) -> dict:
         return {"src": source, "width": image.width, "height": image.height}
 
 
-def _evaluations(run: RunFolder, recipe: Recipe | None, problems: list[str]) -> list[dict]:
-    """The scores of judged and measured samples, by step; `own` are those sampled as the run's recipe says.
-
-    Samples that are judged (NAME.json) and measured (NAME/metrics.json) have one entry; if both give a score, the
-    judge's is taken.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    folder, own = run.path / "evaluation", describe_sampling(recipe.sample) if recipe else ""
-    for file in [*sorted(folder.glob("*.json")), *sorted(folder.glob("step_*/metrics.json"))]:
-        record, measured = _read_json(file), file.parent != folder
-        step, _, sampling = file.parent.name.removeprefix("step_").partition("-")
-        if record is None or (measured and not (_has(record, metrics=dict) and step.isdecimal())):
-            problems.append(f"{file.relative_to(run.path)} is not whole; it is left out")
-        elif measured:
-            sampling = own if sampling == own.replace(" ", "-") else sampling.replace("-", " ")
-            real = _numbers(record["bound"]["metrics"]) if _has(record.get("bound"), metrics=dict) else {}
-            new = {"step": int(step), "sampling": sampling, "evaluations": None, "scores": {}, "reference": {}}
-            entry = found.setdefault(file.parent.name, new)
-            entry["reference"] |= {n: v for n, v in real.items() if n not in entry["reference"]}
-            entry["scores"] |= {n: v for n, v in _numbers(record["metrics"]).items() if n not in entry["scores"]}
-        elif _has(record, scores=dict, step=int):
-            scores = current_names(record["scores"])
-            found[file.stem] = {
-                "step": record["step"],
-                "sampling": _describe(record.get("sample")),
-                "evaluations": _number(record.get("evaluations")),
-                "scores": _numbers(scores),
-                "reference": _numbers(scores["reference"]) if _has(scores, reference=dict) else {},
-            }
-    for entry in found.values():
-        entry |= {"own": recipe is not None and entry["sampling"] == own, "classes": _classes(entry["sampling"])}
-    return sorted(found.values(), key=lambda entry: (entry["step"], entry["sampling"]))
-
-
-def _describe(sample: Any) -> str:
-    try:
-        return describe_sampling(SampleSection.model_validate(sample))
-    except ValueError:
-        return ""
-
-
-def _classes(sampling: str) -> str:
-    """How classes were chosen: what `describe_sampling` names, or balanced; "" where a record does not say."""
-    named = re.search(r"(\w+) classes", sampling)
-    return named[1] if named else "balanced" if sampling else ""
-
-
 def _probe(run: RunFolder, problems: list[str]) -> dict | None:
     """What `dic-repa probe` found, of the newest step that it was run on."""
     files = sorted((run.path / "probe").glob("*.json"))
-    shown = [r for r in map(_read_json, files) if _has(r, scores=dict) and r.get("taps") and r.get("times")]
+    shown = [r for r in map(read_record, files) if has(r, scores=dict) and r.get("taps") and r.get("times")]
     if len(shown) < len(files):
         problems.append("a record in probe/ is not whole; it is left out")
-    return max(shown, key=lambda record: _number(record.get("step")) or 0, default=None)
+    return max(shown, key=lambda record: number_of(record.get("step")) or 0, default=None)
 
 
 def _tuning(run: RunFolder, problems: list[str]) -> dict | None:
@@ -244,11 +195,11 @@ def _tuning(run: RunFolder, problems: list[str]) -> dict | None:
     if not file.is_file():
         return None
     try:
-        record = _read_json(file)
+        record = read_record(file)
         score, best = record["score"], record["best"]
         # The file keeps the cells of other searches too: of another score, or before the run was trained on.
         own = [c for c in record["cells"] if all(c.get(key) == record.get(key) for key in _SEARCH)]
-        cells = [(c["sample"]["guidance"], c["sample"]["num"], _number(c["scores"][score])) for c in own]
+        cells = [(c["sample"]["guidance"], c["sample"]["num"], number_of(c["scores"][score])) for c in own]
         few = min(num for _, num, _ in cells)
         scale, when = SEARCHES[record.get("search", "guidance")]  # versions before did not name it
         guided = [(g, value) for g, num, value in cells if g and g[scale] != 1 and num == few]
@@ -264,7 +215,7 @@ def _tuning(run: RunFolder, problems: list[str]) -> dict | None:
             "scales": scales,
             "intervals": [f"{low:g} to {high:g}" for low, high in intervals],
             "values": [[plain if s == 1 else values.get((s, interval)) for s in scales] for interval in intervals],
-            "best": [{"options": b["options"], "num": b["num"], "value": _number(b["value"])} for b in best],
+            "best": [{"options": b["options"], "num": b["num"], "value": number_of(b["value"])} for b in best],
         }
     except (KeyError, TypeError, ValueError, AttributeError):
         problems.append("tune/tune.json is not whole; it is left out")
@@ -273,41 +224,9 @@ def _tuning(run: RunFolder, problems: list[str]) -> dict | None:
 
 def _environment(run: RunFolder, problems: list[str]) -> list[dict[str, str]]:
     """An entry for each start and resume, its keys dotted."""
-    content = _read_json(run.environment_file)
+    content = read_record(run.environment_file)
     if content is None:
         problems.append("environment.json is missing or not whole")
     sessions = [s for s in (content if isinstance(content, list) else [content]) if isinstance(s, dict)]
-    commands = [{"command": " ".join(map(str, s["command"]))} if _has(s, command=list) else {} for s in sessions]
+    commands = [{"command": " ".join(map(str, s["command"]))} if has(s, command=list) else {} for s in sessions]
     return [_shown(session | command) for session, command in zip(sessions, commands)]
-
-
-def _has(record: Any, **kinds: type) -> bool:
-    """Whether `record` is a dict with values of these kinds."""
-    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
-
-
-def _parse(text: str) -> Any:
-    """JSON; None for text that is none, and for NaN and infinity, which a browser does not know."""
-    with contextlib.suppress(ValueError):
-        return parse_json(text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_finite)
-
-
-def _read_json(path: Path) -> Any:
-    with contextlib.suppress(OSError, UserError):
-        return _parse(read_file(path, "record-bytes").decode(errors="replace"))
-
-
-def _finite(text: str) -> float | int | None:
-    value = float(text)
-    if not math.isfinite(value):
-        return None
-    return value if any(mark in text for mark in ".eE") else int(text)
-
-
-def _number(value: Any) -> float | int | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _numbers(scores: dict) -> dict[str, float]:
-    numbers = {name: _number(value) for name, value in scores.items() if "count" not in name}
-    return {name: value for name, value in numbers.items() if value is not None}

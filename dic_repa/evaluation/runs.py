@@ -217,7 +217,9 @@ def sample_checkpoint(
     labels = draw_labels(loaded.recipe, loaded.condition, sample)
     sampler = loaded.sampler(sample)
     newest = RunFolder(path).newest_checkpoint("ema")  # None if `path` is one checkpoint
-    place = path / f"evaluation/{newest.name}" if newest else Path("samples") / path.resolve().name
+    run = path if newest else path.parent.parent
+    of_a_run = newest or (path.parent.name == "checkpoints" and (run / "recipe.yaml").is_file())
+    place = (run / "evaluation" if of_a_run else Path("samples")) / (newest or path.resolve()).name
     place = place.with_name(f"{place.name}-{describe_sampling(sample).replace(' ', '-')}")
     folder = SampleFolder(place, sample_spec(loaded, sample, labels), "pass --again to sample anew")
     sample_into(folder, sampler, labels, processes, overwrite=again)

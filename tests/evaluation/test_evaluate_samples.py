@@ -165,6 +165,16 @@ def test_a_cache_that_cannot_be_written_is_told(evaluate, places, monkeypatch):
     assert not list(Path().glob(".writing-*"))
 
 
+def test_a_ratio_has_a_column_of_its_own(evaluate, places):
+    real = places / "real.npz"
+    arguments = [places / "folder", "--reference", real, "--bound", places / "samples.npz", "--metrics", "fdr:digits"]
+    shown = evaluate(*arguments, "--out", "record.json").splitlines()
+    (heading,) = (i for i, line in enumerate(shown) if line.split()[-3:] == ["FD-digits", "FDr", "(digits)"])
+    samples, bound = shown[heading + 1 : heading + 3]
+    assert samples.split()[-1] == bound.split()[-1] == "1.00"  # the folder and the .npz hold the same digits
+    assert json.loads(Path("record.json").read_text())["metrics"]["fdr:digits"] == pytest.approx(1)
+
+
 def test_saved_statistics_stand_in_for_the_images(evaluate, places):
     common = ["--metrics", "fd-digits,prec-digits", "--no-cache"]
     evaluate(places / "folder", "--reference", places / "real.npz", *common, "--save-statistics", "real.safetensors", "--out", "a.json")  # fmt: skip # noqa: E501

@@ -121,6 +121,7 @@ def test_density_and_coverage_of_one_distribution_in_closed_form():
     missed = np.prod([(n - i) / (n + m - i) for i in range(1, k + 1)])
     assert metrics.create("density")(samples, reference) == pytest.approx(1, abs=0.05)
     assert metrics.create("coverage")(samples, reference) == pytest.approx(1 - missed, abs=0.02)
+    assert manifolds.expected_coverage(n, m, k) == pytest.approx(1 - missed)
 
 
 def test_mind_is_the_optimal_transport_on_lines():

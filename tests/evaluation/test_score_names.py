@@ -11,6 +11,7 @@ from dic_repa.cli import main
 from dic_repa.data.digits import load_digits, resize
 from dic_repa.evaluation import judge_digits, measure
 from dic_repa.evaluation.judge import Judge, judge_of_score
+from dic_repa.evaluation.metrics import find_metric, metrics, title
 from dic_repa.evaluation.report import read_run, write_report
 from dic_repa.evaluation.runs import evaluate_run
 from dic_repa.recipe import load_recipe
@@ -71,6 +72,12 @@ def test_shown_by_its_title_and_kept_by_its_name(run, called):
     page = write_report([run.path], run.path / "report.html").read_text()
     assert '"fd-digits": {"title": "FD-digits", "better": "lower"' in page
     assert "Fréchet" not in page
+
+
+def test_no_two_scores_have_one_title():
+    names = [name for name in metrics.names() if find_metric(name)]
+    assert len({title(name) for name in names}) == len(names)
+    assert {"fdr6", "mind", "coverage-digits", "density-lite2", "fd-clip", "mind-siglip"} <= set(names)
 
 
 def test_records_of_earlier_versions_are_read(run):
