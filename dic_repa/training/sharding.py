@@ -6,6 +6,7 @@ processes (gloo), and the averaged weights are cut like the denoiser. Each proce
 """
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def shard(model: nn.Module, denoiser: Any, accelerator: Accelerator) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # Heads give views of feature maps, which nothing changes in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     model.to(memory_format=torch.contiguous_format)  # it takes no others
     if accelerator.device.type == "cuda":

@@ -14,9 +14,19 @@ TINY = [*(key for key in SMALL if key != "alignments=[]"), "train.steps=4", "tra
 SELF = "{tap: enc.1.0, teacher: {name: self-alignment, tap: dec.1.0}, head: linear, loss: smooth-l1}"
 SYNC = "{tap: enc.1.0, teacher: {name: layer-sync, tap: dec.1.0}, head: identity, manifold_weight: 0.0}"
 APART = "{tap: enc.1.0, loss: dispersive, head: identity}"
+LAYERS = "alignments.0.encoder_options={layer: [-1, -2], combine: concat}"
 METHODS = {  # a recipe, and what is changed of it
-    "without-encoder": ("digits-baseline", [f"alignments=[{SELF}, {SYNC}, {APART}]"]),
-}
+    "without-encoder": ("digits-decay", [f"alignments=[{SELF}, {SYNC}, {APART}]"]),
+    "contrastive": ("digits-irepa", [
+        "objective.name=contrastive-flow-matching", "model.options={middle_head: mid.0}", "optimizer.name=muon",
+        "optimizer.weight_decay=0.01", "optimizer.decay_on=matrices",
+    ]),
+    "meanflow": ("digits-vshape", [
+        "objective={name: meanflow, options: {span_share: 0.5}}", "model.options={two_times: true}",
+        "alignments.0.head_options.hidden=16",
+    ]),
+    "adapter": ("digits-masked-adapter", [LAYERS, "train.ema_half_life=20"]),
+}  # fmt: skip
 
 
 def method_run(path: Path, name: str, *overrides: str, **options) -> RunFolder:

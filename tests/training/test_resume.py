@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from methods import METHODS, method_run
 from small_runs import SMALL, metrics, small_recipe, small_run
 
 from dic_repa.cli import main
@@ -115,3 +116,14 @@ def test_what_names_no_run(run, mistake):
     assert "has done 4 steps already, more than train.steps 3" in mistake(
         "train", "--resume", "runs/four", "--set=train.steps=3"
     )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_resume_to_the_bit(tmp_path, name):
+    whole = method_run(tmp_path / "whole", name)
+    part = RunFolder(shutil.copytree(whole.path, tmp_path / "part"))
+    shutil.rmtree(part.checkpoint_path(4))
+    method_run(part.path, name, resume=True)
+    for file in ("model.safetensors", "ema/model.safetensors"):
+        ends = [(run.checkpoint_path(4) / file).read_bytes() for run in (whole, part)]
+        assert ends[0] == ends[1], file
