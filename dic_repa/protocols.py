@@ -26,7 +26,8 @@ class Denoiser(Protocol):
     num_classes: int  # also the index of the null class; 0 if y is no class
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor:
-        """From x (B, C, H, W), t (B,), y (B, ...) to the prediction (B, C, H, W), or (B, 2C, H, W) with a variance."""
+        """From x (B, C, H, W), t (B,), y (B, ...) to the prediction (B, C, H, W), or (B, 2C, H, W) with a variance or a
+        middle head's prediction."""
 
 
 class Block(Protocol):

@@ -83,7 +83,7 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
       dic-repa tune runs/digits-urepa
       dic-repa tune runs/digits-urepa --metric recognised --scales 1,1.5,2,3 --intervals 0:0.7,0:1
       dic-repa tune runs/digits-urepa --weak earlier                        autoguidance
-      dic-repa tune runs/digits-internal                                    internal guidance
+      dic-repa tune runs/digits-internal --search internal                  internal guidance
       dic-repa tune runs/xl-internal --search internal --scale 1.35         beside guidance towards the class
       dic-repa tune runs/xl --metric fid --reference VIRTUAL_imagenet256_labeled.npz --num 5000 --confirm-num 50000
     """

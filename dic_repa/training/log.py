@@ -39,6 +39,7 @@ from dic_repa.training.trainable import describe_trainable
 
 PANELS = {  # of the loss curves: title and sign
     "denoising": ("denoising loss", 1.0),
+    "middle": ("loss of the middle head, weighted", 1.0),
     "token": ("similarity to the encoder", -1.0),
     "manifold": ("manifold loss", 1.0),
 }

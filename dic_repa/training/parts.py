@@ -84,7 +84,6 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     condition = condition_of_data(data)
     draw_labels(recipe, condition, recipe.sample.model_copy(update={"num": 1}))  # shows now what the data cannot give
     denoiser, objective = build_denoiser(recipe.model, data.channels, condition), build_objective(recipe.objective)
-    check_middle_head(denoiser, objective)
     check_denoiser(objective, denoiser, settings)
     start = in_all_processes(accelerator, lambda: start_from(denoiser, condition, recipe)) if begins else None
     if begins and settings.lora and not start and accelerator.is_main_process:
@@ -159,6 +158,7 @@ def cast_weights(encoder, precision: str) -> None:
 
 def check_denoiser(objective: Any, denoiser: Pretrained, settings: TrainSection) -> None:
     """Raise a UserError for a denoiser or a label dropout with which the objective cannot be trained."""
+    check_middle_head(denoiser, objective)
     if hasattr(objective, "check_denoiser"):
         objective.check_denoiser(denoiser)
     learns_guidance = getattr(objective, "guided", False) and denoiser.conditioned_on.kind != "none"
