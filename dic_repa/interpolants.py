@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dic_repa.errors import unknown_name
+from dic_repa.errors import UserError, unknown_name
 from dic_repa.registry import Registry
 
 PREDICTIONS = ("velocity", "noise", "score", "data")
@@ -65,6 +65,7 @@ class Interpolant:
     A subclass defines `coefficients` and `time_at_ratio`, and says where it is singular.
     """
 
+    noise_scale = 1.0  # the state at t = 1 is this times standard normal noise
     alpha_vanishes = True  # alpha(1) = 0, so nothing may be divided by alpha there
     d_sigma_diverges = False  # sigma'(0) is infinite, so there is no velocity there
 
@@ -143,14 +144,23 @@ def _conversion(c: Coefficients, source: str, target: str) -> tuple[Tensor, Tens
 
 @paths.register("linear")
 class LinearPath(Interpolant):
-    """alpha = 1 - t, sigma = t (rectified flow; the path of SiT, REPA and U-REPA)."""
+    """alpha = 1 - t, sigma = noise_scale t (rectified flow; the path of SiT, REPA and U-REPA, with 1).
+
+    JiT has wider noise for larger images: 1 at 256 px, 2 at 512 (Li and He 2025, arXiv 2511.13720). `sample_ode` and
+    its like then start from noise_scale times standard normal noise.
+    """
+
+    def __init__(self, noise_scale: float = 1.0):
+        if not noise_scale > 0:
+            raise UserError(f"noise_scale {noise_scale}: give a number above 0, 1 for standard normal noise")
+        self.noise_scale = noise_scale
 
     def coefficients(self, t: Tensor) -> Coefficients:
         one = torch.ones_like(t)
-        return Coefficients(1 - t, t, -one, one)
+        return Coefficients(1 - t, self.noise_scale * t, -one, self.noise_scale * one)
 
     def time_at_ratio(self, ratio: Tensor) -> Tensor:
-        return ratio / (1 + ratio)
+        return ratio / (self.noise_scale + ratio)
 
 
 @paths.register("cosine")

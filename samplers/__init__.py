@@ -6,7 +6,7 @@ from dic_repa.runtime.lazy import load_name
 _MODULES = {
     "ddpm": ("BetaSchedule", "sample_ddpm"),
     "field": ("SampleInfo",),
-    "grids": ("KarrasGrid", "ShiftedGrid", "UniformGrid", "time_grids"),
+    "grids": ("KarrasGrid", "ShiftedGrid", "UniformGrid", "resolution_shift", "time_grids"),
     "guidance": ("CFGPlusPlus", "Guidance"),
     "likelihood": ("Likelihood", "log_likelihood"),
     "noise": ("StepNoise", "initial_noise"),

@@ -67,7 +67,7 @@ def inpaint(
     Args:
         x: (B, ...), the data of which a part is kept.
         mask: (B, ...), true where it is not; it may have one channel for all.
-        noise: (B, ...), what the rest begins with.
+        noise: (B, ...), standard normal, what the rest begins with.
         resample: how often each step is taken.
         seed: what the noise of the replaced parts comes from, with
         indices: the samples' indices, as in `sample_sde`.
@@ -83,7 +83,7 @@ def inpaint(
     draw = _Draws(StepNoise(seed, range(len(x)) if indices is None else indices))
     plan = plan_times(field, info, steps, times)
     x, nfe = as_state(x), 0
-    state = torch.where(mask, as_state(noise), noised(x, as_state(noise), plan[0], field.path))
+    state = torch.where(mask, field.path.noise_scale * as_state(noise), noised(x, as_state(noise), plan[0], field.path))
     states = [state]
     for t, s in pairwise(plan):
         for again in reversed(range(resample if s > 0 else 1)):  # at s = 0 the known part is what it shall be

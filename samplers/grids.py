@@ -13,11 +13,30 @@ from dic_repa.registry import Registry
 
 TimeGrid = Callable[[int, float, float, Interpolant], list[float]]
 time_grids = Registry("time grid", key="sample.grid.name")
+AUTO = "auto"  # a shift by the data's size
 
 
 def shift_time(t: Any, shift: float) -> Any:
     """t' = shift t / (1 + (shift - 1) t), of a number or a tensor: t / (1 - t) is multiplied by the shift."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(dimensions: int, base: int = 4096) -> float:
+    """sqrt(dimensions / base): the shift for data of so many numbers, if data of `base` need none. The same noise hides
+    less of larger data (Esser et al. 2024, eq. 23; RAE, arXiv 2510.11690, has the same base, 4x32x32 latents)."""
+    return (dimensions / base) ** 0.5
+
+
+def check_shift(shift: float | str) -> float | str:
+    """The shift, if it is a number above 0 or `AUTO`; otherwise a UserError."""
+    if shift != AUTO and (isinstance(shift, str) or not shift > 0):
+        raise UserError(f"shift {shift}: give a number above 0 (1 shifts nothing), or '{AUTO}'")
+    return shift
+
+
+def shift_for(dimensions: int, shift: float | str) -> float:
+    """The shift as a number, for data of so many numbers."""
+    return resolution_shift(dimensions) if isinstance(shift, str) else shift
 
 
 @time_grids.register("uniform")
@@ -35,16 +54,22 @@ class ShiftedGrid:
     """t / (1 - t) times a shift: above 1, more steps at high noise, for larger latents.
 
     Equal steps, each time t moved to shift t / (1 + (shift - 1) t); larger latents take shift = sqrt(dimensions / base)
-    (Esser et al. 2024, eq. 23).
+    (Esser et al. 2024, eq. 23), which 'auto' is where the data's size is known: in recipes, `dic-repa sample` and a
+    loaded model.
     """
 
-    shift: float = 3.0
+    shift: float | str = 3.0
 
     def __post_init__(self):
-        if not self.shift > 0:
-            raise UserError(f"shift {self.shift}: give a number above 0")
+        check_shift(self.shift)
+
+    def of(self, dimensions: int) -> "ShiftedGrid":
+        """The grid for data of so many numbers."""
+        return ShiftedGrid(shift_for(dimensions, self.shift))
 
     def __call__(self, steps: int, high: float, low: float, path: Interpolant) -> list[float]:
+        if isinstance(self.shift, str):
+            raise UserError(f"shift {AUTO} needs the data's size: take ShiftedGrid(resolution_shift(dimensions))")
         return [low + (high - low) * shift_time(t, self.shift) for t in UniformGrid()(steps, 1.0, 0.0, path)]
 
 

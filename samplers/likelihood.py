@@ -44,7 +44,8 @@ def log_likelihood(
     seed: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Likelihood:
-    """log p(x) = log N(x_1; 0, I) + int_0^1 div v(x_t, t) dt along the ODE from x at t = 0 (Chen et al. 2018).
+    """log p(x) = log N(x_1; 0, s^2 I) + int_0^1 div v(x_t, t) dt along the ODE from x at t = 0 (Chen et al. 2018), with
+    s the path's `noise_scale`; the noise that is returned is x_1 / s.
 
     The other arguments are those of `sample_ode`, with rising times. If the field's range begins above 0, x is taken as
     the state there.
@@ -79,8 +80,10 @@ def log_likelihood(
     given: dict[str, Any] = {"path": path, "times": times, "rtol": rtol, "atol": atol, "options": options}
     result = sample_ode(augmented, start, solver, steps, direction="backward", **given)
     assert isinstance(result, Tensor)  # return_info is not asked for
-    noise, change = result[:, :-1], result[:, -1]
+    scale = augmented.path.noise_scale if path is None else path.noise_scale
+    noise, change = result[:, :-1] / scale, result[:, -1]
     dimensions = noise.shape[1]
+    change = change - dimensions * math.log(scale)
     log_prob = change - 0.5 * (noise.square().sum(1) + dimensions * math.log(2 * math.pi))
     bits_per_dim = -log_prob / (dimensions * math.log(2)) - math.log2(bin_width)
     return Likelihood(log_prob, bits_per_dim, noise.reshape(x.shape), augmented.nfe)

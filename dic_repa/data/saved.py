@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,12 +47,12 @@ class SavedData:
             spec = content["autoencoder"]
             if "condition" in content:
                 condition = create_condition(condition=content["condition"])
-                examples = _numbers(content["examples"], (-1, *condition.shape))
+                examples = unpack({"numbers": content["examples"], "shape": [-1, *condition.shape]})
                 condition = condition.with_examples(examples, content["names"])
             else:
                 names = content["class_names"]
                 condition = class_labels(len(names), names, content.get("class_counts"))
-            mean = torch.from_numpy(_numbers(**content["mean"])) if "mean" in content else None
+            mean = unpack(content["mean"]) if "mean" in content else None
             saved = cls(spec and AutoencoderSpec.from_dict(spec), condition, mean)
         except (ValueError, KeyError, TypeError, AttributeError):  # a UserError is a ValueError
             raise UserError(f"{file} is damaged; remove it to sample by the recipe's data alone") from None
@@ -66,20 +65,24 @@ class SavedData:
         condition = self.condition
         content: dict = {"autoencoder": self.autoencoder and self.autoencoder.to_dict()}
         if isinstance(condition, VectorCondition):
-            examples = _text(condition.examples)
+            examples = pack(condition.examples)["numbers"]
             content |= {"condition": condition.to_dict(), "names": list(condition.names), "examples": examples}
         else:
             content["class_names"] = condition.names
             if isinstance(condition, ClassLabels) and condition.counts:
                 content["class_counts"] = condition.counts
         if self.mean is not None:
-            content["mean"] = {"numbers": _text(self.mean), "shape": list(self.mean.shape)}
+            content["mean"] = pack(self.mean)
         (folder / DATA_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _text(tensor: Tensor) -> str:
-    return base64.b64encode(tensor.cpu().numpy().astype("<f4").tobytes()).decode()
+def pack(tensor: Tensor) -> dict:
+    """A tensor for a JSON file, in float32."""
+    numbers = base64.b64encode(tensor.cpu().numpy().astype("<f4").tobytes()).decode()
+    return {"numbers": numbers, "shape": list(tensor.shape)}
 
 
-def _numbers(numbers: str, shape: Sequence[int]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(numbers), dtype="<f4").reshape(shape).copy()
+def unpack(packed: dict) -> Tensor:
+    """The tensor again; a ValueError, KeyError or TypeError if it is damaged."""
+    numbers = np.frombuffer(base64.b64decode(packed["numbers"]), dtype="<f4")
+    return torch.from_numpy(numbers.reshape(packed["shape"]).copy())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dic_repa.conditions import ClassLabels, Condition, class_labels
 from dic_repa.data.autoencoders import AutoencoderSpec
-from dic_repa.data.saved import SavedData
+from dic_repa.data.saved import SavedData, unpack
 from dic_repa.errors import UserError
 from dic_repa.files.pictures import to_pil
 from dic_repa.recipe import DataSection, ObjectiveSection, SampleSection
@@ -102,6 +102,8 @@ class DicRepaPipeline(DiffusionPipeline):
         if chosen.guidance and chosen.guidance.scale != 1 and not self.config["settings"]["guides"]:
             raise UserError("the model was trained without label dropout or classes: it cannot be guided; take scale 1")
         objective = build_objective(ObjectiveSection(**self.config["settings"]["objective"]))
+        if "data_mean" in self.config["settings"]:
+            objective.data_mean = unpack(self.config["settings"]["data_mean"])
         decode = (lambda x: x) if output_type == "latent" else self._decoder(device)
         sampler = Sampler(
             self.denoiser, objective, chosen, shape, decode=decode, condition=condition, noise=latents.float()

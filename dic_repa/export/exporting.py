@@ -16,6 +16,7 @@ from torch import Tensor
 from dic_repa import __version__
 from dic_repa.data import datasets
 from dic_repa.data.autoencoders import AutoencoderSpec, load_spec
+from dic_repa.data.saved import pack
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.export.inputs import example_inputs
 from dic_repa.export.programs import write_onnx, write_torch
@@ -130,7 +131,8 @@ def describe(model: Checkpoint) -> dict[str, Any]:
     keys = {"solver", *SampleSection.solver_keys(), "pixels"}
     if not (recipe.sample.guidance and recipe.sample.guidance.weak):  # which is another model
         keys.add("guidance")
-    return {
+    mean = {"data_mean": pack(model.data.mean)} if model.data and model.data.mean is not None else {}
+    return mean | {
         "dic_repa": __version__,
         "model": {"name": recipe.model.name, "kind": type(denoiser).__name__, **denoiser.config},
         "objective": recipe.objective.model_dump(mode="json"),

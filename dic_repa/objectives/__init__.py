@@ -22,11 +22,12 @@ from dic_repa.objectives.flow_matching import (
     LogitNormal,
     LogNormal,
     Uniform,
-    resolution_shift,
     time_samplings,
     weightings,
 )
+from dic_repa.objectives.jit import JiT
 from dic_repa.objectives.meanflow import ImprovedMeanFlow, MeanFlow
+from dic_repa.samplers.grids import resolution_shift
 
 __all__ = [
     "DDPM",
@@ -35,6 +36,7 @@ __all__ = [
     "Denoising",
     "FlowMatching",
     "ImprovedMeanFlow",
+    "JiT",
     "LogNormal",
     "LogitNormal",
     "MeanFlow",

@@ -48,7 +48,7 @@ class ContrastiveFlowMatching(FlowMatching):
         time="uniform",
         prediction: str = "velocity",
         weighting="none",
-        shift: float = 1.0,
+        shift: float | str = 1.0,
     ):
         super().__init__(path, time, prediction, weighting, shift)
         if not 0 <= contrast < 1:

@@ -5,6 +5,7 @@ t (B,), prediction) -> weights (B,) of the squared error. A weighting is defined
 `unit`; the error of another prediction is converted to that quantity. A `unit` of None is the prediction itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,21 +14,14 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant, check_prediction, paths
 from dic_repa.objectives.base import Denoising, Noisy, VelocityModel, objectives
 from dic_repa.registry import Registry
 from dic_repa.samplers.ddpm import split_output
-from dic_repa.samplers.grids import shift_time
+from dic_repa.samplers.grids import check_shift, shift_for, shift_time
 
 time_samplings = Registry("time sampling", key="objective.options.time")
 weightings = Registry("loss weighting", key="objective.options.weighting")
-
-
-def resolution_shift(dimensions: int, base: int = 4 * 32 * 32) -> float:
-    """sqrt(dimensions / base) (Esser et al. 2024, eq. 23): the `shift` for latents of so many dimensions, if latents of
-    `base` need none. The same noise hides less of larger latents."""
-    return (dimensions / base) ** 0.5
 
 
 def _normal(count: int, generator: torch.Generator) -> Tensor:
@@ -133,7 +127,7 @@ class FlowMatching(Denoising):
         time: how t is drawn: 'uniform', 'logit-normal' or 'log-normal' (both with mean and std).
         prediction: what the denoiser gives: 'velocity', 'noise', 'score' or 'data'.
         weighting: w: 'none', 'noise', 'velocity', 'likelihood' or 'min-snr-gamma' (gamma).
-        shift: multiplies t / (1 - t) of every drawn time; see `resolution_shift`.
+        shift: multiplies t / (1 - t) of every drawn time; 'auto': by what the data's numbers want, `resolution_shift`.
 
     `path`, `time` and `weighting` are names, mappings of `name` and arguments, or objects. Raises UserError for unknown
     names and a shift that is not positive.
@@ -145,15 +139,13 @@ class FlowMatching(Denoising):
         time="uniform",
         prediction: str = "velocity",
         weighting="none",
-        shift: float = 1.0,
+        shift: float | str = 1.0,
     ):
         self.path = paths.create(path)
         self.time = time_samplings.create(time)
         self.prediction = check_prediction(prediction)
         self.weighting = weightings.create(weighting)
-        if not shift > 0:
-            raise UserError(f"shift {shift}: give a number above 0, 1 for none")
-        self.shift = shift
+        self.shift = check_shift(shift)
         ranges = [self.path.safe_interval(prediction, unit) for unit in (prediction, self.weighting.unit or prediction)]
         if self.weighting.unit:
             ranges.append(self.path.safe_interval("noise", "velocity"))  # weights may divide by alpha themselves
@@ -167,13 +159,14 @@ class FlowMatching(Denoising):
         Drawn in float32 where the generator lives, then moved, so that a CPU generator gives every device the same.
         Times are drawn within the range where the target and its weight are finite.
         """
-        t = self.draw_times(shape[0], generator)
+        t = self.draw_times(shape, generator)
         noise = torch.randn(tuple(shape), generator=generator, device=generator.device)
         return {"t": t.to(device), "noise": noise.to(device)}
 
-    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Times (count,) on the generator's device, within the range."""
-        return shift_time(self.time(count, generator, self.path), self.shift).clamp(*self.time_range)
+    def draw_times(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Times (B,) for a batch of `shape` (B, C, H, W), on the generator's device, within the range."""
+        shift = shift_for(math.prod(shape[1:]), self.shift)
+        return shift_time(self.time(shape[0], generator, self.path), shift).clamp(*self.time_range)
 
     def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> Noisy:
         """x_t, the target and its weight for data x (B, C, H, W), times t (B,) and noise (B, C, H, W)."""

@@ -68,7 +68,7 @@ class MeanFlow(FlowMatching):
         omega: float = 1.0,
         kappa: float = 0.5,
         interval: Sequence[float] = (0.0, 1.0),
-        shift: float = 1.0,
+        shift: float | str = 1.0,
     ):
         super().__init__(path, TIME if time is None else time, shift=shift)
         if self.time_range != (0.0, 1.0):
@@ -103,7 +103,7 @@ class MeanFlow(FlowMatching):
     ) -> dict[str, Tensor]:
         """`t`, `r` (B,) and `noise` (B, C, H, W) for a whole step's batch of `shape`; see `FlowMatching.draw`."""
         draws = super().draw(shape, generator, device)
-        first, second = draws["t"], self.draw_times(shape[0], generator).to(draws["t"].device)
+        first, second = draws["t"], self.draw_times(shape, generator).to(draws["t"].device)
         spans = torch.zeros(shape[0], dtype=torch.bool)
         spans[spanning_rows(self.span_share, shape[0])] = True
         t = torch.maximum(first, second)

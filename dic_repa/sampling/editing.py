@@ -234,7 +234,7 @@ class Editing(Drawing):
             return sample(velocity, x[rows], solver, direction="backward", **options)
 
         sampler = replace(self.sampler(settings), condition=condition)
-        return torch.cat(list(sampler.solved(labels, solve=solve)))
+        return torch.cat(list(sampler.solved(labels, solve=solve))) / sampler.objective.path.noise_scale
 
     def _noise_of(self, end: Given | int, labels: Tensor, condition: Condition, settings: SampleSection) -> Tensor:
         if isinstance(end, int | np.integer):

@@ -1,6 +1,7 @@
 """From a trained denoiser to batches of images."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,8 @@ class Sampler:
         weak: a denoiser of the same objective for autoguidance.
         decode: from the denoiser's data to images in [0, 1], `settings.decode_batch` at once.
         condition: what the labels name; by default the denoiser's own, without examples.
-        noise: (N, C, H, W), what each label's image starts from, in place of the seed's.
+        noise: (N, C, H, W), what each label's image starts from, in place of the seed's; standard normal, whatever the
+            path makes of it.
     """
 
     denoiser: Pretrained
@@ -170,7 +172,8 @@ class Sampler:
         options = {key: getattr(s, key) for key in s.solver_keys() if key != "grid"}
         options["steps"] = s.steps or (None if info.kind == "adaptive" else 50 if info.process == "ode" else 250)
         if s.grid and s.grid.times is None:
-            options["times"] = time_grids.create(s.grid.name, **s.grid.options)
+            grid = time_grids.create(s.grid.name, **s.grid.options)
+            options["times"] = grid.of(math.prod(self.shape)) if hasattr(grid, "of") else grid
         elif s.grid:
             options |= {"times": s.grid.times, "steps": None}  # as many as the times make
         if info.process == "ddpm":
@@ -180,7 +183,7 @@ class Sampler:
 
 
 def _from_noise(_rows: list[int], velocity: Any, noise: Tensor, solver: str, **options: Any) -> Any:
-    return sample(velocity, noise, solver, **options)
+    return sample(velocity, getattr(options.get("path"), "noise_scale", 1.0) * noise, solver, **options)
 
 
 def decode_batches(samples: Iterable[Tensor], decode: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:

@@ -17,11 +17,11 @@ POINTS = torch.tensor([[0.8, -0.5], [-0.5, 0.5], [0.2, 0.1], [1.2, 0.3], [0.0, 1
 X = POINTS.reshape(-1, 2, 1, 1)
 
 
-@pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=repr)
+@pytest.mark.parametrize("path", [LinearPath(), LinearPath(2.0), CosinePath()], ids=repr)
 def test_exact_divergence(path):
     got = log_likelihood(MIXTURE.velocity(path), X, divergence="exact", rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(got.log_prob, MIXTURE.log_prob(X), rtol=0, atol=1e-4)
-    x = sample_ode(MIXTURE.velocity(path), got.noise, "dopri5", rtol=1e-7, atol=1e-7)
+    x = sample_ode(MIXTURE.velocity(path), path.noise_scale * got.noise, "dopri5", rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(x, X, rtol=0, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from dic_repa.errors import UserError
 from dic_repa.interpolants import PREDICTIONS, CosinePath, LinearPath, VPPath, paths
 
 REFERENCE = load_file(FIXTURES / "repa_reference.safetensors")
-PATHS = [LinearPath(), CosinePath(), VPPath()]
+PATHS = [LinearPath(), LinearPath(noise_scale=2.0), CosinePath(), VPPath()]
 TIMES = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
 
 

@@ -13,7 +13,7 @@ from dic_repa.interpolants import CosinePath, LinearPath, VPPath
 from dic_repa.samplers import sample, sample_ode, sample_sde
 from dic_repa.samplers.editing import inpaint, noised, slerp
 
-PATHS = pytest.mark.parametrize("path", [LinearPath(), CosinePath(), VPPath()], ids=repr)
+PATHS = pytest.mark.parametrize("path", [LinearPath(), LinearPath(2.0), CosinePath(), VPPath()], ids=repr)
 GAUSSIAN = GaussianMixture([[0.4, -0.3]], [1.0], 0.5)
 MEAN = GAUSSIAN.means[0].reshape(1, 2, 1, 1)
 
@@ -91,7 +91,7 @@ class Correlated:
         return self.path.target(data.reshape(x.shape), noise.reshape(x.shape), t, "velocity")
 
 
-@pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=repr)
+@pytest.mark.parametrize("path", [LinearPath(2.0), CosinePath()], ids=repr)
 def test_the_new_part_follows_the_known_one(path):
     """x_2 given x_1 is N(r x_1, (1 - r^2) / 2); each step once over, it is less than half way there."""
     count = 100

@@ -12,7 +12,7 @@ from dic_repa.interpolants import CosinePath, LinearPath, VPPath
 from dic_repa.samplers import sample_sde
 from dic_repa.samplers.sde import create_diffusion, decay
 
-PATHS = [LinearPath(), CosinePath(), VPPath()]
+PATHS = [LinearPath(), LinearPath(2.0), CosinePath(), VPPath()]
 TIMES = (0.05, 0.3, 0.8)
 
 

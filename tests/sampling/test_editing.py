@@ -58,6 +58,7 @@ OBJECTIVES = {
     "vp": {"path": "vp", "prediction": "noise"},
     "data": {"prediction": "data"},
     "score": {"prediction": "score"},
+    "wide noise": {"path": {"name": "linear", "noise_scale": 2.0}, "prediction": "data"},
 }
 
 
