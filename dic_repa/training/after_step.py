@@ -120,7 +120,7 @@ class AfterStep:
         averages, together = self.parts.averages, self.writer.shards
         snapshot = bool(settings.power_ema) and self.due(settings.snapshot_every)
         with self.writing():
-            log = {"log": self.log.state(), "skipped": self.guard.state()}
+            log = {"log": self.log.state(), "skipped": self.guard.state(), "noise": self.log.noise.state()}
             state = copy_state(step, self.accelerator, self.parts)
         if checkpoint:
             self.saved = step

@@ -41,6 +41,7 @@ from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import say, warn
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.log import MetricLog
+from dic_repa.training.noise_scale import NoiseScale
 from dic_repa.training.optimizers import optimized_names
 from dic_repa.training.parts import Parts
 from dic_repa.training.shard_writer import Shards, ShardWriter
@@ -196,12 +197,13 @@ def _optimizer_state(saved: dict, folder: Path, parameters: list[Tensor], places
     return state
 
 
-def load_log(folder: Path, log: MetricLog, guard: StepGuard) -> None:
-    """Let the log and the count of skipped steps go on; checkpoints of earlier versions have neither."""
+def load_log(folder: Path, log: MetricLog, guard: StepGuard, noise: NoiseScale) -> None:
+    """Let the log, the count of skipped steps and the noise scale go on; checkpoints of earlier versions have none."""
     try:
         state = parse_json((folder / "state.json").read_text())
         log.restore(state.get("log", {}))
         guard.restore(state.get("skipped", [0, 0]))
+        noise.restore(state.get("noise", [0, 0]))
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{folder}/state.json is damaged ({first_line(error)})") from None
 

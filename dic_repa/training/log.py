@@ -32,6 +32,7 @@ from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import progress_bar, warn
 from dic_repa.runtime.threads import describe_threads
+from dic_repa.training.noise_scale import NoiseScale
 from dic_repa.training.parts import Parts
 from dic_repa.training.start import Start
 from dic_repa.training.trackers import Trackers
@@ -93,15 +94,16 @@ class MetricLog:
     A line of metrics.jsonl has: step; loss (the total), denoising, alignment.N.token, alignment.N.manifold (what the
     alignment's loss calls its terms, unweighted); gradient_norm (before clipping, of the last step); learning_rate;
     images_per_second; data_wait (the share of the time in which the next batch was not there yet; a GPU works on
-    meanwhile, so it idles at most that share); skipped (steps so far whose loss or gradient was not finite); seconds. A
-    value that is not finite is null, and counts in no average.
+    meanwhile, so it idles at most that share); skipped (steps so far whose loss or gradient was not finite); seconds;
+    noise_scale, in images, where several passes or processes let it be measured. A value that is not finite is null,
+    and counts in no average.
     """
 
     def __init__(
         self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, trackers: Trackers,
-        begun_from: Start | None = None,
+        noise: NoiseScale, begun_from: Start | None = None,
     ):  # fmt: skip
-        self.begun_from = begun_from
+        self.begun_from, self.noise = begun_from, noise
         self.run, self.accelerator, self.settings, self.trackers = run, accelerator, settings, trackers
         self.start = start
         self.sums: dict[str, Tensor] = {}  # of the finite values and of their steps, (2,)
@@ -140,6 +142,14 @@ class MetricLog:
         yield
         self.wait += time.perf_counter() - begin
 
+    def gradients(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """To be entered while the gradients of `step`, counted from 1, are computed."""
+        return self.noise.measuring() if self.due(step) else contextlib.nullcontext()
+
+    def due(self, step: int) -> bool:
+        """Whether the step is logged."""
+        return step % self.settings.log_every == 0 or step == self.settings.steps
+
     def state(self) -> dict[str, list]:
         """The sums since the last log step, of each process, for a checkpoint. All processes must call it."""
         if not self.sums:
@@ -166,7 +176,7 @@ class MetricLog:
             self.sums[name] = self.sums.get(name, 0) + torch.stack([value.where(finite, 0), finite.float()]) * share
         self.bar.update()
         self.images += self.settings.batch_size
-        if step % self.settings.log_every and step != self.settings.steps:
+        if not self.due(step):
             return
         sums = self.accelerator.reduce(torch.stack([*self.sums.values()]), "sum").tolist()
         seconds = time.perf_counter() - self.since - self.pause
@@ -180,6 +190,8 @@ class MetricLog:
             "skipped": skipped,
             "seconds": round(seconds, 3),
         }
+        if self.noise.measurable:
+            record["noise_scale"] = self.noise.measure(norm)
         self.sums, self.images, self.pause, self.wait, self.since = {}, 0, 0.0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
             self._write(record)

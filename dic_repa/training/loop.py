@@ -26,6 +26,7 @@ from dic_repa.training.checkpoint import CheckpointWriter, load_checkpoint, load
 from dic_repa.training.evaluator import Evaluator
 from dic_repa.training.inputs import Batches, check_batch
 from dic_repa.training.log import MetricLog, run_header
+from dic_repa.training.noise_scale import NoiseScale
 from dic_repa.training.parts import build_parts, check_judge_of, check_sampling_and_evaluation
 from dic_repa.training.preemption import Preempted, stop_request
 from dic_repa.training.schedules import LearningRate
@@ -97,9 +98,10 @@ def train(
         guard, votes = StepGuard(accelerator, parts.optimizer.optimizer), Votes(accelerator)
         shards = ShardWriter(run.checkpoints, accelerator) if parts.sharded else None
         writer = stack.enter_context(CheckpointWriter(run, shards))
-        log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers, parts.start))
+        noise = NoiseScale(parts.model, accelerator, settings.batch_size, train_step.passes, parts.sharded)
+        log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers, noise, parts.start))
         if checkpoint:
-            load_log(checkpoint, log, guard)
+            load_log(checkpoint, log, guard, noise)
         after = AfterStep(
             recipe, run, parts, accelerator, evaluator, writer, trackers, log, guard, votes, signals, start
         )
@@ -112,7 +114,8 @@ def train(
             with log.waiting():
                 batch = after.next_batch(incoming)
             with watched("step", f"step {step + 1}", recipe.timeouts.step):
-                norm, losses = train_step.gradients(batch, step)
+                with log.gradients(step + 1):
+                    norm, losses = train_step.gradients(batch, step)
                 guard.judge(step + 1, losses, norm)
                 rate = learning_rate.apply(parts.optimizer, step)
                 train_step.update(step)

@@ -157,9 +157,9 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 def state_bytes(section: OptimizerSection) -> float:
     """Bytes that the optimizer keeps for each weight, found by one step on the hidden layer of a small network."""
-    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(3)))
-    weight = model[1].weight
-    optimizer = build_optimizer(section, model)
+    layers = [nn.Linear(256, 256, bias=False) for _ in range(3)]
+    weight = layers[1].weight
+    optimizer = build_optimizer(section, nn.Sequential(*layers))
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     kept = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]

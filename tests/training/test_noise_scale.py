@@ -1,0 +1,57 @@
+"""The gradient noise scale: on a Gaussian problem whose own is known, and in runs."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from small_runs import assert_same, metrics, small_run, weights
+from torch import nn
+
+from dic_repa.training.noise_scale import NoiseScale
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def test_of_a_gaussian_it_is_the_trace_over_the_mean_squared():
+    """Of |w - x|^2 / 2 with x from N(mu, diag(s^2)), an image's gradient is w - x: G is w - mu, Sigma diag(s^2)."""
+    generator = torch.Generator().manual_seed(0)
+    w, mu = nn.Parameter(torch.randn(2000, generator=generator)), torch.randn(2000, generator=generator)
+    s = torch.linspace(1, 5, 2000)
+    known = (s.square().sum() / (w.detach() - mu).square().sum()).item()
+    scale = NoiseScale(nn.ParameterList([w]), Accelerator(cpu=True), batch=8, passes=4)
+    assert scale.value() is None
+    for _ in range(40):
+        w.grad = None
+        with scale.measuring():
+            for _ in range(4):
+                x = mu + s * torch.randn(2, 2000, generator=generator)
+                ((w - x).square().sum(1) / 2).mean().div(4).backward()
+        found = scale.measure(w.grad.norm())
+    assert found == pytest.approx(known, rel=0.1)
+    before, norm = scale.state(), torch.tensor(float("nan"))
+    assert scale.measure(norm) == found  # a step that was skipped says nothing
+    assert scale.state() == before
+    assert not w._backward_hooks
+    alone = NoiseScale(nn.ParameterList([w]), Accelerator(cpu=True), batch=8, passes=1)  # nothing to compare with
+    assert not alone.measurable
+    assert alone.measure(w.grad.norm()) is None
+
+
+def test_a_run_logs_it_and_trains_to_the_same_weights(tmp_path):
+    keys = ["train.micro_batch=2", "train.log_every=2"]
+    whole = small_run(tmp_path / "whole", *keys)
+    cut = small_run(tmp_path / "cut", *keys)
+    shutil.rmtree(cut.checkpoint_path(8))
+    small_run(cut.path, *keys, resume=True)
+    scales = [record["noise_scale"] for record in metrics(whole)]
+    assert len(scales) == 4
+    assert scales[-1] is None or scales[-1] > 0
+    assert [record["noise_scale"] for record in metrics(cut)][-2:] == scales[-2:]
+    rare = small_run(tmp_path / "rare", keys[0], "train.log_every=8")
+    assert_same(weights(rare.checkpoint_path(8)), weights(whole.checkpoint_path(8)))
