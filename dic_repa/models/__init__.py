@@ -3,6 +3,7 @@
 from dic_repa.models.authors import load_authors_checkpoint
 from dic_repa.models.cost import Cost, measure_cost
 from dic_repa.models.dic import PRESETS, DiC, EarlyModulationBlock, GatedBlock, MidModulationBlock
+from dic_repa.models.middle import add_middle_head
 from dic_repa.models.pretrained import Pretrained, forward_on_meta
 from dic_repa.models.registry import create_denoiser, denoisers, list_denoisers, load_denoiser, register_denoiser
 
@@ -14,6 +15,7 @@ __all__ = [
     "GatedBlock",
     "MidModulationBlock",
     "Pretrained",
+    "add_middle_head",
     "create_denoiser",
     "denoisers",
     "forward_on_meta",

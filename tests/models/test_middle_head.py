@@ -9,7 +9,7 @@ import torch
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.errors import UserError
-from dic_repa.models import DiC, create_denoiser, load_denoiser
+from dic_repa.models import DiC, Pretrained, add_middle_head, create_denoiser, load_denoiser
 from dic_repa.objectives import DDPM, Batch, FlowMatching, check_middle_head
 
 X = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -112,3 +112,25 @@ def test_what_does_not_go_together():
     with pytest.raises(UserError, match="the objective DDPM does not train it"):
         check_middle_head(denoiser("DiC", "mid.0"), DDPM())
     check_middle_head(denoiser("DiC"), DDPM())
+
+
+class Net(Pretrained):
+    """A denoiser of a user's own, whose block is a convolution."""
+
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+        self.config = {"in_channels": in_channels, "num_classes": num_classes}
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.first = torch.nn.Conv2d(in_channels, 8, 3, stride=2, padding=1)
+        self.last = torch.nn.ConvTranspose2d(8, in_channels, 2, stride=2)
+        add_middle_head(self, "first")
+
+    def forward(self, x, t, y):
+        return self.last(self.first(x))
+
+
+def test_a_denoiser_of_ones_own_has_one():
+    model = Net(3, 10)
+    assert model.middle_head.modulation is None
+    torch.nn.init.normal_(model.middle_head.linear.weight)
+    assert model(torch.randn(2, 3, 8, 12), T, Y).shape == (2, 6, 8, 12)
