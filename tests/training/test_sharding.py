@@ -49,10 +49,9 @@ def runs(tmp_path_factory):
 
 
 def launch(script, processes, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, SCRIPTS / "forked.py", str(processes), SCRIPTS / script, folder]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    called = [*command, str(SCRIPTS / script), str(folder)]
-    return subprocess.run(called, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def until_step_10(folder, name, copied):

@@ -158,9 +158,8 @@ def test_the_line_of_a_slow_process_is_out_before_a_launcher_stops_it(dic_repa, 
     )
     environment = {"PYTHONPATH": str(tmp_path / "modules")}
     done = dic_repa("train", "digits-urep", processes=2, check=False, env=environment)
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: unknown recipe 'digits-urep'; did you mean digits-urepa or digits-sit-repa or digits-ddpm?"
-    ]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: unknown recipe 'digits-urep'; did you mean digits-urepa")
 
 
 @pytest.mark.slow
