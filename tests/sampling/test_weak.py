@@ -10,9 +10,11 @@ import torch
 from small_runs import metrics, small_run
 
 from dic_repa.errors import UserError
+from dic_repa.evaluation.report import _tuning
 from dic_repa.evaluation.tune import Tuner
 from dic_repa.objectives import FlowMatching
 from dic_repa.recipe import GuidanceSection
+from dic_repa.runs.folder import RunFolder
 from dic_repa.samplers import initial_noise
 from dic_repa.sampling import override_sampling
 from dic_repa.sampling.load import find_weak, load, weak_weights
@@ -114,3 +116,6 @@ def test_each_guidance_of_a_run_without_a_null_class_is_tuned(model, tmp_path):
     keys = [each and (each["scale"], each["weak"], each["internal"]) for each in kept]
     assert keys == [None, (1.0, None, 1.4), None, (1.4, "earlier", 1.0), (1.5, "earlier", 1.0), (1.5, "earlier", 1.4)]
     assert len({value for values in cells for value in values}) == 5  # without any guidance they agree
+    shown = _tuning(RunFolder(tmp_path), [])
+    found = [shown[key] for key in ("title", "scales", "values")]
+    assert found == ["scale of internal guidance", [1, 1.4], [cells[-1]]]
