@@ -46,7 +46,7 @@ class AlignedDenoiser(nn.Module):
         if (head := getattr(self.denoiser, "middle_head", None)) is None:
             return AlignedOutput(prediction, projections)
         own, middle = prediction.chunk(2, dim=1)
-        return AlignedOutput(own, projections, middle, head.weight)
+        return AlignedOutput(own, projections, middle, head.loss_weight)
 
     def derivative(self, x: Tensor, t: Tensor, y: Tensor, tangent: Tensor | None) -> Tensor:
         """The denoiser's `total_derivative`, of which its taps see nothing; it is never compiled."""

@@ -31,12 +31,12 @@ class MiddleHead(nn.Module):
         condition_width: of the vector that the block is modulated by; 0 for a block without, and then for its head.
         out_channels: of the data.
         side: pixels of the data on a side of one place of the map.
-        weight: of the head's loss beside the denoiser's own.
+        loss_weight: of the head's loss beside the denoiser's own.
     """
 
-    def __init__(self, channels: int, condition_width: int, out_channels: int, side: int, weight: float = WEIGHT):
+    def __init__(self, channels: int, condition_width: int, out_channels: int, side: int, loss_weight: float):
         super().__init__()
-        self.side, self.weight = side, weight
+        self.side, self.loss_weight = side, loss_weight
         with torch.random.fork_rng(devices=[]):  # so that all that is made later is as without a head
             self.modulation = nn.Linear(condition_width, 2 * channels) if condition_width else None
             self.linear = nn.Linear(channels, out_channels * side**2)

@@ -118,19 +118,25 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
 def hidden_matrices(model: nn.Module, others: Sequence[str] = ()) -> list[nn.Parameter]:
     """What Muon trains: the `matrices` but for the denoiser's first and last layer, and those of the patterns `others`.
 
-    Its author leaves embeddings, the first layer and the last one to AdamW.
+    Its author leaves embeddings, the first layer and the last one to AdamW. A middle head's last layer is one, too.
 
     Raises:
         UserError: a pattern of `others` names no parameter.
     """
+    denoiser = getattr(model, "denoiser", model)
+    head = getattr(denoiser, "middle_head", None)
+    own = set(head.modules()) if head is not None else set()
     layers = [
         module.weight
-        for module in getattr(model, "denoiser", model).modules()
-        if not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) > 1
+        for module in denoiser.modules()
+        if module not in own
+        and not isinstance(module, nn.Embedding)
+        and getattr(getattr(module, "weight", None), "ndim", 0) > 1
     ]
     named = dict(model.named_parameters())
     chosen = select(list(named), others, "optimizer.options.others", "parameter")
-    left = {id(layer) for layer in (*layers[:1], *layers[-1:])} | {id(named[name]) for name in chosen}
+    ends = [*layers[:1], *layers[-1:], *([head.linear.weight] if head is not None else [])]
+    left = {id(layer) for layer in ends} | {id(named[name]) for name in chosen}
     return [parameter for parameter in matrices(model) if id(parameter) not in left]
 
 

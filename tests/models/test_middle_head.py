@@ -11,6 +11,7 @@ from dic_repa.alignment import AlignedDenoiser
 from dic_repa.errors import UserError
 from dic_repa.models import DiC, Pretrained, add_middle_head, create_denoiser, load_denoiser
 from dic_repa.objectives import DDPM, Batch, FlowMatching, check_middle_head
+from dic_repa.training.optimizers import hidden_matrices
 
 X = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 T, Y = torch.tensor([0.3, 0.8]), torch.tensor([1, 2])
@@ -82,7 +83,7 @@ def test_it_is_saved_and_copied_with_the_denoiser(tmp_path):
     model = denoiser("DiC", {"tap": "mid.0", "weight": 0.25})
     model.save_pretrained(tmp_path)
     loaded, copied, both = load_denoiser(tmp_path), copy.deepcopy(model), model(X, T, Y)
-    assert loaded.middle_head.weight == 0.25
+    assert loaded.middle_head.loss_weight == 0.25
     for parameter in model.middle_head.parameters():  # neither shares them, nor runs the other's hooks
         parameter.data.zero_()
     assert model(X, T, Y)[:, 1].abs().max() == 0
@@ -134,3 +135,12 @@ def test_a_denoiser_of_ones_own_has_one():
     assert model.middle_head.modulation is None
     torch.nn.init.normal_(model.middle_head.linear.weight)
     assert model(torch.randn(2, 3, 8, 12), T, Y).shape == (2, 6, 8, 12)
+
+
+def test_its_last_layer_is_no_hidden_one_to_muon():
+    chosen = []
+    for model in (denoiser("DiC"), denoiser("DiC", "mid.0")):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        chosen.append({names[id(parameter)] for parameter in hidden_matrices(model)})
+    assert chosen[1] - chosen[0] == {"middle_head.modulation.weight"}
+    assert "output.conv2.weight" not in chosen[0] | chosen[1]
