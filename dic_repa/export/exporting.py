@@ -60,7 +60,8 @@ def export(
 ) -> Exported:
     """Write the denoiser of a loaded `model` to the folder `out`, over an export that is there.
 
-    Whatever the dtype, a program takes x (B, C, H, W) and t (B,) in float32 and y (B, ...), and gives float32.
+    Whatever the dtype, a program takes x (B, C, H, W) and t (B,) in float32 and y (B, ...), and gives float32. Of
+    average velocities (objective meanflow) it takes (t, r) (B, 2).
 
     Args:
         format: 'torch' (a torch.export program, denoiser.pt2), 'onnx' (denoiser.onnx) or 'diffusers' (a pipeline).
@@ -141,13 +142,16 @@ def describe(model: Checkpoint) -> dict[str, Any]:
         "path_options": vars(path) if path else {},
         "t_at_noise": times[0],
         "t_at_data": times[1],
+        "two_times": getattr(velocity, "two_times", False),
         "channels": denoiser.in_channels,
         "size": recipe.data.size,
         "autoencoder": spec
         and spec.to_dict() | {"name": Path(spec.name).name if Path(spec.name).is_absolute() else spec.name},
         "condition": denoiser.conditioned_on.to_dict(),
         "class_names": list(model.condition.names),
-        "guides": recipe.train.label_dropout > 0 and denoiser.conditioned_on.kind != "none",
+        "guides": recipe.train.label_dropout > 0
+        and denoiser.conditioned_on.kind != "none"
+        and not getattr(objective, "guided", False),
         "sample": recipe.sample.model_dump(mode="json", include=keys, exclude_none=True),
     }
 

@@ -13,7 +13,8 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def example_inputs(model: Checkpoint, rows: int) -> Inputs:
-    """x (rows, C, H, W), t (rows,) from pure noise to data, y (rows, ...) up to the null; float32, on the CPU."""
+    """x (rows, C, H, W), t (rows,) from pure noise to data, y (rows, ...) up to the null; float32, on the CPU. Of
+    average velocities t is (t, r) (rows, 2)."""
     generator = torch.Generator().manual_seed(rows)
     size, condition = model.recipe.data.size, model.denoiser.conditioned_on
     x = torch.randn(rows, model.denoiser.in_channels, size, size, generator=generator)
@@ -30,5 +31,6 @@ def example_inputs(model: Checkpoint, rows: int) -> Inputs:
 
     velocity = build_objective(model.recipe.objective).velocity_model(note)
     low, high = getattr(velocity, "time_range", (0.0, 1.0))
-    velocity(x, torch.linspace(high, low, rows), y)
+    t = torch.linspace(high, low, rows)
+    velocity(x, torch.stack([t, t / 3], dim=1) if getattr(velocity, "two_times", False) else t, y)
     return seen[0]

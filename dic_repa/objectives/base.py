@@ -37,6 +37,7 @@ class ObjectiveOutput:
     time: Tensor  # (B,), in [0, 1]: when the projections were taken
     projections: list[Tensor]  # one (B, N, D) for each alignment, from the run of the model that they belong to
     others: dict[str, Tensor] = field(default_factory=dict)  # further losses (B,) to add, by their names in the log
+    told: dict[str, Tensor] = field(default_factory=dict)  # numbers (B,) for the log alone
 
 
 class Denoising:

@@ -36,7 +36,8 @@ class MeanFlow(FlowMatching):
 
     The loss of an image is |e|^2 / (|e|^2 + c)^p, with e = u(x_t, r, t) - (v_g - (t - r) du/dt), summed over the image,
     and no gradient of the denominator or the target. du/dt is that along (v_g, 1, 0) of (x_t, t, r), in float32
-    whatever the precision. With p = 1 all images count alike, and the loss is nearly 1 from the first step on.
+    whatever the precision. With p = 1 all images count alike, and the loss is nearly 1 from the first step on;
+    the log has the mean of |e|^2 over all numbers as `squared_error`.
 
     Guidance is learnt (eq. 21): v_g = omega v + (1 - omega - kappa) u(x_t, t, t, null) + kappa u(x_t, t, t, y), with
     the velocity v of the pair of data and noise, as classifier-free guidance of scale omega / (1 - kappa) would have
@@ -117,7 +118,9 @@ class MeanFlow(FlowMatching):
         target = self.average_target(model, noisy.x_t, noisy.target, times, batch.y)
         out = model(noisy.x_t, times, batch.y, t)
         error = split_output(out.prediction, target.shape[1])[0].to(target.dtype) - target
-        return ObjectiveOutput(self.adaptive(reduce(error.square(), "b ... -> b", "sum")), t, out.projections)
+        squared = reduce(error.square(), "b ... -> b", "sum")
+        told = {"squared_error": squared / error[0].numel()}
+        return ObjectiveOutput(self.adaptive(squared), t, out.projections, told=told)
 
     def adaptive(self, squared: Tensor) -> Tensor:
         """The loss (B,) of squared errors (B,)."""

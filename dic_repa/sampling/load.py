@@ -82,9 +82,14 @@ class Checkpoint(Editing):
                 f"{self.source} was trained without label dropout, so it has no null class to guide with; "
                 "sample without guidance, or with a weaker model (guidance.weak)"
             )
+        objective = build_objective(recipe.objective)
+        if guidance and guidance.scale != 1 and not weak and getattr(objective, "guided", False):
+            raise UserError(
+                f"{self.source} has learnt guidance itself (objective.options.omega and kappa); sample without it "
+                "(--scale 1; sample.guidance=null in a recipe)"
+            )
         shape = (denoiser.in_channels, recipe.data.size, recipe.data.size)
         decode = build_decoder(recipe.data, device, self.data, settings.autoencoder)
-        objective = build_objective(recipe.objective)
         check_sampling(settings, objective)
         if hasattr(objective, "data_mean"):  # guidance corrects by it what the objective changed
             objective.data_mean = mean = self.data.mean if self.data else None

@@ -89,6 +89,8 @@ def activation_bytes(
     autocast = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), FloatNorms() if mixed else nullcontext():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).train()  # to_empty takes no fakes
+        # Autograd keeps nothing of it, and fake tensors have no forward mode.
+        model.derivative = lambda x, *_: torch.zeros_like(x)  # type: ignore[method-assign]
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         draws = objective.draw(shape, torch.Generator())
         targets = [torch.empty(batch, *token) if token else None for token in tokens]

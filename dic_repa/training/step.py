@@ -54,8 +54,8 @@ class TrainingStep:
 
         Returns:
             The norm of the gradient before clipping, a scalar, and the losses of each pass: "loss", the sum that is
-            trained for, "denoising", the objective's part of it, its other losses by their names, and each alignment's
-            terms as "alignment.N.TERM".
+            trained for, "denoising", the objective's part of it, its other losses and what it tells by their names,
+            and each alignment's terms as "alignment.N.TERM".
         """
         parts, accelerator, losses = self.parts, self.accelerator, []
         scales = parts.aligner.scales(step)
@@ -74,6 +74,7 @@ class TrainingStep:
                 clock("backward")
             losses.append({"loss": loss.detach(), "denoising": denoising.detach()} | terms)
             losses[-1] |= {name: value.detach() for name, value in others.items()}
+            losses[-1] |= {name: values.detach().mean() for name, values in out.told.items()}
         norm = accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf"))
         return getattr(norm, "full_tensor", lambda: norm)(), losses  # the whole norm, where the model is sharded
 

@@ -1,15 +1,22 @@
 """MeanFlow's target against finite differences, and on Gaussian data, where the average velocity is known."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.errors import UserError
+from dic_repa.export.inputs import example_inputs
 from dic_repa.models import create_denoiser
 from dic_repa.models.derivative import total_derivative
-from dic_repa.objectives import Batch, ImprovedMeanFlow, MeanFlow
+from dic_repa.objectives import Batch, FlowMatching, ImprovedMeanFlow, MeanFlow
+from dic_repa.recipe import load_recipe
 from dic_repa.samplers import Guidance, log_likelihood, sample_ode
+from dic_repa.sampling import override_sampling
+from dic_repa.sampling.load import Checkpoint
+from dic_repa.training.memory_estimate import activation_bytes
 
 MEAN, STD = 0.7, 0.5
 SIZES = {
@@ -224,3 +231,26 @@ def test_a_second_time_changes_nothing_at_first(name):
 def test_wrong_options(options, match):
     with pytest.raises(UserError, match=match):
         MeanFlow(**options)
+
+
+def test_a_model_that_has_learnt_guidance_is_not_guided_again():
+    recipe = load_recipe("digits-meanflow", ["objective.options.kappa=0.5"])
+    denoiser = create_denoiser("DiC", 1, 10, two_times=True, **SIZES["DiC"])
+    settings = override_sampling(recipe.sample, {"scale": 1.8})
+    with pytest.raises(UserError, match="has learnt guidance itself"):
+        Checkpoint(denoiser, recipe, Path("mine")).sampler(settings)
+    recipe = load_recipe("digits-meanflow", ["objective.options.kappa=0"])
+    checkpoint = Checkpoint(denoiser, recipe, Path("mine"))
+    assert checkpoint.sampler(settings).settings.guidance.scale == 1.8
+    _, times, _ = example_inputs(checkpoint, 3)  # what an exported program takes
+    assert times.shape == (3, 2)
+    assert (times[:, 1] <= times[:, 0]).all()
+
+
+def test_memory_is_estimated_without_the_derivative():
+    """Autograd keeps nothing of the target: an estimate is flow matching's, but for the embedding of the span."""
+    estimates = []
+    for objective, two_times in ((FlowMatching(), False), (MeanFlow(kappa=0.0), True)):
+        model = AlignedDenoiser(create_denoiser("DiC", 1, 2, two_times=two_times, **SIZES["DiC"]))
+        estimates.append(activation_bytes(model, objective, [], (32, 1, 8, 8), False))
+    assert estimates[0] < estimates[1] < 1.2 * estimates[0]
