@@ -21,11 +21,8 @@ from dic_repa.recipe.keys import differences, flatten
 from dic_repa.sampling.sampler import check_sampling
 
 ROWS = [name for name in list_recipes() if name.startswith(("imagenet", "dic-", "urepa-", "ladder-"))]
-<<<<<<< HEAD
 ROWS.remove("dic-xl-jit")  # in pixels
-=======
 ROWS.remove("dic-b-meanflow")  # it has the values of another paper
->>>>>>> d0d7203 (Refuse guidance of a model that has learnt it, export average velocities, estimate MeanFlow's memory, log its error; add dic-b-meanflow)
 TRAINING = [name for name in list_recipes() if isinstance(load_recipe(name), Recipe)]
 UREPA = [name for name in ROWS if "urepa" in name]
 TIME_AWARE, TIME_WEIGHTED = ["urepa-time-aware", "dic-xl-urepa-haste"], ["urepa-time-weight", "dic-xl-urepa-haste"]
