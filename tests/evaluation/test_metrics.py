@@ -103,7 +103,8 @@ def test_precision_and_recall_match_every_distance_computed():
 
 
 def test_density_and_coverage_match_every_distance_computed():
-    samples, real = draw(150, 6, 4, 0.8), draw(200, 6, 5, 1.0, 0.3)
+    """Also where samples lie on the edge of a ball, which does not belong to it: all are whole numbers."""
+    samples, real = draw(150, 6, 4, 1.6).round(), draw(200, 6, 5, 2.0, 0.6).round()
     a, b = samples.double().numpy(), real.double().numpy()
     radii = np.sort(np.linalg.norm(b[:, None] - b[None], axis=2), axis=1)[:, 5]  # the first is the distance to itself
     held = np.linalg.norm(b[:, None] - a[None], axis=2) < radii[:, None]

