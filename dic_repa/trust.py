@@ -105,8 +105,8 @@ def _named_code(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _is_code(name: str, key: str) -> bool:
     """Whether a name imports more than dic-repa imports anyway."""
-    known = ("torch.optim:", "timm:") if key.endswith("encoder") else ("torch.optim:",)
-    return is_factory(name) and not name.startswith(known)
+    families = ["torch.optim:"] + ["timm:"] * key.endswith("encoder") + ["fdr:"] * key.startswith("evaluate.")
+    return is_factory(name) and not name.startswith(tuple(families))
 
 
 def _origin(name: str, places: list[str]) -> str:

@@ -12,6 +12,7 @@ import yaml
 from dic_repa import load
 from dic_repa.cli import main
 from dic_repa.errors import UserError
+from dic_repa.trust import names_code
 
 CODE = """
 from pathlib import Path
@@ -176,3 +177,10 @@ def test_reading_runs_nothing(theirs, canary, plugin_folder):
             main(verb)
         assert exit.value.code == 0
     assert not canary.exists()
+
+
+def test_names_of_a_family_are_no_code():
+    """Where the family is one: `fdr:digits` is a metric of this package, and elsewhere a module of anybody's."""
+    assert not names_code({"evaluate": {"metric": "fdr:digits", "also": ["fdr:lite2"], "best": "fdr:digits"}})
+    assert names_code({"evaluate": {"metric": "evil:digits"}})
+    assert names_code({"model": {"name": "fdr:digits"}})
