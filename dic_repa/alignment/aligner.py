@@ -168,12 +168,14 @@ class Aligner(nn.Module):
         return self._project(features, outputs, t)
 
     def _project(self, features: Sequence[Tensor], outputs: Mapping[str, Any], t: Tensor) -> list[Tensor | Projected]:
-        return [
-            alignment.project_with_target(feature, self._taps.feature_map(outputs[name], name), t)
-            if (name := alignment.same_pass)
-            else alignment.project(feature, t)
-            for alignment, feature in zip(self.alignments, features)
-        ]
+        projected: list[Tensor | Projected] = []
+        for alignment, feature in zip(self.alignments, features):
+            if taught_by := alignment.same_pass:
+                teacher = self._taps.feature_map(outputs[taught_by], taught_by)
+                projected.append(alignment.project_with_target(feature, teacher, t))
+            else:
+                projected.append(alignment.project(feature, t))
+        return projected
 
     def _features(self, taps: Taps, names: Sequence[str], outputs: Mapping[str, Any]) -> list[Tensor]:
         """Each alignment's feature map (B, C, h, w), of the taps' `outputs`; `names` are those of their taps."""

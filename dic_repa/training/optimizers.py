@@ -163,7 +163,8 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 def state_bytes(section: OptimizerSection) -> float:
     """Bytes that the optimizer keeps for each weight, found by one step on the hidden layer of a small network."""
-    layers = [nn.Linear(256, 256, bias=False) for _ in range(3)]
+    with torch.random.fork_rng(devices=[]):  # a run's initial weights come from its seed alone
+        layers = [nn.Linear(256, 256, bias=False) for _ in range(3)]
     weight = layers[1].weight
     optimizer = build_optimizer(section, nn.Sequential(*layers))
     weight.grad = torch.ones_like(weight)

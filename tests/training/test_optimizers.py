@@ -287,3 +287,10 @@ def test_keys_of_earlier_versions(tmp_path, monkeypatch):
     assert (recipe.schedule.warmup_steps, recipe.train.steps) == (7, 5)
     with pytest.raises(UserError, match=r"unknown key 'train.learning_rate'; did you mean optimizer.learning_rate"):
         load_recipe("digits-urepa", ["train.learning_rate=1e-3"])
+
+
+def test_what_is_measured_before_a_run_draws_none_of_its_random_numbers():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    state_bytes(OptimizerSection())
+    assert torch.equal(torch.get_rng_state(), before)
