@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import yaml
 
 import dic_repa.recipes
 from dic_repa.errors import UserError
-from dic_repa.recipe import load_recipe
+from dic_repa.recipe import SampleSection, load_recipe, to_yaml
 from dic_repa.recipe.files import list_recipes
 from dic_repa.recipe.keys import differences
 from dic_repa.runs.folder import RunFolder
@@ -50,6 +51,12 @@ METHODS = {  # the end of the recipe's name, and what the table calls it
     "muon": "Muon",
     "decay": "learning-rate decay",
     "best": "all of `digits-best`",
+}
+# Other ways to sample the same runs, each a row of its own.
+NO_GUIDANCE, STRONGER = ["sample.guidance=null"], ["sample.guidance.internal=2.2"]
+SAMPLED = {
+    "internal": {"internal guidance's head, unguided": NO_GUIDANCE, "internal guidance, w 2.2": STRONGER},
+    "best": {"all of `digits-best`, unguided": NO_GUIDANCE, "all of `digits-best`, w 2.2": STRONGER},
 }
 COMMON = ["train.sample_every=0"]
 DATA = {
@@ -94,29 +101,37 @@ class Study:
     def settings(self, seed: int) -> list[str]:
         return [*self.overrides, f"train.seed={seed}"]
 
-    def record(self, name: str, seed: int) -> dict | None:
-        """The newest record of the finished run's score; None if it is not finished."""
-        records = self.run(name, seed).glob(f"evaluation/step_{self.steps:08d}-*.json")
-        newest = max(records, key=lambda file: file.stat().st_mtime, default=None)
-        return json.loads(newest.read_text()) if newest else None
+    def record(self, name: str, seed: int, changes: Sequence[str] = ()) -> dict | None:
+        """The finished run's scores, sampled as its recipe says but for the `changes`; None if there are none."""
+        wanted = load_recipe(self.recipes[name], [*self.settings(seed), *changes]).sample
+        files = self.run(name, seed).glob(f"evaluation/step_{self.steps:08d}-*.json")
+        found = [json.loads(file.read_text()) for file in files]
+        return next((each for each in found if SampleSection.model_validate(each["sample"]) == wanted), None)
 
     def train(self, name: str, seed: int, threads: int) -> None:
-        """Train and score, or go on with it; an error says where the log is."""
-        run, log = self.run(name, seed), self.folder / f"{name}-{seed}.log"
-        if self.record(name, seed):
-            return
-        command = [sys.executable, "-m", "dic_repa", "train", self.recipes[name], "--out", str(run)]
-        command += ["--resume"] if (run / "recipe.yaml").is_file() else []
-        command += [part for setting in self.settings(seed) for part in ("--set", setting)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        begin = time.monotonic()
-        with log.open("a") as file:
-            done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        if done.returncode:
-            print(f"{name}-{seed} ended with code {done.returncode}; see {log}", flush=True)
-        else:
+        """Train and score, or go on with it, and score in the other ways; an error says where the log is."""
+        run, begin, commands = self.run(name, seed), time.monotonic(), []
+        if not RunFolder(run).is_finished(self.steps):
+            commands.append(["train", self.recipes[name], "--out", str(run), *self.options(seed)])
+            commands[0] += ["--resume"] if (run / "recipe.yaml").is_file() else []
+        for number, changes in enumerate([[], *SAMPLED.get(name, {}).values()]):
+            if not self.record(name, seed, changes) and (number or not commands):
+                recipe = self.folder / f"{name}-{seed}-sampled-{number}.yaml"
+                recipe.write_text(to_yaml(load_recipe(self.recipes[name], [*self.settings(seed), *changes])))
+                commands.append(["evaluate", str(run), "--recipe", str(recipe)])
+        with (self.folder / f"{name}-{seed}.log").open("a") as log:
+            for command in commands:
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                called = [sys.executable, "-m", "dic_repa", *command]
+                if code := subprocess.run(called, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode:
+                    print(f"{name}-{seed} ended with code {code}; see {log.name}", flush=True)
+                    return
+        if commands:
             score = (self.record(name, seed) or {}).get("scores", {}).get(self.score)
             print(f"{name}-{seed}: {self.score} {score}, {time.monotonic() - begin:.0f} s", flush=True)
+
+    def options(self, seed: int) -> list[str]:
+        return [f"--set={setting}" for setting in self.settings(seed)]
 
     def stale(self, name: str, seed: int) -> list[str]:
         """In which keys a run differs from what its recipe says today."""
@@ -180,9 +195,11 @@ class Study:
         """A row for each method of which there is a finished run."""
         times = json.loads(self.times.read_text()) if self.times.is_file() else {}
         rows = []
-        for name, title in METHODS.items():
+        ways = [(name, title, changes) for name in METHODS if self.recipes[name]
+                for title, changes in {METHODS[name]: [], **SAMPLED.get(name, {})}.items()]  # fmt: skip
+        for name, title, changes in ways:
             seeds = sorted(int(run.name.rpartition("-")[2]) for run in self.folder.glob(f"{name}-[0-9]*/"))
-            found = [record for seed in seeds if (record := self.record(name, seed))]
+            found = [record for seed in seeds if (record := self.record(name, seed, changes))]
             if not found:
                 continue
             scores = [record["scores"][self.score] for record in found]

@@ -366,7 +366,7 @@ def test_read_only_checkpoint_folder_keeps_the_old_one(disk, whole, tmp_path, mo
 def test_kills_change_nothing(tmp_path):
     """The short form of `python tests/scripts/kill_often.py`: three kills, at moments of every run's own."""
     script = (
-        "import kill_often, pathlib; kill_often.main(kills=3, steps=40, seed={seed}, folder=pathlib.Path({folder!r}))"
+        "import kill_often, pathlib; kill_often.main(kills=3, steps=24, seed={seed}, folder=pathlib.Path({folder!r}))"
     )
     command = script.format(seed=random.randrange(10**6), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", command], cwd=SCRIPTS, capture_output=True, text=True, timeout=300)
