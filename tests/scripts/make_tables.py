@@ -26,7 +26,8 @@ def make_table() -> str:
 
 
 def _is_ours(registry: Registry, name: str) -> bool:
-    return registry.find(name).__module__.startswith("dic_repa.")
+    found = registry.find(name)
+    return getattr(found, "func", found).__module__.startswith("dic_repa.")  # of a partial, what it calls
 
 
 def with_table(page: str) -> str:
