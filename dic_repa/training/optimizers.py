@@ -118,7 +118,8 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
 def hidden_matrices(model: nn.Module, others: Sequence[str] = ()) -> list[nn.Parameter]:
     """What Muon trains: the `matrices` but for the denoiser's first and last layer, and those of the patterns `others`.
 
-    Its author leaves embeddings, the first layer and the last one to AdamW. A middle head's last layer is one, too.
+    Its authors (github.com/KellerJordan/Muon) leave embeddings, a ConvNet's first layer and the last one to AdamW. A
+    middle head's last layer is one, too.
 
     Raises:
         UserError: a pattern of `others` names no parameter.
