@@ -1,4 +1,4 @@
-"""Every verb as a user runs it, in a subprocess: what it writes, what it prints, and its answer to mistakes."""
+"""Every verb as a user runs it: what it writes, what it prints, and its answer to mistakes."""
 
 from __future__ import annotations
 
@@ -265,6 +265,7 @@ def test_two_processes_write_the_files_of_one(run, dic_repa, here, tmp_path):
     ],
     ids=lambda options: options[1],
 )
+@pytest.mark.filterwarnings("error:std")
 def test_sample_offers_what_the_library_has(run, here, tmp_path, options):
     here("sample", run[0], "--num", "3", "--out", "out", *options)
     record = json.loads((tmp_path / "out/samples.json").read_text())
