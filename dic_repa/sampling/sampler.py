@@ -233,7 +233,7 @@ def check_sampling(settings: SampleSection, objective) -> None:
     """Raise a UserError for names and options that sampling by `settings` would fail on later."""
     middle = settings.guidance is not None and settings.guidance.internal != 1
     one = settings.model_copy(update={"batch_size": 1, "compile": "off"})
-    sampler = Sampler(_Nothing(middle), objective, one, (1, 1, 2))  # two numbers: guidance.rescale takes their deviation
+    sampler = Sampler(_Nothing(middle), objective, one, (1, 1, 2))  # two numbers, for guidance.rescale
     for _ in sampler(torch.zeros(1, dtype=torch.int64)):
         pass
 
