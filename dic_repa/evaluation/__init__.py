@@ -2,8 +2,10 @@
 
 `measure(images, reference, metrics)` scores one set of images, `Measure(metrics, reference)` several against the same
 reference, `Judge(metrics, reference)` the samples of a run, whose labels are known. `metrics.names()` lists them.
+`epochs_to` tells when runs reached a score.
 """
 
+from dic_repa.evaluation.epochs import epochs_to
 from dic_repa.evaluation.features import frechet_distance, statistics
 from dic_repa.evaluation.image_sets import ImageSet, open_images
 from dic_repa.evaluation.judge import Judge, judge_digits
@@ -18,6 +20,7 @@ __all__ = [
     "Measured",
     "Metric",
     "Scores",
+    "epochs_to",
     "evaluate",
     "frechet_distance",
     "judge_digits",

@@ -174,8 +174,8 @@ class Recall(Precision):
 class Density(Precision):
     """How many balls of the reference hold a sample, over the 5 that would (Naeem et al., arXiv 2002.09797).
 
-    The sum over samples j and real images i of [|y_j - x_i| < r_i] / (k M), for M samples; r_i is the distance of x_i
-    to its k-th nearest real neighbour, k = 5. Above 1 where samples crowd.
+    The number of pairs of a sample y and a real image x with |y - x| below r(x), over k M, for M samples; r(x) is the
+    distance of x to its k-th nearest real neighbour, k = 5. Above 1 where samples crowd.
     """
 
     most = None

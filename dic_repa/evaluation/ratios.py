@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.metrics import Frechet, Metric, MongeDistance, find_metric, metrics, register_metric
@@ -38,10 +39,10 @@ class MeanRatio(Metric):
 SIX = ("fid", *(f"fd-{name}" for name in SPACES))
 IMAGENET = (1.68, *(space.validation for space in SPACES.values()))  # that of FID is to ADM's reference
 metrics.register("fdr6", description="FDr6: the mean ratio to held-out images' distances, in six feature spaces")(
-    lambda: MeanRatio(" + ".join(SIX), "FDr6", SIX)
+    partial(MeanRatio, " + ".join(SIX), "FDr6", SIX)
 )
 metrics.register("fdr6-imagenet", description="FDr6 by the published distances of ImageNet's validation images")(
-    lambda: MeanRatio(" + ".join(SIX), "FDr6 (ImageNet)", SIX, IMAGENET)
+    partial(MeanRatio, " + ".join(SIX), "FDr6 (ImageNet)", SIX, IMAGENET)
 )
 
 
