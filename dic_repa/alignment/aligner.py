@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from dic_repa.alignment.alignment import Alignment, Projected, check_teacher
 from dic_repa.alignment.cache import WithTokens
+from dic_repa.alignment.frozen_encoders import Teachers
 from dic_repa.alignment.heads import heads
 from dic_repa.alignment.schedules import Constant
 from dic_repa.alignment.self_teachers import teachers
 from dic_repa.alignment.taps import Example, Taps, call, quiet_run, suggest_taps
-from dic_repa.alignment.teachers import Teachers
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.models.layers import Modules
 from dic_repa.protocols import Samples
