@@ -16,8 +16,9 @@ from dic_repa.recipe.build import build_objective
 from dic_repa.runs.checkpoints import checkpoint_step
 from dic_repa.runs.folder import RunFolder
 from dic_repa.samplers import list_solvers, solver_info
-from dic_repa.sampling.load import Checkpoint, checkpoint_of, load
+from dic_repa.sampling.load import Checkpoint, load
 from dic_repa.sampling.sampler import check_sampling
+from dic_repa.sampling.weights import checkpoint_of
 from dic_repa.trust import is_trusted, trusting_code
 
 KEPT = 4  # checkpoints in memory at once

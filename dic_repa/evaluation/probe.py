@@ -37,7 +37,8 @@ from dic_repa.recipe import AlignmentSection, Recipe
 from dic_repa.recipe.build import build_alignment, build_dataset, build_encoder, build_objective
 from dic_repa.runtime.precision import tf32
 from dic_repa.samplers import StepNoise, initial_noise
-from dic_repa.sampling.load import checkpoint_of, home_of, load
+from dic_repa.sampling.load import load
+from dic_repa.sampling.weights import checkpoint_of, home_of
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NEIGHBOURS = 10

@@ -36,7 +36,8 @@ from dic_repa.runs.listing import current_names
 from dic_repa.runtime.progress import warn
 from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec
 from dic_repa.sampling.labels import draw_labels
-from dic_repa.sampling.load import Checkpoint, load, weak_weights
+from dic_repa.sampling.load import Checkpoint, load
+from dic_repa.sampling.weights import weak_weights
 
 COLUMNS = 12  # images of each class in the picture
 

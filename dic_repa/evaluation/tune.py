@@ -31,7 +31,8 @@ from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.sampling.labels import draw_labels
-from dic_repa.sampling.load import Checkpoint, home_of, weak_weights
+from dic_repa.sampling.load import Checkpoint
+from dic_repa.sampling.weights import home_of, weak_weights
 
 THEN = "move it away to search anew, or give another folder with --out"
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)

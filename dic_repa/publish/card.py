@@ -22,7 +22,8 @@ from dic_repa.evaluation.metrics import find_metric, title
 from dic_repa.publish.scores import Scored, Scores
 from dic_repa.recipe import AlignmentSection, Recipe, SampleSection
 from dic_repa.runs.folder import RunFolder
-from dic_repa.sampling.load import Checkpoint, home_of
+from dic_repa.sampling.load import Checkpoint
+from dic_repa.sampling.weights import home_of
 from dic_repa.trust import names_code
 
 CARD, GRID = "README.md", "grid.png"

@@ -30,7 +30,8 @@ from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import warn
 from dic_repa.sampling import override_sampling
 from dic_repa.sampling.labels import balanced_labels
-from dic_repa.sampling.load import Checkpoint, home_of, load
+from dic_repa.sampling.load import Checkpoint, load
+from dic_repa.sampling.weights import home_of
 
 RECIPE = "recipe.yaml"
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, DATA_FILE, SCORES, GRID, MANIFEST)

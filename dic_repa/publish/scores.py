@@ -19,7 +19,8 @@ from dic_repa.recipe import Recipe, SampleSection
 from dic_repa.runs.checkpoints import RAW, checkpoint_step
 from dic_repa.runs.listing import current_names
 from dic_repa.runtime.progress import warn
-from dic_repa.sampling.load import Checkpoint, checkpoint_of, home_of
+from dic_repa.sampling.load import Checkpoint
+from dic_repa.sampling.weights import checkpoint_of, home_of
 
 SCORES = "scores.json"
 

@@ -17,7 +17,8 @@ from dic_repa.models.authors import authors_state_dict
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import load_training_recipe, to_yaml
 from dic_repa.recipe.build import import_plugins
-from dic_repa.sampling.load import check_recipe, checkpoint_of, lora_of, read_raw, read_weights, weights_folder
+from dic_repa.sampling.load import check_recipe
+from dic_repa.sampling.weights import checkpoint_of, lora_of, read_raw, read_weights, weights_folder
 
 
 def convert(

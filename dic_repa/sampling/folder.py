@@ -43,8 +43,9 @@ from dic_repa.runtime.processes import entered_by_main, on_main_process
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.samplers import solver_info
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
-from dic_repa.sampling.load import Checkpoint, weak_weights
+from dic_repa.sampling.load import Checkpoint
 from dic_repa.sampling.sampler import Sampler
+from dic_repa.sampling.weights import weak_weights
 
 WRITERS = 4  # threads that compress PNG files while the next batch is sampled
 _NAMES = (SAMPLES_FILE, SAMPLES_NPZ, "grid.png", "trajectory.png")

@@ -37,8 +37,9 @@ from dic_repa.runtime.processes import in_all_processes
 from dic_repa.runtime.progress import warn
 from dic_repa.runtime.watchdog import watched
 from dic_repa.sampling.labels import draw_labels
-from dic_repa.sampling.load import Checkpoint, in_same_run
+from dic_repa.sampling.load import Checkpoint
 from dic_repa.sampling.sampler import Sampler, check_sampling
+from dic_repa.sampling.weights import in_same_run
 from dic_repa.training.ema import EMA, PowerEMA
 from dic_repa.training.memory_estimate import check_memory
 from dic_repa.training.optimizers import build_optimizer

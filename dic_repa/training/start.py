@@ -30,7 +30,7 @@ from dic_repa.files.weights import weights_fingerprint, without_memory
 from dic_repa.models.pretrained import WEIGHTS, Pretrained
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.sampling.convert import load_any
-from dic_repa.sampling.load import weights_folder
+from dic_repa.sampling.weights import weights_folder
 
 # What the data and the objective decide, and the keys of a model's config for it.
 MAY_DIFFER = {

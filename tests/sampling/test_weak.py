@@ -17,7 +17,8 @@ from dic_repa.recipe import GuidanceSection
 from dic_repa.runs.folder import RunFolder
 from dic_repa.samplers import initial_noise
 from dic_repa.sampling import override_sampling
-from dic_repa.sampling.load import find_weak, load, weak_weights
+from dic_repa.sampling.load import load
+from dic_repa.sampling.weights import find_weak, weak_weights
 
 OPTIONS = ("train.steps=9", "train.keep_checkpoints=1", "train.keep_every=4", "train.more_ema_decays=[0.5]")
 INTERNAL = ("model.options.middle_head=mid.0", "train.label_dropout=0", "sample.steps=2", "evaluate={metric: digits}")

@@ -23,7 +23,8 @@ from dic_repa.models import DiC
 from dic_repa.runs import RunFolder
 from dic_repa.runs.checkpoints import CHECKPOINT_FILES
 from dic_repa.sampling.convert import convert
-from dic_repa.sampling.load import checkpoint_of, load, weights_folder
+from dic_repa.sampling.load import load
+from dic_repa.sampling.weights import checkpoint_of, weights_folder
 from dic_repa.training import EMA, train
 from dic_repa.training.checkpoint import CheckpointWriter
 

@@ -24,7 +24,8 @@ from dic_repa.files.manifest import find_damage
 from dic_repa.models import DiC
 from dic_repa.runs import RunFolder
 from dic_repa.sampling.convert import convert
-from dic_repa.sampling.load import checkpoint_of, load, read_weights, weights_folder
+from dic_repa.sampling.load import load
+from dic_repa.sampling.weights import checkpoint_of, read_weights, weights_folder
 from dic_repa.training.sharding import cut_like, shard, stages, to_cpu
 
 pytestmark = pytest.mark.slow  # two processes train first
