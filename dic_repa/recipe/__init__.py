@@ -5,19 +5,17 @@ from dic_repa.recipe.schema import (
     AlignmentSection,
     DataSection,
     EvaluateSection,
-    GridSection,
-    GuidanceSection,
     LoraSection,
     ModelSection,
     ObjectiveSection,
     OptimizerSection,
     PaperSection,
     Recipe,
-    SampleSection,
     SamplingRecipe,
     ScheduleSection,
     TrainSection,
 )
+from dic_repa.recipe.schema_sampling import GridSection, GuidanceSection, SampleSection
 
 __all__ = [
     "AlignmentSection",
