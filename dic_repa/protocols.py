@@ -76,7 +76,8 @@ class Autoencoder(Protocol):
 
 # What it is trained for
 class Objective(Protocol):
-    """The loss of a step, made by `factory(**options)`; it runs the model itself."""
+    """The loss of a step, made by `factory(**options)`; it runs the model itself. With a `check_denoiser(denoiser)` it
+    may refuse one before training begins."""
 
     path: Interpolant  # between noise and data; the samplers follow it
 
