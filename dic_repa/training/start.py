@@ -184,8 +184,9 @@ class _Transfer:
 def _changed_by(model: Pretrained, changes: dict[str, Any]) -> set[str]:
     """The tensors of `model` whose shape is another, or that are only in one of both, with other keys of its config."""
     sketch = None
+    options = {key: value for key, value in {**model.config, **changes}.items() if value is not None}  # or the default
     with torch.random.fork_rng(devices=[]), contextlib.suppress(UserError, *MISTAKES):
-        sketch = without_memory(lambda: type(model)(**{**model.config, **changes}))
+        sketch = without_memory(lambda: type(model)(**options))
     if sketch is None or not changes:
         return set()
     shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, sketch)]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dic_repa.alignment import AlignedDenoiser
+from dic_repa.conditions import class_labels
 from dic_repa.errors import UserError
 from dic_repa.export.inputs import example_inputs
 from dic_repa.models import create_denoiser
@@ -17,6 +18,7 @@ from dic_repa.samplers import Guidance, log_likelihood, sample_ode
 from dic_repa.sampling import override_sampling
 from dic_repa.sampling.load import Checkpoint
 from dic_repa.training.memory_estimate import activation_bytes
+from dic_repa.training.start import start_from
 
 MEAN, STD = 0.7, 0.5
 SIZES = {
@@ -256,3 +258,15 @@ def test_memory_is_estimated_without_the_derivative():
         model = AlignedDenoiser(denoiser)
         estimates.append(activation_bytes(model, objective, [], (32, 1, 8, 8), False))
     assert estimates[0] < estimates[1] < 1.2 * estimates[0]
+
+
+def test_a_run_begins_from_a_model_of_one_time(tmp_path):
+    plain = denoiser_of("DiC", two_times=False).float()
+    plain.save_pretrained(tmp_path / "plain")
+    both = create_denoiser("DiC", 1, 2, two_times=True, **SIZES["DiC"])
+    recipe = load_recipe("digits-meanflow", [f"train.init_from={tmp_path / 'plain'}"])
+    start = start_from(both, class_labels(2), recipe)
+    assert start.fresh == {name for name in both.state_dict() if "span" in name}
+    x, _, times, y = batch_of(3)
+    with torch.no_grad():
+        torch.testing.assert_close(both(x.float(), times.float(), y), plain(x.float(), times[:, 0].float(), y))
