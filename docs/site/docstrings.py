@@ -22,7 +22,7 @@ class FromCode(griffe.Extension):
                 for name, home in imported._EXPORTS.items():
                     module.set_member(name, griffe.Alias(name, f"{module.path}.{home}.{name}"))
                 module.exports = list(imported.__all__)
-        for section in pkg["recipe.schema"].classes.values():
+        for section in (*pkg["recipe.schema"].classes.values(), *pkg["recipe.schema_sampling"].classes.values()):
             _tell_keys(section)
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **kwargs: Any) -> None:
