@@ -4,6 +4,7 @@ The layer then computes W x + scale B A x, with A and B of `rank` rows and colum
 with W + scale B A in place of W, which computes the same: averages and samples know of no adapters.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -84,8 +85,15 @@ def _config(layers: Iterable[str], rank: int, alpha: float) -> Any:
     return _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly, bias="none")
 
 
+def quiet_bitsandbytes() -> None:
+    """Let bitsandbytes, which peft imports where it is installed, not warn on a CPU that a package for other ends, of 4
+    bits, is not."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def _peft() -> Any:
     try:
+        quiet_bitsandbytes()
         import peft
     except ImportError:
         raise UserError("train.lora needs the package peft; install it: pip install 'dic-repa[lora]'") from None

@@ -1,6 +1,8 @@
 """How fast the prediction of a denoiser changes along a path, by forward-mode differentiation."""
 
-from contextlib import nullcontext
+import functools
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ def total_derivative(denoiser: nn.Module, x: Tensor, t: Tensor, y: Tensor, tange
         return denoiser.forward(x, torch.stack([time, r], dim=1), y)[:, : x.shape[1]]  # without a variance
 
     # Of the kinds of attention only the plain one has a derivative in forward mode.
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH), _NormMode():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH), _norms():
         tangent = prediction(x, time, time) if tangent is None else tangent
         return torch.func.jvp(prediction, (x, time), (tangent, torch.ones_like(time)))[1]
 
@@ -35,14 +37,20 @@ class _ContiguousNorms(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def _norms() -> AbstractContextManager:
+    """What a GroupNorm of channels_last needs to be differentiated: nothing, but with torch 2.6 a copy."""
+    return nullcontext() if _differentiates_channels_last() else _ContiguousNorms()
+
+
+@functools.lru_cache
 def _differentiates_channels_last() -> bool:
-    """Whether torch has the derivative of a GroupNorm of channels_last; torch 2.6 has not."""
+    """Whether torch has the derivative of a GroupNorm of channels_last. Asked when it is needed: torch then imports
+    much."""
     x = torch.ones(1, 4, 2, 2).contiguous(memory_format=torch.channels_last)
-    try:
-        torch.func.jvp(lambda x: F.group_norm(x, 2), (x,), (x,))
-    except RuntimeError:
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own use of torch.jit
+        try:
+            torch.func.jvp(lambda x: F.group_norm(x, 2), (x,), (x,))
+        except RuntimeError:
+            return False
     return True
-
-
-_NormMode = nullcontext if _differentiates_channels_last() else _ContiguousNorms

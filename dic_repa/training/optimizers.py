@@ -7,13 +7,13 @@ not wait for it.
 """
 
 import inspect
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from dic_repa.errors import UserError
+from dic_repa.models.adapters import quiet_bitsandbytes
 from dic_repa.recipe.schema import OptimizerSection
 from dic_repa.registry import Registry
 from dic_repa.training.muon import Muon
@@ -41,8 +41,7 @@ def adamw_8bit(parameters, lr, weight_decay=0.0, betas=(0.9, 0.999), **options) 
             "optimizer adamw-8bit does not take sharded weights; take adamw, whose moments are divided among "
             "the processes, or train.sharding: none"
         )
-    # On a CPU it would warn that a package for other ends, of 4 bits, is not installed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

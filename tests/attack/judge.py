@@ -221,6 +221,7 @@ def _enter(folder: Path) -> None:
         place.mkdir(exist_ok=True)
     os.chdir(folder / "work")
     given = {"HOME": home, "XDG_CACHE_HOME": home / "cache", "TMPDIR": temporary}
+    given["TORCHINDUCTOR_CACHE_DIR"] = home / "cache" / "inductor"  # torch's own, made when peft imports bitsandbytes
     os.environ.update({name: str(path) for name, path in given.items()})
     tempfile.tempdir = None
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND

@@ -61,7 +61,7 @@ def test_right_kinds():
         ("optimizer.options={eps: [1]}", "adamw"),
         ("schedule={name: cosine, options: {final: yes}}", "final takes a number, not True"),
         ("objective.options={time: {name: logit-normal, mean: x}}", "mean takes a number, not 'x'"),
-        ("sample.grid={name: shifted, options: {shift: yes}}", "shift takes a number, not True"),
+        ("sample.grid={name: shifted, options: {shift: yes}}", "shift takes a number or a text, not True"),
         ("train.trackers=[nowhere]", "unknown tracker 'nowhere'"),
         (
             "model={name: DiC, width: 20000, depths: [1, 1, 1, 1, 1], options: {block: 5}}",

@@ -185,12 +185,16 @@ def shapes(model: str, channels: int, alignments: str, size: int):
         aligned = AlignedDenoiser(
             denoiser,
             [
-                Alignment.build(denoiser, tap, 768, grid, (size, size), head, **options)
-                for tap, head, options in json.loads(alignments)
+                Alignment.build(
+                    denoiser, tap, *((768, grid) if encoder else (None, None)), (size, size), head, **options
+                )
+                for tap, encoder, head, options in json.loads(alignments)
             ],
         )
         output = aligned(torch.empty(2, channels, size, size), torch.empty(2), torch.empty(2, dtype=torch.int64))
-    return tuple(output.prediction.shape), [tuple(projection.shape) for projection in output.projections]
+    both = [each if isinstance(each, tuple) else (each, each) for each in output.projections]  # with their targets
+    assert all(projection.shape == target.shape for projection, target in both)
+    return tuple(output.prediction.shape), [tuple(projection.shape) for projection, _ in both]
 
 
 @pytest.mark.slow
@@ -201,12 +205,16 @@ def test_every_recipe_builds_on_the_meta_device(name):
     size, channels = recipe.data.size, 1 if recipe.data.name == "digits" else 4
     if recipe.data.autoencoder == "none":
         channels = 3
-    alignments = json.dumps([(section.tap, section.head, section.head_options) for section in recipe.alignments])
-    prediction, projections = shapes(recipe.model.model_dump_json(), channels, alignments, size)
+    specs = [
+        (a.tap, a.encoder, a.head, a.head_options | ({"teacher": a.teacher} if a.teacher else {}))
+        for a in recipe.alignments
+    ]
+    prediction, projections = shapes(recipe.model.model_dump_json(), channels, json.dumps(specs), size)
     twice = recipe.model.learn_sigma
     assert twice == (recipe.objective.name == "ddpm" and recipe.objective.options.get("learned_variance", True))
     assert prediction == (2, 2 * channels if twice else channels, size, size)
-    assert projections == [(2, (size // 2) ** 2, 768)] * len(recipe.alignments)
+    if all(section.encoder for section in recipe.alignments):
+        assert projections == [(2, (size // 2) ** 2, 768)] * len(recipe.alignments)
 
 
 def test_sampling_recipes():

@@ -66,11 +66,13 @@ class Levels(torch.utils.data.Dataset):
 
 @register_dataset("vectors")
 def vectors(size, split="train", null="learnt"):
+    """Pictures of one level, and the level as a vector."""
     return Levels(VectorCondition(1, null), size)
 
 
 @register_dataset("texts")
 def texts(size, split="train"):
+    """Pictures of one level, and the level as tokens."""
     return Levels(TokenCondition(3, 2), size)
 
 
