@@ -8,6 +8,7 @@ every image is always computed in the same batch and is the same to the bit, wha
 change within its tolerances.)
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,15 @@ _CHANGEABLE = {
 }
 
 
+def _completed(record: dict) -> dict:
+    """A record of samples with the keys that an earlier version did not have, which stand for their defaults."""
+    sample = record.get("sample")
+    if isinstance(sample, dict) and "num" in sample:
+        with contextlib.suppress(ValueError):  # damaged, which is told later
+            return record | {"sample": SampleSection.model_validate(sample).model_dump(mode="json")}
+    return record
+
+
 class SampleFolder:
     """A folder of samples, and what it shall hold.
 
@@ -86,7 +96,7 @@ class SampleFolder:
         if overwrite or not (self.path / SAMPLES_FILE).exists():
             return
         hint = self.hint
-        before = read_json(self.path / SAMPLES_FILE, hint, dict)
+        before = _completed(read_json(self.path / SAMPLES_FILE, hint, dict))
         fixed = set(_CHANGEABLE)
         if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
             fixed -= {"sample.num", "sample.batch_size"}

@@ -101,6 +101,10 @@ def test_more_samples_are_added_and_others_refused(sample, mistake, checkpoint):
     after = {file.name: file.stat().st_mtime_ns for file in Path("out").glob("[0-9]*.png")}
     assert len(after) == 30
     assert stamps.items() <= after.items()
+    record = json.loads(Path("out/samples.json").read_text())
+    Path("out/samples.json").write_text(json.dumps(record | {"sample": _without(record["sample"], "pixels")}))
+    sample("--num", "30", "--batch-size", "10", "--out", "out")  # as an earlier version has it, without a key of today
+    assert json.loads(Path("out/samples.json").read_text()) == record
     again = ["sample", checkpoint, "--out", "out", "--num", "30"]
     assert "out exists with other samples (sample.seed differ)" in mistake(*again, "--seed", "7")
     assert "(sample.steps differ)" in mistake(*again, "--steps", "2")
@@ -247,3 +251,7 @@ def test_writing_an_npz_holds_few_images_in_memory(tmp_path):
     measured = json.loads(done.stdout)
     assert measured["file_bytes"] > 2000 * 128 * 128 * 3
     assert measured["grown_bytes"] < 60e6  # of 98 MB of images
+
+
+def _without(section: dict, key: str) -> dict:
+    return {name: value for name, value in section.items() if name != key}
