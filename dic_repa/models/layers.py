@@ -47,7 +47,8 @@ def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0
     """Sinusoids of t (B,) as (B, width), float32 (float64 of such a t): cosines in the first half, then sines."""
     half = width // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.to(torch.promote_types(t.dtype, torch.float32))[:, None] * frequencies
+    t = t if t.dtype == torch.float64 else t.float()  # torch 2.6 reads no exported `promote_types`
+    angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
