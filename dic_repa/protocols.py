@@ -129,13 +129,13 @@ class Encoder(Protocol):
 
 
 class Teacher(Protocol):
-    """Targets from the denoiser itself, in place of an encoder's; made by `factory(**options)`."""
+    """Targets from the denoiser itself, in place of an encoder's; made by `factory(**options)`.
+
+    They are those of the pass that is trained; or, if it has `earlier(uniform)`, of a pass of the averaged weights with
+    less noise: by how much time (B,), from random numbers (B,) in [0, 1).
+    """
 
     tap: str  # the submodule whose feature map is the target
-    averaged: bool  # of the averaged weights, in a pass of their own; or of the pass that is trained
-
-    def earlier(self, uniform: Tensor) -> Tensor:
-        """By how much time (B,) less noise the averaged weights see, from random numbers (B,) in [0, 1)."""
 
 
 class Head(Protocol):

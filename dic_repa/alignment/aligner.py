@@ -141,7 +141,7 @@ class Aligner(nn.Module):
 
     def _tokens(self, images: Tensor | None, scales: Sequence[float]) -> Sequence[Tensor | None]:
         """The encoders' tokens of the images."""
-        if any(alignment.teacher and alignment.teacher.averaged for alignment in self.alignments):
+        if any(alignment.by_averaged for alignment in self.alignments):
             raise UserError(
                 "the averaged weights are yours to run: aligner(images, t, tokens=[averaged_tokens(ema, tap, ...)])"
             )

@@ -75,13 +75,18 @@ class Alignment(nn.Module):
             raise UserError(f"loss '{loss_name(loss)}' compares the tap's features themselves; set head: identity")
         if not self.needs_target and teacher:
             raise UserError(f"loss '{loss_name(loss)}' compares with no teacher; leave the teacher out")
-        if self.teacher and not self.teacher.averaged and self.teacher.tap == tap:
+        if self.same_pass == tap:
             raise UserError(f"the tap '{tap}' is its own teacher, so that there is nothing to learn; name a later tap")
 
     @property
     def same_pass(self) -> str | None:
         """The tap whose output in the same pass is the target; None if the target is another's."""
-        return self.teacher.tap if self.teacher and not self.teacher.averaged else None
+        return None if self.teacher is None or self.by_averaged else self.teacher.tap
+
+    @property
+    def by_averaged(self) -> bool:
+        """Whether the averaged weights give its targets, in a pass of their own."""
+        return hasattr(self.teacher, "earlier")
 
     @property
     def takes_tokens(self) -> bool:

@@ -7,7 +7,7 @@ same data with less noise. `dic_repa.protocols.Teacher` says what one must have.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,6 @@ class LayerSync:
     """
 
     tap: str
-    averaged: ClassVar[bool] = False
-
-    def earlier(self, uniform: Tensor) -> Tensor:
-        return torch.zeros_like(uniform)
 
 
 @teachers.register("self-alignment")
@@ -47,13 +43,13 @@ class SelfAlignment:
 
     tap: str
     interval: float = 0.2
-    averaged: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 <= self.interval <= 1:
             raise UserError(f"self-alignment: the interval of time lies in [0, 1], not at {self.interval}")
 
     def earlier(self, uniform: Tensor) -> Tensor:
+        """By how much time less noise the averaged weights see, from random numbers in [0, 1), both (B,)."""
         return self.interval * uniform
 
 
@@ -74,8 +70,8 @@ def averaged_tokens(model: nn.Module, tap: str, *inputs: Any, **keywords: Any) -
 
 def check_objective(objective: Any, averaged: bool) -> None:
     """A UserError if an alignment asks the averaged weights of an objective that has no one noisy state."""
-    if averaged and not hasattr(objective, "with_less_noise"):
+    if averaged and not (hasattr(objective, "with_less_noise") and hasattr(objective, "earlier")):
         raise UserError(
-            f"alignments: self-alignment needs an objective that can give the same data with less noise "
-            f"(`with_less_noise`), which {type(objective).__name__} cannot; take flow-matching or ddpm"
+            f"alignments: self-alignment needs an objective that can give the same data with less noise (`earlier`), "
+            f"which {type(objective).__name__} cannot; take flow-matching or ddpm"
         )

@@ -41,7 +41,13 @@ class ObjectiveOutput:
 
 
 class Denoising:
-    """An objective of one noisy state and one run of the model: `corrupt` the data, weigh the error by `loss`."""
+    """An objective of one noisy state and one run of the model: `corrupt` the data, weigh the error by `loss`.
+
+    `earlier(t, interval)`, which self-alignment needs, moves the times t (B,) of `draw` towards the data by `interval`
+    (B,) in [0, 1].
+    """
+
+    earlier: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, model, batch: Batch) -> ObjectiveOutput:
         """Run the `AlignedDenoiser` `model` on the batch. A middle head has the same loss, times its weight."""
@@ -58,10 +64,6 @@ class Denoising:
     def with_less_noise(self, batch: Batch, interval: Tensor) -> Noisy:
         """The batch's data with the same noise, at times that are nearer to the data by `interval` (B,) in [0, 1]."""
         return self.corrupt(batch.x, self.earlier(batch.draws["t"], interval), batch.draws["noise"])
-
-    def earlier(self, t: Tensor, interval: Tensor) -> Tensor:
-        """The times t (B,), as `draw` gives them, moved towards the data by `interval` (B,) in [0, 1]."""
-        raise NotImplementedError
 
     def corrupt(self, x: Tensor, t: Tensor, noise: Tensor) -> Noisy:
         """The noisy state of data x (B, C, H, W) at the times t (B,), and what the denoiser should make of it."""

@@ -112,7 +112,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     if weights not in (known := [RAW, *averages]):
         raise UserError(f"sample.weights: this recipe has no '{weights}'{did_you_mean(weights, known)}")
     ema = averages["ema" if weights == RAW else weights]
-    check_objective(objective, any(each.teacher and each.teacher.averaged for each in alignments))
+    check_objective(objective, any(each.by_averaged for each in alignments))
     adapt(denoiser, settings)
     if start:
         check_fresh(denoiser, start.fresh)

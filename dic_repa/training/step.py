@@ -119,7 +119,7 @@ class TrainingStep:
         """For each alignment to the averaged weights, by how much less noise these see (B,), in passes."""
         intervals = {}
         for i, alignment in enumerate(self.parts.aligner.alignments):
-            if alignment.teacher and alignment.teacher.averaged:
+            if alignment.teacher and alignment.by_averaged:
                 uniform = torch.rand(self.settings.batch_size, generator=generator, device=generator.device)
                 intervals[i] = alignment.teacher.earlier(uniform)[rows].chunk(self.passes)
         return intervals

@@ -116,7 +116,7 @@ class OwnHead(nn.Module):
 
 
 class OwnTeacher:
-    tap, averaged = "mid.0", True
+    tap = "mid.0"
 
     def earlier(self, uniform):
         USED.append("teacher")
