@@ -72,8 +72,8 @@ def dic_repa(tmp_path):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run `dic-repa ARGUMENTS` in this process, in an empty folder; returns what it prints.
+def call(tmp_path, monkeypatch, capsys):
+    """Run `dic-repa ARGUMENTS` in this process, in an empty folder: exit code, standard output and error.
 
     As `dic_repa` does where a test needs no process of its own: the start of one costs seconds.
     """
@@ -81,32 +81,35 @@ def here(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def run(*arguments) -> str:
+    def run(*arguments) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit:
             main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
-        assert not exit.value.code, printed.out + printed.err
-        return printed.out
+        return exit.value.code or 0, printed.out, printed.err
 
     return run
 
 
 @pytest.fixture
-def mistake(tmp_path, monkeypatch, capsys):
-    """Call the command line's entry point with a mistake: exit code 2 and one line on standard error, which is
-    returned.
-
-    In this process, since there are many of them and each start costs seconds.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def here(call):
+    """Run `dic-repa ARGUMENTS` in this process, in an empty folder; returns what it prints."""
 
     def run(*arguments) -> str:
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        error = capsys.readouterr().err
-        assert exit.value.code == 2, error
+        code, output, error = call(*arguments)
+        assert code == 0, output + error
+        return output
+
+    return run
+
+
+@pytest.fixture
+def mistake(call):
+    """Call the command line's entry point with a mistake, in this process: exit code 2 and one line on standard error,
+    which is returned."""
+
+    def run(*arguments) -> str:
+        code, _, error = call(*arguments)
+        assert code == 2, error
         lines = [line for line in error.splitlines() if line.strip() and not line.startswith("training into ")]
         assert len(lines) == 1, error
         assert lines[0].startswith("error: ")

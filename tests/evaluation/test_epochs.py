@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
-from click.testing import CliRunner
 from small_runs import small_run
+from verbs import invoke
 
 from dic_repa.cli.evaluate import command
 from dic_repa.data.digits import load_digits
@@ -48,14 +49,7 @@ def runs(trained, tmp_path, monkeypatch):
     return make
 
 
-def show(*arguments, fails: bool = False) -> str:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
-    if fails:
-        assert isinstance(result.exception, UserError), result.output
-        assert "\n" not in str(result.exception)
-        return str(result.exception)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.output
+show = functools.partial(invoke, command)
 
 
 def test_the_first_step_that_reaches_it(runs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import weakref
@@ -12,11 +13,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from inception import write_inception
 from pictures import picture, write_tree
 from PIL import Image
 from safetensors import SafetensorError
+from verbs import invoke
 
 from dic_repa.cli import main
 from dic_repa.cli.evaluate import command
@@ -59,16 +60,7 @@ def evaluate(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("DIC_REPA_STATISTICS", str(tmp_path / "statistics"))
 
-    def run(*arguments, fails: bool = False) -> str:
-        result = CliRunner().invoke(command, [str(argument) for argument in arguments])
-        if fails:
-            assert isinstance(result.exception, UserError), result.output
-            assert "\n" not in str(result.exception)
-            return str(result.exception)
-        assert result.exit_code == 0, result.output + repr(result.exception)
-        return result.output
-
-    return run
+    return functools.partial(invoke, command)
 
 
 def features(images: torch.Tensor) -> torch.Tensor:
