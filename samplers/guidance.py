@@ -173,7 +173,7 @@ class GuidedField:
 
     def __init__(self, guidance: Guidance, model: Model, y: Tensor, weak_model: Model | None = None):
         self.guidance, self.y, self.weak_model = guidance, y, weak_model
-        self.model = self.plain = model
+        self.plain = model
         self.internal = InternalModel(model, guidance.internal) if guidance.internal != 1 else model
         null = null_of(model)
         if guidance.active and weak_model is None and null is None:
@@ -196,13 +196,13 @@ class GuidedField:
         # A solver that announces its steps spares a GPU the wait for the value of t.
         start = self._step[0] if self._step is not None else float(t.flatten()[0])
         low, high = self.guidance.internal_interval
-        self.model = self.internal if low <= start <= high else self.plain
+        model = self.internal if low <= start <= high else self.plain
         low, high = self.guidance.interval
         if not (self.guidance.active and low <= start <= high):
             self.evaluations = 1
-            return self.model(x, t, self.y)
+            return model(x, t, self.y)
         self.evaluations = 2
-        strong, weak = self._pair(x, t)
+        strong, weak = self._pair(model, x, t)
         strong, weak = _prepared(self.plain, strong, x, t), _prepared(self.weak_model or self.plain, weak, x, t)
         guided = min(self.guidance.channels or x.shape[1], x.shape[1])
         scale = self.guidance.scale_at(t if t.ndim == 1 else t[:, 0], self._step, self.path or LinearPath())
@@ -214,17 +214,17 @@ class GuidedField:
             v = v * expand_as(self.guidance.rescale * ratio + 1 - self.guidance.rescale, v)
         return v if guided == strong.shape[1] else torch.cat([v, strong[:, guided:]], dim=1)
 
-    def _pair(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(self, model: Model, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction to strengthen and the one to move away from."""
         if self.weak_model is not None:
-            return self.model(x, t, self.y), self.weak_model(x, t, self.y)
+            return model(x, t, self.y), self.weak_model(x, t, self.y)
         if self.doubled:
             try:
                 times = t[:1].expand(2 * len(t), *t.shape[1:])  # all the same: the model embeds one
-                strong, weak = self.model(torch.cat([x, x]), times, torch.cat([self.y, self.null])).chunk(2)
+                strong, weak = model(torch.cat([x, x]), times, torch.cat([self.y, self.null])).chunk(2)
                 return strong, weak
             except torch.OutOfMemoryError:
                 if self.guidance.doubled:
                     raise
                 self.doubled = False
-        return self.model(x, t, self.y), self.model(x, t, self.null)
+        return model(x, t, self.y), model(x, t, self.null)

@@ -40,9 +40,11 @@ class AlignedDenoiser(nn.Module):
         self.alignments = aligner.alignments
         self.__dict__["aligner"] = aligner  # no submodule: its only ones are these alignments
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, unit_time: Tensor | None = None) -> AlignedOutput:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, unit_time: Tensor | None = None, project: bool = True
+    ) -> AlignedOutput:
         prediction = self.denoiser(x, t, y)
-        projections = self.aligner.project(t if unit_time is None else unit_time)
+        projections = self.aligner.project(t if unit_time is None else unit_time) if project else []
         if (head := getattr(self.denoiser, "middle_head", None)) is None:
             return AlignedOutput(prediction, projections)
         own, middle = prediction.chunk(2, dim=1)

@@ -13,6 +13,7 @@ from dic_repa.cli.options import PATH, Command, Count, Several, option_group
 from dic_repa.cli.sampling_options import sample_settings, sampling_option
 from dic_repa.errors import is_main_process, when_interrupted
 from dic_repa.files.outputs import check_folder
+from dic_repa.recipe import GuidanceSection
 from dic_repa.runtime.progress import print_result, say
 from dic_repa.runtime.table import number
 from dic_repa.runtime.threads import choose_threads
@@ -103,7 +104,10 @@ def command(checkpoint: Path, out: Path | None, confirm: int, **options):
     choose_threads()
     loaded = load(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     sampling = {name: value for name in SAMPLING + GUIDANCE if (value := options.pop(name)) is not None}
-    sample = sample_settings(loaded.recipe.sample, **sampling)
+    base = loaded.recipe.sample
+    if base.guidance is None:  # the search gives the scale, which an option such as --weak would ask for
+        base = base.model_copy(update={"guidance": GuidanceSection(scale=1.0)})
+    sample = sample_settings(base, **sampling)
     tuner = Tuner(loaded, sample=sample, confirm=confirm, out=out, **options)
     cells = len(tuner.cells())
     total = cells * tuner.num + min(confirm, cells) * tuner.confirm_num

@@ -111,12 +111,9 @@ def _title(checkpoint: Path, path: str) -> str:
 
 
 def is_guided(checkpoint: Checkpoint) -> bool:
-    """Whether guidance has something to move away from: a null class that was trained, or a weaker model. A model that
-    has learnt guidance itself has not."""
+    """Whether guidance has something to move away from: a null class that was trained, or a weaker model."""
     guidance = checkpoint.recipe.sample.guidance
-    learnt = checkpoint.condition.kind != "none" and checkpoint.recipe.train.label_dropout > 0
-    learnt = learnt and not getattr(build_objective(checkpoint.recipe.objective), "guided", False)
-    return learnt or bool(guidance and guidance.weak)
+    return checkpoint.learnt_null or bool(guidance and guidance.weak)
 
 
 def solvers_of(checkpoint: Checkpoint) -> dict[str, str]:

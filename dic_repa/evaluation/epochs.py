@@ -72,6 +72,7 @@ def epochs_to(value: float, runs: Sequence[str | Path], score: str | None = None
         import_plugins(recipe)
     score = score or _main_score(folders[0], recipes[0])
     if (metric := find_metric(score)) is None:
+        metrics.create(score)  # tells a feature space that is not known
         raise unknown_name("metric", score, metrics.names())
     pairs = zip(folders, recipes)
     return [found for run, recipe in pairs for found in _reached(run, recipe, value, score, metric)]

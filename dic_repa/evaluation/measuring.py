@@ -137,8 +137,9 @@ class Measure:
         if self.bound:
             self.check_size(self.bound.size(), f"the images of the bound {self.bound.source}")
             self._check_labels(_labels(self.bound))
-            if self.ratios and self.reference and self.bound.fingerprint == self.reference.fingerprint:
-                raise UserError(f"{', '.join(self.ratios)}: the bound is the reference itself; name held-out images")
+            asking = [name for name, part in self.ratios.items() if not part.published]
+            if asking and self.reference and self.bound.fingerprint == self.reference.fingerprint:
+                raise UserError(f"{', '.join(asking)}: the bound is the reference itself; name held-out images")
 
     def __call__(
         self,

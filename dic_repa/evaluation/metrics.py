@@ -7,6 +7,7 @@ A metric takes one layer of features of the samples, (N, D), and what it compare
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable
@@ -238,8 +239,10 @@ class MetricSet:
 
 def find_metric(name: str) -> Metric | None:
     """The metric that a score of that name is of; None for other names, and for a set's."""
-    known = name in metrics or f"{name.partition(':')[0]}:" in metrics
-    part = metrics.create(name) if known and not name.endswith(":") else None
+    known, part = name in metrics or f"{name.partition(':')[0]}:" in metrics, None
+    if known and not name.endswith(":"):
+        with contextlib.suppress(UserError):  # of a feature space that is not known here, as in another's record
+            part = metrics.create(name)
     return part if isinstance(part, Metric) else None
 
 

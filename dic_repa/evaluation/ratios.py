@@ -33,6 +33,9 @@ class MeanRatio(Metric):
     def ratio(self, scores: Mapping[str, float], real: Mapping[str, float]) -> float:
         """The mean ratio of the scores of samples, by name, to those of the `real` images."""
         real = dict(zip(self.names, self.published)) or real
+        if zero := [name for name in self.names if not real[name]]:
+            same = f"the bound scores 0 in {', '.join(zero)}, as the reference itself does"
+            raise UserError(f"{self.title}: {same}; name held-out images")
         return sum(scores[name] / real[name] for name in self.names) / len(self.names)
 
 

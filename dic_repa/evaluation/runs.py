@@ -34,7 +34,7 @@ from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runs.listing import current_names
 from dic_repa.runtime.progress import warn
-from dic_repa.sampling.folder import SampleFolder, sample_into, sample_spec
+from dic_repa.sampling.folder import SampleFolder, completed, sample_into, sample_spec
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint, load
 from dic_repa.sampling.weights import weak_weights
@@ -75,7 +75,8 @@ class Judgement:
         if not self.record.exists():
             return False
         try:
-            record, wanted = read_json(self.record, "it is made again", dict), self.identity()
+            record = completed(read_json(self.record, "it is made again", dict))
+            wanted = self.identity()
             same = {key: record.get(key) for key in wanted} == wanted
             whole = isinstance(record.get("scores"), dict) and isinstance(record.get("evaluations"), int | None)
             if same and not whole:
@@ -198,7 +199,8 @@ def describe_sampling(sample: SampleSection) -> str:
     if sample.grid:
         words += [sample.grid.name, *sample.grid.options.values(), *(sample.grid.times or ())]
     if guidance := sample.guidance:
-        words += [guidance.kind, guidance.scale, *guidance.interval]
+        alone = guidance.kind == "cfg" and guidance.scale == 1 and guidance.internal != 1
+        words += [] if alone else [guidance.kind, guidance.scale, *guidance.interval]
         for key in ("channels", "schedule", "rescale", "weak", "internal", "internal_interval"):
             value = getattr(guidance, key)
             if value != GuidanceSection.model_fields[key].default:

@@ -30,6 +30,7 @@ from dic_repa.files.reading import read_json
 from dic_repa.files.weights import weights_fingerprint
 from dic_repa.models.pretrained import WEIGHTS
 from dic_repa.recipe import GuidanceSection, SampleSection
+from dic_repa.sampling.folder import completed
 from dic_repa.sampling.labels import draw_labels
 from dic_repa.sampling.load import Checkpoint
 from dic_repa.sampling.weights import home_of, weak_weights
@@ -129,15 +130,16 @@ class Tuner:
         recipe, guidance = self.loaded.recipe, self.sample.guidance
         if search is not None and search not in SEARCHES:
             raise unknown_name("search", search, SEARCHES)
-        learnt = recipe.train.label_dropout not in (0, 1) and self.loaded.condition.kind != "none"
-        guided = learnt or bool(guidance and guidance.weak)
+        guided = self.loaded.learnt_null or bool(guidance and guidance.weak)
         internal = getattr(self.loaded.denoiser, "middle_head", None) is not None
         if search == "internal" and not internal:
             raise UserError(f"{self.loaded.source} has no middle head, so it has no internal guidance to search")
         if search == "internal" or (search is None and internal and not guided):
             return "internal"
         if not guided:
-            why = "without label dropout" if recipe.train.label_dropout == 0 else "without labels"
+            dropout, labelled = recipe.train.label_dropout, self.loaded.condition.kind != "none"
+            why = "without labels" if dropout == 1 or not labelled else "without label dropout"
+            why = "with guidance that it has learnt itself" if labelled and 0 < dropout < 1 else why
             other = "--search internal, or --weak" if internal else "--weak"
             raise UserError(
                 f"{self.loaded.source} was trained {why}, so it has no guidance to search; choose another with {other}"
@@ -216,7 +218,7 @@ class Tuner:
         cells = read_json(self.file, THEN, dict).get("cells")
         if not isinstance(cells, list) or not all(map(_is_cell, cells)):
             raise UserError(f"{self.file} is damaged (a cell of the search is not whole); {THEN}")
-        return cells
+        return [{"search": "guidance", **completed(cell)} for cell in cells]  # earlier versions searched nothing else
 
     def _write(self) -> None:
         if check_folder(self.folder, "tune") is None:

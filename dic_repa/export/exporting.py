@@ -149,9 +149,7 @@ def describe(model: Checkpoint) -> dict[str, Any]:
         and spec.to_dict() | {"name": Path(spec.name).name if Path(spec.name).is_absolute() else spec.name},
         "condition": denoiser.conditioned_on.to_dict(),
         "class_names": list(model.condition.names),
-        "guides": recipe.train.label_dropout > 0
-        and denoiser.conditioned_on.kind != "none"
-        and not getattr(objective, "guided", False),
+        "guides": model.learnt_null,
         "sample": recipe.sample.model_dump(mode="json", include=keys, exclude_none=True),
     }
 

@@ -18,10 +18,10 @@ from dic_repa.conditions import condition_of_model, null_of
 from dic_repa.errors import UserError
 from dic_repa.interpolants import Interpolant, expand_as
 from dic_repa.objectives.base import Batch, ObjectiveOutput, VelocityModel, objectives
-from dic_repa.objectives.flow_matching import FlowMatching
+from dic_repa.objectives.flow_matching import FlowMatching, LogitNormal
 from dic_repa.samplers.ddpm import split_output
 
-TIME = {"name": "logit-normal", "mean": -0.4, "std": 1.0}
+TIMES = LogitNormal(mean=-0.4, std=1.0)
 
 
 class AverageVelocityModel(VelocityModel):
@@ -62,7 +62,7 @@ class MeanFlow(FlowMatching):
     def __init__(
         self,
         path: Interpolant | str | dict = "linear",
-        time: Any = None,
+        time: Any = TIMES,
         span_share: float | None = None,
         p: float = 1.0,
         c: float = 0.01,
@@ -71,7 +71,7 @@ class MeanFlow(FlowMatching):
         interval: Sequence[float] = (0.0, 1.0),
         shift: float | str = 1.0,
     ):
-        super().__init__(path, TIME if time is None else time, shift=shift)
+        super().__init__(path, time, shift=shift)
         if self.time_range != (0.0, 1.0):
             raise UserError("average velocities need a path with a velocity at all times; take linear or cosine")
         span_share = self.usual_share if span_share is None else span_share
@@ -105,10 +105,9 @@ class MeanFlow(FlowMatching):
         """`t`, `r` (B,) and `noise` (B, C, H, W) for a whole step's batch of `shape`; see `FlowMatching.draw`."""
         draws = super().draw(shape, generator, device)
         first, second = draws["t"], self.draw_times(shape, generator).to(draws["t"].device)
-        spans = torch.zeros(shape[0], dtype=torch.bool)
-        spans[spanning_rows(self.span_share, shape[0])] = True
-        t = torch.maximum(first, second)
-        return draws | {"t": t, "r": torch.where(spans.to(t.device), torch.minimum(first, second), t)}
+        t, r = torch.maximum(first, second), torch.minimum(first, second)
+        rows = spanning_rows(self.span_share, shape[0], t.device)
+        return draws | {"t": t, "r": t.index_copy(0, rows, r[rows])}
 
     def __call__(self, model: Any, batch: Batch) -> ObjectiveOutput:
         """Run the `AlignedDenoiser` `model` on the batch: as many rows as were drawn, or one of equal parts of them."""
@@ -130,13 +129,13 @@ class MeanFlow(FlowMatching):
     def average_target(self, model: Any, x_t: Tensor, velocity: Tensor, times: Tensor, y: Tensor) -> Tensor:
         """What u should be at x_t and the times (t, r) (B, 2) of pairs with this `velocity`, all (B, C, H, W)."""
         target = self.guide(model, x_t, velocity, times[:, 0], y)
-        rows = spanning_rows(self.span_share, len(x_t))
+        rows = spanning_rows(self.span_share, len(x_t), x_t.device)
         if not is_whole(self.span_share * len(x_t)):
-            rows = list(range(len(x_t)))  # of such a part of a batch they are others each time
-        if rows:
-            tangent = target[rows] if self.along_pair else None
-            change = bare(model).derivative(x_t[rows], times[rows], y[rows], tangent)
-            target[rows] -= expand_as(times[rows, 0] - times[rows, 1], change) * change
+            rows = torch.arange(len(x_t), device=x_t.device)  # of such a part of a batch they are others each time
+        if len(rows):
+            pair, tangent = times[rows], target[rows] if self.along_pair else None
+            change = bare(model).derivative(x_t[rows], pair, y[rows], tangent)
+            target[rows] -= expand_as(pair[:, 0] - pair[:, 1], change) * change
         return target
 
     def guide(self, model: Any, x_t: Tensor, velocity: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -180,13 +179,15 @@ def bare(model: Any) -> Any:
 
 def own_velocity(model: Any, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """u(x_t, t, t, y) (B, C, H, W) in float32 or better, of an `AlignedDenoiser`."""
-    prediction = split_output(model(x_t, torch.stack([t, t], dim=1), y, t).prediction, x_t.shape[1])[0]
+    prediction = split_output(model(x_t, torch.stack([t, t], dim=1), y, t, False).prediction, x_t.shape[1])[0]
     return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
 
-def spanning_rows(share: float, count: int) -> list[int]:
-    """Which of `count` rows have r < t: that share of them, evenly spread; a fixed choice, since rows are shuffled."""
-    return [row for row in range(count) if math.floor((row + 1) * share + 1e-9) > math.floor(row * share + 1e-9)]
+def spanning_rows(share: float, count: int, device: torch.device | str | None = None) -> Tensor:
+    """Which of `count` rows have r < t, whole numbers (n,): that share of them, evenly spread; a fixed choice, since
+    rows are shuffled. Made on the `device`, which would be waited for if they came from the host."""
+    nth = torch.arange(1, math.floor(count * share + 1e-9) + 1, dtype=torch.float64, device=device)
+    return ((nth - 1e-9) / share).ceil().long() - 1
 
 
 def is_whole(number: float) -> bool:

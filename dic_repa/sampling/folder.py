@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ _CHANGEABLE = {
 }
 
 
-def _completed(record: dict) -> dict:
+def completed(record: dict) -> Any:
     """A record of samples with the keys that an earlier version did not have, which stand for their defaults."""
     sample = record.get("sample")
     if isinstance(sample, dict) and "num" in sample:
@@ -96,7 +97,7 @@ class SampleFolder:
         if overwrite or not (self.path / SAMPLES_FILE).exists():
             return
         hint = self.hint
-        before = _completed(read_json(self.path / SAMPLES_FILE, hint, dict))
+        before = completed(read_json(self.path / SAMPLES_FILE, hint, dict))
         fixed = set(_CHANGEABLE)
         if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
             fixed -= {"sample.num", "sample.batch_size"}

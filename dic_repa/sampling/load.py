@@ -51,6 +51,13 @@ class Checkpoint(Editing):
         names = known.names if known else build_class_names(self.recipe.data, taken.count)
         return class_labels(taken.count, names, known.counts if isinstance(known, ClassLabels) else None)
 
+    @property
+    def learnt_null(self) -> bool:
+        """Whether guidance has a null class to move away from: one that was trained, and not by a model that has learnt
+        guidance itself."""
+        labelled = self.condition.kind != "none" and self.recipe.train.label_dropout not in (0, 1)
+        return labelled and not getattr(build_objective(self.recipe.objective), "guided", False)
+
     def sampler(self, settings: SampleSection) -> Sampler:
         """What samples from the denoiser by `settings`, with the objective and the data's shape of its recipe.
 

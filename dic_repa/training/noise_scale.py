@@ -37,11 +37,15 @@ class NoiseScale:
         self.small = batch // (passes * accelerator.num_processes)
         self.measurable = self.small < batch and not sharded
         self.signal = self.noise = 0.0  # running means of |G|^2 and tr(Sigma), times the same factor
+        self.scale = 1.0  # of the losses, under fp16
         self.norms: list[Tensor] = []  # of each parameter's gradient, in each pass
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Note the norms of the gradients of the passes inside; the host does not wait for the device."""
+        """Note the norms of the gradients of the passes inside; but for fp16 the host does not wait for the
+        device."""
+        scaler = self.accelerator.scaler
+        self.scale = scaler.get_scale() if scaler is not None and self.measurable else 1.0  # the step may change it
         self.norms = []
         hooks = [parameter.register_hook(self._note) for parameter in self.parameters] if self.measurable else []
         try:
@@ -64,9 +68,8 @@ class NoiseScale:
         """
         if not self.measurable:
             return None
-        unscaled = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         # A pass's loss was divided by their number. The mean over passes, and over processes:
-        squares = torch.stack(self.norms).square().sum() * self.passes / unscaled**2
+        squares = torch.stack(self.norms).square().sum() * self.passes / self.scale**2
         small, whole = self.accelerator.reduce(torch.stack([squares, norm.square()]), "mean").tolist()
         if not abs(small + whole) < float("inf"):  # a step that was skipped
             return self.value()

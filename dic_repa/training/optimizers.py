@@ -8,9 +8,10 @@ not wait for it.
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dic_repa.errors import UserError
 from dic_repa.models.adapters import quiet_bitsandbytes
@@ -47,7 +48,28 @@ def adamw_8bit(parameters, lr, weight_decay=0.0, betas=(0.9, 0.999), **options) 
     except ImportError:
         hint = "install it: pip install 'dic-repa[low-bit]', or take adamw"
         raise UserError(f"optimizer adamw-8bit needs the package bitsandbytes; {hint}") from None
-    return AdamW8bit(parameters, lr, betas, weight_decay=weight_decay, **options)
+    optimizer = AdamW8bit(parameters, lr, betas, weight_decay=weight_decay, **options)
+    keep_layouts(optimizer)
+    return optimizer
+
+
+def keep_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Let the weights stay where and as they are in memory: bitsandbytes puts contiguous copies in their place, and by
+    the layout of weights that of all activations is chosen."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+
+    def before(*_: Any) -> None:
+        weights = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        kept[:] = [(weight, weight.data) for weight in weights if not weight.is_contiguous()]
+
+    def after(*_: Any) -> None:
+        for weight, data in kept:
+            if weight.data_ptr() != data.data_ptr():
+                weight.data = data.copy_(weight.data)
+        kept.clear()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
 
 
 @optimizers.register("adam")
@@ -118,7 +140,7 @@ def hidden_matrices(model: nn.Module, others: Sequence[str] = ()) -> list[nn.Par
     """What Muon trains: the `matrices` but for the denoiser's first and last layer, and those of the patterns `others`.
 
     Its authors (github.com/KellerJordan/Muon) leave embeddings, a ConvNet's first layer and the last one to AdamW. A
-    middle head's last layer is one, too.
+    middle head's last layer is one, too. A denoiser of several last layers names them in `last_layers`.
 
     Raises:
         UserError: a pattern of `others` names no parameter.
@@ -135,7 +157,8 @@ def hidden_matrices(model: nn.Module, others: Sequence[str] = ()) -> list[nn.Par
     ]
     named = dict(model.named_parameters())
     chosen = select(list(named), others, "optimizer.options.others", "parameter")
-    ends = [*layers[:1], *layers[-1:], *([head.linear.weight] if head is not None else [])]
+    last = [getattr(getattr(denoiser, name), "weight", None) for name in getattr(denoiser, "last_layers", ())]
+    ends = [*layers[:1], *layers[-1:], *last, *([head.linear.weight] if head is not None else [])]
     left = {id(layer) for layer in ends} | {id(named[name]) for name in chosen}
     return [parameter for parameter in matrices(model) if id(parameter) not in left]
 

@@ -117,7 +117,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     if start:
         check_fresh(denoiser, start.fresh)
     with watched("", "the mean of the data", None):
-        mean = data_mean(data, device) if hasattr(objective, "data_mean") else None
+        wanted = hasattr(objective, "data_mean")
+        mean = in_all_processes(accelerator, lambda: data_mean(data, device) if wanted else None)
     aligned = AlignedDenoiser(denoiser, alignments).to(device)
     model: nn.Module = aligned
     if settings.compile:

@@ -92,6 +92,10 @@ def test_guidance_needs_a_scale():
         assert sample_settings(plain, scale=3.0, **{option: value}).guidance.scale == 3.0
     with pytest.raises(UserError, match="--cfgpp needs --scale"):
         sample_settings(plain, kind="cfg++")
+    with pytest.raises(UserError, match="--internal-interval needs --internal"):
+        sample_settings(plain, internal_interval=(0.0, 0.5))
+    with pytest.raises(UserError, match="--interval needs --scale"):
+        sample_settings(plain, internal=1.4, interval=(0.0, 0.5))  # it would do nothing
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,9 @@ def test_command_line(checkpoint, landscape, tmp_path):
     assert done.exit_code == 0, done.output
     assert f"use: dic-repa sample {checkpoint} --scale 2 --interval 0 1 --steps 3 --seed 1\n" in done.output
     assert (tmp_path / "out/tune.png").is_file()
+    weak = CliRunner().invoke(command, [*line, "--weak", str(checkpoint), "--out", str(tmp_path / "weak")])
+    assert weak.exit_code == 0, weak.output + repr(weak.exception)
+    assert f"--scale 2 --interval 0 1 --steps 3 --seed 1 --weak {checkpoint}\n" in weak.output
 
 
 def test_mistakes(mistake, checkpoint):

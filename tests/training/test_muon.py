@@ -72,6 +72,10 @@ def test_muon_is_torchs():
     [
         (create_denoiser("DiC", width=8, depths=[1, 1, 1, 1, 1]), ["stem", "output.conv2", "condition.0.label"]),
         (create_denoiser("SiT", width=32, depth=1, num_heads=2), ["patches.proj", "output.linear", "condition.label"]),
+        (
+            create_denoiser("U-ViT", width=16, depth=3, num_heads=2, size=16),
+            ["patches.proj", "linear", "conv", "label"],
+        ),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.PReLU(4), nn.Conv2d(4, 1, 3)), ["0", "3"]),
     ],
 )
@@ -79,7 +83,7 @@ def test_hidden_matrices_are_all_but_ends_and_embeddings(model, left):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     chosen = {names[id(parameter)] for parameter in hidden_matrices(model)}
     weights = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
-    tables = {name for name in weights if ".label." in name}  # of the other levels, too
+    tables = {name for name in weights if ".label." in name or name == "positions"}  # of the other levels, too
     assert chosen == weights - tables - {f"{name}.weight" for name in left}
     model.requires_grad_(False)
     assert hidden_matrices(model) == []
