@@ -135,6 +135,7 @@ def test_a_ratio_of_any_spaces():
     assert judge.better["fd-digits"] == "lower"
     assert scores["fdr:digits"] == pytest.approx(scores["fd-digits"] / scores["reference"]["fd-digits"])
     assert title("fdr:digits") == "FDr (digits)"
+    assert title("fdr:theirs") == "fdr:theirs"  # of another's record
     assert find_metric("fdr:") is None
 
 

@@ -156,6 +156,14 @@ def test_it_goes_on_where_it_stopped(checkpoint, landscape):
     landscape.asked[9:] = []
     assert tuner(checkpoint).run() == best
     assert len(landscape.asked) == 9
+    record = json.loads(search.file.read_text())  # as an earlier version has it
+    for cell in record["cells"]:
+        del cell["search"]
+        for key in ("internal", "internal_interval"):
+            (cell["sample"]["guidance"] or {}).pop(key, None)
+    search.file.write_text(json.dumps(record))
+    assert tuner(checkpoint).run() == best
+    assert len(landscape.asked) == 9
     tuner(checkpoint, scales=(2.0, 2.5)).run()
     assert [(scale, high) for scale, high, num, _ in landscape.asked[9:] if num == 20] == [(2.5, 0.5), (2.5, 1.0)]
     search.file.write_text(search.file.read_text()[:50])

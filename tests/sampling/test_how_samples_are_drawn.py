@@ -119,6 +119,10 @@ def test_a_score_says_how_classes_were_drawn(run):
     assert {r["samples"]["sampling"]["sample"]["classes"]: len(apart) for r in apart} == {"balanced": 2, "random": 2}
     drawn = RECIPE.sample.model_copy(update={"classes": "random"})
     assert describe_sampling(drawn) == describe_sampling(RECIPE.sample) + " random classes"
+    internal = {"internal": 1.4}
+    assert describe_sampling(SampleSection(num=20, steps=4, guidance=internal)) == "20 heun 4 internal 1.4"
+    both = describe_sampling(SampleSection(num=20, steps=4, guidance=internal | {"kind": "cfg++", "scale": 1.0}))
+    assert both == "20 heun 4 cfg++ 1.0 0.0 0.7 internal 1.4"  # it guides at 1, too
     assert torch.equal(draw_labels(RECIPE, ClassLabels(10), drawn), random_labels(RECIPE, ClassLabels(10), drawn.num))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,22 @@ def test_of_a_gaussian_it_is_the_trace_over_the_mean_squared():
     alone = NoiseScale(nn.ParameterList([w]), Accelerator(cpu=True), batch=8, passes=1)  # nothing to compare with
     assert not alone.measurable
     assert alone.measure(w.grad.norm()) is None
+
+
+def test_under_fp16_it_counts_by_the_scale_that_the_gradients_had():
+    """The scaler's own change comes before the log asks."""
+    w, scales = nn.Parameter(torch.randn(5)), iter([1024.0, 2048.0])
+    scaler = SimpleNamespace(get_scale=lambda: next(scales))
+    accelerator = SimpleNamespace(num_processes=1, scaler=scaler, reduce=lambda values, _how: values)
+    scale = NoiseScale(nn.ParameterList([w]), accelerator, batch=2, passes=2)
+    x = torch.randn(2, 5)
+    with scale.measuring():
+        for row in x:
+            (1024 * (w * row).sum() / 2).backward()
+    next(scales)  # it has grown
+    scale.measure(x.mean(0).norm())
+    small, whole = x.square().sum(1).mean().item(), x.mean(0).square().sum().item()
+    assert scale.state() == pytest.approx([0.1 * (2 * whole - small), 0.1 * (small - whole) / 0.5], rel=1e-4)
 
 
 def test_a_resumed_run_logs_the_same(tmp_path):

@@ -18,6 +18,8 @@ from torch import nn
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.files.manifest import write_manifest
+from dic_repa.models import DiC
+from dic_repa.models.layers import layout_of
 from dic_repa.recipe import OptimizerSection, load_recipe
 from dic_repa.training import train
 from dic_repa.training.dry_run import dry_run
@@ -166,6 +168,20 @@ def test_a_bad_step_is_skipped(name, tmp_path, monkeypatch):
     start = small_run(tmp_path / "start", *keys, "train.steps=1", "optimizer.learning_rate=1e-30")
     last = "denoiser.output.conv2.bias"
     assert not torch.equal(weights(start.checkpoint_path(1))[last], first[last])  # the first step did change them
+
+
+@needs_bitsandbytes
+def test_8_bits_leave_the_weights_where_and_as_they_are():
+    model = DiC(16, (1,) * 5, in_channels=1, num_classes=3)
+    weight = model.output.conv1.weight
+    place, before = weight.data_ptr(), weight.detach().clone()
+    optimizer = build_optimizer(OptimizerSection(name="adamw-8bit"), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert layout_of(weight) == torch.channels_last
+    assert weight.data_ptr() == place
+    assert not torch.equal(weight, before)
 
 
 @needs_bitsandbytes
