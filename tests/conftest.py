@@ -72,7 +72,7 @@ def dic_repa(tmp_path):
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def in_process(tmp_path, monkeypatch, capsys):
     """Run `dic-repa ARGUMENTS` in this process, in an empty folder: exit code, standard output and error.
 
     As `dic_repa` does where a test needs no process of its own: the start of one costs seconds.
@@ -91,11 +91,11 @@ def call(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def here(call):
+def here(in_process):
     """Run `dic-repa ARGUMENTS` in this process, in an empty folder; returns what it prints."""
 
     def run(*arguments) -> str:
-        code, output, error = call(*arguments)
+        code, output, error = in_process(*arguments)
         assert code == 0, output + error
         return output
 
@@ -103,12 +103,12 @@ def here(call):
 
 
 @pytest.fixture
-def mistake(call):
+def mistake(in_process):
     """Call the command line's entry point with a mistake, in this process: exit code 2 and one line on standard error,
     which is returned."""
 
     def run(*arguments) -> str:
-        code, _, error = call(*arguments)
+        code, _, error = in_process(*arguments)
         assert code == 2, error
         lines = [line for line in error.splitlines() if line.strip() and not line.startswith("training into ")]
         assert len(lines) == 1, error

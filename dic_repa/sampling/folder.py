@@ -101,7 +101,7 @@ class SampleFolder:
         fixed = set(_CHANGEABLE)
         if solver_info(self.spec["sample"]["solver"]).kind == "adaptive":
             fixed -= {"sample.num", "sample.batch_size"}
-        old, new = flatten(before), flatten(self.spec)
+        old, new = flatten(before), flatten(completed(self.spec))
         changed = [key for key in {**old, **new} if key not in fixed and old.get(key) != new.get(key)]
         if changed:
             raise UserError(f"{self.path} exists with other samples ({', '.join(changed)} differ); {hint}")
