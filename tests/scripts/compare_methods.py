@@ -31,6 +31,7 @@ import yaml
 
 import dic_repa.recipes
 from dic_repa.errors import UserError
+from dic_repa.evaluation.metrics import find_metric
 from dic_repa.recipe import SampleSection, load_recipe, to_yaml
 from dic_repa.recipe.files import list_recipes
 from dic_repa.recipe.keys import differences
@@ -47,16 +48,17 @@ METHODS = {  # the end of the recipe's name, and what the table calls it
     "self-alignment": "self-alignment (SRA)",
     "layer-sync": "layer-sync",
     "contrastive": "contrastive flow matching",
-    "internal": "internal guidance",
+    "internal": "internal guidance, w 1.4",
     "muon": "Muon",
     "decay": "learning-rate decay",
-    "best": "all of `digits-best`",
+    "best": "all of `digits-best`, w 1.4",
 }
 # Other ways to sample the same runs, each a row of its own.
-NO_GUIDANCE, STRONGER = ["sample.guidance=null"], ["sample.guidance.internal=2.2"]
+UNGUIDED = {"unguided": ["sample.guidance=null"]}
+WAYS = UNGUIDED | {f"w {scale}": [f"sample.guidance.internal={scale}"] for scale in (2.2, 4)}
 SAMPLED = {
-    "internal": {"internal guidance's head, unguided": NO_GUIDANCE, "internal guidance, w 2.2": STRONGER},
-    "best": {"all of `digits-best`, unguided": NO_GUIDANCE, "all of `digits-best`, w 2.2": STRONGER},
+    name: {METHODS[name].replace("w 1.4", way): changes for way, changes in WAYS.items()}
+    for name in ("internal", "best")
 }
 COMMON = ["train.sample_every=0"]
 DATA = {
@@ -194,18 +196,20 @@ class Study:
     def table(self) -> list[dict]:
         """A row for each method of which there is a finished run."""
         times = json.loads(self.times.read_text()) if self.times.is_file() else {}
-        rows = []
+        rows: list[dict] = []
         ways = [(name, title, changes) for name in METHODS if self.recipes[name]
                 for title, changes in {METHODS[name]: [], **SAMPLED.get(name, {})}.items()]  # fmt: skip
+        plain: dict[int, float] = {}
         for name, title, changes in ways:
             seeds = sorted(int(run.name.rpartition("-")[2]) for run in self.folder.glob(f"{name}-[0-9]*/"))
-            found = [record for seed in seeds if (record := self.record(name, seed, changes))]
+            found = {seed: record for seed in seeds if (record := self.record(name, seed, changes))}
             if not found:
                 continue
-            scores = [record["scores"][self.score] for record in found]
-            row = {"name": name, "title": title, "scores": scores, "mean": statistics.mean(scores)}
-            row["std"] = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-            row["evaluations"] = found[0]["evaluations"]
+            scores = {seed: record["scores"][self.score] for seed, record in found.items()}
+            plain = scores if name == "baseline" else plain
+            row = {"name": name, "title": title, "scores": list(scores.values())}
+            row["differences"] = [scores[seed] - plain[seed] for seed in scores if seed in plain]
+            row["evaluations"] = next(iter(found.values()))["evaluations"]
             for key, ratio in (("seconds", "time"), ("bytes", "memory")):
                 if name in times and "baseline" in times:
                     row[ratio] = times[name][key] / times["baseline"][key]
@@ -213,20 +217,34 @@ class Study:
         return rows
 
 
+def mean_and_spread(numbers: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation, such as 4.59 ± 0.80; the first with its sign if `sign` is +."""
+    if not numbers:
+        return ""
+    decimals = 2 if max(map(abs, numbers)) < 100 else 0
+    spread = f" ± {statistics.stdev(numbers):.{decimals}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):{sign}.{decimals}f}".replace("-", "−") + spread
+
+
+def title_of(score: str) -> str:
+    """The name of a score in tables, such as FD-digits."""
+    metric = find_metric(score)
+    return metric.title if metric else score
+
+
 def markdown(rows: list[dict], score: str) -> str:
     """The rows as a table in Markdown."""
     lines = [
-        f"| | {score.upper().replace('DIGITS', 'digits').replace('LITE', 'lite')} | seeds | evaluations a sample "
-        "| seconds a step | memory |",
+        f"| | {title_of(score)} | difference in the same seed | seeds | seconds a step | memory |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("time", "memory")]
-        spread = f"{row['mean']:.4g} ± {row['std']:.2g}"
-        lines.append(
-            f"| {row['title']} | {spread} | {len(row['scores'])} | {row['evaluations']} | {ratios[0]} | {ratios[1]} |"
-        )
-    return "\n".join(lines)
+        difference = "" if row["name"] == "baseline" else mean_and_spread(row["differences"], "+")
+        cells = [row["title"], mean_and_spread(row["scores"]), difference, str(len(row["scores"])), *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    evaluations = sorted({row["evaluations"] for row in rows})
+    return "\n".join([*lines, "", f"Evaluations a sample: {', '.join(map(str, evaluations))}"])
 
 
 def chart(rows: list[dict], score: str, path: Path) -> None:
@@ -235,13 +253,18 @@ def chart(rows: list[dict], score: str, path: Path) -> None:
 
     figure, axes = new_figure(1, 1, (8, 0.8 + 0.36 * len(rows)))
     ax = axes[0, 0]
-    ax.barh([row["title"] for row in rows], [row["mean"] for row in rows], color="#9db8d2")
+    ax.barh(
+        [row["title"].replace("`", "") for row in rows],
+        [statistics.mean(row["scores"]) for row in rows],
+        color="#9db8d2",
+    )
     for place, row in enumerate(rows):
         ax.plot(row["scores"], [place] * len(row["scores"]), "o", color="#28486b", markersize=4)
     if rows and rows[0]["name"] == "baseline":
-        ax.axvline(rows[0]["mean"], color="#28486b", linewidth=0.8, linestyle=":")
+        ax.axvline(statistics.mean(rows[0]["scores"]), color="#28486b", linewidth=0.8, linestyle=":")
+    ax.margins(y=0.01)
     ax.invert_yaxis()
-    ax.set_xlabel(f"{score} without labels (lower is better): mean, and each seed")
+    ax.set_xlabel(f"{title_of(score)} without labels (lower is better): mean, and each seed")
     save_figure(figure, path, dpi=110)
 
 
