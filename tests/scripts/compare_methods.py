@@ -217,11 +217,10 @@ class Study:
         return rows
 
 
-def mean_and_spread(numbers: Sequence[float], sign: str = "") -> str:
+def mean_and_spread(numbers: Sequence[float], decimals: int, sign: str = "") -> str:
     """Mean and standard deviation, such as 4.59 ± 0.80; the first with its sign if `sign` is +."""
     if not numbers:
         return ""
-    decimals = 2 if max(map(abs, numbers)) < 100 else 0
     spread = f" ± {statistics.stdev(numbers):.{decimals}f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):{sign}.{decimals}f}".replace("-", "−") + spread
 
@@ -238,10 +237,11 @@ def markdown(rows: list[dict], score: str) -> str:
         f"| | {title_of(score)} | difference in the same seed | seeds | seconds a step | memory |",
         "|---|---|---|---|---|---|",
     ]
+    decimals = 2 if max(score for row in rows for score in row["scores"]) < 100 else 0
     for row in rows:
         ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("time", "memory")]
-        difference = "" if row["name"] == "baseline" else mean_and_spread(row["differences"], "+")
-        cells = [row["title"], mean_and_spread(row["scores"]), difference, str(len(row["scores"])), *ratios]
+        difference = "" if row["name"] == "baseline" else mean_and_spread(row["differences"], decimals, "+")
+        cells = [row["title"], mean_and_spread(row["scores"], decimals), difference, str(len(row["scores"])), *ratios]
         lines.append(f"| {' | '.join(cells)} |")
     evaluations = sorted({row["evaluations"] for row in rows})
     return "\n".join([*lines, "", f"Evaluations a sample: {', '.join(map(str, evaluations))}"])
