@@ -129,8 +129,8 @@ def sample_settings(base: SampleSection, **options) -> SampleSection:
         given["grid"] = _parse_grid(given["grid"])
     guidance = {name: given.pop(name) for name in GuidanceSection.model_fields if name in given}
     settings = override_sampling(base, guidance, **given)
-    for name in guidance.keys() - {"scale", "internal"} if base.guidance is None else ():
-        needed = "internal" if name == "internal_interval" else "scale"
+    for name in guidance if base.guidance is None else ():
+        needed = "internal" if name.startswith("internal") else "scale"
         if needed not in guidance:
             option = "--cfgpp" if name == "kind" else f"--{name.replace('_', '-')}"
             raise UserError(f"{option} needs --{needed}: the recipe has no guidance to take it from")

@@ -31,7 +31,7 @@ import yaml
 
 import dic_repa.recipes
 from dic_repa.errors import UserError
-from dic_repa.evaluation.metrics import find_metric
+from dic_repa.evaluation.metrics import title
 from dic_repa.recipe import SampleSection, load_recipe, to_yaml
 from dic_repa.recipe.files import list_recipes
 from dic_repa.recipe.keys import differences
@@ -197,17 +197,17 @@ class Study:
         """A row for each method of which there is a finished run."""
         times = json.loads(self.times.read_text()) if self.times.is_file() else {}
         rows: list[dict] = []
-        ways = [(name, title, changes) for name in METHODS if self.recipes[name]
-                for title, changes in {METHODS[name]: [], **SAMPLED.get(name, {})}.items()]  # fmt: skip
+        ways = [(name, words, changes) for name in METHODS if self.recipes[name]
+                for words, changes in {METHODS[name]: [], **SAMPLED.get(name, {})}.items()]  # fmt: skip
         plain: dict[int, float] = {}
-        for name, title, changes in ways:
+        for name, words, changes in ways:
             seeds = sorted(int(run.name.rpartition("-")[2]) for run in self.folder.glob(f"{name}-[0-9]*/"))
             found = {seed: record for seed in seeds if (record := self.record(name, seed, changes))}
             if not found:
                 continue
             scores = {seed: record["scores"][self.score] for seed, record in found.items()}
             plain = scores if name == "baseline" else plain
-            row = {"name": name, "title": title, "scores": list(scores.values())}
+            row = {"name": name, "title": words, "scores": list(scores.values())}
             row["differences"] = [scores[seed] - plain[seed] for seed in scores if seed in plain]
             row["evaluations"] = next(iter(found.values()))["evaluations"]
             for key, ratio in (("seconds", "time"), ("bytes", "memory")):
@@ -225,16 +225,10 @@ def mean_and_spread(numbers: Sequence[float], decimals: int, sign: str = "") -> 
     return f"{statistics.mean(numbers):{sign}.{decimals}f}".replace("-", "−") + spread
 
 
-def title_of(score: str) -> str:
-    """The name of a score in tables, such as FD-digits."""
-    metric = find_metric(score)
-    return metric.title if metric else score
-
-
 def markdown(rows: list[dict], score: str) -> str:
     """The rows as a table in Markdown."""
     lines = [
-        f"| | {title_of(score)} | difference in the same seed | seeds | seconds a step | memory |",
+        f"| | {title(score)} | difference in the same seed | seeds | seconds a step | memory |",
         "|---|---|---|---|---|---|",
     ]
     decimals = 2 if max(score for row in rows for score in row["scores"]) < 100 else 0
@@ -264,7 +258,7 @@ def chart(rows: list[dict], score: str, path: Path) -> None:
         ax.axvline(statistics.mean(rows[0]["scores"]), color="#28486b", linewidth=0.8, linestyle=":")
     ax.margins(y=0.01)
     ax.invert_yaxis()
-    ax.set_xlabel(f"{title_of(score)} without labels (lower is better): mean, and each seed")
+    ax.set_xlabel(f"{title(score)} without labels (lower is better): mean, and each seed")
     save_figure(figure, path, dpi=110)
 
 
