@@ -222,3 +222,9 @@ def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(message) from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+@autoencoders.register("lite-vae")
+def lite_vae() -> KLAutoencoder:
+    """The small autoencoder in the package (4 channels, 4x4 pixels a latent pixel), which `train_autoencoder` made."""
+    return KLAutoencoder(str(Path(__file__).parent / "assets" / "lite-vae"))
