@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -227,4 +228,4 @@ def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 @autoencoders.register("lite-vae")
 def lite_vae() -> KLAutoencoder:
     """The small autoencoder in the package (4 channels, 4x4 pixels a latent pixel), which `train_autoencoder` made."""
-    return KLAutoencoder(str(Path(__file__).parent / "assets" / "lite-vae"))
+    return KLAutoencoder(str(resources.files("dic_repa.data").joinpath("assets/lite-vae")))
