@@ -1,137 +1,34 @@
-"""Autoencoders between images and the denoiser's data: `dic_repa.protocols.Autoencoder` says what they have.
-
-A name is 'none' (pixels), a registered one, an entry point, `package.module:factory`, or the local folder or hub id of
-a `diffusers.AutoencoderKL`. The denoiser's data is x = (z - shift) * scale, with z drawn from the posterior.
-"""
+"""Autoencoders of diffusers, from a local folder or a hub id: config.json and safetensors."""
 
 import contextlib
-import functools
 import json
-import math
-import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dic_repa.data.autoencoders.spec import AutoencoderSpec
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import pin
 from dic_repa.limits import check_limit
-from dic_repa.protocols import Autoencoder
-from dic_repa.registry import Registry
-
-autoencoders = Registry("autoencoder", key="data.autoencoder")
 
 
-@dataclass(frozen=True)
-class AutoencoderSpec:
-    """What the denoiser's data looks like: channels, image pixels per latent pixel, shift and scale of each channel."""
-
-    name: str
-    channels: int
-    downsample: int
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
-    fingerprint: str = ""  # of the weights, if they are loaded
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict) -> "AutoencoderSpec":
-        """From a record. A ValueError, which may be pydantic's, if it is damaged."""
-        from pydantic import TypeAdapter
-
-        spec = TypeAdapter(cls).validate_python(content)
-        per_channel = all(len(values) in (1, spec.channels) for values in (spec.shift, spec.scale))
-        finite = all(map(math.isfinite, spec.shift + spec.scale)) and all(spec.scale)
-        if spec.channels < 1 or spec.downsample < 1 or not per_channel or not finite:
-            raise ValueError("its autoencoder has impossible channels, downsample, shift or scale")
-        return spec
-
-    def same_weights(self, other: "AutoencoderSpec") -> bool:
-        """Whether both are the same autoencoder, by fingerprint if both have one, else by all but the name."""
-        if self.fingerprint and other.fingerprint:
-            return self.fingerprint == other.fingerprint
-        return replace(self, name="", fingerprint="") == replace(other, name="", fingerprint="")
-
-    def normalise(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to the denoiser's data: (z - shift) * scale."""
-        return (z - self._per_channel(self.shift, z)) * self._per_channel(self.scale, z)
-
-    def denormalise(self, x: Tensor) -> Tensor:
-        """The denoiser's data to latents: x / scale + shift."""
-        return x / self._per_channel(self.scale, x) + self._per_channel(self.shift, x)
-
-    @staticmethod
-    def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor | float:
-        if len(set(values)) == 1:  # a number, since a copy to a GPU would wait for all that is under way there
-            return values[0]
-        return torch.tensor(values, dtype=like.dtype).view(-1, 1, 1).to(like.device, non_blocking=True)
+def open_diffusers(name: str) -> "KLAutoencoder":
+    """The autoencoder in the folder or of the hub id `name`."""
+    return KLAutoencoder(name)
 
 
-_SD_VAE: dict[str, Any] = {"channels": 4, "downsample": 8, "shift": (0.0,) * 4, "scale": (0.18215,) * 4}
-# What the papers use: known without their config, so that existing latents train on a machine with no network.
-_KNOWN = {name: AutoencoderSpec(name, **_SD_VAE) for name in ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")}
-
-
-def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder `name`; diffusers' weights must be safetensors, with ':SUBFOLDER' after the name for a pipeline.
-
-    Raises:
-        UserError: says what is missing and where to put it.
-    """
-    return _loaded(name).to(device)
-
-
-@functools.lru_cache(maxsize=2)
-def _loaded(name: str) -> Autoencoder:  # once, though both training data and sampling ask for it
-    if not _is_part(name):
-        return KLAutoencoder(name)
-    autoencoder = autoencoders.create(name)
-    autoencoders.check_has(name, autoencoder, ("spec", "encode", "decode", "device", "to"))
-    autoencoder.spec = replace(autoencoder.spec, name=name)  # data and checkpoints find it by this name
-    return autoencoder
-
-
-def _is_part(name: str) -> bool:
-    """Whether `name` is registered or `package.module:factory`, not a place of diffusers' files."""
-    is_factory = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and not Path(name.partition(":")[0]).is_dir()
-    return bool(name in autoencoders or is_factory)
-
-
-def load_spec(name: str) -> AutoencoderSpec:
-    """The spec of an autoencoder, without loading diffusers' weights."""
-    if name in _KNOWN:
-        return _KNOWN[name]
-    if _is_part(name):
-        return _loaded(name).spec
+def read_diffusers_spec(name: str) -> AutoencoderSpec:
+    """Its spec, without its weights."""
     from diffusers import AutoencoderKL
 
     with _diffusers_place(name) as (place, options):
         return _read_spec(name, AutoencoderKL.load_config(place, **options))
-
-
-@autoencoders.register("none")
-class Pixels:
-    """No autoencoder: the denoiser's data is the image in [-1, 1]."""
-
-    spec = AutoencoderSpec("none", 3, 1, (0.5,) * 3, (2.0,) * 3)
-    device = torch.device("cpu")
-
-    def encode(self, images: Tensor) -> Tensor:
-        return torch.cat([images, torch.zeros_like(images)], dim=1)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return self.spec.denormalise(x.float()).clamp(0, 1)
-
-    def to(self, device: torch.device | str) -> "Pixels":
-        return self
 
 
 class KLAutoencoder:
