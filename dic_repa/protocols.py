@@ -58,7 +58,8 @@ class DataSet(Samples, Protocol):
 
 
 class Autoencoder(Protocol):
-    """Between images and latents, made by `factory(**options)`; frozen, in float32."""
+    """Between images and latents, made by `factory(**options)`; frozen, in float32. It may have `licence`, that of its
+    weights, or `card`, what a list says of it (`dic_repa.data.autoencoders.AutoencoderCard`)."""
 
     spec: Any  # a `dic_repa.data.autoencoders.AutoencoderSpec`: channels, pixels of a latent pixel, shift, scale
 
@@ -66,7 +67,8 @@ class Autoencoder(Protocol):
     def device(self) -> torch.device: ...
 
     def encode(self, images: Tensor) -> Tensor:
-        """From images (B, 3, H, W) in [0, 1] to the posterior's mean, then standard deviation, (B, 2C, h, w)."""
+        """From images (B, 3, H, W) in [0, 1] to the posterior's mean, then standard deviation, (B, 2C, h, w); or to the
+        latents alone, (B, C, h, w), if its spec says `stochastic=False`."""
 
     def decode(self, x: Tensor) -> Tensor:
         """From the denoiser's data (B, C, h, w), which is (latent - shift) * scale, to images in [0, 1]."""

@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from dic_repa.data.autoencoders import Autoencoder, load_autoencoder
+from dic_repa.data.autoencoders import load_autoencoder
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.prepare import Preparation
 from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError
 from dic_repa.files.pictures import to_pil, unit_images
-from dic_repa.protocols import Samples
+from dic_repa.protocols import Autoencoder, Samples
 from dic_repa.recipe import Recipe
 from dic_repa.recipe.build import build_dataset, import_plugins
 from dic_repa.training import train

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.data.autoencoders import load_spec
+from dic_repa.data.autoencoders.spec import SCALING_FACTOR
 from dic_repa.data.files import FileTree, open_tree, stamp
 from dic_repa.data.images import EXTENSIONS, decode_image, to_levels
 from dic_repa.data.labels import read_labels
@@ -71,7 +72,7 @@ class RepaLayout(LatentDataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        shape = (2 * self.channels, self.size, self.size)
+        shape = (self.spec.moments, self.size, self.size)
         sample = {
             "moments": _latents(self.moments, self.moment_names[index], shape),
             "label": torch.tensor(self.labels[index]),
@@ -128,6 +129,12 @@ class DitLayout(LatentDataset):
         check_limit("classes", num_classes, "data.options.num_classes")
         self.class_names = tuple(str(k) for k in range(num_classes))
         self.check_size(size, _side(self.features, self.names[0]), str(path))
+
+    def normalise(self, how: str) -> None:
+        if how != SCALING_FACTOR:
+            raise UserError(
+                f"latent.normalise={how}: the latents in {self.path} are the denoiser's data already; leave it out"
+            )
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,7 +1,8 @@
 """From what a data set stores to what the denoiser is trained on.
 
-A sample has `x`; or `moments`, the mean and standard deviation of the autoencoder's posterior in one tensor; or only an
-`image`, which the training step encodes, or whose pixels are the data.
+A sample has `x`; or `moments`, the mean and standard deviation of the autoencoder's posterior in one tensor (or the
+latents alone, of an autoencoder without one); or only an `image`, which the training step encodes, or whose pixels are
+the data.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dic_repa.data.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
+from dic_repa.data.autoencoders import AutoencoderSpec, LatentStatistics, load_autoencoder
+from dic_repa.data.autoencoders.spec import PER_CHANNEL, SCALING_FACTOR
 from dic_repa.errors import UserError
 from dic_repa.files.pictures import unit_images
-from dic_repa.protocols import Samples
+from dic_repa.protocols import Autoencoder, Samples
 
 ENCODE_BATCH = 32  # images encoded at once in a training step, also if its batch is larger
 MEAN_OF = 4096  # samples that the data's mean is taken of: its error is a 64th of the data's spread
@@ -40,6 +42,20 @@ class LatentDataset(Dataset):
     @property
     def channels(self) -> int:
         return self.spec.channels
+
+    @property
+    def statistics(self) -> LatentStatistics:
+        """Of the latents, for `latent.normalise: per-channel`; a UserError says what to do where there are none."""
+        raise UserError(
+            "latent.normalise=per-channel takes the statistics of a data set that `dic-repa prepare` has made; prepare "
+            "the data, or set latent.normalise=scaling-factor"
+        )
+
+    def normalise(self, how: str) -> None:
+        """Make latents the denoiser's data as `how` says (`AutoencoderSpec.normalised`); a UserError for pixels."""
+        if how != SCALING_FACTOR and self.spec.name == "none":
+            raise UserError(f"latent.normalise={how} is for latents, and the data are pixels; leave it out")
+        self.spec = self.spec.normalised(how, self.statistics if how == PER_CHANNEL else None)
 
     @property
     def num_classes(self) -> int:
@@ -90,8 +106,7 @@ def denoiser_data(data: Any, batch: dict[str, Tensor], noise_like: Callable[[Ten
     else:
         autoencoder = data.autoencoder.to(batch["image"].device)
         moments = torch.cat([autoencoder.encode(unit_images(part)) for part in batch["image"].split(ENCODE_BATCH)])
-    mean, std = moments.chunk(2, dim=1)
-    return data.spec.normalise(mean + std * noise_like(mean))
+    return data.spec.normalise(data.spec.draw(moments, noise_like))
 
 
 def data_mean(data: Any, device: torch.device | str = "cpu", count: int = MEAN_OF) -> Tensor:

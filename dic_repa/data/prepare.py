@@ -192,7 +192,7 @@ class Preparation:
         side, columns = self.size // spec.downsample, {}
         if spec.name != "none":  # the pixels' moments would be the image again
             moments = ["moments", "moments_flipped"] if self.flip else ["moments"]
-            columns = {name: Array3D((2 * spec.channels, side, side), self.moments) for name in moments}
+            columns = {name: Array3D((spec.moments, side, side), self.moments) for name in moments}
         label = ClassLabel(names=list(names)) if names else Value("int64")
         sides = {"width": Value("int32"), "height": Value("int32")}
         checked = {CHECKSUMS: Value("binary")} if self._checked else {}
@@ -248,8 +248,8 @@ class Preparation:
         images = unit_images(torch.stack([sample["image"] for sample in samples]))
         versions, caption, quality = [images], "stored images", None
         if self.autoencoder.spec.name != "none":
-            means = torch.stack([sample["moments"] for sample in samples]).float().chunk(2, dim=1)[0]
-            x = self.autoencoder.spec.normalise(means)
+            moments = torch.stack([sample["moments"] for sample in samples]).float()
+            x = self.autoencoder.spec.normalise(self.autoencoder.spec.mean(moments))
             decoded = torch.cat([self.autoencoder.decode(part) for part in x.split(DECODE_BATCH)]).cpu()
             versions, caption = [images, decoded], "stored images, below each its round trip"
             quality = float(psnr(images, decoded).mean())

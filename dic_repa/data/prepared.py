@@ -152,7 +152,7 @@ class Prepared(LatentDataset):
         import datasets  # noqa: F401  makes its array types known to Arrow
         import pyarrow as pa
 
-        shape, parts, first = (2 * self.spec.channels, self.size, self.size), [], 0
+        shape, parts, first = (self.spec.moments, self.size, self.size), [], 0
         needed = {"image", "label"} | ({"moments"} if self.spec.name != "none" else set())
         needed |= {"moments_flipped"} if self.flip and self.spec.name != "none" else set()
         try:

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,10 @@ class SavedData:
     @classmethod
     def of(cls, data, condition: Condition, mean: Tensor | None = None) -> "SavedData":
         """Of a data set and its condition, with the autoencoder's fingerprint if it is known or loaded."""
+        spec = getattr(data, "spec", None)
         loaded = vars(data).get("autoencoder")  # not asked for by its name, which would load it
-        spec = getattr(loaded, "spec", None) or getattr(data, "spec", None)
+        if loaded is not None and isinstance(spec, AutoencoderSpec):
+            spec = replace(spec, fingerprint=loaded.spec.fingerprint)
         return cls(spec if isinstance(spec, AutoencoderSpec) else None, condition, mean)
 
     @classmethod

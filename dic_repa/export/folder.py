@@ -71,10 +71,11 @@ def _autoencoder(model: Checkpoint, record: dict[str, Any], place: str | None) -
         record["autoencoder"]["name"] = name
         return None
     loaded = build_autoencoder(model.recipe.data, "cpu", model.data, place)
-    if not isinstance(loaded, KLAutoencoder):
+    inner = getattr(loaded, "autoencoder", loaded)  # of one whose data are normalised in another way
+    if not isinstance(inner, KLAutoencoder):
         raise UserError(
             f"a diffusers folder can hold diffusers' AutoencoderKL alone, not the autoencoder {loaded.spec.name}; take "
             "the format torch or onnx, and decode with it"
         )
     record["autoencoder"] = loaded.spec.to_dict() | {"name": "vae"}
-    return loaded.model
+    return inner.model

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dic_repa.alignment.alignment import Alignment, check_teacher
 from dic_repa.conditions import Condition, class_labels, condition_of_data
 from dic_repa.data import datasets
-from dic_repa.data.autoencoders import AutoencoderSpec, Pixels, load_autoencoder, load_spec
+from dic_repa.data.autoencoders import AutoencoderSpec, Pixels, load_autoencoder, load_spec, renormalised
+from dic_repa.data.autoencoders.spec import SCALING_FACTOR
 from dic_repa.data.latent_files import DEFAULT_AUTOENCODER
-from dic_repa.data.latents import data_shape
+from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.pictures import unit_images
@@ -51,7 +52,14 @@ def build_dataset(section: DataSection, split: str = "train"):
     """
     if section.place:
         detail(f"data: {section.place}")
-    return datasets.create(section.name, **_data_arguments(section, split))
+    data = datasets.create(section.name, **_data_arguments(section, split))
+    if isinstance(data, LatentDataset):
+        data.normalise(section._latent.normalise)
+    elif section._latent.normalise != SCALING_FACTOR:
+        raise UserError(
+            f"latent.normalise={section._latent.normalise}: the data set {section.name} has no latents; leave it out"
+        )
+    return data
 
 
 def _data_arguments(section: DataSection, split: str = "train") -> dict[str, Any]:
@@ -120,7 +128,12 @@ def build_autoencoder(
     if saved and saved.autoencoder:
         return _saved_autoencoder(saved.autoencoder, device, place)
     own = getattr(datasets.find(section.name), "autoencoder_of", lambda path: "none")
-    return load_autoencoder(place or section.autoencoder or own(section.place or ""), device)
+    autoencoder = load_autoencoder(place or section.autoencoder or own(section.place or ""), device)
+    return (
+        autoencoder
+        if section._latent.normalise == SCALING_FACTOR
+        else renormalised(autoencoder, build_dataset(section).spec)
+    )
 
 
 def build_decoder(
@@ -146,7 +159,7 @@ def _saved_autoencoder(spec: AutoencoderSpec, device: torch.device | str, place:
             f"the weights of {place or spec.name} are not those of the autoencoder that the model was trained behind "
             f"({spec.name}); {hint}"
         )
-    return autoencoder
+    return renormalised(autoencoder, spec)
 
 
 def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]:

@@ -41,6 +41,14 @@ class ModelSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="other arguments of the denoiser's constructor")
 
 
+class LatentSection(Section):
+    normalise: Literal["scaling-factor", "per-channel", "none"] = Field(
+        "scaling-factor",
+        description="how latents become the denoiser's data: by the autoencoder's own shift and scale; per-channel, to "
+        "mean 0 and deviation 1 over the prepared data; or none",
+    )
+
+
 class DataSection(Section):
     name: str = Field("digits", description="digits, emoji, prepared, images, ...: `dic-repa parts data-set`")
     path: str | None = Field(None, description="where the data is; null: the data set needs none")
@@ -49,6 +57,7 @@ class DataSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, shift, labels, ...")
     workers: Annotated[Natural, at_most("workers")] = Field(0, description="loader processes of each training process")
     _folders: tuple[str, ...] = PrivateAttr(())  # the recipe's
+    _latent: LatentSection = PrivateAttr(default_factory=LatentSection)  # the recipe's
 
     @property
     def place(self) -> str | None:
@@ -233,6 +242,7 @@ class Recipe(Section):
     )
     model: ModelSection = Field(default_factory=ModelSection, description="the denoiser")
     data: DataSection = Field(default_factory=DataSection, description="what it is trained on")
+    latent: LatentSection = Field(default_factory=LatentSection, description="what becomes of an autoencoder's latents")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="what it is trained for")
     alignments: Annotated[list[AlignmentSection], at_most("alignments")] = Field(
         default_factory=list, description="what its hidden states are aligned to; empty: the plain baseline"
@@ -252,7 +262,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _tell_the_data(self):
-        self.data._folders = tuple(self.folders)
+        self.data._folders, self.data._latent = tuple(self.folders), self.latent
         return self
 
 

@@ -227,7 +227,7 @@ class Editing(Drawing):
         channels = self.denoiser.in_channels if autoencoder.spec.name == "none" else 3
         found = read_images(images, channels, (size, size)).to(self.device)
         parts = [autoencoder.encode(part).float() for part in found.split(self.recipe.sample.decode_batch)]
-        return autoencoder.spec.normalise(torch.cat(parts).chunk(2, dim=1)[0]), autoencoder
+        return autoencoder.spec.normalise(autoencoder.spec.mean(torch.cat(parts))), autoencoder
 
     def _invert(self, x: Tensor, labels: Tensor, condition: Condition, settings: SampleSection) -> Tensor:
         def solve(rows: list[int], velocity: Any, _noise: Tensor, solver: str, **options: Any) -> Any:

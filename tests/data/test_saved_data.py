@@ -12,7 +12,7 @@ from pictures import save_vae, write_tree
 from small_runs import SMALL
 
 from dic_repa.cli import main
-from dic_repa.data.autoencoders import _loaded
+from dic_repa.data.autoencoders.load import _loaded
 from dic_repa.files.pictures import load_png
 from dic_repa.runs.folder import RunFolder
 from dic_repa.sampling.load import load

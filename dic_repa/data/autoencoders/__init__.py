@@ -1,0 +1,30 @@
+"""Autoencoders between images and the denoiser's data: `dic_repa.protocols.Autoencoder` says what they have.
+
+A name is 'none' (pixels), a registered one, an entry point, `package.module:factory`, or the local folder or hub id of
+a diffusers autoencoder. The denoiser's data is x = (z - shift) * scale, with z drawn from the posterior.
+"""
+
+from dic_repa.data.autoencoders.base import (
+    AutoencoderCard,
+    Pixels,
+    autoencoders,
+    list_autoencoders,
+    renormalised,
+)
+from dic_repa.data.autoencoders.diffusers_models import KLAutoencoder
+from dic_repa.data.autoencoders.load import autoencoder_card, load_autoencoder, load_spec
+from dic_repa.data.autoencoders.spec import AutoencoderSpec, LatentStatistics
+
+__all__ = [
+    "AutoencoderCard",
+    "AutoencoderSpec",
+    "KLAutoencoder",
+    "LatentStatistics",
+    "Pixels",
+    "autoencoder_card",
+    "autoencoders",
+    "list_autoencoders",
+    "load_autoencoder",
+    "load_spec",
+    "renormalised",
+]
