@@ -260,9 +260,7 @@ def read_strides(depths: tuple[int, ...], strides: tuple[int, ...] | None, shape
             raise UserError("strides are between the levels of shape unet; isotropic resamples nothing: leave them out")
         return (1,) * steps
     if strides is not None and len(strides) != steps:
-        raise UserError(
-            f"strides has {len(strides)} entries, but {len(depths)} stages have {steps} steps between levels"
-        )
+        raise UserError(f"strides has {len(strides)} entries; {len(depths)} stages have {steps} steps between levels")
     return (2,) * steps if strides is None else tuple(strides)
 
 

@@ -60,10 +60,14 @@ def read_wide_head(given: Mapping[str, Any], channels: int) -> tuple[int, int]:
     for key in given:
         if key not in ("width", "depth"):
             raise unknown_name("key of wide_head", str(key), ("width", "depth"))
-    width, depth = (given.get(key) for key in ("width", "depth"))
-    for value in (width, depth):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"wide_head {dict(given)}: give width and depth, such as {{width: 1536, depth: 2}}")
+    width, depth = (_whole(given.get(key)) for key in ("width", "depth"))
+    if not width or not depth:
+        raise UserError(f"wide_head {dict(given)}: give width and depth, such as {{width: 1536, depth: 2}}")
     if width < channels:
         raise UserError(f"wide_head: width {width} is below the {channels} channels that it has to pass; give more")
     return width, depth
+
+
+def _whole(value: Any) -> int:
+    """A whole number of at least 1, or 0 for anything else."""
+    return value if type(value) is int and value >= 1 else 0

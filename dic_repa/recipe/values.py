@@ -57,9 +57,8 @@ def at_most(limit: str) -> AfterValidator:
 
 def _odd(depths: tuple[int, ...]) -> tuple[int, ...]:
     if len(depths) % 2 == 0:
-        raise ValueError(
-            f"takes an odd number of stages, such as [6, 5, 6]: encoder, middle, decoder, not {len(depths)}"
-        )
+        count = len(depths)
+        raise ValueError(f"takes an odd number of stages, such as [6, 5, 6]: encoder, middle, decoder, not {count}")
     return depths
 
 
