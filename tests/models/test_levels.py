@@ -207,14 +207,10 @@ def test_a_run_begins_with_weights_of_other_channels(tmp_path):
             start_from(other, other.conditioned_on, recipe)
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "gmacs"),
-    [("DiC-XL/f16", 858.6, 116.6), ("DiC-XL/f16-wide", 846.3, 116.7), ("DiC-XL/f32", 1168.6, 64.3)],
-)
-def test_presets_have_the_stated_size(name, parameters, gmacs):
-    channels, size = preset_latent(name)
+def test_the_preset_for_f32_has_the_stated_size():  # test_recipes_latents.py has the others
+    channels, size = preset_latent("DiC-XL/f32")
     with torch.device("meta"):
-        cost = measure_cost(create_denoiser(name, channels), size)
-    assert cost.parameters / 1e6 == pytest.approx(parameters, abs=0.1)
-    assert cost.macs / 1e9 == pytest.approx(gmacs, abs=0.1)
+        cost = measure_cost(create_denoiser("DiC-XL/f32", channels), size)
+    assert cost.parameters / 1e6 == pytest.approx(1168.6, abs=0.1)
+    assert cost.macs / 1e9 == pytest.approx(64.3, abs=0.1)
     assert preset_latent("DiC-XL") is None

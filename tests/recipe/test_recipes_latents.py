@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -14,7 +15,7 @@ from dic_repa.conditions import ClassLabels
 from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.models import measure_cost
 from dic_repa.objectives import resolution_shift
-from dic_repa.recipe import load_recipe
+from dic_repa.recipe import ModelSection, load_recipe
 from dic_repa.recipe.build import build_denoiser, build_objective
 from dic_repa.sampling.sampler import check_sampling
 from dic_repa.training.dry_run import build_shapes, with_random_data
@@ -29,14 +30,22 @@ DATA = {
 }
 
 
+@functools.cache  # two recipes have one network
+def sketch(model: str, channels: int, size: int):
+    """The denoiser on the meta device, and what it costs."""
+    with torch.device("meta"):
+        denoiser = build_denoiser(ModelSection.model_validate_json(model), channels, ClassLabels(1000))
+    return denoiser, measure_cost(denoiser, size)
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_it_builds_with_its_tap_and_the_stated_size(name):
     recipe, (channels, downsample, shift) = load_recipe(name), DATA[name]
     size = recipe.data.size
     assert size * downsample == 256
     (section,) = recipe.alignments
+    denoiser, cost = sketch(recipe.model.model_dump_json(), channels, size)
     with torch.device("meta"):
-        denoiser = build_denoiser(recipe.model, channels, ClassLabels(1000))
         alignment = Alignment.build(denoiser, section.tap, 768, (16, 16), (size, size), section.head)
     assert alignment.target_shape == (256, 768)
     trunk = [
@@ -45,7 +54,6 @@ def test_it_builds_with_its_tap_and_the_stated_size(name):
     assert trunk[len(trunk) // 2 - 1] is denoiser.get_submodule(section.tap)  # the middle one, as in the paper
     comment = (ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
     gmacs, parameters = re.search(r"([\d.]+) GMACs and ([\d.]+) M parameters", comment).groups()
-    cost = measure_cost(denoiser, size)
     assert cost.macs / 1e9 == pytest.approx(float(gmacs), rel=0.001)
     assert cost.macs / 1e9 == pytest.approx(116.1, rel=0.02)
     assert cost.parameters / 1e6 == pytest.approx(float(parameters), rel=0.001)
