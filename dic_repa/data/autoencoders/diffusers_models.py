@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dic_repa.data.autoencoders.base import autoencoders
 from dic_repa.data.autoencoders.spec import AutoencoderSpec
-from dic_repa.errors import UserError, first_line
+from dic_repa.errors import UserError, did_you_mean, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import pin
 from dic_repa.limits import check_limit
@@ -109,7 +110,9 @@ def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             found = first_line(error)
             message = f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({found})"
         elif place.startswith((".", "/", "~")) or place.count("/") != 1:
-            message = f"there is no autoencoder '{place}': name a local folder or a hub id"
+            near = "" if "/" in place else did_you_mean(place, autoencoders.names())
+            known = "name one of `dic-repa autoencoders`, a local folder or a hub id"
+            message = f"there is no autoencoder '{place}': {known}{near}"
         else:
             where = f"https://huggingface.co/{place}/tree/main/{subfolder}".rstrip("/")
             message = (
