@@ -45,11 +45,15 @@ def command(context: click.Context, plugins: tuple[str, ...]):
 
 @command.command("check")
 @click.argument("name", shell_complete=completion.autoencoders)
-@click.option("--images", help="Folder, zip, tar, .npz, hub id, or name: digits:train.  [default: emoji of the package]")
+@click.option(
+    "--images", help="Folder, zip, tar, .npz, hub id, or name: digits:train.  [default: emoji of the package]"
+)
 @click.option("--size", type=Count(16, "size"), default=256, help="Of the centre crop, in pixels.")
 @click.option("--num", type=Count(1, "images"), help="Images at most, evenly over all.  [default: all; 64 emoji]")
 @click.option("--sample", is_flag=True, help="Decode latents drawn from the posterior, not its mean.")
-@click.option("--metrics", type=Several(str), help="Of `dic-repa evaluate`.  [default: fid, or without its weights fd-lite2]")
+@click.option(
+    "--metrics", type=Several(str), help="Of `dic-repa evaluate`.  [default: fid, or without its weights fd-lite2]"
+)
 @click.option("--inception-weights", type=PATH, help="For fid: a file of torch-fidelity's format.")
 @click.option("--lpips-weights", type=PATH, help="For LPIPS: torchvision's file of VGG16.")
 @click.option("--batch-size", type=Count(1, "batch"), default=8, help="Images in the autoencoder at once.")

@@ -37,14 +37,14 @@ FAR_MEAN, NEAR_STD = 1.0, (0.5, 2.0)  # of normalised latents that a denoiser ca
 class Latents:
     """The normalised latents of a set of images, over all places: what the denoiser would be trained on.
 
-    They are those drawn from the posterior: its noise is counted in, without being drawn. `posterior_share` is the
-    noise's part of their variance.
+    Those drawn from the posterior: its noise is counted in, without being drawn. `posterior_share` is the noise's part
+    of their variance, None for an autoencoder without a posterior.
     """
 
     shape: tuple[int, int, int]  # (C, h, w)
     mean: float
     std: float
-    posterior_share: float
+    posterior_share: float | None
     channel_means: list[float]
     channel_stds: list[float]
 
@@ -77,21 +77,21 @@ class RoundTrip:
         return {key: value for key, value in vars(self).items() if key != "shown"} | {"latents": asdict(self.latents)}
 
     def picture(self) -> Image.Image:
-        """A row of images, below each what comes back, and below that the difference."""
+        """A row of images, below each what comes back, and below that the difference, black where there is none."""
         images, decoded = self.shown
-        difference = (0.5 + AMPLIFIED / 2 * (decoded - images)).clamp(0, 1)
+        difference = (AMPLIFIED * (decoded - images).abs()).clamp(0, 1)
         rows = torch.arange(3).repeat_interleave(len(images))
         names = ("image", "round trip", f"difference x {AMPLIFIED}")
         headings = [f"{value:.1f} dB" for value in psnr(images, decoded).tolist()]
         return draw_grid(torch.cat([images, decoded, difference]), rows, names, len(images), headings)
 
     def __repr__(self) -> str:
-        found, (channels, height, width) = self.latents, self.latents.shape
-        fewer = 3 * self.size**2 / (channels * height * width)
+        found, shape = self.latents, "x".join(map(str, self.latents.shape))
         how = "drawn from the posterior" if self.sampled else "the posterior's mean"
+        decoded = "" if found.posterior_share is None else f"; decoded: {how}"
         head = [
-            f"{self.autoencoder}: {self.count} images of {self.size} px from {self.images}",
-            f"latents {channels}x{height}x{width}, {fewer:.3g} times fewer numbers than the pixels; decoded: {how}",
+            f"{self.autoencoder}: {self.count} images from {self.images}",
+            f"from 3x{self.size}x{self.size} pixels to latents of {shape}{decoded}",
         ]
         rows = [
             ("", "value", "better", ""),
@@ -102,13 +102,15 @@ class RoundTrip:
             rows.append(("LPIPS", number(self.lpips), "lower", "version 0.1, VGG16"))
         for name, value in self.scores.items():
             better = getattr(find_metric(name), "better", "")
-            rows.append(("rFID" if name == "fid" else title(name), number(value), better, "what comes back, to the images"))
+            heading = "rFID" if name == "fid" else title(name)
+            rows.append((heading, number(value), better, "what comes back, to the images"))
         for what, value, near, parts in (
             ("latents' mean", found.mean, "near 0", found.channel_means),
             ("latents' deviation", found.std, "near 1", found.channel_stds),
         ):
             rows.append((what, number(value), near, f"normalised; of channels {min(parts):.2f} to {max(parts):.2f}"))
-        rows.append(("posterior's noise", f"{found.posterior_share:.2%}", "", "of the latents' variance"))
+        if found.posterior_share is not None:
+            rows.append(("posterior's noise", f"{found.posterior_share:.2%}", "", "of the latents' variance"))
         return "\n".join([*head, format_rows(rows, left=(0, 2, 3))])
 
 
@@ -157,7 +159,9 @@ def check_autoencoder(
     trips = _RoundTrips(network, found, size, sample, lpips, batch_size)
     if metrics is None and not (inception_weights or has_inception()):
         metrics = ["fd-lite2"]
-        notes.append("no rFID without Inception's weights: `--metrics fid` fetches them, --inception-weights takes a file")
+        notes.append(
+            "no rFID without Inception's weights: `--metrics fid` fetches them, --inception-weights takes a file"
+        )
     options = {"inception": {"weights": inception_weights}} if inception_weights else {}
     scores, more = _measured(trips, metrics or ["fid"], options, device)
     latents = trips.latents()
@@ -203,8 +207,15 @@ def _measured(
             pass
         return {}, [f"no {names} of a single image"]
     with progress_bar(desc="reading the images", total=len(images), unit="image", leave=False) as bar:
-        reading = {"resize": trips.size, "cache": False, "progress": bar.update}
-        measure = Measure(metrics, images, device, extractor_options=options, **reading)
+        measure = Measure(
+            metrics,
+            images,
+            device,
+            extractor_options=options,
+            resize=trips.size,
+            cache=False,
+            progress=bar.update,
+        )
     notes = [note for extractor in measure.extractors.values() for note in extractor.notes]
     try:
         measured = measure(trips)
@@ -240,7 +251,8 @@ class _RoundTrips:
             raise UserError(f"{spec.name} has no posterior to draw from: its latents are certain; leave --sample out")
         self.batches = [indices[start : start + batch_size] for start in indices[::batch_size]]
         self.chosen = {i * len(images) // SHOWN for i in range(SHOWN)} if len(images) > SHOWN else set(indices)
-        self.count, self.exact, self.values = 0, 0, {"psnr": [], "ssim": []} | ({"lpips": []} if lpips else {})
+        self.count, self.exact = 0, 0
+        self.values: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", *["lpips"] * bool(lpips))}
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.sums = torch.zeros(3, spec.channels, dtype=torch.float64)  # of z's mean, its square, the posterior's
 
@@ -264,7 +276,11 @@ class _RoundTrips:
         z = mean
         if self.sample:
             z = spec.draw(moments, lambda like: initial_noise(like.shape[1:], 0, indices).to(like))
-        parts = [mean, mean.square(), moments.chunk(2, dim=1)[1].square() if spec.stochastic else torch.zeros_like(mean)]
+        parts = [
+            mean,
+            mean.square(),
+            moments.chunk(2, dim=1)[1].square() if spec.stochastic else torch.zeros_like(mean),
+        ]
         self.sums += torch.stack([part.cpu().double().sum(dim=(0, 2, 3)) for part in parts])
         decoded = self.autoencoder.decode(spec.normalise(z))
         self._check("decode", decoded, tuple(images.shape))
@@ -297,9 +313,9 @@ class _RoundTrips:
         means = spec.normalise(mean.view(1, -1, 1, 1)).flatten()
         stds = variance.sqrt() * scale.abs()
         whole = (stds**2).mean() + means.var(correction=0)
-        share = (noise * scale**2).mean() / (stds**2).mean().clamp(min=1e-30)
-        parts = (means.mean().item(), whole.sqrt().item(), share.item(), means.tolist(), stds.tolist())
-        return Latents((spec.channels, side, side), *parts)
+        share = ((noise * scale**2).mean() / (stds**2).mean().clamp(min=1e-30)).item() if spec.stochastic else None
+        shape = (spec.channels, side, side)
+        return Latents(shape, means.mean().item(), whole.sqrt().item(), share, means.tolist(), stds.tolist())
 
     def shown(self) -> Tensor:
         """Some images, and what comes back of each: (2, N, 3, H, W)."""

@@ -95,13 +95,17 @@ def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     place, _, subfolder = (name, "", "") if Path(name).is_dir() else name.partition(":")
     options: dict[str, Any] = {"subfolder": subfolder or None}
+    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
+        near = "" if "/" in place else did_you_mean(place, autoencoders.names())
+        known = "name one of `dic-repa autoencoders`, a local folder or a hub id"
+        raise UserError(f"there is no autoencoder '{place}': {known}{near}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             # About an argument that diffusers itself passes to the hub's client.
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
-            if not Path(place).is_dir() and place.count("/") == 1:
+            if not Path(place).is_dir():
                 place, options["revision"] = pin(place)
             yield place, options
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
@@ -109,10 +113,6 @@ def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if Path(place).is_dir():
             found = first_line(error)
             message = f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({found})"
-        elif place.startswith((".", "/", "~")) or place.count("/") != 1:
-            near = "" if "/" in place else did_you_mean(place, autoencoders.names())
-            known = "name one of `dic-repa autoencoders`, a local folder or a hub id"
-            message = f"there is no autoencoder '{place}': {known}{near}"
         else:
             where = f"https://huggingface.co/{place}/tree/main/{subfolder}".rstrip("/")
             message = (
