@@ -149,13 +149,13 @@ def check_autoencoder(
         UserError: what the images, the weights or the autoencoder lack.
     """
     found, notes = _open(images, size, num)
+    network = load_autoencoder(autoencoder, device) if isinstance(autoencoder, str) else autoencoder.to(device)
     lpips = None
     if lpips_weights or vgg16_file().is_file():
-        lpips = LPIPS(lpips_weights).to(device)
+        lpips = LPIPS(lpips_weights).to(network.device)
         notes += lpips.notes
     else:
         notes.append(f"no LPIPS without the weights of VGG16: {where_to_get_vgg16()}")
-    network = load_autoencoder(autoencoder, device) if isinstance(autoencoder, str) else autoencoder.to(device)
     trips = _RoundTrips(network, found, size, sample, lpips, batch_size)
     if metrics is None and not (inception_weights or has_inception()):
         metrics = ["fd-lite2"]
@@ -206,7 +206,7 @@ def _measured(
         for _ in trips:
             pass
         return {}, [f"no {names} of a single image"]
-    with progress_bar(desc="reading the images", total=len(images), unit="image", leave=False) as bar:
+    with progress_bar(desc="reading the images", total=len(images), unit="image", delay=0.5, leave=False) as bar:
         measure = Measure(
             metrics,
             images,
@@ -254,10 +254,12 @@ class _RoundTrips:
         self.count, self.exact = 0, 0
         self.values: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", *["lpips"] * bool(lpips))}
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.sums = torch.zeros(3, spec.channels, dtype=torch.float64)  # of z's mean, its square, the posterior's
+        self.sums = torch.zeros(3, spec.channels, dtype=torch.float64)  # means, their squares, noise's
 
     def __iter__(self) -> Iterator[Tensor]:
-        with progress_bar(desc="encoding and decoding", total=len(self.images), unit="image", leave=False) as bar:
+        with progress_bar(
+            desc="encoding and decoding", total=len(self.images), unit="image", delay=0.5, leave=False
+        ) as bar:
             for indices, batch in zip(self.batches, self.images.batches(self.batches)):
                 levels = batch.to(self.autoencoder.device)
                 images = unit_images(levels)
@@ -276,12 +278,9 @@ class _RoundTrips:
         z = mean
         if self.sample:
             z = spec.draw(moments, lambda like: initial_noise(like.shape[1:], 0, indices).to(like))
-        parts = [
-            mean,
-            mean.square(),
-            moments.chunk(2, dim=1)[1].square() if spec.stochastic else torch.zeros_like(mean),
-        ]
-        self.sums += torch.stack([part.cpu().double().sum(dim=(0, 2, 3)) for part in parts])
+        noise = moments.chunk(2, dim=1)[1] if spec.stochastic else torch.zeros_like(mean)
+        parts = [part.cpu().double() for part in (mean, noise)]
+        self.sums += torch.stack([part.sum(dim=(0, 2, 3)) for part in (parts[0], *(each.square() for each in parts))])
         decoded = self.autoencoder.decode(spec.normalise(z))
         self._check("decode", decoded, tuple(images.shape))
         if decoded.min() < 0 or decoded.max() > 1:
