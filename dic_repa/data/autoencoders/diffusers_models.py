@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dic_repa.data.autoencoders.base import autoencoders
 from dic_repa.data.autoencoders.spec import AutoencoderSpec
-from dic_repa.errors import UserError, did_you_mean, first_line
+from dic_repa.errors import UserError, first_line
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import pin
 from dic_repa.limits import check_limit
@@ -95,17 +94,13 @@ def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     place, _, subfolder = (name, "", "") if Path(name).is_dir() else name.partition(":")
     options: dict[str, Any] = {"subfolder": subfolder or None}
-    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
-        near = "" if "/" in place else did_you_mean(place, autoencoders.names())
-        known = "name one of `dic-repa autoencoders`, a local folder or a hub id"
-        raise UserError(f"there is no autoencoder '{place}': {known}{near}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             # About an argument that diffusers itself passes to the hub's client.
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
-            if not Path(place).is_dir():
+            if not Path(place).is_dir() and place.count("/") == 1:
                 place, options["revision"] = pin(place)
             yield place, options
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
@@ -113,6 +108,8 @@ def _diffusers_place(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if Path(place).is_dir():
             found = first_line(error)
             message = f"{place} holds no autoencoder: it takes {files} of diffusers.AutoencoderKL ({found})"
+        elif place.startswith((".", "/", "~")) or place.count("/") != 1:
+            message = f"there is no autoencoder '{place}': name a local folder or a hub id"
         else:
             where = f"https://huggingface.co/{place}/tree/main/{subfolder}".rstrip("/")
             message = (
