@@ -14,7 +14,9 @@ import torch_fidelity.sample_similarity_lpips as peer
 import torchvision
 from scipy.ndimage import gaussian_filter
 
+from dic_repa.data.autoencoders import Pixels
 from dic_repa.errors import UserError
+from dic_repa.evaluation.reconstruction import check_autoencoder
 from dic_repa.evaluation.similarity import LPIPS, ssim
 from dic_repa.files.weights import read_tensors, save_tensors
 
@@ -76,6 +78,19 @@ def test_lpips_is_that_of_torch_fidelity(vgg16, monkeypatch):
     torch.testing.assert_close(ours(*(image / 255 for image in levels)), expected, rtol=1e-4, atol=1e-6)
     assert expected[0] == 0
     assert expected[2] > expected[1] > 0.001
+
+
+def test_the_check_of_an_autoencoder_takes_the_file(vgg16):
+    class Dark(Pixels):
+        def decode(self, x):
+            return super().decode(x) / 4
+
+    images = (torch.stack([*pairs(32, 32)[0]]) * 255).byte()
+    found = check_autoencoder(Dark(), images, 32, metrics=["fd-digits"], lpips_weights=vgg16)
+    expected = LPIPS(vgg16)(images / 255, (images / 4).round() / 255).mean().item()
+    assert found.lpips == pytest.approx(expected, rel=1e-3)
+    assert "is not torchvision's file" in " ".join(found.notes)
+    assert "\nLPIPS" in repr(found)
 
 
 def test_the_heads_are_those_of_the_authors(vgg16):
