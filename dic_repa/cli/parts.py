@@ -17,7 +17,12 @@ _HOMES = (
     "training.optimizers training.schedules training.trackers samplers.solvers samplers.guidance samplers.grids "
     "samplers.sde evaluation.metrics evaluation.extractors"
 ).split()
-_FURTHER = {"encoder": "dic-repa encoders", "denoiser": "dic-repa info", "ODE solver": "dic-repa solvers"}
+_FURTHER = {
+    "encoder": "dic-repa encoders",
+    "autoencoder": "dic-repa autoencoders",
+    "denoiser": "dic-repa info",
+    "ODE solver": "dic-repa solvers",
+}
 
 
 @click.command("parts")
