@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from dic_repa.data.autoencoders import load_autoencoder, write_ldm
-from dic_repa.data.autoencoders.ldm import is_ldm
+from dic_repa.data.autoencoders.diffusers_models import open_diffusers
+from dic_repa.data.autoencoders.ldm import is_ldm, open_ldm, write_ldm
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_few, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.lock import locked_output
 from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import AUTHORS_FILES, MARK
-from dic_repa.files.reading import read_text
+from dic_repa.files.reading import read_file
 from dic_repa.files.weights import WRITE_ERRORS, read_tensors, save_tensors
 from dic_repa.models import load_authors_checkpoint, load_denoiser
 from dic_repa.models.adapters import is_adapter, save_adapters
@@ -70,13 +70,14 @@ def is_autoencoder(source: Path) -> bool:
     if source.is_file():
         return is_ldm(read_tensors(source)[0])
     config = source / "config.json"
-    return config.is_file() and bool(re.search(r'"_class_name":\s*"AutoencoderKL"', read_text(config)))
+    return config.is_file() and bool(re.search(rb'"_class_name":\s*"AutoencoderKL"', read_file(config, "record-bytes")))
 
 
 def convert_autoencoder(source: Path, target: Path, dtype: str = "float32") -> torch.nn.Module:
-    """Write an autoencoder that `is_autoencoder` knows to `target`: a file in LDM's layout, with its shift and scale in a
-    file beside it, or diffusers' folder, with these as `latents_mean` and `latents_std`. Returns diffusers' model."""
-    autoencoder = load_autoencoder(str(source))
+    """Write an autoencoder that `is_autoencoder` knows to `target`: a file in LDM's layout, with shift and scale in one
+    beside it; or diffusers' folder, with these as `latents_mean` and `latents_std`. Returns diffusers' model.
+    """
+    autoencoder = open_ldm(str(source)) if source.is_file() else open_diffusers(str(source))
     autoencoder.model.to(getattr(torch, dtype))
     try:
         with locked_output(target):

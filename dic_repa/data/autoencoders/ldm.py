@@ -46,7 +46,7 @@ def open_ldm(name: str) -> KLAutoencoder:
     file = _file(place)
     tensors = read_ldm(file)
     config = ldm_config(tensors, file) | read_statistics(file)
-    where = str(place) if place.is_hub_id else str(file.resolve())
+    where = str(place) if _is_remote(place) else str(file.resolve())
     try:
         spec = make_spec(where, "AutoencoderKL", defaults("AutoencoderKL") | config)
         model = _build(config, tensors, file)
@@ -144,10 +144,14 @@ def write_ldm(autoencoder: KLAutoencoder, file: Path) -> None:
                     torch.save({key: value.detach().cpu().contiguous() for key, value in content.items()}, stream)
 
 
+def _is_remote(place: Place) -> bool:
+    return place.is_hub_id and bool(place.inner)  # 'weights/vae.pt' alone reads like a hub id, and is a file here
+
+
 def _file(place: Place) -> Path:
     """The file that `place` names; of one on the hub, with its statistics beside it."""
-    if not place.is_hub_id:
-        return Path(place.root, place.inner) if place.inner else Path(place.root)
+    if not _is_remote(place):
+        return Path(place.root, place.inner)
     folder, _, name = place.inner.rpartition("/")
     inside = Place(place.root, folder)
     statistics = [pattern.format(Path(name).stem) for pattern in _STATISTICS]
@@ -176,7 +180,7 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> An
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        model = AutoencoderKL(**config)
+        model: Any = AutoencoderKL(**config)
     own = {ldm_name(name, len(config["block_out_channels"])): (name, t.shape) for name, t in model.state_dict().items()}
     fitting = {name: own[name] for name in own if name in tensors and tensors[name].numel() == own[name][1].numel()}
     faults = {

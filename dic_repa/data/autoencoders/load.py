@@ -22,8 +22,8 @@ _KNOWN = {row.source: row.spec(row.source) for row in (PUBLISHED["sd-vae-ft-ema"
 
 
 def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder `name`: a registered one, one's own, a folder or hub id of diffusers' files (with ':SUBFOLDER' for
-    a pipeline), or a file of LDM's layout. No weights are unpickled.
+    """The autoencoder `name`: a registered one, one of your own, a folder or hub id of diffusers' files (':SUBFOLDER'
+    behind it for a pipeline), or a file of LDM's layout. No weights are unpickled.
 
     Raises:
         UserError: says what is missing and where to put it.

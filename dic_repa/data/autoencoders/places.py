@@ -80,6 +80,8 @@ def opening(place: Place, kind: str) -> Iterator[dict[str, Any]]:
         with warnings.catch_warnings():
             # About an argument that diffusers itself passes to the hub's client.
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
+            if not (place.is_folder or place.is_hub_id):
+                raise OSError  # else diffusers would ask the hub for a minute
             root, commit = place.pinned()
             yield {"pretrained_model_name_or_path": root, "revision": commit, "subfolder": place.inner or None}
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
