@@ -150,7 +150,7 @@ class RAEAutoencoder(KLAutoencoder):
     The model normalises its latents itself, by channel and position. There is no posterior.
     """
 
-    since = "0.39"
+    since = "0.37"
     stochastic = False
 
     def encode(self, images: Tensor) -> Tensor:
