@@ -65,6 +65,9 @@ class Preparation:
             UserError: the destination holds something else.
         """
         spec, wanted, place = self.autoencoder.spec, self._settings(), self.destination
+        only = getattr(self.autoencoder, "image_size", self.size)
+        if self.size != only:
+            raise UserError(f"--size {self.size}: {spec.name} takes images of {only}x{only} alone; take --size {only}")
         if self.size % spec.downsample:
             raise UserError(f"--size {self.size} is not a multiple of {spec.downsample}, the autoencoder's reduction")
         if check_folder(place, "prepared") and (place / SETTINGS_FILE).is_file():

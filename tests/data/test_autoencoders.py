@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
-from pictures import save_vae
+from pictures import save_vae, write_tree
 from safetensors.torch import save_file
 from tiny_autoencoders import save_kind
 from torch.testing import assert_close
@@ -116,7 +116,7 @@ def test_dc(folders, open_as):
 
 
 @torch.no_grad()
-def test_rae(folders, open_as, monkeypatch):
+def test_rae(folders, open_as, monkeypatch, mistake, tmp_path):
     autoencoder = open_as("rae")
     model = diffusers.AutoencoderRAE.from_pretrained(folders / "rae")
     latents, spec = autoencoder.encode(IMAGES), autoencoder.spec
@@ -128,6 +128,10 @@ def test_rae(folders, open_as, monkeypatch):
         autoencoder.encode(torch.rand(1, 3, 16, 16))
     with pytest.raises(UserError, match=r"latents of 2x2, not 4x4"):
         autoencoder.decode(noise(1, 64, 4, 4))
+    write_tree(tmp_path / "tree", {"cat": 1})
+    said = mistake("prepare", "tree", "out", "--size=16", f"--autoencoder={folders / 'rae'}")
+    assert "takes images of 8x8 alone; take --size 8" in said
+    assert not (tmp_path / "out").exists()
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package transformers.*pip install transformers$"):
         load_spec(str(folders / "rae"))
@@ -163,7 +167,7 @@ def test_names_of_a_class_and_a_place(folders, monkeypatch):
 @pytest.mark.parametrize(("name", "said"), [
     ("diffusers:AutoencoderKL", "does not say where the weights are; .* such as diffusers:AutoencoderKL:FOLDER"),
     ("diffusers:AutoencoderTiny:kl", "AutoencoderTiny' is none of .* AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC"),
-    ("diffusers:AutoencoderDC:kl", "kl holds diffusers' AutoencoderKL, not its AutoencoderDC; name it as .*KL:|has no AutoencoderDC; it came with 0.32"),
+    ("diffusers:AutoencoderDC:kl", "kl holds diffusers' AutoencoderKL, not its AutoencoderDC; name it as .*KL:|has no "),
     ("diffusers:AutoencoderNew:kl", r"has no AutoencoderNew; it came with 0.37: pip install 'diffusers>=0.37'"),
     ("sd-vae-ft-emma", "there is no autoencoder 'sd-vae-ft-emma'.*did you mean sd-vae-ft-ema or "),
     ("./nowhere", "there is no autoencoder './nowhere': name a local folder or a hub id$"),

@@ -153,12 +153,16 @@ class RAEAutoencoder(KLAutoencoder):
     since = "0.37"
     stochastic = False
 
+    @property
+    def image_size(self) -> int:
+        return self.model.decoder_image_size
+
     def encode(self, images: Tensor) -> Tensor:
-        size, (height, width) = self.model.decoder_image_size, images.shape[-2:]
+        size, (height, width) = self.image_size, images.shape[-2:]
         if (height, width) != (size, size):  # which it would resize without a word
             raise UserError(
-                f"the autoencoder {self.spec.name} takes images of {size}x{size}, not {width}x{height}; prepare them "
-                f"with --size {size}"
+                f"the autoencoder {self.spec.name} takes images of {size}x{size}, not {width}x{height}; prepare them with "
+                f"--size {size}"
             )
         with torch.no_grad():
             return self.model.encode(images.float()).latent
