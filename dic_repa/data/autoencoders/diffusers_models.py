@@ -161,8 +161,8 @@ class RAEAutoencoder(KLAutoencoder):
         size, (height, width) = self.image_size, images.shape[-2:]
         if (height, width) != (size, size):  # which it would resize without a word
             raise UserError(
-                f"the autoencoder {self.spec.name} takes images of {size}x{size}, not {width}x{height}; prepare them with "
-                f"--size {size}"
+                f"the autoencoder {self.spec.name} takes images of {size}x{size}, not {width}x{height}; prepare them "
+                f"with --size {size}"
             )
         with torch.no_grad():
             return self.model.encode(images.float()).latent
