@@ -183,7 +183,8 @@ def suggest_taps(model: nn.Module, example: Example) -> list[str]:
 
     At the bottom are the modules whose feature map is the smallest of all (a map of one pixel does not count). First
     come those that lie least deep in other modules and nearest to the middle of the bottom, as U-REPA's tap does: the
-    4th of DiC-XL's 8 middle blocks, `mid_block` of a U-Net of diffusers.
+    4th of DiC-XL's 8 middle blocks, `mid_block` of a U-Net of diffusers. Where no map is smaller than another, the
+    modules in lists count, such as a transformer's blocks.
 
     Args:
         example: what the model is called with: a tuple, or a mapping of keyword arguments. It runs once.
@@ -219,6 +220,8 @@ def suggest_taps(model: nn.Module, example: Example) -> list[str]:
     if not areas:
         raise UserError("no module of this model gives a feature map (B, C, h, w) or a grid of tokens")
     bottom = [name for name, area in areas.items() if area == min(areas.values())]
+    if len(bottom) == len(areas):  # no level is smaller than another, so the first and last layers are there too
+        bottom = [name for name in bottom if name.rpartition(".")[2].isdecimal()] or bottom
     depth = min(name.count(".") for name in bottom)
     shallow = [i for i, name in enumerate(bottom) if name.count(".") == depth]
     middle = shallow[(len(shallow) - 1) // 2]

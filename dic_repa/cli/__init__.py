@@ -38,6 +38,7 @@ VERBS = {
     "ema": "Make an average of a run's weights of any width, after the run.",
     "info": "Parameters and MACs of a model or a recipe.",
     "encoders": "List the encoders, or run one on an image and show its tokens.",
+    "autoencoders": "List the autoencoders, or see what comes back of images, in numbers and as a picture.",
     "solvers": "List the solvers, or compare their quality against their cost on a run.",
     "parts": "List what a recipe can choose: the kinds of part, or the parts of one kind.",
     "convert": "The authors' checkpoints to ours and back; training checkpoints to small ones.",

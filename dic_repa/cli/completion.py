@@ -19,6 +19,8 @@ ENCODERS = (
     "siglip2-vit-so400m timm:"
 ).split()
 
+AUTOENCODERS = ["none"]  # for the same reason; a test compares
+
 # Modules of `dic_repa.samplers`, with the registry that each files its solvers into.
 _SOLVERS = (("ode_solvers", "ode_solvers"), ("sde", "sde_solvers"), ("ddpm", "ddpm_solvers"))
 
@@ -49,6 +51,11 @@ def solvers(_context, _parameter, typed: str) -> list[CompletionItem]:
 def encoders(_context, _parameter, typed: str) -> list[CompletionItem]:
     """The encoders of the package."""
     return _offered(ENCODERS, typed, files=False)
+
+
+def autoencoders(_context, _parameter, typed: str) -> list[CompletionItem]:
+    """The autoencoders of the package, else files: a name may be a folder."""
+    return _offered(AUTOENCODERS, typed)
 
 
 def parts(_context, _parameter, typed: str) -> list[CompletionItem]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "sizes",
     type=Count(4, "size"),
     multiple=True,
-    help="Height and width of the latent.  [default: 32 and 64]",
+    help="Height and width of the latent.  [default: of 256 and 512 px]",
 )
 @set_option("a recipe")
 @json_option(", unrounded")
@@ -34,7 +34,8 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
     By default, of all models with patch size 2 or without patches.
 
     NAMES are recipes, models or patterns of models. A DiC is counted with 4 input and 8 output channels and 1000
-    classes, a transformer as in its paper, with attention's products; a recipe with its own sizes.
+    classes, or with the latents that its name says (f16, f32), a transformer as in its paper, with attention's
+    products; a recipe with its own sizes.
     "With Winograd": the blocks' 3x3 convolutions then take 2.25 times fewer multiplications.
 
     \b
@@ -72,6 +73,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
 def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> list[tuple[int, Pretrained]]:
     """Each size with the model or recipe of that `name`: one model for all sizes, if possible."""
     from dic_repa.models import create_denoiser, list_denoisers
+    from dic_repa.models.registry import preset_latent
     from dic_repa.recipe.build import build_denoiser, data_traits, import_plugins
 
     if name not in list_denoisers():
@@ -84,6 +86,10 @@ def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> li
         data, _ = data_traits(recipe.data)
         model = build_denoiser(recipe.model, data.channels, data.condition)
         return [(size, model) for size in sizes or (recipe.data.size,)]
+    if latent := preset_latent(name):
+        channels, size = latent
+        model = create_denoiser(name, channels)
+        return [(each, model) for each in sizes or (size, 2 * size)]
     model = create_denoiser(name, **({"learn_sigma": True} if name.startswith("DiC") else {}))
     if own_size := getattr(model, "size", None):  # its positions are learnt for one size
         return [(size, create_denoiser(name, size=size)) for size in sizes or (own_size,)]

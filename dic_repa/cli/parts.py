@@ -12,12 +12,17 @@ from dic_repa.runtime.table import format_rows
 
 # The modules in which the registries are, in the order of the list.
 _HOMES = (
-    "models.registry models.dic data data.autoencoders objectives.base interpolants objectives.flow_matching "
+    "models.registry models.blocks data data.autoencoders objectives.base interpolants objectives.flow_matching "
     "encoders.base alignment.self_teachers alignment.heads alignment.losses alignment.schedules "
     "training.optimizers training.schedules training.trackers samplers.solvers samplers.guidance samplers.grids "
     "samplers.sde evaluation.metrics evaluation.extractors"
 ).split()
-_FURTHER = {"encoder": "dic-repa encoders", "denoiser": "dic-repa info", "ODE solver": "dic-repa solvers"}
+_FURTHER = {
+    "encoder": "dic-repa encoders",
+    "autoencoder": "dic-repa autoencoders",
+    "denoiser": "dic-repa info",
+    "ODE solver": "dic-repa solvers",
+}
 
 
 @click.command("parts")

@@ -82,7 +82,7 @@ def _torch_fidelity_inception() -> nn.Module:
 def _inception_file() -> Path:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    path = in_torch_hub(URL_INCEPTION_V3)
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,18 @@ def _inception_file() -> Path:
                 f"put it at {path}, or give its path with --inception-weights"
             ) from None
     return path
+
+
+def has_inception() -> bool:
+    """Whether Inception's weights are in torch's hub folder, where they are looked for."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return in_torch_hub(URL_INCEPTION_V3).is_file()
+
+
+def in_torch_hub(url: str) -> Path:
+    """Where torch's hub keeps what it has fetched from an address."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 @extractors.register("dinov2")

@@ -104,7 +104,7 @@ class ImageSet:
         return torch.from_numpy(np.array(array)).permute(2, 0, 1)
 
 
-def open_images(source, resize: int | None = None) -> ImageSet:
+def open_images(source, resize: int | None = None, hub: bool = False) -> ImageSet:
     """The images of a path, of a data set in the package such as 'emoji:train' (see `named_data`), or of one in memory.
 
     Args:
@@ -113,6 +113,7 @@ def open_images(source, resize: int | None = None) -> ImageSet:
             memory, whose samples are dicts with `x` (1 or 3, H, W) in [-1, 1], or `image` in [0, 1] if `x` is latent;
             a list of PIL images; a tensor (N, 1 or 3, H, W), uint8 or float in [0, 1]; or an `ImageSet`.
         resize: crop each image to that size as ADM does.
+        hub: what is no path may be a data set of the Hugging Face hub, 'ID[:SPLIT]'.
 
     Raises:
         UserError: what `source` lacks.
@@ -128,7 +129,7 @@ def open_images(source, resize: int | None = None) -> ImageSet:
         images = open_data(_open_named(*named, resize), str(source))
     elif path.suffix == ".npz":
         images = _of_npz(path)
-    elif not path.exists():
+    elif not path.exists() and not (hub and str(source).count("/") == 1):
         raise UserError(f"there is no folder, zip or tar {path}{near_data(source)}")
     elif (path / "dataset_dict.json").is_file():
         raise UserError(f"{path} has several splits; name one of them, such as {path / 'validation'}")

@@ -13,6 +13,7 @@ loaded with the `time_scale` that it was trained with:
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -157,7 +158,11 @@ def authors_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     if not isinstance(model, DiC):
         raise UserError(f"the DiC authors' code has no {type(model).__name__}, only DiC")
-    theirs = {"shape": "unet", "skips": "sparse", "embedding": "per-level", "block": "dic"}
-    if other := [key for key, value in theirs.items() if model.config[key] != value]:
-        raise UserError(f"the DiC authors' code has no DiC with another {' or '.join(other)} than its own")
+    theirs: dict[str, Any] = {"shape": "unet", "skips": "sparse", "embedding": "per-level", "block": "dic"}
+    theirs |= dict.fromkeys(("stem_bottleneck", "wide_head"))
+    other = [key for key, value in theirs.items() if model.config.get(key) != value]
+    if other or model.strides != (2, 2):
+        raise UserError(
+            f"the DiC authors' code has no DiC with another {' or '.join(other or ['depths or strides'])} than its own"
+        )
     return {rename(key, _RULES): value for key, value in model.state_dict().items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dic_repa.models.dic import Block
+from dic_repa.models.blocks import Block
 from dic_repa.models.pretrained import Pretrained, forward_on_meta
 
 WINOGRAD_GAIN = 2.25  # F(2x2, 3x3): 16 multiplications where the plain 3x3 convolution has 36

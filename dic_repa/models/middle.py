@@ -7,6 +7,7 @@ no run of its own: sampling moves away from it (`samplers/guidance.py`). A denoi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +86,8 @@ def add_middle_head(denoiser: Pretrained, given: MiddleHeadOption) -> None:
         raise unknown_name("tap of the middle head", tap, [name for name in blocks if name])
     seen: list[tuple[tuple[Any, ...], Any]] = []
     handle = blocks[tap].register_forward_hook(lambda _block, inputs, output: seen.append((inputs, output)))
-    size = getattr(denoiser, "size", None) or 16 * getattr(denoiser, "patch_size", 1)
+    size = getattr(denoiser, "size", None)
+    size = size or math.lcm(16 * getattr(denoiser, "patch_size", 1), getattr(denoiser, "multiple", 1))
     try:
         prediction = forward_on_meta(denoiser, size, size)
     finally:

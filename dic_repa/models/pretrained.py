@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# Arguments that a config has only where they are given.
+_ONLY_IF_SET = ("middle_head", "two_times", "strides", "stem_bottleneck", "wide_head")
 
 
 def _few(blocks: int) -> int:
@@ -122,7 +124,7 @@ def config_of(arguments: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValidationError) as error:
         raise UserError(f"{kind.__name__}: {_explain(error)}") from None
     kept = {key: value for key, value in given.items() if key not in ("zero_gates", "gradient_checkpointing")}
-    return {key: value for key, value in kept.items() if value or key not in ("middle_head", "two_times")}
+    return {key: value for key, value in kept.items() if value or key not in _ONLY_IF_SET}
 
 
 @functools.cache

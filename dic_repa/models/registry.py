@@ -34,6 +34,7 @@ class Preset:
 
     kind: str  # the class, of the module of that name; what config.json calls it
     options: dict[str, Any] = field(default_factory=dict)
+    latent: tuple[int, int] | None = None  # channels and size of 256 px's latents, if it is for others than 4x32x32
 
     def load(self) -> type[Pretrained]:
         return getattr(importlib.import_module(f"dic_repa.models.{self.kind.lower()}"), self.kind)
@@ -51,12 +52,13 @@ _UVIT_SIZES = {
     "L": {"width": 1024, "depth": 21, "num_heads": 16},
     "H": {"width": 1152, "depth": 29, "num_heads": 16, "final_conv": False},
 }
+_LATENTS = {"DiC-XL/f16": (32, 16), "DiC-XL/f16-wide": (768, 16), "DiC-XL/f32": (32, 8)}
 _PRESETS = {
     "DiC": Preset("DiC"),
     "SiT": Preset("SiT"),
     "DiT": Preset("SiT", {"learn_sigma": True}),
     "U-ViT": Preset("UViT"),
-    **{name: Preset("DiC", options) for name, options in DIC_PRESETS.items()},
+    **{name: Preset("DiC", options, _LATENTS.get(name)) for name, options in DIC_PRESETS.items()},
     **{
         f"{family}-{size}/{patch}": Preset("SiT", {**options, "patch_size": patch, "learn_sigma": family == "DiT"})
         for family in ("SiT", "DiT")
@@ -74,6 +76,11 @@ for _name, _preset in _PRESETS.items():
 def list_denoisers(pattern: str = "*") -> list[str]:
     """The names that need no further options and match a shell `pattern`: presets in the papers' order, then others."""
     return _presets(pattern) + sorted(set(denoisers.names(pattern)) - set(_PRESETS))
+
+
+def preset_latent(name: str) -> tuple[int, int] | None:
+    """Channels and size (height and width) of the latents of 256 px that a preset is for; None for the papers' own."""
+    return _PRESETS[name].latent if name in _PRESETS else None
 
 
 def _presets(pattern: str) -> list[str]:

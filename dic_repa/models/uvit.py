@@ -66,7 +66,7 @@ class UViT(Pretrained):
             twice the channels, the head's prediction behind the model's own.
     """
 
-    last_layers = ("linear", "conv")  # which Muon leaves to AdamW
+    end_layers = ("linear", "conv")  # which Muon leaves to AdamW
 
     def __init__(
         self,

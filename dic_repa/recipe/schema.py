@@ -11,7 +11,6 @@ from dic_repa.recipe.values import (
     REAL,
     Batch,
     BelowOne,
-    Blocks,
     Count,
     Flag,
     Images,
@@ -25,6 +24,7 @@ from dic_repa.recipe.values import (
     Real,
     Seed,
     Size,
+    Stages,
     at_most,
 )
 
@@ -32,8 +32,8 @@ from dic_repa.recipe.values import (
 class ModelSection(Section):
     name: str = Field("DiC", description="a preset (`dic-repa info`), or DiC, SiT, DiT or U-ViT with sizes")
     width: Annotated[Count, Field(ge=2)] | None = Field(None, description="channels of the first level, or of a token")
-    depths: tuple[Blocks, Blocks, Blocks, Blocks, Blocks] | None = Field(
-        None, description="blocks of the stages: encoder, encoder, middle, decoder, decoder"
+    depths: Stages | None = Field(
+        None, description="blocks of the stages: encoder, ..., middle, ..., decoder; five of three levels, three of two"
     )
     learn_sigma: Flag = Field(False, description="twice the output channels; the second half is a variance")
     time_scale: Positive = Field(1.0, description="multiplies t before it is embedded")

@@ -55,6 +55,13 @@ def at_most(limit: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _odd(depths: tuple[int, ...]) -> tuple[int, ...]:
+    if len(depths) % 2 == 0:
+        count = len(depths)
+        raise ValueError(f"takes an odd number of stages, such as [6, 5, 6]: encoder, middle, decoder, not {count}")
+    return depths
+
+
 # Strict, because pydantic otherwise takes `true` for 1.
 WHOLE, REAL = BeforeValidator(whole_number), BeforeValidator(real_number)
 Natural = Annotated[int, Field(ge=0, strict=True), WHOLE, at_most("number")]
@@ -63,6 +70,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True), WHOLE]
 Images = Annotated[Count, at_most("images")]
 Batch = Annotated[Count, at_most("batch")]
 Blocks = Annotated[Count, at_most("blocks")]
+Stages = Annotated[tuple[Blocks, ...], AfterValidator(_odd)]  # blocks of each
 Size = Annotated[int, Field(ge=4, strict=True), WHOLE, at_most("size")]
 NotNegative = Annotated[float, Field(ge=0, strict=True), REAL]
 Flag = Annotated[bool, Field(strict=True)]

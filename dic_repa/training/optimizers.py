@@ -140,7 +140,7 @@ def hidden_matrices(model: nn.Module, others: Sequence[str] = ()) -> list[nn.Par
     """What Muon trains: the `matrices` but for the denoiser's first and last layer, and those of the patterns `others`.
 
     Its authors (github.com/KellerJordan/Muon) leave embeddings, a ConvNet's first layer and the last one to AdamW. A
-    middle head's last layer is one, too. A denoiser of several last layers names them in `last_layers`.
+    middle head's last layer is one, too. A denoiser of further such layers names them in `end_layers`.
 
     Raises:
         UserError: a pattern of `others` names no parameter.
@@ -157,8 +157,8 @@ def hidden_matrices(model: nn.Module, others: Sequence[str] = ()) -> list[nn.Par
     ]
     named = dict(model.named_parameters())
     chosen = select(list(named), others, "optimizer.options.others", "parameter")
-    last = [getattr(getattr(denoiser, name), "weight", None) for name in getattr(denoiser, "last_layers", ())]
-    ends = [*layers[:1], *layers[-1:], *last, *([head.linear.weight] if head is not None else [])]
+    more = [getattr(denoiser.get_submodule(name), "weight", None) for name in getattr(denoiser, "end_layers", ())]
+    ends = [*layers[:1], *layers[-1:], *more, *([head.linear.weight] if head is not None else [])]
     left = {id(layer) for layer in ends} | {id(named[name]) for name in chosen}
     return [parameter for parameter in matrices(model) if id(parameter) not in left]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dic_repa.cli import VERBS, completion, main
+from dic_repa.data.autoencoders import list_autoencoders
 from dic_repa.encoders import list_encoders
 from dic_repa.recipe import list_recipes
 from dic_repa.samplers import list_solvers
@@ -50,16 +51,18 @@ def test_names_are_offered(offered):
     assert offered("dic-repa solvers compare runs/mine --solvers heun,rk") == ["heun,rk4"]
     assert offered("dic-repa tune runs/mine --solver ") == [info.name for info in list_solvers()]
     assert offered("dic-repa encoders check dinov2-vit-s") == ["dinov2-vit-s"]
+    assert "none" in offered("dic-repa autoencoders check no")
     assert offered("dic-repa probe runs/mine --encoder digits") == ["digits-vit"]
     assert offered("dic-repa recipes explain optimizer.le") == ["optimizer.learning_rate"]
     assert offered("dic-repa train ./m") == ["./m"]  # the shell's own files
 
 
-def test_the_list_of_encoders_is_whole():
+def test_the_lists_of_parts_are_whole():
     assert list(completion.ENCODERS) == list_encoders()
+    assert list(completion.AUTOENCODERS) == list_autoencoders()
 
 
-@pytest.mark.parametrize("line", ["dic-repa encoders check d", "dic-repa sample r", "dic-repa train d"])
+@pytest.mark.parametrize("line", ["dic-repa autoencoders check n", "dic-repa sample r", "dic-repa train d"])
 def test_completion_imports_no_torch(line):
     script = "import sys, dic_repa.cli as c\ntry: c.main([])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
     words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_DIC_REPA_COMPLETE": "bash_complete"}

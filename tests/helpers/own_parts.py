@@ -8,7 +8,7 @@ from torch import nn
 from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.interpolants import LinearPath
 from dic_repa.models import Pretrained
-from dic_repa.models.dic import Block
+from dic_repa.models.blocks import Block
 from dic_repa.objectives import FlowMatching
 from dic_repa.samplers import Guidance
 

@@ -82,7 +82,7 @@ def test_overrides():
         ("train.micro_batch=5", "batch_size 64 is not a multiple of micro_batch 5"),
         ("sample.guidance.interval=[0.7, 0.2]", "interval must rise"),
         ("sample.guidance.interval=[0, 2]", "sample.guidance.interval.1 should be less than or equal to 1, not 2"),
-        ("model.depths=[1, 2]", "model.depths.2 is missing"),
+        ("model.depths=[1, 2]", "model.depths: takes an odd number of stages, such as [6, 5, 6]"),
         ("model=3", "model should be"),
         ("alignments.4.tap=x", "there is no entry '4'; there are 1, counted from 0"),
         ("train.steps.x=1", "'train.steps' has no keys of its own"),

@@ -10,7 +10,7 @@ from small_runs import ALIGNED, assert_same, metrics, small_run, weights
 from torch import nn
 
 from dic_repa.encoders import create_encoder
-from dic_repa.models.dic import Block
+from dic_repa.models.blocks import Block
 from dic_repa.training.parts import cast_weights
 
 KEYS = ["train.steps=3", "train.precision=no"]
