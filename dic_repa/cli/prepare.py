@@ -28,7 +28,7 @@ from dic_repa.runtime.threads import choose_threads
     click.option(
         "--autoencoder",
         default="stabilityai/sd-vae-ft-ema",
-        help="A name that `dic-repa parts autoencoder` lists, a hub id or a folder of diffusers' files (:SUBFOLDER "
+        help="A name that `dic-repa autoencoders` lists, a hub id or a folder of diffusers' files (:SUBFOLDER "
         "within a pipeline), or a file in LDM's layout; none: pixels.",
     ),
     click.option("--flip", is_flag=True, help="Store the mirrored images' moments too, and train on both."),

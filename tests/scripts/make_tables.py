@@ -15,7 +15,7 @@ BEGIN, END = "<!-- made by tests/scripts/make_tables.py -->\n", "<!-- end -->\n"
 LISTED = {
     "denoiser": "`dic-repa info`",
     "encoder": "`dic-repa encoders`",
-    "autoencoder": "[data.md](data.md#autoencoders)",
+    "autoencoder": "`dic-repa autoencoders`",
     "metric": "[metrics.md](metrics.md)",
 }
 
