@@ -6,6 +6,7 @@ import json
 import pickle
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -158,6 +159,23 @@ def test_statistics_beside_it_are_shift_and_scale(file, tmp_path, name, content)
     torch.save({key: torch.tensor(values).view(1, 4, 1, 1) for key, values in content.items()}, tmp_path / name)
     spec = load_spec(f"{tmp_path}:vavae.pt")
     assert (spec.shift, spec.scale) == ((0, 1, 2, 3), (2, 0.5, 0.25, 1))
+
+
+def test_a_file_on_the_hub(file, tmp_path, monkeypatch):
+    """Its name is OWNER/NAME:FILE; the statistics are fetched with it, whichever file they are in."""
+    torch.save({"mean": torch.ones(1, 4, 1, 1), "std": torch.full((1, 4, 1, 1), 2.0)}, tmp_path / "latents_stats.pt")
+    (tmp_path / "vavae.pt").symlink_to(file)
+
+    def download(repository, name, subfolder, revision):
+        if not (tmp_path / name).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(name)
+        assert (repository, subfolder) == ("owner/name", "weights")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    spec = load_autoencoder("owner/name:weights/vavae.pt").spec
+    assert (spec.name, spec.shift, spec.scale) == ("owner/name:weights/vavae.pt", (1,) * 4, (0.5,) * 4)
 
 
 @pytest.mark.parametrize("attention", [False, True])

@@ -5,6 +5,7 @@ Only tensors are read. The architecture is read off their names and shapes; the 
 `latents_stats.pt` (`mean`, `std`), or `NAME-latents-stats.pt` (`latents_bias`, `latents_scale`) for `NAME.pt`.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,9 @@ def ldm_config(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
             "diffusers is named by its folder"
         )
     levels = range(_count(tensors, "encoder.down."))
-    attention = {side: [f"{side}.{n}.attn.0.q.weight" in tensors for n in levels] for side in LDM_SIDES}
+    attention = {
+        side: [f"{side}.{n}.attn.0.q.weight" in tensors for n in levels] for side in ("encoder.down", "decoder.up")
+    }
     return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["decoder.conv_out.weight"].shape[0] if "decoder.conv_out.weight" in tensors else 3,
@@ -87,9 +90,6 @@ def ldm_config(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         "scaling_factor": 1.0,
     }
-
-
-LDM_SIDES = ("encoder.down", "decoder.up")
 
 
 def ldm_name(name: str, levels: int) -> str:
@@ -168,12 +168,9 @@ def _file(place: Place) -> Path:
 def _fetch_if_there(place: Place, name: str) -> None:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    try:
+    # Without a network it was fetched with the weights, or is not there.
+    with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
         place.file(name)
-    except LocalEntryNotFoundError:  # no network; it was fetched with the weights, or is not there
-        pass
-    except EntryNotFoundError:
-        pass
 
 
 def _build(config: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> Any:
