@@ -91,8 +91,6 @@ class Preparation:
         Raises:
             UserError: a damaged image (unless skip_bad), or a full disk.
         """
-        from datasets.arrow_writer import ArrowWriter
-
         # Split before finished ones are left out, so that processes that look at different times share no shard.
         mine = list(self._shards.items())[process::processes]
         todo = [(name, rows) for name, rows in mine if not (self.destination / name).is_file()]
@@ -103,13 +101,19 @@ class Preparation:
             ThreadPoolExecutor(self.workers) as pool,
         ):
             for name, rows in todo:
-                with (
-                    _whole_or_not(self.destination / name) as aside,
-                    ArrowWriter(features=self._features(), path=str(aside), writer_batch_size=100) as writer,
-                ):
-                    for row in self._encoded(_ahead(pool, self._load, rows, 3 * self.batch_size, bar)):
-                        writer.write(row | ({CHECKSUMS: checksums(row)} if self._checked else {}))
-                    writer.finalize()
+                self._write_shard(name, self._encoded(_ahead(pool, self._load, rows, 3 * self.batch_size, bar)))
+
+    def _write_shard(self, name: str, rows: Iterable[dict]) -> None:
+        """Write one shard: it is whole or not there."""
+        from datasets.arrow_writer import ArrowWriter
+
+        with (
+            _whole_or_not(self.destination / name) as aside,
+            ArrowWriter(features=self._features(), path=str(aside), writer_batch_size=100) as writer,
+        ):
+            for row in rows:
+                writer.write(row | ({CHECKSUMS: checksums(row)} if self._checked else {}))
+            writer.finalize()
 
     def finish(self) -> None:
         """Make one data set of the shards, with the two small files that `datasets.load_from_disk` reads."""
