@@ -24,7 +24,7 @@ from dic_repa.cli import main
 from dic_repa.conditions import ClassLabels
 from dic_repa.data.images import center_crop, to_tensor
 from dic_repa.data.latents import denoiser_data
-from dic_repa.data.prepare import psnr
+from dic_repa.data.look_back import psnr
 from dic_repa.data.prepared import Prepared
 from dic_repa.data.sources import ImageFolder
 from dic_repa.errors import UserError
