@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -285,7 +285,7 @@ class Preparation:
         return moments.cpu().numpy()
 
 
-def _each(shards: dict[str, range]) -> Iterator[tuple[str, range]]:
+def _each(shards: dict[str, range]) -> Generator[tuple[str, range], None, None]:
     yield from shards.items()
 
 

@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,7 +65,7 @@ class Claims:
                 self.check(name)
                 lock_beside(self.folder / name).unlink(missing_ok=True)
 
-    def each(self, missing: Callable[[], dict[str, T]]) -> Iterator[tuple[str, T]]:
+    def each(self, missing: Callable[[], dict[str, T]]) -> Generator[tuple[str, T], None, None]:
         """Files of the folder that are `missing`, with what that says of them: each that nobody else has, claimed until
         the next one is asked for; until none is missing."""
         waits = False
@@ -136,7 +136,7 @@ class Claims:
 
 
 def find_claims(folder: Path) -> dict[Path, str]:
-    """The claims in a folder whose owners live, as 'process 17 on host', by this machine's clock: nothing is touched."""
+    """The claims in a folder whose owners live, as 'process 17 on host'. By this machine's clock: it touches nothing."""
     files = sorted(folder.glob(f"{ASIDE}*.lock"))
     return {file: _name(_read(file)) for file in files if not _is_dead(file, time.time())}
 

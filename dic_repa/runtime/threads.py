@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from dic_repa.runtime.progress import say
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class CoreWatch:
