@@ -36,17 +36,17 @@ DIGITS = 9  # those of float32; what another processor's order of summation may 
 
 @dataclass
 class _Sums:
-    """What is known of some images: of each channel (C,) the mean, and the sum of z's squared deviations from it."""
+    """What is known of some images: of each channel (C,) the mean, and z's variance around it times the images."""
 
     images: int
     mean: np.ndarray
-    squares: np.ndarray
+    spread: np.ndarray
 
     def __add__(self, other: _Sums) -> _Sums:
-        """Of both together (Chan, Golub and LeVeque 1983), with `images` standing for numbers of a channel."""
+        """Of both together (Chan, Golub and LeVeque 1983)."""
         images, between = self.images + other.images, other.mean - self.mean
-        squares = self.squares + other.squares + between**2 * (self.images * other.images / images)
-        return _Sums(images, self.mean + between * (other.images / images), squares)
+        spread = self.spread + other.spread + between**2 * (self.images * other.images / images)
+        return _Sums(images, self.mean + between * (other.images / images), spread)
 
 
 def measure_statistics(data: Prepared, threads: int = 8) -> LatentStatistics:
@@ -72,7 +72,7 @@ def measure_statistics(data: Prepared, threads: int = 8) -> LatentStatistics:
             total = sums if total is None else total + sums
             bar.update(sums.images)
     assert total is not None
-    std = np.sqrt(total.squares / (total.images * data.size**2))
+    std = np.sqrt(total.spread / total.images)
     found = LatentStatistics(*(tuple(float(f"{value:.{DIGITS}g}") for value in values) for values in (total.mean, std)))
     if not all(map(math.isfinite, found.mean + found.std)):  # of an earlier version, whose rows have no checksums
         raise UserError(f"{data.path} holds latents that are not finite; prepare it again, into another folder")
@@ -89,7 +89,7 @@ def _sums(data: Prepared, piece: tuple[dict, str, range]) -> _Sums:
     squares = np.square(z - mean[:, None, None]).sum(axis=(0, 2, 3))
     if data.spec.stochastic:
         squares += np.square(moments[:, data.spec.channels :]).sum(axis=(0, 2, 3))
-    return _Sums(len(rows), mean, squares)
+    return _Sums(len(rows), mean, squares / data.size**2)
 
 
 def write_statistics(data: Prepared, statistics: LatentStatistics) -> None:

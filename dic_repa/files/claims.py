@@ -136,7 +136,10 @@ class Claims:
 
 
 def find_claims(folder: Path) -> dict[Path, str]:
-    """The claims in a folder whose owners live, as 'process 17 on host'. By this machine's clock: it touches nothing."""
+    """The claims in a folder whose owners live, each as 'process 17 on host'.
+
+    By this machine's clock, so that nothing is touched.
+    """
     files = sorted(folder.glob(f"{ASIDE}*.lock"))
     return {file: _name(_read(file)) for file in files if not _is_dead(file, time.time())}
 

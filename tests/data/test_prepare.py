@@ -234,6 +234,7 @@ def test_two_processes_give_the_same(prepared, tmp_path, dic_repa):
     done = dic_repa(*arguments, processes=2)
     assert done.stdout.count("7 of 7 images") == 1
     assert shards(tmp_path / "two") == shards(prepared)
+    assert (tmp_path / "two/latents.json").read_bytes() == (prepared / "latents.json").read_bytes()
 
 
 @pytest.mark.slow
