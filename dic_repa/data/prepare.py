@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +47,7 @@ FORMAT = 2  # 1 is that of earlier versions, without checksums
 @dataclass
 class Preparation:
     """Prepares a `source` into the folder `destination`: one process calls `begin`, then all call `write_shards`, then
-    one calls `finish` and `check`.
+    one calls `complete`.
 
     With `claims`, other commands may do the same at the same time, and each shard is written by the one that claims it.
     """
@@ -113,12 +113,14 @@ class Preparation:
             UserError: a damaged image (unless skip_bad), or a full disk.
         """
         # Split before finished ones are left out, so that processes that look at different times share no shard.
-        mine = list(self._shards)[process::processes] if self.claims is None else self._shards
+        mine = self._shards if self.claims else list(self._shards)[process::processes]
         todo = {name: rows for name, rows in self._missing().items() if name in mine}
         total = sum(map(len, todo.values()))
         label = "encoding" if processes == 1 else f"encoding (process 1 of {processes})"
         with (
-            contextlib.closing(self.claims.each(self._missing) if self.claims else _each(todo)) as shards,
+            contextlib.closing(
+                self.claims.each(self._missing) if self.claims else (each for each in todo.items())
+            ) as shards,
             progress_bar(total=total, desc=label, unit="image", disable=process > 0 or not total) as bar,
             ThreadPoolExecutor(self.workers) as pool,
         ):
@@ -159,6 +161,8 @@ class Preparation:
             if self.claims and (self.destination / CHECK_FILE).is_file() and not self._lacks_statistics():
                 return None
             self.finish()
+            if self.claims:
+                self.claims.sweep(self._shards)
             return self.check()
 
     def finish(self) -> None:
@@ -169,12 +173,8 @@ class Preparation:
             raise UserError(f"{self.destination} still lacks {count} shards; run the same command again")
         self._write_json("dataset_info.json", {"features": self._features().to_dict()})
         state = {"_data_files": [{"filename": name} for name in self._shards], "_split": "train"}
-        formats: dict = {
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-        }
+        formats: dict = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
+        formats["_output_all_columns"] = False
         self._write_json("state.json", state | {"_fingerprint": self.source.fingerprint()} | formats)
         if self._lacks_statistics():
             data = Prepared(self.destination)
@@ -196,7 +196,7 @@ class Preparation:
 
     def _missing(self) -> dict[str, range]:
         """The shards that are not there yet, and the indices of their images."""
-        there = {entry.name for entry in os.scandir(self.destination)}
+        there = set(os.listdir(self.destination))
         return {name: rows for name, rows in self._shards.items() if name not in there}
 
     @cached_property
@@ -283,10 +283,6 @@ class Preparation:
             hint = "store them with --moments float32" if self.moments == "float16" else "it cannot be used"
             raise UserError(f"{self.autoencoder.spec.name} gives moments beyond {self.moments}'s range; {hint}")
         return moments.cpu().numpy()
-
-
-def _each(shards: dict[str, range]) -> Generator[tuple[str, range], None, None]:
-    yield from shards.items()
 
 
 def _counted(items: Iterable[A], bar) -> Iterator[A]:

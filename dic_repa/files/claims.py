@@ -12,13 +12,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from dic_repa.errors import UserError, first_few
 from dic_repa.files.lock import holder, lock_beside
-from dic_repa.files.outputs import ASIDE, LOCK, MARKER, aside_of
+from dic_repa.files.outputs import ASIDE, LOCK, MARKER, aside_of, remove_leftovers
 from dic_repa.files.reading import parse_json
 from dic_repa.runtime.progress import say
 
@@ -70,21 +70,22 @@ class Claims:
         the next one is asked for; until none is missing."""
         waits = False
         while todo := missing():
-            taken = 0
+            got = False
             for name, value in todo.items():
                 if (self.folder / name).is_file():
                     continue
                 with self.claim(name) as mine:
                     # Only now is it sure that nobody has finished it a moment ago.
                     if mine and not (self.folder / name).is_file():
+                        got = True
                         yield name, value
-                    taken += not mine
-            if taken == len(todo):
-                if not waits:
-                    owners = sorted(set(find_claims(self.folder).values()))
-                    say(f"waiting for the last {taken} of {self.folder}, which {first_few(owners, 5)} make")
+            if got:
+                continue
+            owners = sorted(set(find_claims(self.folder).values()))
+            if owners and not waits:
+                say(f"waiting for the last shards of {self.folder}, which {first_few(owners, 5)} write")
                 waits = True
-                time.sleep(LOOK)
+            time.sleep(LOOK)
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
@@ -106,6 +107,13 @@ class Claims:
             if made:
                 with contextlib.suppress(OSError):  # something has been written into it
                     self.folder.rmdir()
+
+    def sweep(self, names: Container[str]) -> None:
+        """Once the files `names` are whole: remove their claims, and all that was left unfinished."""
+        for file in self.folder.glob(f"{ASIDE}*.lock"):
+            if _name_of(file) in names:
+                remove_claim(file)
+        remove_leftovers(self.folder)
 
     def check(self, name: str) -> None:
         """A `ClaimLost` if the claim of `name` is no longer this process's."""
@@ -158,9 +166,12 @@ def remove_claim(file: Path) -> None:
     """Remove the claim of a dead owner, and what that has left unfinished."""
     token = _read(file).get("token", "")
     if len(token) == 8 and token.isalnum():
-        name = file.name.removeprefix(ASIDE).removesuffix(".lock")
-        aside_of(file.with_name(name), token).unlink(missing_ok=True)
+        aside_of(file.with_name(_name_of(file)), token).unlink(missing_ok=True)
     file.unlink(missing_ok=True)
+
+
+def _name_of(claim: Path) -> str:
+    return claim.name.removeprefix(ASIDE).removesuffix(".lock")
 
 
 def _touch(descriptor: int, ended: threading.Event) -> None:

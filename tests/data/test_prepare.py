@@ -233,6 +233,7 @@ def test_two_processes_give_the_same(prepared, tmp_path, dic_repa):
     arguments = ["prepare", "tree", "two", "--size=32", "--autoencoder=vae", "--shard-size=3", "--flip"]
     done = dic_repa(*arguments, processes=2)
     assert done.stdout.count("7 of 7 images") == 1
+    assert len(shards(prepared)) == 3
     assert shards(tmp_path / "two") == shards(prepared)
     assert (tmp_path / "two/latents.json").read_bytes() == (prepared / "latents.json").read_bytes()
 
