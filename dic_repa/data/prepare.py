@@ -125,11 +125,12 @@ class Preparation:
             ThreadPoolExecutor(self.workers) as pool,
         ):
             for name, rows in shards:
-                if self.claims:  # others may have taken some
+                if self.claims:  # others may have written some
                     bar.total = bar.n + sum(map(len, self._missing().values()))
                 with contextlib.suppress(ClaimLost):
                     loaded = ahead(pool, self._load, rows, 3 * self.batch_size)
                     self._write_shard(name, self._encoded(_counted(loaded, bar)))
+            bar.total = bar.n
 
     def _write_shard(self, name: str, rows: Iterable[dict]) -> None:
         """Write one shard: it is whole or not there."""

@@ -253,6 +253,17 @@ def test_a_run_does_not_go_on_with_other_statistics(run, tmp_path, monkeypatch):
         shutil.rmtree(place)
 
 
+@torch.no_grad()
+def test_latents_as_the_autoencoder_gives_them_need_no_data(there, tmp_path):
+    from diffusers import AutoencoderKL
+
+    gone = recipe(tmp_path / "gone", "latent.normalise=none", f"data.autoencoder={there / 'vae'}")
+    autoencoder, x = build_autoencoder(gone.data), torch.randn(2, 4, 16, 16)
+    expected = AutoencoderKL.from_pretrained(there / "vae").decode(x).sample / 2 + 0.5
+    torch.testing.assert_close(autoencoder.decode(x), expected.clamp(0, 1), rtol=1e-5, atol=1e-5)
+    assert autoencoder.spec.normalisation == "none"
+
+
 def test_images_as_they_are_have_no_statistics(there):
     images = recipe(there / "tree", "data.name=images", f"data.autoencoder={there / 'vae'}", PER_CHANNEL)
     with pytest.raises(UserError, match="takes the statistics of a data set that `dic-repa prepare` has made"):
