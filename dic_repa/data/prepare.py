@@ -115,13 +115,13 @@ class Preparation:
         # Split before finished ones are left out, so that processes that look at different times share no shard.
         mine = self._shards if self.claims else list(self._shards)[process::processes]
         todo = {name: rows for name, rows in self._missing().items() if name in mine}
-        total = sum(map(len, todo.values()))
         label = "encoding" if processes == 1 else f"encoding (process 1 of {processes})"
+        hidden = process > 0 or not todo
         with (
             contextlib.closing(
                 self.claims.each(self._missing) if self.claims else (each for each in todo.items())
             ) as shards,
-            progress_bar(total=total, desc=label, unit="image", disable=process > 0 or not total) as bar,
+            progress_bar(total=sum(map(len, todo.values())), desc=label, unit="image", disable=hidden) as bar,
             ThreadPoolExecutor(self.workers) as pool,
         ):
             for name, rows in shards:

@@ -25,7 +25,7 @@ from dic_repa.runtime.progress import say
 T = TypeVar("T")
 BEAT = 10.0  # seconds between two touches
 DEAD = 180.0  # seconds without one, after which an owner is taken for dead: several times what NFS keeps old times
-LOOK = 1.0  # seconds between two looks at what others have
+LOOK = 1.0  # seconds between the first looks at what others have; later ten times as long
 
 
 class ClaimLost(Exception):
@@ -37,6 +37,7 @@ class Claims:
 
     def __init__(self, folder: Path):
         self.folder, self.token = folder, secrets.token_hex(4)
+        self.clock: float | None = None  # by how many seconds the file system's is ahead of this machine's
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -68,7 +69,7 @@ class Claims:
     def each(self, missing: Callable[[], dict[str, T]]) -> Generator[tuple[str, T], None, None]:
         """Files of the folder that are `missing`, with what that says of them: each that nobody else has, claimed until
         the next one is asked for; until none is missing."""
-        waits = False
+        looks = 0
         while todo := missing():
             got = False
             for name, value in todo.items():
@@ -81,11 +82,10 @@ class Claims:
                         yield name, value
             if got:
                 continue
-            owners = sorted(set(find_claims(self.folder).values()))
-            if owners and not waits:
+            looks += 1
+            if looks == 2 and (owners := sorted(set(find_claims(self.folder).values()))):
                 say(f"waiting for the last shards of {self.folder}, which {first_few(owners, 5)} write")
-                waits = True
-            time.sleep(LOOK)
+            time.sleep(LOOK * min(looks, 10))
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
@@ -102,7 +102,7 @@ class Claims:
                 if looks == 3:
                     owner = _name(_read(lock_beside(self.folder / name)))
                     say(f"waiting for {owner}, which writes {self.folder / name}")
-                time.sleep(LOOK)
+                time.sleep(LOOK * min(looks, 10))
         finally:
             if made:
                 with contextlib.suppress(OSError):  # something has been written into it
@@ -133,7 +133,9 @@ class Claims:
                     file.unlink(missing_ok=True)
                     raise
                 return descriptor
-            if not _is_dead(file, _time_there(self.folder)):
+            if self.clock is None:
+                self.clock = _clock(self.folder)
+            if not _is_dead(file, time.time() + (self.clock or 0.0)):
                 break
             remove_claim(file)
         return None
@@ -154,7 +156,7 @@ def find_claims(folder: Path) -> dict[Path, str]:
 
 def clear_claims(folder: Path) -> None:
     """Remove the claims of dead owners in a folder, which this process has locked; a UserError if an owner lives."""
-    now = _time_there(folder)
+    now = time.time() + (_clock(folder) or 0.0)
     for file in sorted(folder.glob(f"{ASIDE}*.lock")):
         if not _is_dead(file, now):
             owner = _name(_read(file))
@@ -202,12 +204,12 @@ def _is_gone(process: object) -> bool:
     return False
 
 
-def _time_there(folder: Path) -> float:
-    """The time by the clock of the file system, which is the clock of all claims: a server's may be another."""
+def _clock(folder: Path) -> float | None:
+    """By how many seconds the clock of the file system, which dates the claims, is ahead; None if it was not begun."""
     with contextlib.suppress(OSError):
         os.utime(folder / MARKER)
-        return (folder / MARKER).stat().st_mtime
-    return time.time()
+        return (folder / MARKER).stat().st_mtime - time.time()
+    return None
 
 
 def _place() -> str:

@@ -17,6 +17,7 @@ from prepare_slowly import run as prepare_quickly
 from dic_repa.files import claims
 from dic_repa.files.claims import ClaimLost, Claims, find_claims
 from dic_repa.files.lock import locked
+from dic_repa.files.outputs import begin_folder
 
 FORKS = multiprocessing.get_context("fork")
 SHARE = ("prepare", "tree", "out", "--size=16", "--autoencoder=none", "--shard-size=3", "--share")
@@ -138,6 +139,15 @@ def test_a_claim_is_kept_fresh_and_its_owner_found(tmp_path):
         with Claims(tmp_path / "out").claim("a") as others:
             assert not others
     assert not file.exists()
+
+
+def test_a_clock_that_is_wrong_kills_nobody(tmp_path, monkeypatch):
+    begin_folder(tmp_path / "out", "prepared")
+    now = time.time
+    with Claims(tmp_path / "out").claim("a"):
+        monkeypatch.setattr(time, "time", lambda: now() + 3600)
+        with Claims(tmp_path / "out").claim("a") as others:
+            assert not others
 
 
 def test_the_last_command_says_that_all_is_done(tmp_path, here, mistake):
