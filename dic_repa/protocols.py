@@ -59,7 +59,8 @@ class DataSet(Samples, Protocol):
 
 class Autoencoder(Protocol):
     """Between images and latents, made by `factory(**options)`; frozen, in float32. It may have `licence`, that of its
-    weights, or `card`, what a list says of it (`dic_repa.data.autoencoders.AutoencoderCard`)."""
+    weights, or `card`, what a list says of it (`dic_repa.data.autoencoders.AutoencoderCard`), or `image_size`, the only
+    height and width of images that it takes."""
 
     spec: Any  # a `dic_repa.data.autoencoders.AutoencoderSpec`: channels, pixels of a latent pixel, shift, scale
 

@@ -184,6 +184,7 @@ GIVEN = {"head": (4, 4, (2, 2)), "block": (8, 8, 8), "guidance": (0.5,), "encode
 CALLED_AS_THEY_ARE = {"ode-solver", "sde-solver", "guidance-schedule", "diffusion-form", "last-step"}
 # Made where an encoder's weights, data, or a package is on this machine.
 NAMES = {
+    "autoencoder": ["none"],
     "encoder": ["digits-vit"],
     "data-set": [],
     "denoiser": ["DiC-S", "SiT-S/2", "DiT-S/2", "U-ViT-S/2"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import timeit
@@ -16,6 +17,8 @@ from dic_repa.bench.device import look_inside
 from dic_repa.bench.model import randomise
 from dic_repa.bench.timing import Settings, case_label, measure
 from dic_repa.conditions import create_condition
+from dic_repa.data.autoencoders import load_spec
+from dic_repa.data.latent_files import DEFAULT_AUTOENCODER
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import GRAPH_MODES
@@ -98,16 +101,23 @@ def bench_sample(
 
 
 def _decoder(recipe: Recipe, device: torch.device, notes: list[str]) -> Callable[[Tensor], Tensor]:
-    """The recipe's decoder; Stable Diffusion's with random weights if its own are not on this machine."""
+    """The recipe's decoder; one like Stable Diffusion's with random weights if its own are not on this machine."""
     try:
         return build_decoder(recipe.data, device)
     except UserError as error:
         why = first_line(error)
-        notes.append(f"decoding by Stable Diffusion's decoder with random weights, which is as fast ({why})")
+        notes.append(f"decoding by Stable Diffusion's decoder with random weights, for latents of that shape ({why})")
     from diffusers import AutoencoderKL
 
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    spec = load_spec(DEFAULT_AUTOENCODER)
+    with contextlib.suppress(UserError):  # what is known of it without its weights
+        spec = load_spec(recipe.data.autoencoder or spec.name)
+    widths = (128, 256, 512, *(512,) * 6)[: spec.downsample.bit_length()]
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+    }
+    sizes = {"block_out_channels": widths, "layers_per_block": 2, "latent_channels": spec.channels}
     model: Any = AutoencoderKL(**blocks, **sizes)
     model.to(device).eval().requires_grad_(False)
     return lambda x: (model.decode(x / 0.18215).sample / 2 + 0.5).clamp(0, 1)

@@ -23,9 +23,9 @@ SIZES = (256, 512)  # pixels of images whose latents the list shows
 def command(context: click.Context, plugins: tuple[str, ...]):
     """List the autoencoders: channels, factor of reduction, latents of 256 and 512 px, parameters, licence, source.
 
-    An autoencoder's name in a recipe or in `dic-repa prepare` is one of these, a hub id or local folder of
-    diffusers.AutoencoderKL, or `package.module:factory`. What comes back of an image limits all that is trained on its
-    latents: `check` shows it.
+    An autoencoder's name in a recipe or in `dic-repa prepare` is one of these, a hub id or folder of diffusers' files
+    (or diffusers:CLASS: and then one), a file in LDM's layout, or `package.module:factory`. What comes back of an image
+    limits all that is trained on its latents: `check` shows it.
 
     \b
     Examples:

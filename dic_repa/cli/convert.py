@@ -39,12 +39,15 @@ def command(
     in .pt, .pth or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads. The adapters of
     a run with train.lora are merged into its weights.
 
+    An autoencoder too: its file in LDM's layout (VA-VAE, REPA-E's) becomes a folder of diffusers, and back.
+
     \b
     Examples:
       dic-repa convert runs/digits-urepa small --dtype fp16            a run's averaged weights, in half the space
       dic-repa convert DiC-XL.pt dic-xl --recipe dic-xl-ddpm           the authors' file, ready to sample from
       dic-repa convert runs/mine DiC-mine.pt                           for the authors' code
       dic-repa convert runs/lora adapters --lora-only                  adapter_config.json and adapter_model.safetensors
+      dic-repa convert e2e-vavae-400k.pt e2e-vavae                     an autoencoder, for diffusers
     """
     if target.suffix[1:].isalpha() and target.suffix not in AUTHORS_FILES and not target.is_dir():
         known = f"{', '.join(AUTHORS_FILES)} are files"
@@ -57,13 +60,18 @@ def command(
     if there and not overwrite:
         raise UserError(f"{target} exists; pass --overwrite to replace it")
 
-    from dic_repa.sampling.convert import convert, convert_adapters
+    from dic_repa.sampling.convert import convert, convert_adapters, convert_autoencoder, is_autoencoder
 
     if lora_only:
         count = convert_adapters(source, target)
         print_result(f"{target}: adapters of {count / 1e6:.4g} M parameters in float32, not averaged")
         return
-    model = convert(source, target, DTYPES[dtype], weights, family, recipe)
+    if is_autoencoder(source):
+        if weights != "ema" or family or recipe:
+            raise click.UsageError(f"{source} is an autoencoder, for which convert takes --dtype and --overwrite alone")
+        model = convert_autoencoder(source, target, DTYPES[dtype])
+    else:
+        model = convert(source, target, DTYPES[dtype], weights, family, recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
     print_result(

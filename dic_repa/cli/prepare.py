@@ -1,5 +1,6 @@
 """`dic-repa prepare`."""
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -7,6 +8,7 @@ import click
 from dic_repa.cli.options import Command, Count, option_group
 from dic_repa.errors import UserError, first_few, print_rank_errors, when_interrupted
 from dic_repa.files.outputs import check_folder
+from dic_repa.files.reading import read_json
 from dic_repa.runtime.progress import print_result
 from dic_repa.runtime.threads import choose_threads
 
@@ -28,8 +30,8 @@ from dic_repa.runtime.threads import choose_threads
     click.option(
         "--autoencoder",
         default="stabilityai/sd-vae-ft-ema",
-        help="A hub id or a local folder of diffusers.AutoencoderKL (:SUBFOLDER within a pipeline); lite-vae: the "
-        "small one in the package; none: pixels.",
+        help="A name that `dic-repa autoencoders` lists, a hub id or a folder of diffusers' files (:SUBFOLDER "
+        "within a pipeline), or a file in LDM's layout; none: pixels.",
     ),
     click.option("--flip", is_flag=True, help="Store the mirrored images' moments too, and train on both."),
     click.option(
@@ -51,8 +53,16 @@ from dic_repa.runtime.threads import choose_threads
     click.option("--shard-size", type=Count(1, "images"), default=1000, help="Images of one shard."),
     click.option("--batch-size", type=Count(1, "batch"), default=32, help="Images encoded at once."),
     click.option("--workers", type=Count(1, "workers"), default=8, help="Threads that read and crop."),
+    click.option(
+        "--share",
+        is_flag=True,
+        help="Share the work with the same command on other machines that see DESTINATION, or on this one: each takes "
+        "shards that nobody has.",
+    ),
 )
-def command(source: str, destination: Path, autoencoder: str, labels: str | None, unlabelled: bool, **options):
+def command(
+    source: str, destination: Path, autoencoder: str, labels: str | None, unlabelled: bool, share: bool, **options
+):
     """Crop and encode the images of SOURCE into the data set DESTINATION.
 
     SOURCE is a folder, zip or tar, a Hugging Face data set (ID, ID:SPLIT or a local folder), or a data set in the
@@ -69,28 +79,33 @@ def command(source: str, destination: Path, autoencoder: str, labels: str | None
       dic-repa prepare photos data/photos --size 64 --autoencoder none           one class; --unlabelled: none
       dic-repa prepare flat/ data/pixels --labels flat.csv --size 64 --autoencoder none
       accelerate launch -m dic_repa prepare imagenet/train data/imagenet256      on all GPUs of this machine
+      dic-repa prepare imagenet/train /shared/imagenet256 --share                the same on each of several machines
     """
     check_folder(destination, "prepared")
 
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import Preparation
     from dic_repa.data.sources import open_source
+    from dic_repa.files.claims import Claims
     from dic_repa.files.lock import locked
     from dic_repa.runtime.processes import entered_by_main, on_main_process, start_processes
 
     choose_threads()
     images = open_source(source, labels, options["skip_bad"], unlabelled)
     state = start_processes()
+    options["claims"] = Claims(destination) if share else None
     preparation = Preparation(images, destination, load_autoencoder(autoencoder, state.device), **options)
-    with entered_by_main(state, lambda: locked(destination)):
+    with contextlib.nullcontext() if share else entered_by_main(state, lambda: locked(destination)):
         on_main_process(state, preparation.begin)
         begun = f"the finished shards are in {destination}, and the same command goes on with the others"
         with when_interrupted(lambda: f"interrupted; {begun}"), print_rank_errors():
             preparation.write_shards(state.process_index, state.num_processes)
         state.wait_for_everyone()
         if state.is_main_process:
-            preparation.finish()
-            report = preparation.check()
+            report = preparation.complete()
+            if report is None:
+                print_result(f"{destination} is complete: another command has made the last shards and looked back")
+                report = read_json(destination / "check.json", "run the same command again")
             _print_report(destination, report)
             if report["expected"] and not report["images"]:
                 raise UserError(f"not one image of {source} was whole")
@@ -112,5 +127,9 @@ def _print_report(destination: Path, report: dict) -> None:
         print_result(f"warning: nothing is left of the classes {', '.join(report['empty_classes'][:10])}")
     if report["enlarged"]:
         print_result(f"{report['enlarged']} images were smaller than the crop and have been enlarged")
+    if latents := report["latents"]:
+        (low, high), (least, most) = ((min(values), max(values)) for values in (latents["mean"], latents["std"]))
+        each = f"mean {low:.3g} to {high:.3g}, standard deviation {least:.3g} to {most:.3g}"
+        print_result(f"latents of {len(latents['mean'])} channels: {each}; each channel's are in latents.json")
     quality = "" if report["psnr"] is None else f"PSNR of the round trip {report['psnr']:.1f} dB; "
     print_result(f"{quality}look at {report['preview']}; all of this is in {destination / 'check.json'}")

@@ -1,49 +1,55 @@
-"""Prepare a data set once: crop, encode, write shards that training reads, and look back at them.
+"""Prepare a data set once: crop, encode, and write shards that training reads.
 
 `datasets.load_from_disk` opens the result. Its columns are `image` (a WebP, PNG or JPEG file), `moments` (mean and
 standard deviation, float16 or float32), `moments_flipped` (of the mirrored image, on request), `label`, `name`, `width`
-and `height` (of the original), and `crc32`, the row's checksums. `prepare.json` says how it was made. Shard k holds
-`shard_size` images, from image k * shard_size on, for any number of processes or interruptions.
+and `height` (of the original), and `crc32`, the row's checksums. `prepare.json` says how it was made, `latents.json`
+has each channel's mean and deviation. Shard k holds `shard_size` images, from image k * shard_size on, for any number
+of processes, machines or interruptions.
 """
 
 import contextlib
 import errno
 import itertools
 import json
+import os
 import shutil
-from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
-from dic_repa.data.files import by_reason
+from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels
+from dic_repa.data.look_back import CHECK_FILE, PREVIEW_FILE, look_back
 from dic_repa.data.prepared import CHECKSUMS, SETTINGS_FILE, Prepared, checksums, read_settings
 from dic_repa.data.sources import ImageSource
+from dic_repa.data.statistics import STATISTICS_FILE, measure_statistics, write_statistics
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
+from dic_repa.files.claims import ClaimLost, Claims, clear_claims
 from dic_repa.files.outputs import begin_folder, check_folder, remove_leftovers
-from dic_repa.files.pictures import save_side_by_side, to_pil, unit_images
+from dic_repa.files.pictures import unit_images
 from dic_repa.protocols import Autoencoder
 from dic_repa.runtime.precision import tf32
 from dic_repa.runtime.progress import progress_bar
+from dic_repa.runtime.threads import ahead
 
-PREVIEW = 64  # images at most
+A = TypeVar("A")
 FORMAT = 2  # 1 is that of earlier versions, without checksums
-DECODE_BATCH = 16  # images decoded at once: at 256 px these take about 3 GB
 
 
 @dataclass
 class Preparation:
     """Prepares a `source` into the folder `destination`: one process calls `begin`, then all call `write_shards`, then
-    one calls `finish` and `check`.
+    one calls `complete`.
+
+    With `claims`, other commands may do the same at the same time, and each shard is written by the one that claims it.
     """
 
     source: ImageSource
@@ -57,6 +63,7 @@ class Preparation:
     batch_size: int = 32  # images encoded at once
     skip_bad: bool = False
     workers: int = 8  # threads that read and crop
+    claims: Claims | None = None
 
     def begin(self) -> None:
         """Make the destination, or check that it was begun with the same settings.
@@ -65,96 +72,133 @@ class Preparation:
             UserError: the destination holds something else.
         """
         spec, wanted, place = self.autoencoder.spec, self._settings(), self.destination
+        only = getattr(self.autoencoder, "image_size", self.size)
+        if self.size != only:
+            raise UserError(f"--size {self.size}: {spec.name} takes images of {only}x{only} alone; take --size {only}")
         if self.size % spec.downsample:
             raise UserError(f"--size {self.size} is not a multiple of {spec.downsample}, the autoencoder's reduction")
-        if check_folder(place, "prepared") and (place / SETTINGS_FILE).is_file():
+        with self._alone(SETTINGS_FILE):
+            if check_folder(place, "prepared") and (place / SETTINGS_FILE).is_file():
+                self._go_on(wanted)
+                return
+            # All names at once, since the processes that will write them may be on several machines.
+            others = ("dataset_info.json", "state.json", STATISTICS_FILE, CHECK_FILE, PREVIEW_FILE)
+            begin_folder(place, "prepared", [SETTINGS_FILE, *self._shards, *others])
+            self._write_json(SETTINGS_FILE, wanted)
+
+    def _go_on(self, wanted: dict) -> None:
+        """Check that the destination was begun with the `wanted` settings, and remove what is not whole."""
+        place = self.destination
+        if self.claims is None:
+            clear_claims(place)
             remove_leftovers(place)
-            found, wanted = {"moments": "float16"} | read_settings(place), json.loads(json.dumps(wanted))
-            found["format"] = FORMAT if found.get("format") == 1 else found.get("format")  # goes on without checksums
-            for settings in (found, wanted):  # images and weights may move between two calls, but not change
-                settings["source"].pop("path", None)
-                settings["autoencoder"].pop("name", None)
-            if differs := [key for key in wanted if wanted[key] != found.get(key)]:
-                raise UserError(f"{place} was begun with another {', '.join(differs)}; choose another folder")
-            return
-        # All names at once, since the processes that will write them may be on several machines.
-        others = ("dataset_info.json", "state.json", "check.json", "preview.png")
-        begin_folder(place, "prepared", [SETTINGS_FILE, *self._shards, *others])
-        self._write_json(SETTINGS_FILE, wanted)
+        found, wanted = {"moments": "float16"} | read_settings(place), json.loads(json.dumps(wanted))
+        found["format"] = FORMAT if found.get("format") == 1 else found.get("format")  # goes on without checksums
+        found["autoencoder"] = AutoencoderSpec.from_dict(found["autoencoder"]).to_dict()  # with what is new in it
+        found = json.loads(json.dumps(found))
+        for settings in (found, wanted):  # images and weights may move between two calls, but not change
+            settings["source"].pop("path", None)
+            settings["autoencoder"].pop("name", None)
+        if differs := [key for key in wanted if wanted[key] != found.get(key)]:
+            raise UserError(f"{place} was begun with another {', '.join(differs)}; choose another folder")
+        if self._missing():
+            for name in (STATISTICS_FILE, CHECK_FILE):  # of other shards than those that will be there
+                (place / name).unlink(missing_ok=True)
 
     def write_shards(self, process: int = 0, processes: int = 1) -> None:
-        """Write the shards of this process that are still missing; a shard is whole or not there.
+        """Write the shards of this process that are still missing; a shard is whole or not there. With `claims`, all
+        that no other command has, until none is missing.
 
         Raises:
             UserError: a damaged image (unless skip_bad), or a full disk.
         """
-        from datasets.arrow_writer import ArrowWriter
-
         # Split before finished ones are left out, so that processes that look at different times share no shard.
-        mine = list(self._shards.items())[process::processes]
-        todo = [(name, rows) for name, rows in mine if not (self.destination / name).is_file()]
-        total = sum(len(rows) for _, rows in todo)
+        mine = self._shards if self.claims else list(self._shards)[process::processes]
+        todo = {name: rows for name, rows in self._missing().items() if name in mine}
         label = "encoding" if processes == 1 else f"encoding (process 1 of {processes})"
+        hidden = process > 0 or not todo
         with (
-            progress_bar(total=total, desc=label, unit="image", disable=process > 0 or not total) as bar,
+            contextlib.closing(
+                self.claims.each(self._missing) if self.claims else (each for each in todo.items())
+            ) as shards,
+            progress_bar(total=sum(map(len, todo.values())), desc=label, unit="image", disable=hidden) as bar,
             ThreadPoolExecutor(self.workers) as pool,
         ):
-            for name, rows in todo:
-                with (
-                    _whole_or_not(self.destination / name) as aside,
-                    ArrowWriter(features=self._features(), path=str(aside), writer_batch_size=100) as writer,
-                ):
-                    for row in self._encoded(_ahead(pool, self._load, rows, 3 * self.batch_size, bar)):
-                        writer.write(row | ({CHECKSUMS: checksums(row)} if self._checked else {}))
-                    writer.finalize()
+            for name, rows in shards:
+                if self.claims:  # others may have written some
+                    bar.total = bar.n + sum(map(len, self._missing().values()))
+                with contextlib.suppress(ClaimLost):
+                    loaded = ahead(pool, self._load, rows, 3 * self.batch_size)
+                    self._write_shard(name, self._encoded(_counted(loaded, bar)))
+            bar.total = bar.n
+
+    def _write_shard(self, name: str, rows: Iterable[dict]) -> None:
+        """Write one shard: it is whole or not there."""
+        from datasets.arrow_writer import ArrowWriter
+
+        with (
+            self._aside(name) as aside,
+            ArrowWriter(features=self._features(), path=str(aside), writer_batch_size=100) as writer,
+        ):
+            for row in rows:
+                writer.write(row | ({CHECKSUMS: checksums(row)} if self._checked else {}))
+            writer.finalize()
+
+    @contextlib.contextmanager
+    def _aside(self, name: str) -> Iterator[Path]:
+        """Where a shard is written until it is whole; a `ClaimLost` if another command writes it by then."""
+        with _whole_or_not(self.destination / name, self.claims.token if self.claims else "") as aside:
+            yield aside
+            if self.claims:
+                self.claims.check(name)
+
+    def _alone(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Where commands share the work, one of them at a time writes the file `name`."""
+        return self.claims.hold(name) if self.claims else contextlib.nullcontext()
+
+    def complete(self) -> dict | None:
+        """`finish` and `check`, whose report this is; None if another command that shares the work has done it."""
+        with self._alone(CHECK_FILE):
+            if self.claims and (self.destination / CHECK_FILE).is_file() and not self._lacks_statistics():
+                return None
+            self.finish()
+            if self.claims:
+                self.claims.sweep(self._shards)
+            return self.check()
 
     def finish(self) -> None:
-        """Make one data set of the shards, with the two small files that `datasets.load_from_disk` reads."""
-        if missing := [name for name in self._shards if not (self.destination / name).is_file()]:
+        """Make one data set of the shards, with the small files that `datasets.load_from_disk` reads and the latents'
+        statistics."""
+        if missing := self._missing():
             count = f"{len(missing)} of {len(self._shards)}"
             raise UserError(f"{self.destination} still lacks {count} shards; run the same command again")
         self._write_json("dataset_info.json", {"features": self._features().to_dict()})
         state = {"_data_files": [{"filename": name} for name in self._shards], "_split": "train"}
-        formats: dict = {
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-        }
+        formats: dict = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
+        formats["_output_all_columns"] = False
         self._write_json("state.json", state | {"_fingerprint": self.source.fingerprint()} | formats)
+        if self._lacks_statistics():
+            data = Prepared(self.destination)
+            write_statistics(data, measure_statistics(data, self.workers))
+
+    def _lacks_statistics(self) -> bool:
+        """Whether there are latents, and no statistics that fit to them."""
+        data = Prepared(self.destination)
+        try:
+            return data.spec.name != "none" and len(data) > 0 and not data.statistics
+        except UserError:
+            return True
 
     def check(self) -> dict:
-        """Read all labels back, decode up to 64 images, and write preview.png and check.json, whose content it returns.
-
-        The smallest and largest class are None without classes, `psnr` (dB) without an autoencoder.
-        """
-        import datasets
-
-        data = Prepared(self.destination, flip=False)
-        rows = datasets.load_from_disk(str(self.destination)).select_columns(["label", "name", "width", "height"])
-        table = rows.with_format("arrow")[:].to_pydict()
-        counts, stored = Counter(table["label"]), set(table["name"])
-        by_size = sorted((counts[k], k) for k in range(data.num_classes))
-        classes = [(data.class_names[k], count) for count, k in by_size]
-        damaged = [name for name in self.source.names if name not in stored]
-        left_out = by_reason(self.source.rejected | dict.fromkeys(damaged, "no whole image"))
-        preview = self.destination / "preview.png"
-        report = {
-            "images": len(data),
-            "expected": len(self.source),
-            "classes": len(classes),
-            "smallest_class": classes[0] if classes else None,
-            "largest_class": classes[-1] if classes else None,
-            "empty_classes": [name for name, count in classes if count == 0],
-            "skipped": sorted(itertools.chain(*left_out.values())),
-            "reasons": left_out,
-            "notes": list(self.source.notes),
-            "enlarged": sum(min(sides) < self.size for sides in zip(table["width"], table["height"])),
-            "psnr": self._preview(data, preview) if len(data) else None,
-            "preview": str(preview),
-        }
-        self._write_json("check.json", report)
+        """Look back at what was written: preview.png, and check.json, whose content is returned."""
+        report = look_back(self.destination, self.source, self.autoencoder, self.size)
+        self._write_json(CHECK_FILE, report)
         return report
+
+    def _missing(self) -> dict[str, range]:
+        """The shards that are not there yet, and the indices of their images."""
+        there = set(os.listdir(self.destination))
+        return {name: rows for name, rows in self._shards.items() if name not in there}
 
     @cached_property
     def _shards(self) -> dict[str, range]:
@@ -241,49 +285,18 @@ class Preparation:
             raise UserError(f"{self.autoencoder.spec.name} gives moments beyond {self.moments}'s range; {hint}")
         return moments.cpu().numpy()
 
-    def _preview(self, data: Prepared, path: Path) -> float | None:
-        """Draw some of the stored images, each above its round trip; the PSNR of the round trip."""
-        chosen = torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist()
-        samples = [data[index] for index in chosen]
-        images = unit_images(torch.stack([sample["image"] for sample in samples]))
-        versions, caption, quality = [images], "stored images", None
-        if self.autoencoder.spec.name != "none":
-            moments = torch.stack([sample["moments"] for sample in samples]).float()
-            x = self.autoencoder.spec.normalise(self.autoencoder.spec.mean(moments))
-            decoded = torch.cat([self.autoencoder.decode(part) for part in x.split(DECODE_BATCH)]).cpu()
-            versions, caption = [images, decoded], "stored images, below each its round trip"
-            quality = float(psnr(images, decoded).mean())
-        columns = min(8, len(images))
-        blank = images.new_ones(-len(images) % columns, *images.shape[1:])
-        rows = torch.stack([torch.cat([version, blank]).unflatten(0, (-1, columns)) for version in versions], dim=1)
-        save_side_by_side({caption: to_pil(make_grid(rows.flatten(0, 2), columns, padding=4, pad_value=1))}, path)
-        return quality
 
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [0, 1]: 10 log10(1 / mean squared error), (B,)."""
-    return -10 * (a - b).square().flatten(1).mean(dim=1).clamp_min(1e-12).log10()
-
-
-def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int, bar) -> Iterator:
-    """`map` in the pool's threads, in order, at most `depth` items ahead of what is consumed."""
-    items = iter(items)
-    waiting = deque(pool.submit(function, item) for item in itertools.islice(items, depth))
-    try:
-        while waiting:
-            yield waiting.popleft().result()
-            bar.update()
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-    finally:
-        for future in waiting:
-            future.cancel()
+def _counted(items: Iterable[A], bar) -> Iterator[A]:
+    for item in items:
+        bar.update()
+        yield item
 
 
 @contextlib.contextmanager
-def _whole_or_not(path: Path) -> Iterator[Path]:
+def _whole_or_not(path: Path, token: str = "") -> Iterator[Path]:
     """`write_aside`, with the free space in the message of an error."""
     try:
-        with write_aside(path) as aside:
+        with write_aside(path, token=token) as aside:
             yield aside
     except OSError as error:
         free = shutil.disk_usage(path.parent).free / 1e9

@@ -14,11 +14,12 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
+from dic_repa.data.autoencoders import AutoencoderSpec, LatentStatistics, load_autoencoder
 from dic_repa.data.files import stamp
 from dic_repa.data.images import IMAGE_FORMATS, to_levels
 from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
+from dic_repa.data.statistics import read_statistics
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.reading import check_regular, read_json
 from dic_repa.limits import check_limit
@@ -78,12 +79,12 @@ class Prepared(LatentDataset):
         return name
 
     def __len__(self) -> int:
-        return self._parts[0][-1] * (2 if self.flip else 1)
+        return self.parts[0][-1] * (2 if self.flip else 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        starts, parts = self._parts
+        starts, parts = self.parts
         place = index
         flipped, index = divmod(index, starts[-1])
         k = bisect.bisect_right(starts, index) - 1
@@ -95,7 +96,7 @@ class Prepared(LatentDataset):
         if self.spec.name != "none":
             stored[moments] = part[moments][row]
         if self._unread[place]:  # once in each process, which costs little beside decoding
-            self._check_row(part, row, stored)
+            self.check_row(part, row, stored)
             self._unread[place] = False
         if not 0 <= stored["label"] < max(1, self.num_classes):
             raise _damaged(part, row, f"the label of its row {{}} is {stored['label']}, of {self.num_classes} classes")
@@ -113,9 +114,14 @@ class Prepared(LatentDataset):
         return sample if self.spec.name == "none" else sample | {"moments": torch.tensor(stored[moments])}
 
     @property
+    def statistics(self) -> LatentStatistics:
+        """Over all images, mirrored ones included if they are stored."""
+        return read_statistics(self.path, self.files, self.spec)
+
+    @property
     def labels(self) -> np.ndarray:
         """The class of each image (N,), int64, mirrored ones left out."""
-        return np.concatenate([part["label"] for part in self._parts[1]])
+        return np.concatenate([part["label"] for part in self.parts[1]])
 
     @cached_property
     def _image_shape(self) -> tuple[int, int, int]:
@@ -125,7 +131,7 @@ class Prepared(LatentDataset):
     def _unread(self) -> np.ndarray:
         return np.ones(len(self), dtype=bool)
 
-    def _check_row(self, part: dict, row: int, stored: dict[str, Any]) -> None:
+    def check_row(self, part: dict, row: int, stored: dict[str, Any]) -> None:
         """A UserError if one of the `stored` values of a row has changed since it was prepared."""
         if CHECKSUMS not in part:
             return  # prepared by an earlier version
@@ -141,7 +147,7 @@ class Prepared(LatentDataset):
         return f"{stamp(self.path / name for name in self.files)} {self.flip}"
 
     @cached_property
-    def _parts(self) -> tuple[list[int], list[dict]]:
+    def parts(self) -> tuple[list[int], list[dict]]:
         """Where each record batch of all shards starts (and the total), and its columns, mapped from the files."""
         # Straight from Arrow, since the rows that `datasets` formats take longer than decoding the image.
         parts = [part for name in self.files for part in self._shard(self.path / name)]
@@ -175,12 +181,12 @@ class Prepared(LatentDataset):
             others = {key: part["batch"][key][row].as_py() for key in ("name", "width", "height")}
             moments = {key: part[key][row] for key in part["names"] if key.startswith("moments")}
             image = part["image"][row].as_py()
-            self._check_row(part, row, {"label": part["label"][row], "image": image, **moments, **others})
+            self.check_row(part, row, {"label": part["label"][row], "image": image, **moments, **others})
         return all(CHECKSUMS in part for part in parts)
 
     def __getstate__(self) -> dict:
         # A worker that is spawned maps the files itself; pickled arrays would be copies of all of the data.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "_unread", "autoencoder")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("parts", "_unread", "autoencoder")}
 
 
 def _columns(batch, shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dic_repa.data.autoencoders import load_autoencoder
-from dic_repa.data.prepare import psnr
+from dic_repa.data.look_back import psnr
 from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import has_inception
 from dic_repa.evaluation.image_sets import ImageSet, open_images

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dic_repa.conditions import ClassLabels, Condition, class_labels
 from dic_repa.data.autoencoders import AutoencoderSpec
+from dic_repa.data.autoencoders.diffusers_models import KINDS
 from dic_repa.data.saved import SavedData, unpack
 from dic_repa.errors import UserError
 from dic_repa.files.pictures import to_pil
@@ -44,7 +44,7 @@ class DicRepaPipeline(DiffusionPipeline):
     vae: Any
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers' own attribute
 
-    def __init__(self, denoiser: torch.nn.Module, vae: AutoencoderKL | None = None, settings: dict | None = None):
+    def __init__(self, denoiser: torch.nn.Module, vae: torch.nn.Module | None = None, settings: dict | None = None):
         super().__init__()
         self.register_modules(denoiser=denoiser, vae=vae)
         self.register_to_config(settings=settings)
@@ -145,9 +145,5 @@ class DicRepaPipeline(DiffusionPipeline):
         spec = AutoencoderSpec.from_dict(self.config["settings"]["autoencoder"])
         if self.vae is None:
             return build_decoder(DataSection(), device, SavedData(spec, self.condition))
-
-        def decode(x: Tensor) -> Tensor:
-            z = spec.denormalise(x.float()).to(self.vae.device, self.vae.dtype)
-            return (self.vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1)
-
-        return decode
+        kind = KINDS[type(self.vae).__name__]
+        return lambda x: kind.decode_by(self.vae, spec.denormalise(x.float()))

@@ -27,7 +27,7 @@ from dic_repa.limits import check_limit
 from dic_repa.objectives import DDPM
 from dic_repa.objectives.base import run_denoiser
 from dic_repa.recipe import SampleSection
-from dic_repa.recipe.build import build_objective
+from dic_repa.recipe.build import build_objective, normalised_spec
 from dic_repa.runtime.progress import detail
 from dic_repa.sampling.load import Checkpoint
 
@@ -160,7 +160,7 @@ def _autoencoder_spec(model: Checkpoint) -> AutoencoderSpec | None:
     section = model.recipe.data
     own = getattr(datasets.find(section.name), "autoencoder_of", lambda path: "none")
     with contextlib.suppress(UserError):  # it is not on this machine
-        return load_spec(section.autoencoder or own(section.place or ""))
+        return normalised_spec(section, load_spec(section.autoencoder or own(section.place or "")))
     return None
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dic_repa.data.autoencoders import KLAutoencoder
+from dic_repa.data.autoencoders.load import is_from_hub
 from dic_repa.errors import UserError
 from dic_repa.export.diffusers_denoiser import DicRepaDenoiser
 from dic_repa.export.diffusers_pipeline import DicRepaPipeline
 from dic_repa.export.programs import Run
-from dic_repa.files.hub import is_hub_id
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives.base import run_denoiser
 from dic_repa.recipe.build import build_autoencoder
@@ -67,15 +67,15 @@ def _autoencoder(model: Checkpoint, record: dict[str, Any], place: str | None) -
     name = place or (spec.name if spec else model.recipe.data.autoencoder) or ""
     if record["autoencoder"] and record["autoencoder"]["name"] == "none":
         return None
-    if record["autoencoder"] and is_hub_id(name.partition(":")[0]):
+    if record["autoencoder"] and is_from_hub(name):
         record["autoencoder"]["name"] = name
         return None
     loaded = build_autoencoder(model.recipe.data, "cpu", model.data, place)
     inner = getattr(loaded, "autoencoder", loaded)  # of one whose data are normalised in another way
     if not isinstance(inner, KLAutoencoder):
         raise UserError(
-            f"a diffusers folder can hold diffusers' AutoencoderKL alone, not the autoencoder {loaded.spec.name}; take "
-            "the format torch or onnx, and decode with it"
+            f"a diffusers folder can hold diffusers' autoencoders alone, not {loaded.spec.name}; take the format "
+            "torch or onnx, and decode with it"
         )
     record["autoencoder"] = loaded.spec.to_dict() | {"name": "vae"}
     return inner.model

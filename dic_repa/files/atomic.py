@@ -12,7 +12,7 @@ from dic_repa.files import outputs
 
 
 @contextlib.contextmanager
-def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
+def write_aside(path: str | Path, kind: str | None = None, token: str = "") -> Iterator[Path]:
     """Write a file or a folder beside `path`, which replaces `path` once it is whole and on the disk.
 
     If the block fails, the old one stays. After a kill, the next writer removes the unfinished one. Files in the old
@@ -21,6 +21,7 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     Args:
         path: of the output.
         kind: for a folder, which one of `outputs.KINDS` it is; None for a file.
+        token: of this writer, where several may write the same file at the same time; the last one's stays.
 
     Yields:
         The name of the file to write, which does not exist, or an empty folder to fill.
@@ -33,7 +34,7 @@ def write_aside(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     if os.path.lexists(path):  # otherwise the system's own message is the best
         check()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{outputs.ASIDE}{path.name}")
+    aside = outputs.aside_of(path, token)
     _remove(aside)
     try:
         mode = _new_file_mode(aside)

@@ -28,6 +28,7 @@ AUTHORS_FILES = (".pt", ".pth", ".safetensors")  # endings of files in the layou
 MARK = "written-by-dic-repa"
 ASIDE = ".writing-"  # how the names of unfinished files and folders begin
 LOCK = f"{ASIDE}lock"  # in a folder, while a command fills it
+_UNFINISHED = re.compile(rf"^{re.escape(ASIDE)}(?:[0-9a-f]{{8}}~)?")  # with the token of one of several writers
 KINDS = {
     "run": "a run",
     "checkpoint": "a checkpoint",
@@ -56,14 +57,19 @@ class Marker:
         if name == MARKER or is_lock(name):
             return True
         folder, _, last = name.rpartition("/")
-        name = f"{folder}/{last.removeprefix(ASIDE)}".lstrip("/")  # what a kill has left unfinished
+        name = f"{folder}/{_UNFINISHED.sub('', last)}".lstrip("/")  # what a kill has left unfinished
         stem, _, ending = name.partition(".")
         picture = ending == "png" and stem.isdecimal() and f"{int(stem):06d}" == stem and int(stem) < self.pictures
         return picture or name in self.names
 
 
+def aside_of(path: Path, token: str = "") -> Path:
+    """Where a file or folder is written until it is whole; `token` (8 hexadecimal digits) keeps writers apart."""
+    return path.with_name(f"{ASIDE}{token}~{path.name}" if token else f"{ASIDE}{path.name}")
+
+
 def is_lock(name: str) -> bool:
-    """Whether `files.lock` uses a file of this name, in our folders or beside an output."""
+    """Whether `files.lock` or `files.claims` uses a file of this name, in our folders or beside an output."""
     last = PurePosixPath(name).name
     return last.startswith(ASIDE) and last.endswith("lock")
 

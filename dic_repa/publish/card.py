@@ -266,7 +266,7 @@ def _limits(page: Page) -> Iterator[str]:
         yield f"Scores of fewer than {FULL_COUNT:,} samples do not compare with published ones."
     yield from map(plain, dict.fromkeys(note for each in scored for note in each.notes))
     yield "Whether samples are copies of training pictures is not said here; `dic-repa nearest` measures it."
-    if spec and spec.name not in autoencoders:  # neither in the package nor in a plugin
+    if spec and spec.name not in autoencoders:  # else its name is enough
         yield f"The autoencoder {plain(spec.name)} is not in this repository; `--autoencoder` names where it is."
     if recipe.sample.guidance and recipe.sample.guidance.weak:
         yield "Its recipe guides by a weaker model, which is not in this repository: choose another guidance."

@@ -6,7 +6,8 @@ from typing import Any
 from dic_repa.recipe import Recipe
 from dic_repa.recipe.files import validate
 
-_ELSEWHERE = re.compile(r"/|~|\.\.(?:[/\\]|$)|[A-Za-z]:[/\\]|\\\\|file:")  # how paths begin that lead out of a project
+# How paths begin that lead out of a project; before that of an autoencoder there may be its class.
+_ELSEWHERE = re.compile(r"(diffusers:\w+:)?(?:/|~|\.\.(?:[/\\]|$)|[A-Za-z]:[/\\]|\\\\|file:)")
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
@@ -24,7 +25,8 @@ def without_paths(content: Any) -> Any:
         return {key: without_paths(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [without_paths(value) for value in content]
-    if isinstance(content, str) and _ELSEWHERE.match(content):
-        names = [name for name in re.split(r"[/\\]", content) if name.strip(".~")]
-        return names[-1] if len(names) > 1 else "private"  # one alone may be a user's name
+    if isinstance(content, str) and (found := _ELSEWHERE.match(content)):
+        kind = found[1] or ""
+        names = [name for name in re.split(r"[/\\]", content.removeprefix(kind)) if name.strip(".~")]
+        return kind + (names[-1] if len(names) > 1 else "private")  # one alone may be a user's name
     return content

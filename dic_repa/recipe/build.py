@@ -16,7 +16,7 @@ from dic_repa.alignment.alignment import Alignment, check_teacher
 from dic_repa.conditions import Condition, class_labels, condition_of_data
 from dic_repa.data import datasets
 from dic_repa.data.autoencoders import AutoencoderSpec, Pixels, load_autoencoder, load_spec, renormalised
-from dic_repa.data.autoencoders.spec import SCALING_FACTOR
+from dic_repa.data.autoencoders.spec import PER_CHANNEL, SCALING_FACTOR
 from dic_repa.data.latent_files import DEFAULT_AUTOENCODER
 from dic_repa.data.latents import LatentDataset, data_shape
 from dic_repa.data.saved import SavedData
@@ -50,16 +50,32 @@ def build_dataset(section: DataSection, split: str = "train"):
     Its samples are dicts of `label`, `image` (if there are images) and `x` or the `moments` that `x` is drawn from. It
     has `channels`, and `num_classes` and `class_names` or another `condition`.
     """
+    data, how = _open_dataset(section, split), section._latent.normalise
+    if isinstance(data, LatentDataset):
+        data.normalise(how)
+    elif how != SCALING_FACTOR:
+        raise UserError(f"latent.normalise={how}: the data set {section.name} has no latents; leave it out")
+    return data
+
+
+def _open_dataset(section: DataSection, split: str = "train"):
+    """The data set as it is, before its latents are normalised."""
     if section.place:
         detail(f"data: {section.place}")
-    data = datasets.create(section.name, **_data_arguments(section, split))
-    if isinstance(data, LatentDataset):
-        data.normalise(section._latent.normalise)
-    elif section._latent.normalise != SCALING_FACTOR:
+    return datasets.create(section.name, **_data_arguments(section, split))
+
+
+def normalised_spec(section: DataSection, spec: AutoencoderSpec) -> AutoencoderSpec:
+    """The `spec` of the data's autoencoder with the recipe's normalisation; for statistics, the data must be here."""
+    how = section._latent.normalise
+    if how != PER_CHANNEL:
+        return spec.normalised(how)
+    data = build_dataset(section)
+    if not data.spec.same_weights(spec):
         raise UserError(
-            f"latent.normalise={section._latent.normalise}: the data set {section.name} has no latents; leave it out"
+            f"the statistics of {section.place} are of the autoencoder {data.spec.name}, not of {spec.name}"
         )
-    return data
+    return spec.normalised(how, data.statistics)
 
 
 def _data_arguments(section: DataSection, split: str = "train") -> dict[str, Any]:
@@ -85,7 +101,8 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
     """The traits of the recipe's data, and why they had to be assumed; '' if the data is on this machine.
 
     Assumed are ImageNet's 1000 classes, and latents of the recipe's autoencoder or, if it is not here either, Stable
-    Diffusion's; of a data set whose class has `class_names`, these and pixels.
+    Diffusion's; of a data set whose class has `class_names`, these and pixels. How latents are normalised changes
+    nothing of it, and statistics need not be here.
     """
     arguments, factory = _data_arguments(section), datasets.find(section.name)
     path = inspect.signature(factory).parameters.get("path")
@@ -93,7 +110,7 @@ def data_traits(section: DataSection) -> tuple[DataTraits, str]:
         arguments.setdefault("path", "")
     datasets.check_options(section.name, factory, (), arguments)  # a wrong option is no fault of data that is not here
     try:
-        data = build_dataset(section)
+        data = _open_dataset(section)
         image = data[0].get("image")
     except UserError as error:
         needs_path = path is not None and path.default is path.empty
@@ -129,11 +146,7 @@ def build_autoencoder(
         return _saved_autoencoder(saved.autoencoder, device, place)
     own = getattr(datasets.find(section.name), "autoencoder_of", lambda path: "none")
     autoencoder = load_autoencoder(place or section.autoencoder or own(section.place or ""), device)
-    return (
-        autoencoder
-        if section._latent.normalise == SCALING_FACTOR
-        else renormalised(autoencoder, build_dataset(section).spec)
-    )
+    return renormalised(autoencoder, normalised_spec(section, autoencoder.spec))
 
 
 def build_decoder(
@@ -167,7 +180,7 @@ def build_class_names(section: DataSection, num_classes: int) -> tuple[str, ...]
     names = getattr(datasets.find(section.name), "class_names", None)
     if names is None:
         try:
-            names = build_dataset(section).class_names
+            names = _open_dataset(section).class_names
         except UserError:
             names = range(num_classes)
     return tuple(map(str, names))

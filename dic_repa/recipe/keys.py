@@ -67,6 +67,8 @@ _ELSEWHERE = {
     "data.path": "root data_dir data_path datapath dataset_path dataset_dir folder dir",
     "data.size": "image_size resolution img_size img_resolution latent_size",
     "data.autoencoder": "vae first_stage tokenizer",
+    "latent.normalise": "normalize normalization normalisation latent_norm latents_scale latents_bias scaling_factor "
+    "scale_factor statistics latents_mean latents_std",
     "data.options": "num_classes flip xflip hflip shift unlabelled labels",
     "data.workers": "num_workers n_workers dataloader_num_workers",
     "model.name": "arch architecture net network model_name",

@@ -53,7 +53,9 @@ class DataSection(Section):
     name: str = Field("digits", description="digits, emoji, prepared, images, ...: `dic-repa parts data-set`")
     path: str | None = Field(None, description="where the data is; null: the data set needs none")
     size: Size = Field(16, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)")
-    autoencoder: str | None = Field(None, description="none (pixels), lite-vae, hub id or folder; null: the data's own")
+    autoencoder: str | None = Field(
+        None, description="none (pixels), a name, a hub id, a folder or a file; null: the data set's own"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments: flip, shift, labels, ...")
     workers: Annotated[Natural, at_most("workers")] = Field(0, description="loader processes of each training process")
     _folders: tuple[str, ...] = PrivateAttr(())  # the recipe's

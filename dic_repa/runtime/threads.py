@@ -1,14 +1,22 @@
-"""How many threads torch uses on a CPU.
+"""How many threads torch uses on a CPU; a `map` in threads.
 
-Its own choice is one a core, even if other work keeps cores busy; then in each operation all threads wait for the one
-that has no core. So here busy cores are left out.
+Torch's own choice is one a core, even if other work keeps cores busy; then in each operation all threads wait for the
+one that has no core. So here busy cores are left out.
 """
 
+import itertools
 import os
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from dic_repa.runtime.progress import say
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class CoreWatch:
@@ -87,3 +95,16 @@ def allowed_cores() -> int:
     except (OSError, ValueError):  # no such file, or "max": no limit
         pass
     return cores
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
+    """`map` in the pool's threads, in order, at most `depth` items ahead of what is consumed."""
+    items = iter(items)
+    waiting = deque(pool.submit(function, item) for item in itertools.islice(items, depth))
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+    finally:
+        for future in waiting:
+            future.cancel()

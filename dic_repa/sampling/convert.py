@@ -1,16 +1,20 @@
 """Converting checkpoints: the authors' files to ours and back, training checkpoints to small ones."""
 
+import re
 from pathlib import Path
 
 import torch
 
+from dic_repa.data.autoencoders.diffusers_models import open_diffusers
+from dic_repa.data.autoencoders.ldm import is_ldm, open_ldm, write_ldm
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_few, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.lock import locked_output
 from dic_repa.files.manifest import write_manifest
 from dic_repa.files.outputs import AUTHORS_FILES, MARK
-from dic_repa.files.weights import WRITE_ERRORS, save_tensors
+from dic_repa.files.reading import read_file
+from dic_repa.files.weights import WRITE_ERRORS, read_tensors, save_tensors
 from dic_repa.models import load_authors_checkpoint, load_denoiser
 from dic_repa.models.adapters import is_adapter, save_adapters
 from dic_repa.models.authors import authors_state_dict
@@ -59,6 +63,33 @@ def convert(
     except WRITE_ERRORS as error:
         raise UserError(f"{target} could not be written ({first_line(error)})") from None
     return model
+
+
+def is_autoencoder(source: Path) -> bool:
+    """Whether `source` is an autoencoder: a file in LDM's layout, or the folder of an AutoencoderKL of diffusers."""
+    if source.is_file():
+        return is_ldm(read_tensors(source)[0])
+    config = source / "config.json"
+    return config.is_file() and bool(re.search(rb'"_class_name":\s*"AutoencoderKL"', read_file(config, "record-bytes")))
+
+
+def convert_autoencoder(source: Path, target: Path, dtype: str = "float32") -> torch.nn.Module:
+    """Write an autoencoder that `is_autoencoder` knows to `target`: a file in LDM's layout, with shift and scale in one
+    beside it; or diffusers' folder, with these as `latents_mean` and `latents_std`. Returns diffusers' model.
+    """
+    autoencoder = open_ldm(str(source)) if source.is_file() else open_diffusers(str(source))
+    autoencoder.model.to(getattr(torch, dtype))
+    try:
+        with locked_output(target):
+            if target.suffix in AUTHORS_FILES:
+                write_ldm(autoencoder, target)
+            else:
+                with write_aside(target, "model") as aside:
+                    autoencoder.model.save_pretrained(aside)
+                    write_manifest(aside)
+    except WRITE_ERRORS as error:
+        raise UserError(f"{target} could not be written ({first_line(error)})") from None
+    return autoencoder.model
 
 
 def convert_adapters(source: Path, target: Path) -> int:

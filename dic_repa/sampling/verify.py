@@ -16,7 +16,9 @@ from PIL import Image
 
 from dic_repa.alignment.cache import FeatureCache
 from dic_repa.data.prepared import SETTINGS_FILE, Prepared
+from dic_repa.data.statistics import STATISTICS_FILE
 from dic_repa.errors import UserError, first_line
+from dic_repa.files.claims import find_claims
 from dic_repa.files.lock import holder
 from dic_repa.files.manifest import MANIFEST, check_whole, find_damage
 from dic_repa.files.outputs import ASIDE, LOCK, MARKER, is_lock
@@ -188,6 +190,10 @@ def _prepared(folder: Path) -> Iterator[Finding]:
         unchecked = "without checksums, as of an earlier version: all that is known is that it can be read"
         return "" if opened[0].check_shard(name) else unchecked
 
+    statistics = folder / STATISTICS_FILE
+    if opened and statistics.exists():
+        measure = "run the same `dic-repa prepare` again, which measures them anew"
+        yield _look(statistics, lambda: opened[0].statistics, measure)
     for name in opened[0].files if opened else ():
         anew = "remove it, and run the same `dic-repa prepare` again, which makes it anew"
         yield _look(folder / name, partial(look, name), anew)
@@ -225,7 +231,7 @@ def _zip(file: Path) -> None:
 
 def _leftovers(folder: Path) -> Iterator[Finding]:
     left = [file for file in [*folder.glob(f"{ASIDE}*"), *folder.glob(f"*/{ASIDE}*")] if not is_lock(file.name)]
-    for file in left if not holder(folder / LOCK) else ():
+    for file in left if not holder(folder / LOCK) and not find_claims(folder) else ():
         yield Finding(file, note="left by a command that was killed; the next one removes it")
     if not (folder / MARKER).is_file():
         yield Finding(folder / MARKER, note="is not there, so no command writes into this folder")

@@ -27,6 +27,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from dic_repa.data.autoencoders.spec import PER_CHANNEL
+from dic_repa.data.latents import LatentDataset
 from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
@@ -145,8 +147,22 @@ def _write_average(
         join_rows(stored, file, {**belongs, **seal(stored)} if belongs else None)
 
 
+def _check_statistics(folder: Path, data: Any) -> None:
+    """A UserError if the latents have other statistics now than those that they were normalised by."""
+    if not (isinstance(data, LatentDataset) and data.spec.normalisation == PER_CHANNEL):
+        return
+    saved = SavedData.read(folder / "ema")
+    then = saved.autoencoder if saved else None
+    if then and then.normalisation == PER_CHANNEL and (then.shift, then.scale) != (data.spec.shift, data.spec.scale):
+        raise UserError(
+            f"the data's latents have other statistics than those that {folder} was trained with, so the run cannot go "
+            "on with them; restore the data set, or begin a new run"
+        )
+
+
 def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int:
     """Restore a checkpoint, in every process, and return its step."""
+    _check_statistics(folder, parts.data)
     _load(accelerator.unwrap_model(parts.model), folder)
     for name, ema in parts.averages.items():
         if not (folder / name).is_dir():

@@ -20,12 +20,14 @@ from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.conditions import create_condition
+from dic_repa.data.autoencoders.spec import SCALING_FACTOR
 from dic_repa.encoders import create_encoder
 from dic_repa.encoders.families import FAMILIES
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
-from dic_repa.recipe import AlignmentSection, Recipe, TrainSection, load_recipe
+from dic_repa.recipe import AlignmentSection, LatentSection, Recipe, TrainSection, load_recipe
 from dic_repa.recipe.build import (
+    build_dataset,
     build_decoder,
     build_denoiser,
     build_objective,
@@ -125,6 +127,9 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
         "image_size": traits.image_size or 1,
         **traits.condition.options(),
     }
+    if not missing and recipe.latent.normalise != SCALING_FACTOR:
+        build_dataset(recipe.data)  # says what it lacks for that
+    trial.latent = LatentSection()
     data = {"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
     trial.data = trial.data.model_copy(update=data)
     trial.train.sample_every, trial.evaluate = 0, None

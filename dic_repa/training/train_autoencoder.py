@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dic_repa.data.digits import load_digits, resize
 from dic_repa.data.emoji import Emoji
-from dic_repa.data.prepare import psnr
+from dic_repa.data.look_back import psnr
 from dic_repa.encoders import create_encoder
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.outputs import check_folder

@@ -24,7 +24,7 @@ from dic_repa.cli import main
 from dic_repa.conditions import ClassLabels
 from dic_repa.data.images import center_crop, to_tensor
 from dic_repa.data.latents import denoiser_data
-from dic_repa.data.prepare import psnr
+from dic_repa.data.look_back import psnr
 from dic_repa.data.prepared import Prepared
 from dic_repa.data.sources import ImageFolder
 from dic_repa.errors import UserError
@@ -233,7 +233,9 @@ def test_two_processes_give_the_same(prepared, tmp_path, dic_repa):
     arguments = ["prepare", "tree", "two", "--size=32", "--autoencoder=vae", "--shard-size=3", "--flip"]
     done = dic_repa(*arguments, processes=2)
     assert done.stdout.count("7 of 7 images") == 1
+    assert len(shards(prepared)) == 3
     assert shards(tmp_path / "two") == shards(prepared)
+    assert (tmp_path / "two/latents.json").read_bytes() == (prepared / "latents.json").read_bytes()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from pictures import save_vae
 from small_runs import full_disk
+from tiny_autoencoders import save_kind
 from torch import nn
 
 from dic_repa.conditions import VectorCondition, class_labels
@@ -101,6 +102,23 @@ def opened(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     return lambda folder: DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKLFlux2", "AutoencoderDC"])
+def test_a_folder_holds_any_autoencoder_of_diffusers(kind, opened, tmp_path):
+    """One whose latents are packed, and one without a posterior."""
+    if not save_kind(tmp_path / "vae", kind).is_dir():
+        pytest.skip("this diffusers does not have it")
+    autoencoder = load_autoencoder(str(tmp_path / "vae"))
+    model = small("SiT", channels=autoencoder.spec.channels)
+    model.data = SavedData(autoencoder.spec, class_labels(5, "abcde"))
+    export(model, tmp_path / "out", "diffusers")
+    asked = {"num_inference_steps": 2, "output_type": "pt"}
+    pipeline = opened(tmp_path / "out")
+    x = pipeline("b", generator=torch.manual_seed(0), **asked | {"output_type": "latent"}).images
+    image = pipeline("b", generator=torch.manual_seed(0), **asked).images
+    assert torch.as_tensor(image).std() > 1e-3
+    torch.testing.assert_close(torch.as_tensor(image), autoencoder.decode(torch.as_tensor(x)), atol=1e-5, rtol=0)
 
 
 def test_diffusers_samples_as_the_model_does(opened, tmp_path):

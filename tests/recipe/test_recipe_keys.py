@@ -92,6 +92,8 @@ def test_explained_types():
         ("sample.sampler", "sample.solver"),
         ("data.root", "data.path"),
         ("data.image_size", "data.size"),
+        ("latent.normalize", "latent.normalise"),
+        ("data.scaling_factor", "latent.normalise"),
         ("data.resolution", "data.size"),
         ("alignments.0.proj_coeff", "alignments.N.weight"),
         ("num_steps", "train.steps or sample.steps"),

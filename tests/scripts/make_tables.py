@@ -12,7 +12,12 @@ from dic_repa.registry import Registry
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 BEGIN, END = "<!-- made by tests/scripts/make_tables.py -->\n", "<!-- end -->\n"
-LISTED = {"denoiser": "`dic-repa info`", "encoder": "`dic-repa encoders`", "metric": "[metrics.md](metrics.md)"}
+LISTED = {
+    "denoiser": "`dic-repa info`",
+    "encoder": "`dic-repa encoders`",
+    "autoencoder": "`dic-repa autoencoders`",
+    "metric": "[metrics.md](metrics.md)",
+}
 
 
 def make_table() -> str:

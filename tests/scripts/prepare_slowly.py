@@ -1,4 +1,4 @@
-"""`prepare` with an encoder that takes its time, for a test that kills it."""
+"""`prepare` with an encoder that takes its time, for tests that kill it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dic_repa.data.autoencoders import AutoencoderSpec
+from dic_repa.data.autoencoders import AutoencoderSpec, load_autoencoder
 from dic_repa.data.prepare import Preparation
 from dic_repa.data.sources import open_source
+from dic_repa.files.claims import Claims
 
 
 class SlowHalves:
@@ -26,10 +27,21 @@ class SlowHalves:
         blocks = images.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
         return torch.cat([blocks.mean(-1), blocks.std(-1)], dim=1)
 
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(x, scale_factor=2)
 
-def run(source, destination, seconds: float) -> None:
-    sizes = {"size": 32, "shard_size": 4, "batch_size": 4, "workers": 2}
-    preparation = Preparation(open_source(source), Path(destination), SlowHalves(seconds), **sizes)
-    preparation.begin()
-    preparation.write_shards()
-    preparation.finish()
+
+def preparation(source, destination, autoencoder, **options) -> Preparation:
+    """Of pictures of 32 px, in small shards; `autoencoder` is one, or the name of one."""
+    if isinstance(autoencoder, str):
+        autoencoder = load_autoencoder(autoencoder)
+    sizes = {"size": 32, "shard_size": 3, "batch_size": 4, "workers": 2}
+    return Preparation(open_source(str(source)), Path(destination), autoencoder, **sizes | options)
+
+
+def run(source, destination, seconds: float, share: bool = False) -> None:
+    claims = Claims(Path(destination)) if share else None
+    work = preparation(source, destination, SlowHalves(seconds), shard_size=4, claims=claims)
+    work.begin()
+    work.write_shards()
+    work.complete()

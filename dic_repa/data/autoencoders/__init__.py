@@ -1,7 +1,8 @@
 """Autoencoders between images and the denoiser's data: `dic_repa.protocols.Autoencoder` says what they have.
 
-A name is 'none' (pixels), a registered one, an entry point, `package.module:factory`, or the local folder or hub id of
-a diffusers autoencoder. The denoiser's data is x = (z - shift) * scale, with z drawn from the posterior.
+A name is 'none' (pixels), that of a published one, one of your own (registered, an entry point, or
+`package.module:factory`), the local folder or hub id of an autoencoder of diffusers, or a file in LDM's layout. The
+denoiser's data is x = (z - shift) * scale, with z drawn from the posterior, if there is one.
 """
 
 from dic_repa.data.autoencoders.base import (
@@ -12,6 +13,7 @@ from dic_repa.data.autoencoders.base import (
     renormalised,
 )
 from dic_repa.data.autoencoders.diffusers_models import KLAutoencoder
+from dic_repa.data.autoencoders.ldm import write_ldm
 from dic_repa.data.autoencoders.load import autoencoder_card, load_autoencoder, load_spec
 from dic_repa.data.autoencoders.spec import AutoencoderSpec, LatentStatistics
 
@@ -27,4 +29,5 @@ __all__ = [
     "load_autoencoder",
     "load_spec",
     "renormalised",
+    "write_ldm",
 ]

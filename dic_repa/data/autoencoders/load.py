@@ -4,22 +4,26 @@ import functools
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dic_repa.data.autoencoders.base import AutoencoderCard, autoencoders
-from dic_repa.data.autoencoders.diffusers_models import open_diffusers, read_diffusers_spec
+from dic_repa.data.autoencoders.diffusers_models import FAMILY, open_diffusers, read_diffusers_spec
+from dic_repa.data.autoencoders.ldm import is_ldm_file, open_ldm
+from dic_repa.data.autoencoders.published import PUBLISHED
 from dic_repa.data.autoencoders.spec import AutoencoderSpec
+from dic_repa.errors import UserError
+from dic_repa.files.hub import is_hub_id
 from dic_repa.protocols import Autoencoder
 
-_SD_VAE: dict[str, Any] = {"channels": 4, "downsample": 8, "shift": (0.0,) * 4, "scale": (0.18215,) * 4}
-# What the papers use: known without their config, so that existing latents train on a machine with no network.
-_KNOWN = {name: AutoencoderSpec(name, **_SD_VAE) for name in ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")}
+# What the papers use, by its hub id as recipes have it: known without its config, so that existing latents train on a
+# machine with no network.
+_KNOWN = {row.source: row.spec(row.source) for row in (PUBLISHED["sd-vae-ft-ema"], PUBLISHED["sd-vae-ft-mse"])}
 
 
 def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder `name`; diffusers' weights must be safetensors, with ':SUBFOLDER' after the name for a pipeline.
+    """The autoencoder `name`: a registered one, one of your own, a folder or hub id of diffusers' files (':SUBFOLDER'
+    behind it for a pipeline), or a file of LDM's layout. No weights are unpickled.
 
     Raises:
         UserError: says what is missing and where to put it.
@@ -29,6 +33,8 @@ def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencod
 
 @functools.lru_cache(maxsize=2)
 def _loaded(name: str) -> Autoencoder:  # once, though both training data and sampling ask for it
+    if is_ldm_file(name):
+        return open_ldm(name)
     if not _is_part(name):
         return open_diffusers(name)
     autoencoder = autoencoders.create(name)
@@ -38,17 +44,41 @@ def _loaded(name: str) -> Autoencoder:  # once, though both training data and sa
 
 
 def _is_part(name: str) -> bool:
-    """Whether `name` is registered, of a family, or `package.module:factory`, not a place of diffusers' files."""
+    """Whether `name` is registered, of a family, or `package.module:factory`, not a place of diffusers' files. A folder
+    that is named as a published autoencoder is such a place."""
     family = name.partition(":")[0]
+    if family + ":" == FAMILY or (name in PUBLISHED and Path(name).is_dir()):
+        return False
     is_factory = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and not Path(family).is_dir()
     return bool(name in autoencoders or f"{family}:" in autoencoders or is_factory)
 
 
+def is_from_hub(name: str) -> bool:
+    """Whether `name` is one whose weights are taken from the hub."""
+    if name in PUBLISHED:
+        return not Path(name).is_dir()
+    place = name.removeprefix(FAMILY).partition(":")[2] if name.startswith(FAMILY) else name
+    return is_hub_id(place.partition(":")[0])
+
+
 def load_spec(name: str) -> AutoencoderSpec:
-    """The spec of an autoencoder, without loading diffusers' weights."""
+    """The spec of an autoencoder, without loading diffusers' weights; of one in the table of published ones, what is
+    known without its files where these are not here."""
     if name in _KNOWN:
         return _KNOWN[name]
-    return _loaded(name).spec if _is_part(name) else read_diffusers_spec(name)
+    if is_ldm_file(name):
+        return _loaded(name).spec
+    if not _is_part(name):
+        return read_diffusers_spec(name)
+    row = PUBLISHED.get(name)
+    if row and row.scaling_factor is not None:
+        return row.spec(name)
+    try:
+        return _loaded(name).spec
+    except UserError:
+        if row:
+            return row.spec(name)
+        raise
 
 
 def autoencoder_card(name: str) -> AutoencoderCard:
