@@ -133,6 +133,9 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
     data = {"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
     trial.data = trial.data.model_copy(update=data)
     trial.train.sample_every, trial.evaluate = 0, None
+    if trial.latent.end_to_end:
+        notes.append("the autoencoder is not trained in these steps: the run takes more time and memory")
+    trial.latent = LatentSection()
     trial.sample.classes = "balanced"  # random data does not say how often each class is in the real data
     for section in trial.alignments:
         if section.cache and section.encoder:

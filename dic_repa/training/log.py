@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -75,6 +75,8 @@ def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accele
         cached = ", its tokens from the cache" if section.cache and section.encoder else ""
         what = "encoder" if section.encoder else "aligned"
         rows.append((what, f"{section.taught_by} at {section.tap}, weight {section.weight:g}{cached}"))
+    if parts.joint:
+        rows.append(("trains too", f"the autoencoder {parts.joint.spec.name}, by the alignment and losses of its own"))
     each = f"{processes} process{'es' * (processes > 1)} x {share}"
     rows += [
         ("batch", f"{settings.batch_size} = {each}" + (f" in {passes} passes of {share // passes}" * (passes > 1))),
@@ -108,6 +110,7 @@ class MetricLog:
         self.start = start
         self.sums: dict[str, Tensor] = {}  # of the finite values and of their steps, (2,)
         self.images, self.pause, self.wait = 0, 0.0, 0.0
+        self.watchers: list[Callable[[dict], None]] = []  # of each record, in the main process
         self.unwritten = ""  # lines that could not be written yet because the disk was full
 
     def __enter__(self) -> MetricLog:
@@ -195,6 +198,8 @@ class MetricLog:
         self.sums, self.images, self.pause, self.wait, self.since = {}, 0, 0.0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
             self._write(record)
+            for watch in self.watchers:
+                watch(record)
 
     def _write(self, record: dict) -> None:
         self.unwritten += json.dumps(record) + "\n"
