@@ -76,7 +76,7 @@ def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accele
         what = "encoder" if section.encoder else "aligned"
         rows.append((what, f"{section.taught_by} at {section.tap}, weight {section.weight:g}{cached}"))
     if parts.joint:
-        rows.append(("trains too", f"the autoencoder {parts.joint.spec.name}, by the alignment and losses of its own"))
+        rows.append(("trains", f"the autoencoder {parts.joint.spec.name} too, by the alignment and its own losses"))
     each = f"{processes} process{'es' * (processes > 1)} x {share}"
     rows += [
         ("batch", f"{settings.batch_size} = {each}" + (f" in {passes} passes of {share // passes}" * (passes > 1))),
