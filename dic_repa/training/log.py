@@ -43,6 +43,8 @@ PANELS = {  # of the loss curves: title and sign
     "middle": ("loss of the middle head, weighted", 1.0),
     "token": ("similarity to the encoder", -1.0),
     "manifold": ("manifold loss", 1.0),
+    "autoencoder.l1": ("error of the autoencoder's images", 1.0),
+    "latent.spatial_std": ("deviation of latents over an image", 1.0),
 }
 
 
@@ -258,7 +260,7 @@ def save_curves(run: RunFolder) -> None:
     figure, axes = new_figure(1, len(panels), (4.6 * len(panels), 3.4))
     for axis, panel in zip(axes[0], panels):
         title, sign = PANELS.get(panel, (f"{panel}, of the alignment", 1.0))
-        for series in (name for name in names if name.split(".")[-1] == panel):
+        for series in (name for name in names if panel in (name, name.split(".")[-1])):
             points = [(line["step"], sign * line[series]) for line in lines if series in line]
             if points:
                 axis.plot(*zip(*points), linewidth=1.4, marker="o" if len(points) == 1 else None)
