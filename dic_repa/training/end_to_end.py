@@ -78,7 +78,7 @@ class EndToEnd:
     Args:
         weight: of the recipe's alignments, all together.
         average: makes the average of the autoencoder's weights.
-        perceptual: from images (B, 3, H, W) in [-1, 1], two of each, to their distances (B,).
+        lpips: from two batches of images (B, 3, H, W) in [0, 1] to their distances (B,); None if that has no weight.
 
     Raises:
         UserError: the autoencoder is not one that can be trained.
@@ -92,7 +92,7 @@ class EndToEnd:
         passes: int,
         average: Callable[[nn.Module], EMA],
         accelerator: Accelerator,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         if type(autoencoder) is not KLAutoencoder:
             raise UserError(
@@ -100,7 +100,7 @@ class EndToEnd:
                 "name one as data.autoencoder, or leave latent.end_to_end out"
             )
         self.section, self.passes, self.accelerator, self.spec = section, passes, accelerator, autoencoder.spec
-        self.perceptual = perceptual
+        self.lpips = lpips
         self.share = section.alignment_weight / weight  # of the alignments' own weight
         config, weights = dict(autoencoder.model.config), autoencoder.model.state_dict()
         model = type(autoencoder.model).from_config(config)
@@ -172,7 +172,9 @@ class EndToEnd:
         """The mean losses of images in [-1, 1], by the keys of their weights, and the latents `z`."""
         z, decoded, kl = (value.float() for value in self.network(images, noise))
         losses = {"z": z, "l1": F.l1_loss(decoded, images), "kl": kl.mean()}
-        return losses if self.perceptual is None else losses | {"lpips": self.perceptual(decoded, images).mean()}
+        if self.lpips is not None:
+            losses["lpips"] = self.lpips(decoded / 2 + 0.5, images / 2 + 0.5).mean()
+        return losses
 
     def update(self, step: int) -> None:
         """Change the weights by their gradients, and the average by the weights, after `step` steps."""

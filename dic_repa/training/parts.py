@@ -19,6 +19,7 @@ from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.evaluation.judge import by_encoder, check_judge, own_encoder, real_images
 from dic_repa.evaluation.measuring import check_metrics
+from dic_repa.evaluation.similarity import LPIPS, vgg16_file, where_to_get_vgg16
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import Denoising, check_middle_head
@@ -180,10 +181,14 @@ def build_joint(recipe: Recipe, data: Any, objective: Any, accelerator: Accelera
     }
     for problem in (text for text, holds in problems.items() if holds):
         raise UserError(f"latent.end_to_end: {problem}")
-    distance = perceptual_distance(accelerator.device) if section.lpips else None  # noqa: F821 - merged later
+    lpips = None
+    if section.lpips:
+        if not vgg16_file().is_file():
+            raise UserError(f"latent.end_to_end.lpips needs VGG16's weights: {where_to_get_vgg16()}, or set it to 0")
+        lpips = LPIPS().to(accelerator.device)
     passes = check_batch(settings, accelerator.num_processes)
     average = partial(EMA, decay=settings.sampled_decay, warmup=settings.ema_warmup)
-    return EndToEnd(data.autoencoder, section, weight, passes, average, accelerator, distance)
+    return EndToEnd(data.autoencoder, section, weight, passes, average, accelerator, lpips)
 
 
 def cast_weights(encoder, precision: str) -> None:

@@ -147,6 +147,7 @@ def test_a_collapse_is_told_once(place, capsys):
     [
         (["alignments=[]"], "no alignment"),
         (["latent.normalise=none"], "leave latent.normalise out"),
+        (["latent.end_to_end={}"], "lpips needs VGG16's weights: fetch .* or set it to 0"),
         (["objective.name=contrastive-flow-matching"], "take flow-matching"),
         (["data.name=digits", "data.autoencoder=null", "data.path=null"], "pixels"),
     ],
