@@ -24,7 +24,7 @@ from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import Denoising, check_middle_head
 from dic_repa.protocols import DataSet, Objective, Samples
-from dic_repa.recipe import GuidanceSection, Recipe, TrainSection
+from dic_repa.recipe import EndToEndSection, GuidanceSection, Recipe, TrainSection
 from dic_repa.recipe.build import (
     build_alignment,
     build_dataset,
@@ -181,14 +181,18 @@ def build_joint(recipe: Recipe, data: Any, objective: Any, accelerator: Accelera
     }
     for problem in (text for text, holds in problems.items() if holds):
         raise UserError(f"latent.end_to_end: {problem}")
-    lpips = None
-    if section.lpips:
-        if not vgg16_file().is_file():
-            raise UserError(f"latent.end_to_end.lpips needs VGG16's weights: {where_to_get_vgg16()}, or set it to 0")
-        lpips = LPIPS().to(accelerator.device)
-    passes = check_batch(settings, accelerator.num_processes)
+    lpips, passes = load_lpips(section, accelerator.device), check_batch(settings, accelerator.num_processes)
     average = partial(EMA, decay=settings.sampled_decay, warmup=settings.ema_warmup)
     return EndToEnd(data.autoencoder, section, weight, passes, average, accelerator, lpips)
+
+
+def load_lpips(section: EndToEndSection | None, device: torch.device | str = "cpu") -> LPIPS | None:
+    """The distance that the section asks for, if any; a UserError says which weights to fetch."""
+    if section is None or not section.lpips:
+        return None
+    if not vgg16_file().is_file():
+        raise UserError(f"latent.end_to_end.lpips needs VGG16's weights: {where_to_get_vgg16()}, or set it to 0")
+    return LPIPS().to(device)
 
 
 def cast_weights(encoder, precision: str) -> None:
