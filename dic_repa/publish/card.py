@@ -188,14 +188,13 @@ def _classes(page: Page) -> str:
 
 
 def _training(page: Page) -> str:
-    recipe, train, spec = page.recipe, page.recipe.train, page.data and page.data.autoencoder
+    recipe, train = page.recipe, page.recipe.train
     done = f"{page.scores.step} of {train.steps}" if page.scores.step is not None else f"{train.steps} in the recipe"
-    behind = f", latents of the autoencoder {plain(spec.name)}" if spec and spec.name != "none" else ""
     weights = {"ema": f"averaged, decay {round(train.sampled_decay, 8)}", "raw": "not averaged", "": "see the recipe"}
     rows = {
         "recipe": "[recipe.yaml](recipe.yaml), every key",
         "objective": plain(_words(recipe.objective)),
-        "data": f"{plain(recipe.data.name)}{behind}; {page.model.condition.describe()}",
+        "data": f"{plain(recipe.data.name)}{_behind(page.data)}; {page.model.condition.describe()}",
         "steps": f"{done}, of {train.batch_size} images each, in {train.precision.replace('no', 'float32')}",
         "optimizer": f"{plain(_words(recipe.optimizer))}, learning rate {recipe.optimizer.learning_rate:g}, schedule "
         f"{plain(recipe.schedule.name)}",
@@ -211,6 +210,13 @@ def _training(page: Page) -> str:
         rows["left as they were"] = plain(", ".join(train.freeze))
     aligned = [_alignment(section) for section in recipe.alignments] or ["nothing"]
     return _table(["what", "how"], [*map(list, rows.items()), *(["aligned to", text] for text in aligned)])
+
+
+def _behind(data: SavedData | None) -> str:
+    if data and data.beside:
+        return ", latents of an autoencoder that was trained with it ([autoencoder](autoencoder))"
+    spec = data and data.autoencoder
+    return f", latents of the autoencoder {plain(spec.name)}" if spec and spec.name != "none" else ""
 
 
 def _alignment(section: AlignmentSection) -> str:
@@ -256,7 +262,7 @@ def _drawn(scored: Scored) -> str:
 
 def _limits(page: Page) -> Iterator[str]:
     recipe, scored = page.recipe, page.scores.scored
-    spec = page.data and page.data.autoencoder
+    spec = page.data and not page.data.beside and page.data.autoencoder
     if page.model.source.is_file():  # a file of the authors' code
         yield f"Its weights come from {plain(page.model.source.name)}, which other code made; the recipe was added."
     yield f"It draws what its training data shows, as {page.pictures}, with the faults of that data."
