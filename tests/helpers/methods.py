@@ -25,8 +25,12 @@ METHODS = {  # a recipe, and what is changed of it
         "objective={name: meanflow, options: {span_share: 0.5}}", "model.options={two_times: true}",
         "alignments.0.head_options.hidden=16",
     ]),
+    "end-to-end": ("digits-repa-e", ["alignments.0.head_options.hidden=16"]),
     "adapter": ("digits-masked-adapter", [LAYERS, "train.ema_half_life=20"]),
 }  # fmt: skip
+
+
+UNSHARDED = ("end-to-end",)
 
 
 def method_run(path: Path, name: str, *overrides: str, **options) -> RunFolder:

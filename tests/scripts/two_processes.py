@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 import torch
 from accelerate import Accelerator
 from aligner_steps import BATCH, gradients
-from methods import METHODS, method_run
+from methods import METHODS, UNSHARDED, method_run
 from safetensors.torch import save_file
 from small_runs import ALIGNED, PoisonedDigits, small_run
 from torch import nn
@@ -75,7 +75,8 @@ def main(folder: Path) -> None:
     small_run(folder / "sharded-sgd", "optimizer.name=sgd", "train.sharding=fsdp2")
     for sharding in ("none", "fsdp2"):
         for name in METHODS:
-            method_run(folder / f"{name}-{sharding}", name, f"train.sharding={sharding}")
+            if sharding == "none" or name not in UNSHARDED:
+                method_run(folder / f"{name}-{sharding}", name, f"train.sharding={sharding}")
         for name, keys in BEGUN.items():
             given = [*keys, f"train.init_from={folder / 'ddp-10'}", f"train.sharding={sharding}"]
             small_run(folder / f"{name}-{sharding}", *given)
