@@ -79,15 +79,17 @@ def command(
 ):
     """Crop and encode the images of SOURCE into the data set DESTINATION.
 
-    SOURCE is a folder, zip or tar, or a Hugging Face data set (ID, ID:SPLIT or a local folder). Files have a folder for
-    each class, or a labels file (--labels, or dataset.json, labels.json or labels.csv in SOURCE), or are one class.
-    After a stop, the same command makes the missing shards. `datasets.load_from_disk` opens the result; a recipe reads
-    it with `data: {name: prepared, path: DESTINATION, size: 32}`, or `name: webdataset` after `--format webdataset`.
+    SOURCE is a folder, zip or tar, a Hugging Face data set (ID, ID:SPLIT or a local folder), or a data set in the
+    package (digits, emoji, or such as emoji:held-out). Files have a folder for each class, or a labels file (--labels,
+    or dataset.json, labels.json or labels.csv in SOURCE), or are one class. After a stop, the same command makes the
+    missing shards. `datasets.load_from_disk` opens the result; a recipe reads it with
+    `data: {name: prepared, path: DESTINATION, size: 32}`, or `name: webdataset` after `--format webdataset`.
 
     \b
     Examples:
       dic-repa prepare imagenet/train data/imagenet256 --skip-bad
       dic-repa prepare pictures.zip data/pictures --size 512 --autoencoder weights/sd-vae-ft-mse
+      dic-repa prepare emoji data/emoji --size 32 --autoencoder lite-vae         without a network
       dic-repa prepare photos data/photos --size 64 --autoencoder none           one class; --unlabelled: none
       dic-repa prepare flat/ data/pixels --labels flat.csv --size 64 --autoencoder none
       accelerate launch -m dic_repa prepare imagenet/train data/imagenet256      on all GPUs of this machine

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
+from dic_repa.data.autoencoders import load_spec
+from dic_repa.data.latents import LatentDataset
 from dic_repa.data.registry import register_dataset
 from dic_repa.errors import unknown_name
 
@@ -38,22 +39,34 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 @register_dataset("digits")
-class Digits(Dataset):
-    """Samples of `x` (1, size, size) in [-1, 1], `image` (1, 28, 28) in [0, 1] for the encoder, and `label`, int64."""
+class Digits(LatentDataset):
+    """Samples of `x` (1, size, size) in [-1, 1], `image` (1, 28, 28) in [0, 1] for the encoder, and `label`, int64.
+
+    Behind an `autoencoder` they have no `x`: the training step encodes the `image`, which then has three like channels
+    and `size` times the reduction as its height and width.
+    """
 
     num_classes = NUM_CLASSES
     class_names = tuple(str(digit) for digit in range(10))
-    channels = 1
     splits = tuple(_SPLITS)
     reference_split = "held-out"  # of the reference `digits`
 
-    def __init__(self, split: str = "train", size: int = 16):
-        self.size = size
+    def __init__(self, split: str = "train", size: int = 16, autoencoder: str = "none"):
+        self.size, self.spec = size, load_spec(autoencoder)
         self.images, self.labels = load_digits(split)
-        self.x = resize(self.images, size) * 2 - 1
+        self.x = None
+        if self.spec.name == "none":
+            self.x = resize(self.images, size) * 2 - 1
+        else:
+            self.images = resize(self.images, size * self.spec.downsample).expand(-1, 3, -1, -1)
+
+    @property
+    def channels(self) -> int:
+        return self.spec.channels if self.x is None else 1
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"x": self.x[index], "image": self.images[index], "label": self.labels[index]}
+        sample = {"image": self.images[index], "label": self.labels[index]}
+        return sample if self.x is None else {"x": self.x[index]} | sample

@@ -120,7 +120,8 @@ def read_pictures(path: Path) -> tuple[dict[str, str], Tensor]:
 
 @register_dataset("emoji")
 class Emoji(LatentDataset):
-    """Samples of `image` (3, size, size), uint8, and `label`, int64: one of nine groups. The pixels are the data.
+    """Samples of `image` (3, H, W), uint8, and `label`, int64: one of nine groups. The pixels are the data, or what an
+    autoencoder makes of them in the training step.
 
     The samples are in an order that has nothing to do with what they show. With `flip` or `shift` there are more of
     them (`Copies`).
@@ -128,11 +129,12 @@ class Emoji(LatentDataset):
     Args:
         split: 'train', or 'held-out': the pictures of an eighth of the keys, on no side of which is a variant of one on
             the other.
-        size: height and width of the pictures.
+        size: height and width of the denoiser's data; the pictures are larger by the autoencoder's reduction.
         path: a file that `python -m dic_repa.data.make_emoji` made; without it the embedded pictures of 32 px.
         flip: also mirrored, but for flags, symbols, clocks, letters and maps.
         shift: also moved by up to so many pixels to each side, down and across.
         unlabelled: without classes; every label is 0, the null class.
+        autoencoder: 'none' for pixels, a registered one, a hub id or a local folder.
     """
 
     class_names: tuple[str, ...] = GROUPS
@@ -146,21 +148,26 @@ class Emoji(LatentDataset):
         flip: bool = False,
         shift: int = 0,
         unlabelled: bool = False,
+        autoencoder: str = "none",
     ):
         if split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
-        if not path and size != EMBEDDED_SIZE:
+        self.size, self.spec = size, load_spec(autoencoder)
+        reduction = self.spec.downsample
+        if not path and size * reduction != EMBEDDED_SIZE:
             raise UserError(
                 f"data.size is {size}, but the emoji of the package have {EMBEDDED_SIZE} px; set "
-                f"data.size={EMBEDDED_SIZE}, or make a file with {SCRIPT} and name it as data.path"
+                f"data.size={EMBEDDED_SIZE // reduction}, or make a file with {SCRIPT} and name it as data.path"
             )
-        self.size, self.spec = size, load_spec("none")
         if path:
             groups, images = read_pictures(Path(path))
         else:
             with resources.as_file(resources.files("dic_repa.data").joinpath(EMBEDDED)) as file:
                 groups, images = read_pictures(file)
-        self.check_size(size, images.shape[-1], str(path))
+        pixels = images.shape[-1]
+        if pixels % reduction:
+            raise UserError(f"{path} has pictures of {pixels} px, which {autoencoder} cannot halve to whole latents")
+        self.check_size(size, pixels // reduction, str(path))
         places = {name: place for place, name in enumerate(groups)}
         self.names = [name for name in groups if is_held_out(name) == (split == "held-out")]
         if not self.names:
@@ -171,7 +178,7 @@ class Emoji(LatentDataset):
         if unlabelled:
             self.class_names = ()
         mirrored = [place for place, name in enumerate(self.names) if flip and may_mirror(name, groups[name])]
-        self.copies = Copies(len(self.names), mirrored, shift, size)
+        self.copies = Copies(len(self.names), mirrored, shift, pixels)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -34,6 +34,7 @@ class LatentDataset(Dataset):
     size: int
     class_names: tuple[str, ...]
     default_autoencoder: str = "none"
+    stored: bool = True  # False: take the latents of the images, though moments are stored
     with_images: bool = True  # False: if there are moments, leave out the images, which no encoder needs
 
     def __len__(self) -> int:
@@ -76,6 +77,11 @@ class LatentDataset(Dataset):
             )
         return loaded
 
+    def encode_by(self, spec: AutoencoderSpec) -> None:
+        """Take the latents that another autoencoder makes of the images, in place of those that are stored."""
+        self.spec, self.stored = spec, False
+        vars(self).pop("autoencoder", None)
+
     def check_size(self, size: int, found: int, what: str) -> None:
         if size != found:
             kind = "pixels" if self.spec.name == "none" else f"latents of {self.spec.name}"
@@ -99,7 +105,7 @@ def denoiser_data(data: Any, batch: dict[str, Tensor], noise_like: Callable[[Ten
     """
     if "x" in batch:
         return batch["x"]
-    if "moments" in batch:
+    if "moments" in batch and getattr(data, "stored", True):
         moments = batch["moments"].float()
     elif data.spec.name == "none":
         return unit_images(batch["image"]) * 2 - 1

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dic_repa.files.reading import read_json
 from dic_repa.trust import check_code
 
 DATA_FILE = "data.json"
+BESIDE = "./autoencoder"  # the name of an autoencoder that was trained with the weights: its folder beside them
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class SavedData:
     autoencoder: AutoencoderSpec | None
     condition: Condition  # with the names and counts of classes, or the examples of vectors
     mean: Tensor | None = field(default=None, compare=False)  # (C, H, W), of the denoiser's data, if sampling needs it
+    beside: Path | None = field(
+        default=None, compare=False
+    )  # the autoencoder's folder, if it was trained with the weights
 
     @classmethod
     def of(cls, data, condition: Condition, mean: Tensor | None = None) -> "SavedData":
@@ -56,6 +61,9 @@ class SavedData:
                 condition = class_labels(len(names), names, content.get("class_counts"))
             mean = unpack(content["mean"]) if "mean" in content else None
             saved = cls(spec and AutoencoderSpec.from_dict(spec), condition, mean)
+            if saved.autoencoder and saved.autoencoder.name == BESIDE:
+                place = (folder / BESIDE).resolve()
+                saved = replace(saved, autoencoder=replace(saved.autoencoder, name=str(place)), beside=place)
         except (ValueError, KeyError, TypeError, AttributeError):  # a UserError is a ValueError
             raise UserError(f"{file} is damaged; remove it to sample by the recipe's data alone") from None
         if saved.autoencoder:
@@ -63,9 +71,13 @@ class SavedData:
         return saved
 
     def write(self, folder: Path) -> None:
-        """Keep it in `folder`: numbers as little-endian float32 in base64."""
+        """Keep it in `folder`, with an autoencoder that was trained with the weights: numbers as little-endian float32
+        in base64."""
         condition = self.condition
         content: dict = {"autoencoder": self.autoencoder and self.autoencoder.to_dict()}
+        if self.beside:
+            content["autoencoder"]["name"] = BESIDE
+            shutil.copytree(self.beside, folder / BESIDE)
         if isinstance(condition, VectorCondition):
             examples = pack(condition.examples)["numbers"]
             content |= {"condition": condition.to_dict(), "names": list(condition.names), "examples": examples}

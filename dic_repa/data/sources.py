@@ -1,6 +1,6 @@
 """Where images come from: a class-per-folder tree or a flat one, with a labels file or without (each a folder, zip or
-tar), or a Hugging Face data set. All become an `ImageSource`, in an order that depends on names alone, from which one
-can also train without preparation.
+tar), a Hugging Face data set, or a data set in the package. All become an `ImageSource`, in an order that depends on
+names alone, from which one can also train without preparation.
 """
 
 import json
@@ -18,13 +18,15 @@ from torch import Tensor
 from dic_repa.data.autoencoders import load_spec
 from dic_repa.data.copies import Copies
 from dic_repa.data.files import FileTree, by_reason, open_tree, stamp
-from dic_repa.data.images import EXTENSIONS, BadImage, center_crop, decode_image, to_levels
+from dic_repa.data.images import EXTENSIONS, BadImage, center_crop, decode_image, encode_file, to_levels
 from dic_repa.data.labels import counted, numbered, read_labels
 from dic_repa.data.latents import LatentDataset
-from dic_repa.data.registry import register_dataset
+from dic_repa.data.registry import datasets as in_package
+from dic_repa.data.registry import named_data, register_dataset
 from dic_repa.errors import UserError, first_line, is_main_process
 from dic_repa.files.hashing import fingerprint
 from dic_repa.files.hub import pin
+from dic_repa.files.pictures import to_pil, unit_images
 from dic_repa.files.reading import read_file
 from dic_repa.runtime.progress import warn
 
@@ -78,8 +80,9 @@ def open_source(
     """Open the images at `path`, of any kind.
 
     Args:
-        path: a folder, zip or tar, with a folder for each class or flat; or a Hugging Face data set, local or
-            'ID[:SPLIT]' on the hub.
+        path: a folder, zip or tar, with a folder for each class or flat; a Hugging Face data set, local or
+            'ID[:SPLIT]' on the hub; or a data set in the package, 'NAME[:SPLIT]' (`named_data`), by default what is
+            trained on.
         labels: the labels of flat files, by default one of `LABEL_FILES` in `path`; without any, they are one class.
         skip_bad: leave out what is not named as an image, no regular file, a link in an archive or to nothing, or a
             folder that is reached twice.
@@ -91,6 +94,10 @@ def open_source(
     path = str(path)
     if labels and unlabelled:
         raise UserError(f"the images are to be unlabelled, and {labels} labels them; leave out one of the two")
+    if named := named_data(path):
+        if labels:
+            raise UserError(f"{path} has its own labels; leave the labels file out")
+        return _open_in_package(named[0], path.partition(":")[2] or "train", unlabelled)
     if _is_hugging_face(path):
         if labels:
             raise UserError("a Hugging Face data set has its own labels; leave the labels file out")
@@ -206,6 +213,17 @@ def _labels_of_folders(tree: FileTree, names: list[str]) -> tuple[list[int], tup
     if empty := sorted(folders - set(classes)):
         raise UserError(f"{tree.path}: class {counted(empty)} without images; fill or remove the folder")
     return numbered(classes, str(tree.path))
+
+
+def _open_in_package(name: str, split: str, without_labels: bool) -> ImageSource:
+    data, path = in_package.create(name, split=split), f"{name}:{split}"
+    if "image" not in data[0]:
+        raise UserError(f"the data set {name} has no images to prepare")
+    labels = [0 if without_labels else int(data[k]["label"]) for k in range(len(data))]
+    class_names = () if without_labels else tuple(map(str, data.class_names))
+    read = lambda k: encode_file(to_pil(unit_images(data[k]["image"])), "png")  # noqa: E731
+    names = [f"{path}#{k}" for k in range(len(data))]
+    return ImageSource(path, names, labels, class_names, read, range(len(data)))
 
 
 def _is_hugging_face(path: str) -> bool:

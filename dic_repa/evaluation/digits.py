@@ -125,9 +125,9 @@ class DigitsJudge(MetricSet):
         return {"recognised": recognised, "fd-digits": distance, "count": len(features)}
 
     def check(self, images: Tensor, labels: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 1 or len(images) < 2 or not images.is_floating_point():
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) < 2 or not images.is_floating_point():
             raise UserError(
-                "the digits to judge must be at least two float images (N, 1, H, W), "
+                "the digits to judge must be at least two float images (N, 1 or 3, H, W), "
                 f"not {images.dtype} of shape {tuple(images.shape)}"
             )
         fits = labels.shape == (len(images),) and not labels.is_floating_point()

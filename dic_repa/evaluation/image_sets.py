@@ -7,7 +7,6 @@ All become an `ImageSet`, read a batch at a time by several threads.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from dic_repa.data.files import stamp
 from dic_repa.data.images import BadImage, center_crop, decode_image
-from dic_repa.data.registry import datasets
+from dic_repa.data.registry import datasets, named_data
 from dic_repa.data.sources import open_source
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.files.hashing import fingerprint
@@ -143,22 +142,6 @@ def open_images(source, resize: int | None = None, hub: bool = False) -> ImageSe
     if not len(images):
         raise UserError(f"{images.source} holds no images")
     return images
-
-
-def named_data(source: str | Path) -> tuple[str, str] | None:
-    """The data set and its split that a name such as 'emoji:held-out' stands for; None for anything else.
-
-    Those are the registered data sets that need no further arguments. A path of that name comes first. A name alone
-    stands for what is trained on, but 'digits' for the held-out ones: the data set's `reference_split`.
-    """
-    name, _, split = str(source).partition(":")
-    if Path(source).exists() or name not in datasets:
-        return None
-    factory = datasets.find(name)
-    parameters = inspect.signature(factory).parameters.values()
-    if "split" not in (p.name for p in parameters) or any(p.default is p.empty for p in parameters):
-        return None
-    return name, split or getattr(factory, "reference_split", "train")
 
 
 def near_data(source: str | Path) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dic_repa.data.registry import datasets
+from dic_repa.data.registry import datasets, named_data
 from dic_repa.errors import UserError, unknown_name
 from dic_repa.evaluation.extractors import LITE2, extractors, judged_by_its_teacher, no_fid
-from dic_repa.evaluation.image_sets import ImageSet, named_data, near_data, open_data, open_images
+from dic_repa.evaluation.image_sets import ImageSet, near_data, open_data, open_images
 from dic_repa.evaluation.measuring import Measure, check_metrics
 from dic_repa.evaluation.metrics import MetricSet, find_metric, metrics, plain_names
 from dic_repa.evaluation.ratios import find_ratios
@@ -82,7 +82,7 @@ class Judge:
 
 
 def judge_digits(images: Tensor, labels: Tensor) -> dict:
-    """The scores of images (N, 1, H, W), float in [0, 1], that should show the digits `labels` (N,).
+    """The scores of images (N, 1 or 3, H, W), float in [0, 1], that should show the digits `labels` (N,).
 
     Returns:
         A dict for JSON: `count`, `recognised`, `recognised_count`, `recognised_by_class` and `fd-digits` (label 10, the
@@ -125,7 +125,7 @@ def real_images(recipe: Recipe, source: str | None) -> ImageSet | str | None:
     named, data = named_data(source) if source else None, recipe.data
     if source is None or named is None or named[0] != data.name:
         return source
-    given = {"split": named[1], "size": data.size, "path": data.place}
+    given = {"split": named[1], "size": data.size, "path": data.place, "autoencoder": data.autoencoder}
     return open_data(datasets.create(data.name, **{key: value for key, value in given.items() if value}), source)
 
 

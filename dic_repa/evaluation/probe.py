@@ -90,6 +90,8 @@ def probe_checkpoint(
     section = section or AlignmentSection(encoder=encoder)
     network = build_encoder(section, torch.device(device))
     data, split = _dataset(recipe, num)
+    if loaded.data and loaded.data.beside:
+        data.dataset.encode_by(loaded.data.autoencoder)
     condition = condition_of_data(data.dataset)
     if not isinstance(condition, ClassLabels):
         raise UserError(f"{loaded.source} is conditioned on {condition.describe()}; a probe needs data with labels")

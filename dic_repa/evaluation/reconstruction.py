@@ -157,7 +157,9 @@ def check_autoencoder(
         lpips = LPIPS(lpips_weights).to(network.device)
         notes += lpips.notes
     else:
-        notes.append(f"no LPIPS without the weights of VGG16: {where_to_get_vgg16()}")
+        notes.append(
+            f"no LPIPS without the weights of VGG16: {where_to_get_vgg16()}, or give its path (--lpips-weights)"
+        )
     trips = _RoundTrips(network, found, size, sample, lpips, batch_size)
     if metrics is None and not (inception_weights or has_inception()):
         metrics = ["fd-lite2"]

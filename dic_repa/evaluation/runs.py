@@ -15,9 +15,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dic_repa.data.registry import named_data
 from dic_repa.errors import UserError
 from dic_repa.evaluation.extractors import describe_extractors
-from dic_repa.evaluation.image_sets import ImageSet, named_data
+from dic_repa.evaluation.image_sets import ImageSet
 from dic_repa.evaluation.judge import by_encoder, judge_of, own_encoder, real_images
 from dic_repa.evaluation.measuring import Measure, Measured
 from dic_repa.evaluation.reference import UNKNOWN_COUNT

@@ -105,4 +105,4 @@ def where_to_get_vgg16() -> str:
     """What to fetch for LPIPS, and where to put it."""
     from torchvision.models import VGG16_Weights
 
-    return f"fetch {VGG16_Weights.IMAGENET1K_V1.url} and put it at {vgg16_file()}, or give its path (--lpips-weights)"
+    return f"fetch {VGG16_Weights.IMAGENET1K_V1.url} and put it at {vgg16_file()}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from dic_repa.data.autoencoders import autoencoders
 from dic_repa.data.saved import SavedData
 from dic_repa.encoders import encoder_licence
 from dic_repa.errors import printable
@@ -187,14 +188,13 @@ def _classes(page: Page) -> str:
 
 
 def _training(page: Page) -> str:
-    recipe, train, spec = page.recipe, page.recipe.train, page.data and page.data.autoencoder
+    recipe, train = page.recipe, page.recipe.train
     done = f"{page.scores.step} of {train.steps}" if page.scores.step is not None else f"{train.steps} in the recipe"
-    behind = f", latents of the autoencoder {plain(spec.name)}" if spec and spec.name != "none" else ""
     weights = {"ema": f"averaged, decay {round(train.sampled_decay, 8)}", "raw": "not averaged", "": "see the recipe"}
     rows = {
         "recipe": "[recipe.yaml](recipe.yaml), every key",
         "objective": plain(_words(recipe.objective)),
-        "data": f"{plain(recipe.data.name)}{behind}; {page.model.condition.describe()}",
+        "data": f"{plain(recipe.data.name)}{_behind(page.data)}; {page.model.condition.describe()}",
         "steps": f"{done}, of {train.batch_size} images each, in {train.precision.replace('no', 'float32')}",
         "optimizer": f"{plain(_words(recipe.optimizer))}, learning rate {recipe.optimizer.learning_rate:g}, schedule "
         f"{plain(recipe.schedule.name)}",
@@ -210,6 +210,13 @@ def _training(page: Page) -> str:
         rows["left as they were"] = plain(", ".join(train.freeze))
     aligned = [_alignment(section) for section in recipe.alignments] or ["nothing"]
     return _table(["what", "how"], [*map(list, rows.items()), *(["aligned to", text] for text in aligned)])
+
+
+def _behind(data: SavedData | None) -> str:
+    if data and data.beside:
+        return ", latents of an autoencoder that was trained with it ([autoencoder](autoencoder))"
+    spec = data and data.autoencoder
+    return f", latents of the autoencoder {plain(spec.name)}" if spec and spec.name != "none" else ""
 
 
 def _alignment(section: AlignmentSection) -> str:
@@ -255,7 +262,7 @@ def _drawn(scored: Scored) -> str:
 
 def _limits(page: Page) -> Iterator[str]:
     recipe, scored = page.recipe, page.scores.scored
-    spec = page.data and page.data.autoencoder
+    spec = page.data and not page.data.beside and page.data.autoencoder
     if page.model.source.is_file():  # a file of the authors' code
         yield f"Its weights come from {plain(page.model.source.name)}, which other code made; the recipe was added."
     yield f"It draws what its training data shows, as {page.pictures}, with the faults of that data."
@@ -265,7 +272,7 @@ def _limits(page: Page) -> Iterator[str]:
         yield f"Scores of fewer than {FULL_COUNT:,} samples do not compare with published ones."
     yield from map(plain, dict.fromkeys(note for each in scored for note in each.notes))
     yield "Whether samples are copies of training pictures is not said here; `dic-repa nearest` measures it."
-    if spec and spec.name != "none":
+    if spec and spec.name not in autoencoders:  # else its name is enough
         yield f"The autoencoder {plain(spec.name)} is not in this repository; `--autoencoder` names where it is."
     if recipe.sample.guidance and recipe.sample.guidance.weak:
         yield "Its recipe guides by a weaker model, which is not in this repository: choose another guidance."

@@ -4,6 +4,7 @@ from dic_repa.recipe.files import list_paper_rows, list_recipes, load_recipe, lo
 from dic_repa.recipe.schema import (
     AlignmentSection,
     DataSection,
+    EndToEndSection,
     EvaluateSection,
     LatentSection,
     LoraSection,
@@ -21,6 +22,7 @@ from dic_repa.recipe.schema_sampling import GridSection, GuidanceSection, Sample
 __all__ = [
     "AlignmentSection",
     "DataSection",
+    "EndToEndSection",
     "EvaluateSection",
     "GridSection",
     "GuidanceSection",

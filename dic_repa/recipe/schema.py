@@ -41,11 +41,26 @@ class ModelSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="other arguments of the denoiser's constructor")
 
 
+class EndToEndSection(Section):
+    alignment_weight: NotNegative = Field(1.5, description="lambda of the alignments in the autoencoder's loss")
+    l1: NotNegative = Field(1.0, description="weight of the decoded images' mean absolute error, in [-1, 1]")
+    lpips: NotNegative = Field(1.0, description="weight of their LPIPS, whose weights must be fetched; 0: none")
+    kl: NotNegative = Field(
+        1e-6, description="weight of the posterior's KL divergence to N(0, 1), summed over an image"
+    )
+    learning_rate: Positive = Field(1e-4, description="of the autoencoder, before the schedule lowers it")
+    gradient_clip: Positive | None = Field(1.0, description="largest norm of its gradient; null: no clipping")
+    momentum: Probability = Field(0.1, description="share of a batch in the running mean and variance of the latents")
+
+
 class LatentSection(Section):
     normalise: Literal["scaling-factor", "per-channel", "none"] = Field(
         "scaling-factor",
         description="how latents become the denoiser's data: by the autoencoder's own shift and scale; per-channel, to "
         "mean 0 and deviation 1 over the prepared data; or none",
+    )
+    end_to_end: EndToEndSection | None = Field(
+        None, description="train the autoencoder with the denoiser (REPA-E), from images; null: it is frozen"
     )
 
 

@@ -4,6 +4,7 @@ model.safetensors   the denoiser and the heads          ema/            config.j
 optimizer.pt        plain tensors, never unpickled                      and data.json: all that sampling needs, also
 state.json          the step; what the log has summed up                for `DiC.from_pretrained`
 manifest.json       sizes and SHA-256 of all these      ema-0.999/, ... the other averages, with the same files
+autoencoder.pt      of an autoencoder that is trained too; its average is in ema/autoencoder/, a folder of diffusers
 
 A thread writes a checkpoint from a copy in CPU memory, and renames it once it is whole; training goes on meanwhile.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 from dic_repa.data.autoencoders.spec import PER_CHANNEL
 from dic_repa.data.latents import LatentDataset
-from dic_repa.data.saved import SavedData
+from dic_repa.data.saved import BESIDE, SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.manifest import write_manifest
@@ -42,6 +43,7 @@ from dic_repa.runs.checkpoints import checkpoint_step, read_run_id
 from dic_repa.runs.folder import RunFolder
 from dic_repa.runtime.progress import say, warn
 from dic_repa.training.ema import EMA, PowerEMA
+from dic_repa.training.end_to_end import AutoencoderState
 from dic_repa.training.log import MetricLog
 from dic_repa.training.noise_scale import NoiseScale
 from dic_repa.training.optimizers import optimized_names
@@ -67,6 +69,7 @@ class TrainingState:
     optimizer_rows: dict[str, Rows]  # what of its state is cut up, as "12.exp_avg"
     config: dict  # of the denoiser
     data: SavedData
+    autoencoder: AutoencoderState | None = None  # if it is trained, too
     log: dict[str, Any] = field(default_factory=dict)  # what is not logged yet
 
     def sets(self, averages: dict[str, EMA], checkpoint: bool) -> dict[str, dict[str, Any]]:
@@ -85,6 +88,8 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
     rows = {(i, name): each for i, kept in state.items() for name, each in kept.items() if isinstance(each, Rows)}
     for i, name in rows:
         del state[i][name]
+    data = SavedData.of(parts.data, parts.condition, parts.data_mean)
+    autoencoder = parts.joint.state() if parts.joint else None
     return TrainingState(
         step,
         to_cpu(accelerator.unwrap_model(parts.model).state_dict(), main),
@@ -97,7 +102,8 @@ def copy_state(step: int, accelerator: Accelerator, parts: Parts) -> TrainingSta
         },
         {f"{i}.{name}": each for (i, name), each in rows.items()},
         parts.ema.config,
-        SavedData.of(parts.data, parts.condition, parts.data_mean),
+        replace(data, autoencoder=autoencoder.spec) if autoencoder else data,
+        autoencoder,
     )
 
 
@@ -115,9 +121,13 @@ def write_checkpoint(folder: Path, state: TrainingState, recipe: Recipe, shards:
             (aside / name / CONFIG).write_text(json.dumps(state.config, indent=2) + "\n")
             (aside / name / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
             state.data.write(aside / name)
+            if state.autoencoder:
+                state.autoencoder.write(aside / name / BESIDE)
             _write_average(name, state, aside / name / MODEL, shards)
         with (aside / "optimizer.pt").open("wb") as file:  # given its path, torch would not report a full disk
             torch.save(state.optimizer, file)
+        if state.autoencoder:
+            state.autoencoder.write_resumed(aside)
         (aside / "state.json").write_text(json.dumps({"step": state.step, **state.log}) + "\n")
         known = shards.sha256 if shards else {}
         write_manifest(aside, known=known, run=read_run_id(folder.parents[1]), step=state.step)
@@ -190,6 +200,8 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, parts: Parts) -> int
         say(f"note: {folder.name} has the state of another optimizer, {kind}; this one starts without a state")
     if scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
+    if parts.joint:
+        parts.joint.load(folder)
     return step
 
 

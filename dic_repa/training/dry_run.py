@@ -45,7 +45,7 @@ from dic_repa.training.log import device_name
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
 from dic_repa.training.optimizers import state_bytes
-from dic_repa.training.parts import build_parts, check_judge_of, check_sampling_and_evaluation
+from dic_repa.training.parts import build_parts, check_judge_of, check_sampling_and_evaluation, load_lpips
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.start import start_from
 from dic_repa.training.step import TrainingStep
@@ -83,6 +83,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
             notes.append(f"as it is here, training would not begin: {error}")
     try:
         check_judge_of(recipe)
+        load_lpips(recipe.latent.end_to_end)
     except UserError as error:
         notes.append(f"as it is here, training would not begin: {error}")
     if launched == 1:
@@ -129,10 +130,12 @@ def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
     }
     if not missing and recipe.latent.normalise != SCALING_FACTOR:
         build_dataset(recipe.data)  # says what it lacks for that
-    trial.latent = LatentSection()
     data = {"name": "random", "path": None, "autoencoder": None, "options": options, "workers": 0}
     trial.data = trial.data.model_copy(update=data)
     trial.train.sample_every, trial.evaluate = 0, None
+    if trial.latent.end_to_end:
+        notes.append("the autoencoder is not trained in these steps: the run takes more time and memory")
+    trial.latent = LatentSection()
     trial.sample.classes = "balanced"  # random data does not say how often each class is in the real data
     for section in trial.alignments:
         if section.cache and section.encoder:

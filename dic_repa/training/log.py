@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -43,6 +43,8 @@ PANELS = {  # of the loss curves: title and sign
     "middle": ("loss of the middle head, weighted", 1.0),
     "token": ("similarity to the encoder", -1.0),
     "manifold": ("manifold loss", 1.0),
+    "autoencoder.l1": ("error of the autoencoder's images", 1.0),
+    "latent.spatial_std": ("deviation of latents over an image", 1.0),
 }
 
 
@@ -75,6 +77,8 @@ def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accele
         cached = ", its tokens from the cache" if section.cache and section.encoder else ""
         what = "encoder" if section.encoder else "aligned"
         rows.append((what, f"{section.taught_by} at {section.tap}, weight {section.weight:g}{cached}"))
+    if parts.joint:
+        rows.append(("trains", f"the autoencoder {parts.joint.spec.name} too, by the alignment and its own losses"))
     each = f"{processes} process{'es' * (processes > 1)} x {share}"
     rows += [
         ("batch", f"{settings.batch_size} = {each}" + (f" in {passes} passes of {share // passes}" * (passes > 1))),
@@ -108,6 +112,7 @@ class MetricLog:
         self.start = start
         self.sums: dict[str, Tensor] = {}  # of the finite values and of their steps, (2,)
         self.images, self.pause, self.wait = 0, 0.0, 0.0
+        self.watchers: list[Callable[[dict], None]] = []  # of each record, in the main process
         self.unwritten = ""  # lines that could not be written yet because the disk was full
 
     def __enter__(self) -> MetricLog:
@@ -195,6 +200,8 @@ class MetricLog:
         self.sums, self.images, self.pause, self.wait, self.since = {}, 0, 0.0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
             self._write(record)
+            for watch in self.watchers:
+                watch(record)
 
     def _write(self, record: dict) -> None:
         self.unwritten += json.dumps(record) + "\n"
@@ -253,7 +260,7 @@ def save_curves(run: RunFolder) -> None:
     figure, axes = new_figure(1, len(panels), (4.6 * len(panels), 3.4))
     for axis, panel in zip(axes[0], panels):
         title, sign = PANELS.get(panel, (f"{panel}, of the alignment", 1.0))
-        for series in (name for name in names if name.split(".")[-1] == panel):
+        for series in (name for name in names if panel in (name, name.split(".")[-1])):
             points = [(line["step"], sign * line[series]) for line in lines if series in line]
             if points:
                 axis.plot(*zip(*points), linewidth=1.4, marker="o" if len(points) == 1 else None)

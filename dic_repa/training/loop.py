@@ -95,11 +95,12 @@ def train(
         if accelerator.is_main_process:
             say(run_header(recipe, run, parts, accelerator, train_step.passes, start))
         data = WithTokens(parts.data, parts.caches) if parts.caches else parts.data
-        guard, votes = StepGuard(accelerator, parts.optimizer.optimizer), Votes(accelerator)
+        guard, votes = StepGuard(accelerator, *parts.optimizers), Votes(accelerator)
         shards = ShardWriter(run.checkpoints, accelerator) if parts.sharded else None
         writer = stack.enter_context(CheckpointWriter(run, shards))
         noise = NoiseScale(parts.model, accelerator, settings.batch_size, train_step.passes, parts.sharded)
         log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers, noise, parts.start))
+        log.watchers += [parts.joint.watch] if parts.joint else []
         if checkpoint:
             load_log(checkpoint, log, guard, noise)
         after = AfterStep(
@@ -117,7 +118,7 @@ def train(
                 with log.gradients(step + 1):
                     norm, losses = train_step.gradients(batch, step)
                 guard.judge(step + 1, losses, norm)
-                rate = learning_rate.apply(parts.optimizer, step)
+                rate = learning_rate.apply(parts.optimizers, step)
                 train_step.update(step)
                 verdict = guard.verdict()
                 log.step(step + 1, losses, norm, rate, verdict.skipped)

@@ -1,6 +1,7 @@
 """Everything that a recipe names for training, built once before the first step."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, did_you_mean
 from dic_repa.evaluation.judge import by_encoder, check_judge, own_encoder, real_images
 from dic_repa.evaluation.measuring import check_metrics
+from dic_repa.evaluation.similarity import LPIPS, vgg16_file, where_to_get_vgg16
 from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.objectives import check_middle_head
+from dic_repa.objectives import Denoising, check_middle_head
 from dic_repa.protocols import DataSet, Objective, Samples
-from dic_repa.recipe import GuidanceSection, Recipe, TrainSection
+from dic_repa.recipe import EndToEndSection, GuidanceSection, Recipe, TrainSection
 from dic_repa.recipe.build import (
     build_alignment,
     build_dataset,
@@ -41,6 +43,8 @@ from dic_repa.sampling.load import Checkpoint
 from dic_repa.sampling.sampler import Sampler, check_sampling
 from dic_repa.sampling.weights import in_same_run
 from dic_repa.training.ema import EMA, PowerEMA
+from dic_repa.training.end_to_end import EndToEnd
+from dic_repa.training.inputs import check_batch
 from dic_repa.training.memory_estimate import check_memory
 from dic_repa.training.optimizers import build_optimizer
 from dic_repa.training.sharding import shard, wants_sharding
@@ -68,6 +72,12 @@ class Parts:
     sharded: bool  # then all processes must take part in whatever runs or reads the denoiser or its averages
     start: Start | None = None  # from other weights; None also of a run that goes on from a checkpoint
     data_mean: Tensor | None = None  # (C, H, W), if sampling needs it
+    joint: EndToEnd | None = None  # the autoencoder, if it is trained, too
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The denoiser's, and the autoencoder's if it is trained: torch's own."""
+        return [self.optimizer.optimizer, *([self.joint.optimizer.optimizer] if self.joint else [])]
 
 
 def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -> Parts:
@@ -101,7 +111,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     with watched("", "the feature cache", None):
         caches = build_caches(recipe, encoders, data, accelerator)
     if isinstance(data, LatentDataset):
-        data.with_images = any(encoder is not None for encoder in encoders)
+        data.with_images = any(encoder is not None for encoder in encoders) or recipe.latent.end_to_end is not None
     for encoder in encoders:
         cast_weights(encoder, settings.precision)
     denoiser.to(device)
@@ -130,6 +140,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, model))
     else:
         model, optimizer = accelerator.prepare(model, build_optimizer(recipe.optimizer, model))
+    joint = build_joint(recipe, data, objective, accelerator, sharded)
     sampler = None
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
         # Built now, so that a missing autoencoder stops the run before it starts, not at the first grid.
@@ -142,10 +153,46 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
                 warn(f"samples during training are not guided by '{guidance.weak}', a checkpoint of the run itself")
         saved = SavedData.of(data, condition, mean)
         sampler = Checkpoint(ema.model, recipe, Path("this run"), saved).sampler(sample)
+        sampler.decode = joint.decode if joint else sampler.decode
     return Parts(
         condition, data, shape, objective, encoders, caches, denoiser, aligned.aligner, model,
-        optimizer, ema, averages, sampler, sharded, start, mean,
+        optimizer, ema, averages, sampler, sharded, start, mean, joint,
     )  # fmt: skip
+
+
+def build_joint(recipe: Recipe, data: Any, objective: Any, accelerator: Accelerator, sharded: bool) -> EndToEnd | None:
+    """What trains the autoencoder, if the recipe says so; a UserError where it cannot be trained."""
+    section, settings = recipe.latent.end_to_end, recipe.train
+    if section is None:
+        return None
+    weight = sum(each.weight for each in recipe.alignments)
+    problems = {
+        "the data are pixels, or have no images": not isinstance(data, LatentDataset)
+        or data.spec.name == "none"
+        or "image" not in data[0],
+        "there is no alignment, whose gradient it would be trained by": not weight,
+        "latents are normalised by the batch; leave latent.normalise out": recipe.latent.normalise != "scaling-factor",
+        f"the objective {recipe.objective.name} needs more than one noisy state of the data; take flow-matching": not (
+            isinstance(objective, Denoising) and objective.trains_middle
+        )
+        or hasattr(objective, "data_mean"),
+        "train.precision fp16 is not enough; take bf16, or no for float32": settings.precision == "fp16",
+        "the model is sharded; take train.sharding: none": sharded,
+    }
+    for problem in (text for text, holds in problems.items() if holds):
+        raise UserError(f"latent.end_to_end: {problem}")
+    lpips, passes = load_lpips(section, accelerator.device), check_batch(settings, accelerator.num_processes)
+    average = partial(EMA, decay=settings.sampled_decay, warmup=settings.ema_warmup)
+    return EndToEnd(data.autoencoder, section, weight, passes, average, accelerator, lpips)
+
+
+def load_lpips(section: EndToEndSection | None, device: torch.device | str = "cpu") -> LPIPS | None:
+    """The distance that the section asks for, if any; a UserError says which weights to fetch."""
+    if section is None or not section.lpips:
+        return None
+    if not vgg16_file().is_file():
+        raise UserError(f"latent.end_to_end.lpips needs VGG16's weights: {where_to_get_vgg16()}, or set it to 0")
+    return LPIPS().to(device)
 
 
 def cast_weights(encoder, precision: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dic_repa.data.saved import DATA_FILE
+from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.atomic import write_aside
 from dic_repa.files.lock import locked_output
@@ -92,9 +92,10 @@ def save_reconstruction(run: RunFolder, sigma_rel: float, folder: Path, step: in
     made = {"sigma_rel": sigma_rel, "step": step, "run": str(run.path)}
     try:
         with locked_output(folder), write_aside(folder, "average") as aside:
-            for name in ("config.json", "recipe.yaml", DATA_FILE):
-                if (file := newest / "ema" / name).is_file():  # older checkpoints have no data.json
-                    shutil.copyfile(file, aside / name)
+            for name in ("config.json", "recipe.yaml"):
+                shutil.copyfile(newest / "ema" / name, aside / name)
+            if data := SavedData.read(newest / "ema"):  # older checkpoints have none
+                data.write(aside)
             save_tensors(tensors, aside / "model.safetensors", {"post-hoc EMA": json.dumps(made)})
             write_manifest(aside, run=read_run_id(run.path), step=step)
     except WRITE_ERRORS as error:

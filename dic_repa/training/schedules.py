@@ -5,7 +5,7 @@ and 1 at the last step of the run.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -64,10 +64,10 @@ class LearningRate:
         self.warmup_steps = recipe.schedule.warmup_steps
         self.schedule = lr_schedules.create(recipe.schedule.name, **recipe.schedule.options)
 
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Let the optimizer's next step have the rate of `step`, which is returned."""
+    def apply(self, optimizers: Iterable[torch.optim.Optimizer], step: int) -> float:
+        """Let the optimizers' next step have the rate of `step`; the first one's is returned."""
         share = self.share(step)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share  # the name that torch's schedulers use
         return self.rate * share
 

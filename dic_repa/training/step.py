@@ -67,6 +67,8 @@ class TrainingStep:
                 clock("forward")
                 join(tokens)
                 aligned, terms = parts.aligner.compare(out.projections, tokens, out.time, scales)
+                if parts.joint:
+                    parts.joint.pull(aligned, example.x)
                 others = {name: values.mean() for name, values in out.others.items()}
                 loss = sum(others.values(), denoising + aligned)
                 clock("alignment")
@@ -76,7 +78,13 @@ class TrainingStep:
             losses[-1] |= {name: value.detach() for name, value in others.items()}
             losses[-1] |= {name: values.detach().mean() for name, values in out.told.items()}
         norm = accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf"))
-        return getattr(norm, "full_tensor", lambda: norm)(), losses  # the whole norm, where the model is sharded
+        norm = getattr(norm, "full_tensor", lambda: norm)()  # the whole norm, where the model is sharded
+        if parts.joint:
+            autoencoders, more = parts.joint.gradients(batch["image"])
+            losses = [{**mine, **theirs} for mine, theirs in zip(losses, more)]
+            norm = norm.where(autoencoders.isfinite(), autoencoders)  # a step that one of both cannot take is skipped
+            clock("autoencoder")
+        return norm, losses
 
     def inputs(
         self, batch: dict[str, Tensor], step: int, scales: list[float]
@@ -92,7 +100,11 @@ class TrainingStep:
         uniform = torch.rand(settings.batch_size, generator=generator, device=accelerator.device)
         rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
         y = parts.condition.drop(batch[parts.condition.key], uniform[rows] < settings.label_dropout)
-        x = denoiser_data(parts.data, batch, global_noise(settings.batch_size, rows, generator))
+        noise_like = global_noise(settings.batch_size, rows, generator)
+        if parts.joint:
+            x = parts.joint.encode(batch["image"], noise_like)
+        else:
+            x = denoiser_data(parts.data, batch, noise_like)
         whole = None
         if getattr(parts.objective, "whole_batch", False):  # the processes' rows, in the order of the global batch
             whole = Batch(accelerator.gather(x), accelerator.gather(y), draws)
@@ -102,6 +114,7 @@ class TrainingStep:
         cached = {name: batch[name].chunk(self.passes) for name in parts.caches}
         intervals = self.intervals(generator, rows)
         for k, (x, y, image) in enumerate(zip(*split)):
+            x.requires_grad_(parts.joint is not None)
             example = Batch(x, y, {name: passes[k] for name, passes in drawn.items()}, parts.ema.model, whole)
             tokens: list[Tensor | None] = [None] * len(scales)
             for i, encoder in enumerate(parts.encoders):
@@ -135,6 +148,8 @@ class TrainingStep:
         """Change the weights by the gradients, and the averages by the weights."""
         self.parts.optimizer.step()
         self.parts.optimizer.zero_grad()
+        if self.parts.joint:
+            self.parts.joint.update(step + 1)
         clock("optimizer")
         for average in self.parts.averages.values():
             average.update(self.parts.denoiser, step + 1)
@@ -188,26 +203,28 @@ class StepGuard:
 
     A step whose loss or gradient is not finite is skipped by the optimizer on the device, by the flag `found_inf` that
     gradient scalers use. For an optimizer that does not take it, the host waits for the device in each step, and drops
-    the gradients. With fp16 the gradient scaler skips the step; here it is only counted. `optimizer` is torch's own.
+    the gradients. With fp16 the gradient scaler skips the step; here it is only counted. The `optimizers` are torch's
+    own.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer):
-        self.accelerator, self.optimizer = accelerator, optimizer
+    def __init__(self, accelerator: Accelerator, *optimizers: torch.optim.Optimizer):
+        self.accelerator, self.optimizers = accelerator, optimizers
         device = accelerator.device
         self.counts = torch.zeros(2, device=device)  # in a row, in all
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.last = Verdict(0)
 
     def judge(self, step: int, losses: list[dict[str, Tensor]], norm: Tensor) -> None:
-        """Skip the optimizer's coming step if a loss of it, in any process, or `norm` is not finite."""
+        """Skip the optimizers' coming step if a loss of it, in any process, or `norm` is not finite."""
         bad = (~torch.stack([each["loss"] for each in losses]).isfinite().all()).float()
         if self.accelerator.num_processes > 1:
             bad = self.accelerator.reduce(bad, "sum")
         skip = ((bad > 0) | ~norm.isfinite()).float()
-        if self.accelerator.scaler is None and skips_on_device(self.optimizer):
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's gradient scaler sets, too
-        elif self.accelerator.scaler is None and skip:
-            self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers if self.accelerator.scaler is None else ():
+            if skips_on_device(optimizer):
+                optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's gradient scaler sets, too
+            elif skip:
+                optimizer.zero_grad(set_to_none=True)
         in_a_row, skipped = self.counts.unbind()
         self.counts = torch.stack([(in_a_row + 1) * skip, skipped + skip])
         known, event = self.counts, None

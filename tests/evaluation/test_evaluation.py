@@ -133,8 +133,8 @@ def test_judging_is_deterministic_and_registered(held_out):
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.long), r"\(N, 1, H, W\)"),
-        (torch.zeros(16, 16), torch.zeros(4, dtype=torch.long), r"\(N, 1, H, W\)"),
+        (torch.zeros(4, 2, 16, 16), torch.zeros(4, dtype=torch.long), r"\(N, 1 or 3, H, W\)"),
+        (torch.zeros(16, 16), torch.zeros(4, dtype=torch.long), r"\(N, 1 or 3, H, W\)"),
         (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), "float"),
         (torch.zeros(0, 1, 16, 16), torch.zeros(0, dtype=torch.long), "at least two"),
         (torch.full((4, 1, 16, 16), torch.nan), torch.zeros(4, dtype=torch.long), "4 of 4 images hold NaN"),

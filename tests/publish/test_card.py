@@ -117,6 +117,10 @@ def test_behind_an_autoencoder_that_is_elsewhere(tmp_path, capsys, monkeypatch):
     assert "grid.png" not in text
     assert str(tmp_path) not in (tmp_path / "out/data.json").read_text()
     assert SavedData.read(tmp_path / "out").autoencoder == replace(spec, name="my-vae")
+    lacks = "The autoencoder {} is not in this repository"
+    assert lacks.format("my-vae") in text
+    SavedData(replace(spec, name="lite-vae"), class_labels(10)).write(folder)
+    assert lacks.format("lite-vae") not in card_of(folder, overwrite=True).text  # it comes with the package
 
 
 def test_code_of_ones_own(plugin_folder, monkeypatch):
