@@ -30,6 +30,7 @@ LIMITS = {
     "archive-ratio": 100,  # unpacked bytes of an archive for each of its own, where they are over `file-bytes`
     "image-pixels": 89_478_485,  # of one image, as Pillow has it
     "classes": 10**6,
+    "shards": 10**6,  # of a set in WebDataset's format
     "recipe-bytes": 10**6,
     "values": 10_000,  # in a recipe
     "nesting": 50,  # of lists and mappings

@@ -50,7 +50,8 @@ class Samples(Protocol):
 class DataSet(Samples, Protocol):
     """Made by `factory(split, size, **options)`, with `path` and `autoencoder` if the recipe has them. Without
     classes, it has a `dic_repa.conditions.Condition` as `condition` instead of the two last. One that also has
-    `labels`, the class number of each picture, can be sampled with `sample.classes: data`."""
+    `labels`, the class number of each picture, can be sampled with `sample.classes: data`; one that has a
+    `permutation(generator)` decides the order of an epoch, (len(self),)."""
 
     channels: int  # of the denoiser's data
     num_classes: int

@@ -89,6 +89,7 @@ class WithTokens(Dataset):
 
     def __init__(self, data: Samples, caches: dict[str, FeatureCache]):
         self.data, self.caches = data, caches
+        self.permutation = getattr(data, "permutation", None)  # its own order of an epoch
 
     def __len__(self) -> int:
         return len(self.data)

@@ -35,6 +35,13 @@ from dic_repa.runtime.threads import choose_threads
     ),
     click.option("--flip", is_flag=True, help="Store the mirrored images' moments too, and train on both."),
     click.option(
+        "--format",
+        "layout",
+        type=click.Choice(["arrow", "webdataset"]),
+        default="arrow",
+        help="arrow: for a disk of this machine; webdataset: tar shards, which a web server can give too.",
+    ),
+    click.option(
         "--images",
         "image_format",
         type=click.Choice(["webp", "png", "jpeg"]),
@@ -61,7 +68,14 @@ from dic_repa.runtime.threads import choose_threads
     ),
 )
 def command(
-    source: str, destination: Path, autoencoder: str, labels: str | None, unlabelled: bool, share: bool, **options
+    source: str,
+    destination: Path,
+    autoencoder: str,
+    labels: str | None,
+    unlabelled: bool,
+    share: bool,
+    layout: str,
+    **options,
 ):
     """Crop and encode the images of SOURCE into the data set DESTINATION.
 
@@ -69,7 +83,7 @@ def command(
     package (digits, emoji, or such as emoji:held-out). Files have a folder for each class, or a labels file (--labels,
     or dataset.json, labels.json or labels.csv in SOURCE), or are one class. After a stop, the same command makes the
     missing shards. `datasets.load_from_disk` opens the result; a recipe reads it with
-    `data: {name: prepared, path: DESTINATION, size: 32}`.
+    `data: {name: prepared, path: DESTINATION, size: 32}`, or `name: webdataset` after `--format webdataset`.
 
     \b
     Examples:
@@ -85,6 +99,7 @@ def command(
 
     from dic_repa.data.autoencoders import load_autoencoder
     from dic_repa.data.prepare import Preparation
+    from dic_repa.data.prepare_tars import TarPreparation
     from dic_repa.data.sources import open_source
     from dic_repa.files.claims import Claims
     from dic_repa.files.lock import locked
@@ -94,7 +109,8 @@ def command(
     images = open_source(source, labels, options["skip_bad"], unlabelled)
     state = start_processes()
     options["claims"] = Claims(destination) if share else None
-    preparation = Preparation(images, destination, load_autoencoder(autoencoder, state.device), **options)
+    kind = TarPreparation if layout == "webdataset" else Preparation
+    preparation = kind(images, destination, load_autoencoder(autoencoder, state.device), **options)
     with contextlib.nullcontext() if share else entered_by_main(state, lambda: locked(destination)):
         on_main_process(state, preparation.begin)
         begun = f"the finished shards are in {destination}, and the same command goes on with the others"
@@ -106,13 +122,13 @@ def command(
             if report is None:
                 print_result(f"{destination} is complete: another command has made the last shards and looked back")
                 report = read_json(destination / "check.json", "run the same command again")
-            _print_report(destination, report)
+            _print_report(destination, report, preparation.results[0])
             if report["expected"] and not report["images"]:
                 raise UserError(f"not one image of {source} was whole")
     state.end_training()
 
 
-def _print_report(destination: Path, report: dict) -> None:
+def _print_report(destination: Path, report: dict, of_latents: str) -> None:
     said = "without classes"
     if report["classes"]:
         (small, few), (large, many) = report["smallest_class"], report["largest_class"]
@@ -130,6 +146,6 @@ def _print_report(destination: Path, report: dict) -> None:
     if latents := report["latents"]:
         (low, high), (least, most) = ((min(values), max(values)) for values in (latents["mean"], latents["std"]))
         each = f"mean {low:.3g} to {high:.3g}, standard deviation {least:.3g} to {most:.3g}"
-        print_result(f"latents of {len(latents['mean'])} channels: {each}; each channel's are in latents.json")
+        print_result(f"latents of {len(latents['mean'])} channels: {each}; each channel's are in {of_latents}")
     quality = "" if report["psnr"] is None else f"PSNR of the round trip {report['psnr']:.1f} dB; "
     print_result(f"{quality}look at {report['preview']}; all of this is in {destination / 'check.json'}")

@@ -7,6 +7,8 @@ from dic_repa.data.prepared import Prepared
 from dic_repa.data.random_data import RandomData
 from dic_repa.data.registry import datasets, register_dataset
 from dic_repa.data.sources import ImageFolder
+from dic_repa.data.streaming import Stream
+from dic_repa.data.webdataset import WebDataset
 
 __all__ = [
     "Digits",
@@ -16,6 +18,8 @@ __all__ = [
     "Prepared",
     "RandomData",
     "RepaLayout",
+    "Stream",
+    "WebDataset",
     "datasets",
     "load_digits",
     "register_dataset",

@@ -152,7 +152,8 @@ def _read_tar(path: Path, places: dict[str, tuple[int, int]], name: str) -> byte
     return data
 
 
-def _open_tar(path: Path) -> FileTree:
+def tar_members(path: Path) -> list[tarfile.TarInfo]:
+    """All members of an uncompressed tar, in its order; a UserError if it is damaged or does not end as a tar does."""
     try:
         members, end = _tar_members(path)
     except Exception as error:  # damaged headers raise anything from TarError to OverflowError
@@ -166,6 +167,11 @@ def _open_tar(path: Path) -> FileTree:
     if not rest or rest.strip(b"\0"):
         what = "cannot be read on (a damaged header, or two tars in one file)" if rest else "ends without its end mark"
         raise UserError(f"{path} {what} at byte {end:,}, so that files would be lost; copy or make it again")
+    return members
+
+
+def _open_tar(path: Path) -> FileTree:
+    members = tar_members(path)
     places: dict[str, tuple[int, int]] = {}
 
     def entries() -> Iterator[tuple[str, str, int]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dic_repa.data.files import by_reason
-from dic_repa.data.prepared import Prepared
+from dic_repa.data.latents import LatentDataset
 from dic_repa.data.sources import ImageSource
 from dic_repa.files.pictures import save_side_by_side, to_pil, unit_images
 from dic_repa.protocols import Autoencoder
@@ -20,17 +20,17 @@ PREVIEW = 64  # images at most
 DECODE_BATCH = 16  # images decoded at once: at 256 px these take about 3 GB
 
 
-def look_back(folder: Path, source: ImageSource, autoencoder: Autoencoder, size: int) -> dict:
-    """Read all labels of the prepared `folder` back, decode up to 64 images, and write preview.png; what was found.
+def look_back(
+    data: LatentDataset, rows: dict[str, list], folder: Path, source: ImageSource, autoencoder: Autoencoder, size: int
+) -> dict:
+    """Decode up to 64 of the prepared images, and write preview.png; what was found.
+
+    `data` is what the prepared `folder` holds, without mirrored images; `rows` has the label, name, width and height of
+    each.
 
     The smallest and largest class are None without classes, `psnr` (dB) and `latents` without an autoencoder.
     """
-    import datasets
-
-    data = Prepared(folder, flip=False)
-    rows = datasets.load_from_disk(str(folder)).select_columns(["label", "name", "width", "height"])
-    table = rows.with_format("arrow")[:].to_pydict()
-    counts, stored = Counter(table["label"]), set(table["name"])
+    counts, stored = Counter(rows["label"]), set(rows["name"])
     by_size = sorted((counts[k], k) for k in range(data.num_classes))
     classes = [(data.class_names[k], count) for count, k in by_size]
     damaged = [name for name in source.names if name not in stored]
@@ -47,14 +47,14 @@ def look_back(folder: Path, source: ImageSource, autoencoder: Autoencoder, size:
         "skipped": sorted(itertools.chain(*left_out.values())),
         "reasons": left_out,
         "notes": list(source.notes),
-        "enlarged": sum(min(sides) < size for sides in zip(table["width"], table["height"])),
+        "enlarged": sum(min(sides) < size for sides in zip(rows["width"], rows["height"])),
         "latents": asdict(data.statistics) if latents else None,
         "psnr": _preview(data, autoencoder, preview) if len(data) else None,
         "preview": str(preview),
     }
 
 
-def _preview(data: Prepared, autoencoder: Autoencoder, path: Path) -> float | None:
+def _preview(data: LatentDataset, autoencoder: Autoencoder, path: Path) -> float | None:
     """Draw some of the stored images, each above its round trip; the PSNR of the round trip."""
     chosen = torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist()
     samples = [data[index] for index in chosen]

@@ -13,12 +13,12 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dic_repa.data.autoencoders import AutoencoderSpec
 from dic_repa.data.images import BadImage, center_crop, encode_file, to_levels
+from dic_repa.data.latents import LatentDataset
 from dic_repa.data.look_back import CHECK_FILE, PREVIEW_FILE, look_back
 from dic_repa.data.prepared import CHECKSUMS, SETTINGS_FILE, Prepared, checksums, read_settings
 from dic_repa.data.sources import ImageSource
@@ -64,6 +65,8 @@ class Preparation:
     skip_bad: bool = False
     workers: int = 8  # threads that read and crop
     claims: Claims | None = None
+    layout: ClassVar[str] = "arrow"
+    results: ClassVar[tuple[str, ...]] = (STATISTICS_FILE, CHECK_FILE)  # what is made of all shards together
 
     def begin(self) -> None:
         """Make the destination, or check that it was begun with the same settings.
@@ -92,7 +95,7 @@ class Preparation:
         if self.claims is None:
             clear_claims(place)
             remove_leftovers(place)
-        found, wanted = {"moments": "float16"} | read_settings(place), json.loads(json.dumps(wanted))
+        found, wanted = {"moments": "float16", "layout": "arrow"} | read_settings(place), json.loads(json.dumps(wanted))
         found["format"] = FORMAT if found.get("format") == 1 else found.get("format")  # goes on without checksums
         found["autoencoder"] = AutoencoderSpec.from_dict(found["autoencoder"]).to_dict()  # with what is new in it
         found = json.loads(json.dumps(found))
@@ -102,7 +105,7 @@ class Preparation:
         if differs := [key for key in wanted if wanted[key] != found.get(key)]:
             raise UserError(f"{place} was begun with another {', '.join(differs)}; choose another folder")
         if self._missing():
-            for name in (STATISTICS_FILE, CHECK_FILE):  # of other shards than those that will be there
+            for name in self.results:  # of other shards than those that will be there
                 (place / name).unlink(missing_ok=True)
 
     def write_shards(self, process: int = 0, processes: int = 1) -> None:
@@ -172,6 +175,9 @@ class Preparation:
         if missing := self._missing():
             count = f"{len(missing)} of {len(self._shards)}"
             raise UserError(f"{self.destination} still lacks {count} shards; run the same command again")
+        self._join()
+
+    def _join(self) -> None:
         self._write_json("dataset_info.json", {"features": self._features().to_dict()})
         state = {"_data_files": [{"filename": name} for name in self._shards], "_split": "train"}
         formats: dict = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
@@ -191,17 +197,24 @@ class Preparation:
 
     def check(self) -> dict:
         """Look back at what was written: preview.png, and check.json, whose content is returned."""
-        report = look_back(self.destination, self.source, self.autoencoder, self.size)
+        report = look_back(*self._read_back(), self.destination, self.source, self.autoencoder, self.size)
         self._write_json(CHECK_FILE, report)
         return report
 
-    def _missing(self) -> dict[str, range]:
+    def _read_back(self) -> tuple[LatentDataset, dict[str, list]]:
+        """What was written, as training reads it, and the label, name, width and height of all rows."""
+        import datasets
+
+        rows = datasets.load_from_disk(str(self.destination)).select_columns(["label", "name", "width", "height"])
+        return Prepared(self.destination, flip=False), rows.with_format("arrow")[:].to_pydict()
+
+    def _missing(self) -> dict[str, Sequence[int]]:
         """The shards that are not there yet, and the indices of their images."""
         there = set(os.listdir(self.destination))
         return {name: rows for name, rows in self._shards.items() if name not in there}
 
     @cached_property
-    def _shards(self) -> dict[str, range]:
+    def _shards(self) -> dict[str, Sequence[int]]:
         """The file name of each shard, and the indices of its images."""
         every, starts = range(len(self.source)), range(0, len(self.source), self.shard_size)
         return {
@@ -219,6 +232,7 @@ class Preparation:
         source = self.source
         return {
             "format": FORMAT,
+            "layout": self.layout,
             "source": {"path": str(source.path), "images": len(source), "fingerprint": source.fingerprint()},
             **{key: getattr(self, key) for key in ("size", "flip", "image_format", "moments", "shard_size")},
             "autoencoder": self.autoencoder.spec.to_dict(),

@@ -52,15 +52,11 @@ class Prepared(LatentDataset):
         flip: bool | None = None,
     ):
         settings, state = read_settings(path), Path(path) / "state.json"
+        if settings.get("layout") == "webdataset":
+            raise UserError(f"{path} holds tar shards, which data.name=webdataset reads; set that")
         if not state.is_file():
             raise UserError(f"the preparation of {path} was not finished; run its `dic-repa prepare` again")
-        self.path, self.spec = Path(path), AutoencoderSpec.from_dict(settings["autoencoder"])
-        if autoencoder is None:
-            check_code({"autoencoder": self.spec.name}, self.path / SETTINGS_FILE)
-        elif autoencoder != self.spec.name:
-            found, self.spec = self.spec, load_autoencoder(autoencoder).spec
-            if self.spec.fingerprint != found.fingerprint:
-                raise UserError(f"{path} was prepared with the autoencoder {found.name}, not with {autoencoder}")
+        self.path, self.spec = Path(path), prepared_spec(settings, autoencoder, path)
         self.class_names = tuple(settings["class_names"])
         self.size = settings["size"] // self.spec.downsample
         self.check_size(size or self.size, self.size, str(path))
@@ -248,6 +244,18 @@ class _Settings(BaseModel):
     class_names: list[str]
 
 
+def prepared_spec(settings: dict[str, Any], autoencoder: str | None, path: str | Path) -> AutoencoderSpec:
+    """The autoencoder that data at `path` was prepared with; a UserError if `autoencoder`, its name now, is another."""
+    spec = AutoencoderSpec.from_dict(settings["autoencoder"])
+    if autoencoder is None:
+        check_code({"autoencoder": spec.name}, path)
+    elif autoencoder != spec.name:
+        found, spec = spec, load_autoencoder(autoencoder).spec
+        if spec.fingerprint != found.fingerprint:
+            raise UserError(f"{path} was prepared with the autoencoder {found.name}, not with {autoencoder}")
+    return spec
+
+
 def read_settings(path: str | Path) -> dict:
     """The `prepare.json` of a prepared folder.
 
@@ -258,6 +266,12 @@ def read_settings(path: str | Path) -> dict:
     if not file.exists():
         raise UserError(f"{path} is not a prepared data set (no {SETTINGS_FILE}); make one by `dic-repa prepare`")
     content = read_json(file, then)
+    check_settings(content, file, then)
+    return content
+
+
+def check_settings(content: Any, file: str | Path, then: str) -> None:
+    """A UserError if this is not the content of a prepare.json; `file` has it, and `then` says what to do."""
     try:
         settings = _Settings.model_validate(content)
         spec = AutoencoderSpec.from_dict(settings.autoencoder)
@@ -267,7 +281,6 @@ def read_settings(path: str | Path) -> dict:
         raise UserError(f"{file} is damaged ({_first_fault(error)}); {then}") from None
     check_limit("classes", len(settings.class_names), f"the number of classes of {file}")
     check_limit("image-pixels", settings.size**2, f"the number of pixels of an image of {file}")
-    return content
 
 
 def _first_fault(error: ValueError) -> str:

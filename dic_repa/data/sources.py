@@ -256,10 +256,10 @@ def _open_hugging_face(path: str, without_labels: bool) -> ImageSource:
             f"{absent}the data set {path} cannot be loaded ({first_line(error)}); if the hub cannot be reached, "
             "download it elsewhere (`hf download --repo-type dataset ID --local-dir FOLDER`) and name the folder"
         ) from None
-    image = _only_column(data, datasets.Image, "image", path)
+    image = only_column(data, datasets.Image, "image", path)
     labels, class_names = [0] * len(data), ()
     if not without_labels:
-        label = _only_column(data, datasets.ClassLabel, "label", path)
+        label = only_column(data, datasets.ClassLabel, "label", path)
         class_names = tuple(data.features[label].names)
         labels = data.select_columns([label]).with_format("arrow")[:][label].to_pylist()
         if missing := sum(value is None or not 0 <= value < len(class_names) for value in labels):
@@ -281,7 +281,8 @@ def _read_row(rows: Any, column: str, index: int) -> bytes:
     return entry["bytes"] if entry["bytes"] is not None else read_file(entry["path"])
 
 
-def _only_column(data, kind: type, preferred: str, path: str) -> str:
+def only_column(data, kind: type, preferred: str, path: str) -> str:
+    """The column of that `kind` of a data set of `datasets`; the `preferred` one of several. A UserError if unclear."""
     found = [name for name, feature in data.features.items() if isinstance(feature, kind)]
     if preferred in found or len(found) == 1:
         return preferred if preferred in found else found[0]

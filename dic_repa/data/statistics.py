@@ -35,18 +35,37 @@ DIGITS = 9  # those of float32; what another processor's order of summation may 
 
 
 @dataclass
-class _Sums:
+class Sums:
     """What is known of some images: of each channel (C,) the mean, and z's variance around it times the images."""
 
     images: int
     mean: np.ndarray
     spread: np.ndarray
 
-    def __add__(self, other: _Sums) -> _Sums:
+    def __add__(self, other: Sums) -> Sums:
         """Of both together (Chan, Golub and LeVeque 1983)."""
         images, between = self.images + other.images, other.mean - self.mean
         spread = self.spread + other.spread + between**2 * (self.images * other.images / images)
-        return _Sums(images, self.mean + between * (other.images / images), spread)
+        return Sums(images, self.mean + between * (other.images / images), spread)
+
+    @classmethod
+    def of(cls, moments: np.ndarray, spec: AutoencoderSpec) -> Sums:
+        """Of moments (N, C or 2C, h, w), as the autoencoder of `spec` gives them."""
+        moments = moments.astype(np.float64)
+        z = moments[:, : spec.channels]
+        mean = z.mean(axis=(0, 2, 3))
+        squares = np.square(z - mean[:, None, None]).sum(axis=(0, 2, 3))
+        if spec.stochastic:
+            squares += np.square(moments[:, spec.channels :]).sum(axis=(0, 2, 3))
+        return cls(len(moments), mean, squares / np.prod(z.shape[2:]))
+
+    def statistics(self, path: str | Path) -> LatentStatistics:
+        """Those of all images, which are at `path`; a UserError if they are not finite."""
+        std = np.sqrt(self.spread / self.images)
+        found = LatentStatistics(*(tuple(float(f"{value:.{DIGITS}g}") for value in each) for each in (self.mean, std)))
+        if not all(map(math.isfinite, found.mean + found.std)):  # of an earlier version, whose rows have no checksums
+            raise UserError(f"{path} holds latents that are not finite; prepare it again, into another folder")
+        return found
 
 
 def measure_statistics(data: Prepared, threads: int = 8) -> LatentStatistics:
@@ -72,24 +91,14 @@ def measure_statistics(data: Prepared, threads: int = 8) -> LatentStatistics:
             total = sums if total is None else total + sums
             bar.update(sums.images)
     assert total is not None
-    std = np.sqrt(total.spread / total.images)
-    found = LatentStatistics(*(tuple(float(f"{value:.{DIGITS}g}") for value in values) for values in (total.mean, std)))
-    if not all(map(math.isfinite, found.mean + found.std)):  # of an earlier version, whose rows have no checksums
-        raise UserError(f"{data.path} holds latents that are not finite; prepare it again, into another folder")
-    return found
+    return total.statistics(data.path)
 
 
-def _sums(data: Prepared, piece: tuple[dict, str, range]) -> _Sums:
+def _sums(data: Prepared, piece: tuple[dict, str, range]) -> Sums:
     part, column, rows = piece
     for row in rows:
         data.check_row(part, row, {column: part[column][row]})
-    moments = part[column][rows.start : rows.stop].astype(np.float64)
-    z = moments[:, : data.spec.channels]
-    mean = z.mean(axis=(0, 2, 3))
-    squares = np.square(z - mean[:, None, None]).sum(axis=(0, 2, 3))
-    if data.spec.stochastic:
-        squares += np.square(moments[:, data.spec.channels :]).sum(axis=(0, 2, 3))
-    return _Sums(len(rows), mean, squares / data.size**2)
+    return Sums.of(part[column][rows.start : rows.stop], data.spec)
 
 
 def write_statistics(data: Prepared, statistics: LatentStatistics) -> None:

@@ -207,7 +207,12 @@ def _of_npz(path: Path) -> ImageSet:
 
 def _of_prepared(path: Path) -> ImageSet:
     from dic_repa.data.prepared import Prepared
+    from dic_repa.data.shard_lists import INDEX
+    from dic_repa.data.webdataset import WebDataset
 
+    if (path / INDEX).is_file():
+        shards = WebDataset(path, flip=False)
+        return ImageSet(str(path), len(shards), lambda i: _from_float(shards[i]["image"]), _digest(shards.fingerprint))
     data = Prepared(path, flip=False)
     # If an image is replaced, the names in state.json stay the same; the shards do not.
     digest = _digest((path / "state.json").read_text(), stamp(path.glob("*.arrow")))

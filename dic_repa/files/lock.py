@@ -48,10 +48,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked_output(path: Path, wait: bool = False) -> Iterator[None]:
-    """As `locked`, for a file or folder that appears when it is whole; with `wait`, until the other has written it."""
+def locked_output(path: Path, wait: bool = False, tell: bool = True) -> Iterator[None]:
+    """As `locked`, for a file or folder that appears when it is whole; with `wait`, until the other has written it,
+    which a line may `tell`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _hold(lock_beside(path), path, wait):
+    with _hold(lock_beside(path), path, wait, tell):
         yield
 
 
@@ -75,13 +76,13 @@ def holder(lock: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _hold(lock: Path, what: Path, wait: bool = False) -> Iterator[None]:
+def _hold(lock: Path, what: Path, wait: bool = False, tell: bool = True) -> Iterator[None]:
     """Record locks, not flock: loader processes would inherit flock's and hold it after their parent was killed."""
     lock = lock.absolute()
     if fcntl is None or lock in _held:
         yield
         return
-    descriptor = _acquire(lock, what, wait)
+    descriptor = _acquire(lock, what, wait, tell)
     try:
         if descriptor is not None:
             os.ftruncate(descriptor, 0)
@@ -100,7 +101,7 @@ def _owner() -> dict:
     return {"process": os.getpid(), "host": socket.gethostname()}
 
 
-def _acquire(lock: Path, what: Path, wait: bool) -> int | None:
+def _acquire(lock: Path, what: Path, wait: bool, tell: bool) -> int | None:
     """The open, locked file; None on a file system that has no locks."""
     tries = 0
     while True:
@@ -118,7 +119,7 @@ def _acquire(lock: Path, what: Path, wait: bool) -> int | None:
             tries += 1
             if tries > 1 and not wait:
                 raise UserError(f"{what} is in use by {owner}; wait for it, or stop it") from None
-            if tries == 2:
+            if tries == 2 and tell:
                 say(f"waiting for {owner}, which writes {what}")
             time.sleep(LOOK if tries < 20 else 1)
             continue

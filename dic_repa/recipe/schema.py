@@ -65,8 +65,8 @@ class LatentSection(Section):
 
 
 class DataSection(Section):
-    name: str = Field("digits", description="digits, emoji, prepared, images, ...: `dic-repa parts data-set`")
-    path: str | None = Field(None, description="where the data is; null: the data set needs none")
+    name: str = Field("digits", description="digits, emoji, prepared, webdataset, ...: `dic-repa parts data-set`")
+    path: str | None = Field(None, description="where the data is, for some also an address; null: it needs none")
     size: Size = Field(16, description="height and width of the denoiser's data (256 px behind an sd-vae: 32)")
     autoencoder: str | None = Field(
         None, description="none (pixels), a name, a hub id, a folder or a file; null: the data set's own"

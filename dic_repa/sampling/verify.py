@@ -16,7 +16,9 @@ from PIL import Image
 
 from dic_repa.alignment.cache import FeatureCache
 from dic_repa.data.prepared import SETTINGS_FILE, Prepared
+from dic_repa.data.shard_lists import INDEX, ShardList, find_shards
 from dic_repa.data.statistics import STATISTICS_FILE
+from dic_repa.data.tar_shards import read_rows
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.claims import find_claims
 from dic_repa.files.lock import holder
@@ -183,6 +185,14 @@ def _samples(folder: Path) -> Iterator[Finding]:
 
 def _prepared(folder: Path) -> Iterator[Finding]:
     mend = "run the same `dic-repa prepare` again; if it refuses, prepare into another folder"
+    anew = "remove it, and run the same `dic-repa prepare` again, which makes it anew"
+    if (folder / INDEX).is_file():
+        shards: list[ShardList] = []
+        yield _look(folder / INDEX, lambda: shards.append(find_shards(str(folder))), mend)
+        for name in shards[0].names if shards else ():
+            yield _look(folder / name, partial(read_rows, folder / name, check=True), anew)
+        yield from _leftovers(folder)
+        return
     opened: list[Prepared] = []
     yield _look(folder / SETTINGS_FILE, lambda: opened.append(Prepared(folder)), mend)
 
@@ -195,7 +205,6 @@ def _prepared(folder: Path) -> Iterator[Finding]:
         measure = "run the same `dic-repa prepare` again, which measures them anew"
         yield _look(statistics, lambda: opened[0].statistics, measure)
     for name in opened[0].files if opened else ():
-        anew = "remove it, and run the same `dic-repa prepare` again, which makes it anew"
         yield _look(folder / name, partial(look, name), anew)
     yield from _leftovers(folder)
 

@@ -22,7 +22,7 @@ from dic_repa.runtime.watchdog import watched
 from dic_repa.sampling.labels import balanced_labels
 from dic_repa.training.checkpoint import CheckpointWriter, copy_state, write_checkpoint, write_snapshots
 from dic_repa.training.evaluator import Evaluator
-from dic_repa.training.inputs import data_order
+from dic_repa.training.inputs import order_of
 from dic_repa.training.log import MetricLog
 from dic_repa.training.parts import Parts
 from dic_repa.training.preemption import Preempted
@@ -202,7 +202,7 @@ class AfterStep:
 
         def dump() -> list[str]:
             first = verdict.step - verdict.in_a_row
-            order = data_order(settings.seed, len(self.parts.data), settings.batch_size, first)
+            order = order_of(self.parts.data, settings, first)
             skipped = [{"step": first + 1 + i, "indices": next(order)} for i in range(verdict.in_a_row)]
             try:
                 write_whole(file, json.dumps(skipped) + "\n")

@@ -9,18 +9,20 @@ checkpoint, a resumed run equals an uninterrupted one, and the number of process
 import contextlib
 import functools
 import hashlib
+import itertools
 import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from dic_repa.errors import UserError
 from dic_repa.recipe import Recipe, TrainSection
@@ -32,34 +34,69 @@ PREFETCH = 4  # batches that each loader process has ready: they bridge a slow r
 LOOK = 0.25  # seconds between two looks at signals and loader processes while a batch is waited for
 CLOSING = 2.0  # seconds that loader processes have to end by themselves
 
+Permutation = Callable[[torch.Generator], np.ndarray]  # a data set's order of an epoch, (len(data),)
+
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The generator from which `step` draws times, noise, dropped labels and the posterior's noise, in this order."""
     return torch.Generator(device).manual_seed(_stream(seed, "step") + step)
 
 
-def data_order(seed: int, count: int, batch_size: int, start_step: int = 0) -> Iterator[list[int]]:
+def data_order(
+    seed: int, count: int, batch_size: int, start_step: int = 0, permutation: Permutation | None = None
+) -> Iterator[list[int]]:
     """Endless global batches of indices into a data set of `count` samples, from the batch of `start_step` on.
 
     The data is one stream of epochs, each with its own permutation; a batch may span two, so no epoch is cut short.
+    `permutation` is that of a data set that has one, which draws an epoch's order from a generator.
     """
+
+    @functools.lru_cache(maxsize=2)  # a batch spans at most two epochs, unless it is larger than the data
+    def epoch_order(epoch: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(_stream(seed, "data") + epoch)
+        order = permutation(generator) if permutation else torch.randperm(count, generator=generator).numpy()
+        if len(order) != count:
+            raise UserError(f"the data's permutation has {len(order)} places for {count} samples; correct its method")
+        return order
+
     position = start_step * batch_size
     while True:
-        stream = range(position, position + batch_size)
-        yield [_permutation(seed, p // count, count)[p % count] for p in stream]
+        yield [int(epoch_order(p // count)[p % count]) for p in range(position, position + batch_size)]
         position += batch_size
+
+
+def order_of(data: Any, settings: TrainSection, start_step: int) -> Iterator[list[int]]:
+    """`data_order` of a data set; of a stream, places in it."""
+    if hasattr(data, "stream"):
+        places = itertools.count(start_step * settings.batch_size)
+        return iter(lambda: list(itertools.islice(places, settings.batch_size)), [])
+    permutation = getattr(data, "permutation", None)
+    return data_order(settings.seed, len(data), settings.batch_size, start_step, permutation)
+
+
+class _StreamedBatches(IterableDataset):
+    """The `rows` of each global batch of a stream, from the batch of step `start` on.
+
+    Of several loader processes, from which the loader takes batches in turn, each reads all and decodes its own.
+    """
+
+    def __init__(self, data: Any, settings: TrainSection, start: int, rows: slice):
+        self.data, self.settings, self.start, self.rows = data, settings, start, rows
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        size, loader = self.settings.batch_size, get_worker_info()
+        own, processes = (loader.id, loader.num_workers) if loader else (0, 1)
+        stream = self.data.stream(_stream(self.settings.seed, "data"), self.start * size)
+        for number in itertools.count():
+            batch = list(itertools.islice(stream, size))
+            if number % processes == own:
+                yield default_collate([self.data.decode(row) for row in batch[self.rows]])
 
 
 def process_rows(batch_size: int, process: int, processes: int) -> slice:
     """The rows of the global batch that belong to `process`."""
     share = batch_size // processes
     return slice(process * share, (process + 1) * share)
-
-
-@functools.lru_cache(maxsize=2)  # a batch spans at most two epochs, unless it is larger than the data
-def _permutation(seed: int, epoch: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(_stream(seed, "data") + epoch)
-    return torch.randperm(count, generator=generator).tolist()
 
 
 def _stream(seed: int, name: str) -> int:
@@ -98,10 +135,11 @@ class Batches:
         settings, self.recipe, self.device, self.signals = recipe.train, recipe, accelerator.device, signals
         self.process, self.step = accelerator.process_index, start
         rows = process_rows(settings.batch_size, accelerator.process_index, accelerator.num_processes)
-        order = data_order(settings.seed, len(data), settings.batch_size, start)
-        loader = DataLoader(
-            data,
-            batch_sampler=(batch[rows] for batch in order),
+        streamed = {"dataset": _StreamedBatches(data, settings, start, rows), "batch_size": None}
+        order = order_of(data, settings, start)
+        indexed = {"dataset": data, "batch_sampler": (batch[rows] for batch in order)}
+        loader: DataLoader = DataLoader(
+            **(streamed if hasattr(data, "stream") else indexed),
             num_workers=recipe.data.workers,
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=recipe.data.workers > 0,
