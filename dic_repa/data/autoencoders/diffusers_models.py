@@ -21,7 +21,9 @@ from dic_repa.data.autoencoders.spec import AutoencoderSpec
 from dic_repa.errors import UserError, first_few
 from dic_repa.files.hashing import fingerprint
 from dic_repa.limits import check_limit
+from dic_repa.models.adapters import quiet_bitsandbytes
 
+quiet_bitsandbytes()  # diffusers imports it, too
 FAMILY = "diffusers:"
 Values = tuple[float, ...]
 
