@@ -215,6 +215,7 @@ def dry_run_text(report: dict) -> str:
     rows = [
         ("device", f"{report['device']}; {report['processes']} process{'es' * (report['processes'] > 1)}"),
         ("batch", f"{batch['global']}, {batch['of a process']} a process, {batch['of a pass']} a pass"),
+        ("data", _data(**report["data"])),
         ("parameters", f"denoiser {p['denoiser'] / 1e6:.2f} M, heads {p['heads'] / 1e6:.2f} M{frozen}"),
         ("MACs", f"{report['gmacs']:.4g} G for an image, forward, denoiser"),
         ("memory", _memory(report)),
@@ -237,6 +238,11 @@ def dry_run_text(report: dict) -> str:
     rows += _paper(report["paper"])
     rows += [("note", note) for note in report["notes"]]
     return "\n".join(f"{name:12}{text}" for name, text in rows)
+
+
+def _data(shape: list[int], autoencoder: str | None) -> str:
+    kind = f"latents of {autoencoder}" if autoencoder not in (None, "none") else "numbers of an image"
+    return f"{'x'.join(map(str, shape))}, {kind}"
 
 
 def _memory(report: dict) -> str:

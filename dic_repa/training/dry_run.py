@@ -96,6 +96,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
         "processes": processes,
         "launched": launched,
         "batch": {"global": recipe.train.batch_size, "of a process": share, "of a pass": share // passes},
+        "data": {"shape": list(shapes["data"]), "autoencoder": recipe.data.autoencoder},
         "parameters": shapes["parameters"],
         "gmacs": shapes["macs"] / 1e9,
         "memory_estimate": estimate_memory(shapes, objective, recipe.train, processes, share // passes, kept),
