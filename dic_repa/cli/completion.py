@@ -20,9 +20,9 @@ ENCODERS = (
 ).split()
 
 AUTOENCODERS = (  # for the same reason; a test compares
-    "dc-ae-f32c32 dc-ae-f32c32-sana dc-ae-f64c128 diffusers: e2e-invae e2e-sdvae e2e-vavae flux1-vae flux2-vae none "
-    "rae-dinov2-b rae-dinov2-b-512 rae-dinov2-l rae-dinov2-s sd-vae-ft-ema sd-vae-ft-mse sd3.5-vae sdxl-vae "
-    "sdxl-vae-fp16-fix va-vae "
+    "dc-ae-f32c32 dc-ae-f32c32-sana dc-ae-f64c128 diffusers: e2e-invae e2e-sdvae e2e-vavae flux1-vae flux2-vae "
+    "lite-vae none rae-dinov2-b rae-dinov2-b-512 rae-dinov2-l rae-dinov2-s sd-vae-ft-ema sd-vae-ft-mse sd3.5-vae "
+    "sdxl-vae sdxl-vae-fp16-fix va-vae "
 ).split()
 
 # Modules of `dic_repa.samplers`, with the registry that each files its solvers into.

@@ -209,7 +209,7 @@ def _meant(schema: type[BaseModel], dotted: str, near: Iterable[str]) -> str:
     keys = [key for key, names in _ELSEWHERE.items() if name in names.split()]
     keys += [key for key in list_keys(schema) if key.rpartition(".")[2] == name and key not in keys]
     here = [key for key in keys if _without_index(key.rpartition(".")[0]) == _without_index(section)]
-    keys = here or keys
+    keys = here or sorted(keys, key=lambda key: key.count("."))  # a section of its own before one in another
     return f"; did you mean {' or '.join(keys[:3])}?" if keys else did_you_mean(last if section else dotted, near)
 
 

@@ -8,6 +8,8 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -16,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from pictures import picture, save_vae
-from small_runs import SMALL, small_recipe, small_run
+from places import SCRIPTS
+from small_runs import small_recipe, small_run
 from tar_sets import make_samples, serve, write_set, write_tar
 
 import dic_repa.files.remote as remote
@@ -118,29 +121,16 @@ def test_two_processes_share_each_batch_and_loaders_change_nothing(shards):
     assert [a + b for a, b in zip(read(0, 2, 0), read(1, 2, 2))] == alone
 
 
-def test_killed_and_resumed_no_sample_is_lost_or_doubled(shards, server, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_killed_and_resumed_no_sample_is_lost_or_doubled(server, tmp_path):
     """By address, with three shards at hand; the process gets a SIGKILL before its seventh step."""
     keys = ["data.name=webdataset", f"data.path={server.address}/{{00..09}}.tar", "train.checkpoint_every=3"]
     keys += ["data.options={shuffle_shards: 2, keep_shards: 3}", "train.batch_size=5", "train.steps=12"]
-    read, seen = Batches.__next__, tmp_path / "seen.txt"
-
-    def note(self):
-        batch = read(self)
-        if self.step == 7 and os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with seen.open("a") as file:
-            print(self.step, *batch["label"].tolist(), file=file)
-        return batch
-
-    monkeypatch.setattr(Batches, "__next__", note)
-    parent = os.getpid()
-    if (child := os.fork()) == 0:
-        try:
-            small_run(tmp_path / "run", *keys, base=SMALL)
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    small_run(tmp_path / "run", *keys, resume=True, base=SMALL)
+    seen = tmp_path / "seen.txt"
+    for step, ended in ((7, -signal.SIGKILL), (0, 0)):
+        command = [sys.executable, SCRIPTS / "killed_run.py", tmp_path / "run", seen, step, *keys]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert done.returncode == ended, done.stderr
     lines = [list(map(int, line.split())) for line in seen.read_text().splitlines()]
     steps = {step: labels for step, *labels in lines}
     assert all(steps[step] == labels for step, *labels in lines)  # what came twice, after a checkpoint, is the same

@@ -93,7 +93,7 @@ def test_groups_keep_the_ratio_of_their_rates():
     optimizer = torch.optim.AdamW([{"params": [fast], "lr": 0.3}, {"params": [slow], "lr": 0.1}], lr=1.0)
     rate = LearningRate(recipe)
     for step in (0, 7, 20):
-        told = rate.apply(optimizer, step)
+        told = rate.apply([optimizer], step)
         shares = [group["lr"] / told * recipe.optimizer.learning_rate for group in optimizer.param_groups if told]
         assert shares == pytest.approx([0.3, 0.1][: len(shares)])
     assert [group["lr"] for group in optimizer.param_groups] == [0, 0]
