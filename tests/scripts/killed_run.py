@@ -1,6 +1,7 @@
-"""A small run that notes the labels of each batch, and kills itself: `python killed_run.py RUN SEEN STEP KEY...`.
+"""A small run that is killed and goes on: `python killed_run.py RUN SEEN STEP KEY...`.
 
-With a STEP of 0 it resumes, and goes on to its end.
+A first process, a fork of this one, gets a SIGKILL before its step STEP; a second one resumes the run. The labels of
+each batch go into the file SEEN.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
@@ -17,11 +19,33 @@ from small_runs import SMALL, small_run
 from dic_repa.training.inputs import Batches
 
 
-def noting(seen: Path, last: int) -> None:
+def main(run: Path, seen: Path, step: int, *keys: str) -> int:
+    """0 if the first process was killed and the second one has ended well."""
+    ends = [process(run, seen, last, keys) for last in (step, 0)]
+    return ends != [signal.SIGKILL, 0]
+
+
+def process(run: Path, seen: Path, last: int, keys: tuple[str, ...]) -> int:
+    """How a fork has ended, as `os.waitpid` tells it."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    code = 1
+    try:
+        note(seen, last)
+        small_run(run, *keys, resume=not last, base=SMALL)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def note(seen: Path, last: int) -> None:
     """Let the batches be noted in the file `seen`, and a SIGKILL come before the step `last`."""
     read = Batches.__next__
 
-    def note(self):
+    def noting(self):
         batch = read(self)
         if self.step == last:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -29,9 +53,8 @@ def noting(seen: Path, last: int) -> None:
             print(self.step, *batch["label"].tolist(), file=file)
         return batch
 
-    Batches.__next__ = note
+    Batches.__next__ = noting
 
 
 if __name__ == "__main__":
-    noting(Path(sys.argv[2]), int(sys.argv[3]))
-    small_run(Path(sys.argv[1]), *sys.argv[4:], resume=sys.argv[3] == "0", base=SMALL)
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]))
