@@ -78,7 +78,8 @@ def test_the_latents(found, expected):
 
 def test_the_picture(found, expected):
     levels, decoded, _ = expected
-    torch.testing.assert_close(found.shown * 255, torch.stack([levels, decoded])[:, [0, 1, 3, 5, 6, 8]].float())
+    same = torch.stack([levels, decoded])[:, [0, 1, 3, 5, 6, 8]].float()
+    torch.testing.assert_close(found.shown * 255, same, rtol=0, atol=1.001)  # a value may be halfway between two levels
     sheet = np.array(found.picture())
     cell, gap = 160, 2  # 5 pixels for one
     last = sheet[-gap - cell : -gap, -gap - cell : -gap][2::5, 2::5].astype(int)
