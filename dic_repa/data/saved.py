@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dic_repa.conditions import ClassLabels, Condition, VectorCondition, class_labels, create_condition
 from dic_repa.data.autoencoders import AutoencoderSpec
+from dic_repa.data.autoencoders.places import WEIGHTS
 from dic_repa.errors import UserError
 from dic_repa.files.reading import read_json
 from dic_repa.trust import check_code
@@ -77,7 +78,9 @@ class SavedData:
         content: dict = {"autoencoder": self.autoencoder and self.autoencoder.to_dict()}
         if self.beside:
             content["autoencoder"]["name"] = BESIDE
-            shutil.copytree(self.beside, folder / BESIDE)
+            (folder / BESIDE).mkdir()
+            for name in ("config.json", WEIGHTS):
+                shutil.copyfile(self.beside / name, folder / BESIDE / name)
         if isinstance(condition, VectorCondition):
             examples = pack(condition.examples)["numbers"]
             content |= {"condition": condition.to_dict(), "names": list(condition.names), "examples": examples}

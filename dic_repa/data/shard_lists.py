@@ -131,6 +131,8 @@ def _expand(pattern: str) -> list[str]:
     if any(count < 1 for _, count, _ in ranges):
         raise UserError(f"the pattern {pattern} names no shard: its ranges go from the lower number to the higher")
     check_limit("shards", math.prod(count for _, count, _ in ranges), f"the number of shards of {pattern}")
+    if any(".." in PurePosixPath(text).parts for text in pieces[::3]):  # shards of a server are kept under these names
+        raise UserError(f"the pattern {pattern} leads upwards; write out where the shards are")
     choices = [[pieces[0]]]
     for (text, count, first), following in zip(ranges, pieces[3::3]):
         width = len(text) if text.startswith("0") else 0

@@ -45,7 +45,7 @@ from dic_repa.training.log import device_name
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
 from dic_repa.training.optimizers import state_bytes
-from dic_repa.training.parts import build_parts, check_judge_of, check_sampling_and_evaluation, load_lpips
+from dic_repa.training.parts import build_parts, check_end_to_end, check_judge_of, check_sampling_and_evaluation
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.start import start_from
 from dic_repa.training.step import TrainingStep
@@ -83,7 +83,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
             notes.append(f"as it is here, training would not begin: {error}")
     try:
         check_judge_of(recipe)
-        load_lpips(recipe.latent.end_to_end)
+        check_end_to_end(recipe, objective, accelerator)
     except UserError as error:
         notes.append(f"as it is here, training would not begin: {error}")
     if launched == 1:

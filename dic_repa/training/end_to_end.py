@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.data.autoencoders import AutoencoderSpec, KLAutoencoder
+from dic_repa.data.autoencoders.places import WEIGHTS
 from dic_repa.data.latents import ENCODE_BATCH
 from dic_repa.data.saved import BESIDE
 from dic_repa.errors import UserError, first_line
@@ -54,10 +55,15 @@ class TrainedAutoencoder(nn.Module):
         self.mean = nn.Parameter(torch.tensor(spec.shift), requires_grad=False)
         self.variance = nn.Parameter(torch.tensor(spec.scale).pow(-2), requires_grad=False)
 
+    def posterior(self, images: Tensor) -> Any:
+        """The distribution of the latents of images (B, 3, H, W) in [-1, 1], in float32 whatever the precision."""
+        found = self.model.encode(images).latent_dist
+        return type(found)(found.parameters.float())
+
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From images (B, 3, H, W) in [-1, 1] to latents z, drawn with `noise` (B, C, h, w), the decoded images, and
         each image's KL divergence (B,)."""
-        posterior = self.model.encode(images).latent_dist
+        posterior = self.posterior(images)
         z = posterior.mean + posterior.std * noise
         return z, self.model.decode(z).sample, posterior.kl()
 
@@ -139,8 +145,8 @@ class EndToEnd:
 
     def _moments(self, images: Tensor) -> Tensor:
         with self.accelerator.autocast():
-            posterior = self.trained.model.encode(images).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+            posterior = self.trained.posterior(images)
+        return torch.cat([posterior.mean, posterior.std], dim=1)
 
     def pull(self, aligned: Tensor, x: Tensor) -> None:
         """Keep the gradient of a pass's alignment loss with respect to the latents of its data `x`: the statistics that
@@ -254,7 +260,7 @@ class AutoencoderState:
         """The averaged autoencoder as a folder of diffusers."""
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        save_tensors(self.averaged, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        save_tensors(self.averaged, folder / WEIGHTS, {"format": "pt"})
 
     def write_resumed(self, folder: Path) -> None:
         """What a resumed run reads."""

@@ -24,7 +24,7 @@ from dic_repa.models import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import Denoising, check_middle_head
 from dic_repa.protocols import DataSet, Objective, Samples
-from dic_repa.recipe import EndToEndSection, GuidanceSection, Recipe, TrainSection
+from dic_repa.recipe import GuidanceSection, Recipe, TrainSection
 from dic_repa.recipe.build import (
     build_alignment,
     build_dataset,
@@ -96,6 +96,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     draw_labels(recipe, condition, recipe.sample.model_copy(update={"num": 1}))  # shows now what the data cannot give
     denoiser, objective = build_denoiser(recipe.model, data.channels, condition), build_objective(recipe.objective)
     check_denoiser(objective, denoiser, settings)
+    check_end_to_end(recipe, objective, accelerator)
     start = in_all_processes(accelerator, lambda: start_from(denoiser, condition, recipe)) if begins else None
     if begins and settings.lora and not start and accelerator.is_main_process:
         warn("train.lora without train.init_from trains adapters of random weights, which stay random")
@@ -140,7 +141,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, model))
     else:
         model, optimizer = accelerator.prepare(model, build_optimizer(recipe.optimizer, model))
-    joint = build_joint(recipe, data, objective, accelerator, sharded)
+    joint = build_joint(recipe, data, accelerator)
     sampler = None
     if settings.sample_every or (recipe.evaluate and recipe.evaluate.every):
         # Built now, so that a missing autoencoder stops the run before it starts, not at the first grid.
@@ -160,39 +161,43 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     )  # fmt: skip
 
 
-def build_joint(recipe: Recipe, data: Any, objective: Any, accelerator: Accelerator, sharded: bool) -> EndToEnd | None:
-    """What trains the autoencoder, if the recipe says so; a UserError where it cannot be trained."""
-    section, settings = recipe.latent.end_to_end, recipe.train
+def check_end_to_end(recipe: Recipe, objective: Any, accelerator: Accelerator) -> None:
+    """A UserError now where the recipe cannot train its autoencoder, if it says so, or LPIPS's weights are missing."""
+    section = recipe.latent.end_to_end
     if section is None:
-        return None
-    weight = sum(each.weight for each in recipe.alignments)
+        return
+    one_state = isinstance(objective, Denoising) and objective.trains_middle and not hasattr(objective, "data_mean")
     problems = {
-        "the data are pixels, or have no images": not isinstance(data, LatentDataset)
-        or data.spec.name == "none"
-        or "image" not in data[0],
-        "there is no alignment, whose gradient it would be trained by": not weight,
+        "there is no alignment, whose gradient it would be trained by": not alignment_weight(recipe),
         "latents are normalised by the batch; leave latent.normalise out": recipe.latent.normalise != "scaling-factor",
-        f"the objective {recipe.objective.name} needs more than one noisy state of the data; take flow-matching": not (
-            isinstance(objective, Denoising) and objective.trains_middle
-        )
-        or hasattr(objective, "data_mean"),
-        "train.precision fp16 is not enough; take bf16, or no for float32": settings.precision == "fp16",
-        "the model is sharded; take train.sharding: none": sharded,
+        f"the objective {recipe.objective.name} needs more than a noisy state of the data; take flow-matching": (
+            not one_state
+        ),
+        "train.precision fp16 is not enough; take bf16, or no for float32": recipe.train.precision == "fp16",
+        "the model is sharded; take train.sharding: none": wants_sharding(recipe.train.sharding, accelerator),
     }
     for problem in (text for text, holds in problems.items() if holds):
         raise UserError(f"latent.end_to_end: {problem}")
-    lpips, passes = load_lpips(section, accelerator.device), check_batch(settings, accelerator.num_processes)
-    average = partial(EMA, decay=settings.sampled_decay, warmup=settings.ema_warmup)
-    return EndToEnd(data.autoencoder, section, weight, passes, average, accelerator, lpips)
-
-
-def load_lpips(section: EndToEndSection | None, device: torch.device | str = "cpu") -> LPIPS | None:
-    """The distance that the section asks for, if any; a UserError says which weights to fetch."""
-    if section is None or not section.lpips:
-        return None
-    if not vgg16_file().is_file():
+    if section.lpips and not vgg16_file().is_file():
         raise UserError(f"latent.end_to_end.lpips needs VGG16's weights: {where_to_get_vgg16()}, or set it to 0")
-    return LPIPS().to(device)
+
+
+def alignment_weight(recipe: Recipe) -> float:
+    """Of all alignments together."""
+    return sum(each.weight for each in recipe.alignments)
+
+
+def build_joint(recipe: Recipe, data: Any, accelerator: Accelerator) -> EndToEnd | None:
+    """What trains the autoencoder, if the recipe says so; a UserError for data without one, or without images."""
+    section, settings = recipe.latent.end_to_end, recipe.train
+    if section is None:
+        return None
+    if not isinstance(data, LatentDataset) or data.spec.name == "none" or "image" not in data[0]:
+        raise UserError("latent.end_to_end: the data are pixels, or have no images")
+    passes = check_batch(settings, accelerator.num_processes)
+    lpips = LPIPS().to(accelerator.device) if section.lpips else None
+    average = partial(EMA, decay=settings.sampled_decay, warmup=settings.ema_warmup)
+    return EndToEnd(data.autoencoder, section, alignment_weight(recipe), passes, average, accelerator, lpips)
 
 
 def cast_weights(encoder, precision: str) -> None:

@@ -263,6 +263,7 @@ def test_sets_that_are_wrong(tmp_path):
         ("nowhere", r"nowhere is no folder with .tar files; name one, or the shards, as in .*/\{000..127\}.tar", {}),
         ("{0..3}.tar", r"there is no shard .*/0.tar; restore it, or correct data.path", {}),
         ("{3..0}.tar", r"names no shard: its ranges go from the lower number", {}),
+        ("{0..3}/../../other.tar", r"leads upwards; write out where the shards are", {}),
         ("{a,b}.tar", r"has braces that are no range such as \{000..127\}", {}),
         ("{0..99999999}.tar", r"the number of shards of .* is 100,000,000, over the limit", {}),
         ("pixels", r"index.json is no index of shards \(its shards are not beside it", {}),

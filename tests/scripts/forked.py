@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
@@ -44,12 +45,21 @@ def main(count: int, script: Path, folder: Path) -> int:
 
 def begin(script: Path, folder: Path, place: dict[str, object]) -> int:
     """The id of a fork that runs the script as the process that `place` says."""
+
+    def work() -> None:
+        os.environ.update({name: str(value) for name, value in place.items()})
+        importlib.import_module(script.stem).main(folder)
+
+    return fork(work)
+
+
+def fork(work: Callable[[], object]) -> int:
+    """The id of a fork that does `work`, and ends with 1 after an error."""
     if child := os.fork():
         return child
-    os.environ |= {name: str(value) for name, value in place.items()}
     code = 1
     try:
-        importlib.import_module(script.stem).main(folder)
+        work()
         code = 0
     except BaseException:
         traceback.print_exc()

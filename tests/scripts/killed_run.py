@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 
+from forked import fork
 from small_runs import SMALL, small_run
 
 from dic_repa.training.inputs import Batches
@@ -27,18 +27,12 @@ def main(run: Path, seen: Path, step: int, *keys: str) -> int:
 
 def process(run: Path, seen: Path, last: int, keys: tuple[str, ...]) -> int:
     """How a fork has ended, as `os.waitpid` tells it."""
-    if child := os.fork():
-        return os.waitpid(child, 0)[1]
-    code = 1
-    try:
+
+    def work() -> None:
         note(seen, last)
         small_run(run, *keys, resume=not last, base=SMALL)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+
+    return os.waitpid(fork(work), 0)[1]
 
 
 def note(seen: Path, last: int) -> None:

@@ -18,6 +18,7 @@ from dic_repa.files.pictures import unit_images
 from dic_repa.objectives import Batch
 from dic_repa.sampling.convert import convert
 from dic_repa.sampling.load import load
+from dic_repa.training.dry_run import dry_run
 from dic_repa.training.end_to_end import EPS
 from dic_repa.training.inputs import step_generator
 from dic_repa.training.parts import build_parts
@@ -156,3 +157,8 @@ def test_what_cannot_be_trained(place, changes, said):
     recipe = small_recipe(*keys(place, *changes), base=ALIGNED)
     with pytest.raises(UserError, match=said):
         build_parts(recipe, Accelerator(cpu=True))
+
+
+def test_a_dry_run_says_what_cannot_be_trained(place):
+    report = dry_run(small_recipe(*keys(place, "alignments=[]"), base=ALIGNED), place / "run")
+    assert any("would not begin: latent.end_to_end: there is no alignment" in note for note in report["notes"])
