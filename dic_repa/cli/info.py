@@ -12,6 +12,7 @@ from dic_repa.cli.options import Count, json_option, set_option
 from dic_repa.errors import unknown_name
 from dic_repa.recipe import list_recipes, load_training_recipe
 from dic_repa.runtime.progress import print_result
+from dic_repa.runtime.table import format_rows
 
 if TYPE_CHECKING:
     from dic_repa.models.pretrained import Pretrained
@@ -36,7 +37,8 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
     NAMES are recipes, models or patterns of models. A DiC is counted with 4 input and 8 output channels and 1000
     classes, or with the latents that its name says (f16, f32), a transformer as in its paper, with attention's
     products; a recipe with its own sizes.
-    "With Winograd": the blocks' 3x3 convolutions then take 2.25 times fewer multiplications.
+    "With Winograd": the blocks' 3x3 convolutions then take 2.25 times fewer multiplications. Below the table is what
+    the sources of the papers' models count.
 
     \b
     Examples:
@@ -49,6 +51,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
     import torch
 
     from dic_repa.models import list_denoisers, measure_cost
+    from dic_repa.models.registry import preset_counts
 
     rows = []
     for name in names or [name for name in list_denoisers() if not name.endswith(("/4", "/8"))]:
@@ -56,24 +59,36 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
             with torch.device("meta"):
                 models = _models(model_name, sizes, overrides)
             for size, model in models:
-                rows.append({"model": model_name, "size": size, **vars(measure_cost(model, size))})
+                row = {"model": model_name, "size": size, **vars(measure_cost(model, size))}
+                if counts := preset_counts(model_name):
+                    numbers = {"parameters_M": counts.parameters, "GMACs": counts.gmacs.get(size)}
+                    row["source"] = {**numbers, "name": counts.source}
+                rows.append(row)
     if as_json:
         print_result(json.dumps(rows, indent=2))
         return
-    width = max(len(row["model"]) for row in rows)
-    print_result(f"{'model':{width}}  latent   params (M)     GMACs  with Winograd")
-    for row in rows:
-        latent = f"{row['size']}x{row['size']}"
-        print_result(
-            f"{row['model']:{width}}  {latent:>6}  {_in(row['parameters'], 1e6):>10}  "
-            f"{_in(row['macs'], 1e9):>8}  {_in(row['winograd_macs'], 1e9, 1):>13}".rstrip()
-        )
+    heading = ["model", "latent", "params (M)", "GMACs", "with Winograd"]
+    cells = [
+        [row["model"], f"{row['size']}x{row['size']}", _in(row["parameters"], 1e6), _in(row["macs"], 1e9),
+         _in(row["winograd_macs"], 1e9, 1)]
+        for row in rows
+    ]  # fmt: skip
+    print_result(format_rows([heading, *cells], left=[0]))
+    theirs = [_theirs(row) for row in rows if "source" in row]
+    if theirs:
+        print_result("\nwhat their sources count")
+        print_result(format_rows([["model", "latent", "params (M)", "GMACs", "source"], *theirs], left=[0, 4]))
+
+
+def _theirs(row: dict) -> list[str]:
+    counts = [f"{value:g}" if (value := row["source"][key]) else "" for key in ("parameters_M", "GMACs")]
+    return [row["model"], f"{row['size']}x{row['size']}", *counts, row["source"]["name"]]
 
 
 def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> list[tuple[int, Pretrained]]:
     """Each size with the model or recipe of that `name`: one model for all sizes, if possible."""
     from dic_repa.models import create_denoiser, list_denoisers
-    from dic_repa.models.registry import preset_latent
+    from dic_repa.models.registry import preset_counts, preset_latent
     from dic_repa.recipe.build import build_denoiser, data_traits, import_plugins
 
     if name not in list_denoisers():
@@ -90,7 +105,8 @@ def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> li
         channels, size = latent
         model = create_denoiser(name, channels)
         return [(each, model) for each in sizes or (size, 2 * size)]
-    model = create_denoiser(name, **({"learn_sigma": True} if name.startswith("DiC") else {}))
+    counts = preset_counts(name)
+    model = create_denoiser(name, **(counts.options if counts else {}))
     if own_size := getattr(model, "size", None):  # its positions are learnt for one size
         return [(size, create_denoiser(name, size=size)) for size in sizes or (own_size,)]
     return [(size, model) for size in sizes or (32, 64)]

@@ -1,28 +1,20 @@
-"""Checkpoints in the key layouts of the DiC and U-ViT authors' public code; those of DiT, SiT and REPA are in
-`authors_sit.py`.
+"""Checkpoints in the key layout of the DiC authors' public code, and of other code by whoever reads its layout.
 
 Nothing but tensors is needed: width, depths, classes and channels are read off their names and shapes.
-
-All U-ViTs predict the noise, and the time's token is the sinusoids of a number that differs between them, so a model is
-loaded with the `time_scale` that it was trained with:
-
-- U-ViT-H on ImageNet embeds the steps 1 to 1000 of Stable Diffusion's betas: scale 1, for the recipe `u-vit-h-2`.
-- the others embed 999 t on the VP path: scale 999, for `flow-matching` with the options `path: vp, prediction: noise`.
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError
 from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.dic import DiC
 from dic_repa.models.pretrained import Pretrained
-from dic_repa.models.registry import preset_heads
 
 # Ours to theirs. Their decoder stages are numbered in running order (0 is level 1), ours by level.
 _BLOCK = {
@@ -48,17 +40,12 @@ _RULES: Rules = [
     (r"output\.modulation\.(.*)", r"final_layer.adaLN_modulation.1.\1"),
     (r"output\.conv2\.(.*)", r"final_layer.out_proj.\1"),
 ]
-_UVIT_RULES: Rules = [
-    (r"patch_embed\.(.*)", r"patches.\1"),
-    (r"label_emb\.(.*)", r"label.\1"),
-    (r"pos_embed", "positions"),
-    (r"in_blocks\.(.*)", r"enc.\1"),
-    (r"mid_block\.(.*)", r"mid.\1"),
-    (r"out_blocks\.(\d+)\.skip_linear\.(.*)", r"dec.\1.skip.\2"),
-    (r"out_blocks\.(.*)", r"dec.\1"),
-    (r"decoder_pred\.(.*)", r"linear.\1"),
-    (r"final_layer\.(.*)", r"conv.\1"),
-]
+# A key that only another layout has, and the module of `dic_repa.models` whose `load_state` reads it; imported when it
+# is needed, since timm takes seconds.
+_OTHERS = {
+    "t_embedder.mlp.0.weight": "authors_sit",
+    "patch_embed.proj.weight": "authors_uvit",
+}
 
 
 def rename(key: str, rules: Rules) -> str:
@@ -82,12 +69,9 @@ def load_authors_checkpoint(
     state = read_tensors(source)[0] if not isinstance(source, dict) else source
     name = "the state dict" if isinstance(source, dict) else str(source)
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    if "t_embedder.mlp.0.weight" in state:
-        from dic_repa.models.authors_sit import load_sit  # timm takes seconds to import
-
-        return load_sit(state, name, family, **overrides)
-    if "patch_embed.proj.weight" in state:
-        return _load_uvit(state, name, **overrides)
+    for key, module in _OTHERS.items():
+        if key in state:
+            return importlib.import_module(f"dic_repa.models.{module}").load_state(state, name, family, **overrides)
     model = DiC(**{**_infer_config(state, name), **overrides})
     ours = {rename(key, _RULES): key for key in model.state_dict()}
     load_weights(model, {ours.get(key, key): value for key, value in state.items()}, name)
@@ -114,40 +98,6 @@ def _infer_config(state: dict[str, Tensor], name: str) -> dict:
         "in_channels": in_channels,
         "num_classes": rows - 1,
         "learn_sigma": out_channels == 2 * in_channels,
-    }
-
-
-def _load_uvit(state: dict[str, Tensor], name: str, **overrides) -> Pretrained:
-    from dic_repa.models.uvit import UViT
-
-    try:
-        config = infer_uvit(state)
-    except KeyError as missing:
-        raise UserError(f"{name} is not a checkpoint of a U-ViT with classes: it has no {missing.args[0]}") from None
-    tensors = {rename(key, _UVIT_RULES): value for key, value in state.items()}
-    for key in ("linear.weight", "linear.bias"):
-        # A patch's rows are theirs by pixel, then channel; ours by channel, then pixel.
-        if key in tensors:
-            tensors[key] = rearrange(tensors[key], "(p c) ... -> (c p) ...", p=config["patch_size"] ** 2)
-    model = UViT(**{**config, **overrides})
-    load_weights(model, tensors, name)
-    return model.eval()
-
-
-def infer_uvit(state: dict[str, Tensor]) -> dict:
-    """The arguments of `UViT` that the names and shapes of a state dict tell; a KeyError names what it lacks."""
-    width, in_channels, patch_size = state["patch_embed.proj.weight"].shape[:3]
-    depth = 2 * len({key.split(".")[1] for key in state if key.startswith("in_blocks.")}) + 1
-    return {
-        "width": width,
-        "depth": depth,
-        "num_heads": preset_heads("U-ViT", width, depth),
-        "patch_size": patch_size,
-        "size": patch_size * round((state["pos_embed"].shape[1] - 2) ** 0.5),  # without label and time
-        "in_channels": in_channels,
-        "num_classes": len(state["label_emb.weight"]) - 1,
-        "final_conv": "final_layer.weight" in state,
-        "time_scale": 1.0 if (width, depth) == (1152, 29) else 999.0,  # U-ViT-H
     }
 
 

@@ -36,7 +36,7 @@ _RULES: Rules = [
 ]
 
 
-def load_sit(state: dict[str, Tensor], name: str, family: str | None = None, **overrides) -> SiT:
+def load_state(state: dict[str, Tensor], name: str, family: str | None = None, **overrides) -> SiT:
     """The SiT of a state dict in this layout, which errors call `name`; `overrides` are other arguments of `SiT`.
 
     Without a `family` it is REPA's if there are projectors, else the one that the file's name begins with.

@@ -9,17 +9,14 @@ A name is one of the papers' presets; a family (DiC, SiT, DiT, U-ViT), whose siz
 """
 
 import fnmatch
-import importlib
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dic_repa.conditions import create_condition
 from dic_repa.errors import MISTAKES, UserError, first_line
 from dic_repa.files.weights import check_memory
-from dic_repa.models.dic import PRESETS as DIC_PRESETS
+from dic_repa.models.presets import FAMILIES, PRESETS, Counts, Preset
 from dic_repa.models.pretrained import Pretrained, saved_kind
 from dic_repa.registry import Registry
 
@@ -28,68 +25,30 @@ register_denoiser = denoisers.register
 """Decorator that registers its class as the denoiser of this name."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Options of a class that is imported when it is built: timm alone takes seconds."""
-
-    kind: str  # the class, of the module of that name; what config.json calls it
-    options: dict[str, Any] = field(default_factory=dict)
-    latent: tuple[int, int] | None = None  # channels and size of 256 px's latents, if it is for others than 4x32x32
-
-    def load(self) -> type[Pretrained]:
-        return getattr(importlib.import_module(f"dic_repa.models.{self.kind.lower()}"), self.kind)
-
-
-_SIT_SIZES = {
-    "S": {"width": 384, "depth": 12, "num_heads": 6},
-    "B": {"width": 768, "depth": 12, "num_heads": 12},
-    "L": {"width": 1024, "depth": 24, "num_heads": 16},
-    "XL": {"width": 1152, "depth": 28, "num_heads": 16},
-}
-_UVIT_SIZES = {
-    "S": {"width": 512, "depth": 13, "num_heads": 8},
-    "M": {"width": 768, "depth": 17, "num_heads": 12},
-    "L": {"width": 1024, "depth": 21, "num_heads": 16},
-    "H": {"width": 1152, "depth": 29, "num_heads": 16, "final_conv": False},
-}
-_LATENTS = {"DiC-XL/f16": (32, 16), "DiC-XL/f16-wide": (768, 16), "DiC-XL/f32": (32, 8)}
-_PRESETS = {
-    "DiC": Preset("DiC"),
-    "SiT": Preset("SiT"),
-    "DiT": Preset("SiT", {"learn_sigma": True}),
-    "U-ViT": Preset("UViT"),
-    **{name: Preset("DiC", options, _LATENTS.get(name)) for name, options in DIC_PRESETS.items()},
-    **{
-        f"{family}-{size}/{patch}": Preset("SiT", {**options, "patch_size": patch, "learn_sigma": family == "DiT"})
-        for family in ("SiT", "DiT")
-        for size, options in _SIT_SIZES.items()
-        for patch in (2, 4, 8)
-    },
-    **{f"U-ViT-{size}/2": Preset("UViT", options) for size, options in _UVIT_SIZES.items()},
-    **{f"U-ViT-{size}/4": Preset("UViT", {**_UVIT_SIZES[size], "patch_size": 4, "size": 64}) for size in "LH"},
-}
-for _name, _preset in _PRESETS.items():
+for _name, _preset in {**FAMILIES, **PRESETS}.items():
     _sizes = ", ".join(f"{key}={value}" for key, value in _preset.options.items())
     register_denoiser(_name, description=f"{_preset.kind}: {_sizes or 'of sizes that its options give'}")(_preset)
 
 
 def list_denoisers(pattern: str = "*") -> list[str]:
     """The names that need no further options and match a shell `pattern`: presets in the papers' order, then others."""
-    return _presets(pattern) + sorted(set(denoisers.names(pattern)) - set(_PRESETS))
+    ours = {*FAMILIES, *PRESETS}
+    return fnmatch.filter(PRESETS, pattern) + sorted(set(denoisers.names(pattern)) - ours)
 
 
 def preset_latent(name: str) -> tuple[int, int] | None:
     """Channels and size (height and width) of the latents of 256 px that a preset is for; None for the papers' own."""
-    return _PRESETS[name].latent if name in _PRESETS else None
+    return PRESETS[name].latent if name in PRESETS else None
 
 
-def _presets(pattern: str) -> list[str]:
-    return [name for name in fnmatch.filter(_PRESETS, pattern) if "width" in _PRESETS[name].options]
+def preset_counts(name: str) -> Counts | None:
+    """What the source of a preset counts; None for what is no preset, or has no such number."""
+    return PRESETS[name].counts if name in PRESETS else None
 
 
 def preset_heads(family: str, width: int, depth: int) -> int:
     """The attention heads of the papers' preset of that width and depth; if there is none, one for 64 channels."""
-    presets = [_PRESETS[name].options for name in _presets(f"{family}-*")]
+    presets = [PRESETS[name].options for name in fnmatch.filter(PRESETS, f"{family}-*")]
     heads = [preset["num_heads"] for preset in presets if (preset["width"], preset["depth"]) == (width, depth)]
     return heads[0] if heads else max(1, width // 64)
 
@@ -115,7 +74,7 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
             f"model '{name}' cannot be conditioned on {condition.describe()}: it takes {' or '.join(taken)}; name "
             "another model, or write one (docs/extending.md)"
         )
-    presets = ", ".join(_presets(f"{name}-*"))
+    presets = ", ".join(fnmatch.filter(PRESETS, f"{name}-*"))
     denoisers.check_options(name, factory, (), options, hint=f"; or name a preset: {presets}" if presets else "")
     try:
         if torch.get_default_device().type != "meta":
@@ -141,7 +100,7 @@ def load_denoiser(path_or_hub_id: str | Path, **overrides) -> Pretrained:
 
 def denoiser_class(kind: str | None, source: str | Path) -> type[Pretrained]:
     """The class that config.json calls `kind`; a UserError, which names the `source`, if it is not known."""
-    ours = {preset.kind: preset for preset in _PRESETS.values()}
+    ours = {preset.kind: preset for preset in (*FAMILIES.values(), *PRESETS.values())}
     if kind in Pretrained.kinds or kind in ours:
         return Pretrained.kinds.get(kind) or ours[kind].load()
     raise UserError(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.models import create_denoiser, load_authors_checkpoint, load_denoiser
-from dic_repa.models.authors import infer_uvit
+from dic_repa.models.authors_uvit import infer_uvit
 from dic_repa.models.uvit import UViT
 from dic_repa.objectives import DDPM
 from dic_repa.recipe import load_recipe

@@ -1,0 +1,111 @@
+"""The papers' denoisers by name: of which class, with which options, and what their source counts.
+
+A preset is a row of a table below, and imports nothing but its row: timm alone takes seconds. `create_denoiser` builds
+it, `dic-repa info` prints its counts, and the tests hold them against what we count.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dic_repa.models.dic import PRESETS as DIC_PRESETS
+
+if TYPE_CHECKING:
+    from dic_repa.models.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the `source` counts: parameters in millions, and GMACs by height and width of the latent.
+
+    `options` are those that it counts the preset with, beside its own.
+    """
+
+    source: str
+    parameters: float | None = None
+    gmacs: Mapping[int, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of a class that is imported when it is built."""
+
+    kind: str  # the class; what config.json calls it
+    options: Mapping[str, Any] = field(default_factory=dict)
+    latent: tuple[int, int] | None = None  # channels and size of 256 px's latents, if it is for others than 4x32x32
+    module: str = ""  # of dic_repa.models; '' if it is named as the class is
+    counts: Counts | None = None
+
+    def load(self) -> type[Pretrained]:
+        return getattr(importlib.import_module(f"dic_repa.models.{self.module or self.kind.lower()}"), self.kind)
+
+
+# Families, whose sizes are options.
+FAMILIES = {
+    "DiC": Preset("DiC"),
+    "SiT": Preset("SiT"),
+    "DiT": Preset("SiT", {"learn_sigma": True}),
+    "U-ViT": Preset("UViT"),
+}
+
+_DIC, POSTER = "DiC, arXiv 2501.00603", "DiC's poster, CVPR 2025"
+_VARIANCE = {"learn_sigma": True}
+_DIC_COUNTS = {
+    "DiC-S": Counts(_DIC, 32.84, {32: 5.87}, _VARIANCE),
+    "DiC-B": Counts(_DIC, 129.53, {32: 23.44}, _VARIANCE),
+    "DiC-XL": Counts(f"{_DIC}, and its poster", 702.27, {32: 116.1, 64: 464.3}, _VARIANCE),
+    "DiC-H": Counts(f"{_DIC}, and its poster", 1034.52, {32: 204.4, 64: 817.2}, _VARIANCE),
+}
+_DIC_LATENTS = {"DiC-XL/f16": (32, 16), "DiC-XL/f16-wide": (768, 16), "DiC-XL/f32": (32, 8)}
+_DIC_PRESETS = {
+    name: Preset("DiC", options, _DIC_LATENTS.get(name), counts=_DIC_COUNTS.get(name))
+    for name, options in DIC_PRESETS.items()
+}
+
+_SIT_SIZES: dict[str, dict[str, Any]] = {
+    "S": {"width": 384, "depth": 12, "num_heads": 6},
+    "B": {"width": 768, "depth": 12, "num_heads": 12},
+    "L": {"width": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"width": 1152, "depth": 28, "num_heads": 16},
+}
+_DIT = "DiT, arXiv 2212.09748, table 4"
+_SIT_COUNTS = {
+    "S/2": Counts(_DIT, 33, {32: 6.06}),
+    "B/2": Counts(_DIT, 130, {32: 23.01}),
+    "L/2": Counts(_DIT, 458, {32: 80.71}),
+    "XL/2": Counts(_DIT, 675, {32: 118.64, 64: 524.60}),
+}
+_SIT_PRESETS = {
+    f"{family}-{size}/{patch}": Preset(
+        "SiT",
+        {**options, "patch_size": patch, "learn_sigma": family == "DiT"},
+        counts=_SIT_COUNTS.get(f"{size}/{patch}"),
+    )
+    for family in ("SiT", "DiT")
+    for size, options in _SIT_SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+_UVIT_SIZES: dict[str, dict[str, Any]] = {
+    "S": {"width": 512, "depth": 13, "num_heads": 8},
+    "M": {"width": 768, "depth": 17, "num_heads": 12},
+    "L": {"width": 1024, "depth": 21, "num_heads": 16},
+    "H": {"width": 1152, "depth": 29, "num_heads": 16, "final_conv": False},
+}
+_UVIT = "U-ViT, arXiv 2209.12152, table 1"
+_UVIT_COUNTS = {
+    "M": Counts(_UVIT, 131),
+    "L": Counts(_UVIT, 287),
+    "H": Counts(_UVIT, 501, {32: 133}),
+}
+_UVIT_PRESETS = {
+    **{f"U-ViT-{size}/2": Preset("UViT", sizes, counts=_UVIT_COUNTS.get(size)) for size, sizes in _UVIT_SIZES.items()},
+    **{f"U-ViT-{size}/4": Preset("UViT", {**_UVIT_SIZES[size], "patch_size": 4, "size": 64}) for size in "LH"},
+}
+
+# In the order in which `dic-repa info` lists them.
+PRESETS: dict[str, Preset] = {**_DIC_PRESETS, **_SIT_PRESETS, **_UVIT_PRESETS}
