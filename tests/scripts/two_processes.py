@@ -2,8 +2,8 @@
 
 Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2; `layouts.txt` counts
 its convolutions' calls, and those of another layout than their weights), `sharded-sgd`, `NAME-none` and `NAME-fsdp2` of
-the methods of `methods.py` and of `frozen` and `lora` (which begin with the weights of `ddp-10`), `poisoned` (one
-process alone meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and
+the methods of `methods.py` and of `frozen` and `lora` (which begin with the weights of `ddp-10`), `NAME-ddp` of the
+denoisers of `denoisers.py`, `poisoned` (one process alone meets values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and
 `absent-1.txt` tell what each says where one alone has no data, `damaged-0.txt` and `damaged-1.txt` where one alone
 meets a damaged sample, `full-0.txt` and `full-1.txt` where one alone has a full disk, and `prints-0.txt` and
 `prints-1.txt` which of them prints an error. First comes a step of somebody else's loop, with an `Aligner`.
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 import torch
 from accelerate import Accelerator
 from aligner_steps import BATCH, gradients
+from denoisers import DENOISERS, denoiser_run
 from methods import METHODS, UNSHARDED, method_run
 from safetensors.torch import save_file
 from small_runs import ALIGNED, PoisonedDigits, small_run
@@ -80,6 +81,9 @@ def main(folder: Path) -> None:
         for name, keys in BEGUN.items():
             given = [*keys, f"train.init_from={folder / 'ddp-10'}", f"train.sharding={sharding}"]
             small_run(folder / f"{name}-{sharding}", *given)
+
+    for name in DENOISERS:
+        denoiser_run(folder / f"{name}-ddp", name)
 
     save = shard_writer.save_rows
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from aligner_steps import gradients
+from denoisers import DENOISERS, denoiser_run
 from methods import METHODS, UNSHARDED, method_run
 from places import SCRIPTS
 from safetensors.torch import load_file, save_file
@@ -117,6 +118,20 @@ def test_methods_are_trained_as_in_one_process(runs, tmp_path, name):
         for file in one.checkpoint_path(4).glob("ema/autoencoder/*.safetensors"):
             again = load_file(two.checkpoint_path(4) / "ema" / "autoencoder" / file.name)
             assert_same(again, load_file(file), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_denoiser_is_trained_aligned_as_in_one_process_and_resumes_and_samples(runs, tmp_path, name):
+    one, two = denoiser_run(tmp_path / "one", name), RunFolder(runs / f"{name}-ddp")
+    torch.testing.assert_close(losses(two.path), losses(one.path), rtol=1e-4, atol=1e-4)
+    assert "alignment.0.token" in metrics(two)[-1]
+    part = RunFolder(shutil.copytree(one.path, tmp_path / "part"))
+    shutil.rmtree(part.checkpoint_path(20))
+    denoiser_run(part.path, name, resume=True)
+    for file in ("model.safetensors", "ema/model.safetensors"):
+        assert (part.checkpoint_path(20) / file).read_bytes() == (one.checkpoint_path(20) / file).read_bytes()
+    images = load(two.path).sample(classes=[3, 7], solver="euler", steps=2)
+    assert [image.size for image in images] == [(16, 16)] * 2
 
 
 def test_a_sharded_optimizer_without_a_fused_kernel_is_that_of_one_process(runs, tmp_path):
