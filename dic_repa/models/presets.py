@@ -50,8 +50,8 @@ FAMILIES = {
     "SiT": Preset("SiT"),
     "DiT": Preset("SiT", {"learn_sigma": True}),
     "U-ViT": Preset("UViT"),
-    "DiT-LLaMA": Preset("SiT", {"learn_sigma": True, "block": "llama"}),
-    "DiffiT": Preset("SiT", {"learn_sigma": True, "block": "diffit", "size": 32}),
+    "DiT-LLaMA": Preset("SiT", {"block": "llama"}),
+    "DiffiT": Preset("SiT", {"block": "diffit", "size": 32}),
 }
 
 _DIC, POSTER = "DiC, arXiv 2501.00603", "DiC's poster, CVPR 2025"
@@ -113,16 +113,12 @@ _UVIT_PRESETS = {
     "U-ViT-XL/2": Preset("UViT", _UVIT_XL, counts=Counts(POSTER, gmacs={32: 113.0})),
 }
 
-# DiT's sizes with other blocks.
-_LLAMA_COUNTS = Counts(f"{POSTER}; parameters, VisionLLaMA's DiTLLaMA.md", 675, {32: 118.6})
-_DIFFIT_COUNTS = Counts(f"{POSTER}; parameters, DiffiT, arXiv 2312.02139", 561, {32: 118.5})
+# DiT's sizes with other blocks; the variance is an option, since flow matching has none.
+_LLAMA_COUNTS = Counts(f"{POSTER}; parameters, VisionLLaMA's DiTLLaMA.md", 675, {32: 118.6}, _VARIANCE)
+_DIFFIT_COUNTS = Counts(f"{POSTER}; parameters, DiffiT, arXiv 2312.02139", 561, {32: 118.5}, _VARIANCE)
 _BLOCK_PRESETS = {
-    "DiT-LLaMA-XL/2": Preset(
-        "SiT", {**_SIT_SIZES["XL"], "patch_size": 2, **FAMILIES["DiT-LLaMA"].options}, counts=_LLAMA_COUNTS
-    ),
-    "DiffiT-XL/2": Preset(
-        "SiT", {**_SIT_SIZES["XL"], "patch_size": 2, **FAMILIES["DiffiT"].options}, counts=_DIFFIT_COUNTS
-    ),
+    f"{name}-XL/2": Preset("SiT", {**_SIT_SIZES["XL"], "patch_size": 2, **FAMILIES[name].options}, counts=counts)
+    for name, counts in (("DiT-LLaMA", _LLAMA_COUNTS), ("DiffiT", _DIFFIT_COUNTS))
 }
 
 # In the order in which `dic-repa info` lists them.

@@ -58,7 +58,7 @@ def test_visionllamas_published_sizes_are_dits_with_other_blocks():
         state["x_embedder.proj.weight"] = torch.empty(1152, 4, 2, 2)
         state["y_embedder.embedding_table.weight"] = torch.empty(1001, 1152)
         state["final_layer.linear.weight"] = torch.empty(32, 1152)
-        preset = create_denoiser("DiT-LLaMA-XL/2", block="llama-layer-norm")
+        preset = create_denoiser("DiT-LLaMA-XL/2", block="llama-layer-norm", learn_sigma=True)
     assert {**infer_config(state), "time_scale": 1.0} == preset.config
     assert preset.blocks[0].mlp.fc1_g.weight.shape == (3072, 1152)
 
