@@ -50,6 +50,8 @@ FAMILIES = {
     "SiT": Preset("SiT"),
     "DiT": Preset("SiT", {"learn_sigma": True}),
     "U-ViT": Preset("UViT"),
+    "DiT-LLaMA": Preset("SiT", {"block": "llama"}),
+    "DiffiT": Preset("SiT", {"block": "diffit", "size": 32}),
 }
 
 _DIC, POSTER = "DiC, arXiv 2501.00603", "DiC's poster, CVPR 2025"
@@ -102,10 +104,22 @@ _UVIT_COUNTS = {
     "L": Counts(_UVIT, 287),
     "H": Counts(_UVIT, 501, {32: 133}),
 }
+# The poster gives U-ViT-XL no width or depth. It lies between L and H; L's width and heads with 31 blocks have its
+# GMACs.
+_UVIT_XL = {"width": 1024, "depth": 31, "num_heads": 16}
 _UVIT_PRESETS = {
     **{f"U-ViT-{size}/2": Preset("UViT", sizes, counts=_UVIT_COUNTS.get(size)) for size, sizes in _UVIT_SIZES.items()},
     **{f"U-ViT-{size}/4": Preset("UViT", {**_UVIT_SIZES[size], "patch_size": 4, "size": 64}) for size in "LH"},
+    "U-ViT-XL/2": Preset("UViT", _UVIT_XL, counts=Counts(POSTER, gmacs={32: 113.0})),
+}
+
+# DiT's sizes with other blocks; the variance is an option, since flow matching has none.
+_LLAMA_COUNTS = Counts(f"{POSTER}; parameters, VisionLLaMA's DiTLLaMA.md", 675, {32: 118.6}, _VARIANCE)
+_DIFFIT_COUNTS = Counts(f"{POSTER}; parameters, DiffiT, arXiv 2312.02139", 561, {32: 118.5}, _VARIANCE)
+_BLOCK_PRESETS = {
+    f"{name}-XL/2": Preset("SiT", {**_SIT_SIZES["XL"], "patch_size": 2, **FAMILIES[name].options}, counts=counts)
+    for name, counts in (("DiT-LLaMA", _LLAMA_COUNTS), ("DiffiT", _DIFFIT_COUNTS))
 }
 
 # In the order in which `dic-repa info` lists them.
-PRESETS: dict[str, Preset] = {**_DIC_PRESETS, **_SIT_PRESETS, **_UVIT_PRESETS}
+PRESETS: dict[str, Preset] = {**_DIC_PRESETS, **_SIT_PRESETS, **_UVIT_PRESETS, **_BLOCK_PRESETS}

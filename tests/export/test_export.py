@@ -31,6 +31,7 @@ from dic_repa.sampling.load import Checkpoint
 VECTOR = {"kind": "vector", "dim": 3, "null": "learnt"}
 FAMILIES = {
     "SiT": {"width": 16, "depth": 1, "num_heads": 2, "learn_sigma": True},
+    "DiT-LLaMA": {"width": 16, "depth": 1, "num_heads": 2},
     "U-ViT": {"width": 16, "depth": 3, "num_heads": 2, "size": 8},
     "DiC": {"width": 8, "depths": (1, 1, 1, 1, 1), "condition": VECTOR},
 }
@@ -88,12 +89,17 @@ def test_onnxruntime_computes_what_the_model_does(family, dtype, share, tmp_path
     assert record["class_names"] == list("abcde")
 
 
-def test_a_torch_program_computes_what_the_model_does(tmp_path):
-    model = small("DiC")
-    made = export(model, tmp_path / "out", "torch", "bfloat16")
+@pytest.mark.parametrize(
+    ("family", "dtype", "share"),
+    [("DiC", "bfloat16", 5e-2), ("DiT-LLaMA", "float32", 1e-5)],
+)
+def test_a_torch_program_computes_what_the_model_does(family, dtype, share, tmp_path):
+    model = small(family)
+    made = export(model, tmp_path / "out", "torch", dtype)
     program = torch.export.load(made.file).module()
     for rows in (2, 5):
-        assert_close(program(*inputs(rows, vectors=True)), model, inputs(rows, vectors=True), 5e-2)
+        arguments = inputs(rows, vectors=family == "DiC")
+        assert_close(program(*arguments), model, arguments, share)
 
 
 @pytest.fixture
