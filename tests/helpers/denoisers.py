@@ -14,6 +14,10 @@ from dic_repa.training import train
 DENOISERS = {
     "sit": ("{name: SiT, width: 16, time_scale: 1000, options: {depth: 2, num_heads: 2}}", "blocks.0"),
     "u-vit": ("{name: U-ViT, width: 16, time_scale: 1000, options: {depth: 3, num_heads: 2, size: 16}}", "mid"),
+    "sit-down": (
+        "{name: SiT-down, width: 16, depths: [1, 1, 1], time_scale: 1000, options: {num_heads: 2}}",
+        "mid.0",
+    ),
 }
 KEYS = [key for key in ALIGNED if not key.startswith("model.")]
 STEPS = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
