@@ -52,6 +52,8 @@ FAMILIES = {
     "SiT": Preset("SiT"),
     "DiT": Preset("SiT", {"learn_sigma": True}),
     "U-ViT": Preset("UViT"),
+    "DiT-LLaMA": Preset("SiT", {"learn_sigma": True, "block": "llama"}),
+    "DiffiT": Preset("SiT", {"learn_sigma": True, "block": "diffit", "size": 32}),
     "SiT-down": Preset("SiTDown", module="sit_down"),
 }
 
@@ -105,9 +107,25 @@ _UVIT_COUNTS = {
     "L": Counts(_UVIT, 287),
     "H": Counts(_UVIT, 501, {32: 133}),
 }
+# The poster gives U-ViT-XL no width or depth. It lies between L and H; L's width and heads with 31 blocks have its
+# GMACs.
+_UVIT_XL = {"width": 1024, "depth": 31, "num_heads": 16}
 _UVIT_PRESETS = {
     **{f"U-ViT-{size}/2": Preset("UViT", sizes, counts=_UVIT_COUNTS.get(size)) for size, sizes in _UVIT_SIZES.items()},
     **{f"U-ViT-{size}/4": Preset("UViT", {**_UVIT_SIZES[size], "patch_size": 4, "size": 64}) for size in "LH"},
+    "U-ViT-XL/2": Preset("UViT", _UVIT_XL, counts=Counts(POSTER, gmacs={32: 113.0})),
+}
+
+# DiT's sizes with other blocks.
+_LLAMA_COUNTS = Counts(f"{POSTER}; parameters, VisionLLaMA's DiTLLaMA.md", 675, {32: 118.6})
+_DIFFIT_COUNTS = Counts(f"{POSTER}; parameters, DiffiT, arXiv 2312.02139", 561, {32: 118.5})
+_BLOCK_PRESETS = {
+    "DiT-LLaMA-XL/2": Preset(
+        "SiT", {**_SIT_SIZES["XL"], "patch_size": 2, **FAMILIES["DiT-LLaMA"].options}, counts=_LLAMA_COUNTS
+    ),
+    "DiffiT-XL/2": Preset(
+        "SiT", {**_SIT_SIZES["XL"], "patch_size": 2, **FAMILIES["DiffiT"].options}, counts=_DIFFIT_COUNTS
+    ),
 }
 
 _SIT_DOWN_SIZES: dict[str, dict[str, Any]] = {
@@ -129,4 +147,10 @@ _SIT_DOWN_PRESETS = {
 }
 
 # In the order in which `dic-repa info` lists them.
-PRESETS: dict[str, Preset] = {**_DIC_PRESETS, **_SIT_PRESETS, **_UVIT_PRESETS, **_SIT_DOWN_PRESETS}
+PRESETS: dict[str, Preset] = {
+    **_DIC_PRESETS,
+    **_SIT_PRESETS,
+    **_UVIT_PRESETS,
+    **_BLOCK_PRESETS,
+    **_SIT_DOWN_PRESETS,
+}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Arguments that a config has only where they are given.
-_ONLY_IF_SET = ("middle_head", "two_times", "strides", "stem_bottleneck", "wide_head")
+_ONLY_IF_SET = ("middle_head", "two_times", "strides", "stem_bottleneck", "wide_head", "size")
 
 
 def _few(blocks: int) -> int:

@@ -31,6 +31,8 @@ from dic_repa.sampling.load import Checkpoint
 VECTOR = {"kind": "vector", "dim": 3, "null": "learnt"}
 FAMILIES = {
     "SiT": {"width": 16, "depth": 1, "num_heads": 2, "learn_sigma": True},
+    "DiT-LLaMA": {"width": 16, "depth": 1, "num_heads": 2},
+    "DiffiT": {"width": 16, "depth": 1, "num_heads": 2, "size": 8},
     "U-ViT": {"width": 16, "depth": 3, "num_heads": 2, "size": 8},
     "DiC": {"width": 8, "depths": (1, 1, 1, 1, 1), "condition": VECTOR},
 }

@@ -14,6 +14,8 @@ from dic_repa.training import train
 DENOISERS = {
     "sit": ("{name: SiT, width: 16, time_scale: 1000, options: {depth: 2, num_heads: 2}}", "blocks.0"),
     "u-vit": ("{name: U-ViT, width: 16, time_scale: 1000, options: {depth: 3, num_heads: 2, size: 16}}", "mid"),
+    "dit-llama": ("{name: DiT-LLaMA, width: 16, time_scale: 1000, options: {depth: 2, num_heads: 2}}", "blocks.0"),
+    "diffit": ("{name: DiffiT, width: 16, time_scale: 1000, options: {depth: 2, num_heads: 2, size: 16}}", "blocks.0"),
     "sit-down": (
         "{name: SiT-down, width: 16, depths: [1, 1, 1], time_scale: 1000, options: {num_heads: 2}}",
         "mid.0",
