@@ -16,7 +16,9 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize(("name", "tap"), [("DiC", "mid.0"), ("SiT", "blocks.0"), ("U-ViT", "mid"), ("SiT-down", "mid.0")])
+@pytest.mark.parametrize(
+    ("name", "tap"), [("DiC", "mid.0"), ("SiT", "blocks.0"), ("U-ViT", "mid"), ("SiT-down", "mid.0")]
+)
 def test_aligned_denoiser_is_one_graph(name, tap):
     """The denoiser, its tap, a head with its resizing and the alignment's loss, forwards and backwards."""
     torch.compiler.reset()

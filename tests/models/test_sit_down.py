@@ -150,7 +150,9 @@ def test_size_s_has_about_sit_s_macs():
     assert ours == pytest.approx(sit, rel=0.07)
 
 
-@pytest.mark.parametrize(("tap", "grid"), [("enc.1", (4, 6)), ("mid.0", (2, 3)), ("dec.0", (4, 6)), ("patches", (4, 6))])
+@pytest.mark.parametrize(
+    ("tap", "grid"), [("enc.1", (4, 6)), ("mid.0", (2, 3)), ("dec.0", (4, 6)), ("patches", (4, 6))]
+)
 def test_feature_maps_have_the_grid_of_their_part(model, inputs, tap, grid):
     seen = []
     handle = model.get_submodule(tap).register_forward_hook(lambda _m, _i, output: seen.append(output))
@@ -183,7 +185,9 @@ def test_blocks_are_in_the_papers_order():
 
 def test_recomputed_and_saved_it_is_the_same(model, inputs, tmp_path):
     recomputing = small(gradient_checkpointing=True)
-    gradients = [torch.autograd.grad(net(*inputs).square().sum(), list(net.parameters())) for net in (model, recomputing)]
+    gradients = [
+        torch.autograd.grad(net(*inputs).square().sum(), list(net.parameters())) for net in (model, recomputing)
+    ]
     for plain, recomputed in zip(*gradients):
         assert_close(plain, recomputed)
     with torch.no_grad():
@@ -206,7 +210,9 @@ def test_options_of_the_other_denoisers(inputs):
 
 
 def test_what_does_not_fit_is_one_line(model):
-    with pytest.raises(UserError, match="SiT-down takes heights and widths divisible by 4, twice its patch size, not 8x6"):
+    with pytest.raises(
+        UserError, match="SiT-down takes heights and widths divisible by 4, twice its patch size, not 8x6"
+    ):
         model(torch.randn(1, 3, 8, 6), torch.rand(1), torch.tensor([0]))
     with pytest.raises(UserError, match="a decoder of 3 blocks needs 3 skips, and an encoder of 2 blocks gives 2"):
         SiTDown(16, (2, 1, 3), HEADS)
