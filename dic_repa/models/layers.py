@@ -162,6 +162,11 @@ def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return rearrange(tokens, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
 
 
+def to_tokens(feature: Tensor) -> Tensor:
+    """A feature map (B, C, h, w) as tokens (B, h * w, C), row by row."""
+    return rearrange(feature, "b c h w -> b (h w) c")
+
+
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Tokens (B, h * w, C * p * p) as an image (B, C, h * p, w * p)."""
     return F.pixel_shuffle(to_map(tokens, grid), patch_size)

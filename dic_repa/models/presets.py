@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 class Counts:
     """What the `source` counts: parameters in millions, and GMACs by height and width of the latent.
 
-    `options` are those that it counts the preset with, beside its own.
+    `options` are those that it counts the preset with, beside its own; `beside` has the parameters in millions and the
+    GMACs that it counts and we don't, such as a head's: negative for what we count alone.
     """
 
     source: str
     parameters: float | None = None
     gmacs: Mapping[int, float] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    beside: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ FAMILIES = {
     "U-ViT": Preset("UViT"),
     "DiT-LLaMA": Preset("SiT", {"block": "llama"}),
     "DiffiT": Preset("SiT", {"block": "diffit", "size": 32}),
+    "SiT-down": Preset("SiTDown", module="sit_down"),
 }
 
 _DIC, POSTER = "DiC, arXiv 2501.00603", "DiC's poster, CVPR 2025"
@@ -121,5 +124,29 @@ _BLOCK_PRESETS = {
     for name, counts in (("DiT-LLaMA", _LLAMA_COUNTS), ("DiffiT", _DIFFIT_COUNTS))
 }
 
+_SIT_DOWN_SIZES: dict[str, dict[str, Any]] = {
+    "S": {"width": 384, "depths": (5, 5, 5), "num_heads": 6},  # our choice, B's depths: the paper has no S
+    "B": {"width": 768, "depths": (5, 5, 5), "num_heads": 12},
+    "L": {"width": 1024, "depths": (9, 14, 9), "num_heads": 16},
+    "XL": {"width": 1152, "depths": (10, 16, 10), "num_heads": 16},
+}
+# `beside`: REPA's projector on the middle's tokens and the fixed positions, less attention's products.
+_SIT_DOWN = "U-REPA, arXiv 2503.18414, table 2: with REPA's projector and fixed positions, without attention's products"
+_SIT_DOWN_COUNTS = {
+    "B": Counts(_SIT_DOWN, 199.7, {32: 24.1}, beside=(7.54, -0.57)),
+    "L": Counts(_SIT_DOWN, 686.6, {32: 79.3}, beside=(8.13, -2.03)),
+    "XL": Counts(_SIT_DOWN, 954.4, {32: 109.3}, beside=(8.43, -2.65)),
+}
+_SIT_DOWN_PRESETS = {
+    f"SiT-down-{size}/2": Preset("SiTDown", sizes, module="sit_down", counts=_SIT_DOWN_COUNTS.get(size))
+    for size, sizes in _SIT_DOWN_SIZES.items()
+}
+
 # In the order in which `dic-repa info` lists them.
-PRESETS: dict[str, Preset] = {**_DIC_PRESETS, **_SIT_PRESETS, **_UVIT_PRESETS, **_BLOCK_PRESETS}
+PRESETS: dict[str, Preset] = {
+    **_DIC_PRESETS,
+    **_SIT_PRESETS,
+    **_UVIT_PRESETS,
+    **_BLOCK_PRESETS,
+    **_SIT_DOWN_PRESETS,
+}

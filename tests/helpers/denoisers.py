@@ -16,6 +16,10 @@ DENOISERS = {
     "u-vit": ("{name: U-ViT, width: 16, time_scale: 1000, options: {depth: 3, num_heads: 2, size: 16}}", "mid"),
     "dit-llama": ("{name: DiT-LLaMA, width: 16, time_scale: 1000, options: {depth: 2, num_heads: 2}}", "blocks.0"),
     "diffit": ("{name: DiffiT, width: 16, time_scale: 1000, options: {depth: 2, num_heads: 2, size: 16}}", "blocks.0"),
+    "sit-down": (
+        "{name: SiT-down, width: 16, depths: [1, 1, 1], time_scale: 1000, options: {num_heads: 2}}",
+        "mid.0",
+    ),
 }
 KEYS = [key for key in ALIGNED if not key.startswith("model.")]
 STEPS = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
