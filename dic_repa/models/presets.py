@@ -122,6 +122,7 @@ _DICO_COUNTS = {
     "B": Counts(_DICO, 130.0, {32: 16.88}),
     "L": Counts(_DICO, 463.9, {32: 60.24}),
     "XL": Counts(_DICO, 701.2, {32: 87.30}),
+    "H": Counts("DiCo's code, counted", 1037.41, {32: 194.03}),
 }
 _FCDM_SIZES: dict[str, dict[str, Any]] = {
     "S": {"width": 128, "depths": (2, 4, 8, 4, 2), "mlp_ratio": 3},
@@ -129,8 +130,11 @@ _FCDM_SIZES: dict[str, dict[str, Any]] = {
     "L": {"width": 512, "depths": (2, 4, 8, 4, 2), "mlp_ratio": 3},
     "XL": {"width": 512, "depths": (3, 6, 12, 6, 3), "mlp_ratio": 3},
 }
-_FCDM = "FCDM, CVPR 2026: its code, counted"
+_FCDM = "FCDM's code, counted"
 _FCDM_COUNTS = {
+    "S": Counts(_FCDM, 32.70, {32: 3.07}),
+    "B": Counts(_FCDM, 127.68, {32: 12.14}),
+    "L": Counts(_FCDM, 504.45, {32: 48.23}),
     "XL": Counts(_FCDM, 698.75, {32: 64.53}),
 }
 _CONV_PRESETS = {

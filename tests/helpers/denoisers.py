@@ -14,6 +14,8 @@ from dic_repa.training import train
 DENOISERS = {
     "sit": ("{name: SiT, width: 16, time_scale: 1000, options: {depth: 2, num_heads: 2}}", "blocks.0"),
     "u-vit": ("{name: U-ViT, width: 16, time_scale: 1000, options: {depth: 3, num_heads: 2, size: 16}}", "mid"),
+    "dico": ("{name: DiCo, width: 8, depths: [1, 1, 1, 1, 1], time_scale: 1000}", "mid.0"),
+    "fcdm": ("{name: FCDM, width: 8, depths: [1, 1, 1, 1, 1], time_scale: 1000}", "mid.0"),
 }
 KEYS = [key for key in ALIGNED if not key.startswith("model.")]
 STEPS = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
