@@ -152,9 +152,10 @@ class StagedUNet(Pretrained):
         nn.init.xavier_uniform_(self.stem.weight.flatten(1))  # as the linear layer of a patch embedding
         for condition in self.condition:
             condition.reset_parameters()
-        modulations = [block.modulation for block in self.blocks()]
-        for layer in (*modulations, self.output.modulation, self.output.conv2):
-            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.output.modulation.weight)
+        nn.init.zeros_(self.output.conv2.weight)
+        for block in self.blocks():
+            nn.init.zeros_(block.modulation.weight)
 
     def blocks(self) -> list[StageBlock]:
         """All blocks, in the order in which they run."""
