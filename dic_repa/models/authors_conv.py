@@ -26,7 +26,7 @@ _STAGES = {
     "dec.1": "decoder_level_2",
     "dec.0": "decoder_level_1",
 }
-_OTHERS = {
+_SHARED = {
     **{f"condition.{i}.time{j}": f"t_embedder_{i + 1}.mlp.{2 * (j - 1)}" for i in range(LEVELS) for j in (1, 2)},
     "output.modulation": "final_layer.adaLN_modulation.1",
 }
@@ -78,7 +78,7 @@ def _rules(layers: dict[str, str], others: dict[str, str]) -> Rules:
         for stage, their_stage in _STAGES.items()
         for layer, their_layer in layers.items()
     ]
-    rest = {**_OTHERS, **others}
+    rest = {**_SHARED, **others}
     return in_blocks + [(rf"{re.escape(ours)}\.(.*)", rf"{theirs}.\1") for ours, theirs in rest.items()]
 
 
@@ -130,7 +130,10 @@ def authors_state(model: StagedUNet) -> dict[str, Tensor]:
     A UserError for parameters that their code does not have.
     """
     names = {key: rename(key, _RULES[type(model)]) for key in model.state_dict()}
-    if unknown := [key for key, name in names.items() if key == name]:
+    unknown = [key for key, name in names.items() if key == name]
+    if "condition" in model.config:
+        unknown.append("a condition other than classes")
+    if unknown:
         kind = type(model).__name__
         raise UserError(f"the {kind} authors' code has no {kind} with {first_few(unknown, 3)}")
     return {

@@ -19,7 +19,9 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
         relative = norm / (norm.mean(dim=1, keepdim=True) + 1e-6)
-        return torch.addcmul(self.shift[:, None, None], x, 1 + self.scale[:, None, None] * relative)
+        weight = 1 + self.scale[:, None, None] * relative
+        # Under autocast these are float32, and would make so wide a map float32 too.
+        return torch.addcmul(self.shift[:, None, None].to(x.dtype), x, weight.to(x.dtype))
 
 
 class ConvNeXtBlock(StageBlock):

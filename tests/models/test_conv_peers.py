@@ -11,6 +11,9 @@ from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.models import create_denoiser, load_authors_checkpoint, load_denoiser
 from dic_repa.models.authors import authors_state_dict
+from dic_repa.models.presets import FAMILIES as FAMILIES_OF_NAMES
+from dic_repa.models.presets import PRESETS
+from dic_repa.recipe import load_recipe
 
 FAMILIES = ("DiCo", "FCDM")
 VECTOR = {"kind": "vector", "dim": 3, "null": "learnt"}
@@ -90,6 +93,8 @@ def test_what_is_no_checkpoint_of_theirs(references):
         load_authors_checkpoint(theirs, mlp_ratio=2)
     with pytest.raises(UserError, match=r"the DiCo authors' code has no DiCo with condition\.0\.span"):
         authors_state_dict(small("DiCo", two_times=True))
+    with pytest.raises(UserError, match="no FCDM with a condition other than classes"):
+        authors_state_dict(small("FCDM", 0, condition=VECTOR))
 
 
 @each_family
@@ -165,6 +170,16 @@ def test_taps_and_layout(family):
 def test_mistakes_are_told(options, message):
     with pytest.raises(UserError, match=message):
         small("DiCo", **options)
+
+
+@each_family
+def test_the_recipe_with_urepa_has_the_preset_s_sizes_and_taps_its_middle(family):
+    recipe, sizes = load_recipe(f"{family.lower()}-xl-urepa"), PRESETS[f"{family}-XL"].options
+    assert (recipe.model.width, recipe.model.depths) == (sizes["width"], sizes["depths"])
+    assert FAMILIES_OF_NAMES[family].options == {"mlp_ratio": sizes["mlp_ratio"]}
+    (alignment,) = recipe.alignments
+    before = sum(sizes["depths"][:2]) + 1 + int(alignment.tap.removeprefix("mid."))
+    assert before == sum(sizes["depths"]) // 2
 
 
 @each_family
