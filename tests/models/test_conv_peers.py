@@ -9,10 +9,8 @@ from safetensors.torch import load_file
 
 from dic_repa.cli import main
 from dic_repa.errors import UserError
-from dic_repa.models import create_denoiser, load_authors_checkpoint, load_denoiser
+from dic_repa.models import create_denoiser, load_authors_checkpoint, load_denoiser, presets
 from dic_repa.models.authors import authors_state_dict
-from dic_repa.models.presets import FAMILIES as FAMILIES_OF_NAMES
-from dic_repa.models.presets import PRESETS
 from dic_repa.recipe import load_recipe
 
 FAMILIES = ("DiCo", "FCDM")
@@ -174,9 +172,9 @@ def test_mistakes_are_told(options, message):
 
 @each_family
 def test_the_recipe_with_urepa_has_the_preset_s_sizes_and_taps_its_middle(family):
-    recipe, sizes = load_recipe(f"{family.lower()}-xl-urepa"), PRESETS[f"{family}-XL"].options
+    recipe, sizes = load_recipe(f"{family.lower()}-xl-urepa"), presets.PRESETS[f"{family}-XL"].options
     assert (recipe.model.width, recipe.model.depths) == (sizes["width"], sizes["depths"])
-    assert FAMILIES_OF_NAMES[family].options == {"mlp_ratio": sizes["mlp_ratio"]}
+    assert presets.FAMILIES[family].options == {"mlp_ratio": sizes["mlp_ratio"]}
     (alignment,) = recipe.alignments
     before = sum(sizes["depths"][:2]) + 1 + int(alignment.tap.removeprefix("mid."))
     assert before == sum(sizes["depths"]) // 2
