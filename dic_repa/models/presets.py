@@ -55,6 +55,8 @@ FAMILIES = {
     "DiT-LLaMA": Preset("SiT", {"block": "llama"}),
     "DiffiT": Preset("SiT", {"block": "diffit", "size": 32}),
     "SiT-down": Preset("SiTDown", module="sit_down"),
+    "DiCo": Preset("DiCo", {"mlp_ratio": 2}),
+    "FCDM": Preset("FCDM", {"mlp_ratio": 3}),
 }
 
 _DIC, POSTER = "DiC, arXiv 2501.00603", "DiC's poster, CVPR 2025"
@@ -142,11 +144,46 @@ _SIT_DOWN_PRESETS = {
     for size, sizes in _SIT_DOWN_SIZES.items()
 }
 
+_DICO_SIZES: dict[str, dict[str, Any]] = {
+    "S": {"width": 128, "depths": (5, 4, 4, 4, 4), "mlp_ratio": 2},
+    "B": {"width": 256, "depths": (5, 4, 4, 4, 4), "mlp_ratio": 2},
+    "L": {"width": 352, "depths": (9, 8, 9, 8, 9), "mlp_ratio": 2},
+    "XL": {"width": 416, "depths": (9, 9, 10, 9, 9), "mlp_ratio": 2},
+    "H": {"width": 416, "depths": (14, 12, 10, 12, 14), "mlp_ratio": 4},
+}
+_DICO = "DiCo, arXiv 2505.11196, and its README"
+_DICO_COUNTS = {
+    "S": Counts(_DICO, 33.1, {32: 4.25}),
+    "B": Counts(_DICO, 130.0, {32: 16.88}),
+    "L": Counts(_DICO, 463.9, {32: 60.24}),
+    "XL": Counts(_DICO, 701.2, {32: 87.30}),
+    "H": Counts("DiCo's code, counted", 1037.41, {32: 194.03}),
+}
+_FCDM_SIZES: dict[str, dict[str, Any]] = {
+    "S": {"width": 128, "depths": (2, 4, 8, 4, 2), "mlp_ratio": 3},
+    "B": {"width": 256, "depths": (2, 4, 8, 4, 2), "mlp_ratio": 3},
+    "L": {"width": 512, "depths": (2, 4, 8, 4, 2), "mlp_ratio": 3},
+    "XL": {"width": 512, "depths": (3, 6, 12, 6, 3), "mlp_ratio": 3},
+}
+_FCDM = "FCDM's code, counted"
+_FCDM_COUNTS = {
+    "S": Counts(_FCDM, 32.70, {32: 3.07}),
+    "B": Counts(_FCDM, 127.68, {32: 12.14}),
+    "L": Counts(_FCDM, 504.45, {32: 48.23}),
+    "XL": Counts(_FCDM, 698.75, {32: 64.53}),
+}
+_CONV_PRESETS = {
+    f"{family}-{size}": Preset(family, {**options, "learn_sigma": True}, counts=counts.get(size))
+    for family, sizes, counts in (("DiCo", _DICO_SIZES, _DICO_COUNTS), ("FCDM", _FCDM_SIZES, _FCDM_COUNTS))
+    for size, options in sizes.items()
+}
+
 # In the order in which `dic-repa info` lists them.
 PRESETS: dict[str, Preset] = {
     **_DIC_PRESETS,
+    **_CONV_PRESETS,
     **_SIT_PRESETS,
-    **_UVIT_PRESETS,
-    **_BLOCK_PRESETS,
     **_SIT_DOWN_PRESETS,
+    **_BLOCK_PRESETS,
+    **_UVIT_PRESETS,
 }

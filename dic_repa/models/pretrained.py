@@ -122,7 +122,7 @@ def config_of(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         _schema(kind).model_validate_json(json.dumps(given, default=int), strict=True)  # int of numpy's numbers
     except (TypeError, ValidationError) as error:
-        raise UserError(f"{kind.__name__}: {_explain(error)}") from None
+        raise UserError(f"{type(arguments['self']).__name__}: {_explain(error)}") from None
     kept = {key: value for key, value in given.items() if key not in ("zero_gates", "gradient_checkpointing")}
     return {key: value for key, value in kept.items() if value or key not in _ONLY_IF_SET}
 

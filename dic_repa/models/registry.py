@@ -3,7 +3,7 @@
     create_denoiser("SiT-XL/2", in_channels=4, num_classes=1000)
     load_denoiser("runs/mine/checkpoints/step_00400000/ema")
 
-A name is one of the papers' presets; a family (DiC, SiT, DiT, U-ViT, SiT-down), whose sizes are options; or any that a
+A name is one of the papers' presets; a family (such as DiC, SiT or DiCo), whose sizes are options; or any that a
 `Registry` takes. `dic_repa.protocols.Denoiser` says what your own must have. If its hidden states are tokens, its
 `feature_map(tokens, size)` makes maps of them, so that they can be tapped.
 """

@@ -20,6 +20,8 @@ DENOISERS = {
         "{name: SiT-down, width: 16, depths: [1, 1, 1], time_scale: 1000, options: {num_heads: 2}}",
         "mid.0",
     ),
+    "dico": ("{name: DiCo, width: 8, depths: [1, 1, 1, 1, 1], time_scale: 1000}", "mid.0"),
+    "fcdm": ("{name: FCDM, width: 8, depths: [1, 1, 1, 1, 1], time_scale: 1000}", "mid.0"),
 }
 KEYS = [key for key in ALIGNED if not key.startswith("model.")]
 STEPS = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]

@@ -337,9 +337,7 @@ def test_names_and_options_of_denoisers():
 
 
 BASELINES = [
-    name
-    for name in list_recipes()
-    if name.startswith(("sit-xl", "sit-b", "dit-", "diffit-", "u-vit-", "digits-sit"))
+    name for name in list_recipes() if name.startswith(("sit-xl", "sit-b", "dit-", "diffit-", "u-vit-", "digits-sit"))
 ]
 
 
