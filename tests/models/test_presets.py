@@ -17,7 +17,8 @@ def test_a_preset_has_what_its_source_counts(name):
     with torch.device("meta"):
         for size in counts.gmacs or [32]:
             own = {"size": size} if PRESETS[name].kind == "UViT" else {}  # its positions are learnt for one size
-            cost = measure_cost(create_denoiser(name, 4, 1000, **counts.options, **own), size)
+            data = {"in_channels": 4, "num_classes": 1000}
+            cost = measure_cost(create_denoiser(name, **{**data, **counts.options, **own}), size)
             if size in counts.gmacs:
                 assert cost.macs / 1e9 == pytest.approx(counts.gmacs[size], rel=0.005)
             if counts.parameters:
