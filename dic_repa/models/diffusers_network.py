@@ -34,7 +34,7 @@ from dic_repa.models.diffusers_source import (
 )
 from dic_repa.models.layers import patch_grid, to_map
 from dic_repa.models.middle import MiddleHeadOption, add_middle_head
-from dic_repa.models.pretrained import Classes, Pretrained, Size, config_of
+from dic_repa.models.pretrained import Classes, Pretrained, Size, config_of, forward_on_meta
 
 # Options of diffusers' classes that follow from the data and the objective.
 _SET = ("in_channels", "out_channels", *CLASS_TABLES, "class_embed_type", "use_additional_conditions")
@@ -104,6 +104,7 @@ class DiffusersNetwork(Pretrained):
         self.multiple = self.patch_size * 2 ** (levels - 1)
         if levels > 1:  # convolutional
             self.to(memory_format=torch.channels_last)
+        self._check_runs()
         self.set_gradient_checkpointing(gradient_checkpointing)
         add_middle_head(self, middle_head)
 
@@ -115,6 +116,17 @@ class DiffusersNetwork(Pretrained):
         table = nn.Embedding(self.num_classes + 1, width)
         nn.init.normal_(table.weight, std=0.02)
         return table
+
+    def _check_runs(self) -> None:
+        """A UserError if it cannot predict with these options, found by a run on shapes alone."""
+        given = self.settings.get("sample_size")
+        side = given if isinstance(given, int) and given % self.multiple == 0 else 4 * self.multiple
+        try:
+            shape = tuple(forward_on_meta(self, side, side).shape)
+        except Exception as error:  # of diffusers, of any kind
+            raise UserError(f"diffusers' {self.kind} does not run with these options: {first_line(error)}") from error
+        if shape != (1, self.out_channels, side, side):
+            raise UserError(f"diffusers' {self.kind} gives {shape} for data of {side}x{side} with these options")
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """diffusers' own, on or off; a UserError for a class that has none."""

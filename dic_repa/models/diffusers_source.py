@@ -46,9 +46,14 @@ def network_class(kind: str) -> Any:
 
 def takes_caption(network: Any) -> bool:
     """Whether the class is told what to draw by a caption's tokens, and not by a label."""
-    given = inspect.signature(network.forward).parameters
-    caption = given.get("encoder_hidden_states")
-    return "class_labels" not in given or (caption is not None and caption.default is caption.empty)
+    caption = inspect.signature(network.forward).parameters.get("encoder_hidden_states")
+    return not _takes_labels(network) or (caption is not None and caption.default is caption.empty)
+
+
+def _takes_labels(network: Any) -> bool:
+    """Whether the class can have a table of classes: that of `num_embeds_ada_norm` is only on patches."""
+    labels, options = "class_labels" in inspect.signature(network.forward).parameters, options_of(network)
+    return labels and ("num_class_embeds" in options or {"num_embeds_ada_norm", "patch_size"} <= options.keys())
 
 
 def options_of(network: Any) -> dict[str, Any]:
@@ -83,13 +88,12 @@ def _lack(network: Any) -> str:
     """Why a class cannot be a denoiser; '' if it can."""
     given, options = inspect.signature(network.forward).parameters, options_of(network)
     known = ("self", "sample", "hidden_states", "timestep", "class_labels", "encoder_hidden_states")
-    labels = "class_labels" in given and any(name in options for name in CLASS_TABLES)
     caption = "encoder_hidden_states" in given and any(name in options for name in CAPTIONS)
     named = [p for p in given.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needs = [p.name for p in named if p.default is p.empty and p.name not in known]
     if "timestep" not in given:
         return "it takes no timestep"
-    if not (labels or caption):
+    if not (caption or _takes_labels(network)):
         return "it is not class-conditional: it takes no class_labels, nor a caption of a width that is an option"
     if needs:
         return f"it also needs {first_few(needs, 4)}"
