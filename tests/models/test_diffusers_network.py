@@ -9,13 +9,16 @@ import json
 import diffusers
 import pytest
 import torch
+from pages import write_saved_files
 from torch import nn
 
 from dic_repa.alignment.taps import tap_shape
+from dic_repa.conditions import ClassLabels
 from dic_repa.errors import UserError
 from dic_repa.models import create_denoiser, load_denoiser
 from dic_repa.models.diffusers_network import DiffusersNetwork
 from dic_repa.recipe import load_recipe
+from dic_repa.recipe.build import build_denoiser
 from dic_repa.trust import names_code
 
 BLOCKS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
@@ -242,6 +245,15 @@ def test_a_recipe_that_names_the_family_names_no_code():
     recipe = load_recipe("digits-urepa", ["model={name: 'diffusers:UNet2DModel'}"])
     assert not names_code(recipe.model_dump())
     assert names_code({"model": {"name": "timm:create_model"}})
+
+
+def test_the_recipe_of_the_page_is_aligned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_saved_files(tmp_path, "my_unet.yaml")
+    recipe = load_recipe(tmp_path / "my_unet.yaml")
+    with torch.device("meta"):
+        model = build_denoiser(recipe.model, 1, ClassLabels(10))
+    assert (model.time_scale, tap_shape(model, recipe.alignments[0].tap, (16, 16))) == (1000, (64, 8, 8))
 
 
 def test_compiled_it_is_the_same():
