@@ -19,6 +19,7 @@ from dic_repa.models import create_denoiser, load_denoiser
 from dic_repa.models.diffusers_network import DiffusersNetwork
 from dic_repa.recipe import load_recipe
 from dic_repa.recipe.build import build_denoiser
+from dic_repa.sampling.convert import convert
 from dic_repa.trust import names_code
 
 BLOCKS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
@@ -108,6 +109,9 @@ def test_saved_and_loaded_it_predicts_the_same(model, tmp_path):
     loaded = load_denoiser(tmp_path / "saved")
     assert loaded.config == model.config
     torch.testing.assert_close(loaded(*inputs()), copy.deepcopy(model).eval()(*inputs()), rtol=0, atol=0)
+    convert(tmp_path / "saved", tmp_path / "half", "bfloat16")
+    half = load_denoiser(tmp_path / "half").state_dict()
+    torch.testing.assert_close(half, model.state_dict(), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "tap", "shape"), [
