@@ -178,6 +178,49 @@ _CONV_PRESETS = {
     for size, options in sizes.items()
 }
 
+# Classes of diffusers with the options nearest to a paper's network.
+#
+# The poster's PixArt has no source but its GMACs. DiT-XL/2's 28 layers and cross-attention would take 137.5, 24 layers
+# 117.9. The class is a caption of one token, as wide as the network, behind PixArt's projection of captions.
+_PIXART = {
+    "kind": "PixArtTransformer2DModel",
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 24,
+    "cross_attention_dim": 1152,
+    "caption_channels": 1152,
+    "sample_size": 32,
+}
+# EDM's SongUNet for 32x32 differs in detail: its first convolution has 128 channels, not 256, and so has the time's
+# embedding; at 16x16 only the last block of the decoder attends, not each of them; what is resampled has a convolution
+# in its shortcut; both terms of a sum are divided by sqrt(2); a label enters the time's embedding by a linear layer of
+# 128 channels, not a table of 512; dropout is 0.13 there. In all it has 55.73 M parameters for CIFAR-10, and this one
+# 55.74.
+_SONG = {
+    "kind": "UNet2DModel",
+    "block_out_channels": [256, 256, 256],
+    "layers_per_block": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "attention_head_dim": 256,
+    "time_embedding_dim": 512,
+    "norm_eps": 1e-6,
+}
+_EDM = "EDM's code, arXiv 2206.00364, for CIFAR-10 with classes"
+_DIFFUSERS_PRESETS = {
+    "PixArt-alpha-XL/2": Preset(
+        "DiffusersNetwork", _PIXART, module="diffusers_network", counts=Counts(POSTER, None, {32: 118.4}, _VARIANCE)
+    ),
+    "SongUNet": Preset(
+        "DiffusersNetwork",
+        _SONG,
+        module="diffusers_network",
+        counts=Counts(_EDM, 55.73, options={"in_channels": 3, "num_classes": 10}),
+    ),
+}
+
 # In the order in which `dic-repa info` lists them.
 PRESETS: dict[str, Preset] = {
     **_DIC_PRESETS,
@@ -186,4 +229,5 @@ PRESETS: dict[str, Preset] = {
     **_SIT_DOWN_PRESETS,
     **_BLOCK_PRESETS,
     **_UVIT_PRESETS,
+    **_DIFFUSERS_PRESETS,
 }

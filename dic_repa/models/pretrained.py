@@ -186,7 +186,8 @@ def forward_on_meta(model: Pretrained, height: int, width: int) -> Tensor:
     device. The model stays where it is."""
     # einops' first use makes torch 2.6 import what cannot be imported on the meta device.
     rearrange(torch.empty(1), "a -> a")
-    meta = {name: tensor.to("meta") for name, tensor in model.state_dict(keep_vars=True).items()}
+    tensors = {**model.state_dict(keep_vars=True), **dict(model.named_buffers())}  # these with what is not saved
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     with torch.no_grad(), torch.device("meta"):
         condition = condition_of_model(model) or NoCondition()
         inputs = (torch.empty(1, model.in_channels, height, width), torch.empty(1), condition.blank(1))

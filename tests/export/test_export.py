@@ -177,6 +177,13 @@ class Own(Pretrained):
         return self.conv(x) * (1 + self.calls) + t[:, None, None, None] + 0.1 * y[:, None, None, None]
 
 
+def test_a_network_of_diffusers_is_in_a_folder_as_any_other(opened, tmp_path):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8}
+    model = model_of(create_denoiser("diffusers:DiTTransformer2DModel", 3, 5, **sizes))
+    export(model, tmp_path / "out", "diffusers")
+    assert_close(opened(tmp_path / "out").denoiser(*inputs(2)).detach(), model, inputs(2), 1e-5)
+
+
 def test_one_denoiser_of_ones_own_for_a_fixed_batch(tmp_path):
     model = model_of(Own())
     program = torch.export.load(export(model, tmp_path / "out", "torch", batch=4).file).module()

@@ -56,7 +56,8 @@ def count(name: str) -> dict[int, Cost]:
     with torch.device("meta"):
         for size in counts.gmacs or [32]:
             sized = {"size": size} if preset.kind == "UViT" else {}  # its positions are learnt for one size
-            found[size] = measure_cost(create_denoiser(name, 4, 1000, **counts.options, **sized), size)
+            data = {"in_channels": 4, "num_classes": 1000}
+            found[size] = measure_cost(create_denoiser(name, **{**data, **counts.options, **sized}), size)
     return found
 
 
