@@ -66,11 +66,13 @@ def count_row(name: str, costs: dict[int, Cost]) -> str:
     counts = PRESETS[name].counts
     assert counts is not None
 
-    def cell(ours: float, theirs: float | None) -> str:
-        return f"{ours:.2f}" + (f" ({theirs:g})" if theirs else "")
+    def cell(ours: float, theirs: float | None, beside: float) -> str:
+        alike = f"; {ours + beside:.2f}" if theirs and beside else ""
+        return f"{ours:.2f}{alike}" + (f" ({theirs:g})" if theirs else "")
 
-    cells = [cell(next(iter(costs.values())).parameters / 1e6, counts.parameters)]
-    cells += [cell(costs[s].macs / 1e9, counts.gmacs.get(s)) if s in costs else "" for s in (32, 64)]
+    parameters, macs = counts.beside
+    cells = [cell(next(iter(costs.values())).parameters / 1e6, counts.parameters, parameters)]
+    cells += [cell(costs[s].macs / 1e9, counts.gmacs.get(s), macs) if s in costs else "" for s in (32, 64)]
     return f"| {name} | {' | '.join(cells)} | {counts.source} |"
 
 
