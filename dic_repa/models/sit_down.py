@@ -20,8 +20,8 @@ Our choice, which no number tells: the skip of the last encoder block goes to th
 fixed position embeddings are added to the patches, as in REPA's code, and not again in the middle; rotary positions are
 counted in each part's own grid; convolutions start from Xavier's weights, as in U-DiT; size S.
 
-Taps are `enc.N`, `mid.N` and `dec.N`. The paper counts the blocks of XL from 1 to 36: 1 to 10 are `enc.0` to `enc.9`, 11
-to 26 `mid.0` to `mid.15`, 27 to 36 `dec.0` to `dec.9`. So its depths 4, 18 and 32 are `enc.3`, `mid.7` and `dec.5`.
+Taps are `enc.N`, `mid.N` and `dec.N`. The paper counts the blocks of XL from 1 to 36: 1 to 10 are `enc.0` to `enc.9`,
+11 to 26 `mid.0` to `mid.15`, 27 to 36 `dec.0` to `dec.9`. So its depths 4, 18 and 32 are `enc.3`, `mid.7` and `dec.5`.
 """
 
 import torch
