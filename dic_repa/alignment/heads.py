@@ -22,7 +22,7 @@ class MLPHead(nn.Module):
     """U-REPA's head: an MLP on each token of the U-Net's grid, *then* bilinear upsampling to the encoder's grid.
 
     Linear, SiLU, linear, SiLU, linear, initialised as in REPA. This order gave the best FID in the paper, 5.72 against
-    5.84 (upsampling first) and 6.36 (inside the MLP), of SiT↓; it is also the cheapest, as the MLP sees a quarter of the
+    5.84 (upsampling first) and 6.36 (inside the MLP), of SiT↓; it is also the cheapest: the MLP sees a quarter of the
     tokens.
     """
 
@@ -48,7 +48,7 @@ class UpsampleFirstMLPHead(MLPHead):
 
 @register_head("mlp-upsample-between")
 class UpsampleBetweenMLPHead(MLPHead):
-    """Upsampling inside the MLP, bilinearly after its first layer; the paper's is by a linear layer and pixel-shuffle."""
+    """Upsampling inside the MLP, bilinearly after its first layer; the paper's is a linear layer and pixel-shuffle."""
 
     def forward(self, feature: Tensor, t: Tensor) -> Tensor:
         hidden = upsample(per_token(self.layers[:2], feature), self.grid)

@@ -1,14 +1,14 @@
 """SiT↓, the network of the U-REPA paper (arXiv 2503.18414): a SiT with a U shape.
 
-Of three parts of transformer blocks, the encoder and the decoder see all tokens and the middle a quarter of them, of the
-same width. A 3x3 convolution and pixel-unshuffle lead down, a convolution and pixel-shuffle up, as in U-DiT (arXiv
-2405.02730), and each block of the decoder takes in what its counterpart of the encoder gave. Blocks have rotary position
-embeddings and gated MLPs, the paper's "tricks".
+Of three parts of transformer blocks, the encoder and the decoder see all tokens and the middle a quarter of them, of
+the same width. A 3x3 convolution and pixel-unshuffle lead down, a convolution and pixel-shuffle up, as in U-DiT (arXiv
+2405.02730), and each block of the decoder takes in what its counterpart of the encoder gave. Blocks have rotary
+position embeddings and gated MLPs, the paper's "tricks".
 
-Stated by the paper (table 2, section 3.2): widths, heads, blocks in the parts, one downsampling, skips, RoPE and SwiGLU.
+Stated by the paper (table 2, section 3.2): widths, heads, blocks in the parts, one downsampling, skips, RoPE, SwiGLU.
 By its author (DiC tracker, issue 2): U-DiT's down- and upsampling, width kept, no attention on downsampled tokens, SiT
-and training as in REPA's code. Not stated, and so that table 2's parameters come out to the last printed digit for B, L
-and XL, with REPA's projector and fixed position embeddings counted as there:
+and training as in REPA's code. Not stated, but inferred, since so table 2's parameters come out to the last printed
+digit for B, L and XL, with REPA's projector and fixed position embeddings counted too:
 
 - the convolutions between the parts have no bias, and lie between the encoder's last block, the middle's and the
   decoder's first;
@@ -20,8 +20,8 @@ Our choice, which no number tells: the skip of the last encoder block goes to th
 fixed position embeddings are added to the patches, as in REPA's code, and not again in the middle; rotary positions are
 counted in each part's own grid; convolutions start from Xavier's weights, as in U-DiT; size S.
 
-Taps are `enc.N`, `mid.N` and `dec.N`. The paper counts the blocks of XL from 1 to 36: 1 to 10 are `enc.0` to `enc.9`, 11
-to 26 `mid.0` to `mid.15`, 27 to 36 `dec.0` to `dec.9`. So its depths 4, 18 and 32 are `enc.3`, `mid.7` and `dec.5`.
+Taps are `enc.N`, `mid.N` and `dec.N`. The paper counts the blocks of XL from 1 to 36: 1 to 10 are `enc.0` to `enc.9`,
+11 to 26 `mid.0` to `mid.15`, 27 to 36 `dec.0` to `dec.9`. So its depths 4, 18 and 32 are `enc.3`, `mid.7` and `dec.5`.
 """
 
 import torch
@@ -87,8 +87,8 @@ class SiTDown(Pretrained):
         encoder, middle, decoder = depths
         if encoder != decoder:
             raise UserError(
-                f"a decoder of {decoder} blocks needs {decoder} skips, and an encoder of {encoder} blocks gives {encoder}: "
-                "give both the same number"
+                f"a decoder of {decoder} blocks needs {decoder} skips, and an encoder of {encoder} blocks gives "
+                f"{encoder}: give both the same number"
             )
         if width % (4 * num_heads):
             raise UserError(f"width must be a multiple of 4 num_heads, {4 * num_heads}, not {width}")

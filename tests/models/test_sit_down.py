@@ -222,5 +222,5 @@ def test_what_does_not_fit_is_one_line(model):
         SiTDown(16, (1, 1, 1, 1, 1), HEADS)
     with pytest.raises(UserError, match="depths; or name a preset: SiT-down-S/2, SiT-down-B/2"):
         create_denoiser("SiT-down", width=16, num_heads=2)
-    with pytest.raises(UserError, match="SiT-XL/8$"):
+    with pytest.raises(UserError, match=r"SiT-XL/8$"):
         create_denoiser("SiT", width=16, num_heads=2)
