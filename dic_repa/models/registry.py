@@ -5,8 +5,8 @@
 
 A name is one of the papers' presets; a family (such as DiC, SiT or DiCo), whose sizes are options; `diffusers:` and one
 of its classes, such as diffusers:UNet2DModel; or any that a `Registry` takes. `dic_repa.protocols.Denoiser` says what
-your own must have. If its hidden states are tokens, its `feature_map(tokens, size)` makes maps of them, so that they can
-be tapped.
+your own must have. If its hidden states are tokens, its `feature_map(tokens, size)` makes maps of them, so that they
+can be tapped.
 """
 
 import fnmatch
