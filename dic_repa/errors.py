@@ -136,6 +136,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     folded = {option.lower(): option for option in known}
     near = [folded[option] for option in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
+    near.sort(key=lambda option: sorted(option.lower()) != sorted(name.lower()))  # two letters changed places
     if near:
         return f"; did you mean {' or '.join(near)}?"
     if not known:
