@@ -87,7 +87,7 @@ class Case(Protocol):
 
 
 def case_label(name: str, precision: str, mode: str, detail: str = "") -> str:
-    how = {"off": "eager", "default": "compiled"}.get(mode, mode)
+    how = {"off": "eager", "blocks": "compiled by block", "default": "compiled"}.get(mode, mode)
     return " ".join(part for part in (name, precision, detail, how) if part)
 
 

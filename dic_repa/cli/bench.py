@@ -43,7 +43,7 @@ def command():
     \b
     Examples:
       dic-repa bench model DiC-S DiC-B --batch 1,8 --chart speed.png
-      dic-repa bench train digits-urepa --compile off,default
+      dic-repa bench train digits-urepa --compile off,blocks
       dic-repa bench sample digits-urepa --json
       dic-repa bench data mine.yaml --set data.workers=8
     """
@@ -68,7 +68,7 @@ _ROUNDS = click.option("--rounds", type=Count(1, "repeats"), default=7, help="Ho
 
 
 def measuring_options(
-    compile_modes: Sequence[str] = ("off", "default", "reduce-overhead", "max-autotune"),
+    compile_modes: Sequence[str] = ("off", "blocks", "default", "reduce-overhead", "max-autotune"),
     batch: str = "32",
     cpu_batch: str = "8",
 ) -> Callable:
@@ -89,7 +89,7 @@ def measuring_options(
                 "--batch", type=sizes, help=f"Batch sizes.  [default: {batch} on a GPU, {cpu_batch} on a CPU]"
             ),
             click.option("--precision", type=_PRECISIONS, default="fp32", help="One or several."),
-            click.option("--compile", "modes", type=modes, default="off", help="One or several."),
+            click.option("--compile", "modes", type=modes, default="off", help="One or several; blocks: each by itself."),
             click.option(
                 "--baseline",
                 multiple=True,
@@ -179,7 +179,7 @@ def model(names, size, layout, no_peak, settings):
 @command.command("train", cls=Command)
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @set_option("the recipes")
-@measuring_options(("off", "default"))
+@measuring_options(("off", "blocks", "default"))
 def train(recipes, overrides, settings):
     """Whole training steps of recipes, side by side: encoder, denoiser, alignment, backward, optimizer and EMA.
 
@@ -191,7 +191,7 @@ def train(recipes, overrides, settings):
     \b
     Examples:
       dic-repa bench train digits-urepa
-      dic-repa bench train dic-xl-urepa sit-xl-2-repa --batch 32 --precision bf16 --compile off,default
+      dic-repa bench train dic-xl-urepa sit-xl-2-repa --batch 32 --precision bf16 --compile off,blocks,default
       dic-repa bench train dic-s --set alignments=[] --batch 8 --baseline tests/helpers/oracle.py:PlainDiC
     """
     from dic_repa.bench.train import bench_train
