@@ -106,6 +106,8 @@ def _named_code(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _is_code(name: str, key: str) -> bool:
     """Whether a name imports more than dic-repa imports anyway."""
     families = ["torch.optim:"] + ["fdr:"] * key.startswith("evaluate.")
+    if key == "model.name":  # none but a model of diffusers itself
+        families.append("diffusers:")
     if key.endswith("encoder"):
         families.append("diffusers:" if key.endswith("autoencoder") else "timm:")
     return is_factory(name) and not name.startswith(tuple(families))

@@ -198,7 +198,7 @@ def test_names_in_prose():
     looked_at = 0
     for code in INLINE:
         for word in set(code.split()) - {"dic-repa"}:
-            if re.fullmatch(r"(dic|sit|dit|u-vit|digits|ladder|urepa|sample|dinov2)-[\w.*-]+", word):
+            if re.fullmatch(r"(dic|dico|fcdm|sit|dit|u-vit|digits|ladder|urepa|sample|dinov2)-[\w.*-]+", word):
                 assert fnmatch.filter(known, word), code
                 looked_at += 1
         if (key := re.match(r"(\w+)\.(\w+)\b(?!/)", code)) and key[1] in sections and key[2] not in ("json", "py"):

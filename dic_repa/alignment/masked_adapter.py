@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dic_repa.alignment.heads import heads, start_as_repa, to_tokens, upsample
+from dic_repa.alignment.heads import heads, start_as_repa, upsample
 from dic_repa.errors import UserError
-from dic_repa.models.layers import Modules, timestep_embedding, to_map
-from dic_repa.models.sit import AdaLNBlock, position_embedding
+from dic_repa.models.layers import Modules, timestep_embedding, to_map, to_tokens
+from dic_repa.models.sit import position_embedding
+from dic_repa.models.transformer_blocks import AdaLNBlock
 
 HEAD_WIDTH = 64  # channels of an attention head, at least
 WORD = 0xFFFFFFFF

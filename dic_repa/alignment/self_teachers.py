@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dic_repa.alignment.heads import to_tokens
 from dic_repa.alignment.taps import Taps
 from dic_repa.errors import UserError
+from dic_repa.models.layers import to_tokens
 from dic_repa.registry import Registry
 
 teachers = Registry("teacher", key="alignments.0.teacher")

@@ -35,9 +35,9 @@ def command(
     """Convert the checkpoint SOURCE into TARGET.
 
     SOURCE is a run, one of its checkpoints, a folder or hub id that `save_pretrained` made, or a file of the authors'
-    public code (DiC, and to read also DiT, SiT, REPA and U-ViT). TARGET is a file in the DiC authors' layout if it ends
-    in .pt, .pth or .safetensors, otherwise a folder to sample from, which `DiC.from_pretrained` loads. The adapters of
-    a run with train.lora are merged into its weights.
+    public code (DiC, DiCo and FCDM; to read also DiT, SiT, REPA, VisionLLaMA and U-ViT). TARGET is a file in its
+    authors' layout if it ends in .pt, .pth or .safetensors, otherwise a folder to sample from, which `load_denoiser`
+    loads. The adapters of a run with train.lora are merged into its weights.
 
     An autoencoder too: its file in LDM's layout (VA-VAE, REPA-E's) becomes a folder of diffusers, and back.
 

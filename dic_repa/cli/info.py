@@ -36,7 +36,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
 
     NAMES are recipes, models or patterns of models. A DiC is counted with 4 input and 8 output channels and 1000
     classes, or with the latents that its name says (f16, f32), a transformer as in its paper, with attention's
-    products; a recipe with its own sizes.
+    products, SongUNet for CIFAR-10; a recipe with its own sizes.
     "With Winograd": the blocks' 3x3 convolutions then take 2.25 times fewer multiplications. Below the table is what
     the sources of the papers' models count.
 

@@ -15,6 +15,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.weights import load_weights, read_tensors
 from dic_repa.models.dic import DiC
 from dic_repa.models.pretrained import Pretrained
+from dic_repa.models.stages import StagedUNet
 
 # Ours to theirs. Their decoder stages are numbered in running order (0 is level 1), ours by level.
 _BLOCK = {
@@ -45,6 +46,8 @@ _RULES: Rules = [
 _OTHERS = {
     "t_embedder.mlp.0.weight": "authors_sit",
     "patch_embed.proj.weight": "authors_uvit",
+    "latent.0.ca.1.weight": "authors_conv",
+    "latent.0.grn.gamma": "authors_conv",
 }
 
 
@@ -62,9 +65,9 @@ def load_authors_checkpoint(
     """The denoiser of a checkpoint of public code: a file (safetensors, or torch's with `ema` or `model` inside) or a
     state dict.
 
-    It is a DiC, a U-ViT, or a SiT: DiT, SiT and REPA share a layout, and `family` says which of them it is if neither
-    REPA's projectors nor the file's name tell. `overrides` are arguments of the class that replace those read off the
-    tensors. Returned in eval mode, in our conventions of time and velocity.
+    It is a DiC, DiCo, FCDM, U-ViT or SiT: DiT, SiT and REPA share a layout, and `family` says which of them it is if
+    neither REPA's projectors nor the file's name tell. `overrides` are arguments of the class that replace those read
+    off the tensors. Returned in eval mode, in our conventions of time and velocity.
     """
     state = read_tensors(source)[0] if not isinstance(source, dict) else source
     name = "the state dict" if isinstance(source, dict) else str(source)
@@ -88,8 +91,8 @@ def _infer_config(state: dict[str, Tensor], name: str) -> dict:
         rows = state["y_embedder_ls.0.embedding_table.weight"].shape[0]
     except KeyError as missing:
         raise UserError(
-            f"{name} is not a checkpoint of the DiC authors' code, nor of DiT, SiT, REPA or U-ViT: "
-            f"it has no {missing.args[0]}"
+            f"{name} is not a checkpoint of the DiC authors' code, nor of DiCo, FCDM, DiT, SiT, REPA or "
+            f"U-ViT: it has no {missing.args[0]}"
         ) from None
     stages = ("enc_blocks.0", "enc_blocks.1", "lat_blocks.0", "dec_blocks.0", "dec_blocks.1")
     return {
@@ -102,12 +105,14 @@ def _infer_config(state: dict[str, Tensor], name: str) -> dict:
 
 
 def authors_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A DiC's weights under the authors' names: the inverse of `load_authors_checkpoint`.
+    """The weights of a DiC, DiCo or FCDM under its authors' names: the inverse of `load_authors_checkpoint`.
 
-    A UserError for what their code has no model for: another denoiser, the earlier steps of the paper's ladder.
+    A UserError for what their code has no model for: another denoiser, the earlier steps of DiC's ladder.
     """
+    if isinstance(model, StagedUNet):
+        return importlib.import_module("dic_repa.models.authors_conv").authors_state(model)
     if not isinstance(model, DiC):
-        raise UserError(f"the DiC authors' code has no {type(model).__name__}, only DiC")
+        raise UserError(f"{type(model).__name__} is not written in its authors' layout, only DiC, DiCo and FCDM are")
     theirs: dict[str, Any] = {"shape": "unet", "skips": "sparse", "embedding": "per-level", "block": "dic"}
     theirs |= dict.fromkeys(("stem_bottleneck", "wide_head"))
     other = [key for key, value in theirs.items() if model.config.get(key) != value]

@@ -1,4 +1,4 @@
-"""Checkpoints in the key layout that the public code of DiT, SiT and REPA shares.
+"""Checkpoints in the key layout that the public code of DiT, SiT, REPA and VisionLLaMA shares.
 
 The keys are the same, but not the models:
 
@@ -7,6 +7,8 @@ The keys are the same, but not the models:
   weights are changed for both: cos((1 - t) f) and sin((1 - t) f) are a rotation of cos(t f) and sin(t f), so the first
   time layer can take them. The surplus channels, which its code drops, are dropped.
 - REPA counts as we do. Loaded as it is, for the objective `flow-matching`; its projectors are `authors_heads`.
+
+VisionLLaMA's DiT-LLaMA and SiT-LLaMA are of the families DiT and SiT, with other blocks, which their keys tell.
 
 The position embedding, the fixed sinusoids, is left out. (In averaged weights it differs from them by less than 1e-3.)
 """
@@ -31,6 +33,9 @@ _RULES: Rules = [
     (r"t_embedder\.mlp\.2\.(\w+)", r"condition.time2.\1"),
     (r"y_embedder\.embedding_table\.weight", "condition.label.weight"),
     (r"blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"blocks.\1.modulation.\2"),
+    (r"blocks\.(\d+)\.mlp\.c_fc1\.(\w+)", r"blocks.\1.mlp.fc1_g.\2"),
+    (r"blocks\.(\d+)\.mlp\.c_fc2\.(\w+)", r"blocks.\1.mlp.fc1_x.\2"),
+    (r"blocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
     (r"final_layer\.adaLN_modulation\.1\.(\w+)", r"output.modulation.\1"),
     (r"final_layer\.linear\.(\w+)", r"output.linear.\1"),
 ]
@@ -97,6 +102,7 @@ def infer_config(state: dict[str, Tensor]) -> dict:
     """The arguments of `SiT` that the names and shapes of a state dict tell; a KeyError names what it lacks."""
     width, in_channels, patch_size = state["x_embedder.proj.weight"].shape[:3]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    blocks = {"block": "llama-layer-norm"} if "blocks.0.mlp.c_fc1.weight" in state else {}
     return {
         "width": width,
         "depth": depth,
@@ -105,6 +111,7 @@ def infer_config(state: dict[str, Tensor]) -> dict:
         "in_channels": in_channels,
         "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
         "learn_sigma": len(state["final_layer.linear.weight"]) == 2 * in_channels * patch_size**2,
+        **blocks,
     }
 
 

@@ -82,13 +82,14 @@ class EarlyModulationBlock(MidModulationBlock):
 class Downsample(nn.Module):
     """Halve height and width, double the channels: a 3x3 conv to half the channels, then pixel-unshuffle.
 
-    With stride 1 height and width stay, and the conv itself goes to twice the channels.
+    With stride 1 height and width stay, and the conv itself goes to twice the channels. `widening` is how many times
+    the channels there are behind it, in place of twice.
     """
 
-    def __init__(self, channels: int, stride: int = 2):
+    def __init__(self, channels: int, stride: int = 2, widening: int = 2):
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv2d(channels, 2 * channels // stride**2, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(channels, widening * channels // stride**2, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -98,13 +99,14 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width, halve the channels: a 3x3 conv to twice the channels, then pixel-shuffle.
 
-    With stride 1 height and width stay, and the conv itself goes to half the channels.
+    With stride 1 height and width stay, and the conv itself goes to half the channels. `narrowing` is how many times
+    fewer channels there are behind it, in place of half.
     """
 
-    def __init__(self, channels: int, stride: int = 2):
+    def __init__(self, channels: int, stride: int = 2, narrowing: int = 2):
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv2d(channels, channels * stride**2 // 2, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(channels, channels * stride**2 // narrowing, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

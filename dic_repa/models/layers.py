@@ -54,7 +54,8 @@ def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0
 
 class Condition(nn.Module):
     """SiLU(c), with which every use of c begins, of one level: c is the sum of a timestep embedding and a row of a
-    label table (or a linear map of a vector), both as wide as the level; with `two_times`, and of a `SpanEmbedding`."""
+    label table (or a linear map of a vector), both as wide as the level; with `two_times`, and of a `SpanEmbedding`.
+    Without `silu` it is c itself."""
 
     def __init__(
         self,
@@ -63,9 +64,10 @@ class Condition(nn.Module):
         time_scale: float,
         vector: VectorCondition | None = None,
         two_times: bool = False,
+        silu: bool = True,
     ):
         super().__init__()
-        self.time_scale = time_scale
+        self.time_scale, self.silu = time_scale, silu
         self.time1 = nn.Linear(256, width)
         self.time2 = nn.Linear(width, width)
         self.label = VectorEmbedding(vector, width) if vector else nn.Embedding(num_classes + 1, width)
@@ -83,7 +85,8 @@ class Condition(nn.Module):
             t = t[:1]
         t, span = split_times(t * self.time_scale, self.span is not None)
         c = self.time2(F.silu(self.time1(timestep_embedding(t).to(self.time1.weight.dtype)))) + self.label(y)
-        return F.silu(c if self.span is None else c + self.span(span))
+        c = c if self.span is None else c + self.span(span)
+        return F.silu(c) if self.silu else c
 
 
 def split_times(t: Tensor, two_times: bool) -> tuple[Tensor, Tensor]:
@@ -157,6 +160,11 @@ def patch_grid(name: str, size: tuple[int, int], patch_size: int) -> tuple[int, 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens (B, h * w, C), row by row, as a feature map (B, C, h, w); a view."""
     return rearrange(tokens, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
+
+
+def to_tokens(feature: Tensor) -> Tensor:
+    """A feature map (B, C, h, w) as tokens (B, h * w, C), row by row."""
+    return rearrange(feature, "b c h w -> b (h w) c")
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

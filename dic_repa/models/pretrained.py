@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Arguments that a config has only where they are given.
-_ONLY_IF_SET = ("middle_head", "two_times", "strides", "stem_bottleneck", "wide_head")
+_ONLY_IF_SET = ("middle_head", "two_times", "strides", "stem_bottleneck", "wide_head", "size")
 
 
 def _few(blocks: int) -> int:
@@ -122,7 +122,7 @@ def config_of(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         _schema(kind).model_validate_json(json.dumps(given, default=int), strict=True)  # int of numpy's numbers
     except (TypeError, ValidationError) as error:
-        raise UserError(f"{kind.__name__}: {_explain(error)}") from None
+        raise UserError(f"{type(arguments['self']).__name__}: {_explain(error)}") from None
     kept = {key: value for key, value in given.items() if key not in ("zero_gates", "gradient_checkpointing")}
     return {key: value for key, value in kept.items() if value or key not in _ONLY_IF_SET}
 
@@ -186,7 +186,8 @@ def forward_on_meta(model: Pretrained, height: int, width: int) -> Tensor:
     device. The model stays where it is."""
     # einops' first use makes torch 2.6 import what cannot be imported on the meta device.
     rearrange(torch.empty(1), "a -> a")
-    meta = {name: tensor.to("meta") for name, tensor in model.state_dict(keep_vars=True).items()}
+    tensors = {**model.state_dict(keep_vars=True), **dict(model.named_buffers())}  # these with what is not saved
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     with torch.no_grad(), torch.device("meta"):
         condition = condition_of_model(model) or NoCondition()
         inputs = (torch.empty(1, model.in_channels, height, width), torch.empty(1), condition.blank(1))

@@ -3,9 +3,10 @@
     create_denoiser("SiT-XL/2", in_channels=4, num_classes=1000)
     load_denoiser("runs/mine/checkpoints/step_00400000/ema")
 
-A name is one of the papers' presets; a family (DiC, SiT, DiT, U-ViT), whose sizes are options; or any that a
-`Registry` takes. `dic_repa.protocols.Denoiser` says what your own must have. If its hidden states are tokens, its
-`feature_map(tokens, size)` makes maps of them, so that they can be tapped.
+A name is one of the papers' presets; a family (such as DiC, SiT or DiCo), whose sizes are options; `diffusers:` and one
+of its classes, such as diffusers:UNet2DModel; or any that a `Registry` takes. `dic_repa.protocols.Denoiser` says what
+your own must have. If its hidden states are tokens, its `feature_map(tokens, size)` makes maps of them, so that they
+can be tapped.
 """
 
 import fnmatch
@@ -16,6 +17,8 @@ import torch
 from dic_repa.conditions import create_condition
 from dic_repa.errors import MISTAKES, UserError, first_line
 from dic_repa.files.weights import check_memory
+from dic_repa.models.diffusers_network import from_diffusers
+from dic_repa.models.diffusers_source import FAMILY
 from dic_repa.models.presets import FAMILIES, PRESETS, Counts, Preset
 from dic_repa.models.pretrained import Pretrained, saved_kind
 from dic_repa.registry import Registry
@@ -28,11 +31,12 @@ register_denoiser = denoisers.register
 for _name, _preset in {**FAMILIES, **PRESETS}.items():
     _sizes = ", ".join(f"{key}={value}" for key, value in _preset.options.items())
     register_denoiser(_name, description=f"{_preset.kind}: {_sizes or 'of sizes that its options give'}")(_preset)
+register_denoiser(FAMILY)(from_diffusers)
 
 
 def list_denoisers(pattern: str = "*") -> list[str]:
     """The names that need no further options and match a shell `pattern`: presets in the papers' order, then others."""
-    ours = {*FAMILIES, *PRESETS}
+    ours = {*FAMILIES, *PRESETS, FAMILY}
     return fnmatch.filter(PRESETS, pattern) + sorted(set(denoisers.names(pattern)) - ours)
 
 
@@ -46,9 +50,15 @@ def preset_counts(name: str) -> Counts | None:
     return PRESETS[name].counts if name in PRESETS else None
 
 
+def presets_of(family: str) -> list[str]:
+    """The presets of a family, but not those of another family whose name begins alike, as SiT-down's does."""
+    others = tuple(f"{other}-" for other in FAMILIES if other.startswith(f"{family}-"))
+    return [name for name in fnmatch.filter(PRESETS, f"{family}-*") if not name.startswith(others)]
+
+
 def preset_heads(family: str, width: int, depth: int) -> int:
     """The attention heads of the papers' preset of that width and depth; if there is none, one for 64 channels."""
-    presets = [PRESETS[name].options for name in fnmatch.filter(PRESETS, f"{family}-*")]
+    presets = [PRESETS[name].options for name in presets_of(family)]
     heads = [preset["num_heads"] for preset in presets if (preset["width"], preset["depth"]) == (width, depth)]
     return heads[0] if heads else max(1, width // 64)
 
@@ -74,7 +84,7 @@ def create_denoiser(name: str, in_channels: int = 4, num_classes: int = 1000, **
             f"model '{name}' cannot be conditioned on {condition.describe()}: it takes {' or '.join(taken)}; name "
             "another model, or write one (docs/extending.md)"
         )
-    presets = ", ".join(fnmatch.filter(PRESETS, f"{name}-*"))
+    presets = ", ".join(presets_of(name))
     denoisers.check_options(name, factory, (), options, hint=f"; or name a preset: {presets}" if presets else "")
     try:
         if torch.get_default_device().type != "meta":

@@ -89,10 +89,7 @@ class MeanFlow(FlowMatching):
     def check_denoiser(self, denoiser: Any) -> None:
         """A UserError for a denoiser of one time."""
         if not getattr(denoiser, "two_times", False):
-            raise UserError(
-                "this objective needs a denoiser that takes two times: set model.options.two_times to true, which DiC, "
-                "SiT, DiT and U-ViT have"
-            )
+            raise UserError("this objective needs a denoiser that takes two times: set model.options.two_times to true")
 
     @property
     def guided(self) -> bool:

@@ -30,7 +30,9 @@ from dic_repa.recipe.values import (
 
 
 class ModelSection(Section):
-    name: str = Field("DiC", description="a preset (`dic-repa info`), or DiC, SiT, DiT or U-ViT with sizes")
+    name: str = Field(
+        "DiC", description="a preset (`dic-repa info`), a family such as DiC or SiT with sizes, or diffusers:CLASS"
+    )
     width: Annotated[Count, Field(ge=2)] | None = Field(None, description="channels of the first level, or of a token")
     depths: Stages | None = Field(
         None, description="blocks of the stages: encoder, ..., middle, ..., decoder; five of three levels, three of two"

@@ -37,7 +37,7 @@ def convert(
 
     Args:
         source: Any checkpoint that `load_any` reads.
-        target: A file in the DiC authors' layout if it ends as one of `AUTHORS_FILES`, otherwise a folder to sample
+        target: A file in its authors' layout if it ends as one of `AUTHORS_FILES`, otherwise a folder to sample
             from.
         dtype: Of the weights, as torch calls it.
         weights: Which of a training checkpoint: an average's name, or raw.

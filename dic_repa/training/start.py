@@ -5,7 +5,7 @@ Every tensor of the same shape is taken. What has another shape because of the d
 - of the label table the rows of classes with the same name, where both data sets name theirs, and the null's;
 - the first and the last layer are new where the data has other channels, since a channel means another thing there. If
   only `learn_sigma` differs, the last layer's half for the prediction is taken;
-- U-ViT's positions are interpolated; other models learn none;
+- U-ViT's positions are interpolated, and DiffiT's position biases are new; other models learn none;
 - a middle head is new where the other model has none, or one of another block's shape.
 
 Anything else of another shape is another model's. The alignments' heads are always new.

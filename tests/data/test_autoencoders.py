@@ -161,7 +161,7 @@ def test_names_of_a_class_and_a_place(folders, monkeypatch):
     assert is_from_hub("diffusers:AutoencoderDC:org/name")
     assert not is_from_hub(name)
     assert not names_code({"data": {"autoencoder": "diffusers:AutoencoderKL"}})
-    assert names_code({"data": {"autoencoder": "timm:create"}, "model": {"name": "diffusers:AutoencoderKL"}})
+    assert names_code({"data": {"autoencoder": "timm:create"}, "tracker": {"name": "diffusers:AutoencoderKL"}})
 
 
 @pytest.mark.parametrize(("name", "said"), [

@@ -31,6 +31,7 @@ from dic_repa.sampling.load import Checkpoint
 VECTOR = {"kind": "vector", "dim": 3, "null": "learnt"}
 FAMILIES = {
     "SiT": {"width": 16, "depth": 1, "num_heads": 2, "learn_sigma": True},
+    "DiT-LLaMA": {"width": 16, "depth": 1, "num_heads": 2},
     "U-ViT": {"width": 16, "depth": 3, "num_heads": 2, "size": 8},
     "DiC": {"width": 8, "depths": (1, 1, 1, 1, 1), "condition": VECTOR},
 }
@@ -88,12 +89,17 @@ def test_onnxruntime_computes_what_the_model_does(family, dtype, share, tmp_path
     assert record["class_names"] == list("abcde")
 
 
-def test_a_torch_program_computes_what_the_model_does(tmp_path):
-    model = small("DiC")
-    made = export(model, tmp_path / "out", "torch", "bfloat16")
+@pytest.mark.parametrize(
+    ("family", "dtype", "share"),
+    [("DiC", "bfloat16", 5e-2), ("DiT-LLaMA", "float32", 1e-5)],
+)
+def test_a_torch_program_computes_what_the_model_does(family, dtype, share, tmp_path):
+    model = small(family)
+    made = export(model, tmp_path / "out", "torch", dtype)
     program = torch.export.load(made.file).module()
     for rows in (2, 5):
-        assert_close(program(*inputs(rows, vectors=True)), model, inputs(rows, vectors=True), 5e-2)
+        arguments = inputs(rows, vectors=family == "DiC")
+        assert_close(program(*arguments), model, arguments, share)
 
 
 @pytest.fixture
@@ -169,6 +175,13 @@ class Own(Pretrained):
         if self.does == "look" and x.mean() > 0:
             return x
         return self.conv(x) * (1 + self.calls) + t[:, None, None, None] + 0.1 * y[:, None, None, None]
+
+
+def test_a_network_of_diffusers_is_in_a_folder_as_any_other(opened, tmp_path):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8}
+    model = model_of(create_denoiser("diffusers:DiTTransformer2DModel", 3, 5, **sizes))
+    export(model, tmp_path / "out", "diffusers")
+    assert_close(opened(tmp_path / "out").denoiser(*inputs(2)).detach(), model, inputs(2), 1e-5)
 
 
 def test_one_denoiser_of_ones_own_for_a_fixed_batch(tmp_path):

@@ -23,7 +23,7 @@ def reference():
 
 
 def weights(reference) -> dict:
-    return {key.removeprefix("nnet."): value for key, value in reference.items() if key.startswith("nnet.")}
+    return {key.removeprefix("model."): value for key, value in reference.items() if key.startswith("model.")}
 
 
 @torch.no_grad()

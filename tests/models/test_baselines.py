@@ -336,7 +336,9 @@ def test_names_and_options_of_denoisers():
         small("SiT")(torch.randn(1, 3, 7, 8), torch.rand(1), torch.tensor([0]))
 
 
-BASELINES = [name for name in list_recipes() if name.startswith(("sit-", "dit-", "u-vit-", "digits-sit"))]
+BASELINES = [
+    name for name in list_recipes() if name.startswith(("sit-xl", "sit-b", "dit-", "diffit-", "u-vit-", "digits-sit"))
+]
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -20,7 +20,7 @@ from dic_repa.recipe.files import paper_recipe
 from dic_repa.recipe.keys import differences, flatten
 from dic_repa.sampling.sampler import check_sampling
 
-ROWS = [name for name in list_recipes() if name.startswith(("imagenet", "dic-", "urepa-", "ladder-"))]
+ROWS = [name for name in list_recipes() if name.startswith(("imagenet", "dic-", "sit-down", "urepa-", "ladder-"))]
 OTHER_LATENTS = ["dic-xl-e2e-sdvae", "dic-xl-vavae", "dic-xl-e2e-vavae", "dic-xl-rae", "dic-xl-pixels"]
 ROWS = [name for name in ROWS if name not in OTHER_LATENTS]  # test_recipes_latents.py has these
 ROWS.remove("dic-xl-jit")  # in pixels
@@ -55,6 +55,8 @@ STEPS = {
     "dic-h-urepa": 1_000_000,
     "dic-xl-urepa-haste": 1_000_000,
     "dic-xl-best": 1_000_000,
+    "sit-down-xl-2-urepa": 1_000_000,
+    "sit-down-xl-2-urepa-2m": 2_000_000,
     **{name: 100_000 for name in ROWS if name.startswith("urepa-")},
 }
 RESULTS = {
@@ -67,6 +69,22 @@ RESULTS = {
     "dic-xl-ddpm-512": {"FID": 3.04, "IS": 271.77},
     "dic-h-ddpm-512": {"FID": 2.96, "IS": 293.54},
     "dic-xl-urepa": {"FID_ODE": 1.74, "FID_SDE": 1.75},
+    "sit-down-xl-2": {"FID": 9.2},
+    "sit-down-xl-2-urepa": {"FID": 1.48},
+    "sit-down-xl-2-urepa-2m": {"FID": 1.41},
+    "sit-down-xl-2-urepa-400k": {"FID": 5.4},
+    "sit-down-l-2-urepa": {"FID": 5.8},
+    "sit-down-b-2-urepa": {"FID": 15.3},
+    "urepa-w0": {"FID": 6.25, "IS": 156.2},
+    "urepa-w2": {"FID": 5.81, "IS": 160.8},
+    "urepa-w3": {"FID": 5.72, "IS": 161.6},
+    "urepa-w4": {"FID": 5.79, "IS": 160.6},
+    "urepa-tap-4": {"FID": 9.42, "IS": 117.6},
+    "urepa-tap-32": {"FID": 13.10, "IS": 99.4},
+    "urepa-upsample-first": {"FID": 5.84, "IS": 158.5},
+    "urepa-upsample-between": {"FID": 6.36, "IS": 153.4},
+    "urepa-time-aware": {"FID": 5.63, "IS": 163.3},
+    "urepa-time-weight": {"FID": 5.58, "IS": 164.0},
     "ladder-1-isotropic": {"FID": 29.31, "GMACs": 115.6},
     "ladder-2-isotropic-skips": {"FID": 15.07, "GMACs": 117.1},
     "ladder-3-unet-dense-skips": {"FID": 14.65, "GMACs": 115.2},
@@ -75,17 +93,6 @@ RESULTS = {
     "ladder-6-mid-modulation": {"FID": 8.80},
     "ladder-7-gates": {"FID": 6.54},
     "ladder-8-gelu": {"FID": 6.26, "GMACs": 116.1},
-}
-# U-REPA's ablations are of SiT↓, so none of these numbers is a DiC-XL recipe's own.
-OF_SIT_DOWN = {
-    "urepa-w0": 6.25,
-    "urepa-w2": 5.81,
-    "urepa-w3": 5.72,
-    "urepa-w4": 5.79,
-    "urepa-tap-4": 9.4,
-    "urepa-tap-32": 13.1,
-    "urepa-time-aware": 5.63,
-    "urepa-time-weight": 5.58,
 }
 
 
@@ -134,28 +141,27 @@ def test_urepa_has_the_papers_alignment(name):
     # Counted in the order in which the blocks run, the tap is the block that the paper says.
     blocks = denoiser(recipe).blocks()
     number = 1 + next(i for i, block in enumerate(blocks) if block is denoiser(recipe).get_submodule(alignment.tap))
-    half = len(blocks) // 2
+    half = (len(blocks) + 1) // 2
     assert number == {"urepa-tap-4": 4, "urepa-tap-32": 32}.get(name, half)
+    if name.startswith("urepa-"):
+        assert (recipe.model.name, len(blocks), half) == ("SiT-down-XL/2", 36, 18)
     heads = {**dict.fromkeys(TIME_AWARE, "time-aware"), "urepa-upsample-first": "mlp-upsample-first"}
     heads["urepa-upsample-between"] = "mlp-upsample-between"
     assert alignment.head == heads.get(name, "mlp")
     assert alignment.time_weight == ("v-shape" if name in TIME_WEIGHTED else "constant")
     guidance = recipe.sample.guidance
-    assert (guidance.scale, guidance.interval) == (1.8 if name.startswith("urepa-") else 1.65, (0.0, 0.7))
-
-
-@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("urepa-")])
-def test_a_number_of_sit_down_is_not_dics(name):
-    paper = load_recipe(name).paper
-    assert paper.results == {}
-    assert "on DiC-XL, no published number" in paper.differs
-    assert paper.elsewhere == ({"SiT↓": {"FID": OF_SIT_DOWN[name]}} if name in OF_SIT_DOWN else {})
+    if ", no guidance" in recipe.paper.row:
+        assert guidance is None
+    else:
+        assert (guidance.scale, guidance.interval) == (1.8 if name.startswith("urepa-") else 1.65, (0.0, 0.7))
 
 
 def test_a_dry_run_says_whose_number_it_is():
-    lines = _paper({**load_recipe("urepa-w3").paper.model_dump(), "recipe": "urepa-w3", "changed": {}})
-    row = "arXiv 2503.18414, ablations, w = 3, MLP first, 100K steps"
-    assert lines[0] == ("paper", f"{row}: no published number of this network, FID 5.72 of SiT↓")
+    rows = {name: load_recipe(name).paper.model_dump() for name in ("urepa-w3", "dic-xl-pixels")}
+    lines = [_paper({**paper, "recipe": name, "changed": {}})[0] for name, paper in rows.items()]
+    assert lines[0] == ("paper", f"{rows['urepa-w3']['row']}: FID 5.72, IS 161.6")
+    numbers = "no published number of this network, FID 3.66 of JiT-B/16, FID 1.86 of JiT-H/16"
+    assert lines[1] == ("paper", f"{rows['dic-xl-pixels']['row']}: {numbers}")
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def test_muon_is_torchs():
     ("model", "left"),
     [
         (create_denoiser("DiC", width=8, depths=[1, 1, 1, 1, 1]), ["stem", "output.conv2", "condition.0.label"]),
+        (create_denoiser("FCDM", width=4, depths=[1, 1, 1, 1, 1]), ["stem", "output.conv2", "condition.0.label"]),
         (create_denoiser("SiT", width=32, depth=1, num_heads=2), ["patches.proj", "output.linear", "condition.label"]),
         (
             create_denoiser("U-ViT", width=16, depth=3, num_heads=2, size=16),
