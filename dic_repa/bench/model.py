@@ -4,6 +4,7 @@ import copy
 import itertools
 import runpy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dic_repa.bench.device import look_inside
-from dic_repa.bench.timing import Settings, case_label, interleave, measure
+from dic_repa.bench.timing import TORCH_DEFAULT, Settings, case_label, interleave, measure
 from dic_repa.errors import UserError, did_you_mean, first_line
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
@@ -50,7 +51,7 @@ class ModelCase:
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
-        with tf32(self.precision == "tf32"):
+        with rounding(self.precision):
             return self.model(*self.inputs)
 
     def facts(self, device: torch.device) -> dict[str, Any]:
@@ -106,18 +107,23 @@ def measure_peak(precision: str, device: torch.device, rounds: int = 5) -> dict[
 
     A multiply-add is two operations. A convolution by Winograd's or Fourier's method may exceed the matrix product.
     """
-    random = partial(torch.randn, device=device, dtype=DTYPES[precision])
+    random = partial(torch.randn, device=device, dtype=DTYPES.get(precision, torch.float32))
     work = [("matrix", 2.0 * n**3, partial(torch.matmul, random(n, n), random(n, n))) for n in MATRICES[device.type]]
     for (batch, channels, side), layout in itertools.product(CONVOLUTIONS[device.type], LAYOUTS.values()):
         x = random(batch, channels, side, side).to(memory_format=layout)
         weight = random(channels, channels, 3, 3).to(memory_format=layout)
         work.append(("convolution", 18.0 * channels**2 * batch * side**2, partial(F.conv2d, x, weight, padding=1)))
-    with tf32(precision == "tf32"):
+    with rounding(precision):
         timings = interleave([call for *_, call in work], rounds, 0.05, description=f"{precision} peak")
     best = {"matrix": 0.0, "convolution": 0.0}
     for (kind, operations, _), timing in zip(work, timings):
         best[kind] = max(best[kind], operations / timing.median / 1e12)
     return best
+
+
+def rounding(precision: str) -> AbstractContextManager[None]:
+    """While entered, a GPU rounds the factors of float32 products as the precision says."""
+    return tf32(precision == "tf32", convolutions=precision in ("tf32", TORCH_DEFAULT))
 
 
 def randomise(denoiser: Pretrained) -> Pretrained:

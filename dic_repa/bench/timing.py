@@ -1,7 +1,7 @@
 """Timing several things against each other, on the clock of `torch.utils.benchmark`; their rows as table and chart."""
 
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from dic_repa.runtime.progress import progress_bar
 from dic_repa.runtime.table import format_rows
 from dic_repa.sampling.sampler import DTYPES
 
+TORCH_DEFAULT = "torch-default"  # float32 as torch has it by itself: TF32 in convolutions, not in matrix products
 COLUMNS = {  # key of a row: heading and format
     "label": ("what", "{}"),
     "batch": ("batch", "{}"),
@@ -55,10 +56,10 @@ class Settings:
 
     def __post_init__(self):
         for name in self.precisions:
-            if name not in DTYPES:
+            if name not in (*DTYPES, TORCH_DEFAULT):
                 raise unknown_name("precision", name, DTYPES)
-            if name == "tf32" and self.device.type != "cuda":
-                raise UserError("tf32 is a precision of NVIDIA GPUs; on this device take fp32, bf16 or fp16")
+            if name in ("tf32", TORCH_DEFAULT) and self.device.type != "cuda":
+                raise UserError(f"{name} is a precision of NVIDIA GPUs; on this device take fp32, bf16 or fp16")
 
     def baselines_of(self, names: Sequence[str]) -> dict[str, list[str]]:
         """The factories for each of the `names`; a UserError for a baseline of another name."""
@@ -87,7 +88,7 @@ class Case(Protocol):
 
 
 def case_label(name: str, precision: str, mode: str, detail: str = "") -> str:
-    how = {"off": "eager", "default": "compiled"}.get(mode, mode)
+    how = {"off": "eager", "blocks": "compiled by block", "default": "compiled"}.get(mode, mode)
     return " ".join(part for part in (name, precision, detail, how) if part)
 
 
@@ -154,11 +155,12 @@ def add_ratios(rows: Sequence[dict]) -> None:
         row["ratio"] = row["images_per_second"] / first.setdefault(row["batch"], row["images_per_second"])
 
 
-def table(rows: Sequence[dict]) -> str:
+def table(rows: Sequence[dict], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> str:
     """The rows under headings, with the columns that at least one of them has."""
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    cells = [[COLUMNS[key][1].format(row[key]) if key in row else "" for key in keys] for row in rows]
-    return format_rows([[COLUMNS[key][0] for key in keys], *cells], left=(0,))
+    keys = [key for key in columns if any(key in row for row in rows)]
+    cells = [[columns[key][1].format(row[key]) if key in row else "" for key in keys] for row in rows]
+    left = [i for i, key in enumerate(keys) if key in ("label", "failed")]
+    return format_rows([[columns[key][0] for key in keys], *cells], left)
 
 
 def save_chart(rows: Sequence[dict], path: Path, title: str) -> None:

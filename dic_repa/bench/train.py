@@ -18,7 +18,7 @@ from dic_repa.bench.model import build_baseline
 from dic_repa.bench.timing import Settings, case_label, measure
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
-from dic_repa.models.compiled import allow_recompilation
+from dic_repa.models.compiled import BY_BLOCK, allow_recompilation
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.runtime.precision import tf32
 from dic_repa.training.dry_run import random_weights, with_random_data
@@ -27,6 +27,7 @@ from dic_repa.training.parts import Parts, build_parts
 from dic_repa.training.step import TrainingStep
 
 PHASES = ("encoder", "forward", "alignment", "backward", "optimizer", "ema")
+COMPILE: dict[str, Any] = {"off": False, "blocks": BY_BLOCK, "default": True}
 MIXED: dict[str, Any] = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the recipe's terms
 
 
@@ -112,7 +113,7 @@ def bench_train(recipes: Sequence[str], settings: Settings, overrides: Sequence[
     for name, kind, batch in itertools.product(recipes, settings.precisions, settings.batches):
         recipe = prepare_recipe(name, overrides, kind, batch, notes)
         for mode in settings.compiles:
-            recipe.train.compile = mode != "off"
+            recipe.train.compile = COMPILE[mode]
             parts, accelerator = build_step(recipe, device)
             # Of the average, which has no hooks: what the tap's would leave behind makes torch.compile start twice.
             gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9

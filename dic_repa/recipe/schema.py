@@ -181,7 +181,9 @@ class TrainSection(Section):
     precision: Precision = Field("no", description="mixed precision of the denoiser; no: float32")
     gradient_checkpointing: Flag = Field(False, description="recompute blocks in the backward pass, to save memory")
     tf32: Flag = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
-    compile: Flag = Field(False, description="torch.compile the denoiser with its heads")
+    compile: Flag | Literal["blocks"] = Field(
+        False, description="torch.compile the denoiser with its heads; blocks: each block by itself, in less time"
+    )
     seed: Seed = Field(0, description="all randomness of a step comes from it and the step's number")
     log_every: Count = Field(100, description="steps between lines of metrics.jsonl")
     sample_every: Natural = Field(10_000, description="steps between grids of samples; 0: none")

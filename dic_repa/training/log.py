@@ -30,7 +30,7 @@ from dic_repa.recipe import Recipe, TrainSection
 from dic_repa.recipe.build import build_denoiser
 from dic_repa.runs.environment import describe_environment
 from dic_repa.runs.folder import RunFolder
-from dic_repa.runtime.progress import progress_bar, warn
+from dic_repa.runtime.progress import progress_bar, say, warn
 from dic_repa.runtime.threads import describe_threads
 from dic_repa.training.noise_scale import NoiseScale
 from dic_repa.training.parts import Parts
@@ -147,9 +147,14 @@ class MetricLog:
         yield
         self.wait += time.perf_counter() - begin
 
-    def gradients(self, step: int) -> contextlib.AbstractContextManager[None]:
-        """To be entered while the gradients of `step`, counted from 1, are computed."""
-        return self.noise.measuring() if self.due(step) else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def gradients(self, step: int) -> Iterator[None]:
+        """To be entered while the gradients of `step`, counted from 1, are computed; the first compiles."""
+        begin = time.perf_counter()
+        with self.noise.measuring() if self.due(step) else contextlib.nullcontext():
+            yield
+        if self.settings.compile and step == self.start + 1 and self.accelerator.is_main_process:
+            say(f"compiled: the first step's gradients took {time.perf_counter() - begin:.0f} s")
 
     def due(self, step: int) -> bool:
         """Whether the step is logged."""

@@ -21,6 +21,7 @@ from dic_repa.evaluation.judge import by_encoder, check_judge, own_encoder, real
 from dic_repa.evaluation.measuring import check_metrics
 from dic_repa.evaluation.similarity import LPIPS, vgg16_file, where_to_get_vgg16
 from dic_repa.models import forward_on_meta
+from dic_repa.models.compiled import BY_BLOCK, compile_blocks
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import Denoising, check_middle_head
 from dic_repa.protocols import DataSet, Objective, Samples
@@ -132,7 +133,9 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         mean = in_all_processes(accelerator, lambda: data_mean(data, device) if wanted else None)
     aligned = AlignedDenoiser(denoiser, alignments).to(device)
     model: nn.Module = aligned
-    if settings.compile:
+    if settings.compile == BY_BLOCK:
+        compile_blocks(denoiser)
+    elif settings.compile:
         model.compile()
     if sharded := wants_sharding(settings.sharding, accelerator):
         for average in averages.values():  # cut up in the same way as the model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from small_runs import ALIGNED, assert_same, metrics, small_run, weights
 from torch import nn
 
 from dic_repa.encoders import create_encoder
+from dic_repa.models import compiled
 from dic_repa.models.blocks import Block
 from dic_repa.training.parts import cast_weights
 
@@ -29,11 +31,33 @@ def test_compiled_run_follows_the_eager_one(tmp_path, monkeypatch, plain):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
-    compiled = small_run(tmp_path / "compiled", *KEYS, "train.compile=true", base=ALIGNED)
+    run = small_run(tmp_path / "compiled", *KEYS, "train.compile=true", base=ALIGNED)
     torch._dynamo.reset()
     convolutions = sum(str(node.target).count("conv2d") for graph in graphs for node in graph.graph.nodes)
     assert convolutions >= 14  # 5 blocks of 2, stem, resampling, output
-    assert_same(weights(compiled.newest_checkpoint()), weights(plain.newest_checkpoint()), rtol=1e-4, atol=1e-5)
+    assert_same(weights(run.newest_checkpoint()), weights(plain.newest_checkpoint()), rtol=1e-4, atol=1e-5)
+
+
+def test_run_compiled_by_block_follows_the_eager_one_and_resumes(tmp_path, monkeypatch, plain, capsys):
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    compiled._compiled.cache_clear()
+    keys = [*KEYS, "train.compile=blocks", "train.checkpoint_every=2", "train.keep_checkpoints=5"]
+    run = small_run(tmp_path / "run", *keys, base=ALIGNED)
+    expected = weights(run.newest_checkpoint())
+    assert len(graphs) == 5  # one for each of its five blocks, which are of five kinds
+    assert "compiled: the first step's gradients took" in capsys.readouterr().err
+    assert_same(expected, weights(plain.newest_checkpoint()), rtol=1e-6, atol=1e-7)
+    shutil.rmtree(run.newest_checkpoint())
+    resumed = small_run(tmp_path / "run", *keys, base=ALIGNED, resume=True)
+    assert_same(weights(resumed.newest_checkpoint()), expected, rtol=0, atol=0)
+    compiled._compiled.cache_clear()
+    torch._dynamo.reset()
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, monkeypatch, plain):
