@@ -46,9 +46,13 @@ def forward_and_backward(mode: str):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    cases = {"step": training_step, "forward-backward": forward_and_backward}
+    parser.add_argument("--only", choices=cases, help="one of the two cases")
+    given = parser.parse_args()
     allow_recompilation()
-    for what in (training_step, forward_and_backward):
+    for name, what in cases.items():
+        if given.only not in (None, name):
+            continue
         calls, first = {mode: what(mode) for mode in ("off", "default", "blocks")}, {}
         times: dict[str, list[float]] = {mode: [] for mode in calls}
         for mode, call in calls.items():
@@ -56,7 +60,7 @@ if __name__ == "__main__":
             call()
             first[mode] = time.perf_counter() - begin
             call()
-        for _ in range(rounds):  # in turns
+        for _ in range(given.rounds):  # in turns
             for mode, call in calls.items():
                 begin = time.perf_counter()
                 call()
@@ -64,4 +68,4 @@ if __name__ == "__main__":
         for mode, taken in times.items():
             median = statistics.median(taken)
             ratio = statistics.median(times["off"]) / median
-            print(f"{what.__name__} {mode}: first {first[mode]:.1f} s, then {median:.3f} s, {ratio:.2f} x eager")
+            print(f"{name} {mode}: first {first[mode]:.1f} s, then {median:.3f} s, {ratio:.2f} x eager")
