@@ -1,8 +1,8 @@
 """`dic-repa bench poster`: the throughput table of DiC's poster on this device, with the convolutional peers.
 
-Ten models of full size do not fit into one GPU, so here the systems come one after the other, unlike in the other
-verbs: only the cases of one system (precisions, eager and compiled) take turns. DiT-XL/2, to which the ratios are, is
-measured first and again at the end, so that a falling clock rate shows; a row has the GPU's clocks.
+Ten models of full size do not fit into one GPU, so here not all take turns, as in the other verbs: each system in its
+precisions, eager and compiled, takes turns with DiT-XL/2, and its ratio is to what DiT-XL/2 did in these turns. A row
+has the GPU's clocks.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def bench_poster(
 ) -> Iterator[dict]:
     """Time the forward pass of the systems of these `names` at each of `pixels`; the first of the settings' batches.
 
-    Yields the whole result so far after each system: `environment`, `peaks`, `source`, `small`, `rows` and `notes`. A
-    row is for a system, size, precision and compile mode; where it could not be measured, it says why (`failed`).
+    Yields the whole result so far after each system: `environment`, `peaks`, `source`, `small` and `rows`. A row
+    is for a system, size, precision and compile mode; where it could not be measured, it says why (`failed`).
     """
     result: dict[str, Any] = {
         "environment": describe_device(settings.device),
@@ -97,22 +97,28 @@ def bench_poster(
         "small": small,
         "peaks": {kind: measure_peak(kind, settings.device) for kind in settings.precisions},
         "rows": [],
-        "notes": ["small: each system at a quarter of its width, at full depth"] if small else [],
     }
-    for px, name in itertools.product(pixels, names):
-        result["rows"] += _with_ratios(_measure(SYSTEMS[name], settings, px, small), result)
-        yield result
-    if REFERENCE in names and len(names) > 1:
-        again = _measure(SYSTEMS[REFERENCE], settings, pixels[0], small)
-        result["notes"] += [_drift(row, result["rows"]) for row in again if "failed" not in row]
-        yield result
+    for px in pixels:
+        beside: list[ModelCase] = []  # DiT-XL/2
+        for name in sorted(names, key=lambda name: name != REFERENCE):
+            rows, cases = _measure(SYSTEMS[name], settings, px, small, beside)
+            for row, (kind, peak) in itertools.product(rows, result["peaks"].items()):
+                if kind == row["precision"] and "tflops" in row:
+                    row |= {f"{work}_share": row["tflops"] / most for work, most in peak.items()}
+            result["rows"] += rows
+            beside = cases if name == REFERENCE else beside
+            del cases
+            free_memory(settings.device)
+            yield result
 
 
-def _measure(system: System, settings: Settings, px: int, small: bool) -> list[dict]:
-    """A row for each precision and compile mode; the system is in memory during this call only."""
+def _measure(
+    system: System, settings: Settings, px: int, small: bool, beside: Sequence[ModelCase]
+) -> tuple[list[dict], list[ModelCase]]:
+    """A row for each precision and compile mode, measured in turns with those `beside` it; and what could be called."""
     batch, size = settings.batches[0], PIXELS[px]
     kinds = list(itertools.product(settings.precisions, settings.compiles))
-    facts = {"system": system.name, "pixels": px, "batch": batch}
+    facts: dict[str, Any] = {"system": system.name, "pixels": px, "batch": batch}
     if px in system.poster:
         facts |= {"poster": system.poster[px], "poster_ratio": system.poster[px] / SYSTEMS[REFERENCE].poster[px]}
     rows = [
@@ -122,7 +128,7 @@ def _measure(system: System, settings: Settings, px: int, small: bool) -> list[d
     try:
         cases = _cases(system, settings, size, small)
     except Exception as error:  # of one system, which the others do not wait for
-        return [row | {"failed": _reason(error)} for row in rows]
+        return [row | {"failed": _reason(error)} for row in rows], []
     runs: list[ModelCase] = []
     measured: list[dict] = []
     for row, case in zip(rows, cases):
@@ -136,14 +142,19 @@ def _measure(system: System, settings: Settings, px: int, small: bool) -> list[d
             measured.append(row)
         except Exception as error:  # no compiler, or no memory for this case
             row["failed"] = _reason(error)
-    for row, case, timing in zip(measured, runs, interleave(runs, settings.rounds, settings.seconds, 1, system.name)):
+    try:
+        timings = interleave([*runs, *beside], settings.rounds, settings.seconds, description=system.name)
+    except Exception as error:  # no memory for all of them
+        return [{"failed": _reason(error), **row} for row in rows], []
+    medians = {case.label: timing.median for case, timing in zip([*runs, *beside], timings)}
+    for row, case, timing in zip(measured, runs, timings):
         row |= speed(timing, batch)
         row |= {"gmacs": case.operations / 2, "tflops": case.operations * row["images_per_second"] / 1000}
         row["difference"] = float((case().float() - case.reference).norm() / case.reference.norm())
         row |= read_clocks(settings.device) if settings.device.type == "cuda" else {}
-    del cases, runs
-    free_memory(settings.device)
-    return rows
+        own = case_label(REFERENCE, row["precision"], row["compile"])
+        row |= {"ratio": medians[own] / timing.median} if own in medians else {}
+    return rows, runs
 
 
 def _cases(system: System, settings: Settings, size: int, small: bool) -> list[ModelCase]:
@@ -162,37 +173,14 @@ def _cases(system: System, settings: Settings, size: int, small: bool) -> list[M
         model = denoiser if dtype == torch.float32 else copy.deepcopy(denoiser).to(dtype)
         for mode in settings.compiles:
             called = model if mode == "off" else CompiledDenoiser(model, mode)
-            cases.append(ModelCase(system.name, called, operations, kind, (x.to(dtype), t, y), reference))
+            cases.append(
+                ModelCase(case_label(system.name, kind, mode), called, operations, kind, (x.to(dtype), t, y), reference)
+            )
     return cases
 
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _with_ratios(rows: list[dict], result: dict) -> list[dict]:
-    """The rows with their ratio to DiT-XL/2 and their shares of the device's peak."""
-    for row in rows:
-        if "failed" in row:
-            continue
-        if first := _reference(row, [*result["rows"], *rows]):
-            row["ratio"] = row["images_per_second"] / first["images_per_second"]
-        for kind, peak in result["peaks"].get(row["precision"], {}).items():
-            row[f"{kind}_share"] = row["tflops"] / peak
-    return rows
-
-
-def _reference(row: dict, rows: Sequence[dict]) -> dict | None:
-    """The row of DiT-XL/2 in the same size, precision and compile mode."""
-    keys = ("pixels", "precision", "compile")
-    alike = (each for each in rows if each["system"] == REFERENCE and all(each[key] == row[key] for key in keys))
-    return next((each for each in alike if "failed" not in each), None)
-
-
-def _drift(row: dict, rows: Sequence[dict]) -> str:
-    first = _reference(row, rows)
-    share = row["images_per_second"] / first["images_per_second"] if first else float("nan")
-    return f"{row['label']} again at the end: {share:.2f} of its first speed"
 
 
 def save_poster_chart(result: dict, path: Path, title: str) -> None:

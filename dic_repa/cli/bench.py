@@ -65,8 +65,7 @@ _OF_PAPER = Several(click.Choice(["bf16", "tf32", "fp32"]))
 _OF_POSTER = Several(click.Choice(["torch-default", "bf16", "tf32", "fp32"]))
 _SYSTEMS = Several(
     click.Choice(
-        ["DiT-XL/2", "U-ViT-XL/2", "PixArt-alpha-XL/2", "DiffiT-XL/2", "DiT-LLaMA-XL/2", "SongUNet"]
-        + ["DiCo-XL", "FCDM-XL", "DiC-XL", "DiC-H"]
+        "DiT-XL/2 U-ViT-XL/2 PixArt-alpha-XL/2 DiffiT-XL/2 DiT-LLaMA-XL/2 SongUNet DiCo-XL FCDM-XL DiC-XL DiC-H".split()
     )
 )
 _PARTS = Several(click.Choice(["forward", "train", "sample"]))
@@ -96,7 +95,7 @@ def measuring_options(
                 "--batch", type=sizes, help=f"Batch sizes.  [default: {batch} on a GPU, {cpu_batch} on a CPU]"
             ),
             click.option("--precision", type=_PRECISIONS, default="fp32", help="One or several."),
-            click.option("--compile", "modes", type=modes, default="off", help="One or several; blocks: each by itself."),
+            click.option("--compile", "modes", type=modes, default="off", help="One or several; blocks: one by one."),
             click.option(
                 "--baseline",
                 multiple=True,
@@ -286,16 +285,16 @@ def paper(out: Path, small: bool, device: str | None, baseline: str, only: list[
     "modes",
     type=Several(click.Choice(["off", "blocks", "default"])),
     default="off,blocks",
-    help="One or several; blocks: each by itself.",
+    help="One or several; blocks: one by one.",
 )
 @_ROUNDS
 @click.option("--seconds", type=Between(0, 3600), default=0.3, help="Length of each measurement, about.")
 def poster(out: Path, small: bool, device: str | None, only, size, batch, precision, modes, rounds, seconds):
     """The throughput table of DiC's poster (CVPR 2025) on this device, the poster's own numbers beside it.
 
-    DiT, U-ViT, PixArt-alpha, DiffiT, DiT-LLaMA, SongUNet, DiCo, FCDM, DiC-XL and DiC-H with random weights, one after
-    the other; the cases of one system take turns. DiT-XL/2, to which the ratios are, is measured again at the end. A
-    system that cannot be measured has a row that says why. torch-default is float32 as torch has it by itself: TF32 in
+    DiT, U-ViT, PixArt-alpha, DiffiT, DiT-LLaMA, SongUNet, DiCo, FCDM, DiC-XL and DiC-H with random weights: each takes
+    turns with DiT-XL/2, to which its ratio is, since all do not fit into one GPU. A system that
+    cannot be measured has a row that says why. torch-default is float32 as torch has it by itself: TF32 in
     convolutions, not in matrix products; the poster does not say its device and precision. The folder gets poster.json,
     after each system, and the chart poster.png.
 
@@ -325,7 +324,7 @@ def poster(out: Path, small: bool, device: str | None, only, size, batch, precis
     here = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
     title = f"forward pass, batch {settings.batches[0]}" + (", each at a quarter of its width" if small else "")
     save_poster_chart(result, out / "poster.png", f"{title}\n{here}\nposter: {result['source']}")
-    print_result("\n".join([here, title, table(result["rows"], COLUMNS), *result["notes"]]))
+    print_result("\n".join([here, title, table(result["rows"], COLUMNS)]))
     print_result(f"saved: {out}")
 
 

@@ -86,8 +86,9 @@ def find_blocks(denoiser: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _blocks_within(module: nn.Module, names: Collection[str]) -> Iterator[tuple[nn.Module, str]]:
-    if hasattr(type(module), "_repeated_blocks"):  # diffusers'
-        names = type(module)._repeated_blocks or DIFFUSERS_BLOCKS
+    kind: Any = type(module)
+    if hasattr(kind, "_repeated_blocks"):  # diffusers'
+        names = kind._repeated_blocks or DIFFUSERS_BLOCKS
     for child in module.children():
         if isinstance(child, RecomputableBlock):
             yield child, "_forward"
