@@ -178,7 +178,7 @@ def test_mistakes(mistake, tmp_path):
     if not torch.cuda.is_available():
         assert "take --small" in mistake("bench", "paper")
     assert "takes whole numbers from 1, not 'one'" in mistake("bench", "model", "DiC-S", "--batch=one")
-    assert "'reduce-overhed' is not one of 'off', 'default', 'reduce-overhead'" in mistake(
+    assert "'reduce-overhed' is not one of 'off', 'blocks', 'default', 'reduce-overhead'" in mistake(
         "bench", "sample", "digits-urepa", "--compile=reduce-overhed"
     )
     assert "needs a GPU" in mistake("bench", "train", "digits-urepa", "--precision=fp16", "--device=cpu")
