@@ -125,3 +125,8 @@ def _click_type(schema: dict[str, Any]) -> Any:
     if schema.get("type") == "integer":
         return Count(schema.get("minimum", 0))
     return {"number": float, "boolean": bool}.get(schema.get("type", ""), str)
+
+
+# Of what is measured.
+DEVICE = click.option("--device", help="cpu, cuda or cuda:1.  [default: the GPU where there is one]")
+ROUNDS = click.option("--rounds", type=Count(1, "repeats"), default=7, help="How often each case is measured.")

@@ -13,7 +13,8 @@ from dic_repa.bench.model import rounding
 from dic_repa.bench.poster import SYSTEMS, System, bench_poster
 from dic_repa.bench.timing import Settings
 from dic_repa.bench.timing import interleave as timing
-from dic_repa.cli import bench, main
+from dic_repa.cli import bench_poster as verb
+from dic_repa.cli import main
 
 CPU = torch.device("cpu")
 # The poster's "TP" at 256 and 512 px, typed from its picture.
@@ -43,7 +44,7 @@ def tiny(monkeypatch):
 def test_numbers_of_the_poster():
     assert {name: dict(system.poster) for name, system in SYSTEMS.items() if system.poster} == POSTER
     assert {*SYSTEMS} - {*POSTER} == {"SongUNet", "DiCo-XL", "FCDM-XL"}
-    assert [*SYSTEMS] == [*bench._SYSTEMS.one.choices]
+    assert [*SYSTEMS] == [*verb._SYSTEMS.one.choices]
 
 
 def test_command(tmp_path, capsys):
