@@ -11,7 +11,7 @@ from dic_repa.cli import completion
 from dic_repa.cli.options import Count, json_option, set_option
 from dic_repa.errors import unknown_name
 from dic_repa.recipe import list_recipes, load_training_recipe
-from dic_repa.runtime.progress import print_result
+from dic_repa.runtime.progress import print_result, progress_bar
 from dic_repa.runtime.table import format_rows
 
 if TYPE_CHECKING:
@@ -53,17 +53,18 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
     from dic_repa.models import list_denoisers, measure_cost
     from dic_repa.models.registry import preset_counts
 
+    wanted = names or [name for name in list_denoisers() if not name.endswith(("/4", "/8"))]
+    found = [model_name for name in wanted for model_name in list_denoisers(name) or [name]]
     rows = []
-    for name in names or [name for name in list_denoisers() if not name.endswith(("/4", "/8"))]:
-        for model_name in list_denoisers(name) or [name]:
-            with torch.device("meta"):
-                models = _models(model_name, sizes, overrides)
-            for size, model in models:
-                row = {"model": model_name, "size": size, **vars(measure_cost(model, size))}
-                if counts := preset_counts(model_name):
-                    numbers = {"parameters_M": counts.parameters, "GMACs": counts.gmacs.get(size)}
-                    row["source"] = {**numbers, "name": counts.source}
-                rows.append(row)
+    for model_name in progress_bar(found, desc="counting", leave=False):
+        with torch.device("meta"):
+            models = _models(model_name, sizes, overrides)
+        for size, model in models:
+            row = {"model": model_name, "size": size, **vars(measure_cost(model, size))}
+            if counts := preset_counts(model_name):
+                numbers = {"parameters_M": counts.parameters, "GMACs": counts.gmacs.get(size)}
+                row["source"] = {**numbers, "name": counts.source}
+            rows.append(row)
     if as_json:
         print_result(json.dumps(rows, indent=2))
         return
@@ -74,7 +75,9 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
         for row in rows
     ]  # fmt: skip
     print_result(format_rows([heading, *cells], left=[0]))
-    theirs = [_theirs(row) for row in rows if "source" in row]
+    told = [row for row in rows if "source" in row]
+    counted = {row["model"] for row in told if row["source"]["GMACs"]}
+    theirs = [_theirs(row) for row in told if row["source"]["GMACs"] or row["model"] not in counted]
     if theirs:
         print_result("\nwhat their sources count")
         print_result(format_rows([["model", "latent", "params (M)", "GMACs", "source"], *theirs], left=[0, 4]))
@@ -106,9 +109,10 @@ def _models(name: str, sizes: tuple[int, ...], overrides: tuple[str, ...]) -> li
         model = create_denoiser(name, channels)
         return [(each, model) for each in sizes or (size, 2 * size)]
     counts = preset_counts(name)
-    model = create_denoiser(name, **(counts.options if counts else {}))
+    options = counts.options if counts else {}
+    model = create_denoiser(name, **options)
     if own_size := getattr(model, "size", None):  # its positions are learnt for one size
-        return [(size, create_denoiser(name, size=size)) for size in sizes or (own_size,)]
+        return [(size, create_denoiser(name, **options, size=size)) for size in sizes or (own_size,)]
     return [(size, model) for size in sizes or (32, 64)]
 
 

@@ -33,7 +33,7 @@ def net():
 def test_the_trainers_own_loss_and_gradients(options, monkeypatch):
     """On our DiC, in one pass, in several, and with checkpointed blocks: to 1e-6."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no")  # not what an earlier test has left
     recipe = small_recipe(*options, "train.label_dropout=0", base=ALIGNED)
     parts = build_parts(recipe, accelerator)
     for parameter in parts.denoiser.parameters():
