@@ -79,8 +79,8 @@ class SiT(Pretrained):
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         middle_head: the block that a second head sits on, for internal guidance (`add_middle_head`); then the output is
             twice the channels, the head's prediction behind the model's own.
-        block: 'adaln', DiT's and SiT's; 'llama', VisionLLaMA's as its paper has it, or 'llama-layer-norm', as its code
-            and checkpoints do; 'diffit', DiffiT's.
+        block: 'adaln', DiT's and SiT's; 'llama', VisionLLaMA's with LLaMA's RMSNorm, or 'llama-layer-norm', as its code
+            and checkpoints have it; 'diffit', DiffiT's.
         size: height and width of the data, a multiple of `patch_size`, for blocks of one size: 'diffit'.
     """
 
