@@ -56,7 +56,7 @@ def command(names: tuple[str, ...], sizes: tuple[int, ...], overrides: tuple[str
     wanted = names or [name for name in list_denoisers() if not name.endswith(("/4", "/8"))]
     found = [model_name for name in wanted for model_name in list_denoisers(name) or [name]]
     rows = []
-    for model_name in progress_bar(found, desc="counting", leave=False):
+    for model_name in progress_bar(found, desc="counting", leave=False, disable=len(found) < 8):  # a few take no time
         with torch.device("meta"):
             models = _models(model_name, sizes, overrides)
         for size, model in models:
