@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -20,7 +23,7 @@ from dic_repa.models.layers import RecomputableBlock
 from dic_repa.models.pretrained import Pretrained
 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
-BY_BLOCK = "blocks"
+BY_BLOCK, AUTO = "blocks", "auto"
 # Classes of diffusers' blocks, for its models that name none in `_repeated_blocks`.
 DIFFUSERS_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Attention")
 
@@ -50,6 +53,24 @@ class CompiledDenoiser(nn.Module):
             return self.compiled(x, t, y)
         torch.compiler.cudagraph_mark_step_begin()
         return self.compiled(x, t, y).clone()
+
+
+def training_mode(wanted: bool | str, denoiser: nn.Module, device: torch.device) -> bool | str:
+    """`train.compile` as it is on this device: 'auto' is by block on a GPU, if the denoiser has blocks."""
+    if wanted != AUTO:
+        return wanted
+    return BY_BLOCK if can_compile(denoiser, device) else False
+
+
+def can_compile(denoiser: nn.Module, device: torch.device) -> bool:
+    """Whether torch.compile can make code for the GPU `device`, block by block.
+
+    It needs Triton, a C compiler, by which Triton builds what starts its kernels, and a GPU of 2017 or later.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))
+    return bool(compiler and importlib.util.find_spec("triton") and any(_blocks_within(denoiser, ())))
 
 
 def allow_recompilation(limit: int = 256) -> None:

@@ -181,8 +181,10 @@ class TrainSection(Section):
     precision: Precision = Field("no", description="mixed precision of the denoiser; no: float32")
     gradient_checkpointing: Flag = Field(False, description="recompute blocks in the backward pass, to save memory")
     tf32: Flag = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
-    compile: Flag | Literal["blocks"] = Field(
-        False, description="torch.compile the denoiser with its heads; blocks: each block by itself, in less time"
+    compile: Flag | Literal["auto", "blocks", "reduce-overhead"] = Field(
+        "auto",
+        description="torch.compile the denoiser with its heads; blocks: each block by itself, in less time; "
+        "reduce-overhead: with CUDA graphs; auto: blocks on a GPU, else false",
     )
     seed: Seed = Field(0, description="all randomness of a step comes from it and the step's number")
     log_every: Count = Field(100, description="steps between lines of metrics.jsonl")

@@ -94,10 +94,10 @@ class SampleSection(Section):
         description="of the denoiser, its weights cast once; the solver's state is float32 always. tf32: float32 with "
         "products that a GPU rounds, the decoder's too",
     )
-    compile: Literal["off", "blocks", "default", "reduce-overhead", "max-autotune"] = Field(
-        "off",
+    compile: Literal["auto", "off", "blocks", "default", "reduce-overhead", "max-autotune"] = Field(
+        "auto",
         description="mode of torch.compile; blocks: each block by itself, in less time; reduce-overhead: with CUDA "
-        "graphs, on a GPU",
+        "graphs, on a GPU; auto: blocks for many images on a GPU, else off",
     )
     weights: Name = Field("ema", description="ema; raw: the model itself; or a further average, such as ema-0.999")
     num: Images = Field(50_000, description="how many images")

@@ -1,26 +1,32 @@
-"""TF32: whether a GPU may round the factors of float32 products to 10 bits of mantissa."""
+"""How a GPU computes in float32, and by which algorithms: torch's switches for the whole process, in one place.
+
+TF32 rounds the factors of float32 products to 10 bits of mantissa. cuDNN's benchmark mode tries all algorithms of a
+convolution at its first call in each shape, and takes the fastest from then on.
+"""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 
-def allow_tf32(allowed: bool, convolutions: bool | None = None) -> None:
-    """Let matrix products use TF32 or not, and `convolutions` alike if it is None: torch itself lets convolutions."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed if convolutions is None else convolutions
-
-
 @contextlib.contextmanager
-def tf32(allowed: bool, convolutions: bool | None = None) -> Iterator[None]:
-    """`allow_tf32`, and as it was afterwards; also a decorator."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    allow_tf32(allowed, convolutions)
+def tf32(allowed: bool, convolutions: bool | None = None, benchmark: bool = False) -> Iterator[None]:
+    """Inside, TF32 is allowed or not; everything is as it was afterwards. Also a decorator.
+
+    Args:
+        allowed: in matrix products.
+        convolutions: in convolutions; None: alike. Torch itself allows it there alone.
+        benchmark: cuDNN's benchmark mode, for work whose shapes are few. It stays off where the user has asked torch
+            for deterministic algorithms, since its choice may differ from run to run.
+    """
+    matrices, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matrices.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    matrices.allow_tf32 = allowed
+    cudnn.allow_tf32 = allowed if convolutions is None else convolutions
+    cudnn.benchmark = benchmark and not deterministic
     try:
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        matrices.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before

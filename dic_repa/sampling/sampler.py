@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dic_repa.conditions import NoCondition, condition_of_model
 from dic_repa.data.autoencoders import Pixels
 from dic_repa.errors import UserError
-from dic_repa.models.compiled import CompiledDenoiser
+from dic_repa.models.compiled import AUTO, BY_BLOCK, CompiledDenoiser, can_compile
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.runtime.precision import tf32
@@ -25,6 +25,9 @@ from dic_repa.samplers.guidance import guidances
 
 # Solves for some rows of a batch: (rows, velocity, noise (B, C, H, W), solver, **options) -> x, or (x, SampleInfo).
 Solve = Callable[..., Any]
+# Denoiser evaluations of a batch that are worth compiling by block: DiC-XL gains 12 of 29 ms in each on a H200, at
+# batch 32, and takes 10 s to compile.
+MANY = 1000
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,7 +65,8 @@ class Sampler:
     evaluations: int = 0
     states: Sequence[Tensor] = ()
     times: Sequence[float] = ()
-    _prepared: dict[int, tuple[Pretrained, nn.Module]] = field(default_factory=dict)  # by the identity of the original
+    _cast: dict[int, Pretrained] = field(default_factory=dict)  # by the identity of the original
+    _compiled: dict[tuple[int, str], CompiledDenoiser] = field(default_factory=dict)  # and by mode
 
     def __post_init__(self) -> None:
         self.condition = self.condition or condition_of_model(self.denoiser) or NoCondition()
@@ -83,8 +87,10 @@ class Sampler:
         solve = solve or _from_noise
         y = self.condition.rows(labels)
         settings, info = self.settings, solver_info(self.settings.solver)
-        model = self._as_model(self._prepare(self.denoiser), info)
-        weak = self.weak and self._as_model(self._prepare(self.weak), info)
+        many = math.ceil(len(labels) / settings.batch_size) * self._steps(info) >= MANY
+        mode = self._mode(many)
+        model = self._as_model(self._prepare(self.denoiser, mode), info)
+        weak = self.weak and self._as_model(self._prepare(self.weak, mode), info)
         guidance, device = build_guidance(settings.guidance), next(self.denoiser.parameters()).device
 
         size = settings.batch_size
@@ -93,7 +99,7 @@ class Sampler:
             wanted = len(rows)
             # Compiled for a full batch, the last batch is filled up with copies of an image, not compiled anew.
             # Not with an adaptive solver: its steps depend on all images of a batch.
-            if start and settings.compile != "off" and info.kind != "adaptive":
+            if start and mode != "off" and info.kind != "adaptive":
                 rows += rows[-1:] * (size - wanted)
             velocity = guidance.bind(model, y[rows].to(device), weak_model=weak)
             places = [indices[row] for row in rows]
@@ -102,7 +108,7 @@ class Sampler:
             options = self._options(info, places)
             first = start == 0  # the details hold every state: too much for each batch
             watched = Watched(velocity, partial(self._tell, info, start)) if self.watch else velocity
-            with self._exactly():
+            with self._exactly(benchmark=many):
                 x = solve(rows, watched, noise, settings.solver, **options, return_info=first)
             if first:
                 x, details = x
@@ -140,25 +146,41 @@ class Sampler:
         assert self.watch is not None
         self.watch(start, float(t[0]), data)
 
-    def _exactly(self) -> AbstractContextManager[None]:
+    def _exactly(self, benchmark: bool = False) -> AbstractContextManager[None]:
         """Float32 products as exact as the settings' precision says, whatever was set before."""
-        return tf32(self.settings.precision == "tf32")
+        return tf32(self.settings.precision == "tf32", benchmark=benchmark)
 
-    def _prepare(self, denoiser: Pretrained) -> nn.Module:
-        """`denoiser` in the settings' precision, compiled if they say so.
+    def _mode(self, many: bool) -> str:
+        """`settings.compile` where the denoiser is evaluated `many` times or not; never 'auto'."""
+        if self.settings.compile != AUTO:
+            return self.settings.compile
+        device = next(self.denoiser.parameters()).device
+        return BY_BLOCK if many and can_compile(self.denoiser, device) else "off"
+
+    def _prepare(self, denoiser: Pretrained, mode: str) -> nn.Module:
+        """`denoiser` in the settings' precision, compiled if the `mode` is not 'off'.
 
         Cast at each call, since a run's averaged weights have changed since the last grid; not for each batch.
         """
-        dtype = DTYPES[self.settings.precision]
-        if id(denoiser) not in self._prepared:
-            cast = denoiser if dtype == torch.float32 else copy.deepcopy(denoiser).to(dtype)
-            compiles = self.settings.compile != "off"
-            self._prepared[id(denoiser)] = cast, CompiledDenoiser(cast, self.settings.compile) if compiles else cast
-            return self._prepared[id(denoiser)][1]
-        cast, prepared = self._prepared[id(denoiser)]
-        if cast is not denoiser:
-            cast.load_state_dict(denoiser.state_dict())
-        return prepared
+        dtype, key = DTYPES[self.settings.precision], id(denoiser)
+        if dtype == torch.float32:
+            self._cast[key] = denoiser
+        elif key in self._cast:
+            self._cast[key].load_state_dict(denoiser.state_dict())
+        else:
+            self._cast[key] = copy.deepcopy(denoiser).to(dtype)
+        if mode == "off":
+            return self._cast[key]
+        if (key, mode) not in self._compiled:
+            self._compiled[key, mode] = CompiledDenoiser(self._cast[key], mode)
+        return self._compiled[key, mode]
+
+    def _steps(self, info: SolverInfo) -> int:
+        """Of the solver; about how many, if it is adaptive."""
+        s = self.settings
+        if s.grid and s.grid.times:
+            return len(s.grid.times) - 1
+        return s.steps or (50 if info.process == "ode" else 250)
 
     def _as_model(self, denoiser: nn.Module, info: SolverInfo):
         if info.process != "ddpm":
@@ -170,7 +192,7 @@ class Sampler:
     def _options(self, info: SolverInfo, indices: Sequence[int]) -> dict:
         s = self.settings
         options = {key: getattr(s, key) for key in s.solver_keys() if key != "grid"}
-        options["steps"] = s.steps or (None if info.kind == "adaptive" else 50 if info.process == "ode" else 250)
+        options["steps"] = s.steps or (None if info.kind == "adaptive" else self._steps(info))
         if s.grid and s.grid.times is None:
             grid = time_grids.create(s.grid.name, **s.grid.options)
             options["times"] = grid.of(math.prod(self.shape)) if hasattr(grid, "of") else grid

@@ -56,7 +56,6 @@ STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
 
 
-@tf32(False)  # restores what building the parts changes
 def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     """What training `recipe` into `path` takes, as a plain dict; see `dic-repa train --dry-run`.
 
@@ -107,7 +106,8 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     if accelerator.device.type == "cpu" and macs > FEASIBLE_MACS:
         notes.append(f"no steps were run: {macs / 1e12:.0f} TMACs are too many for a CPU, so the speed is not known")
     else:
-        report |= measure(trial, accelerator, recipe.train, processes, notes)
+        with tf32(recipe.train.tf32, benchmark=True):
+            report |= measure(trial, accelerator, recipe.train, processes, notes)
     return report | {"notes": notes}
 
 

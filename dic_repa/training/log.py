@@ -34,7 +34,6 @@ from dic_repa.runtime.progress import progress_bar, say, warn
 from dic_repa.runtime.threads import describe_threads
 from dic_repa.training.noise_scale import NoiseScale
 from dic_repa.training.parts import Parts
-from dic_repa.training.start import Start
 from dic_repa.training.trackers import Trackers
 from dic_repa.training.trainable import describe_trainable
 
@@ -45,6 +44,12 @@ PANELS = {  # of the loss curves: title and sign
     "manifold": ("manifold loss", 1.0),
     "autoencoder.l1": ("error of the autoencoder's images", 1.0),
     "latent.spatial_std": ("deviation of latents over an image", 1.0),
+}
+COMPILED = {
+    False: "",
+    True: ", compiled",
+    "blocks": ", compiled by block",
+    "reduce-overhead": ", compiled with CUDA graphs",
 }
 
 
@@ -67,7 +72,7 @@ def run_header(recipe: Recipe, run: RunFolder, parts: Parts, accelerator: Accele
     share = settings.batch_size // processes
     costs = f"{cost.parameters / 1e6:.4g} M parameters, {cost.macs / 1e9:.4g} GMACs an image"
     rows = [
-        ("device", f"{device_name(accelerator.device)}, {precision}{threads}"),
+        ("device", f"{device_name(accelerator.device)}, {precision}{COMPILED[parts.compiled]}{threads}"),
         ("denoiser", f"{recipe.model.name}, {costs}"),
         *beginning,
         *([("trains", trains)] if trains else []),
@@ -105,9 +110,9 @@ class MetricLog:
 
     def __init__(
         self, run: RunFolder, accelerator: Accelerator, settings: TrainSection, start: int, trackers: Trackers,
-        noise: NoiseScale, begun_from: Start | None = None,
+        noise: NoiseScale, parts: Parts,
     ):  # fmt: skip
-        self.begun_from, self.noise = begun_from, noise
+        self.begun_from, self.compiled, self.noise = parts.start, parts.compiled, noise
         self.run, self.accelerator, self.settings, self.trackers = run, accelerator, settings, trackers
         self.start = start
         self.sums: dict[str, Tensor] = {}  # of the finite values and of their steps, (2,)
@@ -153,7 +158,7 @@ class MetricLog:
         begin = time.perf_counter()
         with self.noise.measuring() if self.due(step) else contextlib.nullcontext():
             yield
-        if self.settings.compile and step == self.start + 1 and self.accelerator.is_main_process:
+        if self.compiled and step == self.start + 1 and self.accelerator.is_main_process:
             say(f"compiled: the first step's gradients took {time.perf_counter() - begin:.0f} s")
 
     def due(self, step: int) -> bool:

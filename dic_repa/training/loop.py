@@ -64,7 +64,7 @@ def train(
         say(f"note: changed since the run began: {line}")
     check_parents(run.path / MARKER)
     with ExitStack() as stack:
-        stack.enter_context(tf32(settings.tf32))
+        stack.enter_context(tf32(settings.tf32, benchmark=True))
         setup = stack.enter_context(ExitStack())
         what = "all that the recipe names, and the other processes, to be ready"
         setup.enter_context(watched("setup", what, recipe.timeouts.setup))
@@ -99,7 +99,7 @@ def train(
         shards = ShardWriter(run.checkpoints, accelerator) if parts.sharded else None
         writer = stack.enter_context(CheckpointWriter(run, shards))
         noise = NoiseScale(parts.model, accelerator, settings.batch_size, train_step.passes, parts.sharded)
-        log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers, noise, parts.start))
+        log = stack.enter_context(MetricLog(run, accelerator, settings, start, trackers, noise, parts))
         log.watchers += [parts.joint.watch] if parts.joint else []
         if checkpoint:
             load_log(checkpoint, log, guard, noise)

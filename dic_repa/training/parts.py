@@ -21,7 +21,7 @@ from dic_repa.evaluation.judge import by_encoder, check_judge, own_encoder, real
 from dic_repa.evaluation.measuring import check_metrics
 from dic_repa.evaluation.similarity import LPIPS, vgg16_file, where_to_get_vgg16
 from dic_repa.models import forward_on_meta
-from dic_repa.models.compiled import BY_BLOCK, compile_blocks
+from dic_repa.models.compiled import BY_BLOCK, compile_blocks, training_mode
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import Denoising, check_middle_head
 from dic_repa.protocols import DataSet, Objective, Samples
@@ -35,7 +35,6 @@ from dic_repa.recipe.build import (
     import_plugins,
 )
 from dic_repa.runs.checkpoints import RAW
-from dic_repa.runtime.precision import allow_tf32
 from dic_repa.runtime.processes import in_all_processes
 from dic_repa.runtime.progress import warn
 from dic_repa.runtime.watchdog import watched
@@ -74,6 +73,7 @@ class Parts:
     start: Start | None = None  # from other weights; None also of a run that goes on from a checkpoint
     data_mean: Tensor | None = None  # (C, H, W), if sampling needs it
     joint: EndToEnd | None = None  # the autoencoder, if it is trained, too
+    compiled: bool | str = False  # as `train.compile`, but never 'auto'
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -87,7 +87,6 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
     """
     settings, device = recipe.train, accelerator.device
     import_plugins(recipe)
-    allow_tf32(settings.tf32)
     torch.manual_seed(settings.seed)
 
     data, shape = in_all_processes(accelerator, lambda: (data := build_dataset(recipe.data), data_shape(data)))
@@ -133,10 +132,11 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         mean = in_all_processes(accelerator, lambda: data_mean(data, device) if wanted else None)
     aligned = AlignedDenoiser(denoiser, alignments).to(device)
     model: nn.Module = aligned
-    if settings.compile == BY_BLOCK:
+    compiled = training_mode(settings.compile, denoiser, device)
+    if compiled == BY_BLOCK:
         compile_blocks(denoiser)
-    elif settings.compile:
-        model.compile()
+    elif compiled:
+        model.compile(mode=None if compiled is True else compiled)
     if sharded := wants_sharding(settings.sharding, accelerator):
         for average in averages.values():  # cut up in the same way as the model
             shard(average.model, average.model, accelerator)
@@ -160,7 +160,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -
         sampler.decode = joint.decode if joint else sampler.decode
     return Parts(
         condition, data, shape, objective, encoders, caches, denoiser, aligned.aligner, model,
-        optimizer, ema, averages, sampler, sharded, start, mean, joint,
+        optimizer, ema, averages, sampler, sharded, start, mean, joint, compiled,
     )  # fmt: skip
 
 

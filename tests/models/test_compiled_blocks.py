@@ -15,7 +15,7 @@ from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.errors import UserError
 from dic_repa.models import compiled, create_denoiser, measure_cost
 from dic_repa.models.adapters import add_adapters
-from dic_repa.models.compiled import CompiledDenoiser, compile_blocks, find_blocks
+from dic_repa.models.compiled import CompiledDenoiser, can_compile, compile_blocks, find_blocks, training_mode
 from dic_repa.models.derivative import total_derivative
 from dic_repa.models.pretrained import Pretrained
 
@@ -155,3 +155,33 @@ def test_blocks_of_diffusers(graphs):
 def test_a_denoiser_without_blocks():
     with pytest.raises(UserError, match="Linear has no blocks that could be compiled one by one"):
         compile_blocks(nn.Linear(1, 1))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU as far as torch.compile's needs are asked for, and a C compiler."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "cc")
+    return torch.device("cuda")
+
+
+def test_blocks_are_compiled_by_themselves_on_a_gpu(gpu):
+    denoiser = create_denoiser("DiC", width=8, depths=(1, 1, 1, 1, 1))
+    assert training_mode("auto", denoiser, gpu) == "blocks"
+    assert training_mode("auto", denoiser, torch.device("cpu")) is False
+    assert training_mode("auto", nn.Linear(1, 1), gpu) is False
+    assert training_mode(False, denoiser, gpu) is False
+    assert training_mode("reduce-overhead", nn.Linear(1, 1), torch.device("cpu")) == "reduce-overhead"
+
+
+@pytest.mark.parametrize("lacks", ["Triton", "a C compiler", "a newer GPU"])
+def test_nothing_is_compiled_by_itself_where_that_would_fail(gpu, monkeypatch, lacks):
+    if lacks == "Triton":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    elif lacks == "a C compiler":
+        monkeypatch.delenv("CC")
+        monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not can_compile(create_denoiser("DiC", width=8, depths=(1, 1, 1, 1, 1)), gpu)

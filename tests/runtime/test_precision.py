@@ -1,4 +1,4 @@
-"""TF32: who lets a GPU use it, told by torch's two flags, which can be set without one."""
+"""TF32 and cuDNN's benchmark mode: who lets a GPU use them, told by torch's flags, which can be set without one."""
 
 from __future__ import annotations
 
@@ -77,6 +77,40 @@ def test_trying_a_recipe_out_puts_back_what_it_sets(seen, tmp_path, monkeypatch)
     assert (True, True) in seen
     narrow = ["model.width=8", "model.depths=[1,1,1,1,1]", "alignments=[]"]
     bench_train(["digits-urepa"], Settings(torch.device("cpu"), batches=(1,), rounds=1, seconds=0.0), narrow)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Whether cuDNN would try its algorithms, at each call of a denoiser."""
+    tried, forward = [], DiC.forward
+
+    def noting(*arguments):
+        tried.append(torch.backends.cudnn.benchmark)
+        return forward(*arguments)
+
+    monkeypatch.setattr(DiC, "forward", noting)
+    yield tried
+    assert not torch.backends.cudnn.benchmark  # as before
+
+
+def test_algorithms_are_tried_where_shapes_are_few(tried, tmp_path, monkeypatch):
+    small_run(tmp_path / "run", "train.steps=1")
+    assert tried[-1]
+    images(small_sampler())
+    assert not tried[-1]  # a few steps are over before the best is found
+    monkeypatch.setattr("dic_repa.sampling.sampler.MANY", 2 * 3)
+    images(small_sampler())  # two batches of three steps
+    assert tried[-1]
+
+
+@pytest.mark.parametrize("asks", ["cudnn", "torch"])
+def test_algorithms_are_not_tried_against_a_wish_for_determinism(monkeypatch, asks):
+    if asks == "cudnn":
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    else:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with tf32(False, benchmark=True):
+        assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize("allowed", [True, False])

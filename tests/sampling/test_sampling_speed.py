@@ -9,6 +9,7 @@ import torch
 from small_samplers import LABELS, images, small_sampler
 
 from dic_repa.models import DiC
+from dic_repa.sampling import sampler as sampler_module
 from dic_repa.sampling.sampler import decode_batches
 
 
@@ -21,7 +22,7 @@ def test_half_precision_gives_the_same_images_within_its_rounding():
 def test_weights_are_cast_once_a_call_and_follow_the_original():
     half, casts = small_sampler(precision="bf16"), []
     before = images(half)
-    (cast, _) = next(iter(half._prepared.values()))
+    (cast,) = half._cast.values()
     cast.register_load_state_dict_post_hook(lambda *_: casts.append(1))
     for parameter in half.denoiser.parameters():
         parameter.mul_(2)
@@ -50,6 +51,19 @@ def test_compiled_sampling(graphs):
     compiled = images(small_sampler(compile="reduce-overhead"))
     assert len(graphs) == 2  # one for the plain batch, one for the doubled
     torch.testing.assert_close(compiled, images(small_sampler()), rtol=1e-5, atol=1e-5)
+
+
+def test_many_images_on_a_gpu_are_compiled_by_block(monkeypatch):
+    modes = []
+    monkeypatch.setattr(sampler_module, "can_compile", lambda denoiser, device: True)
+    monkeypatch.setattr(sampler_module, "CompiledDenoiser", lambda model, mode: modes.append(mode) or model)
+    monkeypatch.setattr(sampler_module, "MANY", 4 * 3)  # four batches of two images, each of three steps
+    sampler = small_sampler()
+    images(sampler, torch.zeros(6, dtype=torch.int64))
+    assert not modes
+    images(sampler, torch.zeros(7, dtype=torch.int64))
+    images(sampler, torch.zeros(8, dtype=torch.int64))
+    assert modes == ["blocks"]
 
 
 @pytest.mark.slow
