@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import os
-import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -18,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dic_repa.conditions import null_of
-from dic_repa.errors import UserError
+from dic_repa.errors import UserError, first_line
 from dic_repa.models.layers import RecomputableBlock
 from dic_repa.models.pretrained import Pretrained
+from dic_repa.runtime.progress import detail, warn
 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 BY_BLOCK, AUTO = "blocks", "auto"
@@ -43,16 +42,23 @@ class CompiledDenoiser(nn.Module):
         by_block = mode == BY_BLOCK
         self.compiled = _ByBlock(denoiser) if by_block else torch.compile(denoiser, mode=mode, dynamic=False)
         self.in_channels, self.null = denoiser.in_channels, null_of(denoiser)
+        self.met: set[torch.Size] = set()  # shapes that were compiled for
 
     @property
     def middle_head(self) -> nn.Module | None:
         return getattr(self.denoiser, "middle_head", None)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if not self.graphs:
-            return self.compiled(x, t, y)
-        torch.compiler.cudagraph_mark_step_begin()
-        return self.compiled(x, t, y).clone()
+        begin = time.perf_counter()
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+            out = self.compiled(x, t, y).clone()
+        else:
+            out = self.compiled(x, t, y)
+        if x.shape not in self.met:
+            self.met.add(x.shape)
+            detail(f"compiled for a batch of {len(x)}: the first call took {time.perf_counter() - begin:.1f} s")
+        return out
 
 
 def training_mode(wanted: bool | str, denoiser: nn.Module, device: torch.device) -> bool | str:
@@ -63,14 +69,23 @@ def training_mode(wanted: bool | str, denoiser: nn.Module, device: torch.device)
 
 
 def can_compile(denoiser: nn.Module, device: torch.device) -> bool:
-    """Whether torch.compile can make code for the GPU `device`, block by block.
+    """Whether torch.compile can make code for the GPU `device`, block by block."""
+    return device.type == "cuda" and any(_blocks_within(denoiser, ())) and compiler_works(device)
 
-    It needs Triton, a C compiler, by which Triton builds what starts its kernels, and a GPU of 2017 or later.
+
+@functools.cache
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile works for the device, tried out once; a warning says why not.
+
+    It needs Triton, a C compiler, Python's headers and a new enough GPU, but only a trial shows that all fit together.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device))
+    except Exception as error:  # the compilers' own, of any kind
+        why = first_line(getattr(error, "inner_exception", error))
+        warn(f"torch.compile does not work on {device} ({why}); computing without it, which is slower")
         return False
-    compiler = os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))
-    return bool(compiler and importlib.util.find_spec("triton") and any(_blocks_within(denoiser, ())))
+    return True
 
 
 def allow_recompilation(limit: int = 256) -> None:
@@ -136,12 +151,18 @@ class _CompiledMethod:
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         method = getattr(type(self.module), self.name)
-        return (method if _never_compiled(inputs) else _compiled(method))(self.module, *inputs, **options)
+        eager = _never_compiled(inputs) or _hooked_within(self.module)
+        return (method if eager else _compiled(method))(self.module, *inputs, **options)
 
 
 def _never_compiled(inputs: tuple[Any, ...]) -> bool:
     """Where only shapes are asked for, or derivatives in forward mode."""
     return inputs[0].is_meta or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _hooked_within(block: nn.Module) -> bool:
+    """Whether there are hooks inside, such as a tap's: torch would run the code of an alike block without them."""
+    return any(module._forward_hooks for module in block.modules() if module is not block)
 
 
 @functools.cache
