@@ -1,13 +1,13 @@
 """What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/scripts/two_processes.py FOLDER`.
 
-Writes `buckets.txt` (how DDP exchanges gradients), the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2; `layouts.txt` counts
-its convolutions' calls, and those of another layout than their weights), `sharded-sgd`, `NAME-none` and `NAME-fsdp2` of
-the methods of `methods.py` and of `frozen` and `lora` (which begin with the weights of `ddp-10`), `NAME-ddp` of the
-denoisers of `denoisers.py`, `poisoned` (one process alone meets values that are not finite) and `stopped` (one process
-alone is told to stop); `absent-0.txt` and `absent-1.txt` tell what each says where one alone has no data,
-`damaged-0.txt` and `damaged-1.txt` where one alone meets a damaged sample, `full-0.txt` and `full-1.txt` where one
-alone has a full disk, and `prints-0.txt` and `prints-1.txt` which of them prints an error. First comes a step of
-somebody else's loop, with an `Aligner`.
+Writes `buckets.txt` (how DDP exchanges gradients) and the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them),
+`sharded` (20 under FSDP2; `layouts.txt` counts its convolutions' calls, and those of another layout than their
+weights), `sharded-sgd`, `NAME-none` and `NAME-fsdp2` of the methods of `methods.py` and of `frozen` and `lora` (which
+begin with the weights of `ddp-10`), `NAME-ddp` of the denoisers of `denoisers.py`, `poisoned` (one process alone meets
+values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt` tell
+what each says where one alone has no data, `damaged-0.txt` and `damaged-1.txt` where one alone meets a damaged sample,
+`full-0.txt` and `full-1.txt` where one alone has a full disk, and `prints-0.txt` and `prints-1.txt` which of them
+prints an error. First comes a step of somebody else's loop, with an `Aligner`.
 """
 
 from __future__ import annotations
