@@ -18,6 +18,7 @@ from dic_repa.encoders import create_encoder
 from dic_repa.encoders.families import FAMILIES
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
+from dic_repa.models.compiled import GRAPH_MODES
 from dic_repa.recipe import AlignmentSection, LatentSection, Recipe, TrainSection, load_recipe
 from dic_repa.recipe.build import (
     build_dataset,
@@ -99,11 +100,16 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     else:
         with tf32(recipe.train.tf32, benchmark=True):
             choose_weights(trial, notes)
-            # Sharded, or with an autoencoder that trains too, a process has other needs than what is measured here.
-            alike = not recipe.latent.end_to_end and (processes == 1 or recipe.train.sharding == "none")
-            search = alike and launched == 1 and accelerator.device.type == "cuda"
+            search = launched == 1 and accelerator.device.type == "cuda" and measurable(recipe, processes)
             report |= measure(trial, accelerator, recipe.train, processes, search)
     return report | {"notes": notes}
+
+
+def measurable(recipe: Recipe, processes: int) -> bool:
+    """Whether steps with other passes, tried in one process, take the memory that they take in the run: not if the
+    model is cut up there or an autoencoder trains too, and not if CUDA graphs of all that was tried stay."""
+    whole = processes == 1 or recipe.train.sharding == "none"
+    return whole and not recipe.latent.end_to_end and recipe.train.compile not in GRAPH_MODES
 
 
 def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:

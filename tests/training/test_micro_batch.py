@@ -12,7 +12,7 @@ from small_runs import small_recipe
 from dic_repa.errors import UserError
 from dic_repa.models import DiC
 from dic_repa.training import dry_run_steps
-from dic_repa.training.dry_run import with_random_data
+from dic_repa.training.dry_run import dry_run, measurable, with_random_data
 from dic_repa.training.micro_batch import USED, advice, largest_fitting
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -139,10 +139,16 @@ def test_a_recipe_that_does_not_fit_is_told_what_does(gpu, each, says):
         measure(each)
 
 
+def test_it_is_not_looked_for_where_it_would_be_wrong():
+    assert measurable(small_recipe(), 4)
+    assert not measurable(small_recipe("train.sharding=fsdp2"), 4)
+    assert measurable(small_recipe("train.sharding=fsdp2"), 1)
+    assert not measurable(small_recipe("latent.end_to_end={}"), 1)
+    assert not measurable(small_recipe("train.compile=reduce-overhead"), 1)
+
+
 @pytest.mark.gpu
 def test_a_gpu_has_room_for_a_small_run(tmp_path):
-    from dic_repa.training.dry_run import dry_run
-
     report = dry_run(small_recipe("train.batch_size=64", "train.micro_batch=4"), tmp_path / "run")
     assert report["micro_batch"]["rows"] == 64
     assert report["micro_batch"]["peak"] < 0.2 * report["micro_batch"]["total"]
