@@ -11,10 +11,9 @@ from small_runs import full_disk, small_run
 
 from dic_repa.cli.ema import command
 from dic_repa.errors import UserError
-from dic_repa.models import DiC, create_denoiser
-from dic_repa.models.adapters import adaptable_layers, add_adapters, plain_parameters
+from dic_repa.models import DiC
 from dic_repa.runs.checkpoints import read_run_id
-from dic_repa.training import EMA, PowerEMA
+from dic_repa.training import PowerEMA
 from dic_repa.training.ema import sigma_rel_to_gamma
 from dic_repa.training.posthoc import combination, list_snapshots, profile_products, reconstruct, save_reconstruction
 
@@ -50,27 +49,6 @@ def run_average(sigma_rel, weights):
         ema.update(model, step)
         after.append(ema.model.weight.item())
     return np.array(after)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("DiC", {"width": 8, "depths": (1, 1, 1, 1, 1)}),
-        ("SiT", {"width": 16, "depth": 1, "num_heads": 2}),
-        ("U-ViT", {"width": 16, "depth": 3, "num_heads": 2, "size": 8}),
-    ],
-)
-def test_averages_lie_in_memory_as_the_weights_do(name, options):
-    """So that a GPU moves all of them in one pass: its kernels take no pair of another layout."""
-    for adapted in (False, True):
-        denoiser = create_denoiser(name, 1, 10, **options)
-        average = EMA(denoiser)
-        if adapted:
-            pytest.importorskip("peft")
-            add_adapters(denoiser, adaptable_layers(denoiser), rank=2, alpha=4.0)
-        weights = plain_parameters(denoiser)
-        assert [p.stride() for p in average.model.parameters()] == [p.stride() for p in weights]
-        average.update(denoiser)
 
 
 def test_recurrence_has_the_profile_of_the_power_function():

@@ -91,6 +91,7 @@ def gpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for module in ("dry_run_steps", "micro_batch"):
         monkeypatch.setattr(f"dic_repa.training.{module}.TrainingStep", Step)
+    monkeypatch.setattr("gc.collect", lambda: None)  # which takes its time in a process of many tests
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 80 * 2**30))
