@@ -220,6 +220,8 @@ def dry_run_text(report: dict) -> str:
         ("MACs", f"{report['gmacs']:.4g} G for an image, forward, denoiser"),
         ("memory", _memory(report)),
     ]
+    if "micro_batch" in report:
+        rows.append(("micro_batch", report["micro_batch"]["advice"]))
     if "steps_per_second" in report:
         speed = f"{report['steps_per_second']:.3g} steps/s, {report['images_per_second']:.4g} images/s "
         speed += f"(the first step took {report['first_step_seconds']:.1f} s)"

@@ -42,10 +42,11 @@ def is_adapter(name: str) -> bool:
     return name.endswith((DOWN, UP))
 
 
+@torch.no_grad()
 def merge(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The plain denoiser's tensors, under its names and in its order, from those of one with adapters.
 
-    Of tensors that are cut up among processes, this process's rows.
+    Of tensors that are cut up among processes, this process's rows. All lie in memory as they do without adapters.
     """
     merged = {}
     for name, tensor in tensors.items():
@@ -54,7 +55,8 @@ def merge(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
             down, up = tensors[layer + DOWN], _local(tensors[layer + UP])
             down = down.full_tensor() if hasattr(down, "full_tensor") else down
             tensor = _local(tensor)
-            tensor = torch.add(tensor, (up.flatten(1) @ down.flatten(1)).reshape(tensor.shape), alpha=scale)
+            added = (up.flatten(1) @ down.flatten(1)).reshape(tensor.shape)
+            tensor = torch.add(tensor, added, alpha=scale, out=torch.empty_like(tensor))
         if not is_adapter(name):
             merged[name.replace(BASE, ".")] = tensor
     return merged

@@ -103,6 +103,10 @@ def compile_blocks(denoiser: nn.Module) -> None:
     Compiled is what a block computes, inside of gradient checkpointing and of hooks such as a tap's. Weights and their
     names stay as they are, and a deep copy computes with its own. A UserError for a denoiser that has no blocks.
     """
+    import torch._dynamo
+
+    # DDP's exchange goes on between blocks. Where torch makes places for it, it cuts each block's graph in two.
+    torch._dynamo.config.optimize_ddp = False
     _set_compiled(find_blocks(denoiser))
 
 

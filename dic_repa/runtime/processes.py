@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from dic_repa.errors import UserError, first_line
 
 T = TypeVar("T")
+BUCKET = 200  # MiB of gradients in one exchange: torch's 25 are less than a wide convolution has
 
 
 def start_processes(patience: timedelta = timedelta(days=1), **options) -> Accelerator:
@@ -28,7 +29,8 @@ def start_processes(patience: timedelta = timedelta(days=1), **options) -> Accel
     Raises:
         UserError: they cannot be joined. Each would do all of the work, and write the same files.
     """
-    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=patience)]
+    ddp = DistributedDataParallelKwargs(bucket_cap_mb=BUCKET, gradient_as_bucket_view=True)
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=patience), ddp]
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(**options)
     if accelerator.num_processes < launched and accelerator.device.type in ("cpu", "mps"):

@@ -6,17 +6,10 @@ only where a CPU gets through them in about half a minute.
 
 import contextlib
 import shutil
-import statistics
-import threading
-import time
-from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import default_collate
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.conditions import create_condition
@@ -25,6 +18,7 @@ from dic_repa.encoders import create_encoder
 from dic_repa.encoders.families import FAMILIES
 from dic_repa.errors import UserError, first_line
 from dic_repa.models import measure_cost
+from dic_repa.models.compiled import GRAPH_MODES
 from dic_repa.recipe import AlignmentSection, LatentSection, Recipe, TrainSection, load_recipe
 from dic_repa.recipe.build import (
     build_dataset,
@@ -39,20 +33,18 @@ from dic_repa.recipe.build import (
 from dic_repa.recipe.files import paper_recipe
 from dic_repa.recipe.keys import differences
 from dic_repa.runtime.precision import tf32
-from dic_repa.runtime.progress import progress_bar
+from dic_repa.training.dry_run_steps import STEPS, measure
 from dic_repa.training.inputs import check_batch
 from dic_repa.training.log import device_name
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.memory_estimate import count_parameters, estimate_memory
 from dic_repa.training.optimizers import state_bytes
-from dic_repa.training.parts import build_parts, check_end_to_end, check_judge_of, check_sampling_and_evaluation
+from dic_repa.training.parts import check_end_to_end, check_judge_of, check_sampling_and_evaluation
 from dic_repa.training.schedules import LearningRate
 from dic_repa.training.start import start_from
-from dic_repa.training.step import TrainingStep
 from dic_repa.training.trackers import check_trackers
 from dic_repa.training.trainable import adapt, freeze, trained_parameters
 
-STEPS = 3
 FEASIBLE_MACS = 5e11  # of all the steps together: about half a minute of a slow CPU
 
 
@@ -107,8 +99,17 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
         notes.append(f"no steps were run: {macs / 1e12:.0f} TMACs are too many for a CPU, so the speed is not known")
     else:
         with tf32(recipe.train.tf32, benchmark=True):
-            report |= measure(trial, accelerator, recipe.train, processes, notes)
+            choose_weights(trial, notes)
+            search = launched == 1 and accelerator.device.type == "cuda" and measurable(recipe, processes)
+            report |= measure(trial, accelerator, recipe.train, processes, search)
     return report | {"notes": notes}
+
+
+def measurable(recipe: Recipe, processes: int) -> bool:
+    """Whether steps with other passes, tried in one process, take the memory that they take in the run: not if the
+    model is cut up there or an autoencoder trains too, and not if CUDA graphs of all that was tried stay."""
+    whole = processes == 1 or recipe.train.sharding == "none"
+    return whole and not recipe.latent.end_to_end and recipe.train.compile not in GRAPH_MODES
 
 
 def with_random_data(recipe: Recipe, notes: list[str]) -> Recipe:
@@ -198,78 +199,18 @@ def random_weights(section: AlignmentSection) -> dict | None:
     return {key: value for key, value in section.encoder_options.items() if key != "weights"} | {"pretrained": False}
 
 
-def measure(trial: Recipe, accelerator: Accelerator, settings: TrainSection, processes: int, notes: list[str]) -> dict:
-    """The steps themselves: seconds, memory and power."""
-    device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
+def choose_weights(trial: Recipe, notes: list[str]) -> None:
+    """Random weights for encoders whose own are not here and cannot be fetched, which `notes` says: they are as
+    fast."""
     for section in trial.alignments:
         options = random_weights(section)
         if options is None or section.encoder is None or section.encoder_options.get("pretrained") is False:
             continue
         try:
             create_encoder(section.encoder, **section.encoder_options)
-        except UserError as error:  # its weights are not here and cannot be fetched; the speed is the same
+        except UserError as error:
             section.encoder_options = options
             notes.append(f"{section.encoder} has random weights here ({first_line(error)})")
-    passes = check_batch(trial.train, accelerator.num_processes)
-    rows = trial.train.batch_size // accelerator.num_processes
-    try:
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        parts = build_parts(trial, accelerator)
-        train_step = TrainingStep(parts, trial.train, accelerator)
-        batch = {k: v.to(device) for k, v in default_collate([parts.data[i] for i in range(rows)]).items()}
-        seconds = []
-        with sampled_power(device) as watts:
-            for step in progress_bar(range(STEPS), desc="first steps", unit="step", leave=False):
-                begin = time.perf_counter()
-                loss = train_step(batch, step)
-                if on_gpu:
-                    torch.cuda.synchronize(device)
-                seconds.append(time.perf_counter() - begin)
-                if step == 0:
-                    watts.clear()  # it compiles, chooses algorithms and warms up
-    except torch.OutOfMemoryError as error:
-        fault = f"the step does not fit into the memory of {device_name(device)} ({first_line(error)})"
-        hint = f"lower train.micro_batch (now {rows // passes}) or set train.gradient_checkpointing=true"
-        raise UserError(f"{fault}; {hint}") from None
-    if not torch.isfinite(loss):
-        raise UserError(f"the loss of the random batch is {loss.item()}; try train.precision=no")
-    step_seconds = statistics.median(seconds[1:])
-    left, power = settings.steps * step_seconds, statistics.mean(watts) if watts else None
-    measured: dict[str, Any] = {
-        "first_step_seconds": seconds[0],
-        "steps_per_second": 1 / step_seconds,
-        "images_per_second": settings.batch_size / step_seconds,
-        "hours_to_the_end": left / 3600,
-        "watts": power,
-        "kwh_to_the_end": power and power * left * processes / 3.6e6,
-    }
-    if on_gpu:
-        peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
-        measured["memory"] = {"peak": peak, "total": total, "headroom": total - peak}
-    return measured
-
-
-@contextlib.contextmanager
-def sampled_power(device: torch.device, interval: float = 0.1) -> Iterator[list[float]]:
-    """While entered, a thread adds a GPU's power in watts to the list, which stays empty where it is not known."""
-    watts: list[float] = []
-    done = threading.Event()
-
-    def sample() -> None:
-        while device.type == "cuda" and not done.wait(interval):
-            try:
-                watts.append(torch.cuda.power_draw(device) / 1000)
-            except Exception:  # the driver's own: it does not report power, such as in some containers
-                return
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield watts
-    finally:
-        done.set()
-        thread.join()
 
 
 def disk(settings: TrainSection, optimizer_bytes: float, parameters: dict, path: Path) -> dict:

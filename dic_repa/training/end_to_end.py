@@ -37,6 +37,7 @@ from dic_repa.files.weights import save_tensors
 from dic_repa.recipe import EndToEndSection
 from dic_repa.runtime.progress import warn
 from dic_repa.training.ema import EMA
+from dic_repa.training.optimizers import clip_gradients
 from dic_repa.training.sharding import to_cpu
 
 STATE = "autoencoder.pt"  # of a checkpoint: plain tensors, never unpickled
@@ -157,8 +158,8 @@ class EndToEnd:
         self.pulled.append(None if gradient is None else self.share * gradient.float() * self.scale)
 
     def gradients(self, images: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Leave the autoencoder's gradients with its parameters, clipped: their norm before that, and the terms of each
-        pass by their names in the log."""
+        """Leave the autoencoder's gradients with its parameters, for `update`, which may clip them: their norm before
+        that, and the terms of each pass by their names in the log."""
         terms: list[dict[str, Tensor]] = []
         passes = zip(images.chunk(self.passes), self.noise.chunk(self.passes), self.pulled)
         for k, (image, noise, gradient) in enumerate(passes):
@@ -171,7 +172,7 @@ class EndToEnd:
                     loss = loss + (z * gradient).sum()  # whose gradient with respect to z is `gradient`
                 self.accelerator.backward(loss / self.passes)
             terms.append({f"autoencoder.{name}": value.detach() for name, value in losses.items()} | self.told)
-        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.section.gradient_clip or float("inf"))
+        norm = clip_gradients(self.network, self.section.gradient_clip, self.optimizer, self.accelerator)
         return norm, terms
 
     def losses(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:

@@ -50,10 +50,12 @@ def estimate_memory(
     averages = 4 * shapes["parameters"]["denoiser"] * (1 + len(settings.more_ema_decays) + len(settings.power_ema))
     sharded = settings.sharding != "none" and processes > 1
     share = processes if sharded else 1
+    several_passes = rows < settings.batch_size // processes
     return {
         "weights": weights // share,
         "gradients": trained // share,
-        "exchange of gradients": trained if processes > 1 and not sharded else 0,
+        # DDP's buffers. Of one pass, the gradients are views of them; several add up their own first.
+        "exchange of gradients": trained if processes > 1 and not sharded and several_passes else 0,
         "optimizer": int(optimizer_bytes * trained / 4) // share,
         "averages": averages // share,
         "encoders": 4 * sum(shapes["parameters"]["encoders"].values()),

@@ -3,7 +3,7 @@
 An optimizer is made as `factory(parameters, lr=..., weight_decay=..., betas=..., **options)`; it need not take
 `weight_decay` and `betas`, and is given the `model` if it takes that. Any of torch.optim will do, as
 `torch.optim:NAdam`. One that takes `found_inf`, as the fused ones do, skips a step on the device, so that the host need
-not wait for it.
+not wait for it; the fused ones also clip the gradients while they read them, by `grad_scale`.
 """
 
 import inspect
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from dic_repa.errors import UserError
@@ -182,6 +184,34 @@ def optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer leaves a step out by its flag `found_inf`."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def scales_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer divides gradients by its `grad_scale` while it reads them, as torch's fused ones do; with
+    sharded weights none is asked to."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return (
+        skips_on_device(optimizer)
+        and all(group.get("fused") for group in optimizer.param_groups)
+        and all(p.device.type in ("cpu", "cuda") and not hasattr(p, "device_mesh") for p in parameters)
+    )
+
+
+def clip_gradients(
+    model: nn.Module, limit: float | None, optimizer: AcceleratedOptimizer, accelerator: Accelerator
+) -> Tensor:
+    """The norm of all gradients of `model`, a scalar. Where it is above `limit`, they are scaled down to that: by the
+    optimizer's coming step if it can do so in passing, and else now.
+
+    As torch.nn.utils.clip_grad_norm_ does it, gradient * min(limit / (norm + 1e-6), 1).
+    """
+    own: Any = optimizer.optimizer
+    if accelerator.scaler is not None or not scales_gradients(own):
+        norm: Any = accelerator.clip_grad_norm_(model.parameters(), limit or float("inf"))
+        return getattr(norm, "full_tensor", lambda: norm)()  # the whole norm, where the model is sharded
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    own.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1.0) if limit else None
+    return norm
 
 
 def state_bytes(section: OptimizerSection) -> float:

@@ -23,7 +23,7 @@ from dic_repa.objectives import Batch
 from dic_repa.protocols import Teacher
 from dic_repa.recipe import TrainSection
 from dic_repa.training.inputs import check_batch, process_rows, step_generator
-from dic_repa.training.optimizers import skips_on_device
+from dic_repa.training.optimizers import clip_gradients, skips_on_device
 from dic_repa.training.parts import Parts
 
 Clock = Callable[[str], None]  # is called with a phase's name at its end
@@ -47,7 +47,7 @@ class TrainingStep:
     def gradients(
         self, batch: dict[str, Tensor], step: int, clock: Clock = no_clock
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Leave the gradients of step number `step` (from 0) with the parameters, clipped.
+        """Leave the gradients of step number `step` (from 0) with the parameters, for `update`, which may clip them.
 
         Args:
             batch: this process's rows of the global batch, as the data set gives them.
@@ -77,8 +77,7 @@ class TrainingStep:
             losses.append({"loss": loss.detach(), "denoising": denoising.detach()} | terms)
             losses[-1] |= {name: value.detach() for name, value in others.items()}
             losses[-1] |= {name: values.detach().mean() for name, values in out.told.items()}
-        norm = accelerator.clip_grad_norm_(parts.model.parameters(), self.settings.gradient_clip or float("inf"))
-        norm = getattr(norm, "full_tensor", lambda: norm)()  # the whole norm, where the model is sharded
+        norm = clip_gradients(parts.model, self.settings.gradient_clip, parts.optimizer, accelerator)
         if parts.joint:
             autoencoders, more = parts.joint.gradients(batch["image"])
             losses = [{**mine, **theirs} for mine, theirs in zip(losses, more)]

@@ -24,7 +24,7 @@ from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import MARK
 from dic_repa.models import create_denoiser
-from dic_repa.training.dry_run import sampled_power
+from dic_repa.training.dry_run_steps import sampled_power
 
 CPU = torch.device("cpu")
 ORACLE = HELPERS / "oracle.py"

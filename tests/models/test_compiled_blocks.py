@@ -8,8 +8,9 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 from dic_repa.alignment import AlignedDenoiser, Alignment
 from dic_repa.errors import UserError
@@ -177,3 +178,16 @@ def test_where_the_compiler_fails_that_is_told_once(monkeypatch, capsys):
     assert capsys.readouterr().err.count("Failed to find C compiler") == 1
     compiled.compiler_works.cache_clear()
     torch._dynamo.reset()
+
+
+def test_ddp_cuts_no_block(graphs):
+    """torch's own way cuts a graph where an exchange of gradients may begin, first after 1 MiB of them."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = small("SiT", width=256, depth=2, num_heads=2)
+        assert sum(p.nbytes for p in model.blocks[0].parameters()) > 2**20
+        compile_blocks(model)
+        DistributedDataParallel(model, bucket_cap_mb=200, gradient_as_bucket_view=True)(X, T, Y).sum().backward()
+    finally:
+        distributed.destroy_process_group()
+    assert len(graphs) == 1

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.recipe import load_recipe
-from dic_repa.training import EMA, train
+from dic_repa.training import EMA, step, train
 from dic_repa.training.log import MetricLog
 
 WARM_UP = 2  # steps that are not counted
@@ -46,7 +46,7 @@ def main(steps: int, width: int, batch_size: int) -> dict[str, float]:
         "forward": (AlignedDenoiser, "forward"),
         "backward": (Accelerator, "backward"),
         "optimizer": (torch.optim.AdamW, "step"),
-        "clipping": (Accelerator, "clip_grad_norm_"),
+        "clipping": (step, "clip_gradients"),
         "averaging": (EMA, "update"),
     }
     for name, (owner, attribute) in owners.items():

@@ -1,13 +1,13 @@
 """What two processes do that one cannot show: `torchrun --nproc_per_node 2 tests/scripts/two_processes.py FOLDER`.
 
-Writes the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them), `sharded` (20 under FSDP2; `layouts.txt` counts
-its convolutions' calls, and those of another layout than their weights), `sharded-sgd`, `NAME-none` and `NAME-fsdp2` of
-the methods of `methods.py` and of `frozen` and `lora` (which begin with the weights of `ddp-10`), `NAME-ddp` of the
-denoisers of `denoisers.py`, `poisoned` (one process alone meets values that are not finite) and `stopped` (one process
-alone is told to stop); `absent-0.txt` and `absent-1.txt` tell what each says where one alone has no data,
-`damaged-0.txt` and `damaged-1.txt` where one alone meets a damaged sample, `full-0.txt` and `full-1.txt` where one
-alone has a full disk, and `prints-0.txt` and `prints-1.txt` which of them prints an error. First comes a step of
-somebody else's loop, with an `Aligner`.
+Writes `buckets.txt` (how DDP exchanges gradients) and the runs `ddp` (20 steps of two passes), `ddp-10` (10 of them),
+`sharded` (20 under FSDP2; `layouts.txt` counts its convolutions' calls, and those of another layout than their
+weights), `sharded-sgd`, `NAME-none` and `NAME-fsdp2` of the methods of `methods.py` and of `frozen` and `lora` (which
+begin with the weights of `ddp-10`), `NAME-ddp` of the denoisers of `denoisers.py`, `poisoned` (one process alone meets
+values that are not finite) and `stopped` (one process alone is told to stop); `absent-0.txt` and `absent-1.txt` tell
+what each says where one alone has no data, `damaged-0.txt` and `damaged-1.txt` where one alone meets a damaged sample,
+`full-0.txt` and `full-1.txt` where one alone has a full disk, and `prints-0.txt` and `prints-1.txt` which of them
+prints an error. First comes a step of somebody else's loop, with an `Aligner`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dic_repa.training.shard_writer as shard_writer
 from dic_repa.errors import UserError, prints_errors
+from dic_repa.runtime.processes import start_processes
 from dic_repa.training import EMA, Preempted
 from dic_repa.training.inputs import data_order
 
@@ -48,6 +49,8 @@ LONG = ["train.steps=20", "train.checkpoint_every=10", "train.batch_size=8"]
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     somebody_elses_loop(folder)
+    ddp = start_processes().prepare(nn.Linear(2, 2))
+    (folder / "buckets.txt").write_text(f"{ddp.bucket_bytes_cap} {ddp.gradient_as_bucket_view}")
     small_run(folder / "ddp", *LONG, "train.micro_batch=2", base=ALIGNED)
     small_run(folder / "ddp-10", *LONG, "train.steps=10", base=ALIGNED)
     sharded = [

@@ -12,10 +12,11 @@ from torch import nn
 
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.cli import main
+from dic_repa.cli.train import dry_run_text
 from dic_repa.models import DiC
-from dic_repa.recipe import ObjectiveSection, load_recipe
+from dic_repa.recipe import ObjectiveSection, TrainSection, load_recipe
 from dic_repa.recipe.build import build_objective
-from dic_repa.training import train
+from dic_repa.training import memory_estimate, train
 from dic_repa.training.memory_estimate import activation_bytes
 
 
@@ -41,6 +42,8 @@ def test_small_recipe_is_run_and_its_checkpoint_foretold(dry_run, tmp_path):
     assert report["images_per_second"] == pytest.approx(8 * report["steps_per_second"])
     assert report["hours_to_the_end"] == pytest.approx(100 / report["steps_per_second"] / 3600)
     assert "memory" not in report  # there is no GPU to measure
+    assert "micro_batch" not in report
+    assert "\nmicro_batch 8 fits" in dry_run_text(report | {"micro_batch": {"advice": "8 fits"}})
     assert report["watts"] is None
     assert report["paper"] is None
 
@@ -60,7 +63,7 @@ def test_parts_that_do_not_fit_are_told_in_a_line(monkeypatch, capsys):
     def build(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("dic_repa.training.dry_run.build_parts", build)
+    monkeypatch.setattr("dic_repa.training.dry_run_steps.build_parts", build)
     with pytest.raises(SystemExit) as exit:
         main(["train", "--dry-run", "digits-urepa", *TINY])
     assert exit.value.code == 2
@@ -70,6 +73,7 @@ def test_parts_that_do_not_fit_are_told_in_a_line(monkeypatch, capsys):
 def test_large_recipe_is_estimated_on_a_machine_without_gpu(dry_run):
     text = dry_run("dic-xl-urepa", "--processes=8", "--set=optimizer.learning_rate=2e-4")
     assert "an ESTIMATE from shapes" in text
+    assert "exchange of gradients" not in text  # they are views of DDP's buffers
     assert "256, 32 a process, 32 a pass" in text
     assert "optimizer.learning_rate: 0.0002 instead of 0.0001" in text
     assert "FID_ODE 1.74" in text
@@ -94,6 +98,16 @@ def test_estimate_follows_the_recipe(dry_run):
     more = estimate("more_ema_decays=[0.99]", "keep_checkpoints=5", "keep_every=100_000", "checkpoint_every=50_000")
     assert more["memory_estimate"]["averages"] == 8 * parameters
     assert (more["disk"]["checkpoint"], more["disk"]["kept"]) == (20 * parameters, 8)
+
+
+@pytest.mark.parametrize(("processes", "rows", "buffers"), [(1, 8, 0), (4, 8, 0), (4, 2, 1), (1, 2, 0)])
+def test_buffers_of_ddp_are_the_gradients_themselves_where_there_is_one_pass(processes, rows, buffers, monkeypatch):
+    monkeypatch.setattr(memory_estimate, "activation_bytes", lambda *_: 0)
+    counts = {"denoiser": 6, "trained": 6, "encoders": {}}
+    settings = TrainSection(batch_size=8 * processes)
+    shapes = {"model": nn.Linear(2, 2), "parameters": counts, "tokens": [], "data": (1, 8, 8)}
+    found = memory_estimate.estimate_memory(shapes, None, settings, processes, rows, 8)
+    assert (found["gradients"], found["exchange of gradients"]) == (4 * 6, 4 * 6 * buffers)
 
 
 class TwoConvs(nn.Module):

@@ -13,8 +13,10 @@ from small_runs import small_recipe, small_run
 
 from dic_repa.cli import main
 from dic_repa.errors import UserError
-from dic_repa.models import load_denoiser
+from dic_repa.models import create_denoiser, load_denoiser
+from dic_repa.models.adapters import adaptable_layers, add_adapters, plain_parameters
 from dic_repa.sampling.load import load
+from dic_repa.training import EMA
 from dic_repa.training.parts import build_parts
 
 LORA = ["train.lora.rank=2", "train.lora.alpha=4", "optimizer.learning_rate=0.01", "optimizer.weight_decay=0.1"]
@@ -40,6 +42,24 @@ def outputs(denoiser):
 
 def parts_of(base, *more):
     return build_parts(small_recipe(f"train.init_from={base.path}", *LORA, *more), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DiC", {"width": 8, "depths": (1, 1, 1, 1, 1)}),
+        ("SiT", {"width": 16, "depth": 1, "num_heads": 2}),
+        ("U-ViT", {"width": 16, "depth": 3, "num_heads": 2, "size": 8}),
+    ],
+)
+def test_averages_lie_in_memory_as_the_weights_do(name, options):
+    """So that a GPU moves all of them in one pass: its kernels take no pair of another layout."""
+    denoiser = create_denoiser(name, 1, 10, **options)
+    average = EMA(denoiser)
+    strides = [p.stride() for p in average.model.parameters()]
+    assert strides == [p.stride() for p in plain_parameters(denoiser)]
+    add_adapters(denoiser, adaptable_layers(denoiser), rank=2, alpha=4.0)
+    assert strides == [p.stride() for p in plain_parameters(denoiser)]
 
 
 def test_before_the_first_step_it_is_the_model_that_it_began_with(runs):

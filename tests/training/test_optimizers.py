@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from small_runs import PoisonedDigits, assert_same, load_parts, small_recipe, small_run, weights
 from torch import nn
 
@@ -24,10 +26,12 @@ from dic_repa.recipe import OptimizerSection, load_recipe
 from dic_repa.training import train
 from dic_repa.training.dry_run import dry_run
 from dic_repa.training.inputs import data_order
-from dic_repa.training.optimizers import build_optimizer, optimizers, skips_on_device, state_bytes
+from dic_repa.training.optimizers import build_optimizer, clip_gradients, optimizers, skips_on_device, state_bytes
 from dic_repa.training.schedules import LearningRate
+from dic_repa.training.step import StepGuard
 
 STEPS, WARMUP = 21, 5
+OWN = "torch.optim:NAdam"  # which does not know how to skip a step by itself
 needs_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
 
 
@@ -132,6 +136,55 @@ def test_adamw_is_torchs():
     torch.testing.assert_close(weight, other)
 
 
+FOLDED, APART = ("adamw", "adam", "sgd"), ("muon", OWN)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def accelerator(request):
+    AcceleratorState._reset_state(reset_partial_state=True)  # the device of a test before this one
+    yield Accelerator(cpu=request.param == "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name", [*FOLDED, *APART])
+def test_clipping_is_torchs_whether_the_optimizer_does_it_or_not(name, accelerator):
+    """Of six steps two are clipped and one has no finite norm, which changes nothing."""
+    torch.manual_seed(0)
+    section = OptimizerSection(name=name, learning_rate=0.1)
+    start = nn.Sequential(nn.Linear(4, 8), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Linear(8, 4))
+    ours, theirs = (copy.deepcopy(start).to(accelerator.device) for _ in range(2))
+    optimizer, plain = accelerator.prepare(build_optimizer(section, ours)), build_optimizer(section, theirs)
+    guard = StepGuard(accelerator, optimizer.optimizer)
+    for step, size in enumerate((0.01, 3.0, 0.02, float("inf"), 5.0, 0.01)):
+        for mine, other in zip(ours.parameters(), theirs.parameters()):
+            mine.grad = size * torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        raw = ours[0].weight.grad.clone()
+        norm = clip_gradients(ours, 1.0, optimizer, accelerator)
+        assert torch.equal(raw, ours[0].weight.grad) == (name in FOLDED or size < 1)  # no pass of its own
+        assert norm == nn.utils.clip_grad_norm_(theirs.parameters(), 1.0) or size > 9
+        guard.judge(step + 1, [{"loss": norm.new_zeros(())}], norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if size < 9:
+            plain.step()
+        for mine, other in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+    assert guard.counts.tolist() == [0, 1]  # none of the last, one of all is skipped
+    assert optimizer.state_dict().keys() == {"state", "param_groups"}
+
+
+def test_without_a_limit_nothing_is_clipped(accelerator):
+    layer = nn.Linear(30, 2).to(accelerator.device)
+    optimizer = accelerator.prepare(torch.optim.SGD(layer.parameters(), 1.0, fused=True))
+    for limit, moved in ((1.0, 1.0), (None, 60.0**0.5)):
+        before = layer.weight.detach().clone()
+        layer.weight.grad = torch.ones_like(layer.weight)
+        assert clip_gradients(layer, limit, optimizer, accelerator).item() == pytest.approx(60**0.5)
+        optimizer.step()
+        assert (layer.weight - before).norm().item() == pytest.approx(moved)
+
+
 def test_bytes_of_state():
     kept = {
         name: state_bytes(OptimizerSection(name=name)) for name in ("adamw", "adam", "sgd", "muon", "torch.optim:NAdam")
@@ -148,9 +201,6 @@ def test_the_dry_run_foretells_the_state(name, share, tmp_path):
     run = train(recipe, tmp_path / "run")
     kept = [tensor for key, tensor in weights(run.newest_checkpoint()).items() if key.startswith("optimizer")]
     assert said["optimizer"] == share * said["weights"] == sum(tensor.nbytes for tensor in kept if tensor.ndim)
-
-
-OWN = "torch.optim:NAdam"  # which does not know how to skip a step by itself
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon", OWN])

@@ -81,6 +81,10 @@ def test_an_aligner_in_somebody_elses_loop(runs, kind):
         torch.testing.assert_close(found[name], whole[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_gradients_are_exchanged_in_few_large_pieces_of_which_they_are_views(runs):
+    assert (runs / "buckets.txt").read_text() == f"{200 * 2**20} True"
+
+
 def losses(folder):
     return torch.tensor([record["loss"] for record in metrics(RunFolder(folder))], dtype=torch.float64)
 
@@ -95,6 +99,7 @@ def test_a_torch_that_cannot_shard_on_cpus_is_told(monkeypatch):
 def test_twenty_losses_are_those_of_one_process(runs, name):
     torch.testing.assert_close(losses(runs / name), losses(runs / "one"), rtol=0, atol=1e-5)
     assert len(losses(runs / name)) == 20
+    assert {record["gradient_norm"] > 1 for record in metrics(RunFolder(runs / name))} == {True, False}  # some clipped
     found, expected = (weights(RunFolder(runs / run).checkpoint_path(20)) for run in (name, "one"))
     assert_same(found, expected, rtol=1e-3, atol=1e-4)
 
