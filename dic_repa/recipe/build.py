@@ -23,6 +23,7 @@ from dic_repa.data.saved import SavedData
 from dic_repa.errors import UserError, first_line
 from dic_repa.files.pictures import unit_images
 from dic_repa.models import create_denoiser, denoisers
+from dic_repa.models.kernel_choice import set_kernels
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.objectives import objectives
 from dic_repa.protocols import Autoencoder, Samples
@@ -191,8 +192,10 @@ def build_denoiser(section: ModelSection, channels: int, condition: Condition) -
     if twice := sorted(ModelSection.model_fields.keys() & section.options):
         raise UserError(f"model.options: {', '.join(twice)} is a key of its own, model.{twice[0]}")
     # What a recipe leaves at its default is left to the preset: DiT's learns sigma.
-    given = section.model_dump(exclude={"name", "options"}, exclude_defaults=True)
-    return create_denoiser(section.name, channels, **condition.options(), **given, **section.options)
+    given = section.model_dump(exclude={"name", "options", "kernels"}, exclude_defaults=True)
+    denoiser = create_denoiser(section.name, channels, **condition.options(), **given, **section.options)
+    set_kernels(denoiser, section.kernels)
+    return denoiser
 
 
 def build_objective(section: ObjectiveSection):

@@ -8,6 +8,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from dic_repa.recipe.schema_sampling import SampleSection
 from dic_repa.recipe.section import Section
 from dic_repa.recipe.values import (
+    OFF,
     REAL,
     Batch,
     BelowOne,
@@ -40,6 +41,9 @@ class ModelSection(Section):
     learn_sigma: Flag = Field(False, description="twice the output channels; the second half is a variance")
     time_scale: Positive = Field(1.0, description="multiplies t before it is embedded")
     zero_gates: Flag = Field(False, description="start each block as the identity")
+    kernels: Annotated[Literal["auto", "off"], OFF] = Field(
+        "auto", description="Triton's kernels for DiC's blocks, where a GPU has them; off: never"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="other arguments of the denoiser's constructor")
 
 

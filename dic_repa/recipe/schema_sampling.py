@@ -7,6 +7,7 @@ from pydantic.config import JsonDict
 
 from dic_repa.recipe.section import Section
 from dic_repa.recipe.values import (
+    OFF,
     Batch,
     Count,
     Flag,
@@ -94,7 +95,7 @@ class SampleSection(Section):
         description="of the denoiser, its weights cast once; the solver's state is float32 always. tf32: float32 with "
         "products that a GPU rounds, the decoder's too",
     )
-    compile: Literal["auto", "off", "blocks", "default", "reduce-overhead", "max-autotune"] = Field(
+    compile: Annotated[Literal["auto", "off", "blocks", "default", "reduce-overhead", "max-autotune"], OFF] = Field(
         "auto",
         description="mode of torch.compile; blocks: each block by itself, in less time; reduce-overhead: with CUDA "
         "graphs, on a GPU; auto: blocks for many images on a GPU, else off",

@@ -90,6 +90,7 @@ def _named(part: Any) -> Any:
 
 # YAML 1.1 reads a bare `no` as false.
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
+OFF = BeforeValidator(lambda value: "off" if value is False else value)  # likewise `off`
 # A share of the steps may be written as a number.
 WeakModel = Annotated[str, Field(min_length=1), BeforeValidator(lambda v: f"{v:g}" if type(v) is float else v)]
 Part = Annotated[Any, AfterValidator(_named)]  # such as v-shape, or {name: stop, steps: 100000}

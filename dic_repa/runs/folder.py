@@ -48,7 +48,8 @@ from dic_repa.runtime.progress import warn
 _HARMLESS = set(
     "sample evaluate timeouts train.steps train.log_every train.sample_every train.checkpoint_every "
     "train.keep_checkpoints train.keep_every train.snapshot_every train.max_skipped train.loader_timeout "
-    "train.trackers train.sharding train.micro_batch train.gradient_checkpointing train.compile data.workers".split()
+    "train.trackers train.sharding train.micro_batch train.gradient_checkpointing train.compile data.workers "
+    "model.kernels".split()
 )
 RUNS = Path("runs")  # the default folder of runs
 

@@ -15,6 +15,7 @@ from dic_repa.errors import UserError
 from dic_repa.files.hub import fetch_model, is_hub_id, use_pins
 from dic_repa.files.outputs import AUTHORS_FILES
 from dic_repa.models import forward_on_meta, load_authors_checkpoint
+from dic_repa.models.kernel_choice import set_kernels
 from dic_repa.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from dic_repa.recipe import Recipe, SampleSection, load_training_recipe
 from dic_repa.recipe.build import build_class_names, build_decoder, build_objective, data_traits, import_plugins
@@ -156,6 +157,7 @@ def _load(path: str | Path, device: str | torch.device, recipe: Recipe | None, w
     if weights is None:
         weights = "ema" if folder == Path(path) else recipe.sample.weights
     denoiser, source = read_weights(folder, weights)
+    set_kernels(denoiser, recipe.model.kernels)
     use_pins(RunFolder(home_of(folder)).downloads())
     return Checkpoint(denoiser.to(device), recipe, source, SavedData.read(folder))
 
@@ -171,6 +173,7 @@ def _load_file(file: Path, device: str | torch.device, recipe: Recipe | None, fa
         )
     denoiser = load_authors_checkpoint(file, family)
     check_recipe(recipe, denoiser)
+    set_kernels(denoiser, recipe.model.kernels)
     return Checkpoint(denoiser.to(device), recipe, file)
 
 

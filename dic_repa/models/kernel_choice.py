@@ -1,0 +1,80 @@
+"""Whether a block computes by Triton's kernels (`kernels.py`): it is its plain code that they must agree with."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dic_repa.errors import first_line
+from dic_repa.runtime.progress import warn
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FEWEST = 2**20  # values of a feature map; with fewer, starting kernels takes longer than they do
+LARGEST_GROUP = 256  # channels of a norm's group that one program adds up
+KERNELS = ("auto", "off")
+
+
+def set_kernels(denoiser: nn.Module, kernels: str = "auto") -> None:
+    """Let the blocks of `denoiser` compute by Triton's kernels where they can ('auto'), or never ('off')."""
+    blocks: list[Any] = [module for module in denoiser.modules() if hasattr(module, "kernels")]
+    for block in blocks:
+        block.kernels = kernels != "off"
+
+
+def use_kernels(block: Any, x: Tensor) -> bool:
+    """Whether `block` computes by kernels: of a large feature map x (B, C, H, W) in channels_last on a GPU.
+
+    Not with hooks inside, such as a tap's, or with layers of other classes, such as adapters: these want to be called.
+    Not where torch differentiates by its functional transforms.
+    """
+    return bool(block.kernels) and fits(x) and _plain(block) and not _transformed() and kernels_work(x.get_device())
+
+
+def fits(x: Tensor) -> bool:
+    large = x.is_cuda and x.dtype in DTYPES and x.numel() >= FEWEST
+    return large and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _plain(block: Any) -> bool:
+    norms, convolutions = (block.norm1, block.norm2), (block.conv1, block.conv2)
+    layers = (*norms, *convolutions)
+    kinds = all(type(norm) is nn.GroupNorm for norm in norms) and all(type(c) is nn.Conv2d for c in convolutions)
+    groups = all(norm.num_channels // norm.num_groups <= LARGEST_GROUP for norm in norms if kinds)
+    return kinds and groups and not any(len(layer._forward_hooks) or len(layer._forward_pre_hooks) for layer in layers)
+
+
+def _transformed() -> bool:
+    # Where torch.compile traces, this has been asked before (`compiled._never_compiled`).
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@torch.compiler.assume_constant_result
+def kernels_work(device: int) -> bool:
+    """Whether the GPU of that number gives by kernels what it gives without; a warning says why not."""
+    return _tried(device)
+
+
+@functools.cache
+def _tried(device: int) -> bool:
+    try:
+        from dic_repa.models.kernels import gated_residual, norm_gelu  # needs Triton, and that a C compiler
+
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            generator = torch.Generator(f"cuda:{device}").manual_seed(0)
+            x = torch.randn(2, 8, 8, 48, generator=generator, device=generator.device).permute(0, 3, 1, 2)
+            x, norm = x.detach().requires_grad_(), nn.GroupNorm(12, 48).to(x.device)
+            gate = x.detach()[:, :, 0, 0]
+            ours = gated_residual(x, norm_gelu(x, norm, gate, gate, gate[0]), gate, gate[1])
+            plain = F.gelu(norm(x + gate[0, :, None, None]) * (1 + gate[:, :, None, None]) + gate[:, :, None, None])
+            plain = x + gate[:, :, None, None] * (plain + gate[1, :, None, None])
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+            gradients = [torch.autograd.grad(each.sin().sum(), x)[0] for each in (ours, plain)]
+            torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    except Exception as error:  # a missing package, the compilers' own errors, or a difference
+        warn(f"Triton's kernels do not work on cuda:{device} ({first_line(error)}); computing without them")
+        return False
+    return True
