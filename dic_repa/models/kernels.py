@@ -67,6 +67,11 @@ class _Plan:
         return {**self.constants, **blocks, "GROUP": size}
 
 
+def _step(rows: Tensor | None) -> int:
+    """From a row (C,) to the next in memory: the parts of a modulation lie side by side."""
+    return 0 if rows is None else rows.stride(0)
+
+
 def _new(x: Tensor, plan: _Plan, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=plan.compute)
 
@@ -85,7 +90,7 @@ def _norm_gelu(
     found = _new(x, plan, 4, images, channels)
     _launch(
         triton_kernels.coefficients, (images, groups), means, squares, weight, shift_of_norm,
-        x if scale is None else scale, x if shift is None else shift, x if bias is None else bias, found,
+        x if scale is None else scale, x if shift is None else shift, x if bias is None else bias, found, _step(scale),
         plan.rows, channels, plan.chunks, plan.chunk_rows, eps,
         MODULATED=scale is not None, BIASED=bias is not None, **plan.group(groups),
     )  # fmt: skip
@@ -112,7 +117,7 @@ def _norm_gelu_backward(
     more = _new(x, plan, 7, images, channels)
     _launch(
         triton_kernels.gradient_coefficients, (images, groups), sums, found, weight, shift_of_norm,
-        x if scale is None else scale, more, plan.rows, channels, plan.chunks,
+        x if scale is None else scale, more, _step(scale), plan.rows, channels, plan.chunks,
         MODULATED=scale is not None, **plan.group(groups),
     )  # fmt: skip
     dx = torch.empty_like(x)
@@ -147,7 +152,7 @@ _norm_gelu.register_autograd(_differentiate_norm_gelu, setup_context=_keep_for_n
 def _gated_residual(x: Tensor, h: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     plan, y = _Plan(x), torch.empty_like(x)
     biased = bias is not None
-    given = (x, h, gate, bias if biased else x, y)
+    given = (x, h, gate, bias if biased else x, y, _step(gate))
     _launch(triton_kernels.gate, plan.grid, *given, *plan.sizes, BIASED=biased, **plan.tile)
     return y
 
@@ -162,7 +167,7 @@ def _gated_residual_backward(dy: Tensor, h: Tensor, gate: Tensor) -> tuple[Tenso
     """The gradient of h, and for each channel of an image the sums of dy h and of dy: (2, B, C)."""
     plan, dh = _Plan(h), torch.empty_like(h)
     sums = _new(h, plan, 2, plan.images, plan.chunks, plan.channels)
-    _launch(triton_kernels.gate_gradients, plan.grid, dy, h, gate, dh, sums, *plan.sizes, **plan.tile)
+    _launch(triton_kernels.gate_gradients, plan.grid, dy, h, gate, dh, sums, _step(gate), *plan.sizes, **plan.tile)
     return dh, sums.sum(2)
 
 
@@ -197,14 +202,12 @@ def norm_gelu(
 ) -> Tensor:
     """GELU(norm(x + bias) (1 + scale) + shift), of x (B, C, H, W) in channels_last and of its type.
 
-    scale and shift are (B, C), both or neither; bias is (C,).
+    scale and shift are (B, C), both or neither and laid out alike, with rows without gaps; bias is (C,).
     """
-    if scale is not None and shift is not None:
-        scale, shift = scale.contiguous(), shift.contiguous()
     y, _ = _norm_gelu(x, norm.weight, norm.bias, scale, shift, bias, norm.num_groups, norm.eps)
     return y
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x + gate (h + bias), of x and h (B, C, H, W), gate (B, C), bias (C,)."""
-    return _gated_residual(x, h.to(x.dtype), gate.contiguous(), bias)
+    """x + gate (h + bias), of x and h (B, C, H, W), gate (B, C) with rows without gaps, bias (C,)."""
+    return _gated_residual(x, h.to(x.dtype), gate, bias)

@@ -2,7 +2,8 @@
 
 A feature map is (B, rows, channels) in memory, `rows` being its pixels. A program has one image, one chunk of its rows
 and one block of channels, and leaves sums of its own, which a second, small kernel adds up: nothing is added up in an
-order that changes. Arithmetic is that of `COMPUTE`, float32 but in tests. Per channel of an image there are
+order that changes. Rows of the modulation (B, channels) are `step` apart in memory. Arithmetic is that of `COMPUTE`:
+float32, but in tests. Per channel of an image there are
 
     scale A, centre M, shift T, and 1 / deviation r:    z = (x - M) A + T,    xhat = (x - M) r
 """
@@ -73,7 +74,7 @@ def statistics(
 
 @triton.jit
 def coefficients(
-    means, squares, weight, shift_of_norm, scale, shift, bias, out, rows, channels, chunks, chunk_rows, eps,
+    means, squares, weight, shift_of_norm, scale, shift, bias, out, step, rows, channels, chunks, chunk_rows, eps,
     MODULATED: tl.constexpr, BIASED: tl.constexpr, COMPUTE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
@@ -99,9 +100,9 @@ def coefficients(
     term = tl.load(shift_of_norm + c, mask=inside, other=0.0).to(COMPUTE)
     own = image * channels + c
     if MODULATED:
-        times = 1 + tl.load(scale + own, mask=inside, other=0.0).to(COMPUTE)
+        times = 1 + tl.load(scale + image * step + c, mask=inside, other=0.0).to(COMPUTE)
         factor *= times
-        term = term * times + tl.load(shift + own, mask=inside, other=0.0).to(COMPUTE)
+        term = term * times + tl.load(shift + image * step + c, mask=inside, other=0.0).to(COMPUTE)
     size = images * channels
     tl.store(out + own, factor * r, mask=inside)
     tl.store(out + size + own, centre - moved, mask=inside)
@@ -167,7 +168,7 @@ def gradient_sums(
 
 @triton.jit
 def gradient_coefficients(
-    sums, found, weight, shift_of_norm, scale, out, rows, channels, chunks,
+    sums, found, weight, shift_of_norm, scale, out, step, rows, channels, chunks,
     MODULATED: tl.constexpr, COMPUTE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """From the chunks' sums to D and E of dx = dz A + (x - M) D + E, and to each channel's gradients of the norm's
@@ -188,7 +189,7 @@ def gradient_coefficients(
     term = tl.load(shift_of_norm + c, mask=inside, other=0.0).to(COMPUTE)
     times = tl.zeros((BLOCK_G,), COMPUTE) + 1
     if MODULATED:
-        times += tl.load(scale + own, mask=inside, other=0.0).to(COMPUTE)
+        times += tl.load(scale + image * step + c, mask=inside, other=0.0).to(COMPUTE)
     total = rows * GROUP
     mean_slope = tl.sum(a * slopes, 0) / total  # of dz A, the gradient of xhat times r
     mean_product = tl.sum(a * products, 0) / total
@@ -228,14 +229,14 @@ def gradient_of_input(
 
 @triton.jit
 def gate(
-    x, h, factor, bias, y, rows, channels, chunk_rows,
+    x, h, factor, bias, y, step, rows, channels, chunk_rows,
     BIASED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = x + gate (h + bias)."""
     image, chunk = tl.program_id(0), tl.program_id(1)
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
-    g = tl.load(factor + image * channels + c, mask=inside, other=0.0).to(COMPUTE)
+    g = tl.load(factor + image * step + c, mask=inside, other=0.0).to(COMPUTE)
     b = tl.zeros((BLOCK_C,), COMPUTE)
     if BIASED:
         b = tl.load(bias + c, mask=inside, other=0.0).to(COMPUTE)
@@ -251,7 +252,7 @@ def gate(
 
 @triton.jit
 def gate_gradients(
-    dy, h, factor, dh, sums, rows, channels, chunk_rows,
+    dy, h, factor, dh, sums, step, rows, channels, chunk_rows,
     COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dh = gate dy, and for each chunk and channel the sums of dy h and of dy: (2, B, chunks, channels)."""
@@ -259,7 +260,7 @@ def gate_gradients(
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
-    g = tl.load(factor + image * channels + c, mask=inside, other=0.0).to(COMPUTE)
+    g = tl.load(factor + image * step + c, mask=inside, other=0.0).to(COMPUTE)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
     products = tl.zeros((BLOCK_C,), COMPUTE)
     slopes = tl.zeros((BLOCK_C,), COMPUTE)

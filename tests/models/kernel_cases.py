@@ -70,7 +70,10 @@ def test_norm_and_gelu(case):
     x = x.detach().to(DEVICE, dtype, memory_format=LAST)
     others = [None if other is None else other.detach().float().to(DEVICE) for other in others]
     leaves = given(x, ours.weight, ours.bias, *others)
-    found = norm_gelu(x, ours, *others)
+    scale, shift, bias = others
+    if scale is not None:
+        scale, shift = torch.cat([scale, shift], dim=1).chunk(2, dim=1)  # side by side, as a layer gives them
+    found = norm_gelu(x, ours, scale, shift, bias)
     assert found.dtype == dtype
     assert found.is_contiguous(memory_format=LAST)
     tolerance = TOLERANCES[dtype] * (50 if case[8] else 1)  # float32 holds a hundredth of a large mean less well

@@ -54,7 +54,7 @@ def kernels():
     biased = {"BIASED": True}
     constants = {"coefficients": group | biased, "gradient_coefficients": group, "gate": tile | biased}
     halves = {"x", "dy", "y", "dx", "h", "dh", "scale", "shift", "factor"}
-    numbers = {"rows": "i32", "channels": "i32", "chunk_rows": "i32", "chunks": "i32", "eps": "fp32"}
+    numbers = {"rows": "i32", "channels": "i32", "chunk_rows": "i32", "chunks": "i32", "step": "i32", "eps": "fp32"}
 
     def build(name: str, capability: int):
         kernel, fixed = getattr(triton_kernels, name), constants.get(name, tile)
