@@ -2,10 +2,10 @@
 
     python tests/scripts/train_dic_xl_gpu.py
 
-Trains on random data in memory with a DINOv2-B of random weights, at each batch size, eager and compiled by block, 100
-steps each; then compares the gradients of each way to compute them with the eager ones, in float32 and in bf16
-(torch.compile has had a GroupNorm on channels_last whose bf16 gradients were wrong in silence). Exits with 1 where a
-loss is not finite or gradients differ. On a CPU, at a size that it can bear:
+Trains on random data in memory with a DINOv2-B of random weights, at each batch size, eager and compiled by block, with
+and without Triton's kernels, 100 steps each; then compares the gradients of each of these ways with the plain ones, in
+float32 and in bf16 (torch.compile has had a GroupNorm on channels_last whose bf16 gradients were wrong in silence).
+Exits with 1 where a loss is not finite or gradients differ. On a CPU, at a size that it can bear:
 
     python tests/scripts/train_dic_xl_gpu.py --recipe digits-urepa --batches 4 --steps 3 --set model.width=8
 """
@@ -13,6 +13,7 @@ loss is not finite or gradients differ. On a CPU, at a size that it can bear:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -21,18 +22,22 @@ import torch
 from torch import Tensor
 
 from dic_repa.bench.device import describe_device, free_memory
+from dic_repa.bench.timing import case_label
 from dic_repa.bench.train import COMPILE, Clock, TrainCase, build_step, prepare_recipe
 from dic_repa.models.compiled import allow_recompilation
+from dic_repa.models.kernel_choice import KERNELS
 
-WAYS = ("off", "blocks")
+Way = tuple[str, str]  # a mode of torch.compile, and `model.kernels`
+PLAIN: Way = ("off", "off")
 WARM_UP = 5  # steps before the clock runs: compilation, choice of kernels
 
 
-def build_case(name: str, overrides: list[str], precision: str, batch: int, way: str, device) -> TrainCase:
+def build_case(name: str, overrides: list[str], precision: str, batch: int, way: Way, device) -> TrainCase:
     """A training step of the recipe on random data, its encoder with random weights where those are fetched."""
     recipe = prepare_recipe(name, overrides, precision, batch, [])
-    recipe.train.compile = COMPILE[way]
-    return TrainCase(way, recipe, *build_step(recipe, device))
+    mode, kernels = way
+    recipe.train.compile, recipe.model.kernels = COMPILE[mode], kernels
+    return TrainCase(f"{case_label('', '', mode)}, kernels {kernels}", recipe, *build_step(recipe, device))
 
 
 def measure(case: TrainCase, steps: int, device: torch.device) -> dict:
@@ -86,21 +91,22 @@ def worst_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> t
     return differences[name], name
 
 
-def compare_gradients(name: str, overrides: list[str], batch: int, ways: list[str], device: torch.device) -> list[dict]:
-    """Each way in float32 and in bf16 against eager float32; in bf16 no worse than twice the eager error."""
-    found = {}
+def compare_gradients(name: str, overrides: list[str], batch: int, ways: list[Way], device: torch.device) -> list[dict]:
+    """Each way in float32 and in bf16 against plain float32; in bf16 no worse than twice the plain error."""
+    found, labels = {}, {}
     for precision in ("fp32", "bf16"):
-        for way in dict.fromkeys(("off", *ways)):
+        for way in dict.fromkeys((PLAIN, *ways)):
             case = build_case(name, overrides, precision, batch, way, device)
-            found[precision, way] = gradients(case)
+            found[precision, way], label = gradients(case), case.label
+            labels[precision, way] = f"{precision} {label}"
             del case
             free_memory(device)
-    reference, rows = found.pop(("fp32", "off")), []
-    limits = {"fp32": 1e-3, "bf16": 2 * worst_difference(found["bf16", "off"], reference)[0]}
-    for (precision, way), each in found.items():
+    reference, rows = found.pop(("fp32", PLAIN)), []
+    limits = {"fp32": 1e-3, "bf16": 2 * worst_difference(found["bf16", PLAIN], reference)[0]}
+    for key, each in found.items():
         error, where = worst_difference(each, reference)
-        good = error <= limits[precision]
-        rows.append({"gradients": f"{precision} {way} against fp32 eager", "worst": error, "of": where, "good": good})
+        good = error <= limits[key[0]]
+        rows.append({"gradients": f"{labels[key]} against plain fp32", "worst": error, "of": where, "good": good})
     return rows
 
 
@@ -111,22 +117,24 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--gradient-batch", type=int, default=4)
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--compile", nargs="+", choices=COMPILE, default=list(WAYS))
+    parser.add_argument("--compile", nargs="+", choices=COMPILE, default=["off", "blocks"])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["off", "auto"])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", help="Write the results into this file as well.")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ways = [*itertools.product(arguments.compile, arguments.kernels)]
     allow_recompilation()
     results: dict = {"environment": describe_device(device), "steps": [], "gradients": []}
     print(json.dumps(results["environment"]))
     for batch in arguments.batches:
-        for way in arguments.compile:
+        for way in ways:
             case = build_case(arguments.recipe, arguments.overrides, arguments.precision, batch, way, device)
             results["steps"].append(measure(case, arguments.steps, device))
             print(json.dumps(results["steps"][-1]), flush=True)
             del case
             free_memory(device)
-    given = arguments.recipe, arguments.overrides, arguments.gradient_batch, arguments.compile
+    given = arguments.recipe, arguments.overrides, arguments.gradient_batch, ways
     results["gradients"] = compare_gradients(*given, device)
     for row in results["gradients"]:
         print(json.dumps(row))
