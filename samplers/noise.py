@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dic_repa.errors import UserError
+from dic_repa.runtime.copies import send
 from dic_repa.samplers.philox import fill_normal, philox, split_words
 
 STEP_NOISE = "philox4x32-10"  # how the noise of steps is made, as records of samples have it
@@ -65,11 +66,12 @@ class StepNoise:
 
     def _draw(self, steps: range, shape: Sequence[int], device: torch.device) -> Tensor:
         size, at_once = math.prod(shape), _AT_ONCE[device.type] // 4
-        names = torch.tensor([(step, *split_words(index)) for step in steps for index in self.indices], device=device)
+        names = [(step, *split_words(index)) for step in steps for index in self.indices]
+        rows_named = send(torch.tensor(names, dtype=torch.int64).view(-1, 3), device)
         places = torch.arange(-(-size // 4), device=device)
         normal = torch.empty(len(names), len(places), 4, device=device)
         rows = max(1, at_once // max(1, len(places)))
-        for some, named in zip(normal.split(rows), names.split(rows)):
+        for some, named in zip(normal.split(rows), rows_named.split(rows)):
             for part, placed in zip(some.split(at_once, dim=1), places.split(at_once)):
                 counter = torch.empty(4, *part.shape[:2], dtype=torch.int64, device=device)
                 counter[0], counter[1:] = placed, named.T[..., None]
