@@ -120,13 +120,13 @@ def test_drift_is_the_velocity_less_half_w_times_the_score(path):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that a GPU would have to launch: not views, nor what is a single number of the CPU."""
+    """Counts operations on batches, each a launch on a GPU: not views, nor the few numbers that stay on the CPU."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.numel() > 1:
+        if isinstance(result, torch.Tensor) and result.ndim == 4:
             self.count += function.overloadpacket.__name__ not in ("expand", "view", "slice", "select", "unsqueeze")
         return result
 
@@ -138,4 +138,4 @@ def test_a_step_launches_few_operations():
             noise = torch.zeros(2, 1, 2, 2)
             sample_sde(lambda x, t: x, noise, steps=steps, noise_fn=lambda step, x: x)
         counts.append(launches.count)
-    assert (counts[1] - counts[0]) / 10 <= 8
+    assert (counts[1] - counts[0]) / 10 <= 7
