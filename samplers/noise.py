@@ -42,9 +42,8 @@ def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int]) -> Te
 class StepNoise:
     """The noise of an SDE's steps: `StepNoise(seed, indices)(step, like)` is (len(indices), ...) like `like`.
 
-    The number at a place of a row depends on (seed, the row's index, step, place) alone and is independent of
-    `initial_noise`. It is made where `like` is: a GPU waits neither for the CPU nor for a copy. Its numbers are the
-    CPU's, but for a rare last bit (`fill_normal`).
+    A row depends on (seed, its index, step) alone and is independent of `initial_noise`. It is made where `like` is: a
+    GPU waits neither for the CPU nor for a copy. Its numbers are the CPU's, but for a rare last bit (`fill_normal`).
     """
 
     def __init__(self, seed: int, indices: Sequence[int]):
@@ -69,11 +68,11 @@ class StepNoise:
         names = [(step, *split_words(index)) for step in steps for index in self.indices]
         rows_named = send(torch.tensor(names, dtype=torch.int64).view(-1, 3), device)
         places = torch.arange(-(-size // 4), device=device)
-        normal = torch.empty(len(names), len(places), 4, device=device)
+        normal = torch.empty(len(names), 4, len(places), device=device)
         rows = max(1, at_once // max(1, len(places)))
         for some, named in zip(normal.split(rows), rows_named.split(rows)):
-            for part, placed in zip(some.split(at_once, dim=1), places.split(at_once)):
-                counter = torch.empty(4, *part.shape[:2], dtype=torch.int64, device=device)
+            for part, placed in zip(some.split(at_once, dim=2), places.split(at_once)):
+                counter = torch.empty(4, len(part), len(placed), dtype=torch.int64, device=device)
                 counter[0], counter[1:] = placed, named.T[..., None]
                 fill_normal(part, philox(counter, split_words(self.seed)))
         return normal.flatten(1)[:, :size].reshape(len(steps), len(self.indices), *shape)

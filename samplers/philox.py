@@ -41,8 +41,8 @@ def philox(counter: Tensor, key: Sequence[int]) -> list[Tensor]:
 
 
 def fill_normal(out: Tensor, words: Sequence[Tensor]) -> None:
-    """Write standard normal numbers (..., 4), float32, to `out`, and over the four random `words` (...) that they come
-    from, by Box and Muller; none is beyond 6.8.
+    """Write standard normal numbers, none beyond 6.8, to `out` (B, 4, N), float32, from four random `words` (B, N),
+    which are lost, by Box and Muller.
 
     The logarithm, cosine and sine are taken in float64 and then rounded, so that two devices differ in the last bit of
     about one number in a hundred million.
@@ -50,8 +50,8 @@ def fill_normal(out: Tensor, words: Sequence[Tensor]) -> None:
     for place in (0, 2):
         radius = _uniform(words[place]).log_().float().mul_(-2).sqrt_()
         angle = _uniform(words[place + 1]).mul_(2 * math.pi)
-        torch.mul(radius, angle.cos().float(), out=out[..., place])
-        torch.mul(radius, angle.sin_().float(), out=out[..., place + 1])
+        torch.mul(radius, angle.cos().float(), out=out[:, place])
+        torch.mul(radius, angle.sin_().float(), out=out[:, place + 1])
 
 
 def _uniform(words: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ def test_normal_numbers_are_box_and_mullers():
     u = (drawn.numpy() + 0.5) / 2**32
     radius, angle = np.sqrt(-2 * np.log(u[0::2])), 2 * np.pi * u[1::2]
     expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)  # (pair, which of it, 1000)
-    out = torch.empty(1000, 4)
-    fill_normal(out, list(drawn))
-    torch.testing.assert_close(out, torch.from_numpy(expected.reshape(4, 1000).T).float(), rtol=3e-7, atol=1e-7)
+    out = torch.empty(1, 4, 1000)
+    fill_normal(out, list(drawn[:, None]))
+    torch.testing.assert_close(out[0], torch.from_numpy(expected.reshape(4, 1000)).float(), rtol=3e-7, atol=1e-7)
 
 
 def steps_of(seed: int, indices: list[int], count: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
@@ -110,8 +110,6 @@ def test_noise_of_steps_is_the_same_in_any_batch_and_draw(monkeypatch):
     whole = steps_of(3, list(range(6)), 5, (3, 5, 7))
     assert torch.equal(whole[:, [4, 1]], steps_of(3, [4, 1], 5, (3, 5, 7)))
     assert torch.equal(whole[2], StepNoise(3, range(6))(2, whole[2]))
-    longer = steps_of(3, list(range(6)), 5, (3, 5, 8)).flatten(2)
-    assert torch.equal(longer[..., :105], whole.flatten(2))  # a place's number does not depend on the others
     for at_once in (8, 24, 700):  # pieces of a row, of few rows, of a step
         monkeypatch.setitem(noise_module._AT_ONCE, "cpu", at_once)
         assert torch.equal(whole, steps_of(3, list(range(6)), 5, (3, 5, 7)))
