@@ -73,6 +73,18 @@ def test_philox_gives_its_authors_answers(counter, key, answer):
     assert [word.tolist() for word in philox(several, words(key))] == [[word] * 5 for word in words(answer)]
 
 
+class AsOnGPU(list):
+    """Rows for torch's own arithmetic, as a GPU's are."""
+
+    is_cuda = True
+
+
+def test_torch_and_numpy_do_the_same_arithmetic():
+    counter = torch.randint(0, 2**32, (4, 3000), generator=torch.Generator().manual_seed(0))
+    by_torch = philox(AsOnGPU(counter.clone()), [123, 2**32 - 5])
+    assert all(torch.equal(a, b) for a, b in zip(by_torch, philox(counter, [123, 2**32 - 5]), strict=True))
+
+
 def test_normal_numbers_are_box_and_mullers():
     drawn = torch.randint(0, 2**32, (4, 1000), generator=torch.Generator().manual_seed(0))
     drawn[:, :4] = torch.tensor([0, 1, 2**31, 2**32 - 1])
