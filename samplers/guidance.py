@@ -181,6 +181,7 @@ class GuidedField:
                 "guidance needs a model with a null class (`num_classes`); set the scale to 1 to do without"
             )
         self.null = null(y) if null else y
+        self._pair_of_conditions = torch.cat([y, self.null]) if guidance.active and weak_model is None else y
         self.path, self.two_times = path_of(model), getattr(model, "two_times", False)
         self.time_range = getattr(model, "time_range", (0.0, 1.0))
         inside = guidance.interval if guidance.active else ()
@@ -221,7 +222,7 @@ class GuidedField:
         if self.doubled:
             try:
                 times = t[:1].expand(2 * len(t), *t.shape[1:])  # all the same: the model embeds one
-                strong, weak = model(torch.cat([x, x]), times, torch.cat([self.y, self.null])).chunk(2)
+                strong, weak = model(torch.cat([x, x]), times, self._pair_of_conditions).chunk(2)
                 return strong, weak
             except torch.OutOfMemoryError:
                 if self.guidance.doubled:

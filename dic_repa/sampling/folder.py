@@ -44,6 +44,7 @@ from dic_repa.recipe.keys import flatten
 from dic_repa.runtime.processes import entered_by_main, on_main_process
 from dic_repa.runtime.progress import progress_bar, say
 from dic_repa.samplers import solver_info
+from dic_repa.samplers.noise import STEP_NOISE
 from dic_repa.sampling import SAMPLES_FILE, SAMPLES_NPZ
 from dic_repa.sampling.load import Checkpoint
 from dic_repa.sampling.sampler import Sampler
@@ -103,6 +104,8 @@ class SampleFolder:
             fixed -= {"sample.num", "sample.batch_size"}
         old, new = flatten(before), flatten(completed(self.spec))
         changed = [key for key in {**old, **new} if key not in fixed and old.get(key) != new.get(key)]
+        if changed == ["step_noise"]:
+            raise UserError(f"an earlier version made {self.path}, from other noise for the solver's steps; {hint}")
         if changed:
             raise UserError(f"{self.path} exists with other samples ({', '.join(changed)} differ); {hint}")
         if not isinstance(old.get("sample.num"), int):
@@ -171,11 +174,13 @@ class SampleFolder:
 def sample_spec(checkpoint: Checkpoint, settings: SampleSection, labels: Tensor, classes: str | None = None) -> dict:
     """What determines the images of a folder, as JSON has it."""
     condition = checkpoint.condition
+    noisy = settings.eta or not solver_info(settings.solver).deterministic
     return {
         "checkpoint": str(checkpoint.source),
         "weights": weights_fingerprint(checkpoint.weights_file),
         **weak_weights(settings, checkpoint.source),
         **({"conditions": fingerprint(condition.examples)} if isinstance(condition, VectorCondition) else {}),
+        **({"step_noise": STEP_NOISE} if noisy else {}),
         "sample": settings.model_dump(mode="json"),
         "evaluations_per_image": None,
         "classes": classes,

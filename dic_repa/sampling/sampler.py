@@ -17,6 +17,7 @@ from dic_repa.errors import UserError
 from dic_repa.models.compiled import AUTO, BY_BLOCK, CompiledDenoiser, can_compile
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import GuidanceSection, SampleSection
+from dic_repa.runtime.copies import send
 from dic_repa.runtime.precision import tf32
 from dic_repa.samplers import Guidance, SolverInfo, initial_noise, sample, solver_info, time_grids
 from dic_repa.samplers.ddpm import split_output
@@ -101,10 +102,10 @@ class Sampler:
             # Not with an adaptive solver: its steps depend on all images of a batch.
             if start and mode != "off" and info.kind != "adaptive":
                 rows += rows[-1:] * (size - wanted)
-            velocity = guidance.bind(model, y[rows].to(device), weak_model=weak)
+            velocity = guidance.bind(model, send(y[rows], device), weak_model=weak)
             places = [indices[row] for row in rows]
             drawn = initial_noise(self.shape, settings.seed, places) if self.noise is None else self.noise[rows]
-            noise = drawn.to(device)
+            noise = send(drawn, device)  # as soon as the GPU has been given the batch before, which it is still at
             options = self._options(info, places)
             first = start == 0  # the details hold every state: too much for each batch
             watched = Watched(velocity, partial(self._tell, info, start)) if self.watch else velocity
@@ -223,7 +224,7 @@ def decode_batches(samples: Iterable[Tensor], decode: Callable[[Tensor], Tensor]
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             x.record_stream(stream)
-            images = decode(x).to("cpu", non_blocking=True)
+            images = decode(x).to("cpu", non_blocking=True)  # into pinned memory, which torch takes for such a copy
             done = stream.record_event()
         if pending:
             yield _finished(*pending)

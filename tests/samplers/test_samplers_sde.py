@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from gaussian_mixture import GaussianMixture
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dic_repa.interpolants import CosinePath, LinearPath, VPPath
 from dic_repa.samplers import sample_sde
-from dic_repa.samplers.sde import create_diffusion, decay
+from dic_repa.samplers.field import Field
+from dic_repa.samplers.sde import ReverseSDE, create_diffusion, decay
 
 PATHS = [LinearPath(), LinearPath(2.0), CosinePath(), VPPath()]
 TIMES = (0.05, 0.3, 0.8)
@@ -102,3 +104,38 @@ def test_run_is_told():
     assert run.times[-2:] == [pytest.approx(0.04), 0.0]
     assert len(run.states) == len(run.times) == 21
     assert torch.equal(run.states[-1], x)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_drift_is_the_velocity_less_half_w_times_the_score(path):
+    data = GaussianMixture([[-0.5], [0.8]], [0.5, 0.5], 0.3)
+    x = torch.randn(16, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    velocity = data.velocity(path)
+    sde = ReverseSDE(Field(velocity, path), create_diffusion("sigma", path))
+    for t in TIMES:
+        alpha, sigma, *_ = coefficients(path, t)
+        mean, times = data.expectations(path, x, torch.full((16,), t))[0], torch.full((16,), t, dtype=x.dtype)
+        score = -(x - alpha * mean) / sigma**2  # Tweedie's formula
+        torch.testing.assert_close(sde.drift(x, t), velocity(x, times) - sigma * score)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations on batches, each a launch on a GPU: not views, nor the few numbers that stay on the CPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.ndim == 4:
+            self.count += function.overloadpacket.__name__ not in ("expand", "view", "slice", "select", "unsqueeze")
+        return result
+
+
+def test_a_step_launches_few_operations():
+    counts = []
+    for steps in (10, 20):
+        with Launches() as launches:
+            noise = torch.zeros(2, 1, 2, 2)
+            sample_sde(lambda x, t: x, noise, steps=steps, noise_fn=lambda step, x: x)
+        counts.append(launches.count)
+    assert (counts[1] - counts[0]) / 10 <= 7

@@ -28,6 +28,7 @@ from dic_repa.evaluation import open_images
 from dic_repa.files.npz import NpzFile, write_npz
 from dic_repa.recipe import DataSection, SampleSection
 from dic_repa.recipe.build import build_decoder
+from dic_repa.sampling import SAMPLES_FILE
 from dic_repa.sampling.folder import SampleFolder, fill, sample_spec, save_trajectory
 from dic_repa.sampling.labels import random_labels
 from dic_repa.sampling.load import load
@@ -144,6 +145,22 @@ def test_random_classes_are_of_seed_and_index(sample):
     shares = labels.bincount() / 40_000
     assert (shares - 0.1).abs().max() < 5 * (0.09 / 40_000) ** 0.5
     assert set(random_labels(RECIPE, ClassLabels(10), 50, [3, 7]).tolist()) == {3, 7}
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
+def test_samples_of_an_earlier_version_get_no_other_noise(checkpoint, tmp_path, solver):
+    spec = sample_spec(load(checkpoint), SampleSection(solver=solver, num=4, steps=2), torch.arange(4))
+    folder = SampleFolder(tmp_path / "out", spec)
+    folder.begin()
+    record = {key: value for key, value in spec.items() if key != "step_noise"}
+    (tmp_path / "out" / SAMPLES_FILE).write_text(json.dumps(record))
+    if solver == "heun":
+        folder.check()
+    else:
+        with pytest.raises(
+            UserError, match=r"earlier version made .*, from other noise for the solver's steps; pass --over"
+        ):
+            folder.check()
 
 
 def test_npz_holds_the_images_and_labels(sample):

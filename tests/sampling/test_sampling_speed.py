@@ -66,6 +66,13 @@ def test_many_images_on_a_gpu_are_compiled_by_block(monkeypatch):
     assert modes == ["blocks"]
 
 
+def test_a_scale_that_changes_is_not_compiled_for(graphs):
+    sampler = small_sampler(compile="reduce-overhead", solver="euler_maruyama")
+    sampler.settings.guidance.schedule, sampler.settings.steps = "cosine", 8
+    images(sampler)
+    assert len(graphs) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
 def test_a_smaller_last_batch_is_not_compiled_for(graphs, solver):
@@ -104,3 +111,24 @@ def test_a_doubled_batch_that_does_not_fit_is_tried_once(monkeypatch):
     monkeypatch.setattr(DiC, "forward", limited)
     torch.testing.assert_close(images(small_sampler()), expected)
     assert full == [4]  # in the first of two batches
+
+
+@pytest.mark.gpu
+def test_the_cpu_waits_for_a_gpu_only_to_hand_out_images():
+    sampler = small_sampler(solver="euler_maruyama", precision="bf16")
+    sampler.denoiser.to("cuda")
+    images(sampler)  # what is done once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        samples = list(sampler.solved(LABELS))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(batch.is_pinned() for batch in decode_batches(samples, torch.neg))  # else the copies would wait
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
+def test_a_gpu_makes_the_same_images(solver):
+    expected, sampler = images(small_sampler(solver=solver)), small_sampler(solver=solver)
+    sampler.denoiser.to("cuda")
+    torch.testing.assert_close(images(sampler), expected, rtol=1e-3, atol=1e-3)
