@@ -122,6 +122,15 @@ def test_operations_are_registered_as_torch_wants_them():
     torch.library.opcheck(torch.ops.dic_repa.gated_residual.default, (x, x.detach() ** 2, rest[2], rest[4]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_before_kernels_are_used(dtype, monkeypatch):
+    device = torch.device(DEVICE)
+    kernel_choice.compare_with_plain(device, dtype)
+    monkeypatch.setattr("dic_repa.models.kernels.gated_residual", lambda x, h, gate, bias: gated_residual(x, h, gate))
+    with pytest.raises(AssertionError, match="not close"):
+        kernel_choice.compare_with_plain(device, dtype)
+
+
 @pytest.fixture
 def chosen(monkeypatch):
     """Kernels for whatever is in channels_last, and how often they were asked for."""
