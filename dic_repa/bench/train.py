@@ -136,7 +136,9 @@ def prepare_recipe(name: str, overrides: Sequence[str], kind: str, batch: int, n
     ones, which `notes` then says."""
     recipe = with_random_data(load_training_recipe(name, overrides), notes)
     recipe.train.micro_batch, recipe.train.batch_size = None, batch
-    recipe.train.precision, recipe.train.tf32, recipe.train.trackers = MIXED[kind], kind == "tf32", []
+    recipe.train.precision, recipe.train.trackers = MIXED[kind], []
+    if kind in ("fp32", "tf32"):  # in bf16 and fp16 the recipe says how the rest, in float32, is rounded
+        recipe.train.tf32 = kind == "tf32"
     for section in recipe.alignments:
         if random_weights(section) is not None and "weights" not in section.encoder_options:
             section.encoder_options["pretrained"] = False
