@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from dic_repa.bench.device import describe_device, free_memory, read_clocks
-from dic_repa.bench.model import ModelCase, measure_peak, random_inputs, randomise
+from dic_repa.bench.model import ModelCase, random_inputs, randomise
+from dic_repa.bench.peaks import measure_peak
 from dic_repa.bench.timing import Settings, case_label, interleave, speed
 from dic_repa.errors import first_line
 from dic_repa.files.pictures import new_figure, save_figure

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dic_repa.bench import poster
-from dic_repa.bench.model import rounding
+from dic_repa.bench.peaks import rounding
 from dic_repa.bench.poster import SYSTEMS, System, bench_poster
 from dic_repa.bench.timing import Settings
 from dic_repa.bench.timing import interleave as timing

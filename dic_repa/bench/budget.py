@@ -1,0 +1,28 @@
+"""A limit of time for many measurements: what is not begun any more has a row that says so, as what fails has."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dic_repa.errors import first_line
+
+
+class Budget:
+    """`seconds` from now on; None or 0 is without limit."""
+
+    def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.end = clock, clock() + seconds if seconds else float("inf")
+
+    def left(self) -> float:
+        return self.end - self.clock()
+
+    def row(self, facts: dict[str, Any], need: float, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The `facts` with what `measure` returns, or with why there is nothing (`failed`): it takes about `need`
+        seconds and there are fewer, or it fails. What has begun is not interrupted."""
+        if self.left() < need:
+            left = max(0.0, self.left())
+            return facts | {"failed": f"left out: {left:.0f} s left of the budget, it takes about {need:.0f}"}
+        try:
+            return facts | measure()
+        except Exception as error:  # no memory, no compiler, no such file: the others do not wait for it
+            return facts | {"failed": f"{type(error).__name__}: {first_line(error)}"}
