@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dic_repa.errors import first_line
+from dic_repa.errors import UserError, first_line
 
 
 class Budget:
@@ -25,4 +25,5 @@ class Budget:
         try:
             return facts | measure()
         except Exception as error:  # no memory, no compiler, no such file: the others do not wait for it
-            return facts | {"failed": f"{type(error).__name__}: {first_line(error)}"}
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            return facts | {"failed": kind + first_line(error)}

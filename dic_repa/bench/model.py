@@ -62,7 +62,8 @@ def bench_model(
     """Time the forward pass of each denoiser as the settings say, in each memory layout, at `size` x `size`.
 
     Returns as `measure`, with `peaks`, the TFLOP/s that the device can do at most in each precision, if asked for, and
-    the `rooflines` of the cases, which need them. A row's `difference` is the relative error of its output against the same denoiser's in float32, eager.
+    the `rooflines` of the cases, which need them. A row's `difference` is the relative error of its output against the
+    same denoiser's in float32, eager.
     """
     device, baselines, cases = settings.device, settings.baselines_of(names), []
     for name in names:

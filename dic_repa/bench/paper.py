@@ -7,11 +7,11 @@ where it would not fit into the budget any more.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from dic_repa.bench.peaks import measure_bandwidth, measure_peak
 from dic_repa.bench.sample import bench_sample
 from dic_repa.bench.timing import TORCH_DEFAULT, Settings, case_label, interleave, speed
 from dic_repa.bench.train import bench_train
-from dic_repa.errors import UserError
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.runtime.precision import tf32
@@ -44,10 +43,11 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Plan:
     """What is measured: a DiC and a peer with the options of each, recipes of both, and the sampler's steps, with the
-    fewer that are taken where the budget has no time for all."""
+    fewer that are taken where the budget has no time for all. `needs` times as long as on a GPU takes each case."""
 
     denoisers: tuple[str, str] = ("DiC-XL", "SiT-XL/2")
     options: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    width: int = 384  # of DiC's first level
     size: int = 32
     batches: tuple[int, ...] = (32, 128)
     recipes: tuple[str, str] = ("dic-xl-urepa", "sit-xl-2-repa")
@@ -55,21 +55,21 @@ class Plan:
     train_batches: tuple[int, ...] = (32, 128)
     steps: tuple[int, int] = (250, 50)
     seconds: float = 0.5
-    needs: float = 1.0  # in place of a GPU's and the full sizes'
+    needs: float = 1.0
 
 
 FULL = Plan()
 SMALL = Plan(
-    ("DiC-S", "SiT-S/2"),
-    ({"width": 32, "depths": (1, 1, 1, 1, 1)}, {"depth": 2}),
-    16,
-    (1, 2),
-    ("digits-urepa", "digits-sit-repa"),
-    (),
-    (8,),
-    (4, 2),
-    0.0,
-    0.3,
+    denoisers=("DiC-S", "SiT-S/2"),
+    options=({"width": 32, "depths": (1, 1, 1, 1, 1)}, {"depth": 2}),
+    width=32,
+    size=16,
+    batches=(2,),
+    recipes=("digits-urepa", "digits-sit-repa"),
+    train_batches=(8,),
+    steps=(4, 2),
+    seconds=0.0,
+    needs=0.3,
 )
 
 
@@ -108,21 +108,16 @@ class Paper:
 
         yield self._row("copy", 1, 10, lambda: {"gb_per_second": measure_bandwidth(self.device)})
         yield self._row(f"best matrix product, {kind}", 1, 15, best)
-        width = self.built_width()
         for batch in self.plan.batches:
-            for label, operations, call in convolution_cases(batch, width, self.plan.size, kind, self.device):
-                yield self._row(label, batch, 1, lambda: time_ceiling(call, operations, kind, self.device))
+            for label, operations, call in convolution_cases(batch, self.plan.width, self.plan.size, kind, self.device):
+                yield self._row(label, batch, 1, partial(time_ceiling, call, operations, kind, self.device))
 
     def check(self, _kind: str) -> Iterator[Row]:
         """Outputs in float32: by block, and the plain baseline's, against eager."""
         name = self.plan.denoisers[0]
         for mode in ("blocks", "baseline"):
-
-            def difference() -> Row:
-                case = self._case(name, "fp32", 2, mode)
-                return {"difference": self._difference(case)}
-
-            yield self._row(self._label(name, "fp32", mode), 2, NEEDS[mode], difference)
+            label = self._label(name, "fp32", mode)
+            yield self._row(label, 2, NEEDS[mode], partial(self._compared, name, "fp32", 2, mode))
 
     def forward(self, kind: str) -> Iterator[Row]:
         dic, peer = self.plan.denoisers
@@ -159,8 +154,7 @@ class Paper:
             label = f"{case_label(name, kind, 'blocks', way)}, {steps} steps" + (
                 "" if steps == many else f", not {many}"
             )
-            measure = lambda: bench_sample((name,), settings, overrides, (way,))["rows"][0]  # noqa: E731
-            yield self._row(label, batch, need, measure)
+            yield self._row(label, batch, need, partial(self._sampled, name, settings, overrides, way))
 
     def whole(self, kind: str) -> Iterator[Row]:
         """All of the denoiser as one graph."""
@@ -195,9 +189,15 @@ class Paper:
 
     def _denoise(self, name: str, kind: str, batch: int, modes: Sequence[str]) -> Iterator[Row]:
         for mode in modes:
-            yield self._row(
-                self._label(name, kind, mode), batch, NEEDS[mode], lambda: self._timed(name, kind, batch, mode)
-            )
+            measure = partial(self._timed, name, kind, batch, mode)
+            yield self._row(self._label(name, kind, mode), batch, NEEDS[mode], measure)
+
+    def _compared(self, name: str, kind: str, batch: int, mode: str) -> Row:
+        return {"difference": self._difference(self._case(name, kind, batch, mode))}
+
+    def _sampled(self, name: str, settings: Settings, overrides: Sequence[str], way: str) -> Row:
+        self.forget()
+        return bench_sample((name,), settings, overrides, (way,))["rows"][0]
 
     def _timed(self, name: str, kind: str, batch: int, mode: str) -> Row:
         settings = self._settings(kind, "off", batch)  # which says what this device does not have
@@ -223,9 +223,6 @@ class Paper:
                 options = self.plan.options[self.plan.denoisers.index(name)]
                 self.built = name, randomise(create_denoiser(name, **options))
         return self.built[1]
-
-    def built_width(self) -> int:
-        return self._denoiser(self.plan.denoisers[0]).config["width"]
 
     def _case(self, name: str, kind: str, batch: int, mode: str) -> ModelCase:
         denoiser, dtype = self._denoiser(name), DTYPES.get(kind, torch.float32)

@@ -154,7 +154,7 @@ def _no_positions(kind: str | None, shapes: Sequence[Shape], batch: int) -> bool
     if kind == PRODUCTS:
         return min(bare[-1][:1] + bare[-2]) <= batch if len(bare) > 1 and bare[-2] else True
     rows = [shape[0] for shape in bare if len(shape) == 2]
-    return bool(rows) and max(map(len, bare)) <= 2 and max(rows) <= batch or not any(bare)
+    return (bool(rows) and max(map(len, bare)) <= 2 and max(rows) <= batch) or not any(bare)
 
 
 def record(call: Callable[[], object], batch: int) -> list[Operation]:
@@ -165,8 +165,10 @@ def record(call: Callable[[], object], batch: int) -> list[Operation]:
 
 
 def measured_by_kind(call: Callable[[], object], device: torch.device, batch: int) -> dict[str, float]:
-    """Seconds of a call by kind: a GPU's kernels, or a CPU's time in operations. What a compiler fused, and what belongs
-    to no operation, is `FUSED`."""
+    """Seconds of a call by kind: of a GPU's kernels, or a CPU's in operations.
+
+    What a compiler fused, and what belongs to no operation, is `FUSED`.
+    """
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with quiet(), profile(activities=activities, record_shapes=True) as recorded:

@@ -117,8 +117,7 @@ def bench_train(
 
     Data is random and in memory; encoders have random weights unless the recipe names a file of them. A baseline runs
     the same step with its denoiser, torch's plain AdamW and an average written tensor by tensor. Returns as `measure`,
-    rows with `phases`: the shares of a step; with `roofline`, also the `peaks` of the device and the `rooflines` of whole
-    steps.
+    rows with `phases`: the shares of a step; with `roofline`, also the device's `peaks` and the `rooflines` of steps.
     """
     device, baselines = settings.device, settings.baselines_of(recipes)
     if device.type == "cpu" and "fp16" in settings.precisions:
