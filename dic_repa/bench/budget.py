@@ -19,9 +19,8 @@ class Budget:
     def row(self, facts: dict[str, Any], need: float, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The `facts` with what `measure` returns, or with why there is nothing (`failed`): it takes about `need`
         seconds and there are fewer, or it fails. What has begun is not interrupted."""
-        if self.left() < need:
-            left = max(0.0, self.left())
-            return facts | {"failed": f"left out: {left:.0f} s left of the budget, it takes about {need:.0f}"}
+        if (left := self.left()) < need:
+            return facts | {"failed": f"left out: {max(0.0, left):.0f} s left of the budget, it takes about {need:.0f}"}
         try:
             return facts | measure()
         except Exception as error:  # no memory, no compiler, no such file: the others do not wait for it
