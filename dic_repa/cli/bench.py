@@ -140,7 +140,8 @@ def model(names, size, layout, no_peak, roofline, settings):
     has the median over the rounds and its quartiles. "To first" is the ratio to the first row of the same batch size.
     "Of matrix peak" and "of conv peak" compare with the best matrix product and 3x3 convolution that this device did
     in the same precision in this run. "Differs by" is the relative error of the output against float32, eager. MB is
-    what one call allocates beyond the weights.
+    what one call allocates beyond the weights. --roofline adds, by kind of operation, the least time that this device
+    needs for it (by the best product, convolution and copy of this run) beside the measured one.
 
     \b
     Examples:

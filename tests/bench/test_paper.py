@@ -95,7 +95,7 @@ def test_every_case_is_a_row():
     assert all("is a precision of NVIDIA GPUs" in row["failed"] for row in found["flags"])  # of a CPU that has none
 
 
-def test_training_and_sampling_take_fewer_steps_only_by_name(monkeypatch):
+def test_sampling_takes_fewer_steps_only_by_name(monkeypatch):
     def sampled(_names, _settings, overrides, ways):
         asked.append((overrides[-1], *ways))
         return {"rows": [{"label": "theirs", "evaluations": 7}]}
@@ -107,8 +107,8 @@ def test_training_and_sampling_take_fewer_steps_only_by_name(monkeypatch):
     asked = []
     monkeypatch.setattr(paper, "bench_sample", sampled)
     many, few, none = (rows_within(seconds)[0] for seconds in (120, 119, 59))
-    assert many["label"] == "digits-urepa fp32 compiled by block doubled, 250 steps"
-    assert few["label"] == "digits-urepa fp32 compiled by block doubled, 50 steps, not 250"
+    assert many["label"] == "digits-urepa fp32 doubled compiled by block, 250 steps"
+    assert few["label"] == "digits-urepa fp32 doubled compiled by block, 50 steps, not 250"
     assert none["failed"] == "left out: 59 s left of the budget, it takes about 60"
     assert asked == [(f"sample.steps={n}", way) for n in (250, 50) for way in ("doubled", "one-by-one")]
     step = Paper(CPU, TINY, PLAIN, 1, Budget())._step("digits-urepa", "fp32", 2, "off")
