@@ -80,7 +80,7 @@ def look_inside(call: Callable[[], object], device: torch.device) -> dict[str, f
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    with _quiet(), profile(activities=activities, profile_memory=not gpu) as recorded:
+    with quiet(), profile(activities=activities, profile_memory=not gpu) as recorded:
         call()
     averages = recorded.key_averages()
     if gpu:  # an operation has the time of the kernels that it launched, which are entries too
@@ -100,7 +100,7 @@ def look_inside(call: Callable[[], object], device: torch.device) -> dict[str, f
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Nothing on standard error: torch's profiler writes its own log there, from C++, and takes no level for it."""
     sys.stderr.flush()
     kept = os.dup(2)

@@ -4,18 +4,17 @@ import copy
 import itertools
 import runpy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dic_repa.bench.device import look_inside
-from dic_repa.bench.timing import TORCH_DEFAULT, Settings, case_label, interleave, measure
+from dic_repa.bench.peaks import LAYOUTS, measure_peak, rounding
+from dic_repa.bench.roofline import rooflines
+from dic_repa.bench.timing import Settings, case_label, measure
 from dic_repa.errors import UserError, did_you_mean, first_line
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
@@ -23,16 +22,6 @@ from dic_repa.models.pretrained import Pretrained
 from dic_repa.registry import import_plugin
 from dic_repa.runtime.precision import tf32
 from dic_repa.sampling.sampler import DTYPES
-
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-
-
-# (batch, channels, side): a CPU's fit its caches, a GPU's are those of DiC-XL at 32x32.
-CONVOLUTIONS = {
-    "cpu": [(8, 96, 32), (8, 192, 16), (8, 384, 8), (4, 256, 32)],
-    "cuda": [(128, 384, 32), (32, 384, 32), (128, 768, 16), (128, 1536, 8), (256, 512, 32)],
-}
-MATRICES = {"cpu": [1024, 2048], "cuda": [4096, 8192, 16384]}
 
 
 @dataclass
@@ -48,6 +37,7 @@ class ModelCase:
 
     def __post_init__(self):
         self.batch = len(self.reference)
+        self.graphs = self.inputs[0].is_cuda and getattr(self.model, "graphs", False)
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
@@ -55,9 +45,10 @@ class ModelCase:
             return self.model(*self.inputs)
 
     def facts(self, device: torch.device) -> dict[str, Any]:
-        graphs = device.type == "cuda" and getattr(self.model, "graphs", False)
         difference = float((self().float() - self.reference).norm() / self.reference.norm())
-        return {"gmacs": self.operations / 2, "difference": difference} | ({} if graphs else look_inside(self, device))
+        return {"gmacs": self.operations / 2, "difference": difference} | (
+            {} if self.graphs else look_inside(self, device)
+        )
 
 
 def bench_model(
@@ -66,11 +57,13 @@ def bench_model(
     layouts: Sequence[str] = ("channels_last",),
     size: int = 32,
     peaks: bool = True,
+    roofline: bool = False,
 ) -> dict:
     """Time the forward pass of each denoiser as the settings say, in each memory layout, at `size` x `size`.
 
-    Returns as `measure`, with `peaks`, the TFLOP/s that the device can do at most in each precision, if asked for. A
-    row's `difference` is the relative error of its output against the same denoiser's in float32, eager.
+    Returns as `measure`, with `peaks`, the TFLOP/s that the device can do at most in each precision, if asked for, and
+    the `rooflines` of the cases, which need them. A row's `difference` is the relative error of its output against the
+    same denoiser's in float32, eager.
     """
     device, baselines, cases = settings.device, settings.baselines_of(names), []
     for name in names:
@@ -94,36 +87,11 @@ def bench_model(
             for label, called in models.items():
                 for (x, t, y), reference in zip(batch_inputs, references):
                     cases.append(ModelCase(label, called, operations, kind, (x.to(DTYPES[kind]), t, y), reference))
-    limits = {kind: measure_peak(kind, device) for kind in settings.precisions} if peaks else {}
+    limits = {kind: measure_peak(kind, device) for kind in settings.precisions} if peaks or roofline else {}
     result = measure(cases, settings, "forward")
     for case, row in zip(cases, result["rows"]):
         row |= {f"{kind}_share": row["tflops"] / peak for kind, peak in limits.get(case.precision, {}).items()}
-    return {"peaks": limits, **result}
-
-
-@torch.no_grad()
-def measure_peak(precision: str, device: torch.device, rounds: int = 5) -> dict[str, float]:
-    """`matrix` and `convolution`: the TFLOP/s of the best of a few large matrix products and 3x3 convolutions.
-
-    A multiply-add is two operations. A convolution by Winograd's or Fourier's method may exceed the matrix product.
-    """
-    random = partial(torch.randn, device=device, dtype=DTYPES.get(precision, torch.float32))
-    work = [("matrix", 2.0 * n**3, partial(torch.matmul, random(n, n), random(n, n))) for n in MATRICES[device.type]]
-    for (batch, channels, side), layout in itertools.product(CONVOLUTIONS[device.type], LAYOUTS.values()):
-        x = random(batch, channels, side, side).to(memory_format=layout)
-        weight = random(channels, channels, 3, 3).to(memory_format=layout)
-        work.append(("convolution", 18.0 * channels**2 * batch * side**2, partial(F.conv2d, x, weight, padding=1)))
-    with rounding(precision):
-        timings = interleave([call for *_, call in work], rounds, 0.05, description=f"{precision} peak")
-    best = {"matrix": 0.0, "convolution": 0.0}
-    for (kind, operations, _), timing in zip(work, timings):
-        best[kind] = max(best[kind], operations / timing.median / 1e12)
-    return best
-
-
-def rounding(precision: str) -> AbstractContextManager[None]:
-    """While entered, a GPU rounds the factors of float32 products as the precision says."""
-    return tf32(precision == "tf32", convolutions=precision in ("tf32", TORCH_DEFAULT))
+    return {"peaks": limits, **result} | ({"rooflines": rooflines(cases, device, limits)} if roofline else {})
 
 
 def randomise(denoiser: Pretrained) -> Pretrained:

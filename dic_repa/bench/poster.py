@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from dic_repa.bench.budget import Budget
 from dic_repa.bench.device import describe_device, free_memory, read_clocks
-from dic_repa.bench.model import ModelCase, measure_peak, random_inputs, randomise
+from dic_repa.bench.model import ModelCase, random_inputs, randomise
+from dic_repa.bench.peaks import measure_peak
 from dic_repa.bench.timing import Settings, case_label, interleave, speed
 from dic_repa.errors import first_line
 from dic_repa.files.pictures import new_figure, save_figure
@@ -30,6 +32,7 @@ from dic_repa.sampling.sampler import DTYPES
 
 PIXELS = {256: 32, 512: 64}  # of the images: height and width of the latents
 REFERENCE = "DiT-XL/2"
+NEED = 20  # seconds of a system in one precision and compile mode, about
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,17 @@ COLUMNS = {  # key of a row: heading and format
 
 
 def bench_poster(
-    settings: Settings, pixels: Sequence[int], names: Sequence[str] = tuple(SYSTEMS), small: bool = False
+    settings: Settings,
+    pixels: Sequence[int],
+    names: Sequence[str] = tuple(SYSTEMS),
+    small: bool = False,
+    budget: Budget | None = None,
 ) -> Iterator[dict]:
     """Time the forward pass of the systems of these `names` at each of `pixels`; the first of the settings' batches.
 
     Yields the whole result so far after each system: `environment`, `peaks`, `source`, `small` and `rows`. A row
-    is for a system, size, precision and compile mode; where it could not be measured, it says why (`failed`).
+    is for a system, size, precision and compile mode; where it could not be measured, it says why (`failed`),
+    also where the `budget` has no time for the system any more.
     """
     result: dict[str, Any] = {
         "environment": describe_device(settings.device),
@@ -98,10 +106,11 @@ def bench_poster(
         "peaks": {kind: measure_peak(kind, settings.device) for kind in settings.precisions},
         "rows": [],
     }
+    budget = budget or Budget()
     for px in pixels:
         beside: list[ModelCase] = []  # DiT-XL/2
         for name in sorted(names, key=lambda name: name != REFERENCE):
-            rows, cases = _measure(SYSTEMS[name], settings, px, small, beside)
+            rows, cases = _measure(SYSTEMS[name], settings, px, small, beside, budget)
             for row, (kind, peak) in itertools.product(rows, result["peaks"].items()):
                 if kind == row["precision"] and "tflops" in row:
                     row |= {f"{work}_share": row["tflops"] / most for work, most in peak.items()}
@@ -113,7 +122,7 @@ def bench_poster(
 
 
 def _measure(
-    system: System, settings: Settings, px: int, small: bool, beside: Sequence[ModelCase]
+    system: System, settings: Settings, px: int, small: bool, beside: Sequence[ModelCase], budget: Budget
 ) -> tuple[list[dict], list[ModelCase]]:
     """A row for each precision and compile mode, measured in turns with those `beside` it; and what could be called."""
     batch, size = settings.batches[0], PIXELS[px]
@@ -125,6 +134,8 @@ def _measure(
         facts | {"precision": kind, "compile": mode, "label": case_label(system.name, kind, mode, f"{px} px")}
         for kind, mode in kinds
     ]
+    if why := budget.left_out(NEED * len(kinds)):
+        return [row | {"failed": why} for row in rows], []
     try:
         cases = _cases(system, settings, size, small)
     except Exception as error:  # of one system, which the others do not wait for

@@ -35,6 +35,8 @@ COLUMNS = {  # key of a row: heading and format
     "time_in_convolutions": ("in convs", "{:.0%}"),
     "evaluations": ("NFE", "{}"),
     "decode_share": ("decoding", "{:.0%}"),
+    "first_call": ("first call, s", "{:.1f}"),
+    "failed": ("not measured", "{}"),
 }
 
 
@@ -159,7 +161,7 @@ def table(rows: Sequence[dict], columns: Mapping[str, tuple[str, str]] = COLUMNS
     """The rows under headings, with the columns that at least one of them has."""
     keys = [key for key in columns if any(key in row for row in rows)]
     cells = [[columns[key][1].format(row[key]) if key in row else "" for key in keys] for row in rows]
-    left = [i for i, key in enumerate(keys) if key in ("label", "failed")]
+    left = [i for i, key in enumerate(keys) if key in ("label", "kind", "failed")]
     return format_rows([[columns[key][0] for key in keys], *cells], left)
 
 

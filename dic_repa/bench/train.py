@@ -15,6 +15,8 @@ from torch.utils.data import default_collate
 from dic_repa.alignment import AlignedDenoiser
 from dic_repa.bench.device import look_inside
 from dic_repa.bench.model import build_baseline
+from dic_repa.bench.peaks import measure_peak
+from dic_repa.bench.roofline import rooflines
 from dic_repa.bench.timing import Settings, case_label, measure
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
@@ -59,7 +61,18 @@ class Clock:
 class TrainCase:
     """The training loop's step on one batch in memory, without its log and checkpoints."""
 
-    def __init__(self, label: str, recipe: Recipe, parts: Parts, accelerator: Accelerator, gmacs: float = 0.0):
+    graphs = False
+
+    def __init__(
+        self,
+        label: str,
+        recipe: Recipe,
+        parts: Parts,
+        accelerator: Accelerator,
+        gmacs: float = 0.0,
+        precision: str = "fp32",
+    ):
+        self.precision = precision
         self.label, self.recipe, self.parts, self.accelerator = label, recipe, parts, accelerator
         self.batch, self.steps = recipe.train.batch_size, 0
         self.operations = 3 * 2 * gmacs  # of the denoiser, whose backward pass is two forward passes
@@ -97,12 +110,14 @@ class PlainEMA:
 
 
 @tf32(False)  # put back what building the parts sets
-def bench_train(recipes: Sequence[str], settings: Settings, overrides: Sequence[str] = ()) -> dict:
+def bench_train(
+    recipes: Sequence[str], settings: Settings, overrides: Sequence[str] = (), roofline: bool = False
+) -> dict:
     """Time a training step of each recipe as the settings say.
 
     Data is random and in memory; encoders have random weights unless the recipe names a file of them. A baseline runs
     the same step with its denoiser, torch's plain AdamW and an average written tensor by tensor. Returns as `measure`,
-    rows with `phases`: the shares of a step.
+    rows with `phases`: the shares of a step; with `roofline`, also the device's `peaks` and the `rooflines` of steps.
     """
     device, baselines = settings.device, settings.baselines_of(recipes)
     if device.type == "cpu" and "fp16" in settings.precisions:
@@ -117,17 +132,20 @@ def bench_train(recipes: Sequence[str], settings: Settings, overrides: Sequence[
             parts, accelerator = build_step(recipe, device)
             # Of the average, which has no hooks: what the tap's would leave behind makes torch.compile start twice.
             gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9
-            cases.append(TrainCase(case_label(name, kind, mode), recipe, parts, accelerator, gmacs))
+            cases.append(TrainCase(case_label(name, kind, mode), recipe, parts, accelerator, gmacs, kind))
         for baseline in baselines[name]:
             recipe.train.compile = False
             parts, accelerator = build_step(recipe, device)
             replace_denoiser(parts, baseline, recipe, accelerator)
             label = f"{name} {kind} by {baseline.rpartition(':')[2]}"
-            cases.append(TrainCase(label, recipe, parts, accelerator, gmacs))
+            cases.append(TrainCase(label, recipe, parts, accelerator, gmacs, kind))
     result = measure(cases, settings, "training steps")
     for row in result["rows"]:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in row["phases"].items())
         notes.append(f"{row['label']}, batch {row['batch']}: {shares}")
+    if roofline:
+        peaks = {kind: measure_peak(kind, device) for kind in settings.precisions}
+        result |= {"peaks": peaks, "rooflines": rooflines(cases, device, peaks)}
     return result | {"notes": [*dict.fromkeys(notes)]}
 
 
@@ -136,7 +154,9 @@ def prepare_recipe(name: str, overrides: Sequence[str], kind: str, batch: int, n
     ones, which `notes` then says."""
     recipe = with_random_data(load_training_recipe(name, overrides), notes)
     recipe.train.micro_batch, recipe.train.batch_size = None, batch
-    recipe.train.precision, recipe.train.tf32, recipe.train.trackers = MIXED[kind], kind == "tf32", []
+    recipe.train.precision, recipe.train.trackers = MIXED[kind], []
+    if kind in ("fp32", "tf32"):  # in bf16 and fp16 the recipe says how the rest, in float32, is rounded
+        recipe.train.tf32 = kind == "tf32"
     for section in recipe.alignments:
         if random_weights(section) is not None and "weights" not in section.encoder_options:
             section.encoder_options["pretrained"] = False

@@ -3,11 +3,12 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import click
 
 from dic_repa.cli import completion
+from dic_repa.cli.bench_output import check_output, finish
+from dic_repa.cli.bench_paper import paper
 from dic_repa.cli.bench_poster import poster
 from dic_repa.cli.groups import Group
 from dic_repa.cli.options import (
@@ -22,9 +23,7 @@ from dic_repa.cli.options import (
     option_group,
     set_option,
 )
-from dic_repa.errors import UserError, first_line, is_main_process
-from dic_repa.files.atomic import write_whole
-from dic_repa.files.outputs import MARK, begin_folder, check_file, check_folder
+from dic_repa.errors import UserError, first_line
 from dic_repa.recipe import load_training_recipe
 from dic_repa.runtime.progress import print_result
 
@@ -61,20 +60,12 @@ def command():
     """
 
 
-def _check(_context, option: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written now, not when all is measured."""
-    if path:
-        check_file(path)
-        if option.name == "chart" and path.suffix.lower() != ".png":
-            raise UserError(f"--chart saves a PNG file; name it {path.name}.png or so")
-    return path
-
-
 _PRECISIONS = Several(click.Choice(["fp32", "tf32", "bf16", "fp16"]))
 _LAYOUTS = Several(click.Choice(["channels_last", "contiguous"]))
+_ROOFLINE = click.option(
+    "--roofline", is_flag=True, help="Also how far each kind of operation is from this device's limit."
+)
 _GUIDANCE = Several(click.Choice(["doubled", "one-by-one"]))
-_OF_PAPER = Several(click.Choice(["bf16", "tf32", "fp32"]))
-_PARTS = Several(click.Choice(["forward", "train", "sample"]))
 
 
 def measuring_options(
@@ -116,8 +107,8 @@ def measuring_options(
         @option_group(
             "What is written",
             json_option(),
-            click.option("--chart", type=PATH, callback=_check, help="A bar chart: a PNG file."),
-            click.option("--out", type=PATH, callback=_check, help="Save the result: a JSON file."),
+            click.option("--chart", type=PATH, callback=check_output, help="A bar chart: a PNG file."),
+            click.option("--out", type=PATH, callback=check_output, help="Save the result: a JSON file."),
         )
         @functools.wraps(verb)
         def measure(*, device, precision, modes, baseline, rounds, seconds, as_json, chart, out, **options):
@@ -128,35 +119,11 @@ def measuring_options(
             batches = options.pop("batch") or sizes(cpu_batch if found.type == "cpu" else batch)
             settings = Settings(found, precision, modes, batches, baseline, rounds, seconds)
             title, result = verb(settings=settings, **options)
-            _finish(result, as_json, out, chart, title)
+            finish(result, as_json, out, chart, title)
 
         return measure
 
     return decorate
-
-
-def _finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, title: str) -> None:
-    """Print a measurement as a table or as JSON, and save what was asked for."""
-    from dic_repa.bench.timing import save_chart, table
-
-    here, after = (
-        ", ".join(f"{key} {value}" for key, value in result.get(when, {}).items()) for when in ("environment", "after")
-    )
-    if out:
-        write_whole(out, json.dumps({"made_by": MARK, **result}, indent=2) + "\n")
-    if chart:
-        save_chart(result["rows"], chart, f"{title}, {here}")
-    if as_json:
-        print_result(json.dumps(result, indent=2))
-        return
-    print_result(here)
-    if after not in ("", here):
-        print_result(f"afterwards: {after}")
-    for precision, peak in result.get("peaks", {}).items():
-        print_result(f"peak, {precision}: {peak['matrix']:.3g} TFLOP/s matrix, {peak['convolution']:.3g} convolution")
-    print_result("\n".join([table(result["rows"]), *result.get("notes", [])]))
-    for file in filter(None, (chart, out)):
-        print_result(f"written: {file}")
 
 
 @command.command("model", cls=Command)
@@ -164,33 +131,37 @@ def _finish(result: dict, as_json: bool, out: Path | None, chart: Path | None, t
 @click.option("--size", type=Count(4, "size"), default=32, help="Height and width of the latent.")
 @click.option("--layout", type=_LAYOUTS, default="channels_last", help="Of the weights; one or several.")
 @click.option("--no-peak", is_flag=True, help="Do not measure the device's peak.")
+@_ROOFLINE
 @measuring_options(batch="1,32", cpu_batch="1,8")
-def model(names, size, layout, no_peak, settings):
+def model(names, size, layout, no_peak, roofline, settings):
     """The forward pass of denoisers (presets, or package.module:factory) with random weights, side by side.
 
     All cases - each denoiser in each precision, layout, compile mode and batch size - take turns in one process; a row
     has the median over the rounds and its quartiles. "To first" is the ratio to the first row of the same batch size.
     "Of matrix peak" and "of conv peak" compare with the best matrix product and 3x3 convolution that this device did
     in the same precision in this run. "Differs by" is the relative error of the output against float32, eager. MB is
-    what one call allocates beyond the weights.
+    what one call allocates beyond the weights. --roofline adds, by kind of operation, the least time that this device
+    needs for it (by the best product, convolution and copy of this run) beside the measured one.
 
     \b
     Examples:
       dic-repa bench model DiC-S
       dic-repa bench model DiC-S SiT-S/2 --batch 1,8 --compile off,default --chart speed.png
       dic-repa bench model DiC-XL SiT-XL/2 --batch 1,32,128 --precision bf16,tf32 --compile off,default
+      dic-repa bench model DiC-S --batch 2 --roofline
       dic-repa bench model DiC-S --baseline tests/helpers/oracle.py:PlainDiC
     """
     from dic_repa.bench.model import bench_model
 
-    return f"forward pass at {size}x{size}", bench_model(names, settings, layout, size, peaks=not no_peak)
+    return f"forward pass at {size}x{size}", bench_model(names, settings, layout, size, not no_peak, roofline)
 
 
 @command.command("train", cls=Command)
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @set_option("the recipes")
+@_ROOFLINE
 @measuring_options(("off", "blocks", "default"))
-def train(recipes, overrides, settings):
+def train(recipes, overrides, roofline, settings):
     """Whole training steps of recipes, side by side: encoder, denoiser, alignment, backward, optimizer and EMA.
 
     Data is random and in memory (`bench data` measures the loader), and encoders without a file of weights have random
@@ -206,7 +177,7 @@ def train(recipes, overrides, settings):
     """
     from dic_repa.bench.train import bench_train
 
-    return "training step", bench_train(recipes, settings, overrides)
+    return "training step", bench_train(recipes, settings, overrides, roofline)
 
 
 @command.command("sample", cls=Command)
@@ -233,47 +204,7 @@ def sample(recipes, overrides, guidance, settings):
     return "sampling", bench_sample(recipes, settings, overrides, guidance)
 
 
-@command.command("paper")
-@click.option("--out", type=PATH, default="bench", help="Folder for results.")
-@click.option("--small", is_flag=True, help="The same measurements with small models: minutes on a CPU.")
-@DEVICE
-@click.option("--baseline", default="tests/helpers/oracle.py:PlainDiC", help="The plain DiC to compare with.")
-@click.option("--only", type=_PARTS, default="forward,train,sample", help="Which parts to measure.")
-@click.option("--precision", type=_OF_PAPER, help="Which precisions.  [default: bf16,tf32; with --small bf16,fp32]")
-@ROUNDS
-def paper(out: Path, small: bool, device: str | None, baseline: str, only: list[str], precision, rounds: int):
-    """All measurements that compare with the papers' speed, in one go.
-
-    Each part in each precision has a JSON file and a bar chart, written as soon as it is measured, so that a GPU lent
-    for minutes can do one at a time. DiC-XL and SiT-XL/2 at 32x32, batches 1, 32 and 128, in bf16 and TF32, compiled
-    and eager, and a plain DiC beside them; a training step with DINOv2-B; and guided sampling in 250 steps. Run from a
-    clone of the repository, whose tests/ hold the plain DiC.
-
-    \b
-    Examples:
-      dic-repa bench paper                    on a GPU of 80 GB
-      dic-repa bench paper --only forward --precision bf16
-      dic-repa bench paper --small            on a CPU
-    """
-    check_folder(out, "measurements")
-
-    from dic_repa.bench.device import find_device
-    from dic_repa.bench.paper import FULL, SMALL, measure_paper
-
-    found = find_device(device)
-    if found.type != "cuda" and not small:
-        raise UserError("models of full size need a GPU; take --small, which runs on a CPU")
-    plan = {part: how for part, how in (SMALL if small else FULL).items() if part in only}
-    precisions = precision or ("bf16", "fp32" if small else "tf32")
-    for name, result in measure_paper(found, plan, precisions, baseline, rounds):
-        if is_main_process():
-            if not check_folder(out, "measurements"):
-                begin_folder(out, "measurements")
-            print_result(f"\n{name}")
-            _finish(result, False, out / f"{name}.json", out / f"{name}.png", name)
-    print_result(f"\nsaved: {out}")
-
-
+command.add_command(paper)
 command.add_command(poster)
 
 

@@ -36,9 +36,10 @@ _SYSTEMS = Several(
     default="off,blocks",
     help="One or several; blocks: one by one.",
 )
+@click.option("--budget", type=Between(0, 1e6), default=0, help="Seconds, after which no system is begun; 0: no limit.")
 @ROUNDS
 @click.option("--seconds", type=Between(0, 3600), default=0.3, help="Length of each measurement, about.")
-def poster(out: Path, small: bool, device: str | None, only, size, batch, precision, modes, rounds, seconds):
+def poster(out: Path, small: bool, device: str | None, only, size, batch, precision, modes, budget, rounds, seconds):
     """The throughput table of DiC's poster (CVPR 2025) on this device, the poster's own numbers beside it.
 
     DiT, U-ViT, PixArt-alpha, DiffiT, DiT-LLaMA, SongUNet, DiCo, FCDM, DiC-XL and DiC-H with random weights: each takes
@@ -55,6 +56,7 @@ def poster(out: Path, small: bool, device: str | None, only, size, batch, precis
     """
     check_folder(out, "measurements")
 
+    from dic_repa.bench.budget import Budget
     from dic_repa.bench.device import find_device
     from dic_repa.bench.poster import COLUMNS, SYSTEMS, bench_poster, save_poster_chart
     from dic_repa.bench.timing import Settings, table
@@ -66,7 +68,7 @@ def poster(out: Path, small: bool, device: str | None, only, size, batch, precis
     kinds = precision or (["fp32"] if on_cpu else ["torch-default", "bf16"])
     settings = Settings(found, kinds, modes, [batch or (2 if on_cpu else 64)], (), rounds, seconds)
     result: dict = {}
-    for result in bench_poster(settings, [int(px) for px in size], only or tuple(SYSTEMS), small):
+    for result in bench_poster(settings, [int(px) for px in size], only or tuple(SYSTEMS), small, Budget(budget)):
         if not check_folder(out, "measurements"):
             begin_folder(out, "measurements")
         write_whole(out / "poster.json", json.dumps({"made_by": MARK, **result}, indent=2) + "\n")

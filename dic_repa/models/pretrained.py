@@ -183,12 +183,15 @@ def _locate(path_or_hub_id: str | Path) -> tuple[Path, Path]:
 
 def forward_on_meta(model: Pretrained, height: int, width: int) -> Tensor:
     """Run a denoiser on shapes alone, so that hooks can see those of its feature maps; returns its output, on the meta
-    device. The model stays where it is."""
+    device. The model stays where it is, and its inputs are in its own precision."""
     # einops' first use makes torch 2.6 import what cannot be imported on the meta device.
     rearrange(torch.empty(1), "a -> a")
     tensors = {**model.state_dict(keep_vars=True), **dict(model.named_buffers())}  # these with what is not saved
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     with torch.no_grad(), torch.device("meta"):
         condition = condition_of_model(model) or NoCondition()
-        inputs = (torch.empty(1, model.in_channels, height, width), torch.empty(1), condition.blank(1))
+        dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), torch.float32)
+        blank = condition.blank(1)
+        y = blank.to(dtype) if blank.is_floating_point() else blank  # vectors or tokens; classes are whole numbers
+        inputs = (torch.empty(1, model.in_channels, height, width, dtype=dtype), torch.empty(1), y)
         return torch.func.functional_call(model, meta, inputs)

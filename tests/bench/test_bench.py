@@ -16,10 +16,9 @@ from torch.utils.benchmark.utils.common import TaskSpec
 
 from dic_repa.bench.device import look_inside, read_clocks
 from dic_repa.bench.model import bench_model, load_factory, randomise
-from dic_repa.bench.paper import SMALL, measure_paper
 from dic_repa.bench.sample import bench_sample
 from dic_repa.bench.timing import Settings, add_ratios, interleave, speed, table
-from dic_repa.bench.train import build_step, replace_denoiser
+from dic_repa.bench.train import build_step, prepare_recipe, replace_denoiser
 from dic_repa.cli import main
 from dic_repa.errors import UserError
 from dic_repa.files.outputs import MARK
@@ -91,57 +90,17 @@ def test_a_baseline_does_not_keep_what_it_replaces(monkeypatch):
     assert [part() for part in replaced] == [None] * 3
 
 
+@pytest.mark.parametrize(("kind", "of_recipe", "found"), [
+    ("bf16", True, True), ("bf16", False, False), ("fp16", True, True), ("fp32", True, False), ("tf32", False, True),
+])  # fmt: skip
+def test_half_precision_leaves_tf32_to_the_recipe(kind, of_recipe, found):
+    recipe = prepare_recipe("digits-urepa", [f"train.tf32={str(of_recipe).lower()}"], kind, 1, [])
+    assert recipe.train.tf32 == found
+
+
 def test_nothing_is_left_at_zero():
     denoiser = randomise(create_denoiser("SiT-S/2"))
     assert all(parameter.any() for parameter in denoiser.parameters() if parameter.ndim > 1)
-
-
-@pytest.mark.slow
-def test_all_of_the_papers_measurements_at_a_small_size(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    narrow = ("model.width=8", "model.depths=[1,1,1,1,1]")
-    (models, quick, _), (_, batches, _), (recipes, few, options) = SMALL.values()
-    plan = {
-        "forward": (models, quick | {"batches": (1,)}, {"size": 8}),
-        "train": (("digits-urepa",), quick | batches, {"overrides": narrow}),
-        "sample": (recipes, few, {"overrides": (*narrow, *options["overrides"])}),
-    }
-    results = dict(measure_paper(CPU, plan, ("fp32",), f"{ORACLE}:PlainDiC", rounds=1))
-    assert list(results) == ["forward-fp32", "train-fp32", "sample-fp32"]
-    assert [row["label"].split()[0] for row in results["forward-fp32"]["rows"]] == ["DiC-S", "DiC-S", "SiT-S/2"]
-    for row in results["train-fp32"]["rows"]:
-        assert sum(row["phases"].values()) == pytest.approx(1)
-        assert min(row["phases"].values()) > 0
-    # 4 steps on the grid 1, 0.68, 0.36, 0.04: the last three are guided.
-    assert [row["evaluations"] for row in results["sample-fp32"]["rows"]] == [7, 7]
-
-
-def test_a_part_of_the_papers_measurements_alone(tmp_path, monkeypatch, mistake):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-
-    def measured(part):
-        def bench(_names, settings, **_options):
-            asked.append((part, *settings.precisions))
-            if asked[-1] == ("train", "fp32"):  # as when a lent machine is taken away: what is measured is kept
-                raise UserError("the machine is gone")
-            row = {"label": part, "batch": 1, "images_per_second": 1.0, "spread": [1.0, 1.0], "ratio": 1.0}
-            return {"environment": {}, "rows": [row]}
-
-        return bench
-
-    for name, part in (("model", "forward"), ("train", "train"), ("sample", "sample")):
-        monkeypatch.setattr(f"dic_repa.bench.paper.bench_{name}", measured(part))
-    paper = ["bench", "paper", "--small", "--device=cpu"]
-    with pytest.raises(SystemExit, match="0"):
-        main([*paper, "--only=sample,forward", "--precision=bf16", "--out=some"])
-    assert asked == [("forward", "bf16"), ("sample", "bf16")]
-    assert "the machine is gone" in mistake(*paper, "--only=train")
-    assert sorted(file.name for file in tmp_path.glob("*/*.json")) == [
-        "forward-bf16.json", "sample-bf16.json", "train-bf16.json",
-    ]  # fmt: skip
-    assert "is not one of 'forward', 'train', 'sample'" in mistake(*paper, "--only=trian")
-    assert "'fp16' is not one of 'bf16', 'tf32', 'fp32'" in mistake(*paper, "--precision=fp16")
 
 
 def test_command(tmp_path, monkeypatch, capsys):

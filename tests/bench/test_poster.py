@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from dic_repa.bench import poster
-from dic_repa.bench.model import rounding
+from dic_repa.bench.budget import Budget
+from dic_repa.bench.peaks import rounding
 from dic_repa.bench.poster import SYSTEMS, System, bench_poster
 from dic_repa.bench.timing import Settings
 from dic_repa.bench.timing import interleave as timing
@@ -80,6 +81,12 @@ def test_a_case_that_cannot_be_compiled_costs_its_row(monkeypatch):
     assert turns == [1, 2]  # DiT-XL/2 alone, then DiC-XL with it
     assert eager["images_per_second"] > 0
     assert compiled["failed"] == "RuntimeError: no C++ compiler was found"
+
+
+def test_no_system_is_begun_when_the_budget_is_spent():
+    settings = Settings(CPU, batches=(1,), rounds=1, seconds=0.0)
+    (result,) = bench_poster(settings, [256], ["DiC-XL"], small=True, budget=Budget(5))
+    assert result["rows"][0]["failed"] == "left out: 5 s left of the budget, it takes about 20"
 
 
 def test_flags_of_torch_default(mistake):
