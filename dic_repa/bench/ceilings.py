@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -40,17 +39,7 @@ def time_ceiling(call: Callable[[], object], operations: float, kind: str, devic
     """TFLOP/s of a call; on a GPU also with cuDNN's benchmark mode, which tries its algorithms first."""
     found = {}
     for key, searching in (("tflops", False), ("searched_tflops", True))[: 1 + (device.type == "cuda")]:
-        with rounding(kind), _benchmark(searching):
+        with rounding(kind, searching):
             (timing,) = interleave([call], 5, 0.02, 3, "convolution")
         found[key] = operations / timing.median / 1e12
     return found
-
-
-@contextlib.contextmanager
-def _benchmark(on: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = on
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

@@ -23,10 +23,11 @@ from dic_repa.bench.device import free_memory
 from dic_repa.bench.model import ModelCase, build_baseline, random_inputs, randomise
 from dic_repa.bench.peaks import measure_bandwidth, measure_peak
 from dic_repa.bench.sample import bench_sample
-from dic_repa.bench.timing import TORCH_DEFAULT, Settings, case_label, interleave, speed
+from dic_repa.bench.timing import TORCH_DEFAULT, Settings, case_label, interleave, speed, without
 from dic_repa.bench.train import bench_train
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
+from dic_repa.models.kernel_choice import set_kernels
 from dic_repa.runtime.precision import tf32
 from dic_repa.sampling.sampler import DTYPES
 
@@ -34,8 +35,9 @@ PARTS = ("ceilings", "check", "forward", "train", "flags", "one", "sample", "who
 ONCE = ("check", "flags")  # not in each precision
 _GUIDED = ("sample.solver=euler_maruyama", "sample.guidance={scale: 1.65, interval: [0.0, 0.7]}")
 # Seconds that a case takes on a GPU, from building to the last round, about: an H200 and a margin.
-NEEDS = {"baseline": 15, "off": 15, "blocks": 30, "default": 60, "reduce-overhead": 60}
-TRAIN_NEEDS = {"off": 50, "blocks": 90, "default": 150}
+WITHOUT = "blocks-without-kernels"
+NEEDS = {"baseline": 15, "off": 15, "blocks": 30, WITHOUT: 30, "default": 60, "reduce-overhead": 60}
+TRAIN_NEEDS = {"off": 50, "blocks": 90, WITHOUT: 90, "default": 150}
 SAMPLE_NEEDS, SHORT_NEEDS = 120, 60
 Row = dict[str, Any]
 
@@ -91,11 +93,17 @@ def measure_paper(
             paper.forget()
 
 
+def _way(mode: str) -> tuple[str, str]:
+    """A mode of torch.compile, and `model.kernels`."""
+    return ("blocks", "off") if mode == WITHOUT else (mode, "auto")
+
+
 class Paper:
     """Each of the `PARTS` as a method: a precision to rows."""
 
     def __init__(self, device: torch.device, plan: Plan, baseline: str, rounds: int, budget: Budget):
         self.device, self.plan, self.baseline, self.rounds, self.budget = device, plan, baseline, rounds, budget
+        self.without = (WITHOUT,) if device.type == "cuda" else ()  # Triton's kernels, which a CPU does without anyway
         self.peaks: dict[str, dict[str, float]] = {}
         self.built: tuple[str, Any] | None = None
 
@@ -122,14 +130,14 @@ class Paper:
     def forward(self, kind: str) -> Iterator[Row]:
         dic, peer = self.plan.denoisers
         for batch in self.plan.batches:
-            yield from self._denoise(dic, kind, batch, ("baseline", "off", "blocks"))
+            yield from self._denoise(dic, kind, batch, ("baseline", "off", "blocks", *self.without))
             yield from self._denoise(peer, kind, batch, ("off", "blocks"))
 
     def train(self, kind: str) -> Iterator[Row]:
         """Steps with the recipes' encoders (DINOv2-B), which have random weights."""
         dic, peer = self.plan.recipes
         for batch in self.plan.train_batches:
-            yield from (self._step(dic, kind, batch, mode) for mode in ("blocks", "off"))
+            yield from (self._step(dic, kind, batch, mode) for mode in ("blocks", *self.without, "off"))
         yield self._step(peer, kind, self.plan.train_batches[0], "blocks")
 
     def flags(self, _kind: str) -> Iterator[Row]:
@@ -169,11 +177,10 @@ class Paper:
         return row
 
     def _label(self, name: str, kind: str, mode: str) -> str:
-        return (
-            f"{name} {kind} by {self.baseline.rpartition(':')[2]}"
-            if mode == "baseline"
-            else case_label(name, kind, mode)
-        )
+        if mode == "baseline":
+            return f"{name} {kind} by {self.baseline.rpartition(':')[2]}"
+        compiled, kernels = _way(mode)
+        return case_label(name, kind, compiled, without(kernels))
 
     def _settings(self, kind: str, mode: str, batch: int, **more: Any) -> Settings:
         more = {"rounds": self.rounds, "seconds": self.plan.seconds} | more
@@ -182,10 +189,11 @@ class Paper:
     def _step(self, name: str, kind: str, batch: int, mode: str) -> Row:
         def measure() -> Row:
             self.forget()
-            settings = self._settings(kind, mode, batch, rounds=min(self.rounds, 5))
+            compiled, kernels = _way(mode)
+            settings = self._settings(kind, compiled, batch, rounds=min(self.rounds, 5), kernels=(kernels,))
             return self._shares(kind, bench_train((name,), settings, self.plan.overrides)["rows"][0])
 
-        return self._row(case_label(name, kind, mode), batch, TRAIN_NEEDS[mode], measure)
+        return self._row(self._label(name, kind, mode), batch, TRAIN_NEEDS[mode], measure)
 
     def _denoise(self, name: str, kind: str, batch: int, modes: Sequence[str]) -> Iterator[Row]:
         for mode in modes:
@@ -228,13 +236,16 @@ class Paper:
         denoiser, dtype = self._denoiser(name), DTYPES.get(kind, torch.float32)
         x, t, y = random_inputs(denoiser, batch, self.plan.size, self.device)
         operations = 2 * measure_cost(denoiser, self.plan.size).macs / 1e9
+        set_kernels(denoiser, "off")  # what they must agree with
+        with torch.inference_mode(), tf32(False):
+            reference: Tensor = denoiser(x, t, y)
         if mode == "baseline":
             model = build_baseline(self.baseline, denoiser, self.plan.size).to(dtype).eval()
         else:
+            compiled, kernels = _way(mode)
             model = denoiser if dtype == torch.float32 else copy.deepcopy(denoiser).to(dtype)
-            model = model if mode == "off" else CompiledDenoiser(model, mode)
-        with torch.inference_mode(), tf32(False):
-            reference: Tensor = denoiser(x, t, y)
+            set_kernels(model, kernels)
+            model = model if compiled == "off" else CompiledDenoiser(model, compiled)
         return ModelCase(self._label(name, kind, mode), model, operations, kind, (x.to(dtype), t, y), reference)
 
     def _difference(self, case: ModelCase) -> float:

@@ -63,6 +63,8 @@ def warm_up(call: Callable[[], object], device: torch.device) -> None:
             torch.cuda.synchronize(device)
 
 
-def rounding(precision: str) -> AbstractContextManager[None]:
-    """While entered, a GPU rounds the factors of float32 products as the precision says."""
-    return tf32(precision == "tf32", convolutions=precision in ("tf32", TORCH_DEFAULT))
+def rounding(precision: str, benchmark: bool = True) -> AbstractContextManager[None]:
+    """While entered, a GPU rounds the factors of float32 products as the precision says, and cuDNN tries its
+    algorithms, as in training and long sampling; not with torch's own flags."""
+    default = precision == TORCH_DEFAULT
+    return tf32(precision == "tf32", convolutions=precision == "tf32" or default, benchmark=benchmark and not default)

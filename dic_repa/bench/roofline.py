@@ -31,7 +31,14 @@ from dic_repa.bench.peaks import measure_bandwidth
 CONVOLUTION, PRODUCTS, ATTENTION = "convolutions", "matrix products", "attention"
 CONDITIONING, ELEMENTWISE, FUSED = "conditioning", "modulation, gates, sums", "fused kernels and the rest"
 KINDS = {  # names of torch's operations, with or without _backward
-    "norms": {"native_group_norm", "native_layer_norm", "native_batch_norm", "_fused_rms_norm", "cudnn_batch_norm"},
+    "norms": {
+        "native_group_norm",
+        "native_layer_norm",
+        "native_batch_norm",
+        "_fused_rms_norm",
+        "cudnn_batch_norm",
+        "norm_gelu",
+    },
     "GELU and SiLU": {"gelu", "silu", "relu", "sigmoid", "tanh"},
     "concatenation": {"cat"},
     "resampling and copies": {"pixel_unshuffle", "pixel_shuffle", "clone", "copy_", "_to_copy", "zero_", "fill_"},
@@ -40,6 +47,7 @@ KINDS = {  # names of torch's operations, with or without _backward
     CONDITIONING: {"embedding", "embedding_dense"},
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+OPERATIONS = ("aten::", "dic_repa::")  # the latter are those of `models/kernels.py`
 OVERWRITING = {"copy_", "zero_", "fill_"}  # they do not read what they write
 Shape = Sequence[int]
 COLUMNS = {  # key of a row: heading and format
@@ -194,12 +202,16 @@ def measured_by_kind(call: Callable[[], object], device: torch.device, batch: in
 def _kind_of_event(event: Any, batch: int) -> str:
     """By the outermost operation around it that has a kind: a convolution's own helpers belong to it."""
     around = list(_ancestors(event))
-    named = [e for e in around if e.name.startswith("aten::")]
-    known = [e for e in named if _known(e.name[6:])]
+    named = [e for e in around if e.name.startswith(OPERATIONS)]
+    known = [e for e in named if _known(_bare(e))]
     if not named:
         return FUSED
     chosen = known[-1] if known else named[0]
-    return kind_of(chosen.name[6:], [shape for shape in chosen.input_shapes or () if shape], batch)
+    return kind_of(_bare(chosen), [shape for shape in chosen.input_shapes or () if shape], batch)
+
+
+def _bare(event: Any) -> str:
+    return event.name.partition("::")[2]
 
 
 def _ancestors(event: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ COLUMNS = {  # key of a row: heading and format
 
 @dataclass
 class Settings:
-    """What is compared (each precision, compile mode and batch size), and how it is measured.
+    """What is compared (each precision, compile mode, way of kernels and batch size), and how it is measured.
 
     `baselines` are factories, `package.module:name` or `file.py:name`: what they return for each denoiser is measured
     beside it, eager. `NAME=FACTORY` is for the denoiser or recipe of that name only.
@@ -55,6 +55,7 @@ class Settings:
     baselines: Sequence[str] = ()
     rounds: int = 7
     seconds: float = 0.2  # of one measurement, about
+    kernels: Sequence[Literal["auto", "off"]] = ("auto",)  # Triton's, as `model.kernels`
 
     def __post_init__(self):
         for name in self.precisions:
@@ -92,6 +93,11 @@ class Case(Protocol):
 def case_label(name: str, precision: str, mode: str, detail: str = "") -> str:
     how = {"off": "eager", "blocks": "compiled by block", "default": "compiled"}.get(mode, mode)
     return " ".join(part for part in (name, precision, detail, how) if part)
+
+
+def without(kernels: str) -> str:
+    """What a label says of `model.kernels`."""
+    return "without kernels" if kernels == "off" else ""
 
 
 def measure(cases: Sequence[Case], settings: Settings, description: str, warmup: int = 2) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from dic_repa.bench.device import look_inside
 from dic_repa.bench.model import build_baseline
 from dic_repa.bench.peaks import measure_peak
 from dic_repa.bench.roofline import rooflines
-from dic_repa.bench.timing import Settings, case_label, measure
+from dic_repa.bench.timing import Settings, case_label, measure, without
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
-from dic_repa.models.compiled import BY_BLOCK, allow_recompilation
+from dic_repa.models.compiled import BY_BLOCK, GRAPH_MODES, allow_recompilation
 from dic_repa.recipe import Recipe, load_training_recipe
 from dic_repa.runtime.precision import tf32
 from dic_repa.training.dry_run import random_weights, with_random_data
@@ -29,7 +29,7 @@ from dic_repa.training.parts import Parts, build_parts
 from dic_repa.training.step import TrainingStep
 
 PHASES = ("encoder", "forward", "alignment", "backward", "optimizer", "ema")
-COMPILE: dict[str, Any] = {"off": False, "blocks": BY_BLOCK, "default": True}
+COMPILE: dict[str, Any] = {"off": False, "blocks": BY_BLOCK, "default": True, "reduce-overhead": "reduce-overhead"}
 MIXED: dict[str, Any] = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the recipe's terms
 
 
@@ -61,8 +61,6 @@ class Clock:
 class TrainCase:
     """The training loop's step on one batch in memory, without its log and checkpoints."""
 
-    graphs = False
-
     def __init__(
         self,
         label: str,
@@ -73,6 +71,7 @@ class TrainCase:
         precision: str = "fp32",
     ):
         self.precision = precision
+        self.graphs = accelerator.device.type == "cuda" and recipe.train.compile in GRAPH_MODES
         self.label, self.recipe, self.parts, self.accelerator = label, recipe, parts, accelerator
         self.batch, self.steps = recipe.train.batch_size, 0
         self.operations = 3 * 2 * gmacs  # of the denoiser, whose backward pass is two forward passes
@@ -84,7 +83,7 @@ class TrainCase:
 
     def __call__(self, clock=lambda _name: None) -> Tensor:
         AcceleratorState._shared_state.update(self.state)
-        with tf32(self.recipe.train.tf32):
+        with tf32(self.recipe.train.tf32, benchmark=True):
             loss = self.step(self.data, self.steps, clock)
         self.steps += 1
         return loss
@@ -93,7 +92,7 @@ class TrainCase:
         clock = Clock(device)
         for _ in range(3):
             self(clock)
-        return {"phases": clock.shares(), **look_inside(self, device)}
+        return {"phases": clock.shares(), **({} if self.graphs else look_inside(self, device))}
 
 
 class PlainEMA:
@@ -109,7 +108,6 @@ class PlainEMA:
             average.mul_(self.decay).add_(parameter, alpha=1 - self.decay)
 
 
-@tf32(False)  # put back what building the parts sets
 def bench_train(
     recipes: Sequence[str], settings: Settings, overrides: Sequence[str] = (), roofline: bool = False
 ) -> dict:
@@ -127,12 +125,13 @@ def bench_train(
     cases = []
     for name, kind, batch in itertools.product(recipes, settings.precisions, settings.batches):
         recipe = prepare_recipe(name, overrides, kind, batch, notes)
-        for mode in settings.compiles:
-            recipe.train.compile = COMPILE[mode]
+        for mode, kernels in itertools.product(settings.compiles, settings.kernels):
+            recipe.train.compile, recipe.model.kernels = COMPILE[mode], kernels
             parts, accelerator = build_step(recipe, device)
             # Of the average, which has no hooks: what the tap's would leave behind makes torch.compile start twice.
             gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9
-            cases.append(TrainCase(case_label(name, kind, mode), recipe, parts, accelerator, gmacs, kind))
+            label = case_label(name, kind, mode, without(kernels))
+            cases.append(TrainCase(label, recipe, parts, accelerator, gmacs, kind))
         for baseline in baselines[name]:
             recipe.train.compile = False
             parts, accelerator = build_step(recipe, device)

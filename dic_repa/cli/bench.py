@@ -65,6 +65,12 @@ _LAYOUTS = Several(click.Choice(["channels_last", "contiguous"]))
 _ROOFLINE = click.option(
     "--roofline", is_flag=True, help="Also how far each kind of operation is from this device's limit."
 )
+_KERNELS = click.option(
+    "--kernels",
+    type=Several(click.Choice(["auto", "off"])),
+    default="auto",
+    help="Triton's kernels for DiC's blocks, on a GPU; one or several.",
+)
 _GUIDANCE = Several(click.Choice(["doubled", "one-by-one"]))
 
 
@@ -132,8 +138,9 @@ def measuring_options(
 @click.option("--layout", type=_LAYOUTS, default="channels_last", help="Of the weights; one or several.")
 @click.option("--no-peak", is_flag=True, help="Do not measure the device's peak.")
 @_ROOFLINE
+@_KERNELS
 @measuring_options(batch="1,32", cpu_batch="1,8")
-def model(names, size, layout, no_peak, roofline, settings):
+def model(names, size, layout, no_peak, roofline, kernels, settings):
     """The forward pass of denoisers (presets, or package.module:factory) with random weights, side by side.
 
     All cases - each denoiser in each precision, layout, compile mode and batch size - take turns in one process; a row
@@ -153,6 +160,7 @@ def model(names, size, layout, no_peak, roofline, settings):
     """
     from dic_repa.bench.model import bench_model
 
+    settings.kernels = kernels
     return f"forward pass at {size}x{size}", bench_model(names, settings, layout, size, not no_peak, roofline)
 
 
@@ -160,8 +168,9 @@ def model(names, size, layout, no_peak, roofline, settings):
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @set_option("the recipes")
 @_ROOFLINE
-@measuring_options(("off", "blocks", "default"))
-def train(recipes, overrides, roofline, settings):
+@_KERNELS
+@measuring_options(("off", "blocks", "default", "reduce-overhead"))
+def train(recipes, overrides, roofline, kernels, settings):
     """Whole training steps of recipes, side by side: encoder, denoiser, alignment, backward, optimizer and EMA.
 
     Data is random and in memory (`bench data` measures the loader), and encoders without a file of weights have random
@@ -177,6 +186,7 @@ def train(recipes, overrides, roofline, settings):
     """
     from dic_repa.bench.train import bench_train
 
+    settings.kernels = kernels
     return "training step", bench_train(recipes, settings, overrides, roofline)
 
 

@@ -22,7 +22,7 @@ def script(monkeypatch):
 
 def test_steps_and_gradients(script):
     device = torch.device("cpu")
-    cases = [script.build_case("digits-urepa", SMALL, "fp32", 4, False, device) for _ in range(2)]
+    cases = [script.build_case("digits-urepa", SMALL, "fp32", 4, script.PLAIN, device) for _ in range(2)]
     found = script.measure(cases[0], 2, device)
     assert found["losses_finite"]
     assert found["images_per_second"] > 0
