@@ -13,7 +13,7 @@ from dic_repa.errors import first_line
 from dic_repa.runtime.progress import warn
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FEWEST = 2**20  # values of a feature map; with fewer, starting kernels takes longer than they do
+FEWEST = 2**21  # values of a feature map; with fewer, starting these kernels takes longer than torch's own take
 LARGEST_GROUP = 256  # channels of a norm's group that one program adds up
 KERNELS = ("auto", "off")
 

@@ -53,10 +53,8 @@ class _Plan:
         self.chunk_rows = ROWS * triton.cdiv(triton.cdiv(self.rows, wanted), ROWS)
         self.chunks = triton.cdiv(self.rows, self.chunk_rows)
         self.grid = (self.images, self.chunks, blocks)
-        self.compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.constants = {
-            "COMPUTE": triton_kernels.tl.float64 if x.dtype == torch.float64 else triton_kernels.tl.float32
-        }
+        self.compute = _compute(x)
+        self.constants = {"DOUBLE": self.compute == torch.float64}
         self.tile = {**self.constants, "BLOCK_R": ROWS, "BLOCK_C": self.block}
         self.sizes = (self.rows, self.channels, self.chunk_rows)
 
@@ -91,8 +89,8 @@ def _norm_gelu(
     _launch(
         triton_kernels.coefficients, (images, groups), means, squares, weight, shift_of_norm,
         x if scale is None else scale, x if shift is None else shift, x if bias is None else bias, found, _step(scale),
-        plan.rows, channels, plan.chunks, plan.chunk_rows, eps,
-        MODULATED=scale is not None, BIASED=bias is not None, **plan.group(groups),
+        plan.rows, channels, plan.chunks, plan.chunk_rows,
+        MODULATED=scale is not None, BIASED=bias is not None, EPS=eps, **plan.group(groups),
     )  # fmt: skip
     y = torch.empty_like(x)
     _launch(triton_kernels.apply_gelu, plan.grid, x, found, y, *plan.sizes, **plan.tile)

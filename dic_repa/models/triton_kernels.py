@@ -2,8 +2,8 @@
 
 A feature map is (B, rows, channels) in memory, `rows` being its pixels. A program has one image, one chunk of its rows
 and one block of channels, and leaves sums of its own, which a second, small kernel adds up: nothing is added up in an
-order that changes. Rows of the modulation (B, channels) are `step` apart in memory. Arithmetic is that of `COMPUTE`:
-float32, but in tests. Per channel of an image there are
+order that changes. Rows of the modulation (B, channels) are `step` apart in memory. Arithmetic is float32, or float64
+(`DOUBLE`) in tests. Per channel of an image there are
 
     scale A, centre M, shift T, and 1 / deviation r:    z = (x - M) A + T,    xhat = (x - M) r
 """
@@ -30,21 +30,22 @@ def _channels_of(block, channels, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def statistics(
-    x, means, squares, rows, channels, chunk_rows, COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x, means, squares, rows, channels, chunk_rows, DOUBLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """For each chunk and channel the mean of x and the sum of squared differences from it: (B, chunks, channels)."""
+    compute = tl.float64 if DOUBLE else tl.float32
     image, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     x += image.to(tl.int64) * rows * channels
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
-    mean = tl.zeros((BLOCK_C,), COMPUTE)
-    square = tl.zeros((BLOCK_C,), COMPUTE)
+    mean = tl.zeros((BLOCK_C,), compute)
+    square = tl.zeros((BLOCK_C,), compute)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         valid = (r < end)[:, None] & inside[None, :]
-        values = tl.load(x + r[:, None] * channels + c[None, :], mask=valid, other=0.0).to(COMPUTE)
-        before = (first - chunk * chunk_rows).to(COMPUTE)
-        count = tl.minimum(end - first, BLOCK_R).to(COMPUTE)
+        values = tl.load(x + r[:, None] * channels + c[None, :], mask=valid, other=0.0).to(compute)
+        before = (first - chunk * chunk_rows).to(compute)
+        count = tl.minimum(end - first, BLOCK_R).to(compute)
         own = tl.sum(values, 0) / count
         differences = tl.where(valid, values - own[None, :], 0.0)
         step = own - mean  # two sets of values put together (Chan et al. 1979)
@@ -57,47 +58,49 @@ def statistics(
 
 @triton.jit
 def coefficients(
-    means, squares, weight, shift_of_norm, scale, shift, bias, out, step, rows, channels, chunks, chunk_rows, eps,
-    MODULATED: tl.constexpr, BIASED: tl.constexpr, COMPUTE: tl.constexpr,
+    means, squares, weight, shift_of_norm, scale, shift, bias, out, step, rows, channels, chunks, chunk_rows,
+    MODULATED: tl.constexpr, BIASED: tl.constexpr, DOUBLE: tl.constexpr, EPS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """From the chunks' statistics to A, M, T and r of each channel: (4, B, channels). A program has one group."""
+    compute = tl.float64 if DOUBLE else tl.float32
     image, images, group = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     within = tl.arange(0, BLOCK_G)
     c, inside = group * GROUP + within, within < GROUP
     k = tl.arange(0, BLOCK_K)
     valid = (k < chunks)[:, None] & inside[None, :]
     place = (image * chunks + k[:, None]) * channels + c[None, :]
-    moved = tl.zeros((BLOCK_G,), COMPUTE)
+    moved = tl.zeros((BLOCK_G,), compute)
     if BIASED:
-        moved = tl.load(bias + c, mask=inside, other=0.0).to(COMPUTE)
+        moved = tl.load(bias + c, mask=inside, other=0.0).to(compute)
     mean = tl.load(means + place, mask=valid, other=0.0) + moved[None, :]
     square = tl.load(squares + place, mask=valid, other=0.0)
-    count = tl.maximum(tl.minimum(rows - k * chunk_rows, chunk_rows), 0).to(COMPUTE)[:, None]
+    count = tl.maximum(tl.minimum(rows - k * chunk_rows, chunk_rows), 0).to(compute)[:, None]
     total = rows * GROUP
     centre = tl.sum(tl.sum(tl.where(valid, count * mean, 0.0), 1), 0) / total
     apart = mean - centre
     variance = tl.sum(tl.sum(tl.where(valid, square + count * apart * apart, 0.0), 1), 0) / total
-    r = 1 / tl.sqrt(variance + eps)
-    factor = tl.load(weight + c, mask=inside, other=0.0).to(COMPUTE)
-    term = tl.load(shift_of_norm + c, mask=inside, other=0.0).to(COMPUTE)
+    r = 1 / tl.sqrt(variance + EPS)
+    factor = tl.load(weight + c, mask=inside, other=0.0).to(compute)
+    term = tl.load(shift_of_norm + c, mask=inside, other=0.0).to(compute)
     own = image * channels + c
     if MODULATED:
-        times = 1 + tl.load(scale + image * step + c, mask=inside, other=0.0).to(COMPUTE)
+        times = 1 + tl.load(scale + image * step + c, mask=inside, other=0.0).to(compute)
         factor *= times
-        term = term * times + tl.load(shift + image * step + c, mask=inside, other=0.0).to(COMPUTE)
+        term = term * times + tl.load(shift + image * step + c, mask=inside, other=0.0).to(compute)
     size = images * channels
     tl.store(out + own, factor * r, mask=inside)
     tl.store(out + size + own, centre - moved, mask=inside)
     tl.store(out + 2 * size + own, term, mask=inside)
-    tl.store(out + 3 * size + own, tl.zeros((BLOCK_G,), COMPUTE) + r, mask=inside)
+    tl.store(out + 3 * size + own, tl.zeros((BLOCK_G,), compute) + r, mask=inside)
 
 
 @triton.jit
 def apply_gelu(
-    x, found, y, rows, channels, chunk_rows, COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x, found, y, rows, channels, chunk_rows, DOUBLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """y = GELU((x - M) A + T)."""
+    compute = tl.float64 if DOUBLE else tl.float32
     image, images, chunk = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
@@ -110,16 +113,17 @@ def apply_gelu(
         r = first + tl.arange(0, BLOCK_R)
         valid = (r < end)[:, None] & inside[None, :]
         place = offset + r[:, None] * channels + c[None, :]
-        values = tl.load(x + place, mask=valid, other=0.0).to(COMPUTE)
+        values = tl.load(x + place, mask=valid, other=0.0).to(compute)
         z = (values - m[None, :]) * a[None, :] + t[None, :]
         tl.store(y + place, _gelu(z).to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def gradient_sums(
-    x, dy, found, sums, rows, channels, chunk_rows, COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x, dy, found, sums, rows, channels, chunk_rows, DOUBLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """For each chunk and channel the sums of dz, dz xhat and xhat: (3, B, chunks, channels), with dz = dy GELU'(z)."""
+    compute = tl.float64 if DOUBLE else tl.float32
     image, images = tl.program_id(0), tl.num_programs(0)
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
@@ -129,16 +133,16 @@ def gradient_sums(
     m = tl.load(found + size + own, mask=inside, other=0.0)
     t = tl.load(found + 2 * size + own, mask=inside, other=0.0)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
-    slopes = tl.zeros((BLOCK_C,), COMPUTE)
-    products = tl.zeros((BLOCK_C,), COMPUTE)
-    centred = tl.zeros((BLOCK_C,), COMPUTE)
+    slopes = tl.zeros((BLOCK_C,), compute)
+    products = tl.zeros((BLOCK_C,), compute)
+    centred = tl.zeros((BLOCK_C,), compute)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         valid = (r < end)[:, None] & inside[None, :]
         place = offset + r[:, None] * channels + c[None, :]
-        apart = tl.load(x + place, mask=valid, other=0.0).to(COMPUTE) - m[None, :]
+        apart = tl.load(x + place, mask=valid, other=0.0).to(compute) - m[None, :]
         apart = tl.where(valid, apart, 0.0)
-        dz = tl.load(dy + place, mask=valid, other=0.0).to(COMPUTE) * _gelu_slope(apart * a[None, :] + t[None, :])
+        dz = tl.load(dy + place, mask=valid, other=0.0).to(compute) * _gelu_slope(apart * a[None, :] + t[None, :])
         slopes += tl.sum(dz, 0)
         products += tl.sum(dz * apart, 0)
         centred += tl.sum(apart, 0)
@@ -152,10 +156,11 @@ def gradient_sums(
 @triton.jit
 def gradient_coefficients(
     sums, found, weight, shift_of_norm, scale, out, step, rows, channels, chunks,
-    MODULATED: tl.constexpr, COMPUTE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+    MODULATED: tl.constexpr, DOUBLE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """From the chunks' sums to D and E of dx = dz A + (x - M) D + E, and to each channel's gradients of the norm's
     weight and bias, of scale and shift, and of the bias before: (7, B, channels). A program has one group."""
+    compute = tl.float64 if DOUBLE else tl.float32
     image, images, group = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     within = tl.arange(0, BLOCK_G)
     c, inside = group * GROUP + within, within < GROUP
@@ -168,16 +173,16 @@ def gradient_coefficients(
     centred = tl.sum(tl.load(sums + 2 * size * chunks + place, mask=valid, other=0.0), 0)
     a = tl.load(found + own, mask=inside, other=0.0)
     r = tl.load(found + 3 * size + own, mask=inside, other=0.0)
-    gain = tl.load(weight + c, mask=inside, other=0.0).to(COMPUTE)
-    term = tl.load(shift_of_norm + c, mask=inside, other=0.0).to(COMPUTE)
-    times = tl.zeros((BLOCK_G,), COMPUTE) + 1
+    gain = tl.load(weight + c, mask=inside, other=0.0).to(compute)
+    term = tl.load(shift_of_norm + c, mask=inside, other=0.0).to(compute)
+    times = tl.zeros((BLOCK_G,), compute) + 1
     if MODULATED:
-        times += tl.load(scale + image * step + c, mask=inside, other=0.0).to(COMPUTE)
+        times += tl.load(scale + image * step + c, mask=inside, other=0.0).to(compute)
     total = rows * GROUP
     mean_slope = tl.sum(a * slopes, 0) / total  # of dz A, the gradient of xhat times r
     mean_product = tl.sum(a * products, 0) / total
     tl.store(out + own, -r * mean_product, mask=inside)
-    tl.store(out + size + own, tl.zeros((BLOCK_G,), COMPUTE) - mean_slope, mask=inside)
+    tl.store(out + size + own, tl.zeros((BLOCK_G,), compute) - mean_slope, mask=inside)
     tl.store(out + 2 * size + own, products * times, mask=inside)
     tl.store(out + 3 * size + own, slopes * times, mask=inside)
     tl.store(out + 4 * size + own, gain * products + term * slopes, mask=inside)
@@ -188,9 +193,10 @@ def gradient_coefficients(
 @triton.jit
 def gradient_of_input(
     x, dy, found, more, dx, rows, channels, chunk_rows,
-    COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    DOUBLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx = dz A + (x - M) D + E."""
+    compute = tl.float64 if DOUBLE else tl.float32
     image, images, chunk = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
@@ -205,54 +211,56 @@ def gradient_of_input(
         r = first + tl.arange(0, BLOCK_R)
         valid = (r < end)[:, None] & inside[None, :]
         place = offset + r[:, None] * channels + c[None, :]
-        apart = tl.load(x + place, mask=valid, other=0.0).to(COMPUTE) - m[None, :]
-        dz = tl.load(dy + place, mask=valid, other=0.0).to(COMPUTE) * _gelu_slope(apart * a[None, :] + t[None, :])
+        apart = tl.load(x + place, mask=valid, other=0.0).to(compute) - m[None, :]
+        dz = tl.load(dy + place, mask=valid, other=0.0).to(compute) * _gelu_slope(apart * a[None, :] + t[None, :])
         tl.store(dx + place, (dz * a[None, :] + apart * d[None, :] + e[None, :]).to(dx.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def gate(
     x, h, factor, bias, y, step, rows, channels, chunk_rows,
-    BIASED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BIASED: tl.constexpr, DOUBLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = x + gate (h + bias)."""
+    compute = tl.float64 if DOUBLE else tl.float32
     image, chunk = tl.program_id(0), tl.program_id(1)
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
-    g = tl.load(factor + image * step + c, mask=inside, other=0.0).to(COMPUTE)
-    b = tl.zeros((BLOCK_C,), COMPUTE)
+    g = tl.load(factor + image * step + c, mask=inside, other=0.0).to(compute)
+    b = tl.zeros((BLOCK_C,), compute)
     if BIASED:
-        b = tl.load(bias + c, mask=inside, other=0.0).to(COMPUTE)
+        b = tl.load(bias + c, mask=inside, other=0.0).to(compute)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         valid = (r < end)[:, None] & inside[None, :]
         place = offset + r[:, None] * channels + c[None, :]
-        added = g[None, :] * (tl.load(h + place, mask=valid, other=0.0).to(COMPUTE) + b[None, :])
-        values = tl.load(x + place, mask=valid, other=0.0).to(COMPUTE) + added
+        added = g[None, :] * (tl.load(h + place, mask=valid, other=0.0).to(compute) + b[None, :])
+        values = tl.load(x + place, mask=valid, other=0.0).to(compute) + added
         tl.store(y + place, values.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def gate_gradients(
     dy, h, factor, dh, sums, step, rows, channels, chunk_rows,
-    COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    DOUBLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dh = gate dy, and for each chunk and channel the sums of dy h and of dy: (2, B, chunks, channels)."""
+    compute = tl.float64 if DOUBLE else tl.float32
     image, images = tl.program_id(0), tl.num_programs(0)
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
-    g = tl.load(factor + image * step + c, mask=inside, other=0.0).to(COMPUTE)
+    g = tl.load(factor + image * step + c, mask=inside, other=0.0).to(compute)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
-    products = tl.zeros((BLOCK_C,), COMPUTE)
-    slopes = tl.zeros((BLOCK_C,), COMPUTE)
+    products = tl.zeros((BLOCK_C,), compute)
+    slopes = tl.zeros((BLOCK_C,), compute)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         valid = (r < end)[:, None] & inside[None, :]
         place = offset + r[:, None] * channels + c[None, :]
-        slope = tl.load(dy + place, mask=valid, other=0.0).to(COMPUTE)
-        products += tl.sum(slope * tl.load(h + place, mask=valid, other=0.0).to(COMPUTE), 0)
+        slope = tl.load(dy + place, mask=valid, other=0.0).to(compute)
+        products += tl.sum(slope * tl.load(h + place, mask=valid, other=0.0).to(compute), 0)
         slopes += tl.sum(slope, 0)
         tl.store(dh + place, (g[None, :] * slope).to(dh.dtype.element_ty), mask=valid)
     place = (image * chunks + chunk) * channels + c
