@@ -69,6 +69,17 @@ def test_model_beside_the_oracle():
     assert result["environment"]["threads"] == torch.get_num_threads()
 
 
+def test_rows_with_and_without_kernels(monkeypatch):
+    asked = []
+    monkeypatch.setattr("dic_repa.models.blocks.use_kernels", lambda block, x: asked.append(block.kernels))
+    settings = Settings(CPU, batches=(1,), kernels=("auto", "off"), **SHORT)
+    rows = bench_model(["DiC-S"], settings, size=8, peaks=False)["rows"]
+    assert [row["label"] for row in rows] == ["DiC-S fp32 eager", "DiC-S fp32 without kernels eager"]
+    blocks = 29
+    assert asked[blocks : 2 * blocks] == [False] * blocks  # the reference, after the cost was counted
+    assert sum(asked) == len(asked[2 * blocks :]) / 2 > blocks
+
+
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler_maruyama", 2), ("dopri5", 3)])
 def test_a_sampler_is_profiled_over_two_steps(monkeypatch, solver, evaluations):
     profiled = []
