@@ -18,9 +18,9 @@ LAST = torch.channels_last
 # The relative error of sums of the type's own rounding, and of float32 within.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 CASES = [  # batch, channels, groups, height, width, type, modulated, biased, mean of x
-    (2, 24, 6, 5, 7, torch.float32, True, True, 0.0),
+    (3, 24, 6, 5, 7, torch.float32, True, True, 0.0),
     (1, 36, 9, 9, 4, torch.float32, False, False, 0.0),  # four channels in a group, 36 are no power of two
-    (3, 24, 2, 33, 33, torch.bfloat16, True, True, 0.0),  # twelve in a group, several chunks of rows
+    (1, 24, 2, 33, 33, torch.bfloat16, True, True, 0.0),  # twelve in a group, several chunks of rows
     (2, 40, 10, 1, 1, torch.float16, True, False, 0.0),
     (1, 1536, 32, 3, 2, torch.float32, True, True, 0.0),
     (1, 24, 6, 16, 16, torch.float32, False, True, 100.0),  # a mean of a hundred deviations
@@ -162,7 +162,7 @@ def outputs(model, autocast=False, called=None):
     return [out, *torch.autograd.grad(out.float().square().sum(), model.parameters())]
 
 
-@pytest.mark.parametrize("how", ["eager", "autocast", "checkpointed", "compiled"])
+@pytest.mark.parametrize("how", ["checkpointed", "autocast", "compiled"])
 def test_dic_by_kernels(chosen, how):
     # Compiling takes long, and more blocks are no other code.
     model = small((1,) if how == "compiled" else (1, 1, 1), gradient_checkpointing=how == "checkpointed")
