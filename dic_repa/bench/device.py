@@ -15,6 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dic_repa.errors import UserError, first_line
+from dic_repa.runs.environment import package_version
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -45,6 +46,7 @@ def describe_device(device: torch.device) -> dict[str, str | int]:
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
         found |= {"cuda": torch.version.cuda or "none", "cudnn": torch.backends.cudnn.version() or 0}
+        found["triton"] = package_version("triton") or "none"
         found |= read_clocks(device)
     return found
 

@@ -185,7 +185,7 @@ class TrainSection(Section):
     precision: Precision = Field("no", description="mixed precision of the denoiser; no: float32")
     gradient_checkpointing: Flag = Field(False, description="recompute blocks in the backward pass, to save memory")
     tf32: Flag = Field(False, description="TF32 on the GPU where float32 is computed: faster, 10 bits of mantissa")
-    compile: Flag | Literal["auto", "blocks", "reduce-overhead"] = Field(
+    compile: Literal["auto", "blocks", "reduce-overhead", True, False] = Field(
         "auto",
         description="torch.compile the denoiser with its heads; blocks: each block by itself, in less time; "
         "reduce-overhead: with CUDA graphs; auto: blocks on a GPU, else false",

@@ -12,7 +12,7 @@ from dic_repa.files.hub import PINS
 
 _PACKAGES = (
     "dic-repa torch torchvision accelerate timm torchdiffeq torch-fidelity diffusers datasets einops huggingface-hub "
-    "safetensors pydantic pyyaml click numpy pillow matplotlib tqdm nvidia-ml-py"
+    "safetensors pydantic pyyaml click numpy pillow matplotlib tqdm nvidia-ml-py triton"
 ).split()
 # What launchers and libraries read; none of them may hold a secret.
 _VARIABLES = (
@@ -28,14 +28,15 @@ def describe_environment(device: str, processes: int) -> dict:
     return {
         "command": sys.argv,
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in _PACKAGES},
+        "packages": {package: package_version(package) for package in _PACKAGES},
         "downloads": dict(PINS),
         "git": _git_state(),
         "machine": {"platform": platform.platform(), "device": device, "cpus": os.cpu_count(), "processes": processes},
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package, which is not imported; None if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
