@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dic_repa.conditions import null_of
 from dic_repa.errors import UserError, first_line
@@ -75,12 +76,14 @@ def can_compile(denoiser: nn.Module, device: torch.device) -> bool:
 
 @functools.cache
 def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile works for the device, tried out once; a warning says why not.
+    """Whether torch.compile works for the device, tried out once, forwards and backwards; a warning says why not.
 
     It needs Triton, a C compiler, Python's headers and a new enough GPU, but only a trial shows that all fit together.
     """
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device))
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.ones(2, 8, 4, 4, device=device, requires_grad=True)
+            torch.compile(lambda x: F.gelu(F.group_norm(x, 2)), dynamic=False)(x).sum().backward()
     except Exception as error:  # the compilers' own, of any kind
         why = first_line(getattr(error, "inner_exception", error))
         warn(f"torch.compile does not work on {device} ({why}); computing without it, which is slower")
