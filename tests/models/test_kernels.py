@@ -30,6 +30,7 @@ def run_cases(**environment: str) -> None:
     assert "skipped" not in ended.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_kernels_in_an_interpreter():
     run_cases(TRITON_INTERPRET="1")
 

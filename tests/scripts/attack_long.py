@@ -27,8 +27,8 @@ from attack.judge import MEANING, OUTCOMES, Case, Verdict, import_all, nothing_e
 
 # Cases of each class without --long: in all, some 40 seconds.
 SHORT = {
-    "recipes": 80,
-    "commands": 20,
+    "recipes": 60,
+    "commands": 15,
     "checkpoints": 10,
     "configs": 10,
     "records": 12,
