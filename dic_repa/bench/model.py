@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from dic_repa.bench.device import look_inside
 from dic_repa.bench.peaks import LAYOUTS, measure_peak, rounding
 from dic_repa.bench.roofline import rooflines
-from dic_repa.bench.timing import Settings, case_label, measure, without
+from dic_repa.bench.timing import Settings, case_label, kernels_label, measure
 from dic_repa.errors import UserError, did_you_mean, first_line
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.kernel_choice import set_kernels
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.registry import import_plugin
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.sampling.sampler import DTYPES
 
 
@@ -73,7 +73,7 @@ def bench_model(
         set_kernels(denoiser, "off")  # what they must agree with
         operations = 2 * measure_cost(denoiser, size).macs / 1e9
         batch_inputs = [random_inputs(denoiser, batch, size, device) for batch in settings.batches]
-        with torch.inference_mode(), tf32(False):
+        with torch.inference_mode(), gpu_arithmetic(tf32=False):
             references = [denoiser(*inputs) for inputs in batch_inputs]
         for kind, layout in itertools.product(settings.precisions, layouts):
             models: dict[str, nn.Module] = {}
@@ -81,7 +81,7 @@ def bench_model(
                 model = copy.deepcopy(denoiser).to(DTYPES[kind])
                 model.to(memory_format=LAYOUTS[layout])
                 set_kernels(model, kernels)
-                shown = " ".join(filter(None, [layout if len(layouts) > 1 else "", without(kernels)]))
+                shown = " ".join(filter(None, [layout if len(layouts) > 1 else "", kernels_label(kernels)]))
                 for mode in settings.compiles:
                     label = case_label(name, kind, mode, shown)
                     models[label] = model if mode == "off" else CompiledDenoiser(model, mode)

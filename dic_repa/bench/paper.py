@@ -23,12 +23,12 @@ from dic_repa.bench.device import free_memory
 from dic_repa.bench.model import ModelCase, build_baseline, random_inputs, randomise
 from dic_repa.bench.peaks import measure_bandwidth, measure_peak
 from dic_repa.bench.sample import bench_sample
-from dic_repa.bench.timing import TORCH_DEFAULT, Settings, case_label, interleave, speed, without
+from dic_repa.bench.timing import TORCH_DEFAULT, Settings, case_label, interleave, kernels_label, speed
 from dic_repa.bench.train import bench_train
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.kernel_choice import set_kernels
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.sampling.sampler import DTYPES
 
 PARTS = ("ceilings", "check", "forward", "train", "flags", "one", "sample", "whole")  # in the order of importance
@@ -103,7 +103,7 @@ class Paper:
 
     def __init__(self, device: torch.device, plan: Plan, baseline: str, rounds: int, budget: Budget):
         self.device, self.plan, self.baseline, self.rounds, self.budget = device, plan, baseline, rounds, budget
-        self.without = (WITHOUT,) if device.type == "cuda" else ()  # Triton's kernels, which a CPU does without anyway
+        self.also = (WITHOUT,) if device.type == "cuda" else ()  # Triton's kernels, which a CPU does without anyway
         self.peaks: dict[str, dict[str, float]] = {}
         self.built: tuple[str, Any] | None = None
 
@@ -130,14 +130,14 @@ class Paper:
     def forward(self, kind: str) -> Iterator[Row]:
         dic, peer = self.plan.denoisers
         for batch in self.plan.batches:
-            yield from self._denoise(dic, kind, batch, ("baseline", "off", "blocks", *self.without))
+            yield from self._denoise(dic, kind, batch, ("baseline", "off", "blocks", *self.also))
             yield from self._denoise(peer, kind, batch, ("off", "blocks"))
 
     def train(self, kind: str) -> Iterator[Row]:
         """Steps with the recipes' encoders (DINOv2-B), which have random weights."""
         dic, peer = self.plan.recipes
         for batch in self.plan.train_batches:
-            yield from (self._step(dic, kind, batch, mode) for mode in ("blocks", *self.without, "off"))
+            yield from (self._step(dic, kind, batch, mode) for mode in ("blocks", *self.also, "off"))
         yield self._step(peer, kind, self.plan.train_batches[0], "blocks")
 
     def flags(self, _kind: str) -> Iterator[Row]:
@@ -180,7 +180,7 @@ class Paper:
         if mode == "baseline":
             return f"{name} {kind} by {self.baseline.rpartition(':')[2]}"
         compiled, kernels = _way(mode)
-        return case_label(name, kind, compiled, without(kernels))
+        return case_label(name, kind, compiled, kernels_label(kernels))
 
     def _settings(self, kind: str, mode: str, batch: int, **more: Any) -> Settings:
         more = {"rounds": self.rounds, "seconds": self.plan.seconds} | more
@@ -237,7 +237,7 @@ class Paper:
         x, t, y = random_inputs(denoiser, batch, self.plan.size, self.device)
         operations = 2 * measure_cost(denoiser, self.plan.size).macs / 1e9
         set_kernels(denoiser, "off")  # what they must agree with
-        with torch.inference_mode(), tf32(False):
+        with torch.inference_mode(), gpu_arithmetic(tf32=False):
             reference: Tensor = denoiser(x, t, y)
         if mode == "baseline":
             model = build_baseline(self.baseline, denoiser, self.plan.size).to(dtype).eval()

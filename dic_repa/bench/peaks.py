@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dic_repa.bench.timing import TORCH_DEFAULT, interleave
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.sampling.sampler import DTYPES
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -67,4 +67,6 @@ def rounding(precision: str, benchmark: bool = True) -> AbstractContextManager[N
     """While entered, a GPU rounds the factors of float32 products as the precision says, and cuDNN tries its
     algorithms, as in training and long sampling; not with torch's own flags."""
     default = precision == TORCH_DEFAULT
-    return tf32(precision == "tf32", convolutions=precision == "tf32" or default, benchmark=benchmark and not default)
+    return gpu_arithmetic(
+        precision == "tf32", convolutions=precision == "tf32" or default, benchmark=benchmark and not default
+    )

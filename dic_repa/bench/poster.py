@@ -27,7 +27,7 @@ from dic_repa.files.pictures import new_figure, save_figure
 from dic_repa.models import create_denoiser, measure_cost
 from dic_repa.models.compiled import CompiledDenoiser
 from dic_repa.models.presets import POSTER
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.sampling.sampler import DTYPES
 
 PIXELS = {256: 32, 512: 64}  # of the images: height and width of the latents
@@ -176,7 +176,7 @@ def _cases(system: System, settings: Settings, size: int, small: bool) -> list[M
     denoiser = randomise(create_denoiser(system.name, **options)).to(settings.device)
     operations = 2 * measure_cost(denoiser, size).macs / 1e9
     x, t, y = random_inputs(denoiser, settings.batches[0], size, settings.device)
-    with torch.inference_mode(), tf32(False):
+    with torch.inference_mode(), gpu_arithmetic(tf32=False):
         reference = denoiser(x, t, y)
     cases = []
     for kind in settings.precisions:

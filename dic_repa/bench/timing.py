@@ -95,7 +95,7 @@ def case_label(name: str, precision: str, mode: str, detail: str = "") -> str:
     return " ".join(part for part in (name, precision, detail, how) if part)
 
 
-def without(kernels: str) -> str:
+def kernels_label(kernels: str) -> str:
     """What a label says of `model.kernels`."""
     return "without kernels" if kernels == "off" else ""
 

@@ -17,12 +17,12 @@ from dic_repa.bench.device import look_inside
 from dic_repa.bench.model import build_baseline
 from dic_repa.bench.peaks import measure_peak
 from dic_repa.bench.roofline import rooflines
-from dic_repa.bench.timing import Settings, case_label, measure, without
+from dic_repa.bench.timing import Settings, case_label, kernels_label, measure
 from dic_repa.errors import UserError
 from dic_repa.models import measure_cost
 from dic_repa.models.compiled import BY_BLOCK, GRAPH_MODES, allow_recompilation
 from dic_repa.recipe import Recipe, load_training_recipe
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.training.dry_run import random_weights, with_random_data
 from dic_repa.training.loop import start_accelerator
 from dic_repa.training.parts import Parts, build_parts
@@ -83,7 +83,7 @@ class TrainCase:
 
     def __call__(self, clock=lambda _name: None) -> Tensor:
         AcceleratorState._shared_state.update(self.state)
-        with tf32(self.recipe.train.tf32, benchmark=True):
+        with gpu_arithmetic(self.recipe.train.tf32, benchmark=True):
             loss = self.step(self.data, self.steps, clock)
         self.steps += 1
         return loss
@@ -130,7 +130,7 @@ def bench_train(
             parts, accelerator = build_step(recipe, device)
             # Of the average, which has no hooks: what the tap's would leave behind makes torch.compile start twice.
             gmacs = measure_cost(parts.ema.model, recipe.data.size).macs / 1e9
-            label = case_label(name, kind, mode, without(kernels))
+            label = case_label(name, kind, mode, kernels_label(kernels))
             cases.append(TrainCase(label, recipe, parts, accelerator, gmacs, kind))
         for baseline in baselines[name]:
             recipe.train.compile = False

@@ -37,7 +37,7 @@ from dic_repa.files.claims import ClaimLost, Claims, clear_claims
 from dic_repa.files.outputs import begin_folder, check_folder, remove_leftovers
 from dic_repa.files.pictures import unit_images
 from dic_repa.protocols import Autoencoder
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.runtime.progress import progress_bar
 from dic_repa.runtime.threads import ahead
 
@@ -290,7 +290,7 @@ class Preparation:
 
     def _moments(self, images: Tensor) -> np.ndarray:
         try:
-            with tf32(False):
+            with gpu_arithmetic(tf32=False):
                 moments = self.autoencoder.encode(images.to(self.autoencoder.device)).to(getattr(torch, self.moments))
         except torch.OutOfMemoryError as error:
             raise UserError(f"the GPU's memory is full ({first_line(error)}); lower --batch-size") from None

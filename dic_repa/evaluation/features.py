@@ -12,7 +12,7 @@ from torch import Tensor
 from dic_repa.errors import UserError
 from dic_repa.evaluation.image_sets import ImageSet, as_uint8
 from dic_repa.protocols import FeatureExtractor
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 
 
 @dataclass
@@ -28,7 +28,7 @@ class FeatureSet:
     fingerprint: str = ""  # of the images, or of the statistics if there are no images
 
 
-@tf32(False)
+@gpu_arithmetic(tf32=False)
 @torch.no_grad()
 def extract(
     images: ImageSet | Iterable[Tensor],

@@ -28,7 +28,7 @@ from dic_repa.evaluation.metrics import (
 )
 from dic_repa.evaluation.ratios import find_ratios
 from dic_repa.evaluation.reference import load_reference
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 
 FULL_COUNT = 50_000  # samples behind a published FID
 OF_REFERENCE = ("gaussian", "features")  # what a metric may need of it
@@ -170,7 +170,7 @@ class Measure:
             scored.values |= {name: part.ratio(scored.values, real) for name, part in self.ratios.items()}
         return measured
 
-    @tf32(False)
+    @gpu_arithmetic(tf32=False)
     def _score(
         self,
         images: ImageSet | Iterable[Tensor],

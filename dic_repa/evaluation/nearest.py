@@ -23,7 +23,7 @@ from dic_repa.files.atomic import write_whole
 from dic_repa.files.outputs import MARK
 from dic_repa.files.pictures import draw_grid, save_picture
 from dic_repa.protocols import FeatureExtractor
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 
 BATCH = 64
 CALIBRATION = 1000  # training pictures at most that stand in for a bound
@@ -88,7 +88,7 @@ class Found:
         return scores
 
 
-@tf32(False)
+@gpu_arithmetic(tf32=False)
 @torch.no_grad()
 def find_copies(
     samples: ImageSet,

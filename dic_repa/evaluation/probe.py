@@ -35,7 +35,7 @@ from dic_repa.models.cost import forward_on_meta
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import AlignmentSection, Recipe
 from dic_repa.recipe.build import build_alignment, build_dataset, build_encoder, build_objective
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.samplers import StepNoise, initial_noise
 from dic_repa.sampling.load import load
 from dic_repa.sampling.weights import checkpoint_of, home_of
@@ -208,7 +208,7 @@ def _trained_heads(
     return heads
 
 
-@tf32(False)
+@gpu_arithmetic(tf32=False)
 @torch.no_grad()
 def _collect(denoiser, field, network, heads, data, taps, times, batch_size, seed, device, progress):
     """Pooled features {(tap, t): (N, C)}, mean cosines {(tap, t)}, the encoder's pooled tokens (N, D), labels (N,)."""

@@ -21,7 +21,7 @@ from dic_repa.evaluation.metrics import find_metric, title
 from dic_repa.evaluation.similarity import LPIPS, ssim, vgg16_file, where_to_get_vgg16
 from dic_repa.files.pictures import draw_grid, unit_images
 from dic_repa.protocols import Autoencoder
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.runtime.progress import progress_bar
 from dic_repa.runtime.table import format_rows, number
 from dic_repa.samplers.noise import initial_noise
@@ -116,7 +116,7 @@ class RoundTrip:
         return "\n".join([*head, format_rows(rows, left=(0, 2, 3))])
 
 
-@tf32(False)
+@gpu_arithmetic(tf32=False)
 @torch.no_grad()
 def check_autoencoder(
     autoencoder: str | Autoencoder,

@@ -41,10 +41,10 @@ def fits(x: Tensor) -> bool:
 
 def _plain(block: Any) -> bool:
     norms, convolutions = (block.norm1, block.norm2), (block.conv1, block.conv2)
-    layers = (*norms, *convolutions)
-    kinds = all(type(norm) is nn.GroupNorm for norm in norms) and all(type(c) is nn.Conv2d for c in convolutions)
-    groups = all(norm.num_channels // norm.num_groups <= LARGEST_GROUP for norm in norms if kinds)
-    return kinds and groups and not any(len(layer._forward_hooks) or len(layer._forward_pre_hooks) for layer in layers)
+    if any(type(norm) is not nn.GroupNorm for norm in norms) or any(type(c) is not nn.Conv2d for c in convolutions):
+        return False
+    hooked = any(len(each._forward_hooks) or len(each._forward_pre_hooks) for each in (*norms, *convolutions))
+    return not hooked and all(norm.num_channels // norm.num_groups <= LARGEST_GROUP for norm in norms)
 
 
 def _transformed() -> bool:

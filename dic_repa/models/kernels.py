@@ -190,22 +190,22 @@ def _differentiate_gated_residual(ctx, dy):
 _gated_residual.register_autograd(_differentiate_gated_residual, setup_context=_keep_for_gated_residual)
 
 
-def _like(gradient: Tensor, x: Tensor) -> Tensor:
-    """A gradient as `x` is: of its type, and in channels_last."""
-    return gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """As the kernels read it beside `x`: of its type, and in channels_last, as it mostly is."""
+    return tensor.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def norm_gelu(
     x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """GELU(norm(x + bias) (1 + scale) + shift), of x (B, C, H, W) in channels_last and of its type.
+    """GELU(norm(x + bias) (1 + scale) + shift), of x (B, C, H, W), in channels_last and of its type.
 
     scale and shift are (B, C), both or neither and laid out alike, with rows without gaps; bias is (C,).
     """
-    y, _ = _norm_gelu(x, norm.weight, norm.bias, scale, shift, bias, norm.num_groups, norm.eps)
+    y, _ = _norm_gelu(_like(x, x), norm.weight, norm.bias, scale, shift, bias, norm.num_groups, norm.eps)
     return y
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
     """x + gate (h + bias), of x and h (B, C, H, W), gate (B, C) with rows without gaps, bias (C,)."""
-    return _gated_residual(x, h.to(x.dtype), gate, bias)
+    return _gated_residual(_like(x, x), _like(h, x), gate, bias)

@@ -29,6 +29,21 @@ def _channels_of(block, channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _tile(first, end, c, inside, channels, BLOCK_R: tl.constexpr):
+    """Where the values of some rows of one image lie, and which of them there are."""
+    r = first + tl.arange(0, BLOCK_R)
+    return r[:, None] * channels + c[None, :], (r < end)[:, None] & inside[None, :]
+
+
+@triton.jit
+def _line(found, own, size, inside):
+    """A, M and T of each channel."""
+    a = tl.load(found + own, mask=inside, other=0.0)
+    m = tl.load(found + size + own, mask=inside, other=0.0)
+    return a, m, tl.load(found + 2 * size + own, mask=inside, other=0.0)
+
+
+@triton.jit
 def statistics(
     x, means, squares, rows, channels, chunk_rows, DOUBLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -41,9 +56,8 @@ def statistics(
     mean = tl.zeros((BLOCK_C,), compute)
     square = tl.zeros((BLOCK_C,), compute)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        valid = (r < end)[:, None] & inside[None, :]
-        values = tl.load(x + r[:, None] * channels + c[None, :], mask=valid, other=0.0).to(compute)
+        within, valid = _tile(first, end, c, inside, channels, BLOCK_R)
+        values = tl.load(x + within, mask=valid, other=0.0).to(compute)
         before = (first - chunk * chunk_rows).to(compute)
         count = tl.minimum(end - first, BLOCK_R).to(compute)
         own = tl.sum(values, 0) / count
@@ -105,14 +119,11 @@ def apply_gelu(
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
     own, size = image * channels + c, images * channels
-    a = tl.load(found + own, mask=inside, other=0.0)
-    m = tl.load(found + size + own, mask=inside, other=0.0)
-    t = tl.load(found + 2 * size + own, mask=inside, other=0.0)
+    a, m, t = _line(found, own, size, inside)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        valid = (r < end)[:, None] & inside[None, :]
-        place = offset + r[:, None] * channels + c[None, :]
+        within, valid = _tile(first, end, c, inside, channels, BLOCK_R)
+        place = offset + within
         values = tl.load(x + place, mask=valid, other=0.0).to(compute)
         z = (values - m[None, :]) * a[None, :] + t[None, :]
         tl.store(y + place, _gelu(z).to(y.dtype.element_ty), mask=valid)
@@ -129,17 +140,14 @@ def gradient_sums(
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
     own, size = image * channels + c, images * channels
-    a = tl.load(found + own, mask=inside, other=0.0)
-    m = tl.load(found + size + own, mask=inside, other=0.0)
-    t = tl.load(found + 2 * size + own, mask=inside, other=0.0)
+    a, m, t = _line(found, own, size, inside)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
     slopes = tl.zeros((BLOCK_C,), compute)
     products = tl.zeros((BLOCK_C,), compute)
     centred = tl.zeros((BLOCK_C,), compute)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        valid = (r < end)[:, None] & inside[None, :]
-        place = offset + r[:, None] * channels + c[None, :]
+        within, valid = _tile(first, end, c, inside, channels, BLOCK_R)
+        place = offset + within
         apart = tl.load(x + place, mask=valid, other=0.0).to(compute) - m[None, :]
         apart = tl.where(valid, apart, 0.0)
         dz = tl.load(dy + place, mask=valid, other=0.0).to(compute) * _gelu_slope(apart * a[None, :] + t[None, :])
@@ -201,16 +209,13 @@ def gradient_of_input(
     c, inside = _channels_of(tl.program_id(2), channels, BLOCK_C)
     offset = image.to(tl.int64) * rows * channels
     own, size = image * channels + c, images * channels
-    a = tl.load(found + own, mask=inside, other=0.0)
-    m = tl.load(found + size + own, mask=inside, other=0.0)
-    t = tl.load(found + 2 * size + own, mask=inside, other=0.0)
+    a, m, t = _line(found, own, size, inside)
     d = tl.load(more + own, mask=inside, other=0.0)
     e = tl.load(more + size + own, mask=inside, other=0.0)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        valid = (r < end)[:, None] & inside[None, :]
-        place = offset + r[:, None] * channels + c[None, :]
+        within, valid = _tile(first, end, c, inside, channels, BLOCK_R)
+        place = offset + within
         apart = tl.load(x + place, mask=valid, other=0.0).to(compute) - m[None, :]
         dz = tl.load(dy + place, mask=valid, other=0.0).to(compute) * _gelu_slope(apart * a[None, :] + t[None, :])
         tl.store(dx + place, (dz * a[None, :] + apart * d[None, :] + e[None, :]).to(dx.dtype.element_ty), mask=valid)
@@ -232,9 +237,8 @@ def gate(
         b = tl.load(bias + c, mask=inside, other=0.0).to(compute)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        valid = (r < end)[:, None] & inside[None, :]
-        place = offset + r[:, None] * channels + c[None, :]
+        within, valid = _tile(first, end, c, inside, channels, BLOCK_R)
+        place = offset + within
         added = g[None, :] * (tl.load(h + place, mask=valid, other=0.0).to(compute) + b[None, :])
         values = tl.load(x + place, mask=valid, other=0.0).to(compute) + added
         tl.store(y + place, values.to(y.dtype.element_ty), mask=valid)
@@ -256,9 +260,8 @@ def gate_gradients(
     products = tl.zeros((BLOCK_C,), compute)
     slopes = tl.zeros((BLOCK_C,), compute)
     for first in range(chunk * chunk_rows, end, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        valid = (r < end)[:, None] & inside[None, :]
-        place = offset + r[:, None] * channels + c[None, :]
+        within, valid = _tile(first, end, c, inside, channels, BLOCK_R)
+        place = offset + within
         slope = tl.load(dy + place, mask=valid, other=0.0).to(compute)
         products += tl.sum(slope * tl.load(h + place, mask=valid, other=0.0).to(compute), 0)
         slopes += tl.sum(slope, 0)

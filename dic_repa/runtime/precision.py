@@ -11,20 +11,20 @@ import torch
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool, convolutions: bool | None = None, benchmark: bool = False) -> Iterator[None]:
-    """Inside, TF32 is allowed or not; everything is as it was afterwards. Also a decorator.
+def gpu_arithmetic(tf32: bool, convolutions: bool | None = None, benchmark: bool = False) -> Iterator[None]:
+    """Inside, a GPU computes in this way; afterwards everything is as it was. Also a decorator.
 
     Args:
-        allowed: in matrix products.
-        convolutions: in convolutions; None: alike. Torch itself allows it there alone.
+        tf32: whether matrix products may use it.
+        convolutions: whether these may; None: alike. Torch itself allows it there alone.
         benchmark: cuDNN's benchmark mode, for work whose shapes are few. It stays off where the user has asked torch
             for deterministic algorithms, since its choice may differ from run to run.
     """
     matrices, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matrices.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    matrices.allow_tf32 = allowed
-    cudnn.allow_tf32 = allowed if convolutions is None else convolutions
+    matrices.allow_tf32 = tf32
+    cudnn.allow_tf32 = tf32 if convolutions is None else convolutions
     cudnn.benchmark = benchmark and not deterministic
     try:
         yield

@@ -18,7 +18,7 @@ from dic_repa.models.compiled import AUTO, BY_BLOCK, CompiledDenoiser, can_compi
 from dic_repa.models.pretrained import Pretrained
 from dic_repa.recipe import GuidanceSection, SampleSection
 from dic_repa.runtime.copies import send
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.samplers import Guidance, SolverInfo, initial_noise, sample, solver_info, time_grids
 from dic_repa.samplers.ddpm import split_output
 from dic_repa.samplers.field import Watched
@@ -149,7 +149,7 @@ class Sampler:
 
     def _exactly(self, benchmark: bool = False) -> AbstractContextManager[None]:
         """Float32 products as exact as the settings' precision says, whatever was set before."""
-        return tf32(self.settings.precision == "tf32", benchmark=benchmark)
+        return gpu_arithmetic(self.settings.precision == "tf32", benchmark=benchmark)
 
     def _mode(self, many: bool) -> str:
         """`settings.compile` where the denoiser is evaluated `many` times or not; never 'auto'."""

@@ -32,7 +32,7 @@ from dic_repa.recipe.build import (
 )
 from dic_repa.recipe.files import paper_recipe
 from dic_repa.recipe.keys import differences
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.training.dry_run_steps import STEPS, measure
 from dic_repa.training.inputs import check_batch
 from dic_repa.training.log import device_name
@@ -98,7 +98,7 @@ def dry_run(recipe: Recipe, path: str | Path, processes: int = 1) -> dict:
     if accelerator.device.type == "cpu" and macs > FEASIBLE_MACS:
         notes.append(f"no steps were run: {macs / 1e12:.0f} TMACs are too many for a CPU, so the speed is not known")
     else:
-        with tf32(recipe.train.tf32, benchmark=True):
+        with gpu_arithmetic(recipe.train.tf32, benchmark=True):
             choose_weights(trial, notes)
             search = launched == 1 and accelerator.device.type == "cuda" and measurable(recipe, processes)
             report |= measure(trial, accelerator, recipe.train, processes, search)

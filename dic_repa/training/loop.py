@@ -17,7 +17,7 @@ from dic_repa.files.outputs import MARKER, check_parents
 from dic_repa.recipe import Recipe, TrainSection, load_training_recipe
 from dic_repa.recipe.folders import note_current_folder
 from dic_repa.runs.folder import RUNS, RunFolder
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.runtime.processes import Votes, on_main_process, start_processes
 from dic_repa.runtime.progress import say
 from dic_repa.runtime.watchdog import watched
@@ -64,7 +64,7 @@ def train(
         say(f"note: changed since the run began: {line}")
     check_parents(run.path / MARKER)
     with ExitStack() as stack:
-        stack.enter_context(tf32(settings.tf32, benchmark=True))
+        stack.enter_context(gpu_arithmetic(settings.tf32, benchmark=True))
         setup = stack.enter_context(ExitStack())
         what = "all that the recipe names, and the other processes, to be ready"
         setup.enter_context(watched("setup", what, recipe.timeouts.setup))

@@ -189,12 +189,10 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 def scales_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer divides gradients by its `grad_scale` while it reads them, as torch's fused ones do; with
     sharded weights none is asked to."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return (
-        skips_on_device(optimizer)
-        and all(group.get("fused") for group in optimizer.param_groups)
-        and all(p.device.type in ("cpu", "cuda") and not hasattr(p, "device_mesh") for p in parameters)
-    )
+    if not skips_on_device(optimizer) or not all(group.get("fused") for group in optimizer.param_groups):
+        return False
+    first = next(parameter for group in optimizer.param_groups for parameter in group["params"])  # all are alike
+    return first.device.type in ("cpu", "cuda") and not hasattr(first, "device_mesh")
 
 
 def clip_gradients(

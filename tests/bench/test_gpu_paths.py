@@ -9,7 +9,7 @@ from small_samplers import images, small_sampler
 
 from dic_repa.bench.timing import interleave
 from dic_repa.models import DiC
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.sampling.sampler import decode_batches
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def full_float32():
-    with tf32(False):  # TF32, which torch lets convolutions use by default, is good for three digits
+    with gpu_arithmetic(tf32=False):  # TF32, which torch lets convolutions use by default, is good for three digits
         yield
 
 

@@ -83,6 +83,14 @@ def test_norm_and_gelu(case):
     assert [relative(g, e) < tolerance for g, e in zip(gradients, expected)] == [True] * len(expected)
 
 
+def test_other_layouts_are_read_as_they_are():
+    torch.manual_seed(0)
+    x, h, gate, norm = torch.randn(2, 8, 3, 4), torch.randn(2, 8, 3, 4), torch.randn(2, 8), nn.GroupNorm(2, 8)
+    x, h, gate, norm = (each.to(DEVICE) for each in (x, h, gate, norm))
+    torch.testing.assert_close(norm_gelu(x, norm), F.gelu(norm(x)))
+    torch.testing.assert_close(gated_residual(x, h, gate), x + gate[:, :, None, None] * h)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [True, False])
 def test_gate(dtype, biased):

@@ -12,7 +12,7 @@ from dic_repa.bench.train import bench_train
 from dic_repa.evaluation import Measure, judge_digits
 from dic_repa.evaluation.digits import DigitsClassifier
 from dic_repa.models import DiC
-from dic_repa.runtime.precision import tf32
+from dic_repa.runtime.precision import gpu_arithmetic
 from dic_repa.training.dry_run import dry_run
 
 
@@ -44,7 +44,7 @@ def before(request):
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_put_back_after_a_failure(allowed):
-    @tf32(allowed)
+    @gpu_arithmetic(allowed)
     def fail():
         assert flags() == (allowed, allowed)
         raise KeyError
@@ -109,7 +109,7 @@ def test_algorithms_are_not_tried_against_a_wish_for_determinism(monkeypatch, as
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     else:
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    with tf32(False, benchmark=True):
+    with gpu_arithmetic(False, benchmark=True):
         assert not torch.backends.cudnn.benchmark
 
 
